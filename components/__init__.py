@@ -1,0 +1,13 @@
+"""The stages of the loop and what they share: records and files in, records and files out.
+
+| stage      | takes                          | gives      | writes into its folder                               |
+|------------|--------------------------------|------------|------------------------------------------------------|
+| validation | images under `data/`           | Dataset    | samples.parquet, quarantine.parquet, data_docs/      |
+| splitting  | Dataset, frozen test ledger    | Splits     | splits.parquet                                       |
+| training   | Splits                         | Checkpoint | weights.safetensors, history.json                    |
+| export     | Checkpoint x target            | Engine     | the engine's own files                               |
+| evaluation | Engine x Splits.test           | Evaluation | predictions.parquet                                  |
+| gating     | Evaluations and Measurements   | Verdict    | nothing but its record                               |
+
+No module here knows Prefect, MLflow, Evidently, the environment or a clock (measurement apart).
+"""

@@ -1,0 +1,1 @@
+"""Backbones: one file each, class `Backbone`, images to features."""

@@ -1,0 +1,64 @@
+"""Checkpoint record + weights file <-> the torch module they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from components import plugins
+from components.contracts import Backbone, Checkpoint, CheckpointMismatch, FileDigest, Preprocessing, Stored
+from components.store import describe
+
+WEIGHTS = "weights.safetensors"
+
+
+class ImageModel(nn.Module):
+    """uint8 images (n, h, w, c) to logits (n, classes) and embeddings (n, embedding_dim).
+
+    Scaling to the backbone's input range is part of the module, so it is part of every engine's graph.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        shape = (1, preprocessing.channels, 1, 1)
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(shape) * 255.0, persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(shape) * 255.0, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embedding = self.backbone((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+        return self.head(embedding), embedding
+
+
+def assemble(backbone: Backbone, task: Any, num_classes: int) -> ImageModel:
+    """An untrained module of these parts."""
+    return ImageModel(backbone.build(), task.head(backbone.embedding_dim, num_classes), backbone.preprocessing)
+
+
+def save_weights(state: Mapping[str, torch.Tensor], *, out: Path) -> FileDigest:
+    """Write weights.safetensors into `out`."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, out / WEIGHTS)
+    return describe(out / WEIGHTS, within=out)
+
+
+def restore(checkpoint: Stored[Checkpoint]) -> ImageModel:
+    """The trained module in evaluation mode, from a verified folder; raises CheckpointMismatch."""
+    record = checkpoint.record
+    backbone = plugins.load("backbones", record.backbone, dict(record.backbone_settings))
+    model = assemble(backbone, plugins.load("tasks", record.task), len(record.classes))
+    try:
+        model.load_state_dict(load_file(checkpoint.folder / record.weights.name))
+    except RuntimeError as error:
+        raise CheckpointMismatch(
+            f"{record.weights.name} does not fit backbone {record.backbone!r}: {str(error).splitlines()[0]}; train again"
+        ) from error
+    return model.eval()

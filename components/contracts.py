@@ -1,0 +1,601 @@
+"""What the parts of visionloop agree on: records, the protocols of the families, and every error.
+
+Exceptions::
+
+    VisionloopError                 something is wrong that a person can act on
+    ├── ConfigError (ValueError)    a recipe, an override or a command-line value
+    │   └── UnknownName             a plug-in, class or key that does not exist; lists the valid ones
+    ├── DataError                   the images or their version
+    │   ├── UndecodableImage        one file is not an image we accept; the reason is its message
+    │   ├── DataDiffers             the folder is not what data.dvc says
+    │   └── DataRejected            validation refused the data set
+    ├── StoreError                  an artefact could not be written or read
+    │   ├── TamperedArtefact        bytes differ from the digests in their manifest
+    │   └── SchemaTooNew            written by a newer visionloop
+    ├── WorkspaceBusy               another run holds this workspace
+    ├── TrainingDiverged            the loss is not finite
+    ├── CheckpointMismatch          a checkpoint belongs to another config or other data
+    ├── ExportError                 a target could not build its engine
+    ├── EngineUnavailable           an engine cannot be executed on this machine
+    ├── WeightsUnavailable          pretrained weights could not be had
+    └── RegistryUnavailable         MLflow or the ledger does not answer
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+
+class VisionloopError(Exception):
+    """Something is wrong that a person can act on; the message says what, what was expected and what to do."""
+
+
+class ConfigError(VisionloopError, ValueError):
+    """A recipe, an override or a command-line value is not valid."""
+
+
+class UnknownName(ConfigError):
+    """A name that nothing carries."""
+
+    def __init__(self, what: str, name: str, valid: Sequence[str]) -> None:
+        super().__init__(f"unknown {what} {name!r}; valid: {', '.join(sorted(valid)) or '(none)'}")
+
+
+class DataError(VisionloopError):
+    """The images, or the version that pins them, are not usable."""
+
+
+class UndecodableImage(DataError):
+    """One file is not an image we accept; the message is the reason."""
+
+
+class DataDiffers(DataError):
+    """The data folder is not what data.dvc pins."""
+
+
+class DataRejected(DataError):
+    """Validation refused the data set."""
+
+
+class StoreError(VisionloopError):
+    """An artefact could not be written or read."""
+
+
+class TamperedArtefact(StoreError):
+    """Bytes on disk differ from the digests in their manifest."""
+
+
+class SchemaTooNew(StoreError):
+    """A record was written by a newer visionloop."""
+
+
+class WorkspaceBusy(VisionloopError):
+    """Another run holds this workspace."""
+
+
+class TrainingDiverged(VisionloopError):
+    """The training loss is not finite."""
+
+
+class CheckpointMismatch(VisionloopError):
+    """A training checkpoint belongs to another config or other data."""
+
+
+class ExportError(VisionloopError):
+    """A target could not build its engine."""
+
+
+class EngineUnavailable(VisionloopError):
+    """An engine cannot be executed on this machine."""
+
+
+class WeightsUnavailable(VisionloopError):
+    """Pretrained weights could not be had."""
+
+
+class RegistryUnavailable(VisionloopError):
+    """MLflow or the ledger does not answer."""
+
+
+def canonical_json(value: object) -> str:
+    """JSON with one spelling per value: sorted keys, no spaces, NaN refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Record(BaseModel):
+    """A frozen, versioned fact: small, JSON, without absolute paths or live objects.
+
+    Unknown keys are refused. `schema_version` is written with every record; `read` upgrades older ones
+    through `UPGRADES` and refuses newer ones with `SchemaTooNew`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    UPGRADES: ClassVar[Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
+
+    schema_version: int = 1
+    """A subclass whose fields change raises its default and adds an entry to UPGRADES."""
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Self:
+        """Build the record from JSON data of this or an older schema version."""
+        values = dict(data)
+        newest: int = cls.model_fields["schema_version"].default
+        version = values.get("schema_version")
+        if not isinstance(version, int) or version < 1:
+            raise StoreError(f"{cls.__name__} without a schema_version; expected 1 to {newest}")
+        if version > newest:
+            raise SchemaTooNew(
+                f"{cls.__name__} has schema version {version}, this visionloop reads up to {newest}; upgrade visionloop"
+            )
+        while version < newest:
+            values = cls.UPGRADES[version](values)
+            version += 1
+            values["schema_version"] = version
+        try:
+            return cls.model_validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            raise StoreError(f"not a valid {cls.__name__}: {first_problem(error)}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = self.model_dump(mode="json")
+        return data
+
+    def digest(self) -> str:
+        """sha256 of the record's canonical JSON: equal records, equal digests, on any machine."""
+        return sha256_text(canonical_json(self.to_json()))
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+RecordCo = TypeVar("RecordCo", bound=Record, covariant=True)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first complaint of a pydantic error as `place: what is wrong`."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    return f"{place}: {problem['msg']}" if place else str(problem["msg"])
+
+
+@dataclass(frozen=True)
+class Stored(Generic[RecordCo]):
+    """A record together with the verified folder that holds its files."""
+
+    record: RecordCo
+    folder: Path
+
+
+class FileDigest(Record):
+    """One file of an artefact: name relative to the artefact's folder, sha256 and size in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+class DataVersion(Record):
+    """A pinned state of `data/`: DVC's directory hash and the digest of the frozen test ledger beside it."""
+
+    dvc_hash: str
+    num_files: int
+    bytes: int
+    ledger_sha256: str
+
+
+class Dataset(Record):
+    """Images that decoded and passed validation; `num_input = num_kept + num_quarantined`."""
+
+    data: DataVersion
+    samples: FileDigest
+    quarantine: FileDigest
+    classes: tuple[str, ...]
+    class_counts: dict[str, int]
+    num_input: int
+    num_kept: int
+    num_quarantined: int
+    warnings: tuple[str, ...]
+
+
+SplitName = Literal["train", "valid", "calibration", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "valid", "calibration", "test")
+
+
+class Splits(Record):
+    """Every kept image in exactly one split; `test_digest` names the test images and their labels alone."""
+
+    data: DataVersion
+    table: FileDigest
+    classes: tuple[str, ...]
+    counts: dict[SplitName, int]
+    class_counts: dict[SplitName, dict[str, int]]
+    num_duplicate_groups: int
+    test_digest: str
+
+
+class Preprocessing(Record):
+    """How a file becomes the engine's input: decode, EXIF-rotate, resize the short side, crop the centre.
+
+    The result is uint8 (height, width, channels). Scaling to `(x / 255 - mean) / std` is part of every
+    engine's graph, so no caller repeats it.
+    """
+
+    channels: Literal[1, 3]
+    height: int = Field(ge=8, le=1024)
+    width: int = Field(ge=8, le=1024)
+    resize_shortest: int = Field(ge=8, le=2048)
+    """Length in pixels of the short side before the centre crop; equal to height and width for no margin."""
+    interpolation: Literal["bilinear", "bicubic"]
+    """Always antialiased."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std need one value per channel ({self.channels})")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        if self.resize_shortest < max(self.height, self.width):
+            raise ValueError("resize_shortest must not be smaller than the crop")
+        return self
+
+
+class Checkpoint(Record):
+    """Trained weights and everything needed to rebuild the module and to read its outputs."""
+
+    splits_digest: str
+    task: str
+    backbone: str
+    backbone_settings: dict[str, bool | int | float | str]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    embedding_dim: int
+    weights: FileDigest
+    history: FileDigest
+    temperature: float = Field(gt=0)
+    """Divides the logits before softmax; fitted on the valid split."""
+    best_epoch: int
+    epochs: int
+    valid_metrics: dict[str, float]
+
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class Engine(Record):
+    """A model in the form a runtime executes: uint8 NHWC in, `logits` and `embedding` out."""
+
+    name: str
+    target: str
+    precision: Precision
+    checkpoint_digest: str
+    files: tuple[FileDigest, ...]
+    entry: str
+    """The file of `files` that the runtime opens."""
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    embedding_dim: int
+    temperature: float = Field(gt=0)
+    runtime: str
+    """Library and version that built it."""
+    built_for: tuple[str, ...]
+    """Hardware the file is bound to; empty for any machine that runs the runtime."""
+    facts: dict[str, int | float | str]
+    """What the builder counted, such as `int8_ops`."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+class Estimate(Record):
+    """A measured value with its 95 % interval and the number of images behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int = Field(ge=1)
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] (n={self.n})"
+
+
+class ClassMetrics(Record):
+    """One class on one split. Precision and F1 are absent when the class was never predicted."""
+
+    name: str
+    support: int
+    precision: Estimate | None
+    recall: Estimate
+    f1: Estimate | None
+
+
+class Evaluation(Record):
+    """What one engine answered on one split; deterministic, so it is cached by content."""
+
+    engine: str
+    engine_digest: str
+    test_digest: str
+    status: Literal["evaluated", "not executed here"]
+    reason: str = ""
+    """Why it was not executed; empty when it was."""
+    num_images: int = 0
+    metrics: dict[str, Estimate] = {}
+    per_class: tuple[ClassMetrics, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Rows are true classes, columns predictions."""
+    reliability: tuple[tuple[float, float, int], ...] = ()
+    """(mean confidence, accuracy, count) of each non-empty confidence bin."""
+    predictions: FileDigest | None = None
+
+
+class Measurement(Record):
+    """Latency and size of one engine on one machine; never comes from another machine."""
+
+    engine: str
+    engine_digest: str
+    status: Literal["measured", "not executed here"]
+    reason: str = ""
+    machine: str
+    """Fingerprint of the machine: processor, cores, operating system."""
+    batch_size: int = 1
+    num_threads: int = 0
+    num_runs: int = 0
+    latency_p50_ms: float | None = None
+    latency_p90_ms: float | None = None
+    latency_p99_ms: float | None = None
+    size_bytes: int = 0
+
+
+FindingStatus = Literal["pass", "fail", "inconclusive", "not applicable", "not executed here"]
+
+
+class Finding(Record):
+    """One gate's answer about one engine."""
+
+    gate: str
+    status: FindingStatus
+    message: str
+    value: float | None = None
+    threshold: float | None = None
+    n: int | None = None
+
+
+VerdictStatus = Literal["pass", "fail", "inconclusive", "not executed here"]
+
+
+class EngineVerdict(Record):
+    """All findings of one engine and what follows from them."""
+
+    engine: str
+    engine_digest: str
+    required: bool
+    serving: bool
+    status: VerdictStatus
+    findings: tuple[Finding, ...]
+
+
+class Verdict(Record):
+    """Whether this candidate may be asked for approval. Anything but `pass` is a rejection."""
+
+    status: Literal["pass", "fail", "inconclusive"]
+    serving_engine: str
+    engines: tuple[EngineVerdict, ...]
+    reasons: tuple[str, ...]
+    """Why it is not a pass; empty on a pass."""
+    policy_digest: str
+
+
+class Lineage(Record):
+    """Where a model comes from, as it is written into MLflow and the ledger."""
+
+    run_id: str
+    recipe: str
+    data_version: str
+    git_commit: str
+    git_dirty: bool
+    code_version: str
+    config_digest: str
+    lock_digest: str
+
+
+class Candidate(Record):
+    """A registered model version that waits for a person's approval."""
+
+    model: str
+    version: str
+    candidate_digest: str
+    mlflow_run_id: str
+    ledger_seq: int
+
+
+class Rejection(Record):
+    """A model that was judged and refused; the evidence is kept."""
+
+    model: str
+    status: Literal["fail", "inconclusive"]
+    reasons: tuple[str, ...]
+    candidate_digest: str
+    mlflow_run_id: str
+    ledger_seq: int
+
+
+def compare(value: float | None, threshold: float, *, at_least: bool) -> Literal["pass", "fail", "inconclusive"]:
+    """The one comparison of a gate. A missing or non-finite value or threshold is inconclusive, never a pass."""
+    if value is None or not math.isfinite(value) or not math.isfinite(threshold):
+        return "inconclusive"
+    met = value >= threshold if at_least else value <= threshold
+    return "pass" if met else "fail"
+
+
+def compare_interval(estimate: Estimate | None, floor: float) -> Literal["pass", "fail", "inconclusive"]:
+    """Three-way comparison of an estimate with a floor.
+
+    Pass when the whole 95 % interval lies at or above the floor, fail when the whole interval lies below it,
+    else inconclusive: the images do not decide.
+    """
+    if estimate is None or not all(math.isfinite(v) for v in (estimate.low, estimate.value, estimate.high, floor)):
+        return "inconclusive"
+    if estimate.low >= floor:
+        return "pass"
+    return "fail" if estimate.high < floor else "inconclusive"
+
+
+class Progress(Protocol):
+    """Told how far a long operation is; silent by default."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+def silent(done: int, total: int, note: str = "") -> None:
+    """The Progress that shows nothing."""
+
+
+class MetricSink(Protocol):
+    """Receives live training metrics; must never block or fail training."""
+
+    def log(self, epoch: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class NullSink:
+    """The MetricSink that keeps nothing."""
+
+    def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        return None
+
+
+class Source(Protocol):
+    """Where images come from."""
+
+    def fetch(self, *, out: Path) -> None:
+        """Write one folder per class into `out`, the same bytes on every machine."""
+        ...
+
+
+class Backbone(Protocol):
+    """Images to features; its fields are its settings."""
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+
+    @property
+    def embedding_dim(self) -> int: ...
+
+    @property
+    def weights_choices(self) -> tuple[str, ...]:
+        """Names of the pretrained weights it knows; empty when it trains from scratch only."""
+        ...
+
+    def build(self) -> torch.nn.Module:
+        """A module from normalised float images (n, c, h, w) to features (n, embedding_dim), randomly initialised."""
+        ...
+
+    def pretrained(self, weights: str, *, cache: Path) -> dict[str, torch.Tensor]:
+        """State dict of `build()`'s module for `weights`; raises WeightsUnavailable."""
+        ...
+
+
+class Predictor(Protocol):
+    """A loaded engine."""
+
+    def predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """uint8 images (n, h, w, c) to logits (n, classes) and embeddings (n, embedding_dim)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What a target builds from: the checkpoint, its ONNX graph and, for int8, the calibration images."""
+
+    checkpoint: Stored[Checkpoint]
+    onnx: Path
+    precision: Precision
+    calibration: Callable[[], Iterator[npt.NDArray[np.uint8]]]
+    """Batches of uint8 images (n, h, w, c) of the calibration split."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a target built: its entry file, the hardware it is bound to, the builder and what it counted."""
+
+    entry: str
+    runtime: str
+    built_for: tuple[str, ...] = ()
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+class Target(Protocol):
+    """A runtime that engines are built for and executed in."""
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]: ...
+
+    def export(self, request: ExportRequest, *, out: Path) -> Built:
+        """Write the engine's files into `out`; raises ExportError."""
+        ...
+
+    def load(self, engine: Stored[Engine], *, num_threads: int) -> Predictor:
+        """Open a verified engine; raises EngineUnavailable where this machine cannot execute it."""
+        ...
+
+
+class Predictions(Protocol):
+    """One row an image in a fixed order: the columns gates may compare."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]: ...
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine answered on the test split, images in the split's order."""
+
+    image_ids: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32]
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        top: npt.NDArray[np.int64] = self.logits.argmax(axis=1)
+        return top
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a gate may look at when it judges one engine."""
+
+    engine: Engine
+    evaluation: Evaluation
+    measurement: Measurement | None
+    answers: Answers | None
+    reference: Answers | None
+    champion: Answers | None
+    champion_known: bool
+    """True when the ledger proves who the champion is, or that there never was one."""
+
+
+class Gate(Protocol):
+    """One condition an engine has to meet; its fields are its thresholds."""
+
+    def judge(self, evidence: Evidence) -> Finding: ...

@@ -1,0 +1,194 @@
+"""Data versions: which bytes `data/` holds, pinned by `data.dvc` in git. The only DVC code.
+
+A data version is two files committed together: `data.dvc` (DVC's directory hash) and `data.test-ledger.csv` (which
+pictures are test for ever, `components/splitting.py`). `data.dvc` carries the ledger's sha256 in its `meta`, so neither
+can change without the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from components.contracts import DataDiffers, DataError, DataVersion
+from components.store import write_atomically
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+DATA = "data"
+PIN = "data.dvc"
+TEST_LEDGER = "data.test-ledger.csv"
+_LEDGER_KEY = "visionloop_test_ledger_sha256"
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Run git in `root` and return what it printed; raises DataError with git's own words."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise DataError("git is not installed; data versions live in git, install it and run the command again") from None
+    if done.returncode:
+        raise DataError(f"git {arguments[0]} failed in {root}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout.strip()
+
+
+def git_state(root: Path) -> tuple[str, bool]:
+    """Commit of the workspace (`none` before the first one) and whether tracked files differ from it."""
+    try:
+        commit = git(root, "rev-parse", "--verify", "HEAD")
+    except DataError:
+        return "none", True
+    return commit, bool(git(root, "status", "--porcelain", "--untracked-files=no"))
+
+
+@contextlib.contextmanager
+def _repo(root: Path) -> Iterator[Repo]:
+    import logging
+
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    try:
+        with Repo(str(root)) as repo:
+            yield repo
+    except (DvcException, SCMError) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise DataError(f"DVC: {error}{cause}") from error
+
+
+def initialise(root: Path) -> None:
+    """Make `root` a git repository with DVC in it; leaves what is already there alone."""
+    from dvc.repo import Repo
+
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / ".git").exists():
+        git(root, "init", "--quiet", "--initial-branch=main")
+    if not (root / ".dvc").exists():
+        Repo.init(str(root)).close()
+    with _repo(root) as repo, repo.config.edit("repo") as config:
+        config["core"].update({"analytics": False, "check_update": False, "autostage": True})
+        # Not hard links: an editor that writes in place would corrupt the cache behind them.
+        config["cache"]["type"] = ["reflink", "copy"]
+    # DVC would keep a machine-wide cache under the system's temporary folder.
+    with _repo(root) as repo, repo.config.edit("local") as config:
+        config["core"]["site_cache_dir"] = str(root / ".visionloop" / "cache" / "dvc")
+    ignore = root / ".dvcignore"
+    lines = ignore.read_text().splitlines() if ignore.exists() else []
+    # What file managers drop into folders is not data.
+    missing = [line for line in (".DS_Store", "Thumbs.db") if line not in lines]
+    if missing:
+        write_atomically(ignore, ("\n".join([*lines, *missing]) + "\n").encode())
+    git(root, "add", ".dvc/config", ".dvc/.gitignore", ".dvcignore")
+
+
+def pinned(root: Path) -> DataVersion:
+    """What data.dvc says, without looking at the data; raises DataError when there is no valid pin."""
+    path = root / PIN
+    if not path.is_file():
+        raise DataError(f"{root} has no {PIN}; add images with `visionloop data add FOLDER` (one sub-folder per class)")
+    try:
+        content = yaml.safe_load(path.read_text())
+        out = content["outs"][0]
+        dvc_hash, num_files, size = str(out["md5"]), int(out["nfiles"]), int(out["size"])
+        expected_ledger = str(content["meta"][_LEDGER_KEY])
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is not a pin made by visionloop ({type(error).__name__}: {error}); run `visionloop data add`"
+        ) from error
+    ledger = root / TEST_LEDGER
+    found = hashlib.sha256(ledger.read_bytes()).hexdigest() if ledger.is_file() else "missing"
+    if found != expected_ledger:
+        raise DataDiffers(
+            f"{ledger} is not the one that {PIN} names (sha256 {expected_ledger[:12]}, found {found[:12]}). "
+            f"The two are one version: restore both with `git checkout -- {PIN} {TEST_LEDGER}`"
+        )
+    return DataVersion(dvc_hash=dvc_hash, num_files=num_files, bytes=size, ledger_sha256=expected_ledger)
+
+
+def pin(root: Path) -> DataVersion:
+    """Record the present content of `data/` and the ledger as the new data version; stages both in git."""
+    ledger_sha256 = hashlib.sha256((root / TEST_LEDGER).read_bytes()).hexdigest()
+    with _repo(root) as repo:
+        repo.add(str(root / DATA))
+    path = root / PIN
+    content = yaml.safe_load(path.read_text())
+    content["meta"] = {**content.get("meta", {}), _LEDGER_KEY: ledger_sha256}
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
+    git(root, "add", PIN, TEST_LEDGER, ".gitignore")
+    return pinned(root)
+
+
+def changes(root: Path) -> dict[str, list[str]]:
+    """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted': paths}; empty when equal."""
+    with _repo(root) as repo:
+        status = repo.data_status(granular=True)
+    found: dict[str, list[str]] = {}
+    uncommitted: dict[str, Any] = dict(status.get("uncommitted", {}))
+    for kind in ("added", "modified", "deleted"):
+        entries = [entry if isinstance(entry, str) else str(entry["path"]) for entry in uncommitted.get(kind, [])]
+        files = sorted(entry for entry in entries if entry.startswith(f"{DATA}/") and not entry.endswith("/"))
+        if files:
+            found[kind] = files
+    return found
+
+
+def verify(root: Path) -> DataVersion:
+    """The pinned version, once `data/` is known to hold exactly its bytes; raises DataDiffers naming files."""
+    version = pinned(root)
+    if not (root / DATA).is_dir():
+        raise DataDiffers(
+            f"{root / DATA} is not there, {PIN} pins {version.num_files} files ({version.dvc_hash}); "
+            f"fetch them with `visionloop data pull`"
+        )
+    found = _directory_hash(root)
+    if found == version.dvc_hash:
+        return version
+    listing = changes(root)
+    named = "; ".join(
+        f"{len(files)} {kind} ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})" for kind, files in listing.items()
+    )
+    raise DataDiffers(
+        f"{root / DATA} differs from {PIN}: expected {version.dvc_hash}, found {found}. {named or 'its files changed'}. "
+        f"To make this a new version: `visionloop data add`. To go back: `visionloop data pull --force`"
+    )
+
+
+def _directory_hash(root: Path) -> str:
+    from dvc_data.hashfile.build import build
+
+    with _repo(root) as repo:
+        out = repo.find_outs_by_path(str(root / DATA))[0]
+        _, _, found = build(
+            out.cache, out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore
+        )
+        return str(found.hash_info.value)
+
+
+def push(root: Path) -> int:
+    """Send the pinned version to the remote; returns how many objects were sent."""
+    with _repo(root) as repo:
+        return int(repo.push())
+
+
+def pull(root: Path, *, force: bool = False) -> int:
+    """Bring the pinned version from the remote into `data/`; returns how many files changed."""
+    with _repo(root) as repo:
+        statistics = repo.pull(force=force)
+    return sum(int(count) for name, count in statistics["stats"].items() if name != "fetched")
+
+
+def set_remote(root: Path, url: str, *, endpoint_url: str | None = None) -> None:
+    """Use `url` (a folder or s3://bucket/prefix) as the default remote. Credentials stay in the AWS environment."""
+    with _repo(root) as repo, repo.config.edit("repo") as config:
+        config["remote"]["storage"] = {"url": url} | ({"endpointurl": endpoint_url} if endpoint_url else {})
+        config["core"]["remote"] = "storage"
+    git(root, "add", ".dvc/config")

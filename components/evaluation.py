@@ -1,0 +1,194 @@
+"""Evaluation: Engine x Splits.test -> Evaluation, in the engine's own runtime; and Measurement of its latency.
+
+An Evaluation is a function of its inputs. A Measurement belongs to the machine it was taken on and is never used on
+another one. An engine that cannot run here gets the status `not executed here`, never a pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pydantic import Field
+
+from components import plugins
+from components.contracts import (
+    Engine,
+    EngineUnavailable,
+    Estimate,
+    Evaluation,
+    Measurement,
+    Predictor,
+    Progress,
+    Record,
+    Splits,
+    Stored,
+    silent,
+)
+from components.images import batches
+from components.samples import rows
+from components.store import describe
+
+PREDICTIONS = "predictions.parquet"
+_BATCH = 32
+
+
+class EvaluationConfig(Record):
+    """How engines are measured; how they are evaluated is not a matter of taste."""
+
+    latency_runs: int = Field(default=300, ge=20)
+    """Timed single-image calls; a p99 rests on the slowest hundredth of them."""
+    latency_warmup_runs: int = Field(default=30, ge=0)
+    num_threads: int = Field(default=2, ge=1, le=256)
+
+
+def evaluate(
+    engine: Stored[Engine],
+    splits: Stored[Splits],
+    data: Path,
+    task_name: str,
+    config: EvaluationConfig,
+    *,
+    out: Path,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Answer every test image and score the answers; writes predictions.parquet (one row an image)."""
+    record = engine.record
+    common: dict[str, Any] = {
+        "engine": record.name,
+        "engine_digest": record.digest(),
+        "test_digest": splits.record.test_digest,
+    }
+    try:
+        predictor = _load(engine, config.num_threads)
+    except EngineUnavailable as error:
+        return Evaluation(**common, status="not executed here", reason=str(error))
+    table = rows(splits, "test")
+    if len(table) == 0:
+        return Evaluation(**common, status="not executed here", reason="the test split is empty")
+    paths = [data / path for path in table["path"]]
+    answers = [
+        predictor.predict(batch)
+        for batch in batches(paths, record.preprocessing, batch_size=_BATCH, progress=progress)
+    ]
+    logits = np.concatenate([answer[0] for answer in answers]).astype(np.float32)
+    embedding = np.concatenate([answer[1] for answer in answers])
+    _check_shapes(record, len(table), logits, embedding)
+    if not np.isfinite(logits).all():
+        # Kept as evidence: the gates call it inconclusive, and a person can see which images it was.
+        _write(table, record, logits, embedding, np.full_like(logits, np.nan, dtype=np.float64), out)
+        bad = int((~np.isfinite(logits).all(axis=1)).sum())
+        return Evaluation(**common, status="evaluated", reason=f"{bad} images got non-finite logits")
+    task = plugins.load("tasks", task_name)
+    labels = table["class_index"].to_numpy()
+    predicted = logits.argmax(axis=1)
+    _write(table, record, logits, embedding, task.probabilities(logits, record.temperature), out)
+    matrix = task.confusion(predicted, labels, len(record.classes))
+    return Evaluation(
+        **common,
+        status="evaluated",
+        num_images=len(table),
+        metrics=task.metrics(logits, labels, record.temperature),
+        per_class=task.per_class(predicted, labels, record.classes),
+        confusion=tuple(tuple(int(count) for count in row) for row in matrix),
+        reliability=task.reliability(logits, labels, record.temperature),
+        predictions=describe(out / PREDICTIONS, within=out),
+    )
+
+
+def _load(engine: Stored[Engine], num_threads: int) -> Predictor:
+    target = plugins.load("targets", engine.record.target)
+    predictor: Predictor = target.load(engine, num_threads=num_threads)
+    return predictor
+
+
+def _check_shapes(engine: Engine, n: int, logits: npt.NDArray[Any], embedding: npt.NDArray[Any]) -> None:
+    expected = ((n, len(engine.classes)), (n, engine.embedding_dim))
+    if (logits.shape, embedding.shape) != expected:
+        raise EngineUnavailable(
+            f"{engine.name} answered logits {logits.shape} and embedding {embedding.shape}, expected {expected[0]} and "
+            f"{expected[1]}; the file does not belong to this label space"
+        )
+
+
+def _write(
+    table: pd.DataFrame,
+    engine: Engine,
+    logits: npt.NDArray[np.float32],
+    embedding: npt.NDArray[Any],
+    probabilities: npt.NDArray[np.float64],
+    out: Path,
+) -> None:
+    predicted = logits.argmax(axis=1)
+    frame = pd.DataFrame(
+        {
+            "sha256": table["sha256"],
+            "path": table["path"],
+            "label": table["class_index"],
+            "predicted": predicted,
+            "confidence": probabilities.max(axis=1).astype(np.float32),
+            "logits": list(logits),
+            "embedding": list(embedding.astype(np.float16)),
+        }
+    )
+    frame.to_parquet(out / PREDICTIONS, index=False)
+
+
+def machine_fingerprint() -> str:
+    """Processor, logical cores and operating system, as text and a short digest: measurements do not leave it."""
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    text = f"{processor}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, node {platform.node()}"
+    return f"{processor}, {os.cpu_count()} cores, {platform.system()} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+
+def measure(
+    engine: Stored[Engine], splits: Stored[Splits], data: Path, config: EvaluationConfig, *, progress: Progress = silent
+) -> Measurement:
+    """Time single decoded test images through the engine: a whole answer, without decoding and network."""
+    record = engine.record
+    common: dict[str, Any] = {
+        "engine": record.name,
+        "engine_digest": record.digest(),
+        "machine": machine_fingerprint(),
+        "size_bytes": record.size_bytes,
+    }
+    try:
+        predictor = _load(engine, config.num_threads)
+    except EngineUnavailable as error:
+        return Measurement(**common, status="not executed here", reason=str(error))
+    paths = [data / path for path in rows(splits, "test")["path"].head(32)]
+    images = np.concatenate(list(batches(paths, record.preprocessing, batch_size=_BATCH)))
+    elapsed = np.empty(config.latency_runs)
+    for run in range(-config.latency_warmup_runs, config.latency_runs):
+        image = images[run % len(images)][None]
+        start = time.perf_counter()
+        predictor.predict(image)
+        if run >= 0:
+            elapsed[run] = time.perf_counter() - start
+        progress(run + config.latency_warmup_runs + 1, config.latency_runs + config.latency_warmup_runs)
+    p50, p90, p99 = (float(value) for value in np.percentile(elapsed * 1e3, [50, 90, 99]))
+    return Measurement(
+        **common,
+        status="measured",
+        num_threads=config.num_threads,
+        num_runs=config.latency_runs,
+        latency_p50_ms=p50,
+        latency_p90_ms=p90,
+        latency_p99_ms=p99,
+    )
+
+

@@ -1,0 +1,218 @@
+"""Export: Checkpoint x target -> Engine. Every exporter runs in a process of its own.
+
+A converter that crashes, leaks or loads a clashing native library then costs one engine and an error message, not the
+run. All targets build from one ONNX graph, whose input is the uint8 image and whose outputs are logits and embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import field_validator, model_validator
+
+from components import plugins
+from components.contracts import (
+    Built,
+    Checkpoint,
+    ConfigError,
+    Engine,
+    ExportError,
+    ExportRequest,
+    FileDigest,
+    Precision,
+    Record,
+    Splits,
+    Stored,
+    VisionloopError,
+)
+from components.images import batches
+from components.samples import rows
+from components.store import describe
+
+REFERENCE = "torch_reference-fp32"
+GRAPH = "model.onnx"
+_TIMEOUT_S = 1800
+
+
+class TargetConfig(Record):
+    """One engine to build."""
+
+    target: str
+    precision: Precision = "fp32"
+    required: bool = True
+    """A required engine that fails its gates rejects the candidate."""
+    settings: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.precision}"
+
+
+class ExportConfig(Record):
+    """Which engines are built and which one is served; the torch reference is always built as the yardstick."""
+
+    targets: tuple[TargetConfig, ...]
+    serving: str
+    """Name of the engine that goes into production, such as `openvino-int8`."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[TargetConfig, ...]) -> tuple[TargetConfig, ...]:
+        names = [target.name for target in targets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the same engine twice: {', '.join(sorted(names))}")
+        return targets
+
+    @model_validator(mode="after")
+    def _servable(self) -> ExportConfig:
+        if self.serving == REFERENCE:
+            raise ValueError("the torch reference is the yardstick, it is never served; choose another engine")
+        valid = [target.name for target in self.targets if target.name != REFERENCE]
+        if self.serving not in valid:
+            raise ValueError(f"serving names {self.serving!r}, which is not built; valid: {', '.join(valid) or '(none)'}")
+        return self
+
+    @property
+    def all_targets(self) -> tuple[TargetConfig, ...]:
+        """The reference first, then the configured ones."""
+        others = tuple(target for target in self.targets if target.name != REFERENCE)
+        return (TargetConfig(target="torch_reference", required=False), *others)
+
+
+def check(config: ExportConfig) -> None:
+    """Raise ConfigError for an unknown target, precision or setting, before any work is done."""
+    for chosen in config.all_targets:
+        target = plugins.load("targets", chosen.target, chosen.settings)
+        if chosen.precision not in target.precisions:
+            raise ConfigError(
+                f"target {chosen.target!r} has no precision {chosen.precision!r}; valid: {', '.join(target.precisions)}"
+            )
+
+
+class Graph(Record):
+    """The interchange graph of one checkpoint."""
+
+    checkpoint_digest: str
+    file: FileDigest
+
+
+def export_graph(checkpoint: Stored[Checkpoint], *, out: Path) -> Graph:
+    """Write the ONNX graph that targets build from; raises ExportError."""
+    _in_subprocess({"do": "graph", "checkpoint": _reference(checkpoint), "out": str(out)})
+    return Graph(checkpoint_digest=checkpoint.record.digest(), file=describe(out / GRAPH, within=out))
+
+
+def export(
+    checkpoint: Stored[Checkpoint],
+    graph: Stored[Graph],
+    splits: Stored[Splits],
+    data: Path,
+    config: TargetConfig,
+    *,
+    out: Path,
+    plugin_folder: Path | None = None,
+) -> Engine:
+    """Build one engine; int8 ranges come from the calibration split alone. Raises ExportError with the builder's words."""
+    built = _in_subprocess(
+        {
+            "do": "engine",
+            "checkpoint": _reference(checkpoint),
+            "graph": str(graph.folder / graph.record.file.name),
+            "splits": _reference(splits),
+            "data": str(data),
+            "config": config.to_json(),
+            "out": str(out),
+            "plugins": str(plugin_folder) if plugin_folder else None,
+        }
+    )
+    files = tuple(describe(path, within=out) for path in sorted(out.rglob("*")) if path.is_file())
+    record = checkpoint.record
+    return Engine(
+        name=config.name,
+        target=config.target,
+        precision=config.precision,
+        checkpoint_digest=record.digest(),
+        files=files,
+        entry=built["entry"],
+        preprocessing=record.preprocessing,
+        classes=record.classes,
+        embedding_dim=record.embedding_dim,
+        temperature=record.temperature,
+        runtime=built["runtime"],
+        built_for=tuple(built["built_for"]),
+        facts=built["facts"],
+    )
+
+
+def _reference(stored: Stored[Any]) -> dict[str, Any]:
+    return {"record": stored.record.to_json(), "folder": str(stored.folder)}
+
+
+def _in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "components.export"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIMEOUT_S,
+            cwd=root,
+        )
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"the exporter did not finish within {_TIMEOUT_S} s") from None
+    last = done.stdout.strip().splitlines()[-1:]
+    try:
+        answer: dict[str, Any] = json.loads(last[0])
+    except (IndexError, ValueError):
+        tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-15:])
+        raise ExportError(f"the exporter died with status {done.returncode}:\n{tail}") from None
+    if "error" in answer:
+        raise ExportError(answer["error"])
+    return answer
+
+
+def _build(request: dict[str, Any]) -> dict[str, Any]:
+    checkpoint = Stored(Checkpoint.read(request["checkpoint"]["record"]), Path(request["checkpoint"]["folder"]))
+    out = Path(request["out"])
+    if request["do"] == "graph":
+        from components.checkpoints import restore
+        from components.graphs import to_onnx
+
+        to_onnx(restore(checkpoint), checkpoint.record.preprocessing, out / GRAPH)
+        return {}
+    if request["plugins"]:
+        plugins.use_workspace(Path(request["plugins"]))
+    config = TargetConfig.read(request["config"])
+    splits = Stored(Splits.read(request["splits"]["record"]), Path(request["splits"]["folder"]))
+
+    def calibration() -> Iterator[npt.NDArray[np.uint8]]:
+        paths = [Path(request["data"], path) for path in rows(splits, "calibration")["path"]]
+        return batches(paths, checkpoint.record.preprocessing, batch_size=32)
+
+    target = plugins.load("targets", config.target, config.settings)
+    built: Built = target.export(
+        ExportRequest(checkpoint, Path(request["graph"]), config.precision, calibration), out=out
+    )
+    return {
+        "entry": built.entry,
+        "runtime": built.runtime,
+        "built_for": list(built.built_for),
+        "facts": dict(built.facts),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        answer = _build(json.loads(sys.stdin.read()))
+    except VisionloopError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)

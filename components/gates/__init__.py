@@ -1,0 +1,1 @@
+"""Gates: one file each, class `Gate`; a pure function of evidence that fails closed."""

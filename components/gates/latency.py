@@ -1,0 +1,39 @@
+"""Latency budget: the p99 of single images on the machine that measured it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.contracts import Evidence, Finding, compare
+
+
+class Gate(BaseModel):
+    """Inconclusive without a measurement of this very engine, or with too few runs to speak of a p99."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    max_p99_ms: float = Field(gt=0)
+    min_runs: int = Field(default=100, ge=1)
+
+    def judge(self, evidence: Evidence) -> Finding:
+        measured = evidence.measurement
+        if measured is None or measured.status != "measured":
+            return self._inconclusive("its latency was not measured")
+        if measured.engine_digest != evidence.engine.digest():
+            return self._inconclusive("the measurement is of another engine")
+        if measured.num_runs < self.min_runs:
+            return self._inconclusive(f"{measured.num_runs} timed runs, a p99 needs {self.min_runs}")
+        status = compare(measured.latency_p99_ms, self.max_p99_ms, at_least=False)
+        if status == "inconclusive":
+            return self._inconclusive(f"its p99 is {measured.latency_p99_ms}")
+        return Finding(
+            gate="latency",
+            status=status,
+            message=f"p99 {measured.latency_p99_ms:.3g} ms of {measured.num_runs} runs on {measured.machine}, "
+            f"budget {self.max_p99_ms:g} ms",
+            value=measured.latency_p99_ms,
+            threshold=self.max_p99_ms,
+            n=measured.num_runs,
+        )
+
+    def _inconclusive(self, message: str) -> Finding:
+        return Finding(gate="latency", status="inconclusive", message=message, threshold=self.max_p99_ms)

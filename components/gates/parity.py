@@ -1,0 +1,49 @@
+"""Parity: the shipped engine answers like the trained module, image by image."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.contracts import Evidence, Finding, Precision, compare
+
+
+class Gate(BaseModel):
+    """Share of equal top-1 for every precision, and for fp32 also the largest |logit difference|.
+
+    A quantised engine's logits may differ by more than any useful bound while its answers agree, so the bound on logits
+    is fp32's alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    min_agreement: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.995, "int8": 0.98}
+    max_logit_difference: float = Field(default=1e-2, gt=0)
+    min_images: int = Field(default=100, ge=1)
+
+    def judge(self, evidence: Evidence) -> Finding:
+        answers, reference = evidence.answers, evidence.reference
+        if answers is None or reference is None:
+            return _inconclusive("no answers of this engine, or none of the torch reference, to compare")
+        if answers.image_ids != reference.image_ids:
+            return _inconclusive("the engine and the reference answered different images")
+        n = len(answers.image_ids)
+        if n < self.min_images:
+            return _inconclusive(f"{n} test images, parity needs {self.min_images}", n=n)
+        if not (np.isfinite(answers.logits).all() and np.isfinite(reference.logits).all()):
+            return _inconclusive("non-finite logits", n=n)
+        floor = self.min_agreement.get(evidence.engine.precision)
+        if floor is None:
+            return _inconclusive(f"no min_agreement is set for precision {evidence.engine.precision}", n=n)
+        agreement = float((answers.predicted == reference.predicted).mean())
+        difference = float(np.abs(answers.logits - reference.logits).max())
+        status = compare(agreement, floor, at_least=True)
+        text = f"top-1 equal on {agreement:.4%} of {n} images (floor {floor:.1%}), largest |logit difference| {difference:.2g}"
+        if evidence.engine.precision == "fp32":
+            text += f" (limit {self.max_logit_difference:g})"
+            if status == "pass":
+                status = compare(difference, self.max_logit_difference, at_least=False)
+        return Finding(gate="parity", status=status, message=text, value=agreement, threshold=floor, n=n)
+
+
+def _inconclusive(message: str, n: int | None = None) -> Finding:
+    return Finding(gate="parity", status="inconclusive", message=message, n=n)

@@ -1,0 +1,190 @@
+"""Gating: Evaluations and Measurements -> Verdict. Pure, and closed by default.
+
+No gate configured, an engine that was not executed, an empty or non-finite value, a missing reference: none of these is
+ever a pass. A rejected model is a value of this stage, not an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from components import plugins
+from components.contracts import (
+    Answers,
+    Engine,
+    EngineVerdict,
+    Evaluation,
+    Evidence,
+    Finding,
+    FindingStatus,
+    Gate,
+    Measurement,
+    Record,
+    Stored,
+    TamperedArtefact,
+    Verdict,
+    VerdictStatus,
+)
+from components.store import sha256_file
+
+
+class GateConfig(Record):
+    """One gate, with thresholds for all engines or for those it names."""
+
+    gate: str
+    settings: dict[str, Any] = {}
+    engines: tuple[str, ...] = ()
+    """Names of the engines it judges; empty for all."""
+
+
+class GatingConfig(Record):
+    """The gate policy. Its digest is part of what an approval is bound to."""
+
+    gates: tuple[GateConfig, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One engine with everything that was found out about it."""
+
+    engine: Stored[Engine]
+    evaluation: Stored[Evaluation]
+    measurement: Measurement | None
+    required: bool
+
+
+def check(config: GatingConfig, engine_names: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown gate, setting or engine, before any work is done."""
+    from components.contracts import UnknownName
+
+    for chosen in config.gates:
+        plugins.load("gates", chosen.gate, chosen.settings)
+        for name in chosen.engines:
+            if name not in engine_names:
+                raise UnknownName(f"engine in gate {chosen.gate!r}", name, engine_names)
+
+
+def judge(
+    judged: Sequence[Judged],
+    reference: Stored[Evaluation] | None,
+    champion: Stored[Evaluation] | None,
+    config: GatingConfig,
+    *,
+    serving: str,
+    champion_known: bool,
+) -> Verdict:
+    """One EngineVerdict per engine, and what follows for the candidate as a whole.
+
+    The candidate passes when the serving engine and every required engine that can run here passed. A required engine
+    that cannot run here does not reject, it is reported as `not executed here`; the serving engine has to have run.
+    """
+    gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
+    reference_answers = _answers(reference)
+    champion_answers = _answers(champion)
+    verdicts = []
+    for item in judged:
+        engine = item.engine.record
+        findings: list[Finding] = []
+        if item.evaluation.record.engine_digest != engine.digest():
+            findings = [_finding("evaluation", "inconclusive", "the evaluation is of another engine")]
+        elif item.evaluation.record.status == "not executed here":
+            findings = [_finding("evaluation", "not executed here", item.evaluation.record.reason)]
+        else:
+            evidence = Evidence(
+                engine=engine,
+                evaluation=item.evaluation.record,
+                measurement=item.measurement,
+                answers=_answers(item.evaluation),
+                reference=reference_answers,
+                champion=champion_answers,
+                champion_known=champion_known and (champion is None or champion_answers is not None),
+            )
+            findings = [gate.judge(evidence) for g, gate in gates if not g.engines or engine.name in g.engines]
+        verdicts.append(
+            EngineVerdict(
+                engine=engine.name,
+                engine_digest=engine.digest(),
+                required=item.required,
+                serving=engine.name == serving,
+                status=_combine(findings),
+                findings=tuple(findings),
+            )
+        )
+    return _decide(verdicts, serving, config.digest())
+
+
+def _combine(findings: Sequence[Finding]) -> VerdictStatus:
+    statuses = {finding.status for finding in findings}
+    if "fail" in statuses:
+        return "fail"
+    if "not executed here" in statuses:
+        return "not executed here"
+    # `not applicable` alone is no evidence: at least one gate has to have passed.
+    return "pass" if "pass" in statuses and statuses <= {"pass", "not applicable"} else "inconclusive"
+
+
+def _decide(verdicts: Sequence[EngineVerdict], serving: str, policy_digest: str) -> Verdict:
+    deciding = [v for v in verdicts if v.serving or (v.required and v.status != "not executed here")]
+    reasons = [
+        f"{verdict.engine}: {finding.gate}: {finding.message}"
+        for verdict in deciding
+        for finding in verdict.findings
+        if finding.status not in ("pass", "not applicable")
+    ]
+    statuses = {verdict.status for verdict in deciding}
+    if not any(verdict.serving for verdict in verdicts):
+        reasons.append(f"the serving engine {serving} was not judged")
+    for verdict in deciding:
+        if not any(finding.status == "pass" for finding in verdict.findings):
+            reasons.append(f"{verdict.engine}: no gate passed, and without evidence nothing is approved")
+    if "fail" in statuses:
+        status = "fail"
+    else:
+        status = "inconclusive" if reasons or statuses != {"pass"} else "pass"
+    return Verdict.model_validate(
+        {
+            "status": status,
+            "serving_engine": serving,
+            "engines": tuple(verdicts),
+            "reasons": tuple(reasons),
+            "policy_digest": policy_digest,
+        }
+    )
+
+
+def _finding(gate: str, status: FindingStatus, message: str) -> Finding:
+    return Finding(gate=gate, status=status, message=message)
+
+
+def _answers(evaluation: Stored[Evaluation] | None) -> Answers | None:
+    if evaluation is None or evaluation.record.predictions is None:
+        return None
+    path = evaluation.folder / evaluation.record.predictions.name
+    if sha256_file(path) != evaluation.record.predictions.sha256:
+        raise TamperedArtefact(f"{path} was changed after it was evaluated; run again to make it anew")
+    return read_answers(path)
+
+
+def read_answers(path: Path) -> Answers:
+    """The answers of a predictions.parquet."""
+    frame = pd.read_parquet(path, columns=["sha256", "label", "logits"])
+    return Answers(
+        image_ids=tuple(frame["sha256"]),
+        labels=frame["label"].to_numpy(dtype=np.int64),
+        logits=np.stack(list(frame["logits"])).astype(np.float32),
+    )
+
+
+def policy(config: GatingConfig) -> Mapping[str, Any]:
+    """The gate policy with every default written out, for the evidence."""
+    return {
+        f"{index}:{chosen.gate}": plugins.load("gates", chosen.gate, chosen.settings).model_dump(mode="json")
+        for index, chosen in enumerate(config.gates)
+    }

@@ -1,0 +1,122 @@
+"""Families: one file a member, the file name is the key, the class inside carries the family's name.
+
+A member is looked for in the package's own folder and in the workspace's `plugins/<family>/`. A workspace may add
+members; it may not shadow a shipped one.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from components.contracts import ConfigError, UnknownName, first_problem
+
+FAMILIES = {"sources": "Source", "targets": "Target", "gates": "Gate", "tasks": "Task", "backbones": "Backbone"}
+_ROOT = Path(__file__).resolve().parent
+_workspace_plugins: list[Path] = []
+
+
+def use_workspace(folder: Path | None) -> None:
+    """Look for members in `folder/<family>/` too, or (None) in the package alone."""
+    _workspace_plugins[:] = [folder] if folder is not None else []
+
+
+def _members(family: str) -> dict[str, Path]:
+    if family not in FAMILIES:
+        raise UnknownName("plug-in family", family, list(FAMILIES))
+    found: dict[str, Path] = {}
+    for root in (_ROOT, *_workspace_plugins):
+        for path in sorted((root / family).glob("[!_]*.py")):
+            if path.stem in found:
+                raise ConfigError(f"{path} has the name of a shipped {family} member; rename it")
+            found[path.stem] = path
+    return found
+
+
+def names(family: str) -> list[str]:
+    """Keys of a family's members."""
+    return sorted(_members(family))
+
+
+def _module(family: str, name: str) -> ModuleType:
+    members = _members(family)
+    if name not in members:
+        raise UnknownName(family.removesuffix("s"), name, list(members))
+    path = members[name]
+    if path.parent.parent == _ROOT:
+        return importlib.import_module(f"components.{family}.{name}")
+    key = f"visionloop_workspace_plugins.{family}.{name}"
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
+    """The member `name` with `settings` for its fields. An unknown name or setting lists the valid ones."""
+    module = _module(family, name)
+    member = getattr(module, FAMILIES[family], None)
+    if member is None:
+        raise ConfigError(f"{module.__file__} defines no class {FAMILIES[family]}; a {family} member needs one")
+    unknown = sorted(set(settings or {}) - set(member.model_fields))
+    if unknown:
+        raise UnknownName(f"setting of {family.removesuffix('s')} {name!r}", unknown[0], list(member.model_fields))
+    try:
+        return member(**(settings or {}))
+    except ValidationError as error:
+        raise ConfigError(f"{family}.{name}: {first_problem(error)}") from error
+
+
+def member_digest(family: str, name: str) -> str:
+    """sha256 of the member's source and of every module of ours that it imports."""
+    members = _members(family)
+    if name not in members:
+        raise UnknownName(family.removesuffix("s"), name, list(members))
+    return source_digest(members[name])
+
+
+def _imports(path: Path) -> set[Path]:
+    root = _ROOT.parent
+    dotted: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            dotted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            dotted |= {alias.name for alias in node.names}
+    found: set[Path] = set()
+    for name in dotted:
+        if name.split(".")[0] not in ("components", "registry"):
+            continue
+        base = root.joinpath(*name.split("."))
+        found |= {file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()}
+    return found
+
+
+@functools.cache
+def source_digest(path: Path) -> str:
+    """sha256 over a module's source and, transitively, every module of ours that it imports.
+
+    Two runs share a cached result only when this is equal: a changed line anywhere in a stage's code makes it anew.
+    """
+    seen: set[Path] = set()
+    queue = [path]
+    while queue:
+        current = queue.pop()
+        if current not in seen:
+            seen.add(current)
+            queue += _imports(current)
+    digest = hashlib.sha256()
+    for file in sorted(seen, key=lambda p: (p.name, p.as_posix())):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

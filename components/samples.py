@@ -1,0 +1,29 @@
+"""The sample table: one row an image, never just folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from components.contracts import SplitName, Splits, Stored
+
+
+def rows(splits: Stored[Splits], name: SplitName) -> pd.DataFrame:
+    """The images of one split in a fixed order: path (relative to data/), label, sha256, picture, class_index."""
+    table = pd.read_parquet(splits.folder / splits.record.table.name)
+    chosen = table[table["split"] == name].reset_index(drop=True)
+    index = {label: position for position, label in enumerate(splits.record.classes)}
+    return chosen.assign(class_index=chosen["label"].map(index).astype("int64"))
+
+
+def image_files(folder: Path) -> dict[str, list[Path]]:
+    """Files of a one-folder-per-class tree by class, sorted; hidden files are ignored.
+
+    Raises nothing about their content. A class is a direct sub-folder; anything deeper belongs to no class.
+    """
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {
+        path.name: sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        for path in classes
+    }

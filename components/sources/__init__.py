@@ -1,0 +1,1 @@
+"""Sources: one file each, class `Source`; brings images into a workspace."""

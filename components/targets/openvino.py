@@ -1,0 +1,114 @@
+"""OpenVINO on the CPU: fp32, or int8 by NNCF's post-training quantisation on the calibration split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.contracts import Built, Engine, EngineUnavailable, ExportError, ExportRequest, Stored
+
+_ENTRY = "model.xml"
+
+
+class Target(BaseModel):
+    """Input and output stay uint8 and fp32 in both precisions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
+    max_calibration_images: int = Field(default=300, ge=10)
+
+    def export(self, request: ExportRequest, *, out: Path) -> Built:
+        import openvino
+
+        # read_model, not convert_model: the converter's front end loads a telemetry client.
+        model = openvino.Core().read_model(request.onnx)
+        facts: dict[str, int | float | str] = {}
+        if request.precision == "int8":
+            model, count = self._quantised(model, request)
+            facts |= {"int8_ops": sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())}
+            facts |= {"int8_constants": _int8_constants(model), "calibration_images": count}
+            if not facts["int8_constants"]:
+                raise ExportError("quantisation left every weight in floating point; this engine would be int8 by name only")
+        openvino.save_model(model, out / _ENTRY, compress_to_fp16=False)
+        return Built(entry=_ENTRY, runtime=f"openvino {openvino.__version__}", facts=facts)
+
+    def _quantised(self, model: Any, request: ExportRequest) -> tuple[Any, int]:
+        import nncf
+
+        images = [image[None] for batch in request.calibration() for image in batch][: self.max_calibration_images]
+        if len(images) < 10:
+            raise ExportError(f"{len(images)} calibration images; int8 needs at least 10: raise splitting.calibration_share")
+        quantised = nncf.quantize(
+            model,
+            nncf.Dataset(images),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(images),
+            fast_bias_correction=True,
+        )
+        return quantised, len(images)
+
+    def load(self, engine: Stored[Engine], *, num_threads: int) -> _Predictor:
+        return _Predictor(compiled(engine.folder / engine.record.entry, hint="LATENCY", num_threads=num_threads))
+
+
+def compiled(path: Path, *, hint: Literal["LATENCY", "THROUGHPUT"], num_threads: int) -> Any:
+    """The model ready to run on the CPU; raises EngineUnavailable without OpenVINO."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineUnavailable(f"openvino is not installed: {error}") from error
+    settings = {
+        "PERFORMANCE_HINT": hint,
+        # On processors with AMX the default is bf16, which is neither fp32 nor the reference's answer.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": num_threads,
+    }
+    return openvino.Core().compile_model(path, "CPU", settings)
+
+
+def stream(model: Any, batches: Iterator[npt.NDArray[np.uint8]], output: str) -> Iterator[npt.NDArray[np.float32]]:
+    """Outputs named `output` of all batches in order, several requests in flight."""
+    import openvino
+
+    queue = openvino.AsyncInferQueue(model)
+    results: dict[int, npt.NDArray[np.float32]] = {}
+
+    def keep(request: Any, index: int) -> None:
+        results[index] = request.get_tensor(output).data.copy()
+
+    queue.set_callback(keep)
+    submitted = given = 0
+    for batch in batches:
+        queue.start_async({"images": batch}, submitted)
+        submitted += 1
+        while given in results:
+            yield results.pop(given)
+            given += 1
+    queue.wait_all()
+    for index in range(given, submitted):
+        yield results.pop(index)
+
+
+def _int8_constants(model: Any) -> int:
+    # Before compression into i8 constants, NNCF marks a quantised weight by a FakeQuantize fed from a constant.
+    found = 0
+    for op in model.get_ops():
+        if op.get_type_name() == "FakeQuantize" and op.input_value(0).get_node().get_type_name() in ("Constant", "Convert"):
+            found += 1
+        elif op.get_type_name() == "Constant" and op.get_element_type().get_type_name() in ("i8", "u8") and op.shape:
+            found += 1
+    return found
+
+
+class _Predictor:
+    def __init__(self, model: Any) -> None:
+        self._request = model.create_infer_request()
+
+    def predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        found = self._request.infer({"images": images})
+        return found["logits"].copy(), found["embedding"].copy()

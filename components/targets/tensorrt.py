@@ -1,0 +1,129 @@
+"""NVIDIA TensorRT: TensorRT-RTX builds ahead of time without a GPU; executing needs one.
+
+Where a GPU and the `tensorrt` extra exist, full TensorRT builds for that GPU instead. Networks are strongly typed: the
+precision is the graph's. An engine is bound to the GPU generations it was built for and to the library's version.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.contracts import Built, Engine, EngineUnavailable, ExportError, ExportRequest, Stored
+
+_ENTRY = "model.engine"
+
+
+class Target(BaseModel):
+    """Dynamic batch from 1 to `max_batch`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    precisions: tuple[Literal["fp32"], ...] = ("fp32",)
+    compute_capabilities: tuple[str, ...] = ("SM86", "SM89", "SM120")
+    """GPU generations to build for ahead of time: Ampere, Ada and Blackwell GeForce or workstation cards."""
+    max_batch: int = Field(default=32, ge=1, le=1024)
+
+    def export(self, request: ExportRequest, *, out: Path) -> Built:
+        full = _has_gpu() and importlib.util.find_spec("tensorrt") is not None
+        trt = _library("tensorrt" if full else "tensorrt_rtx")
+        logger = trt.Logger(trt.Logger.ERROR)
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse(request.onnx.read_bytes()):
+            problems = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+            raise ExportError(f"TensorRT cannot parse the graph: {problems}")
+        config = builder.create_builder_config()
+        built_for = self._aim(trt, config, full=full)
+        size = request.checkpoint.record.preprocessing
+        shape = (size.height, size.width, size.channels)
+        profile = builder.create_optimization_profile()
+        profile.set_shape("images", (1, *shape), (min(8, self.max_batch), *shape), (self.max_batch, *shape))
+        config.add_optimization_profile(profile)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise ExportError("TensorRT built no engine; its own messages above say why")
+        (out / _ENTRY).write_bytes(bytes(plan))
+        return Built(entry=_ENTRY, runtime=f"{trt.__name__} {trt.__version__}", built_for=built_for)
+
+    def _aim(self, trt: Any, config: Any, *, full: bool) -> tuple[str, ...]:
+        if full:
+            import torch
+
+            major, minor = torch.cuda.get_device_capability()
+            return (f"SM{major}{minor}",)
+        valid = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+        for name in self.compute_capabilities:
+            if name not in valid:
+                raise ExportError(f"unknown compute capability {name!r}; valid: {', '.join(valid)}")
+        config.num_compute_capabilities = len(self.compute_capabilities)
+        for index, name in enumerate(self.compute_capabilities):
+            config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
+        return self.compute_capabilities
+
+    def load(self, engine: Stored[Engine], *, num_threads: int) -> _Predictor:
+        if not _has_gpu():
+            raise EngineUnavailable("built, not executed here: TensorRT needs an NVIDIA GPU and its driver")
+        trt = _library(engine.record.runtime.split()[0])
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        plan = runtime.deserialize_cuda_engine((engine.folder / engine.record.entry).read_bytes())
+        if plan is None:
+            raise EngineUnavailable(
+                f"built, not executed here: this GPU or {trt.__name__} {trt.__version__} does not accept an engine built by "
+                f"{engine.record.runtime} for {', '.join(engine.record.built_for)}"
+            )
+        return _Predictor(plan, max_batch=self.max_batch)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(
+            f"{name} is not installed ({error}); it exists for Linux on x86-64. Remove target 'tensorrt' from the recipe, "
+            f"or build on such a machine"
+        ) from error
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+class _Predictor:
+    """Runs on the current CUDA device; device memory is held in torch tensors."""
+
+    def __init__(self, engine: Any, *, max_batch: int) -> None:
+        self._engine = engine
+        self._context = engine.create_execution_context()
+        self._max_batch = max_batch
+
+    def predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        pieces = [
+            self._predict(np.ascontiguousarray(images[i : i + self._max_batch]))
+            for i in range(0, len(images), self._max_batch)
+        ]
+        return np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces])
+
+    def _predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        import torch
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            given = torch.from_numpy(images).cuda()
+            self._context.set_input_shape("images", tuple(images.shape))
+            self._context.set_tensor_address("images", given.data_ptr())
+            outputs = {}
+            for name in ("logits", "embedding"):
+                outputs[name] = torch.empty(tuple(self._context.get_tensor_shape(name)), device="cuda")
+                self._context.set_tensor_address(name, outputs[name].data_ptr())
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise RuntimeError("TensorRT refused to execute")
+        stream.synchronize()
+        return outputs["logits"].cpu().numpy(), outputs["embedding"].cpu().numpy()

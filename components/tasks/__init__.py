@@ -1,0 +1,1 @@
+"""Tasks: one file each, class `Task`; owns head, loss, metrics and how answers are compared."""

@@ -1,0 +1,93 @@
+"""Pretrained weights: foreign files become safetensors once, in a subprocess, after their sha256 is checked.
+
+A `.pth` file is a pickle. `weights_only=True` narrows what it may do, it is not a boundary (CVE-2025-32434), so such a
+file is only ever opened in a process of its own and only when its digest is the one this code names.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.contracts import WeightsUnavailable
+from components.store import sha256_file, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+_CONVERT = """
+import sys, torch
+from safetensors.torch import save_file
+state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+# safetensors sorts by name; the number keeps the order of the state dict.
+save_file({f"{i:05d}:{name}": value.contiguous().clone() for i, (name, value) in enumerate(state.items())}, sys.argv[2])
+"""
+
+
+def from_pickle(path: Path, *, sha256: str, cache: Path) -> dict[str, torch.Tensor]:
+    """State dict of a `.pth` file, in its own order; `sha256` is the whole digest or a prefix of it.
+
+    Raises WeightsUnavailable when the file is not the expected one.
+    """
+    found = sha256_file(path)
+    if not found.startswith(sha256):
+        raise WeightsUnavailable(f"{path} has sha256 {found[:16]}..., expected {sha256[:16]}...; it was not opened")
+    converted = cache / "weights" / f"{found}.safetensors"
+    sidecar = converted.with_suffix(".sha256")
+    if not (converted.exists() and sidecar.exists() and sha256_file(converted) == sidecar.read_text()):
+        converted.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
+            result = Path(scratch, "converted.safetensors")
+            done = subprocess.run(
+                [sys.executable, "-c", _CONVERT, str(path), str(result)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise WeightsUnavailable(f"{path} is not a plain state dict: {done.stderr.strip().splitlines()[-1]}")
+            os.replace(result, converted)
+        write_atomically(sidecar, sha256_file(converted).encode())
+    return {name.split(":", 1)[1]: value for name, value in sorted(from_safetensors(converted).items())}
+
+
+def from_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file; raises WeightsUnavailable when it is not one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsUnavailable(f"{path} is not a readable safetensors file: {error}") from error
+    return tensors
+
+
+def download(url: str, *, sha256: str, cache: Path, timeout_s: float = 60.0) -> Path:
+    """Fetch `url` once into the cache; `sha256` is a digest prefix. Raises WeightsUnavailable when offline."""
+    path = cache / "downloads" / url.rsplit("/", 1)[-1]
+    if path.exists() and sha256_file(path).startswith(sha256):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+            data = response.read()
+    except (urllib.error.URLError, OSError) as error:
+        raise WeightsUnavailable(
+            f"cannot download {url} ({error}). Without network, put the file at {path}, or set "
+            f"training.weights to a local .safetensors file"
+        ) from error
+    write_atomically(path, data)
+    return path
+
+
+def in_order(state: dict[str, torch.Tensor], module: torch.nn.Module, *, source: str) -> dict[str, torch.Tensor]:
+    """Rename a state dict by position onto `module`'s own names; raises WeightsUnavailable unless every shape agrees."""
+    own = module.state_dict()
+    given = list(state.values())[: len(own)]
+    if len(given) != len(own) or any(a.shape != b.shape for a, b in zip(given, own.values(), strict=True)):
+        raise WeightsUnavailable(f"{source} does not fit this backbone: its tensors differ in number or shape")
+    return dict(zip(own, given, strict=True))

@@ -1,0 +1,5 @@
+"""python -m flows is `visionloop`."""
+
+from flows.cli import main
+
+main()

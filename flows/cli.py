@@ -1,0 +1,390 @@
+"""`visionloop`: the loop on the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from components.contracts import ConfigError, VisionloopError
+
+app = typer.Typer(
+    name="visionloop",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Turn labelled images into engines that are judged before they are served.
+
+    The loop, in order:
+
+    \b
+      visionloop init DIR                a workspace: git, DVC, your recipes
+      visionloop data add FOLDER         one sub-folder per class -> a pinned data version
+      visionloop recipe list | show      what can be trained, and how
+      visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, register
+      visionloop runs                    what was run, and what came of it
+      visionloop store verify            every artefact against its digests
+      visionloop demo                    all of it on real digits, in a scratch workspace
+
+    Every command takes --json and then prints one JSON object as its last line.
+    Exit status: 0 done, 1 the model was rejected, 2 an error that says what to do.""",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Images and their pinned versions.", rich_markup_mode=None)
+recipe_app = typer.Typer(no_args_is_help=True, help="What can be trained, and how.", rich_markup_mode=None)
+store_app = typer.Typer(no_args_is_help=True, help="Published artefacts.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(store_app, name="store")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace, or a folder in it.")]
+HERE = Path(".")
+
+
+def _finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
+    print(json.dumps(answer, allow_nan=False) if as_json else text())
+
+
+def _fail(error: VisionloopError, as_json: bool) -> NoReturn:
+    notes = list(getattr(error, "__notes__", []))
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "message": str(error), "notes": notes}))
+    else:
+        print(f"error: {error}", file=sys.stderr)
+        for note in notes:
+            print(f"  {note}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _guarded(action: Callable[[], None], as_json: bool) -> None:
+    try:
+        action()
+    except VisionloopError as error:
+        _fail(error, as_json)
+
+
+@app.command()
+def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE, json_: AsJson = False) -> None:
+    """Make a workspace: git and DVC, ready for `data add`."""
+
+    def action() -> None:
+        from flows.run import Workspace
+
+        workspace = Workspace.create(directory)
+        _finish(
+            {"workspace": str(workspace.root)},
+            json_,
+            lambda: f"Workspace {workspace.root} is ready. Next: visionloop data add FOLDER (one sub-folder per class)",
+        )
+
+    _guarded(action, json_)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a .yaml file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="Override, such as training.fit.epochs=5. May be repeated.")
+    ] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Validate, split, train, export, evaluate, judge and register, in one run that can be resumed."""
+
+    def action() -> None:
+        from flows.config import load_recipe
+        from flows.run import Workspace
+        from flows.settings import prepare_environment
+
+        found = Workspace.find(workspace)
+        # Before Prefect is even imported: a typo should cost no time.
+        load_recipe(recipe, set_ or [], workspace=found.root)
+        prepare_environment(found.state)
+        _train(found.root, recipe, set_ or [], json_)
+
+    _guarded(action, json_)
+
+
+def _train(root: Path, recipe: str, overrides: list[str], as_json: bool) -> None:
+    from flows.train import train as flow
+
+    summary = flow(recipe, str(root), overrides, quiet=False)
+    _finish(summary, as_json, lambda: _told(summary))
+    if summary["outcome"] != "candidate":
+        raise typer.Exit(1)
+
+
+def _told(summary: dict[str, Any]) -> str:
+    from flows.summary import told
+
+    return told(summary)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--directory", help="Scratch workspace; kept, so a second demo resumes.")] = Path(
+        ".demo"
+    ),
+    json_: AsJson = False,
+) -> None:
+    """The main job on the embedded digits, in a scratch workspace: no account, no server, no download."""
+
+    def action() -> None:
+        from flows.demo import prepare
+        from flows.settings import prepare_environment
+
+        workspace = prepare(directory)
+        prepare_environment(workspace.state)
+        _train(workspace.root, "digits", [], json_)
+
+    _guarded(action, json_)
+
+
+@app.command()
+def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """What was run in this workspace, and what came of it."""
+
+    def action() -> None:
+        from flows.run import Workspace
+
+        folder = Workspace.find(workspace).runs
+        found = []
+        for path in sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
+            outcome = next(iter(path.parent.glob("*-registration/outcome.json")), None)
+            result = json.loads(outcome.read_text()) if outcome else None
+            state = "unfinished" if result is None else ("candidate" if "version" in result else "rejection")
+            version = (result or {}).get("version")
+            found.append({"run": path.parent.name, "outcome": state, "version": version, "folder": str(path.parent)})
+        _finish(
+            {"runs": found},
+            json_,
+            lambda: "\n".join(
+                f"{r['run']}  {r['outcome']}{' version ' + r['version'] if r['version'] else ''}" for r in found
+            )
+            or "No runs yet. Next: visionloop train --recipe NAME",
+        )
+
+    _guarded(action, json_)
+
+
+@data_app.command("add")
+def data_add(
+    folder: Annotated[Path | None, typer.Argument(help="One sub-folder per class; none to pin data/ as it is.")] = None,
+    source: Annotated[str | None, typer.Option(help="A source plug-in instead of a folder, such as digits.")] = None,
+    test_share: Annotated[
+        float | None, typer.Option(min=0.05, max=0.5, help="Share that is test for ever; frozen by the first add.")
+    ] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Copy images into data/, freeze which of them are test, and pin the result as a new data version."""
+
+    def action() -> None:
+        from components.validation import ValidationConfig
+        from flows import data
+        from flows.console import Console
+        from flows.run import Workspace
+
+        if folder is not None and source is not None:
+            raise ConfigError("give a folder or --source, not both")
+        found = Workspace.find(workspace)
+        with found.locked("visionloop data add"), Console(1, quiet=json_) as console:
+            if source is not None:
+                if found.data.exists():
+                    raise ConfigError(f"{found.data} exists already; --source fills an empty workspace")
+                data.fetch(found, source)
+            with console.stage("looking at images", 1) as (progress, _):
+                added = data.add(found, folder, test_share=test_share, progress=progress)
+        notes = list(data.class_note(added.class_counts, ValidationConfig().min_images_per_class))
+        if added.undecodable:
+            shown = ", ".join(added.undecodable[:3])
+            notes.append(f"{len(added.undecodable)} files do not decode and will be quarantined: {shown}")
+        answer = {
+            "data_version": added.version.dvc_hash,
+            "files": added.version.num_files,
+            "copied": added.num_copied,
+            "already_there": added.num_already_there,
+            "new_test_images": added.num_new_test,
+            "classes": added.class_counts,
+            "notes": notes,
+        }
+        lines = [
+            f"Data version {added.version.dvc_hash}: {added.version.num_files} files in {len(added.class_counts)} classes",
+            f"({added.num_copied} copied, {added.num_already_there} were there, {added.num_new_test} new test images).",
+            *(f"Note: {note}." for note in notes),
+            "Next: git commit -m 'New data version', then visionloop train --recipe NAME",
+        ]
+        _finish(answer, json_, lambda: "\n".join(lines))
+
+    _guarded(action, json_)
+
+
+@data_app.command("status")
+def data_status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """Compare data/ with the pinned version. Exit status 1 when they differ."""
+
+    def action() -> None:
+        from components import dataversions
+        from flows.run import Workspace
+
+        root = Workspace.find(workspace).root
+        version = dataversions.pinned(root)
+        present = (root / dataversions.DATA).is_dir()
+        changes = dataversions.changes(root) if present else {"deleted": [f"{dataversions.DATA}/ (all of it)"]}
+        lines = [f"Pinned: {version.dvc_hash}, {version.num_files} files, {version.bytes} bytes"]
+        lines += [f"{kind}: {len(files)} ({', '.join(files[:5])})" for kind, files in changes.items()]
+        lines += [] if changes else ["data/ is exactly that version."]
+        _finish(
+            {"data_version": version.dvc_hash, "files": version.num_files, "changes": changes}, json_, lambda: "\n".join(lines)
+        )
+        if changes:
+            raise typer.Exit(1)
+
+    _guarded(action, json_)
+
+
+@data_app.command("remote")
+def data_remote(
+    url: Annotated[str, typer.Argument(help="A folder, or s3://bucket/prefix.")],
+    endpoint_url: Annotated[str | None, typer.Option(help="Address of an S3 server that is not AWS.")] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Choose where push and pull go. S3 credentials come from the AWS environment, they are not stored."""
+
+    def action() -> None:
+        from components import dataversions
+        from flows.run import Workspace
+
+        dataversions.set_remote(Workspace.find(workspace).root, url, endpoint_url=endpoint_url)
+        _finish({"remote": url}, json_, lambda: f"Remote: {url}")
+
+    _guarded(action, json_)
+
+
+@data_app.command("push")
+def data_push(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """Send the pinned data version to the remote."""
+
+    def action() -> None:
+        from components import dataversions
+        from flows.run import Workspace
+
+        sent = dataversions.push(Workspace.find(workspace).root)
+        _finish({"sent": sent}, json_, lambda: f"{sent} objects sent")
+
+    _guarded(action, json_)
+
+
+@data_app.command("pull")
+def data_pull(
+    force: Annotated[bool, typer.Option(help="Overwrite local changes of data/.")] = False,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Bring the pinned data version from the remote into data/."""
+
+    def action() -> None:
+        from components import dataversions
+        from flows.run import Workspace
+
+        found = Workspace.find(workspace)
+        with found.locked("visionloop data pull"):
+            changed = dataversions.pull(found.root, force=force)
+            version = dataversions.verify(found.root)
+        _finish(
+            {"changed": changed, "data_version": version.dvc_hash},
+            json_,
+            lambda: f"data/ is version {version.dvc_hash}, {version.num_files} files",
+        )
+
+    _guarded(action, json_)
+
+
+@recipe_app.command("list")
+def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """The shipped recipes and the workspace's own."""
+
+    def action() -> None:
+        import yaml
+
+        from flows.config import recipe_files
+
+        files = recipe_files(workspace)
+        found = {name: str((yaml.safe_load(path.read_text()) or {}).get("description", "")) for name, path in files.items()}
+        _finish({"recipes": found}, json_, lambda: "\n".join(f"{name:16} {text}" for name, text in sorted(found.items())))
+
+    _guarded(action, json_)
+
+
+@recipe_app.command("show")
+def recipe_show(
+    recipe: str,
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="Override to apply first.")] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """A recipe with every default written out."""
+
+    def action() -> None:
+        import yaml
+
+        from flows.config import load_recipe
+
+        values = load_recipe(recipe, set_ or [], workspace=workspace).to_json()
+        _finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
+
+    _guarded(action, json_)
+
+
+@recipe_app.command("schema")
+def recipe_schema(json_: AsJson = False) -> None:
+    """JSON Schema of a recipe, for editors."""
+    from flows.config import RunConfig
+
+    schema = RunConfig.model_json_schema()
+    _finish(schema, json_, lambda: json.dumps(schema, indent=1))
+
+
+@store_app.command("verify")
+def store_verify(
+    discard: Annotated[bool, typer.Option(help="Set what does not verify aside, so that the next run makes it anew.")] = False,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Check every published artefact against its manifest. Exit status 1 when one does not verify."""
+
+    def action() -> None:
+        from components.contracts import TamperedArtefact
+        from components.store import read_manifest
+        from flows.run import Workspace
+
+        found = Workspace.find(workspace)
+        store, broken, intact = found.store, [], 0
+        for folder in store.artefacts():
+            try:
+                read_manifest(folder)
+                intact += 1
+            except TamperedArtefact as error:
+                moved = str(store.discard(folder)) if discard else None
+                broken.append({"folder": str(folder), "problem": str(error), "moved_to": moved})
+        lines = [f"{intact} artefacts verify, {len(broken)} do not"]
+        lines += [f"{b['problem']}" + (f" Moved to {b['moved_to']}" if b["moved_to"] else "") for b in broken]
+        _finish({"intact": intact, "broken": broken}, json_, lambda: "\n".join(lines))
+        if broken and not discard:
+            raise typer.Exit(1)
+
+    _guarded(action, json_)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

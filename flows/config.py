@@ -1,0 +1,131 @@
+"""Recipes: YAML files parsed into RunConfig, one section per stage. A typo dies here, before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError, field_validator
+
+from components import plugins
+from components.contracts import ConfigError, Record, UnknownName
+from components.evaluation import EvaluationConfig
+from components.export import ExportConfig
+from components.export import check as check_export
+from components.gating import GatingConfig
+from components.gating import check as check_gating
+from components.splitting import SplittingConfig
+from components.training import TrainingConfig
+from components.training import check as check_training
+from components.validation import ValidationConfig
+
+SHIPPED = Path(__file__).resolve().parent / "recipes"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+class RunConfig(Record):
+    """One run, completely: every default is written out in the run folder and in MLflow."""
+
+    name: str
+    model: str
+    """Registered model name; part of every key in the ledger."""
+    description: str = ""
+    source: str | None = None
+    """Source plug-in that can make the pinned data where `data/` is empty; none for a folder of one's own."""
+    validation: ValidationConfig = ValidationConfig()
+    splitting: SplittingConfig = SplittingConfig()
+    training: TrainingConfig
+    export: ExportConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gating: GatingConfig
+
+    @field_validator("name", "model")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is not a plain name; use a-z, 0-9, '.', '_' and '-', at most 63")
+        return value
+
+
+def recipe_files(workspace: Path | None) -> dict[str, Path]:
+    """Every recipe by name: the shipped ones and the workspace's own, which win."""
+    folders = [SHIPPED, *([workspace / "recipes"] if workspace else [])]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path | None = None) -> RunConfig:
+    """The recipe of this name or path with `section.key=value` overrides; raises ConfigError naming the key.
+
+    Everything it names (plug-ins, their settings, weights, engines) is checked to exist.
+    """
+    files = recipe_files(workspace)
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else files.get(recipe)
+    if path is None:
+        raise UnknownName("recipe", recipe, list(files))
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} is not a mapping of sections")
+    for override in overrides:
+        _apply(values, override)
+    config = parse(values, place=str(path))
+    check_training(config.training)
+    check_export(config.export)
+    check_gating(config.gating, [target.name for target in config.export.all_targets])
+    if config.source is not None:
+        plugins.load("sources", config.source)
+    return config
+
+
+def parse(values: dict[str, Any], *, place: str) -> RunConfig:
+    """Values to RunConfig; raises ConfigError that names the key and, for an unknown one, the valid keys."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(values), strict=True)
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise ConfigError(f"{place}: {error}") from error
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            valid = _fields(problem["loc"][:-1])
+            raise UnknownName(f"key in {place}:", key, valid) from error
+        raise ConfigError(f"{place}: {key}: {problem['msg']}") from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as training.fit.epochs=5")
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
+
+
+def _fields(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model at this place of RunConfig."""
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation), *(a for c in get_args(annotation) for a in get_args(c))]
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return [name for name in model.model_fields if name != "schema_version"]

@@ -1,0 +1,223 @@
+"""What a run leaves behind: the bundle that is registered, the summary and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.contracts import (
+    Candidate,
+    Checkpoint,
+    Dataset,
+    Engine,
+    Evaluation,
+    Measurement,
+    Record,
+    Rejection,
+    Splits,
+    Stored,
+    Verdict,
+    canonical_json,
+    sha256_text,
+)
+from components.gating import policy
+from components.store import write_atomically
+from flows.run import Run
+from registry.models import Evidence
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the stages found, in the order of the engines: the torch reference first."""
+
+    dataset: Stored[Dataset]
+    splits: Stored[Splits]
+    checkpoint: Stored[Checkpoint]
+    engines: Sequence[Stored[Engine]]
+    evaluations: Sequence[Stored[Evaluation]]
+    measurements: Sequence[Stored[Measurement]]
+    champion: Stored[Evaluation] | None
+    verdict: Stored[Verdict]
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """One row an epoch."""
+        rows: list[dict[str, float]] = json.loads((self.checkpoint.folder / self.checkpoint.record.history.name).read_text())
+        return rows
+
+
+def bound_digests(results: Results) -> dict[str, Any]:
+    """What an approval of this candidate is bound to: any change of one of these makes it another candidate."""
+    return {
+        "data": results.dataset.record.data.digest(),
+        "split": results.splits.record.test_digest,
+        "weights": results.checkpoint.record.weights.sha256,
+        "engines": {stored.record.name: stored.record.digest() for stored in results.engines},
+        "policy": results.verdict.record.policy_digest,
+        "evidence": {stored.record.engine: stored.record.digest() for stored in results.evaluations},
+    }
+
+
+def candidate_digest(run: Run, results: Results) -> str:
+    """Identity of a candidate. Latency is in its evidence, not in its identity: a slower minute makes no new model."""
+    return sha256_text(canonical_json([run.config.model, bound_digests(results), results.verdict.record.status]))
+
+
+def assemble(run: Run, results: Results) -> Evidence:
+    """The bundle of a candidate: weights, engines, evidence, report and model card."""
+    from flows.report import model_card, render
+
+    verdict = results.verdict.record
+    folder = run.folder / ".bundle"
+    folder.mkdir(exist_ok=True)
+    files: dict[str, Path] = {}
+
+    def document(name: str, text: str) -> None:
+        path = folder / name.replace("/", "-")
+        path.write_text(text)
+        files[name] = path
+
+    def record(name: str, value: Record) -> None:
+        document(f"evidence/{name}.json", json.dumps(value.to_json(), indent=1))
+
+    checkpoint = results.checkpoint
+    files["checkpoint/weights.safetensors"] = checkpoint.folder / checkpoint.record.weights.name
+    record("checkpoint", checkpoint.record)
+    record("dataset", results.dataset.record)
+    record("splits", results.splits.record)
+    record("verdict", verdict)
+    document("evidence/config.json", json.dumps(run.config.to_json(), indent=1))
+    document("evidence/policy.json", json.dumps(policy(run.config.gating), indent=1))
+    document("evidence/lineage.json", json.dumps(run.lineage.to_json(), indent=1))
+    files["evidence/splits.parquet"] = results.splits.folder / results.splits.record.table.name
+    files["evidence/history.json"] = checkpoint.folder / checkpoint.record.history.name
+    for stored in results.engines:
+        for file in stored.record.files:
+            files[f"engines/{stored.record.name}/{file.name}"] = stored.folder / file.name
+        record(f"{stored.record.name}.engine", stored.record)
+    for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True):
+        name = evaluation.record.engine
+        record(f"{name}.evaluation", evaluation.record)
+        record(f"{name}.measurement", measurement.record)
+        if evaluation.record.predictions is not None:
+            files[f"evidence/{name}.predictions.parquet"] = evaluation.folder / evaluation.record.predictions.name
+    document("model-card.md", model_card(run, results))
+    document("report.html", render(run, results, None))
+    return Evidence(
+        model=run.config.model,
+        candidate_digest=candidate_digest(run, results),
+        training_key=_training_key(run, results),
+        verdict=verdict,
+        files=files,
+        tags=_tags(run, results),
+        params=_flat(run.config.to_json()),
+        metrics=_metrics(results),
+        history=results.history,
+        bound=bound_digests(results),
+    )
+
+
+def _training_key(run: Run, results: Results) -> str:
+    from flows.steps import training_key
+
+    return training_key(run, results.splits)
+
+
+def _tags(run: Run, results: Results) -> dict[str, str]:
+    lineage = {f"visionloop.{name}": str(value) for name, value in run.lineage.to_json().items() if name != "schema_version"}
+    return lineage | {
+        "visionloop.run": run.id,
+        "visionloop.data": run.data.dvc_hash,
+        "visionloop.git": run.lineage.git_commit,
+        "visionloop.test_digest": results.splits.record.test_digest,
+        "visionloop.weights_sha256": results.checkpoint.record.weights.sha256,
+        "visionloop.serving_engine": results.verdict.record.serving_engine,
+    }
+
+
+def _metrics(results: Results) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True):
+        name = evaluation.record.engine
+        found |= {f"evaluation.{name}.{metric}": e.value for metric, e in evaluation.record.metrics.items()}
+        for percentile in ("p50", "p90", "p99"):
+            value = getattr(measurement.record, f"latency_{percentile}_ms")
+            if value is not None:
+                found[f"evaluation.{name}.latency_{percentile}_ms"] = value
+    return found
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(values, dict):
+        return {
+            name: text
+            for key, value in values.items()
+            if key != "schema_version"
+            for name, text in _flat(value, f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {prefix: json.dumps(values) if isinstance(values, list) else str(values)}
+
+
+def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report: Path) -> dict[str, Any]:
+    """The run as JSON data: what `visionloop train --json` prints."""
+    verdict = results.verdict.record
+    return {
+        "run": run.id,
+        "model": run.config.model,
+        "version": outcome.version if isinstance(outcome, Candidate) else None,
+        "outcome": "candidate" if isinstance(outcome, Candidate) else "rejection",
+        "candidate_digest": outcome.candidate_digest,
+        "verdict": verdict.status,
+        "reasons": list(verdict.reasons),
+        "findings": [
+            {"engine": engine.engine, "engine_status": engine.status, **finding.model_dump(exclude={"schema_version"})}
+            for engine in verdict.engines
+            for finding in engine.findings
+        ],
+        "engines": {
+            evaluation.record.engine: {
+                "status": evaluation.record.status,
+                "reason": evaluation.record.reason,
+                "metrics": {
+                    name: {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
+                    for name, e in evaluation.record.metrics.items()
+                },
+                "latency_ms": {
+                    "p50": measurement.record.latency_p50_ms,
+                    "p90": measurement.record.latency_p90_ms,
+                    "p99": measurement.record.latency_p99_ms,
+                    "n": measurement.record.num_runs,
+                },
+                "size_bytes": measurement.record.size_bytes,
+            }
+            for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True)
+        },
+        "serving_engine": verdict.serving_engine,
+        "data": {
+            "version": run.data.dvc_hash,
+            "kept": results.dataset.record.num_kept,
+            "quarantined": results.dataset.record.num_quarantined,
+            "splits": dict(results.splits.record.counts),
+            "warnings": list(results.dataset.record.warnings),
+        },
+        "git_commit": run.lineage.git_commit,
+        "seconds": {
+            name: {"seconds": round(seconds, 2), "cached": cached}
+            for name, (seconds, cached) in run.console.durations.items()
+        },
+        "report": str(report),
+        "run_folder": str(run.folder),
+    }
+
+
+def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> Path:
+    """`report.html` of the run, with what registration answered; left alone when nothing new was found."""
+    path = run.folder / "report.html"
+    if not path.exists() or not all(cached for _, cached in run.console.durations.values()):
+        from flows.report import render
+
+        write_atomically(path, render(run, results, outcome).encode())
+    return path

@@ -1,0 +1,254 @@
+"""The workspace and the run: where things lie, and the one cache.
+
+A run is known by what determines its result (recipe, data version, code, locked libraries), so the same command finds the
+same run folder again. Each stage's result lives in the store under a key of its inputs; the run folder holds relative
+links to it, so `ls` shows the way of the data and nothing is stored twice. See infra/decisions/0002.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from components import dataversions, plugins
+from components.contracts import (
+    ConfigError,
+    DataVersion,
+    Lineage,
+    Progress,
+    RecordT,
+    Stored,
+    VisionloopError,
+    WorkspaceBusy,
+    canonical_json,
+    sha256_text,
+)
+from components.store import Store, sha256_file, write_atomically
+from flows.config import RunConfig
+from flows.console import Console
+from flows.settings import Settings
+
+STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "registration")
+_CODE = Path(__file__).resolve().parent.parent
+_IGNORED = ("/data/", "/.visionloop/")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A directory with git, data.dvc, recipes and plug-ins of its own, and a git-ignored `.visionloop/`."""
+
+    root: Path
+
+    @property
+    def state(self) -> Path:
+        return self.root / ".visionloop"
+
+    @property
+    def data(self) -> Path:
+        return self.root / dataversions.DATA
+
+    @property
+    def plugins(self) -> Path:
+        return self.root / "plugins"
+
+    @property
+    def runs(self) -> Path:
+        return self.state / "runs"
+
+    @property
+    def cache(self) -> Path:
+        return self.state / "cache"
+
+    @property
+    def store(self) -> Store:
+        return Store(self.state / "store")
+
+    @classmethod
+    def find(cls, start: Path) -> Workspace:
+        """The workspace at `start` or above it; raises ConfigError when there is none."""
+        start = start.resolve()
+        for folder in (start, *start.parents):
+            if (folder / ".dvc").is_dir() and (folder / ".git").exists():
+                workspace = cls(folder)
+                workspace.state.mkdir(mode=0o700, exist_ok=True)
+                plugins.use_workspace(workspace.plugins if workspace.plugins.is_dir() else None)
+                return workspace
+        raise ConfigError(f"{start} is not in a visionloop workspace; make one with `visionloop init {start}`")
+
+    @classmethod
+    def create(cls, root: Path) -> Workspace:
+        """Make `root` a workspace; what is already there is left alone."""
+        root = root.resolve()
+        dataversions.initialise(root)
+        ignore = root / ".gitignore"
+        lines = ignore.read_text().splitlines() if ignore.exists() else []
+        missing = [line for line in _IGNORED if line not in lines and line.rstrip("/") not in lines]
+        if missing:
+            write_atomically(ignore, ("\n".join([*lines, *missing]) + "\n").encode())
+        (root / "recipes").mkdir(exist_ok=True)
+        dataversions.git(root, "add", ".gitignore")
+        return cls.find(root)
+
+    @contextlib.contextmanager
+    def locked(self, purpose: str) -> Iterator[None]:
+        """Hold the workspace; the lock goes with the process, also when it is killed. Raises WorkspaceBusy."""
+        path = self.state / "lock"
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise WorkspaceBusy(
+                    f"{self.root} is in use by {holder}; wait for it to end, or stop it. Nothing was changed"
+                ) from None
+            file.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"`{purpose}` (pid {os.getpid()} on {socket.gethostname()}, since {started})")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+
+@functools.cache
+def lock_digest() -> str:
+    """sha256 of the locked versions: requirements.lock beside the code, else every installed distribution."""
+    lock = _CODE / "requirements.lock"
+    if lock.is_file():
+        return sha256_file(lock)
+    installed = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
+    return sha256_text("\n".join(installed))
+
+
+@functools.cache
+def code_digest() -> str:
+    """sha256 over every source file that can change a result."""
+    digest = hashlib.sha256()
+    for folder in ("components", "registry"):
+        for path in sorted((_CODE / folder).rglob("*.py")):
+            digest.update(path.relative_to(_CODE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def version() -> str:
+    try:
+        return metadata.version("visionloop")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class Run:
+    """One run of the training flow in a workspace."""
+
+    def __init__(
+        self, workspace: Workspace, config: RunConfig, data: DataVersion, settings: Settings, console: Console
+    ) -> None:
+        self.workspace = workspace
+        self.config = config
+        self.data = data
+        self.settings = settings
+        self.console = console
+        self.store = workspace.store
+        commit, dirty = dataversions.git_state(workspace.root)
+        identity = [config.digest(), data.digest(), code_digest(), lock_digest()]
+        self.id = f"{config.name}-{sha256_text(canonical_json(identity))[:12]}"
+        self.folder = workspace.runs / self.id
+        self.lineage = Lineage(
+            run_id=self.id,
+            recipe=config.name,
+            data_version=data.dvc_hash,
+            git_commit=commit,
+            git_dirty=dirty,
+            code_version=f"{version()}+{code_digest()[:12]}",
+            config_digest=config.digest(),
+            lock_digest=lock_digest(),
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resolved = {"run": self.lineage.to_json(), "config": config.to_json()}
+        write_atomically(self.folder / "config.json", json.dumps(resolved, indent=1).encode())
+
+    def stage(
+        self,
+        name: str,
+        record: type[RecordT],
+        compute: Callable[[Path, Progress], RecordT],
+        *,
+        inputs: Mapping[str, str],
+        instance: str = "",
+        resumable: bool = False,
+    ) -> Stored[RecordT]:
+        """The stage's result from the store, or computed into a hidden folder and published.
+
+        The key covers `inputs` (digests of records, configs and plug-ins), the stage's source with everything it imports,
+        and the locked libraries. What a failed stage leaves for a person to read is kept in the run folder.
+        """
+        place = f"{STAGES.index(name) + 1}-{name}"
+        label = f"{name} {instance}".strip()
+        key = self.key(name, inputs, instance)
+        kind = f"{name}/{instance}" if instance else name
+        with self.console.stage(label, STAGES.index(name) + 1) as (progress, cached):
+            found = self.store.open(kind, key, record)
+            if found is not None:
+                cached.append(True)
+            else:
+                with self.store.writing(kind, key, resumable=resumable) as out:
+                    try:
+                        result = compute(out, progress)
+                    except VisionloopError as error:
+                        self._keep_evidence(out, place, error, resumable=resumable)
+                        raise
+                found = self.store.publish(kind, key, result, inputs=inputs, provenance=self.lineage.to_json())
+        self.link(found.folder, f"{place}/{instance}" if instance else place)
+        return found
+
+    def key(self, name: str, inputs: Mapping[str, str], instance: str = "") -> str:
+        """The store key of a stage with these inputs."""
+        module = "registry/models.py" if name == "registration" else f"components/{name}.py"
+        parts = {
+            "stage": name,
+            "instance": instance,
+            "inputs": dict(inputs),
+            "source": plugins.source_digest(_CODE / module),
+            "lock": lock_digest(),
+        }
+        return sha256_text(canonical_json(parts))[:32]
+
+    def link(self, target: Path, name: str) -> None:
+        """Point `name` in the run folder at a published folder, by a relative link."""
+        link = self.folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        relative = os.path.relpath(target, link.parent)
+        if link.is_symlink() and os.readlink(link) == relative:
+            return
+        temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(relative)
+        os.replace(temporary, link)
+
+    def _keep_evidence(self, out: Path, place: str, error: VisionloopError, *, resumable: bool) -> None:
+        if resumable or not any(out.iterdir()):
+            return
+        kept = self.folder / f"{place}.failed"
+        if kept.exists():
+            shutil.rmtree(kept)
+        shutil.copytree(out, kept)
+        docs = kept / "data_docs" / "index.html"
+        error.add_note(f"What it wrote is kept in {kept}" + (f"; open {docs}" if docs.exists() else ""))
+
+
+def member_digests(**members: str) -> dict[str, str]:
+    """Source digests of the plug-ins a stage uses, as stage inputs: member_digests(backbones="small_cnn")."""
+    return {f"{family}/{name}": plugins.member_digest(family, name) for family, name in members.items()}

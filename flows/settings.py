@@ -1,0 +1,79 @@
+"""The environment, read once per process: addresses, and quiet defaults for every library.
+
+| variable                  | meaning                                       | default                                |
+|---------------------------|-----------------------------------------------|----------------------------------------|
+| VISIONLOOP_TRACKING_URI   | MLflow tracking and registry URI              | SQLite under .visionloop/              |
+| VISIONLOOP_LEDGER_URL     | SQLAlchemy URL of the ledger                  | SQLite under .visionloop/              |
+| VISIONLOOP_NUM_THREADS    | threads of training, features and engines     | the cores of this machine, at most 8   |
+| PREFECT_API_URL           | Prefect server that runs are recorded by      | a temporary local one per process      |
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.contracts import ConfigError
+
+_QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GX_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "NNCF_CI": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Registered artefacts hold no pickle, and a foreign one must not be opened by accident.
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    # GNU OpenMP's threads spin at barriers; beside a server and a database on few cores that costs up to 6x.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # A tracking server that is down should be reported in seconds, not after minutes of back-off.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # Our own console shows the progress; Prefect's log lines go to its server.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+    "PREFECT_CLI_PROMPT": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Addresses and limits of this process."""
+
+    tracking_uri: str
+    tracking_is_local: bool
+    ledger_url: str
+    num_threads: int
+
+
+def prepare_environment(state: Path) -> None:
+    """Set defaults that have to be there before any library is imported; what is set already stays."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_HOME", str(state / "prefect"))
+    os.environ.setdefault("MPLCONFIGDIR", str(state / "cache" / "matplotlib"))
+
+
+def read_settings(state: Path) -> Settings:
+    """Settings from the environment; `state` is the workspace's .visionloop folder. Raises ConfigError."""
+    tracking = os.environ.get("VISIONLOOP_TRACKING_URI", "")
+    threads = os.environ.get("VISIONLOOP_NUM_THREADS") or str(min(8, _cores()))
+    if not threads.isdigit() or int(threads) < 1:
+        raise ConfigError(f"VISIONLOOP_NUM_THREADS is {threads!r}; expected a whole number of at least 1")
+    return Settings(
+        tracking_uri=tracking or f"sqlite:///{state / 'mlflow.db'}",
+        tracking_is_local=not tracking or tracking.startswith("sqlite:"),
+        ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or f"sqlite:///{state / 'ledger.db'}",
+        num_threads=int(threads),
+    )
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1

@@ -1,0 +1,241 @@
+"""The stages as Prefect tasks: what each one's result depends on, and how often it is tried again. No logic.
+
+Retries are for faults of the world (MLflow away for a moment). A verdict is a value, and a wrong recipe or bad data does not
+get better by trying again. Prefect's result cache is off: the store's verified manifests are the only cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from components import dataversions
+from components.contracts import (
+    Candidate,
+    Checkpoint,
+    Dataset,
+    Engine,
+    Evaluation,
+    Measurement,
+    Progress,
+    RegistryUnavailable,
+    Rejection,
+    Splits,
+    Stored,
+    Verdict,
+)
+from components.evaluation import evaluate, machine_fingerprint, measure
+from components.export import Graph, TargetConfig, export, export_graph
+from components.gating import Judged, judge
+from components.splitting import TestLedger, split
+from components.training import train
+from components.validation import validate
+from flows.run import Run, member_digests
+from registry.ledger import Ledger
+from registry.models import Registry
+from registry.tracking import LiveMetrics
+
+
+def _transient(_task: Any, _run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), RegistryUnavailable)
+
+
+@task(name="validation", cache_policy=NO_CACHE)
+def validation(run: Run) -> Stored[Dataset]:
+    def compute(out: Path, progress: Progress) -> Dataset:
+        return validate(run.workspace.data, run.data, run.config.validation, out=out, progress=progress)
+
+    inputs = {"data": run.data.digest(), "config": run.config.validation.digest()}
+    return run.stage("validation", Dataset, compute, inputs=inputs)
+
+
+@task(name="splitting", cache_policy=NO_CACHE)
+def splitting(run: Run, dataset: Stored[Dataset]) -> Stored[Splits]:
+    def compute(out: Path, progress: Progress) -> Splits:
+        ledger = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
+        return split(dataset, ledger, run.config.splitting, out=out, progress=progress)
+
+    inputs = {"dataset": dataset.record.digest(), "config": run.config.splitting.digest()}
+    return run.stage("splitting", Splits, compute, inputs=inputs)
+
+
+@task(name="training", cache_policy=NO_CACHE)
+def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
+    config = run.config.training
+    key = training_key(run, splits)
+
+    def compute(out: Path, progress: Progress) -> Checkpoint:
+        sink = LiveMetrics(
+            run.settings.tracking_uri,
+            run.config.model,
+            key,
+            artifacts=artifacts_of(run),
+            tags={"visionloop.run": run.id, "visionloop.data": run.data.dvc_hash, "visionloop.git": run.lineage.git_commit},
+        )
+        try:
+            return train(
+                splits,
+                run.workspace.data,
+                config,
+                out=out,
+                cache=run.workspace.cache,
+                num_threads=run.settings.num_threads,
+                sink=sink,
+                progress=progress,
+            )
+        finally:
+            sink.close()
+            if sink.problem:
+                run.console.line(f"    live curves are late ({sink.problem}); registration will write them")
+
+    return run.stage("training", Checkpoint, compute, inputs=_training_inputs(run, splits), resumable=True)
+
+
+def _training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
+    config = run.config.training
+    return {
+        "splits": splits.record.digest(),
+        "config": config.digest(),
+        "num_threads": str(run.settings.num_threads),
+        **member_digests(backbones=config.backbone, tasks=config.task),
+    }
+
+
+def training_key(run: Run, splits: Stored[Splits]) -> str:
+    """What the MLflow run of this training is found by."""
+    return run.key("training", _training_inputs(run, splits))
+
+
+@task(name="export graph", cache_policy=NO_CACHE)
+def graph(run: Run, checkpoint: Stored[Checkpoint]) -> Stored[Graph]:
+    def compute(out: Path, _: Progress) -> Graph:
+        return export_graph(checkpoint, out=out)
+
+    return run.stage("export", Graph, compute, inputs={"checkpoint": checkpoint.record.digest()}, instance="graph")
+
+
+@task(name="export", cache_policy=NO_CACHE)
+def engine(
+    run: Run, checkpoint: Stored[Checkpoint], interchange: Stored[Graph], splits: Stored[Splits], target: TargetConfig
+) -> Stored[Engine]:
+    def compute(out: Path, _: Progress) -> Engine:
+        plugins = run.workspace.plugins if run.workspace.plugins.is_dir() else None
+        return export(checkpoint, interchange, splits, run.workspace.data, target, out=out, plugin_folder=plugins)
+
+    inputs = {
+        "checkpoint": checkpoint.record.digest(),
+        "graph": interchange.record.digest(),
+        "splits": splits.record.digest(),
+        "config": target.digest(),
+        **member_digests(targets=target.target),
+    }
+    return run.stage("export", Engine, compute, inputs=inputs, instance=target.name)
+
+
+@task(name="evaluation", cache_policy=NO_CACHE)
+def evaluation(run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role: str = "") -> Stored[Evaluation]:
+    config, task_name = run.config.evaluation, run.config.training.task
+
+    def compute(out: Path, progress: Progress) -> Evaluation:
+        return evaluate(engine, splits, run.workspace.data, task_name, config, out=out, progress=progress)
+
+    inputs = {
+        "engine": engine.record.digest(),
+        "test": splits.record.test_digest,
+        # Whether an engine can run is a property of the machine.
+        "machine": machine_fingerprint(),
+        **member_digests(targets=engine.record.target, tasks=task_name),
+    }
+    return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name)
+
+
+@task(name="measurement", cache_policy=NO_CACHE)
+def measurement(run: Run, engine: Stored[Engine], splits: Stored[Splits]) -> Stored[Measurement]:
+    config = run.config.evaluation
+
+    def compute(_: Path, progress: Progress) -> Measurement:
+        return measure(engine, splits, run.workspace.data, config, progress=progress)
+
+    inputs = {
+        "engine": engine.record.digest(),
+        "config": config.digest(),
+        "machine": machine_fingerprint(),
+        **member_digests(targets=engine.record.target),
+    }
+    return run.stage("evaluation", Measurement, compute, inputs=inputs, instance=f"{engine.record.name}-latency")
+
+
+@task(name="champion", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 3], retry_condition_fn=_transient)
+def champion(run: Run) -> Stored[Engine] | None:
+    """Today's champion engine, or None where the ledger proves that none was ever promoted."""
+    registry = registry_of(run)
+    entry = registry.champion(run.config.model)
+    if entry is None:
+        return None
+    return registry.fetch_engine(
+        run.config.model, str(entry.body["version"]), out=run.workspace.cache / "champions" / run.config.model
+    )
+
+
+@task(name="gating", cache_policy=NO_CACHE)
+def gating(
+    run: Run,
+    engines: Sequence[Stored[Engine]],
+    evaluations: Sequence[Stored[Evaluation]],
+    measurements: Sequence[Stored[Measurement]],
+    champion_evaluation: Stored[Evaluation] | None,
+) -> Stored[Verdict]:
+    config, chosen = run.config.gating, run.config.export
+    required = {target.name: target.required for target in chosen.all_targets}
+
+    def compute(_: Path, __: Progress) -> Verdict:
+        judged = [
+            Judged(engine, evaluation, measurement.record, required[engine.record.name])
+            for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True)
+        ]
+        return judge(
+            judged[1:], evaluations[0], champion_evaluation, config, serving=chosen.serving, champion_known=True
+        )
+
+    inputs = {
+        "config": config.digest(),
+        "export": chosen.digest(),
+        "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
+    }
+    for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):
+        name = engine.record.name
+        inputs |= {f"{name}.evaluation": evaluation.record.digest(), f"{name}.measurement": measurement.record.digest()}
+    for gate in config.gates:
+        inputs |= member_digests(gates=gate.gate)
+    return run.stage("gating", Verdict, compute, inputs=inputs)
+
+
+@task(name="registration", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 3], retry_condition_fn=_transient)
+def registration(run: Run, results: Any) -> Candidate | Rejection:
+    """Record the candidate in MLflow and the ledger; the ledger decides whether that happened before."""
+    from flows.evidence import assemble, candidate_digest
+
+    registry = registry_of(run)
+    with run.console.stage("registration", run.console.total) as (_, cached):
+        known = registry.recorded(run.config.model, candidate_digest(run, results))
+        if known is not None:
+            cached.append(True)
+        outcome = known or registry.register(assemble(run, results))
+        folder = run.folder / f"{run.console.total}-registration"
+        folder.mkdir(exist_ok=True)
+        (folder / "outcome.json").write_text(json.dumps(outcome.to_json(), indent=1))
+    return outcome
+
+
+def artifacts_of(run: Run) -> Path | None:
+    """Where MLflow keeps files when no server decides that."""
+    return run.workspace.state / "mlflow-artifacts" if run.settings.tracking_is_local else None
+
+
+def registry_of(run: Run) -> Registry:
+    return Registry(run.settings.tracking_uri, Ledger(run.settings.ledger_url), artifacts=artifacts_of(run))

@@ -1,0 +1,38 @@
+"""The map of the product: from pixels to a judged, registered candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import steps
+from flows.evidence import Results, summarise, write_report
+from flows.opening import opened
+
+
+@flow(name="train", task_runner=ThreadPoolTaskRunner(max_workers=2), validate_parameters=False)
+def train(
+    recipe: str, workspace: str = ".", overrides: Sequence[str] = (), reason: str = "manual", quiet: bool = False
+) -> dict[str, Any]:
+    """Run a recipe in a workspace and return what came of it as JSON data."""
+    with opened(recipe, Path(workspace), overrides, reason, quiet=quiet) as run:
+        dataset = steps.validation(run)
+        splits = steps.splitting(run, dataset)
+        checkpoint = steps.training(run, splits)
+        graph = steps.graph(run, checkpoint)
+        building = [
+            steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.config.export.all_targets
+        ]
+        engines = [future.result() for future in building]
+        evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
+        measurements = [steps.measurement(run, engine, splits) for engine in engines]
+        champion = steps.champion(run)
+        compared = steps.evaluation(run, champion, splits, role="champion") if champion else None
+        verdict = steps.gating(run, engines, evaluations, measurements, compared)
+        results = Results(dataset, splits, checkpoint, engines, evaluations, measurements, compared, verdict)
+        outcome = steps.registration(run, results)
+        return summarise(run, results, outcome, write_report(run, results, outcome))

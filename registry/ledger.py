@@ -1,0 +1,203 @@
+"""The ledger: an append-only, hash-chained table of what was requested, approved, promoted and refused.
+
+It is the truth about a model's history; MLflow's aliases and tags are projections of it. SQLite and PostgreSQL, by URL.
+Every row holds the hash of the row before it, so a changed, removed or inserted row shows in `verify`; triggers make the
+database itself refuse updates and deletes. Appending twice under one idempotency key appends once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from components.contracts import Record, RegistryUnavailable, TamperedArtefact, canonical_json
+
+Kind = Literal["requested", "rejected", "approved", "promoted", "rolled_back"]
+GENESIS = "0" * 64
+
+_metadata = sa.MetaData()
+_entries = sa.Table(
+    "visionloop_ledger",
+    _metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("model", sa.String(128), nullable=False),
+    sa.Column("subject", sa.String(64), nullable=False),
+    sa.Column("actor", sa.String(256), nullable=False),
+    sa.Column("actor_method", sa.String(32), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("key", sa.String(256), nullable=False, unique=True),
+    sa.Column("previous", sa.String(64), nullable=False, unique=True),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+)
+_IMMUTABLE = {
+    "sqlite": [
+        f"CREATE TRIGGER IF NOT EXISTS visionloop_ledger_no_{verb} BEFORE {verb} ON visionloop_ledger "
+        f"BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ],
+    "postgresql": [
+        "CREATE OR REPLACE FUNCTION visionloop_ledger_refuse() RETURNS trigger AS "
+        "$$ BEGIN RAISE EXCEPTION 'the ledger is append-only'; END; $$ LANGUAGE plpgsql",
+        "CREATE OR REPLACE TRIGGER visionloop_ledger_immutable BEFORE UPDATE OR DELETE ON visionloop_ledger "
+        "FOR EACH ROW EXECUTE FUNCTION visionloop_ledger_refuse()",
+    ],
+}
+
+
+class Principal(Record):
+    """Who acts, and how we know: `machine` for flows, `declared` for a name given on a laptop."""
+
+    name: str
+    method: Literal["machine", "declared", "token", "oidc"]
+
+
+class Entry(Record):
+    """One row of the ledger."""
+
+    seq: int
+    at: str
+    """UTC, ISO 8601."""
+    kind: Kind
+    model: str
+    subject: str
+    """Digest of what the row is about, such as a candidate."""
+    actor: Principal
+    body: dict[str, Any]
+    key: str
+    previous: str
+    hash: str
+
+
+class Ledger:
+    """The ledger behind one database URL; the table is made on first use."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine = sa.create_engine(url, pool_pre_ping=True)
+        if self._engine.dialect.name == "sqlite":
+            # pysqlite's own transaction handling starts too late to serialise two appenders.
+            sa.event.listen(self._engine, "connect", _sqlite_manual_transactions)
+            sa.event.listen(self._engine, "begin", _sqlite_begin)
+        self._ready = False
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.begin() as connection:
+                if not self._ready:
+                    _metadata.create_all(connection)
+                    for statement in _IMMUTABLE.get(self._engine.dialect.name, []):
+                        connection.execute(sa.text(statement))
+                    self._ready = True
+                if self._engine.dialect.name == "postgresql":
+                    connection.execute(sa.text("LOCK TABLE visionloop_ledger IN EXCLUSIVE MODE"))
+                yield connection
+        except (IntegrityError, TamperedArtefact):
+            raise
+        except SQLAlchemyError as error:
+            cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
+            raise RegistryUnavailable(
+                f"the ledger at {sa.make_url(self.url).render_as_string(hide_password=True)} does not answer: {cause}. "
+                f"Nothing was lost; bring it back and run the same command again"
+            ) from error
+
+    def append(
+        self, kind: Kind, *, model: str, subject: str, actor: Principal, body: Mapping[str, Any], key: str
+    ) -> Entry:
+        """Append a row, or return the row that `key` already has."""
+        with self._transaction() as connection:
+            existing = connection.execute(sa.select(_entries).where(_entries.c.key == key)).mappings().first()
+            if existing is not None:
+                return _entry(existing)
+            last = connection.execute(sa.select(_entries).order_by(_entries.c.seq.desc()).limit(1)).mappings().first()
+            values: dict[str, Any] = {
+                "seq": 1 if last is None else last["seq"] + 1,
+                "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+                "kind": kind,
+                "model": model,
+                "subject": subject,
+                "actor": actor.name,
+                "actor_method": actor.method,
+                "body": canonical_json(dict(body)),
+                "key": key,
+                "previous": GENESIS if last is None else last["hash"],
+            }
+            values["hash"] = _hash(values)
+            connection.execute(_entries.insert().values(values))
+            return _entry(values)
+
+    def entries(self, model: str | None = None) -> list[Entry]:
+        """Rows in order, of one model or of all; raises TamperedArtefact when the chain does not verify."""
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(_entries).order_by(_entries.c.seq)).mappings().all()
+        previous, found = GENESIS, []
+        for position, row in enumerate(rows, start=1):
+            if row["seq"] != position or row["previous"] != previous or row["hash"] != _hash(dict(row)):
+                raise TamperedArtefact(
+                    f"the ledger is broken at row {row['seq']} (expected {position}): it was changed outside visionloop. "
+                    f"Nothing may be promoted from it; restore the database from a backup"
+                )
+            previous = row["hash"]
+            if model is None or row["model"] == model:
+                found.append(_entry(row))
+        return found
+
+    def find(self, key: str) -> Entry | None:
+        """The row with this idempotency key."""
+        with self._transaction() as connection:
+            row = connection.execute(sa.select(_entries).where(_entries.c.key == key)).mappings().first()
+        return None if row is None else _entry(row)
+
+    def champion(self, model: str) -> Entry | None:
+        """The row that made today's champion; None is proof that no champion was ever promoted.
+
+        Raises TamperedArtefact or RegistryUnavailable, in which case nothing is known.
+        """
+        moves = [entry for entry in self.entries(model) if entry.kind in ("promoted", "rolled_back")]
+        return moves[-1] if moves else None
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+def _hash(row: Mapping[str, Any]) -> str:
+    body = {column.name: row[column.name] for column in _entries.columns if column.name != "hash"}
+    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
+
+
+def _entry(row: Mapping[str, Any]) -> Entry:
+    return Entry(
+        seq=row["seq"],
+        at=row["at"],
+        kind=row["kind"],
+        model=row["model"],
+        subject=row["subject"],
+        actor=Principal(name=row["actor"], method=row["actor_method"]),
+        body=json.loads(row["body"]),
+        key=row["key"],
+        previous=row["previous"],
+        hash=row["hash"],
+    )
+
+
+def _sqlite_manual_transactions(connection: Any, _: Any) -> None:
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _sqlite_begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+

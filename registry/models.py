@@ -1,0 +1,279 @@
+"""Models in MLflow: a judged candidate becomes a model version, a refused one is kept as evidence on its run.
+
+Order, each step repeatable: artefacts up, read back and hashed, model version, ledger row. A candidate is known by its
+digest, so a run that was killed anywhere in between, and run again, ends with one version and one row.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.contracts import (
+    Candidate,
+    Engine,
+    RegistryUnavailable,
+    Rejection,
+    Stored,
+    StoreError,
+    TamperedArtefact,
+    Verdict,
+)
+from components.store import describe, seal, sha256_file, unseal
+from registry import tracking
+from registry.ledger import Entry, Ledger, Principal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MANIFEST = "candidate.json"
+_CANDIDATE_TAG = "visionloop.candidate"
+FLOW = Principal(name="flows/train", method="machine")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is registered: files by their name in the model version, and what is said about them."""
+
+    model: str
+    candidate_digest: str
+    training_key: str
+    verdict: Verdict
+    files: Mapping[str, Path]
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    history: list[dict[str, float]]
+    bound: Mapping[str, Any] = field(default_factory=dict)
+    """Digests that an approval is bound to: data, split, weights, engines, policy, evidence."""
+
+
+class Registry:
+    """The model registry behind one MLflow tracking URI and one ledger."""
+
+    def __init__(self, tracking_uri: str, ledger: Ledger, *, artifacts: Path | None) -> None:
+        self.tracking_uri = tracking_uri
+        self.ledger = ledger
+        self._artifacts = artifacts
+
+    def recorded(self, model: str, candidate_digest: str) -> Candidate | Rejection | None:
+        """What the ledger says about this very candidate; needs no MLflow."""
+        entry = self.ledger.find(_key(model, candidate_digest))
+        return None if entry is None else _outcome(entry)
+
+    def register(self, evidence: Evidence) -> Candidate | Rejection:
+        """Record the candidate, or its rejection, once. Raises RegistryUnavailable; running again goes on."""
+        known = self.recorded(evidence.model, evidence.candidate_digest)
+        if known is not None:
+            return known
+        with _reachable(self.tracking_uri):
+            mlflow = tracking.client(self.tracking_uri)
+            experiment = tracking.experiment_id(mlflow, evidence.model, self._artifacts)
+            run_id = tracking.run_of_training(mlflow, experiment, evidence.training_key, evidence.tags)
+            tracking.log_history(mlflow, run_id, evidence.history)
+            _describe_run(mlflow, run_id, evidence)
+            body: dict[str, Any] = {
+                "status": evidence.verdict.status,
+                "reasons": list(evidence.verdict.reasons),
+                "mlflow_run_id": run_id,
+                "bound": dict(evidence.bound),
+            }
+            with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
+                bundle = Path(scratch)
+                manifest_sha256 = _bundle(evidence, bundle)
+                body["manifest_sha256"] = manifest_sha256
+                if evidence.verdict.status == "pass":
+                    body["version"] = self._version(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
+                else:
+                    mlflow.log_artifacts(run_id, str(bundle), "rejection")
+            mlflow.set_terminated(run_id, "FINISHED")
+        entry = self.ledger.append(
+            "requested" if evidence.verdict.status == "pass" else "rejected",
+            model=evidence.model,
+            subject=evidence.candidate_digest,
+            actor=FLOW,
+            body=body,
+            key=_key(evidence.model, evidence.candidate_digest),
+        )
+        return _outcome(entry)
+
+    def _version(
+        self, mlflow: MlflowClient, evidence: Evidence, experiment: str, run_id: str, bundle: Path, manifest_sha256: str
+    ) -> str:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking.fluent import active_run  # noqa: F401  (loads the fluent module that model search needs)
+
+        model_id = _logged_model(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
+        try:
+            mlflow.create_registered_model(evidence.model, tags={"visionloop": "1"})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        for version in mlflow.search_model_versions(f"name='{evidence.model}'"):
+            if version.tags.get(_CANDIDATE_TAG) == evidence.candidate_digest:
+                return str(version.version)
+        created = mlflow.create_model_version(
+            evidence.model,
+            source=f"models:/{model_id}",
+            run_id=run_id,
+            model_id=model_id,
+            tags={
+                **evidence.tags,
+                _CANDIDATE_TAG: evidence.candidate_digest,
+                "visionloop.manifest_sha256": manifest_sha256,
+                "visionloop.verdict": evidence.verdict.status,
+            },
+            description=f"Verdict: {evidence.verdict.status}. Serving engine: {evidence.verdict.serving_engine}. "
+            f"Waits for approval; see report.html and model-card.md.",
+        )
+        return str(created.version)
+
+    def champion(self, model: str) -> Entry | None:
+        """The ledger's champion row; None proves that there never was one."""
+        return self.ledger.champion(model)
+
+    def fetch_engine(self, model: str, version: str, *, out: Path) -> Stored[Engine]:
+        """The serving engine of a model version, copied into `out` and verified against its manifest."""
+        import mlflow.artifacts
+
+        with _reachable(self.tracking_uri):
+            mlflow_client = tracking.client(self.tracking_uri)
+            found = mlflow_client.get_model_version(model, version)
+            local = Path(
+                mlflow.artifacts.download_artifacts(
+                    f"models:/{model}/{version}", tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri
+                )
+            )
+        manifest = verify_bundle(local, found.tags["visionloop.manifest_sha256"])
+        name = manifest["serving_engine"]
+        source = local / "engines" / name
+        folder = out / name
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(source, folder)
+        record = Engine.read(json.loads((local / "evidence" / f"{name}.engine.json").read_text()))
+        for file in record.files:
+            if sha256_file(folder / file.name) != file.sha256:
+                raise TamperedArtefact(f"{folder / file.name} differs from the registered engine; it was not loaded")
+        return Stored(record, folder)
+
+
+def verify_bundle(folder: Path, manifest_sha256: str) -> dict[str, Any]:
+    """The candidate's manifest once every file of the downloaded bundle matches it; raises TamperedArtefact."""
+    path = folder / MANIFEST
+    raw = path.read_bytes() if path.is_file() else b""
+    body = unseal(raw)
+    if body is None or sha256_file(path) != manifest_sha256:
+        raise TamperedArtefact(f"{path} is not the manifest that was registered (sha256 {manifest_sha256[:12]})")
+    for entry in body["files"]:
+        file = folder / entry["name"]
+        if not file.is_file() or sha256_file(file) != entry["sha256"]:
+            raise TamperedArtefact(f"{file} is missing or differs from what was registered; nothing was loaded from it")
+    return body
+
+
+def _logged_model(
+    mlflow: MlflowClient, evidence: Evidence, experiment: str, run_id: str, bundle: Path, manifest_sha256: str
+) -> str:
+    """Upload the bundle as a logged model and prove it by reading it back; an earlier, complete upload is reused."""
+    import mlflow.artifacts as artifacts
+
+    for model in mlflow.search_logged_models(
+        [experiment], filter_string=f"tags.`{_CANDIDATE_TAG}` = '{evidence.candidate_digest}'"
+    ):
+        if str(model.status).endswith("READY") and model.tags.get("visionloop.manifest_sha256") == manifest_sha256:
+            return str(model.model_id)
+    created = mlflow.create_logged_model(
+        experiment,
+        name=evidence.model,
+        source_run_id=run_id,
+        tags={**evidence.tags, _CANDIDATE_TAG: evidence.candidate_digest, "visionloop.manifest_sha256": manifest_sha256},
+        params={name: value for name, value in evidence.params.items()},
+        model_type="image-classifier",
+    )
+    mlflow.log_model_artifacts(created.model_id, str(bundle))
+    from mlflow.entities import LoggedModelStatus
+
+    with tempfile.TemporaryDirectory(prefix="visionloop-readback-") as scratch:
+        local = Path(
+            artifacts.download_artifacts(
+                created.artifact_location, dst_path=scratch, tracking_uri=mlflow.tracking_uri
+            )
+        )
+        verify_bundle(local, manifest_sha256)
+    mlflow.finalize_logged_model(created.model_id, LoggedModelStatus.READY)
+    return str(created.model_id)
+
+
+def _bundle(evidence: Evidence, folder: Path) -> str:
+    for name, source in evidence.files.items():
+        destination = folder / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, destination)
+    files = [describe(path, within=folder).to_json() for path in sorted(folder.rglob("*")) if path.is_file()]
+    body = {
+        "candidate": evidence.candidate_digest,
+        "model": evidence.model,
+        "serving_engine": evidence.verdict.serving_engine,
+        "bound": dict(evidence.bound),
+        "files": files,
+    }
+    (folder / MANIFEST).write_bytes(seal(body))
+    return sha256_file(folder / MANIFEST)
+
+
+def _describe_run(mlflow: MlflowClient, run_id: str, evidence: Evidence) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    known = set(mlflow.get_run(run_id).data.params)
+    mlflow.log_batch(
+        run_id,
+        metrics=[Metric(name, value, 0, 0) for name, value in evidence.metrics.items()],
+        params=[Param(name, value[:500]) for name, value in evidence.params.items() if name not in known],
+        tags=[
+            RunTag(name, value)
+            for name, value in {
+                **evidence.tags,
+                "visionloop.verdict": evidence.verdict.status,
+                "visionloop.reasons": "; ".join(evidence.verdict.reasons)[:4000],
+            }.items()
+        ],
+    )
+
+
+def _key(model: str, candidate_digest: str) -> str:
+    return f"registration:{model}:{candidate_digest}"
+
+
+def _outcome(entry: Entry) -> Candidate | Rejection:
+    common: dict[str, Any] = {
+        "model": entry.model,
+        "candidate_digest": entry.subject,
+        "mlflow_run_id": entry.body["mlflow_run_id"],
+        "ledger_seq": entry.seq,
+    }
+    if entry.kind == "requested":
+        return Candidate(version=str(entry.body["version"]), **common)
+    return Rejection(status=entry.body["status"], reasons=tuple(entry.body["reasons"]), **common)
+
+
+@contextmanager
+def _reachable(tracking_uri: str) -> Iterator[None]:
+    """Turn whatever MLflow and its transports raise into one error that says what to do."""
+    try:
+        yield
+    except (RegistryUnavailable, StoreError):
+        raise
+    except Exception as error:
+        # MlflowException, requests and SQLAlchemy errors, botocore's: they share no base class.
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RegistryUnavailable(
+            f"MLflow at {tracking_uri} did not take the registration: {first}. Every stage before it is kept; "
+            f"bring MLflow back and run the same command again, it goes on with registration"
+        ) from error
