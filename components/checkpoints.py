@@ -35,7 +35,9 @@ class ImageModel(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).reshape(shape) * 255.0, persistent=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding = self.backbone((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+        # Cast before transposing: TensorRT moves no uint8 tensors.
+        planes = images.float().permute(0, 3, 1, 2)
+        embedding = self.backbone((planes - self.mean) / self.std)
         return self.head(embedding), embedding
 
 

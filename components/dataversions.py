@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +74,8 @@ def initialise(root: Path) -> None:
     if not (root / ".git").exists():
         git(root, "init", "--quiet", "--initial-branch=main")
     if not (root / ".dvc").exists():
-        Repo.init(str(root)).close()
+        with contextlib.redirect_stdout(io.StringIO()):
+            Repo.init(str(root)).close()
     with _repo(root) as repo, repo.config.edit("repo") as config:
         config["core"].update({"analytics": False, "check_update": False, "autostage": True})
         # Not hard links: an editor that writes in place would corrupt the cache behind them.

@@ -232,7 +232,7 @@ def _fit_head(
             num_threads=num_threads,
             progress=arguments["progress"],
         )
-        sets.append(Examples(torch.from_numpy(features), torch.from_numpy(table["class_index"].to_numpy())))
+        sets.append(Examples(torch.from_numpy(features), torch.tensor(table["class_index"].to_numpy())))
     train_set, valid_set = sets
 
     def logits_of(module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
@@ -254,4 +254,4 @@ def _pixels(splits: Stored[Splits], name: SplitName, data: Path, preprocessing: 
     for batch in batches([data / path for path in table["path"]], preprocessing, batch_size=256):
         images[done : done + len(batch)] = batch
         done += len(batch)
-    return Examples(torch.from_numpy(images), torch.from_numpy(table["class_index"].to_numpy()))
+    return Examples(torch.from_numpy(images), torch.tensor(table["class_index"].to_numpy()))

@@ -107,7 +107,6 @@ class Registry:
         self, mlflow: MlflowClient, evidence: Evidence, experiment: str, run_id: str, bundle: Path, manifest_sha256: str
     ) -> str:
         from mlflow.exceptions import MlflowException
-        from mlflow.tracking.fluent import active_run  # noqa: F401  (loads the fluent module that model search needs)
 
         model_id = _logged_model(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
         try:

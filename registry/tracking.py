@@ -20,8 +20,12 @@ TRAINING_TAG = "visionloop.training"
 
 def client(tracking_uri: str) -> MlflowClient:
     """An MLflow client; importing MLflow takes seconds, so nothing imports it before it is needed."""
+    import mlflow
     from mlflow import MlflowClient
 
+    # A client resolves models:/ addresses through the process-wide setting, whatever it was given itself.
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
