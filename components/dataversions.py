@@ -169,9 +169,7 @@ def _directory_hash(root: Path) -> str:
 
     with _repo(root) as repo:
         out = repo.find_outs_by_path(str(root / DATA))[0]
-        _, _, found = build(
-            out.cache, out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore
-        )
+        _, _, found = build(out.cache, out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore)
         return str(found.hash_info.value)
 
 

@@ -22,7 +22,6 @@ from components import plugins
 from components.contracts import (
     Engine,
     EngineUnavailable,
-    Estimate,
     Evaluation,
     Measurement,
     Predictor,
@@ -75,21 +74,20 @@ def evaluate(
         return Evaluation(**common, status="not executed here", reason="the test split is empty")
     paths = [data / path for path in table["path"]]
     answers = [
-        predictor.predict(batch)
-        for batch in batches(paths, record.preprocessing, batch_size=_BATCH, progress=progress)
+        predictor.predict(batch) for batch in batches(paths, record.preprocessing, batch_size=_BATCH, progress=progress)
     ]
     logits = np.concatenate([answer[0] for answer in answers]).astype(np.float32)
     embedding = np.concatenate([answer[1] for answer in answers])
     _check_shapes(record, len(table), logits, embedding)
     if not np.isfinite(logits).all():
         # Kept as evidence: the gates call it inconclusive, and a person can see which images it was.
-        _write(table, record, logits, embedding, np.full_like(logits, np.nan, dtype=np.float64), out)
+        _write(table, logits, embedding, np.full_like(logits, np.nan, dtype=np.float64), out)
         bad = int((~np.isfinite(logits).all(axis=1)).sum())
         return Evaluation(**common, status="evaluated", reason=f"{bad} images got non-finite logits")
     task = plugins.load("tasks", task_name)
     labels = table["class_index"].to_numpy()
     predicted = logits.argmax(axis=1)
-    _write(table, record, logits, embedding, task.probabilities(logits, record.temperature), out)
+    _write(table, logits, embedding, task.probabilities(logits, record.temperature), out)
     matrix = task.confusion(predicted, labels, len(record.classes))
     return Evaluation(
         **common,
@@ -120,7 +118,6 @@ def _check_shapes(engine: Engine, n: int, logits: npt.NDArray[Any], embedding: n
 
 def _write(
     table: pd.DataFrame,
-    engine: Engine,
     logits: npt.NDArray[np.float32],
     embedding: npt.NDArray[Any],
     probabilities: npt.NDArray[np.float64],
@@ -190,5 +187,3 @@ def measure(
         latency_p90_ms=p90,
         latency_p99_ms=p99,
     )
-
-

@@ -23,6 +23,7 @@ from components.contracts import (
     Checkpoint,
     ConfigError,
     Engine,
+    EngineUnavailable,
     ExportError,
     ExportRequest,
     FileDigest,
@@ -30,6 +31,7 @@ from components.contracts import (
     Record,
     Splits,
     Stored,
+    Target,
     VisionloopError,
 )
 from components.images import batches
@@ -132,23 +134,7 @@ def export(
             "plugins": str(plugin_folder) if plugin_folder else None,
         }
     )
-    files = tuple(describe(path, within=out) for path in sorted(out.rglob("*")) if path.is_file())
-    record = checkpoint.record
-    return Engine(
-        name=config.name,
-        target=config.target,
-        precision=config.precision,
-        checkpoint_digest=record.digest(),
-        files=files,
-        entry=built["entry"],
-        preprocessing=record.preprocessing,
-        classes=record.classes,
-        embedding_dim=record.embedding_dim,
-        temperature=record.temperature,
-        runtime=built["runtime"],
-        built_for=tuple(built["built_for"]),
-        facts=built["facts"],
-    )
+    return _engine(checkpoint.record, config, built, out)
 
 
 def _reference(stored: Stored[Any]) -> dict[str, Any]:
@@ -199,15 +185,54 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         return batches(paths, checkpoint.record.preprocessing, batch_size=32)
 
     target = plugins.load("targets", config.target, config.settings)
-    built: Built = target.export(
-        ExportRequest(checkpoint, Path(request["graph"]), config.precision, calibration), out=out
-    )
-    return {
+    built: Built = target.export(ExportRequest(checkpoint, Path(request["graph"]), config.precision, calibration), out=out)
+    answer: dict[str, Any] = {
         "entry": built.entry,
         "runtime": built.runtime,
         "built_for": list(built.built_for),
         "facts": dict(built.facts),
+        "temperature": checkpoint.record.temperature,
     }
+    if config.precision != "fp32":
+        answer["temperature"] = _own_temperature(
+            target, _engine(checkpoint.record, config, answer, out), out, splits, request
+        )
+    return answer
+
+
+def _engine(record: Checkpoint, config: TargetConfig, built: dict[str, Any], out: Path) -> Engine:
+    return Engine(
+        name=config.name,
+        target=config.target,
+        precision=config.precision,
+        checkpoint_digest=record.digest(),
+        files=tuple(describe(path, within=out) for path in sorted(out.rglob("*")) if path.is_file()),
+        entry=built["entry"],
+        preprocessing=record.preprocessing,
+        classes=record.classes,
+        embedding_dim=record.embedding_dim,
+        temperature=built["temperature"],
+        runtime=built["runtime"],
+        built_for=tuple(built["built_for"]),
+        facts=built["facts"],
+    )
+
+
+def _own_temperature(target: Target, engine: Engine, out: Path, splits: Stored[Splits], request: dict[str, Any]) -> float:
+    """Temperature of a quantised engine, fitted on its own answers to the valid split.
+
+    Quantisation rescales the logits; with the float model's temperature its probabilities would be wrong even where its
+    answers are right. An engine that cannot run here keeps the float model's.
+    """
+    try:
+        predictor = target.load(Stored(engine, out), num_threads=2)
+    except EngineUnavailable:
+        return engine.temperature
+    table = rows(splits, "valid")
+    paths = [Path(request["data"], path) for path in table["path"]]
+    logits = [predictor.predict(batch)[0] for batch in batches(paths, engine.preprocessing, batch_size=32)]
+    task = plugins.load("tasks", request["checkpoint"]["record"]["task"])
+    return float(task.fit_temperature(np.concatenate(logits), table["class_index"].to_numpy()))
 
 
 if __name__ == "__main__":

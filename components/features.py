@@ -59,22 +59,17 @@ def embed(
         model = _encoder(backbone, state, cache / "encoders" / f"{digest[:32]}.onnx", num_threads)
         for start in range(0, len(missing), _CHUNK):
             chunk = missing[start : start + _CHUNK]
-            found = _run(model, [paths[i] for i in chunk], backbone, start, len(missing), progress)
+            found = _run(model, [paths[i] for i in chunk], backbone, progress)
             names = [pictures[i] for i in chunk]
             _write(folder, names, found)
             known |= dict(zip(names, found, strict=True))
     return np.stack([known[picture] for picture in pictures])
 
 
-def _run(
-    model: Any, paths: list[Path], backbone: Backbone, done: int, total: int, progress: Progress
-) -> npt.NDArray[np.float32]:
+def _run(model: Any, paths: list[Path], backbone: Backbone, progress: Progress) -> npt.NDArray[np.float32]:
     from components.targets.openvino import stream
 
-    def told(count: int, _: int, note: str = "") -> None:
-        progress(done + count, total, note)
-
-    images = batches(paths, backbone.preprocessing, batch_size=_BATCH, progress=told)
+    images = batches(paths, backbone.preprocessing, batch_size=_BATCH, progress=progress)
     return np.concatenate(list(stream(model, images, "embedding")))
 
 

@@ -153,9 +153,7 @@ def fit(
                 best = {name: value.detach().clone() for name, value in model.state_dict().items()}
             state.epoch, state.step, state.loss_sum, state.seen = epoch + 1, 0, 0.0, 0
             sink.log(epoch + 1, measured)
-            progress(
-                (epoch + 1) * steps, config.epochs * steps, f"epoch {epoch + 1}: valid accuracy {valid_accuracy:.4f}"
-            )
+            progress((epoch + 1) * steps, config.epochs * steps, f"epoch {epoch + 1}: valid accuracy {valid_accuracy:.4f}")
             if time.monotonic() - last_saved > config.checkpoint_every_s:
                 _save(model, optimizer, state, best, identity, out)
                 last_saved = time.monotonic()
@@ -263,16 +261,17 @@ def _deterministic() -> Iterator[None]:
     import torch
 
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
     with torch.random.fork_rng():
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory it did not write, and filling every buffer first costs a third of a step.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        deterministic.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            deterministic.fill_uninitialized_memory = fill
 
 
 def _save(

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from components.contracts import Preprocessing, Progress, UndecodableImage, silent
 
@@ -45,7 +46,7 @@ def decode(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns about sizes and odd metadata that the checks below decide on.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UndecodableImage(f"{width}x{height} pixels, accepted are up to {MAX_PIXELS}")
@@ -56,7 +57,7 @@ def decode(data: bytes) -> Image.Image:
             return _to_8_bit(image)
     except UndecodableImage:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UndecodableImage(f"not an image in an accepted format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise UndecodableImage(f"more pixels than accepted ({MAX_PIXELS})") from None
@@ -107,13 +108,13 @@ def in_threads(
 ) -> Iterator[_ResultT]:
     """`map` over a few threads, results in order and at most a few pending; decoding releases the GIL."""
     with ThreadPoolExecutor(workers) as pool:
-        pending = []
+        pending: deque[Future[_ResultT]] = deque()
         submitted = 0
         for done in range(len(items)):
             while submitted < len(items) and len(pending) < workers * 16:
                 pending.append(pool.submit(function, items[submitted]))
                 submitted += 1
-            yield pending.pop(0).result()
+            yield pending.popleft().result()
             progress(done + 1, len(items))
 
 

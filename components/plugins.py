@@ -56,7 +56,8 @@ def _module(family: str, name: str) -> ModuleType:
         return importlib.import_module(f"components.{family}.{name}")
     key = f"visionloop_workspace_plugins.{family}.{name}"
     spec = importlib.util.spec_from_file_location(key, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
     spec.loader.exec_module(module)

@@ -150,7 +150,9 @@ def split(
         counts=counts,
         class_counts=class_counts,
         num_duplicate_groups=int((table["picture"].value_counts() > 1).sum()),
-        test_digest=sha256_text(canonical_json([list(dataset.record.classes), *zip(test["sha256"], test["label"], strict=True)])),
+        test_digest=sha256_text(
+            canonical_json([list(dataset.record.classes), *zip(test["sha256"], test["label"], strict=True)])
+        ),
     )
 
 

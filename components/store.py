@@ -188,9 +188,7 @@ class Store:
         return sorted(path.parent for path in self.root.glob(f"[!.]*/**/{MANIFEST}"))
 
 
-_REMEDY = (
-    "nothing was loaded from it. Run `visionloop store verify --discard` to set it aside; the next run makes it anew"
-)
+_REMEDY = "nothing was loaded from it. Run `visionloop store verify --discard` to set it aside; the next run makes it anew"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

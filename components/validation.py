@@ -219,7 +219,8 @@ def _judge(table: pd.DataFrame, class_counts: dict[str, int], config: Validation
             )
         )
         checkpoints.append((name, checkpoint, frame))
-    critical, warnings = [], []
+    critical: list[str] = []
+    warnings: list[str] = []
     for name, checkpoint, frame in checkpoints:
         outcome = checkpoint.run(batch_parameters={"dataframe": frame})
         for validation in outcome.run_results.values():

@@ -43,7 +43,7 @@ app.add_typer(store_app, name="store")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace, or a folder in it.")]
-HERE = Path(".")
+HERE = Path()
 
 
 def _finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
@@ -127,9 +127,9 @@ def _told(summary: dict[str, Any]) -> str:
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Option("--directory", help="Scratch workspace; kept, so a second demo resumes.")] = Path(
-        ".demo"
-    ),
+    directory: Annotated[
+        Path, typer.Option("--directory", help="Scratch workspace; kept, so a second demo resumes.")
+    ] = Path(".demo"),
     json_: AsJson = False,
 ) -> None:
     """The main job on the embedded digits, in a scratch workspace: no account, no server, no download."""
@@ -163,10 +163,10 @@ def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
         _finish(
             {"runs": found},
             json_,
-            lambda: "\n".join(
-                f"{r['run']}  {r['outcome']}{' version ' + r['version'] if r['version'] else ''}" for r in found
-            )
-            or "No runs yet. Next: visionloop train --recipe NAME",
+            lambda: (
+                "\n".join(f"{r['run']}  {r['outcome']}{' version ' + r['version'] if r['version'] else ''}" for r in found)
+                or "No runs yet. Next: visionloop train --recipe NAME"
+            ),
         )
 
     _guarded(action, json_)
@@ -240,7 +240,9 @@ def data_status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
         lines += [f"{kind}: {len(files)} ({', '.join(files[:5])})" for kind, files in changes.items()]
         lines += [] if changes else ["data/ is exactly that version."]
         _finish(
-            {"data_version": version.dvc_hash, "files": version.num_files, "changes": changes}, json_, lambda: "\n".join(lines)
+            {"data_version": version.dvc_hash, "files": version.num_files, "changes": changes},
+            json_,
+            lambda: "\n".join(lines),
         )
         if changes:
             raise typer.Exit(1)
@@ -353,7 +355,9 @@ def recipe_schema(json_: AsJson = False) -> None:
 
 @store_app.command("verify")
 def store_verify(
-    discard: Annotated[bool, typer.Option(help="Set what does not verify aside, so that the next run makes it anew.")] = False,
+    discard: Annotated[
+        bool, typer.Option(help="Set what does not verify aside, so that the next run makes it anew.")
+    ] = False,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:

@@ -47,7 +47,8 @@ def add(workspace: Workspace, folder: Path | None, *, test_share: float | None, 
     ledger = TestLedger(test_share or DEFAULT_TEST_SHARE, {}) if first else TestLedger.read(ledger_path)
     if not first and test_share is not None and test_share != ledger.test_share:
         raise DataError(
-            f"the test share of this data set is frozen at {ledger.test_share}; leave --test-share out, or start another workspace"
+            f"the test share of this data set is frozen at {ledger.test_share}; "
+            f"leave --test-share out, or start another workspace"
         )
     copied, there = _copy(incoming, workspace.data, scratch=workspace.state / "tmp")
     if not workspace.data.is_dir():

@@ -14,9 +14,7 @@ from flows.settings import read_settings
 
 
 @contextmanager
-def opened(
-    recipe: str, folder: Path, overrides: Sequence[str], reason: str, *, quiet: bool
-) -> Iterator[Run]:
+def opened(recipe: str, folder: Path, overrides: Sequence[str], reason: str, *, quiet: bool) -> Iterator[Run]:
     """A run whose recipe is valid, whose data are the pinned ones and whose workspace is held."""
     workspace = Workspace.find(folder)
     config = load_recipe(recipe, overrides, workspace=workspace.root)

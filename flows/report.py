@@ -42,7 +42,9 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None) ->
         run_id=run.id,
         lineage=run.lineage,
         verdict=verdict,
-        engines=[_engine_row(*found) for found in zip(results.engines, results.evaluations, results.measurements, strict=True)],
+        engines=[
+            _engine_row(*found) for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
+        ],
         n_test=shown.record.num_images,
         machine=results.measurements[0].record.machine,
         checkpoint=results.checkpoint.record,

@@ -198,9 +198,7 @@ def gating(
             Judged(engine, evaluation, measurement.record, required[engine.record.name])
             for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True)
         ]
-        return judge(
-            judged[1:], evaluations[0], champion_evaluation, config, serving=chosen.serving, champion_known=True
-        )
+        return judge(judged[1:], evaluations[0], champion_evaluation, config, serving=chosen.serving, champion_known=True)
 
     inputs = {
         "config": config.digest(),

@@ -42,7 +42,7 @@ def told(summary: dict[str, Any]) -> str:
         label = name + (" (serving)" if name == summary["serving_engine"] else "")
         verdict = statuses.get(name, "reference")
         if not metrics:
-            table.add_row(label, verdict, engine["reason"][:44], "", "", "", f"{engine['size_bytes'] / 1e6:.2f} MB")
+            table.add_row(label, verdict, "built, not executed here", "", "", "", f"{engine['size_bytes'] / 1e6:.2f} MB")
             continue
         accuracy = metrics["accuracy"]
         table.add_row(
@@ -57,9 +57,7 @@ def told(summary: dict[str, Any]) -> str:
     console.print(table)
     console.print()
     slowest = sorted(summary["seconds"].items(), key=lambda item: -item[1]["seconds"])
-    spent = ", ".join(
-        f"{name} {spent['seconds']:.1f} s" for name, spent in slowest[:6] if not spent["cached"]
-    )
+    spent = ", ".join(f"{name} {spent['seconds']:.1f} s" for name, spent in slowest[:6] if not spent["cached"])
     console.print(f"time    {spent or 'every stage came from the store'}")
     console.print(f"report  {summary['report']}")
     return text.getvalue().rstrip()

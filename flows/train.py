@@ -13,8 +13,11 @@ from flows import steps
 from flows.evidence import Results, summarise, write_report
 from flows.opening import opened
 
+# Two engines are built at a time: each is a process of its own.
+_RUNNER: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=2)
 
-@flow(name="train", task_runner=ThreadPoolTaskRunner(max_workers=2), validate_parameters=False)
+
+@flow(name="train", task_runner=_RUNNER, validate_parameters=False)  # type: ignore[arg-type]
 def train(
     recipe: str, workspace: str = ".", overrides: Sequence[str] = (), reason: str = "manual", quiet: bool = False
 ) -> dict[str, Any]:
@@ -24,9 +27,7 @@ def train(
         splits = steps.splitting(run, dataset)
         checkpoint = steps.training(run, splits)
         graph = steps.graph(run, checkpoint)
-        building = [
-            steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.config.export.all_targets
-        ]
+        building = [steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.config.export.all_targets]
         engines = [future.result() for future in building]
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         measurements = [steps.measurement(run, engine, splits) for engine in engines]

@@ -110,14 +110,12 @@ class Ledger:
                 f"Nothing was lost; bring it back and run the same command again"
             ) from error
 
-    def append(
-        self, kind: Kind, *, model: str, subject: str, actor: Principal, body: Mapping[str, Any], key: str
-    ) -> Entry:
+    def append(self, kind: Kind, *, model: str, subject: str, actor: Principal, body: Mapping[str, Any], key: str) -> Entry:
         """Append a row, or return the row that `key` already has."""
         with self._transaction() as connection:
             existing = connection.execute(sa.select(_entries).where(_entries.c.key == key)).mappings().first()
             if existing is not None:
-                return _entry(existing)
+                return _entry(dict(existing))
             last = connection.execute(sa.select(_entries).order_by(_entries.c.seq.desc()).limit(1)).mappings().first()
             values: dict[str, Any] = {
                 "seq": 1 if last is None else last["seq"] + 1,
@@ -148,14 +146,14 @@ class Ledger:
                 )
             previous = row["hash"]
             if model is None or row["model"] == model:
-                found.append(_entry(row))
+                found.append(_entry(dict(row)))
         return found
 
     def find(self, key: str) -> Entry | None:
         """The row with this idempotency key."""
         with self._transaction() as connection:
             row = connection.execute(sa.select(_entries).where(_entries.c.key == key)).mappings().first()
-        return None if row is None else _entry(row)
+        return None if row is None else _entry(dict(row))
 
     def champion(self, model: str) -> Entry | None:
         """The row that made today's champion; None is proof that no champion was ever promoted.
@@ -199,5 +197,3 @@ def _sqlite_manual_transactions(connection: Any, _: Any) -> None:
 
 def _sqlite_begin(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-

@@ -193,7 +193,7 @@ def _logged_model(
         name=evidence.model,
         source_run_id=run_id,
         tags={**evidence.tags, _CANDIDATE_TAG: evidence.candidate_digest, "visionloop.manifest_sha256": manifest_sha256},
-        params={name: value for name, value in evidence.params.items()},
+        params=dict(evidence.params),
         model_type="image-classifier",
     )
     mlflow.log_model_artifacts(created.model_id, str(bundle))
@@ -201,9 +201,7 @@ def _logged_model(
 
     with tempfile.TemporaryDirectory(prefix="visionloop-readback-") as scratch:
         local = Path(
-            artifacts.download_artifacts(
-                created.artifact_location, dst_path=scratch, tracking_uri=mlflow.tracking_uri
-            )
+            artifacts.download_artifacts(created.artifact_location, dst_path=scratch, tracking_uri=mlflow.tracking_uri)
         )
         verify_bundle(local, manifest_sha256)
     mlflow.finalize_logged_model(created.model_id, LoggedModelStatus.READY)

@@ -74,7 +74,7 @@ def paired_difference(
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     phi = 0.0
     if product > 0:
-        cross = both * neither - only_first * only_second
+        cross = float(both * neither - only_first * only_second)
         # Newcombe's continuity correction for positive association.
         cross = max(cross - n / 2, 0) if cross > 0 else cross
         phi = cross / math.sqrt(product)

@@ -37,7 +37,9 @@ class Gate(BaseModel):
         agreement = float((answers.predicted == reference.predicted).mean())
         difference = float(np.abs(answers.logits - reference.logits).max())
         status = compare(agreement, floor, at_least=True)
-        text = f"top-1 equal on {agreement:.4%} of {n} images (floor {floor:.1%}), largest |logit difference| {difference:.2g}"
+        text = (
+            f"top-1 equal on {agreement:.4%} of {n} images (floor {floor:.1%}), largest |logit difference| {difference:.2g}"
+        )
         if evidence.engine.precision == "fp32":
             text += f" (limit {self.max_logit_difference:g})"
             if status == "pass":

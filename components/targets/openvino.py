@@ -95,14 +95,9 @@ def stream(model: Any, batches: Iterator[npt.NDArray[np.uint8]], output: str) ->
 
 
 def _int8_constants(model: Any) -> int:
-    # Before compression into i8 constants, NNCF marks a quantised weight by a FakeQuantize fed from a constant.
-    found = 0
-    for op in model.get_ops():
-        if op.get_type_name() == "FakeQuantize" and op.input_value(0).get_node().get_type_name() in ("Constant", "Convert"):
-            found += 1
-        elif op.get_type_name() == "Constant" and op.get_element_type().get_type_name() in ("i8", "u8") and op.shape:
-            found += 1
-    return found
+    """Weight tensors that are stored as 8-bit integers."""
+    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+    return sum(op.get_element_type().get_type_name() in ("i8", "u8") and len(op.shape) > 1 for op in constants)
 
 
 class _Predictor:

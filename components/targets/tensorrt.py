@@ -114,7 +114,7 @@ class _Predictor:
     def _predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         import torch
 
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             given = torch.from_numpy(images).cuda()
             self._context.set_input_shape("images", tuple(images.shape))

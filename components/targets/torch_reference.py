@@ -53,5 +53,3 @@ class _Predictor:
         with torch.inference_mode():
             logits, embedding = self._model(torch.from_numpy(np.ascontiguousarray(images)))
         return logits.numpy(), embedding.numpy()
-
-

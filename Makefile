@@ -1,0 +1,48 @@
+# The one task vocabulary: by hand, in hooks and in CI.
+PYTHON ?= python3
+# An index of PyPI's files is all that is needed; `uv` is used where it is, else brought into a folder of its own.
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+BIN := .venv/bin
+NAME ?=
+DATA ?=
+
+.PHONY: help setup demo check test test-slow bench lock clean
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.ready ## install the locked versions into .venv
+
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv
+
+.venv/.ready: requirements.lock pyproject.toml | $(filter .uv/bin/uv,$(UV))
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else "visionloop needs Python 3.11, 3.12 or 3.13, $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
+	$(UV) pip sync --python $(BIN)/python requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## the main job on real digits, in the scratch workspace .demo
+	$(BIN)/visionloop demo
+
+check: setup ## lint, strict types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: setup ## everything that takes minutes or less
+	$(BIN)/pytest -m "not slow"
+
+test-slow: setup ## the long proofs: kill at every stage, resumption, real servers
+	$(BIN)/pytest -m slow
+
+bench: setup ## make bench NAME=frozen_training [DATA=folder]; one JSON line last
+	@$(BIN)/python -m bench "$(NAME)" $(if $(DATA),--data "$(DATA)")
+
+lock: ## resolve requirements.lock anew
+	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --upgrade \
+		--extra dev --extra pretrained --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+
+clean: ## remove what can be made again
+	rm -rf .venv .uv .demo build .mypy_cache .ruff_cache .import_linter_cache
