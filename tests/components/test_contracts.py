@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from components.contracts import (
+    Estimate,
+    FileDigest,
+    Preprocessing,
+    Record,
+    SchemaTooNew,
+    StoreError,
+    UnknownName,
+    compare,
+    compare_interval,
+)
+
+
+def estimate(low: float, value: float, high: float) -> Estimate:
+    return Estimate(value=value, low=low, high=high, n=10, method="test")
+
+
+def test_a_record_survives_json_and_keeps_its_digest() -> None:
+    record = Preprocessing(
+        channels=1, height=28, width=28, resize_shortest=28, interpolation="bilinear", mean=(0.5,), std=(0.5,)
+    )
+    assert Preprocessing.read(record.to_json()) == record
+    assert Preprocessing.read(record.to_json()).digest() == record.digest()
+
+
+def test_unknown_keys_and_changes_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        FileDigest.model_validate({"name": "a", "sha256": "b", "bytes": 1, "surprise": 1})
+    record = FileDigest(name="a", sha256="b", bytes=1)
+    with pytest.raises(ValidationError):
+        record.name = "c"  # type: ignore[misc]
+
+
+def test_an_older_record_is_upgraded_and_a_newer_one_refused() -> None:
+    class Thing(Record):
+        UPGRADES = {1: lambda values: {"full_name": values["name"]}}
+        schema_version: int = 2
+        full_name: str
+
+    assert Thing.read({"schema_version": 1, "name": "x"}) == Thing(full_name="x")
+    with pytest.raises(SchemaTooNew, match="schema version 3.*reads up to 2"):
+        Thing.read({"schema_version": 3, "full_name": "x"})
+    with pytest.raises(StoreError, match="without a schema_version"):
+        Thing.read({"full_name": "x"})
+
+
+def test_a_record_refuses_nan() -> None:
+    with pytest.raises(ValidationError):
+        estimate(0.0, math.nan, 1.0)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at_least", [True, False])
+def test_a_missing_or_non_finite_value_never_passes(value: float | None, at_least: bool) -> None:
+    assert compare(value, 0.5, at_least=at_least) == "inconclusive"
+    assert compare(0.5, math.nan, at_least=at_least) == "inconclusive"
+
+
+def test_compare_both_ways() -> None:
+    assert compare(0.5, 0.5, at_least=True) == "pass"
+    assert compare(0.49, 0.5, at_least=True) == "fail"
+    assert compare(0.5, 0.5, at_least=False) == "pass"
+    assert compare(0.51, 0.5, at_least=False) == "fail"
+
+
+def test_an_interval_is_judged_as_a_whole() -> None:
+    assert compare_interval(estimate(0.9, 0.95, 0.99), 0.9) == "pass"
+    assert compare_interval(estimate(0.8, 0.95, 0.99), 0.9) == "inconclusive"
+    assert compare_interval(estimate(0.7, 0.8, 0.89), 0.9) == "fail"
+    assert compare_interval(None, 0.9) == "inconclusive"
+    assert compare_interval(estimate(0.9, 0.95, 0.99), math.nan) == "inconclusive"
+
+
+def test_an_unknown_name_lists_the_valid_ones() -> None:
+    assert str(UnknownName("gate", "acuracy", ["parity", "accuracy"])) == "unknown gate 'acuracy'; valid: accuracy, parity"

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from shapes import picture, write_pictures
+from PIL import Image
+
+from components.contracts import DataError, DataRejected, Dataset, DataVersion
+from components.validation import ValidationConfig, validate
+
+VERSION = DataVersion(dvc_hash="h", num_files=1, bytes=1, ledger_sha256="l")
+
+
+def run(data: Path, config: ValidationConfig | None = None) -> Dataset:
+    out = data.parent / "out"
+    out.mkdir(exist_ok=True)
+    return validate(data, VERSION, config or ValidationConfig(), out=out)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_pictures(tmp_path / "data", 20)
+    return tmp_path / "data"
+
+
+def test_good_images_are_kept_with_their_facts_and_data_docs(data: Path) -> None:
+    dataset = run(data)
+    assert (dataset.num_input, dataset.num_kept, dataset.num_quarantined) == (60, 60, 0)
+    assert dataset.classes == ("cross", "disc", "stripes")
+    table = pd.read_parquet(data.parent / "out" / "samples.parquet")
+    assert {"sha256", "picture", "brightness", "contrast", "sharpness", "mode", "width"} <= set(table.columns)
+    assert table["sharpness"].min() > 0
+    assert (data.parent / "out" / "data_docs" / "index.html").exists()
+
+
+def test_undecodable_files_are_quarantined_and_counted(data: Path) -> None:
+    (data / "disc" / "text.png").write_bytes(b"not an image")
+    whole = (data / "disc" / "0001.png").read_bytes()
+    (data / "disc" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    dataset = run(data, ValidationConfig(max_quarantined_share=0.1))
+    assert dataset.num_input == dataset.num_kept + dataset.num_quarantined == 62
+    refused = pd.read_parquet(data.parent / "out" / "quarantine.parquet")
+    assert dict(zip(refused["path"], refused["reason"], strict=True)).keys() == {"disc/text.png", "disc/cut.png"}
+    assert refused["reason"].str.len().min() > 10
+
+
+def test_too_many_unusable_files_stop_the_run(data: Path) -> None:
+    (data / "disc" / "text.png").write_bytes(b"not an image")
+    with pytest.raises(DataRejected, match=r"1 of 61 files.*disc/text\.png.*max_quarantined_share"):
+        run(data, ValidationConfig(max_quarantined_share=0.01))
+
+
+def test_the_same_picture_under_two_classes_is_quarantined(data: Path) -> None:
+    same = picture("disc", 1)
+    Image.fromarray(same).save(data / "cross" / "copy.bmp")
+    dataset = run(data, ValidationConfig(max_quarantined_share=0.1))
+    refused = pd.read_parquet(data.parent / "out" / "quarantine.parquet")
+    assert set(refused["path"]) == {"cross/copy.bmp", "disc/0001.png"}
+    assert dataset.num_kept == 59
+
+
+def test_an_empty_class_is_refused(data: Path) -> None:
+    (data / "empty").mkdir()
+    with pytest.raises(DataRejected, match=r"at least 10 usable images in every class.*empty \(images 0\)"):
+        run(data)
+
+
+def test_a_one_image_class_is_refused(data: Path) -> None:
+    (data / "lone").mkdir()
+    Image.fromarray(picture("disc", 999)).save(data / "lone" / "a.png")
+    with pytest.raises(DataRejected, match=r"lone \(images 1\)"):
+        run(data)
+
+
+def test_one_class_is_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "data", 20, kinds=("disc",))
+    with pytest.raises(DataRejected, match="at least 2 classes.*found 1"):
+        run(tmp_path / "data")
+
+
+def test_no_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="holds no images.*data add"):
+        run(tmp_path / "data")
+
+
+def test_warnings_do_not_stop_the_run(data: Path) -> None:
+    Image.new("L", (16, 16), 0).save(data / "disc" / "black.png")
+    for name in ("copy1.png", "copy2.png"):
+        Image.fromarray(picture("disc", 1)).save(data / "disc" / name)
+    warnings = " | ".join(run(data).warnings)
+    assert "almost black or almost white" in warnings
+    assert "same picture several times" in warnings
+    assert "disc/black.png" in warnings
+
+
+def test_an_unreadable_folder_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.iterdir
+
+    def refusing(self: Path) -> object:
+        if self.name == "disc":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    with pytest.raises(DataError, match="cannot read.*disc.*Permission denied.*give read permission"):
+        run(data)

@@ -1,0 +1,77 @@
+"""What the tests share: quiet libraries, small real pictures, one workspace and one Prefect server per session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from shapes import free_port, make_workspace, visionloop
+
+from flows.settings import prepare_environment
+
+_STATE = Path(os.environ.get("TMPDIR", "/tmp")) / f"visionloop-tests-{os.getpid()}"
+prepare_environment(_STATE)
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_up() -> Iterator[None]:
+    yield
+    shutil.rmtree(_STATE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with data and nothing run in it; copy it, never use it."""
+    return make_workspace(tmp_path_factory.mktemp("pristine") / "workspace")
+
+
+@pytest.fixture
+def workspace(pristine: Path, tmp_path: Path) -> Path:
+    """A workspace of one's own."""
+    return Path(shutil.copytree(pristine, tmp_path / "workspace", symlinks=True))
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """API address of a Prefect server of the session's own."""
+    port, home = free_port(), tmp_path_factory.mktemp("prefect")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2"},
+        stdout=(home / "server.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    api = f"http://127.0.0.1:{port}/api"
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(f"{api}/health", timeout=2):
+                break
+        except OSError:
+            log = (home / "server.log").read_text()
+            assert server.poll() is None, f"the Prefect server died:\n{log}"
+            assert time.monotonic() < deadline, f"the Prefect server did not answer:\n{log}"
+            time.sleep(0.2)
+    yield api
+    server.terminate()
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Path:
+    """A workspace in which the smoke recipe ran once through the command line; read it, or copy it."""
+    root = make_workspace(tmp_path_factory.mktemp("trained") / "workspace")
+    done = visionloop("train", "-r", "smoke", "--json", cwd=root, PREFECT_API_URL=prefect_server)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (root / "summary.json").write_text(done.stdout.strip().splitlines()[-1])
+    return root
