@@ -66,6 +66,20 @@ def _repo(root: Path) -> Iterator[Repo]:
         raise DataError(f"DVC: {error}{cause}") from error
 
 
+@contextlib.contextmanager
+def _remote() -> Iterator[None]:
+    """Say of a remote that refuses or does not answer what it is, instead of a stack of storage libraries."""
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        yield
+    except (OSError, BotoCoreError) as error:
+        raise DataError(
+            f"the data remote refused ({type(error).__name__}: {error}); nothing local was changed. Check its address "
+            f"(`visionloop data remote`) and, for S3, the AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of this shell"
+        ) from error
+
+
 def initialise(root: Path) -> None:
     """Make `root` a git repository with DVC in it; leaves what is already there alone."""
     from dvc.repo import Repo
@@ -168,20 +182,21 @@ def _directory_hash(root: Path) -> str:
     from dvc_data.hashfile.build import build
 
     with _repo(root) as repo:
-        out = repo.find_outs_by_path(str(root / DATA))[0]
+        # Not find_outs_by_path: it builds the graph of every output in the repository first.
+        out = repo.stage.load_one(str(root / PIN)).outs[0]
         _, _, found = build(out.cache, out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore)
         return str(found.hash_info.value)
 
 
 def push(root: Path) -> int:
     """Send the pinned version to the remote; returns how many objects were sent."""
-    with _repo(root) as repo:
+    with _repo(root) as repo, _remote():
         return int(repo.push())
 
 
 def pull(root: Path, *, force: bool = False) -> int:
     """Bring the pinned version from the remote into `data/`; returns how many files changed."""
-    with _repo(root) as repo:
+    with _repo(root) as repo, _remote():
         statistics = repo.pull(force=force)
     return sum(int(count) for name, count in statistics["stats"].items() if name != "fetched")
 

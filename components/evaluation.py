@@ -11,11 +11,10 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from pydantic import Field
 
 from components import plugins
@@ -34,6 +33,9 @@ from components.contracts import (
 from components.images import batches
 from components.samples import rows
 from components.store import describe
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PREDICTIONS = "predictions.parquet"
 _BATCH = 32
@@ -123,6 +125,8 @@ def _write(
     probabilities: npt.NDArray[np.float64],
     out: Path,
 ) -> None:
+    import pandas as pd
+
     predicted = logits.argmax(axis=1)
     frame = pd.DataFrame(
         {

@@ -362,5 +362,5 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torc
 
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
-    """One JSON object an epoch."""
-    write_atomically(path, json.dumps(history, indent=1).encode())
+    """One JSON object an epoch, keys sorted: a resumed run writes the same bytes."""
+    write_atomically(path, json.dumps(history, indent=1, sort_keys=True).encode())

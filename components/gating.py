@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from pydantic import Field
 
 from components import plugins
@@ -174,6 +173,8 @@ def _answers(evaluation: Stored[Evaluation] | None) -> Answers | None:
 
 def read_answers(path: Path) -> Answers:
     """The answers of a predictions.parquet."""
+    import pandas as pd
+
     frame = pd.read_parquet(path, columns=["sha256", "label", "logits"])
     return Answers(
         image_ids=tuple(frame["sha256"]),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from components.contracts import SplitName, Splits, Stored
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def rows(splits: Stored[Splits], name: SplitName) -> pd.DataFrame:
     """The images of one split in a fixed order: path (relative to data/), label, sha256, picture, class_index."""
+    import pandas as pd
+
     table = pd.read_parquet(splits.folder / splits.record.table.name)
     chosen = table[table["split"] == name].reset_index(drop=True)
     index = {label: position for position, label in enumerate(splits.record.classes)}

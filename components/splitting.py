@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from pydantic import Field, model_validator
 
 from components.contracts import (
@@ -30,6 +30,9 @@ from components.contracts import (
     silent,
 )
 from components.store import describe, write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _HEADER = "# visionloop test ledger 1, test_share="
 
@@ -119,6 +122,8 @@ def split(
 
     Raises DataError when an image is not in the ledger or a class would be missing from a split.
     """
+    import pandas as pd
+
     table = pd.read_parquet(dataset.folder / dataset.record.samples.name)
     unseen = table[~table["picture"].isin(ledger.members.keys())]
     if len(unseen):

@@ -135,6 +135,9 @@ class Store:
         if partial.exists() and not resumable:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
+        for leftover in partial.rglob(".*.tmp"):
+            # A kill between write and rename leaves these; they are not part of what can be resumed.
+            leftover.unlink()
         with explained("write", partial):
             yield partial
 

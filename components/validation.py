@@ -9,10 +9,9 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from pydantic import Field
 
 from components.contracts import (
@@ -28,6 +27,9 @@ from components.contracts import (
 from components.images import decode, in_threads, pixel_digest
 from components.samples import image_files
 from components.store import describe
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class ValidationConfig(Record):
@@ -57,6 +59,8 @@ def validate(
 
     Raises DataRejected with every critical expectation that failed; the data docs say the same in pictures.
     """
+    import pandas as pd
+
     try:
         by_class = image_files(data)
     except OSError as error:
@@ -137,6 +141,7 @@ def _judge(table: pd.DataFrame, class_counts: dict[str, int], config: Validation
     """Run both expectation suites, build the data docs, raise on critical failures, return the warnings."""
     import great_expectations as gx
     import great_expectations.expectations as gxe
+    import pandas as pd
     from great_expectations.checkpoint import UpdateDataDocsAction
 
     classes = pd.DataFrame({"class": list(class_counts), "images": list(class_counts.values())})

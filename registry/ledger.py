@@ -21,6 +21,7 @@ from components.contracts import Record, RegistryUnavailable, TamperedArtefact, 
 
 Kind = Literal["requested", "rejected", "approved", "promoted", "rolled_back"]
 GENESIS = "0" * 64
+_LOCK = 0x76_6C_6C_67
 
 _metadata = sa.MetaData()
 _entries = sa.Table(
@@ -93,13 +94,14 @@ class Ledger:
     def _transaction(self) -> Iterator[sa.Connection]:
         try:
             with self._engine.begin() as connection:
+                if self._engine.dialect.name == "postgresql":
+                    # Held to the end of the transaction: appenders, and the first ones making the table, take turns.
+                    connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
                 if not self._ready:
                     _metadata.create_all(connection)
                     for statement in _IMMUTABLE.get(self._engine.dialect.name, []):
                         connection.execute(sa.text(statement))
                     self._ready = True
-                if self._engine.dialect.name == "postgresql":
-                    connection.execute(sa.text("LOCK TABLE visionloop_ledger IN EXCLUSIVE MODE"))
                 yield connection
         except (IntegrityError, TamperedArtefact):
             raise

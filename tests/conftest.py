@@ -19,6 +19,7 @@ from flows.settings import prepare_environment
 _STATE = Path(os.environ.get("TMPDIR", "/tmp")) / f"visionloop-tests-{os.getpid()}"
 prepare_environment(_STATE)
 
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_up() -> Iterator[None]:
     yield
@@ -58,6 +59,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert server.poll() is None, f"the Prefect server died:\n{log}"
             assert time.monotonic() < deadline, f"the Prefect server did not answer:\n{log}"
             time.sleep(0.2)
+    # Before Prefect is imported anywhere in this process: it reads its settings once.
+    os.environ["PREFECT_API_URL"] = api
     yield api
     server.terminate()
     try:
@@ -71,7 +74,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Path:
     """A workspace in which the smoke recipe ran once through the command line; read it, or copy it."""
     root = make_workspace(tmp_path_factory.mktemp("trained") / "workspace")
-    done = visionloop("train", "-r", "smoke", "--json", cwd=root, PREFECT_API_URL=prefect_server)
+    done = visionloop("train", "-r", "smoke", "--json", cwd=root)
     assert done.returncode == 0, done.stderr + done.stdout
     (root / "summary.json").write_text(done.stdout.strip().splitlines()[-1])
     return root

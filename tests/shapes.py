@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -65,6 +66,19 @@ def write_pictures(folder: Path, per_class: int, *, start: int = 0, kinds: tuple
 
 
 def visionloop(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in this process: its libraries are loaded once for all tests."""
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    with contextlib.chdir(cwd):
+        result = CliRunner().invoke(app, list(arguments), env=environment)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(list(arguments), result.exit_code, result.stdout, result.stderr)
+
+
+def visionloop_process(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "flows", *arguments],

@@ -142,7 +142,9 @@ def wilson(hits: int, n: int) -> Estimate:
     share, z2 = hits / n, _Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Estimate(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n, method="wilson")
+    # Rounding must not put the value outside its own interval at 0 and 1.
+    low, high = min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+    return Estimate(value=share, low=low, high=high, n=n, method="wilson")
 
 
 def expected_calibration_error(confidence: Floats, correct: Floats) -> float:

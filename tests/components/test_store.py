@@ -143,3 +143,12 @@ def test_a_seal_holds_exactly_what_was_sealed() -> None:
     assert unseal(raw.replace(b"1", b"2", 1)) is None
     assert unseal(b"[]") is None
     assert unseal(b"\xff") is None
+
+
+def test_what_a_kill_left_of_an_atomic_write_is_not_published(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.writing("thing", "k", resumable=True) as out:
+        (out / "kept.bin").write_bytes(b"1")
+        (out / ".progress.json.0123.tmp").write_bytes(b"")
+    with store.writing("thing", "k", resumable=True) as out:
+        assert sorted(path.name for path in out.iterdir()) == ["kept.bin"]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from shapes import picture, write_pictures
 from PIL import Image
+from shapes import picture, write_pictures
 
 from components.contracts import DataError, DataRejected, Dataset, DataVersion
 from components.validation import ValidationConfig, validate

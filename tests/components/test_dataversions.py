@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+from shapes import free_port, visionloop_process, write_pictures
+
+from components import dataversions
+from components.contracts import DataDiffers, DataError
+from flows.data import add, ensure
+from flows.run import Workspace
+
+
+def test_the_pin_names_exactly_the_bytes(workspace: Path) -> None:
+    version = dataversions.verify(workspace)
+    assert version.num_files == 180
+    assert dataversions.changes(workspace) == {}
+
+
+def test_changed_added_and_deleted_files_are_named(workspace: Path) -> None:
+    (workspace / "data" / "disc" / "0000.png").write_bytes(b"changed")
+    (workspace / "data" / "disc" / "new.png").write_bytes(b"new")
+    (workspace / "data" / "cross" / "0003.png").unlink()
+    with pytest.raises(DataDiffers) as caught:
+        dataversions.verify(workspace)
+    message = str(caught.value)
+    for part in ("disc/0000.png", "disc/new.png", "cross/0003.png", "visionloop data add", "visionloop data pull --force"):
+        assert part in message
+    assert (workspace / "data" / "disc" / "new.png").exists()
+
+
+def test_a_changed_ledger_is_found(workspace: Path) -> None:
+    ledger = workspace / dataversions.TEST_LEDGER
+    ledger.write_text(ledger.read_text().replace(",test", ",rest", 1))
+    with pytest.raises(DataDiffers, match="not the one that data.dvc names.*git checkout"):
+        dataversions.verify(workspace)
+
+
+def test_missing_pin_and_missing_data_say_what_to_do(workspace: Path, tmp_path: Path) -> None:
+    shutil.rmtree(workspace / "data")
+    with pytest.raises(DataDiffers, match="visionloop data pull"):
+        dataversions.verify(workspace)
+    Workspace.create(tmp_path / "empty")
+    with pytest.raises(DataError, match="no data.dvc; add images with `visionloop data add FOLDER`"):
+        dataversions.pinned(tmp_path / "empty")
+    (workspace / "data.dvc").write_text("outs: 3")
+    with pytest.raises(DataError, match="not a pin made by visionloop"):
+        dataversions.pinned(workspace)
+
+
+def test_appending_makes_a_new_version_and_keeps_the_test_side(workspace: Path, tmp_path: Path) -> None:
+    from components.splitting import TestLedger
+
+    before, ledger = dataversions.pinned(workspace), TestLedger.read(workspace / dataversions.TEST_LEDGER)
+    write_pictures(tmp_path / "more", 20, start=500)
+    added = add(Workspace.find(workspace), tmp_path / "more", test_share=None)
+    after = TestLedger.read(workspace / dataversions.TEST_LEDGER)
+    assert added.num_copied == 60
+    assert added.version.dvc_hash != before.dvc_hash
+    assert {p: after.members[p] for p in ledger.members} == dict(ledger.members)
+    assert len(after.members) == len(ledger.members) + 60
+    again = add(Workspace.find(workspace), tmp_path / "more", test_share=None)
+    assert (again.num_copied, again.num_already_there, again.version) == (0, 60, added.version)
+
+
+def test_a_name_that_is_taken_by_other_bytes_loses_nothing(workspace: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "more", 2, start=700, kinds=("disc",))
+    (tmp_path / "more" / "disc" / "0700.png").rename(tmp_path / "more" / "disc" / "0000.png")
+    original = (workspace / "data" / "disc" / "0000.png").read_bytes()
+    add(Workspace.find(workspace), tmp_path / "more", test_share=None)
+    assert (workspace / "data" / "disc" / "0000.png").read_bytes() == original
+    assert len(list((workspace / "data" / "disc").glob("0000-*.png"))) == 1
+
+
+def test_a_killed_add_is_completed_by_running_it_again(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "more", 15, start=500)
+    found = Workspace.find(workspace)
+    with monkeypatch.context() as patched:
+        patched.setattr(dataversions, "pin", lambda root: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            add(found, tmp_path / "more", test_share=None)
+    with pytest.raises(DataError):
+        dataversions.verify(workspace)
+    add(found, tmp_path / "more", test_share=None)
+    assert dataversions.verify(workspace).num_files == 225
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "is not a folder"),
+        (lambda folder: folder.mkdir(), "has no sub-folders"),
+        (lambda folder: (folder / "a").mkdir(parents=True), "class 'a' has no images"),
+        (lambda folder: (write_pictures(folder, 1), (folder / "x.png").write_bytes(b"")), "beside the class folders"),
+        (lambda folder: (write_pictures(folder, 1), (folder / "disc" / "deep").mkdir()), "a folder inside a class"),
+    ],
+)
+def test_folders_of_the_wrong_shape_change_nothing(workspace: Path, tmp_path: Path, make: object, message: str) -> None:
+    assert callable(make)
+    make(tmp_path / "given")
+    with pytest.raises(DataError, match=message):
+        add(Workspace.find(workspace), tmp_path / "given", test_share=None)
+    dataversions.verify(workspace)
+
+
+def test_an_unreadable_folder_is_named() -> None:
+    """As a user without the right to read it; root becomes one first."""
+    script = (
+        "import os, pathlib, sys\n"
+        "from components.contracts import DataError\n"
+        "from flows.data import _class_files\n"
+        "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
+        "try: _class_files(pathlib.Path(sys.argv[1]))\n"
+        "except DataError as error: print(error)\n"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        given = Path(scratch, "given")
+        write_pictures(given, 2)
+        Path(scratch).chmod(0o755)
+        (given / "disc").chmod(0)
+        done = subprocess.run([sys.executable, "-c", script, str(given)], capture_output=True, text=True, check=False)
+        (given / "disc").chmod(0o755)
+    assert f"cannot read {given / 'disc'}" in done.stdout, done.stderr
+    assert "give read permission" in done.stdout
+
+
+def test_a_source_that_makes_other_bytes_is_refused_and_leaves_no_data(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.sources.digits import Source
+
+    shutil.rmtree(workspace / "data")
+    monkeypatch.setattr(Source, "fetch", lambda self, *, out: write_pictures(out, 3))
+    with pytest.raises(DataDiffers, match="made other bytes than data.dvc pins.*they were not kept"):
+        ensure(Workspace.find(workspace), "digits")
+    assert not (workspace / "data").exists()
+
+
+def test_push_and_pull_through_a_folder(workspace: Path, tmp_path: Path) -> None:
+    version = dataversions.pinned(workspace)
+    dataversions.set_remote(workspace, str(tmp_path / "remote"))
+    assert dataversions.push(workspace) > 0
+    shutil.rmtree(workspace / "data")
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    dataversions.pull(workspace)
+    assert dataversions.verify(workspace) == version
+
+
+def test_pull_without_the_objects_says_so(workspace: Path, tmp_path: Path) -> None:
+    dataversions.set_remote(workspace, str(tmp_path / "empty"))
+    shutil.rmtree(workspace / "data")
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    with pytest.raises(DataError, match="DVC"):
+        dataversions.pull(workspace)
+
+
+KEY, SECRET = "visionloop-test", "a-secret-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real S3 server that checks signatures, with one bucket."""
+    port, folder = free_port(), tmp_path_factory.mktemp("s3")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "nanio", "serve", "--data-dir", str(folder), "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, "NANIO_ACCESS_KEY": KEY, "NANIO_SECRET_KEY": SECRET},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    address = f"http://127.0.0.1:{port}"
+    client = boto3.client(
+        "s3", endpoint_url=address, aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1"
+    )
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            client.create_bucket(Bucket="images")
+            break
+        except Exception:
+            assert server.poll() is None, "the S3 server died"
+            assert time.monotonic() < deadline, "the S3 server did not answer"
+            time.sleep(0.2)
+    yield address
+    server.terminate()
+    server.wait(10)
+
+
+def test_push_and_pull_through_s3_with_real_authentication(workspace: Path, s3: str) -> None:
+    right = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+    version = dataversions.pinned(workspace)
+    assert visionloop_process("data", "remote", "s3://images/one", "--endpoint-url", s3, cwd=workspace).returncode == 0
+    refused = visionloop_process("data", "push", cwd=workspace, **{**right, "AWS_SECRET_ACCESS_KEY": "wrong"})
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "error: " in refused.stderr
+    pushed = visionloop_process("data", "push", "--json", cwd=workspace, **right)
+    assert pushed.returncode == 0, pushed.stderr
+    shutil.rmtree(workspace / "data")
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    pulled = visionloop_process("data", "pull", cwd=workspace, **right)
+    assert pulled.returncode == 0, pulled.stderr
+    assert dataversions.verify(workspace) == version
+    assert "a-secret-of-the-test" not in (workspace / ".dvc" / "config").read_text()
+
+
+def test_the_s3_server_of_this_test_checks_signatures(s3: str) -> None:
+    client = boto3.client(
+        "s3", endpoint_url=s3, aws_access_key_id=KEY, aws_secret_access_key="wrong", region_name="us-east-1"
+    )
+    with pytest.raises(ClientError):
+        client.list_objects_v2(Bucket="images")

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from components import plugins
+from components.contracts import (
+    Answers,
+    ClassMetrics,
+    ConfigError,
+    Engine,
+    Estimate,
+    Evaluation,
+    Evidence,
+    Finding,
+    Measurement,
+    Preprocessing,
+    Stored,
+    TamperedArtefact,
+    UnknownName,
+)
+from components.gating import GateConfig, GatingConfig, Judged, check, judge
+from components.store import describe
+from components.tasks.classification import Task, wilson
+
+CLASSES = ("a", "b", "c")
+RNG = np.random.default_rng(0)
+LABELS = np.arange(300) % 3
+GOOD = np.eye(3)[LABELS] * 8 + RNG.normal(0, 0.5, (300, 3))
+POLICY = GatingConfig(
+    gates=(
+        GateConfig(gate="accuracy", settings={"floor": 0.9}),
+        GateConfig(gate="class_recall", settings={"floor": 0.8}),
+        GateConfig(gate="parity"),
+        GateConfig(gate="latency", settings={"max_p99_ms": 50}),
+        GateConfig(gate="no_regression"),
+    )
+)
+
+
+def engine(name: str = "openvino-int8", precision: str = "int8") -> Engine:
+    return Engine.model_validate(
+        {
+            "name": name,
+            "target": "openvino",
+            "precision": precision,
+            "checkpoint_digest": "c",
+            "files": (),
+            "entry": "m",
+            "preprocessing": Preprocessing(
+                channels=1, height=16, width=16, resize_shortest=16, interpolation="bilinear", mean=(0.5,), std=(0.5,)
+            ),
+            "classes": CLASSES,
+            "embedding_dim": 4,
+            "temperature": 1.0,
+            "runtime": "r",
+            "built_for": (),
+            "facts": {},
+        }
+    )
+
+
+def measured(of: Engine, **changes: Any) -> Measurement:
+    values = {
+        "engine": of.name,
+        "engine_digest": of.digest(),
+        "status": "measured",
+        "machine": "m",
+        "num_runs": 300,
+        "latency_p99_ms": 5.0,
+    }
+    return Measurement.model_validate(values | changes)
+
+
+def evaluated(
+    of: Engine, folder: Path, logits: np.ndarray[Any, Any] = GOOD, labels: np.ndarray[Any, Any] = LABELS
+) -> Stored[Evaluation]:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "predictions.parquet"
+    names = [f"{i:064d}" for i in range(len(labels))]
+    pd.DataFrame({"sha256": names, "label": labels, "logits": list(logits.astype(np.float32))}).to_parquet(path)
+    task, predicted = Task(), logits.argmax(axis=1)
+    finite = bool(np.isfinite(logits).all()) and len(labels) > 0
+    record = Evaluation(
+        engine=of.name,
+        engine_digest=of.digest(),
+        test_digest="t",
+        status="evaluated",
+        num_images=len(labels),
+        metrics=task.metrics(logits, labels, 1.0) if finite else {},
+        per_class=task.per_class(predicted, labels, CLASSES) if finite else (),
+        predictions=describe(path, within=folder),
+    )
+    return Stored(record, folder)
+
+
+def verdict(tmp_path: Path, *items: Judged, policy: GatingConfig = POLICY, **changes: Any) -> Any:
+    reference = evaluated(engine("torch_reference-fp32", "fp32"), tmp_path / "reference")
+    values: dict[str, Any] = {"serving": "openvino-int8", "champion_known": True} | changes
+    champion = values.pop("champion", None)
+    return judge(items, values.pop("reference", reference), champion, policy, **values)
+
+
+def item(tmp_path: Path, of: Engine | None = None, *, required: bool = True, **changes: Any) -> Judged:
+    of = of or engine()
+    evaluation = changes.pop("evaluation", None) or evaluated(of, tmp_path / of.name, **changes.pop("answers", {}))
+    return Judged(Stored(of, tmp_path), evaluation, changes.pop("measurement", measured(of)), required)
+
+
+def test_a_good_engine_passes_every_gate(tmp_path: Path) -> None:
+    found = verdict(tmp_path, item(tmp_path))
+    assert found.status == "pass"
+    assert found.reasons == ()
+    statuses = {finding.gate: finding.status for finding in found.engines[0].findings}
+    assert statuses == {
+        "accuracy": "pass",
+        "class_recall": "pass",
+        "parity": "pass",
+        "latency": "pass",
+        "no_regression": "not applicable",
+    }
+
+
+def test_a_bad_engine_is_rejected_with_reasons(tmp_path: Path) -> None:
+    found = verdict(tmp_path, item(tmp_path, answers={"logits": np.roll(GOOD, 1, axis=1)}))
+    assert found.status == "fail"
+    assert any("accuracy" in reason for reason in found.reasons)
+
+
+def test_a_required_engine_that_fails_rejects_and_an_optional_one_does_not(tmp_path: Path) -> None:
+    other = engine("onnxruntime-fp32", "fp32")
+    bad = {"logits": np.roll(GOOD, 1, axis=1)}
+    assert verdict(tmp_path, item(tmp_path), item(tmp_path, other, answers=bad)).status == "fail"
+    assert verdict(tmp_path, item(tmp_path), item(tmp_path, other, required=False, answers=bad)).status == "pass"
+
+
+def not_executed(of: Engine) -> Stored[Evaluation]:
+    record = Evaluation(
+        engine=of.name, engine_digest=of.digest(), test_digest="t", status="not executed here", reason="no GPU"
+    )
+    return Stored(record, Path())
+
+
+def test_an_engine_that_cannot_run_here_never_passes(tmp_path: Path) -> None:
+    other = engine("tensorrt-fp32", "fp32")
+    found = verdict(tmp_path, item(tmp_path), item(tmp_path, other, evaluation=not_executed(other)))
+    assert found.status == "pass"
+    assert found.engines[1].status == "not executed here"
+    serving = engine()
+    alone = verdict(tmp_path, item(tmp_path, serving, evaluation=not_executed(serving)))
+    assert alone.status == "inconclusive"
+    assert any("no GPU" in reason for reason in alone.reasons)
+
+
+def test_without_the_serving_engine_nothing_passes(tmp_path: Path) -> None:
+    assert verdict(tmp_path, item(tmp_path, engine("onnxruntime-fp32", "fp32"))).status == "inconclusive"
+    empty = verdict(tmp_path)
+    assert empty.status == "inconclusive"
+    assert empty.reasons
+
+
+def test_a_gate_for_other_engines_leaves_this_one_without_evidence(tmp_path: Path) -> None:
+    policy = GatingConfig(gates=(GateConfig(gate="accuracy", settings={"floor": 0.5}, engines=("another",)),))
+    found = verdict(tmp_path, item(tmp_path), policy=policy)
+    assert found.status == "inconclusive"
+    assert "without evidence nothing is approved" in found.reasons[0]
+
+
+def test_not_applicable_alone_is_no_pass(tmp_path: Path) -> None:
+    policy = GatingConfig(gates=(GateConfig(gate="no_regression"),))
+    assert verdict(tmp_path, item(tmp_path), policy=policy).status == "inconclusive"
+
+
+def test_no_gate_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        GatingConfig(gates=())
+
+
+def test_an_evaluation_of_another_engine_is_no_evidence(tmp_path: Path) -> None:
+    other = evaluated(engine("openvino-fp32", "fp32"), tmp_path / "other")
+    assert verdict(tmp_path, item(tmp_path, evaluation=other)).status == "inconclusive"
+
+
+def test_nan_logits_and_empty_sets_never_pass(tmp_path: Path) -> None:
+    broken = GOOD.copy()
+    broken[5] = np.nan
+    assert verdict(tmp_path, item(tmp_path, answers={"logits": broken})).status == "inconclusive"
+    none = {"logits": GOOD[:0], "labels": LABELS[:0]}
+    of = engine()
+    record = evaluated(of, tmp_path / "full").record.model_copy(update={"metrics": {}, "per_class": (), "predictions": None})
+    assert verdict(tmp_path, item(tmp_path, of, evaluation=Stored(record, tmp_path))).status == "inconclusive"
+    assert len(none["labels"]) == 0
+
+
+def test_an_unknown_champion_is_never_taken_for_none(tmp_path: Path) -> None:
+    assert verdict(tmp_path, item(tmp_path), champion_known=False).status == "inconclusive"
+
+
+def test_tampered_predictions_are_refused(tmp_path: Path) -> None:
+    good = evaluated(engine(), tmp_path / "e")
+    path = tmp_path / "e" / "predictions.parquet"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(TamperedArtefact, match="changed after it was evaluated"):
+        verdict(tmp_path, item(tmp_path, evaluation=good))
+
+
+def test_wrong_policies_are_refused_before_any_work() -> None:
+    with pytest.raises(UnknownName, match="unknown gate 'acuracy'; valid: accuracy"):
+        check(GatingConfig(gates=(GateConfig(gate="acuracy"),)), [])
+    with pytest.raises(UnknownName, match="unknown setting of gate.*'flor'; valid: floor"):
+        check(GatingConfig(gates=(GateConfig(gate="accuracy", settings={"flor": 1}),)), [])
+    with pytest.raises(ConfigError, match="floor"):
+        check(GatingConfig(gates=(GateConfig(gate="accuracy", settings={"floor": 7}),)), [])
+    with pytest.raises(UnknownName, match="unknown engine in gate 'parity' 'x'"):
+        check(GatingConfig(gates=(GateConfig(gate="parity", engines=("x",)),)), ["y"])
+
+
+def evidence(**changes: Any) -> Evidence:
+    of = engine()
+    answers = Answers(tuple(f"{i:064d}" for i in range(300)), LABELS, GOOD.astype(np.float32))
+    values: dict[str, Any] = {
+        "engine": of,
+        "evaluation": Evaluation(
+            engine=of.name,
+            engine_digest=of.digest(),
+            test_digest="t",
+            status="evaluated",
+            metrics={"accuracy": wilson(299, 300)},
+            per_class=tuple(
+                ClassMetrics(name=name, support=100, precision=None, recall=wilson(99, 100), f1=None) for name in CLASSES
+            ),
+        ),
+        "measurement": measured(of),
+        "answers": answers,
+        "reference": answers,
+        "champion": None,
+        "champion_known": True,
+    }
+    return Evidence(**(values | changes))
+
+
+def flipped(count: int) -> Answers:
+    logits = GOOD.copy()
+    logits[:count] = np.roll(logits[:count], 1, axis=1)
+    return Answers(tuple(f"{i:064d}" for i in range(300)), LABELS, logits.astype(np.float32))
+
+
+def ask(gate: str, found: Evidence, **settings: Any) -> Finding:
+    finding: Finding = plugins.load("gates", gate, settings).judge(found)
+    assert finding.gate == gate
+    return finding
+
+
+def test_accuracy_gate_is_three_way() -> None:
+    assert ask("accuracy", evidence(), floor=0.95).status == "pass"
+    assert ask("accuracy", evidence(), floor=0.99).status == "inconclusive"
+    low = evidence().evaluation.model_copy(update={"metrics": {"accuracy": wilson(200, 300)}})
+    assert ask("accuracy", evidence(evaluation=low), floor=0.9).status == "fail"
+
+
+def test_class_recall_gate_looks_at_the_worst_class() -> None:
+    assert ask("class_recall", evidence(), floor=0.9).status == "pass"
+    classes = list(evidence().evaluation.per_class)
+    classes[1] = classes[1].model_copy(update={"recall": wilson(60, 100)})
+    worse = evidence().evaluation.model_copy(update={"per_class": tuple(classes)})
+    finding = ask("class_recall", evidence(evaluation=worse), floor=0.9)
+    assert finding.status == "fail"
+    assert "'b'" in finding.message
+    missing = evidence().evaluation.model_copy(update={"per_class": tuple(classes[:2])})
+    assert ask("class_recall", evidence(evaluation=missing), floor=0.1).status == "inconclusive"
+    assert ask("class_recall", evidence(), floor=0.1, min_images=500).status == "inconclusive"
+
+
+def test_parity_gate_compares_image_by_image() -> None:
+    assert ask("parity", evidence()).status == "pass"
+    assert ask("parity", evidence(answers=flipped(5))).status == "pass"
+    assert ask("parity", evidence(answers=flipped(10))).status == "fail"
+    assert ask("parity", evidence(reference=None)).status == "inconclusive"
+    other = Answers(tuple("x" for _ in range(300)), LABELS, GOOD.astype(np.float32))
+    assert ask("parity", evidence(answers=other)).status == "inconclusive"
+    assert ask("parity", evidence(), min_images=1000).status == "inconclusive"
+    assert ask("parity", evidence(), min_agreement={"fp32": 0.9}).status == "inconclusive"
+
+
+def test_parity_gate_bounds_the_logits_of_fp32() -> None:
+    close = Answers(evidence().answers.image_ids, LABELS, (GOOD + 0.5).astype(np.float32))  # type: ignore[union-attr]
+    assert ask("parity", evidence(answers=close)).status == "pass"
+    assert ask("parity", evidence(engine=engine("onnxruntime-fp32", "fp32"), answers=close)).status == "fail"
+
+
+def test_latency_gate_wants_a_measurement_of_this_engine() -> None:
+    of = engine()
+    assert ask("latency", evidence(), max_p99_ms=6).status == "pass"
+    assert ask("latency", evidence(), max_p99_ms=4).status == "fail"
+    assert ask("latency", evidence(measurement=None), max_p99_ms=6).status == "inconclusive"
+    assert ask("latency", evidence(measurement=measured(of, engine_digest="x")), max_p99_ms=6).status == "inconclusive"
+    assert ask("latency", evidence(measurement=measured(of, num_runs=20)), max_p99_ms=6).status == "inconclusive"
+    assert ask("latency", evidence(measurement=measured(of, latency_p99_ms=None)), max_p99_ms=6).status == "inconclusive"
+
+
+def test_no_regression_gate_is_paired() -> None:
+    same = evidence().answers
+    assert ask("no_regression", evidence(champion=same)).status == "pass"
+    assert ask("no_regression", evidence(champion=same, answers=flipped(30))).status == "fail"
+    assert ask("no_regression", evidence(champion=flipped(30))).status == "pass"
+    assert ask("no_regression", evidence(champion=same, answers=flipped(6))).status == "inconclusive"
+    shorter = Answers(same.image_ids[:10], LABELS[:10], GOOD[:10].astype(np.float32))  # type: ignore[union-attr]
+    assert ask("no_regression", evidence(champion=shorter)).status == "inconclusive"
+    relabelled = Answers(same.image_ids, (LABELS + 1) % 3, GOOD.astype(np.float32))  # type: ignore[union-attr]
+    assert ask("no_regression", evidence(champion=relabelled)).status == "inconclusive"
+
+
+def test_negative_flips_have_a_budget_of_their_own() -> None:
+    """As many right as before, but other images wrong: users feel it, so it is refused."""
+    champion, candidate = GOOD.copy(), GOOD.copy()
+    champion[:15] = np.roll(champion[:15], 1, axis=1)
+    candidate[15:30] = np.roll(candidate[15:30], 1, axis=1)
+    names = evidence().answers.image_ids  # type: ignore[union-attr]
+    first = Answers(names, LABELS, champion.astype(np.float32))
+    second = Answers(names, LABELS, candidate.astype(np.float32))
+    finding = ask("no_regression", evidence(champion=first, answers=second), margin=0.2, max_negative_flips=0.03)
+    assert finding.value == 0
+    assert finding.status == "fail"
+
+
+def test_the_paired_interval_covers_the_truth() -> None:
+    from components.gates.no_regression import paired_difference
+
+    rng, covered = np.random.default_rng(5), 0
+    for _ in range(400):
+        shared = rng.random(200)
+        low, high = paired_difference(shared < 0.90, np.where(rng.random(200) < 0.9, shared, rng.random(200)) < 0.88)
+        covered += low <= 0.02 <= high
+    assert covered / 400 >= 0.92
+
+
+def test_estimates_carry_their_n() -> None:
+    assert isinstance(wilson(3, 4), Estimate)
+    assert wilson(3, 4).n == 4
+    with pytest.raises(ValueError, match="no images"):
+        wilson(0, 0)

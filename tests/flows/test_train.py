@@ -1,0 +1,283 @@
+"""The whole flow through the command line, on small real pictures, recorded by a real Prefect server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shapes import visionloop, visionloop_process
+
+from components.store import MANIFEST, Store, read_manifest
+from flows.run import STAGES
+
+
+@pytest.fixture
+def summary(trained: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((trained / "summary.json").read_text())
+    return found
+
+
+def ledger_kinds(root: Path) -> list[str]:
+    from registry.ledger import Ledger
+
+    return [entry.kind for entry in Ledger(f"sqlite:///{root / '.visionloop' / 'ledger.db'}").entries()]
+
+
+def versions(root: Path) -> list[str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root / '.visionloop' / 'mlflow.db'}")
+    return [str(version.version) for version in client.search_model_versions("name='shapes'")]
+
+
+def test_the_summary_says_what_came_of_it(summary: dict[str, Any], trained: Path) -> None:
+    assert summary["outcome"] == "candidate"
+    assert summary["verdict"] == "pass"
+    assert summary["version"] == "1"
+    assert set(summary["engines"]) == {"torch_reference-fp32", "onnxruntime-fp32", "openvino-int8"}
+    for engine in summary["engines"].values():
+        for metric in engine["metrics"].values():
+            assert metric["low"] <= metric["value"] <= metric["high"]
+            assert metric["n"] == summary["data"]["splits"]["test"] > 0
+    assert {finding["gate"] for finding in summary["findings"]} >= {"accuracy", "parity", "latency", "no_regression"}
+    assert ledger_kinds(trained) == ["requested"]
+    assert versions(trained) == ["1"]
+
+
+def test_the_run_folder_shows_the_way_of_the_data(summary: dict[str, Any]) -> None:
+    folder = Path(summary["run_folder"])
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    assert names == sorted([*(f"{i}-{stage}" for i, stage in enumerate(STAGES, 1)), "config.json", "report.html"])
+    for name in (
+        "1-validation",
+        "2-splitting",
+        "3-training",
+        "4-export/openvino-int8",
+        "5-evaluation/openvino-int8",
+        "6-gating",
+    ):
+        assert not os.readlink(folder / name).startswith("/")
+        manifest = read_manifest((folder / name).resolve())
+        assert manifest["provenance"]["data_version"] == summary["data"]["version"]
+        assert manifest["provenance"]["git_commit"] == summary["git_commit"]
+
+
+def test_nothing_of_ours_is_pickled(trained: Path) -> None:
+    forbidden = {".pkl", ".pickle", ".pth", ".pt", ".joblib", ".ckpt", ".npy"}
+    ours = [trained / ".visionloop" / name for name in ("store", "cache", "runs", "mlflow-artifacts")]
+    files = [path for root in ours for path in root.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert [path for path in files if path.suffix in forbidden] == []
+
+
+def test_the_same_command_again_does_nothing_new(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    before = {path: path.stat().st_mtime_ns for path in Store(root / ".visionloop" / "store").artefacts()}
+    done = visionloop("train", "-r", "smoke", "--json", cwd=root)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert all(stage["cached"] for stage in summary["seconds"].values()), summary["seconds"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert summary["version"] == "1"
+    assert versions(root) == ["1"]
+    assert ledger_kinds(root) == ["requested"]
+
+
+def test_a_tampered_artefact_stops_the_run_and_can_be_set_aside(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    victim = next((root / ".visionloop" / "store" / "training").glob("*/weights.safetensors"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    refused = visionloop("train", "-r", "smoke", cwd=root)
+    assert refused.returncode == 2
+    assert "weights.safetensors was changed after it was published" in refused.stderr
+    assert "visionloop store verify --discard" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    checked = visionloop("store", "verify", "--json", cwd=root)
+    assert checked.returncode == 1
+    assert len(json.loads(checked.stdout.strip().splitlines()[-1])["broken"]) == 1
+    assert visionloop("store", "verify", "--discard", cwd=root).returncode == 0
+    healed = visionloop("train", "-r", "smoke", "--json", cwd=root)
+    assert healed.returncode == 0, healed.stderr
+    # Trained again to the same bits, so everything after it still holds and nothing is doubled.
+    assert json.loads(healed.stdout.strip().splitlines()[-1])["version"] == "1"
+    assert versions(root) == ["1"]
+
+
+def test_a_model_that_is_not_good_enough_is_a_rejection(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    strict = "gating.gates=[{gate: accuracy, settings: {floor: 0.9999}}]"
+    done = visionloop("train", "-r", "smoke", "--set", strict, "--json", cwd=root)
+    assert done.returncode == 1, done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert summary["outcome"] == "rejection"
+    assert "accuracy" in summary["reasons"][0]
+    assert ledger_kinds(root) == ["requested", "rejected"]
+    assert versions(root) == ["1"]
+
+
+def test_a_champion_is_evaluated_on_the_same_images(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    from registry.ledger import Ledger, Principal
+
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    ledger = Ledger(f"sqlite:///{root / '.visionloop' / 'ledger.db'}")
+    (requested,) = ledger.entries("shapes")
+    ledger.append(
+        "promoted",
+        model="shapes",
+        subject=requested.subject,
+        actor=Principal(name="ann", method="declared"),
+        body={"version": requested.body["version"]},
+        key="promotion",
+    )
+    overrides = ["--set", "training.fit.epochs=5", "--set", "training.fit.seed=2"]
+    done = visionloop("train", "-r", "smoke", *overrides, "--json", cwd=root)
+    assert done.returncode in (0, 1), done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    finding = next(f for f in summary["findings"] if f["gate"] == "no_regression" and f["engine"] == "openvino-int8")
+    assert finding["status"] in ("pass", "fail", "inconclusive")
+    assert "candidate - champion" in finding["message"]
+    assert finding["n"] == summary["data"]["splits"]["test"]
+
+
+def test_mlflow_down_keeps_every_stage_and_the_next_run_goes_on(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    (root / ".visionloop" / "ledger.db").unlink()
+    away = {
+        "PREFECT_API_URL": prefect_server,
+        "VISIONLOOP_TRACKING_URI": "http://127.0.0.1:9",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    refused = visionloop("train", "-r", "smoke", cwd=root, **away)
+    assert refused.returncode == 2
+    assert "did not take the registration" in refused.stderr
+    assert "run the same command again" in refused.stderr
+    assert ledger_kinds(root) == []
+    done = visionloop("train", "-r", "smoke", "--json", cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert versions(root) == ["1"]
+
+
+def test_bad_data_stops_the_run_and_keeps_the_data_docs(workspace: Path, prefect_server: str) -> None:
+    (workspace / "data" / "lonely").mkdir()
+    shutil.copy(workspace / "data" / "disc" / "0000.png", workspace / "data" / "lonely" / "a.png")
+    differs = visionloop("train", "-r", "smoke", cwd=workspace)
+    assert differs.returncode == 2
+    assert "lonely/a.png" in differs.stderr
+    added = visionloop("data", "add", cwd=workspace)
+    assert "'lonely' has 1 images: training needs at least 10" in added.stdout
+    wide = "validation.max_quarantined_share=0.5"
+    refused = visionloop("train", "-r", "smoke", "--set", wide, cwd=workspace)
+    assert refused.returncode == 2
+    assert "lonely (images 0)" in refused.stderr
+    docs = next((workspace / ".visionloop" / "runs").glob("*/1-validation.failed/data_docs/index.html"))
+    assert str(docs) in refused.stderr
+
+
+def test_a_second_run_at_the_same_time_is_refused(workspace: Path, prefect_server: str) -> None:
+    from flows.run import Workspace
+
+    with Workspace.find(workspace).locked("visionloop train smoke"):
+        refused = visionloop_process("train", "-r", "smoke", cwd=workspace)
+        also = visionloop("data", "add", cwd=workspace)
+    for done in (refused, also):
+        assert done.returncode == 2
+        assert f"is in use by `visionloop train smoke` (pid {os.getpid()}" in done.stderr
+
+
+def start_and_kill(root: Path, api: str, stage: str) -> None:
+    """Start the run and kill -9 its whole process group once `stage` has begun to write."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows", "train", "-r", "smoke"],
+        cwd=root,
+        env={**os.environ, "PREFECT_API_URL": api},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    number = STAGES.index(stage) + 1
+    for line in process.stderr:
+        if line.decode().startswith(f"[{number}/{len(STAGES)}]"):
+            break
+    if stage == "training":
+        partial = root / ".visionloop" / "store" / ".partial"
+        deadline = time.monotonic() + 60
+        while not list(partial.glob("training-*/state-00002*")):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+def finish_and_compare(root: Path, api: str, whole: dict[str, Any]) -> None:
+    for manifest in Store(root / ".visionloop" / "store").artefacts():
+        assert (manifest / MANIFEST).exists()
+        read_manifest(manifest)
+    done = visionloop("train", "-r", "smoke", "--json", cwd=root)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert summary["candidate_digest"] == whole["candidate_digest"]
+    assert summary["version"] == "1"
+    assert versions(root) == ["1"]
+    assert ledger_kinds(root) == ["requested"]
+    assert list((root / ".visionloop" / "store" / ".partial").iterdir()) == []
+
+
+def test_a_run_killed_in_training_ends_like_one_that_was_not(
+    workspace: Path, summary: dict[str, Any], prefect_server: str
+) -> None:
+    start_and_kill(workspace, prefect_server, "training")
+    finish_and_compare(workspace, prefect_server, summary)
+
+
+def test_a_run_killed_in_registration_registers_once(
+    trained: Path, tmp_path: Path, summary: dict[str, Any], prefect_server: str
+) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    for name in ("ledger.db", "mlflow.db"):
+        (root / ".visionloop" / name).unlink()
+    start_and_kill(root, prefect_server, "registration")
+    finish_and_compare(root, prefect_server, summary)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_at_any_stage_ends_like_one_that_was_not(
+    workspace: Path, summary: dict[str, Any], prefect_server: str, stage: str
+) -> None:
+    start_and_kill(workspace, prefect_server, stage)
+    finish_and_compare(workspace, prefect_server, summary)
+
+
+@pytest.mark.slow
+def test_a_run_killed_over_and_over_at_random_ends_like_one_that_was_not(
+    workspace: Path, summary: dict[str, Any], prefect_server: str
+) -> None:
+    import random
+
+    rng = random.Random(20261122)
+    for _ in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows", "train", "-r", "smoke"],
+            cwd=workspace,
+            env={**os.environ, "PREFECT_API_URL": prefect_server},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(rng.uniform(3, 25))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finish_and_compare(workspace, prefect_server, summary)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from shapes import free_port
+
+from components.contracts import RegistryUnavailable, TamperedArtefact
+from registry.ledger import GENESIS, Ledger, Principal
+
+FLOW = Principal(name="flow", method="machine")
+POSTGRES = next((p for p in Path("/usr/lib/postgresql").glob("*/bin") if (p / "initdb").exists()), None)
+
+
+def append(ledger: Ledger, key: str, kind: str = "requested", model: str = "m") -> int:
+    return ledger.append(kind, model=model, subject=f"s-{key}", actor=FLOW, body={"version": key}, key=key).seq  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a throw-away PostgreSQL server; it refuses to run as root, so root starts it as user postgres."""
+    if POSTGRES is None:
+        pytest.skip("no PostgreSQL server is installed; its half of the ledger is then unproven here")
+    folder = Path(tmp_path_factory.mktemp("pg"))
+    port, prefix = free_port(), []
+    if os.geteuid() == 0:
+        prefix = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        folder = Path("/tmp") / f"visionloop-pg-{os.getpid()}"
+        folder.mkdir()
+        shutil.chown(folder, "postgres")
+    data = folder / "data"
+
+    def run(*arguments: str) -> None:
+        subprocess.run([*prefix, *arguments], check=True, capture_output=True, cwd=folder)
+
+    run(
+        str(POSTGRES / "initdb"),
+        "-D",
+        str(data),
+        "-U",
+        "tester",
+        "-A",
+        "trust",
+        "--no-sync",
+        "-E",
+        "UTF8",
+        "--locale=C.UTF-8",
+    )
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+    run(str(POSTGRES / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
+    yield f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
+    run(str(POSTGRES / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'ledger.db'}"
+    found: str = request.getfixturevalue("postgres")
+    with sa.create_engine(found).begin() as connection:
+        connection.execute(sa.text("DROP TABLE IF EXISTS visionloop_ledger"))
+    return found
+
+
+def test_rows_are_chained_and_found_again(url: str) -> None:
+    ledger = Ledger(url)
+    assert ledger.entries() == []
+    assert [append(ledger, "a"), append(ledger, "b", model="n"), append(ledger, "c")] == [1, 2, 3]
+    first, second, third = Ledger(url).entries()
+    assert first.previous == GENESIS
+    assert (second.previous, third.previous) == (first.hash, second.hash)
+    assert [entry.key for entry in ledger.entries("m")] == ["a", "c"]
+    assert ledger.find("c") == third
+    assert ledger.find("z") is None
+
+
+def test_appending_twice_under_one_key_appends_once(url: str) -> None:
+    ledger = Ledger(url)
+    assert append(ledger, "a") == append(ledger, "a") == 1
+    assert len(ledger.entries()) == 1
+
+
+def test_appenders_racing_each_other_make_one_chain(url: str) -> None:
+    ledgers = [Ledger(url) for _ in range(8)]
+    ledgers[0].entries()
+    with ThreadPoolExecutor(8) as pool:
+        seqs = list(pool.map(lambda n: append(ledgers[n % 8], f"k{n}"), range(40)))
+        again = list(pool.map(lambda n: append(ledgers[n % 8], f"k{n % 4}"), range(40)))
+    assert sorted(seqs) == list(range(1, 41))
+    assert len(set(again)) == 4
+    assert len(ledgers[0].entries()) == 40
+
+
+def test_the_database_refuses_updates_and_deletes(url: str) -> None:
+    append(Ledger(url), "a")
+    for statement in ("UPDATE visionloop_ledger SET actor = 'x'", "DELETE FROM visionloop_ledger"):
+        with pytest.raises(sa.exc.DBAPIError, match="append-only"), sa.create_engine(url).begin() as connection:
+            connection.execute(sa.text(statement))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        'UPDATE visionloop_ledger SET body = \'{"version":"evil"}\' WHERE seq = 2',
+        "UPDATE visionloop_ledger SET actor = 'x' WHERE seq = 1",
+        "DELETE FROM visionloop_ledger WHERE seq = 2",
+        "UPDATE visionloop_ledger SET seq = 9 WHERE seq = 3",
+    ],
+)
+def test_a_row_changed_behind_its_back_breaks_the_chain(tmp_path: Path, damage: str) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    for key in "abc":
+        append(ledger, key)
+    with sqlite3.connect(tmp_path / "ledger.db") as connection:
+        for trigger in ("visionloop_ledger_no_UPDATE", "visionloop_ledger_no_DELETE"):
+            connection.execute(f"DROP TRIGGER {trigger}")
+        connection.execute(damage)
+    with pytest.raises(TamperedArtefact, match=r"broken at row \d.*restore the database"):
+        ledger.entries()
+    with pytest.raises(TamperedArtefact):
+        ledger.champion("m")
+
+
+def test_the_champion_is_the_last_promotion(url: str) -> None:
+    ledger = Ledger(url)
+    append(ledger, "r")
+    assert ledger.champion("m") is None
+    append(ledger, "p1", kind="promoted")
+    append(ledger, "p2", kind="promoted")
+    append(ledger, "other", kind="promoted", model="n")
+    champion = ledger.champion("m")
+    assert champion is not None
+    assert champion.key == "p2"
+
+
+def test_a_database_that_is_down_is_named_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(RegistryUnavailable, match="does not answer.*run the same command again"):
+        Ledger(f"sqlite:///{tmp_path / 'no' / 'such' / 'ledger.db'}").entries()
+    with pytest.raises(RegistryUnavailable) as caught:
+        Ledger("postgresql+psycopg2://u:hunter2@127.0.0.1:9/x").entries()
+    assert "hunter2" not in str(caught.value)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+import pytest
+from mlflow import MlflowClient
+
+from components.contracts import Candidate, EngineVerdict, Finding, RegistryUnavailable, Rejection, TamperedArtefact, Verdict
+from registry import models
+from registry.ledger import Ledger
+from registry.models import Evidence, Registry, verify_bundle
+from registry.tracking import LiveMetrics
+
+HISTORY = [{"epoch": float(e), "valid_loss": 1 / e, "train_loss": 2 / e} for e in range(1, 4)]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    # One MLflow database for the module: creating its tables takes longer than every test here.
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def registry(uri: str, tmp_path: Path) -> Registry:
+    return Registry(uri, Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), artifacts=tmp_path / "artifacts")
+
+
+def evidence(tmp_path: Path, model: str, *, status: str = "pass", digest: str = "d1") -> Evidence:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"weights of " + digest.encode())
+    finding = Finding(gate="accuracy", status="pass" if status == "pass" else "fail", message="so it was")
+    engine = EngineVerdict(
+        engine="e",
+        engine_digest="x",
+        required=True,
+        serving=True,
+        status="pass" if status == "pass" else "fail",
+        findings=(finding,),
+    )
+    verdict = Verdict.model_validate(
+        {
+            "status": status,
+            "serving_engine": "e",
+            "engines": (engine,),
+            "reasons": () if status == "pass" else ("accuracy too low",),
+            "policy_digest": "p",
+        }
+    )
+    return Evidence(
+        model=model,
+        candidate_digest=f"{model}-{digest}",
+        training_key=f"{model}-{digest}-training",
+        verdict=verdict,
+        files={"checkpoint/weights.safetensors": path, "report.html": path},
+        tags={"visionloop.run": "r", "visionloop.data": "v"},
+        params={"training.fit.epochs": "3"},
+        metrics={"evaluation.e.accuracy": 0.9},
+        history=HISTORY,
+        bound={"weights": "w"},
+    )
+
+
+def versions(uri: str, model: str) -> list[Any]:
+    return list(MlflowClient(uri).search_model_versions(f"name='{model}'"))
+
+
+def test_a_candidate_becomes_one_version_and_one_ledger_row(registry: Registry, uri: str, tmp_path: Path) -> None:
+    given = evidence(tmp_path, "one")
+    first = registry.register(given)
+    assert isinstance(first, Candidate)
+    assert registry.register(given) == first
+    assert registry.recorded("one", given.candidate_digest) == first
+    (version,) = versions(uri, "one")
+    assert version.tags["visionloop.data"] == "v"
+    (entry,) = registry.ledger.entries()
+    assert (entry.kind, entry.actor.method, entry.body["version"]) == ("requested", "machine", first.version)
+    run = MlflowClient(uri).get_run(first.mlflow_run_id)
+    assert run.data.params["training.fit.epochs"] == "3"
+    assert len(MlflowClient(uri).get_metric_history(first.mlflow_run_id, "training.valid_loss")) == 3
+
+
+def test_what_is_registered_is_what_was_given(registry: Registry, uri: str, tmp_path: Path) -> None:
+    candidate = registry.register(evidence(tmp_path, "bytes"))
+    assert isinstance(candidate, Candidate)
+    (version,) = versions(uri, "bytes")
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/bytes/{candidate.version}", tracking_uri=uri))
+    assert (folder / "checkpoint" / "weights.safetensors").read_bytes() == b"weights of d1"
+    manifest = verify_bundle(folder, version.tags["visionloop.manifest_sha256"])
+    assert manifest["bound"] == {"weights": "w"}
+    weights = folder / "checkpoint" / "weights.safetensors"
+    weights.write_bytes(b"weights of d2")
+    with pytest.raises(TamperedArtefact, match="nothing was loaded"):
+        verify_bundle(folder, version.tags["visionloop.manifest_sha256"])
+    with pytest.raises(TamperedArtefact, match="not the manifest that was registered"):
+        verify_bundle(folder, "0" * 64)
+
+
+def test_a_rejection_is_recorded_with_its_reasons(registry: Registry, uri: str, tmp_path: Path) -> None:
+    given = evidence(tmp_path, "bad", status="fail")
+    first = registry.register(given)
+    assert isinstance(first, Rejection)
+    assert first.reasons == ("accuracy too low",)
+    assert registry.register(given) == first
+    assert versions(uri, "bad") == []
+    (entry,) = registry.ledger.entries()
+    assert entry.kind == "rejected"
+    client = MlflowClient(uri)
+    assert client.get_run(first.mlflow_run_id).data.tags["visionloop.reasons"] == "accuracy too low"
+    assert {f.path for f in client.list_artifacts(first.mlflow_run_id, "rejection")} >= {"rejection/report.html"}
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "_describe_run",
+        "_bundle",
+        "_logged_model",
+        "verify_bundle",
+        "create_registered_model",
+        "create_model_version",
+        "append",
+    ],
+)
+def test_a_run_that_dies_at_any_step_and_runs_again_registers_once(
+    registry: Registry, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    class Died(BaseException):
+        pass
+
+    owner: Any = {"append": Ledger, "create_registered_model": MlflowClient, "create_model_version": MlflowClient}.get(
+        victim, models
+    )
+    real = getattr(owner, victim)
+    for after in (False, True):
+        given = evidence(tmp_path, f"die-{victim.strip('_').replace('_', '-')}-{after}".lower())
+
+        def dying(*args: Any, _after: bool = after, **kwargs: Any) -> Any:
+            if _after:
+                real(*args, **kwargs)
+            raise Died
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, victim, dying)
+            with pytest.raises(Died):
+                registry.register(given)
+        outcome = registry.register(given)
+        assert isinstance(outcome, Candidate)
+        (version,) = versions(uri, given.model)
+        assert str(version.version) == outcome.version == "1"
+        assert len(registry.ledger.entries(given.model)) == 1
+        runs = MlflowClient(uri).search_runs([MlflowClient(uri).get_experiment_by_name(given.model).experiment_id])
+        assert len(runs) == 1
+
+
+def test_mlflow_down_is_said_clearly_and_records_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    registry = Registry("http://127.0.0.1:9", ledger, artifacts=None)
+    with pytest.raises(RegistryUnavailable, match="MLflow at http://127.0.0.1:9 did not take.*run the same command again"):
+        registry.register(evidence(tmp_path, "down"))
+    assert ledger.entries() == []
+
+
+def test_live_curves_arrive_and_a_dead_server_only_costs_a_note(uri: str, tmp_path: Path) -> None:
+    def sink(address: str, key: str) -> LiveMetrics:
+        return LiveMetrics(address, "live", key, artifacts=tmp_path, tags={"visionloop.run": "r"})
+
+    def feed(live: LiveMetrics, rows: list[Mapping[str, float]]) -> None:
+        for row in rows:
+            live.log(int(row["epoch"]), row)
+        live.close()
+
+    live = sink(uri, "k1")
+    feed(live, list(HISTORY))
+    assert live.problem is None
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("live")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "training.train_loss")] == [1, 2, 3]
+    dead = sink("http://127.0.0.1:9", "k2")
+    feed(dead, list(HISTORY[:1]))
+    assert dead.problem
