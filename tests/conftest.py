@@ -18,6 +18,8 @@ from flows.settings import prepare_environment
 
 _STATE = Path(os.environ.get("TMPDIR", "/tmp")) / f"visionloop-tests-{os.getpid()}"
 prepare_environment(_STATE)
+# The server of the session is gone before the last log line would be sent.
+os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,76 @@
+"""What may be loaded where, proven by looking at sys.modules of a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ["torch", "mlflow", "great_expectations", "evidently", "prefect", "tensorrt_rtx", "timm"]
+
+
+def loaded_by(code: str, cwd: Path) -> set[str]:
+    program = f"{code}\nimport sys, json\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["data", "--help"],
+        ["train", "--help"],
+        ["data", "status"],
+        ["recipe", "show", "smoke"],
+        ["recipe", "list"],
+        ["runs"],
+    ],
+)
+def test_light_commands_load_no_heavy_library(arguments: list[str], workspace: Path) -> None:
+    code = f"import sys\nsys.argv = ['visionloop', *{arguments!r}]\nfrom flows.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code, e.code"
+    assert loaded_by(code, workspace) & set(HEAVY) == set()
+
+
+def test_a_typo_is_found_before_a_heavy_library_is_loaded(workspace: Path) -> None:
+    code = "import sys\nsys.argv = ['visionloop', 'train', '-r', 'smoke', '--set', 'training.fit.epoch=1']\nfrom flows.cli import main\ntry: main()\nexcept SystemExit as e: assert e.code == 2, e.code"
+    assert loaded_by(code, workspace) & set(HEAVY) == set()
+
+
+def test_pinning_data_loads_no_heavy_library(workspace: Path) -> None:
+    code = "import sys\nsys.argv = ['visionloop', 'data', 'add']\nfrom flows.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code"
+    assert loaded_by(code, workspace) & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_an_engine_answers_without_torch(target: str, trained: Path) -> None:
+    """What a server needs: verify a published engine, decode a file, answer."""
+    code = f"""
+import json
+from pathlib import Path
+from components import plugins
+from components.contracts import Engine
+from components.images import load_prepared
+from components.store import Store
+store = Store(Path(".visionloop/store"))
+folder = next(Path(".visionloop/store/export").glob("{target}-*/*"))
+engine = store.open("export/" + folder.parent.name, folder.name, Engine)
+predictor = plugins.load("targets", "{target}").load(engine, num_threads=1)
+image = load_prepared(next(Path("data").rglob("*.png")), engine.record.preprocessing)
+logits, embedding = predictor.predict(image[None])
+assert logits.shape == (1, 3) and embedding.shape == (1, 16)
+"""
+    assert loaded_by(code, trained) & (set(HEAVY) | {"dvc", "sqlalchemy"}) == set()
+
+
+def test_every_library_imports_beside_the_others() -> None:
+    """uv resolves versions that do not work together; this set does (pyproject.toml says which caps it needs)."""
+    names = (
+        "prefect mlflow great_expectations evidently dvc.repo torch torchvision timm onnx onnxruntime openvino nncf sklearn"
+    )
+    loaded = loaded_by("\n".join(f"import {name}" for name in names.split()), Path.cwd())
+    assert {name.split(".")[0] for name in names.split()} <= loaded

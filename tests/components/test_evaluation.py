@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from components import evaluation, plugins
+from components.contracts import Engine, EngineUnavailable, Evaluation, Splits, Stored
+from components.evaluation import EvaluationConfig, evaluate, machine_fingerprint, measure
+from components.store import Store
+
+CONFIG = EvaluationConfig(latency_runs=20, latency_warmup_runs=2)
+
+
+def stored(root: Path, kind: str, record: type[Any]) -> Stored[Any]:
+    store = Store(root / ".visionloop" / "store")
+    folder = next((root / ".visionloop" / "store" / kind).iterdir())
+    found = store.open(kind, folder.name, record)
+    assert found is not None
+    return found
+
+
+def run(trained: Path, out: Path, engine: Stored[Engine] | None = None) -> Evaluation:
+    out.mkdir()
+    engine = engine or stored(trained, "export/openvino-int8", Engine)
+    return evaluate(engine, stored(trained, "splitting", Splits), trained / "data", "classification", CONFIG, out=out)
+
+
+def test_an_evaluation_is_deterministic_and_counts_every_image(trained: Path, tmp_path: Path) -> None:
+    first, second = run(trained, tmp_path / "a"), run(trained, tmp_path / "b")
+    assert first == second
+    splits = stored(trained, "splitting", Splits).record
+    assert first.num_images == splits.counts["test"] == sum(sum(row) for row in first.confusion)
+    table = pd.read_parquet(tmp_path / "a" / "predictions.parquet")
+    assert len(table) == first.num_images
+    assert table["embedding"].iloc[0].dtype == np.float16
+    assert (table["label"] == table["predicted"]).mean() == pytest.approx(first.metrics["accuracy"].value)
+    assert set(first.metrics) == {"accuracy", "mean_class_accuracy", "log_loss", "ece"}
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, predict: Any) -> None:
+    class Broken:
+        def predict(self, images: Any) -> Any:
+            return predict(images)
+
+    monkeypatch.setattr(evaluation, "_load", lambda engine, threads: Broken())
+
+
+def test_an_engine_that_cannot_run_here_is_said_so(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(engine: Any, threads: int) -> Any:
+        raise EngineUnavailable("built, not executed here: no GPU")
+
+    monkeypatch.setattr(evaluation, "_load", refuse)
+    found = run(trained, tmp_path / "out")
+    assert (found.status, found.reason, found.metrics) == ("not executed here", "built, not executed here: no GPU", {})
+    engine, splits = stored(trained, "export/openvino-int8", Engine), stored(trained, "splitting", Splits)
+    assert measure(engine, splits, trained / "data", CONFIG).status == "not executed here"
+
+
+def test_non_finite_logits_have_no_metrics(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, lambda images: (np.full((len(images), 3), np.nan, np.float32), np.zeros((len(images), 16))))
+    found = run(trained, tmp_path / "out")
+    assert found.metrics == {}
+    assert "non-finite" in found.reason
+
+
+def test_answers_of_another_shape_are_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, lambda images: (np.zeros((len(images), 7), np.float32), np.zeros((len(images), 16))))
+    with pytest.raises(EngineUnavailable, match="does not belong to this label space"):
+        run(trained, tmp_path / "out")
+
+
+def test_a_measurement_names_its_machine_and_its_runs(trained: Path) -> None:
+    engine, splits = stored(trained, "export/openvino-int8", Engine), stored(trained, "splitting", Splits)
+    found = measure(engine, splits, trained / "data", CONFIG)
+    assert found.machine == machine_fingerprint()
+    assert found.num_runs == 20
+    assert found.latency_p50_ms is not None
+    assert found.latency_p90_ms is not None
+    assert found.latency_p99_ms is not None
+    assert 0 < found.latency_p50_ms <= found.latency_p90_ms <= found.latency_p99_ms
+    assert found.size_bytes == engine.record.size_bytes
+
+
+def test_the_reference_is_a_target_like_any_other() -> None:
+    assert "torch_reference" in plugins.names("targets")

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import export
+from components.contracts import Checkpoint, ConfigError, Engine, ExportError, Splits, Stored
+from components.export import ExportConfig, Graph, TargetConfig
+from components.store import Store
+
+
+def stored(root: Path, kind: str, record: type[Any]) -> Stored[Any]:
+    store = Store(root / ".visionloop" / "store")
+    (folder,) = (root / ".visionloop" / "store" / kind).iterdir()
+    found = store.open(kind, folder.name, record)
+    assert found is not None
+    return found
+
+
+def build(trained: Path, out: Path, **config: Any) -> Engine:
+    out.mkdir()
+    return export.export(
+        stored(trained, "training", Checkpoint),
+        stored(trained, "export/graph", Graph),
+        stored(trained, "splitting", Splits),
+        trained / "data",
+        TargetConfig.model_validate(config),
+        out=out,
+    )
+
+
+def test_tensorrt_is_built_ahead_of_time_and_says_what_for(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX exists for Linux on x86-64 only")
+    import torch
+
+    from components import plugins
+    from components.contracts import EngineUnavailable
+
+    engine = build(trained, tmp_path / "out", target="tensorrt")
+    assert engine.size_bytes > 10_000
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the flow executes the engine instead")
+    assert engine.built_for == ("SM86", "SM89", "SM120")
+    with pytest.raises(EngineUnavailable, match="built, not executed here"):
+        plugins.load("targets", "tensorrt").load(Stored(engine, tmp_path / "out"), num_threads=1)
+
+
+def test_an_unknown_gpu_generation_lists_the_valid_ones(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX exists for Linux on x86-64 only")
+    with pytest.raises(ExportError, match="unknown compute capability 'SM1'; valid: .*SM86"):
+        build(trained, tmp_path / "out", target="tensorrt", settings={"compute_capabilities": ["SM1"]})
+
+
+def test_int8_without_enough_calibration_images_is_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas as pd
+
+    splits = stored(trained, "splitting", Splits)
+    table = pd.read_parquet(splits.folder / "splits.parquet")
+    folder = tmp_path / "few"
+    folder.mkdir()
+    table.loc[table[table["split"] == "calibration"].index[3:], "split"] = "train"
+    table.to_parquet(folder / "splits.parquet")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match="3 calibration images; int8 needs at least 10: raise splitting.calibration_share"):
+        export.export(
+            stored(trained, "training", Checkpoint),
+            stored(trained, "export/graph", Graph),
+            Stored(splits.record, folder),
+            trained / "data",
+            TargetConfig(target="openvino", precision="int8"),
+            out=tmp_path / "out",
+        )
+
+
+def test_an_exporter_that_crashes_is_an_error_and_not_the_end(trained: Path, tmp_path: Path) -> None:
+    plugins = tmp_path / "plugins" / "targets"
+    plugins.mkdir(parents=True)
+    (plugins / "crashing.py").write_text(
+        '"""Dies like native code does."""\nimport os\nfrom pydantic import BaseModel\n'
+        "class Target(BaseModel):\n    precisions: tuple[str, ...] = ('fp32',)\n"
+        "    def export(self, request, *, out):\n        os.abort()\n"
+    )
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match="exporter died with status -6"):
+        export.export(
+            stored(trained, "training", Checkpoint),
+            stored(trained, "export/graph", Graph),
+            stored(trained, "splitting", Splits),
+            trained / "data",
+            TargetConfig(target="crashing"),
+            out=tmp_path / "out",
+            plugin_folder=tmp_path / "plugins",
+        )
+
+
+def test_the_onnx_file_is_self_contained_and_has_a_dynamic_batch(trained: Path) -> None:
+    import onnx
+
+    graph = stored(trained, "export/graph", Graph)
+    model = onnx.load(graph.folder / "model.onnx", load_external_data=False)
+    assert not any(t.external_data for t in model.graph.initializer)
+    (given,) = model.graph.input
+    assert given.name == "images"
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert given.type.tensor_type.shape.dim[0].dim_param
+    assert [output.name for output in model.graph.output] == ["logits", "embedding"]
+
+
+def test_the_calibration_split_shares_no_picture_with_any_score(trained: Path) -> None:
+    import pandas as pd
+
+    splits = stored(trained, "splitting", Splits)
+    table = pd.read_parquet(splits.folder / "splits.parquet")
+    by_split = {name: set(group["picture"]) for name, group in table.groupby("split")}
+    for one in by_split:
+        for other in by_split:
+            assert one == other or not by_split[one] & by_split[other]
+
+
+def test_sections_that_cannot_work_are_refused() -> None:
+    def config(**values: Any) -> ExportConfig:
+        return ExportConfig.model_validate_json(json.dumps(values))
+
+    with pytest.raises(ValueError, match="same engine twice"):
+        config(targets=[{"target": "openvino"}, {"target": "openvino"}], serving="openvino-fp32")
+    with pytest.raises(ValueError, match="never served"):
+        config(targets=[{"target": "torch_reference"}], serving="torch_reference-fp32")
+    with pytest.raises(ConfigError, match="has no precision 'int8'"):
+        export.check(config(targets=[{"target": "onnxruntime", "precision": "int8"}], serving="onnxruntime-int8"))
+    reference, *_ = config(targets=[{"target": "openvino"}], serving="openvino-fp32").all_targets
+    assert reference.name == "torch_reference-fp32"

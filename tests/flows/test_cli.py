@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shapes import visionloop, visionloop_process, write_pictures
+
+
+def test_help_reads_like_a_tour_of_the_loop() -> None:
+    text = visionloop("--help", cwd=Path.cwd()).stdout
+    places = [text.index(f"visionloop {step}") for step in ("init", "data add", "train", "runs")]
+    assert places == sorted(places)
+
+
+def test_from_nothing_to_a_pinned_version(tmp_path: Path) -> None:
+    made = visionloop("init", str(tmp_path / "ws"), "--json", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout.strip().splitlines()[-1]) == {"workspace": str(tmp_path / "ws")}
+    write_pictures(tmp_path / "photos", 12)
+    added = visionloop("data", "add", "../photos", "--json", cwd=tmp_path / "ws")
+    answer = json.loads(added.stdout.strip().splitlines()[-1])
+    assert (answer["files"], answer["copied"], answer["notes"]) == (36, 36, [])
+    assert answer["new_test_images"] in range(5, 10)
+    staged = subprocess.run(
+        ["git", "diff", "--cached", "--name-only"], cwd=tmp_path / "ws", capture_output=True, text=True, check=True
+    )
+    assert {"data.dvc", "data.test-ledger.csv", ".gitignore", ".dvc/config"} <= set(staged.stdout.split())
+    assert visionloop("data", "status", cwd=tmp_path / "ws").returncode == 0
+    (tmp_path / "ws" / "data" / "disc" / "0000.png").unlink()
+    changed = visionloop("data", "status", "--json", cwd=tmp_path / "ws")
+    assert changed.returncode == 1
+    assert json.loads(changed.stdout.strip().splitlines()[-1])["changes"] == {"deleted": ["data/disc/0000.png"]}
+
+
+def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert visionloop("init", "ws", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "ws" / ".gitignore").read_text().count(".visionloop") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "-r", "nothing"], "unknown recipe 'nothing'; valid: digits, smoke, transfer"),
+        (["train", "-r", "smoke", "--set", "training.backbone=vgg"], "unknown backbone 'vgg'; valid:"),
+        (["train", "-r", "smoke", "--set", "export.targets=[{target: onnx}]"], "serving names"),
+        (["train", "-r", "smoke", "--set", "gating.gates=[{gate: luck}]"], "unknown gate 'luck'; valid:"),
+        (["data", "add", "nowhere"], "is not a folder"),
+        (["data", "add", "x", "--source", "digits"], "not both"),
+        (["recipe", "show", "nothing"], "unknown recipe"),
+    ],
+)
+def test_a_wrong_call_is_an_error_that_says_what_to_do(workspace: Path, arguments: list[str], message: str) -> None:
+    plain = visionloop(*arguments, cwd=workspace)
+    assert plain.returncode == 2
+    assert plain.stderr.splitlines()[-1].startswith("error: ")
+    assert message in plain.stderr
+    as_json = visionloop(*arguments, "--json", cwd=workspace)
+    assert as_json.returncode == 2
+    assert message in json.loads(as_json.stdout.strip().splitlines()[-1])["message"]
+
+
+def test_outside_a_workspace_every_command_says_how_to_make_one(tmp_path: Path) -> None:
+    for arguments in (["train", "-r", "digits"], ["data", "status"], ["runs"], ["store", "verify"]):
+        done = visionloop(*arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "visionloop init" in done.stderr
+
+
+def test_a_process_of_its_own_prints_no_traceback(tmp_path: Path) -> None:
+    done = visionloop_process("train", "-r", "digits", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_recipes_are_listed_shown_and_described_by_a_schema(workspace: Path) -> None:
+    listed = json.loads(visionloop("recipe", "list", "--json", cwd=workspace).stdout)
+    assert {"digits", "transfer", "smoke"} <= set(listed["recipes"])
+    shown = json.loads(visionloop("recipe", "show", "smoke", "--json", cwd=workspace).stdout)
+    assert shown["training"]["fit"]["epochs"] == 6
+    assert shown["training"]["fit"]["weight_decay"] == 0.01
+    schema = json.loads(visionloop("recipe", "schema", "--json", cwd=workspace).stdout)
+    assert "training" in schema["required"]
+
+
+def test_runs_are_listed_with_what_came_of_them(trained: Path) -> None:
+    (run,) = json.loads(visionloop("runs", "--json", cwd=trained).stdout)["runs"]
+    assert (run["outcome"], run["version"]) == ("candidate", "1")
+
+
+def test_an_intact_store_verifies(trained: Path) -> None:
+    done = visionloop("store", "verify", "--json", cwd=trained)
+    answer = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert answer["intact"] >= 12
+    assert answer["broken"] == []
+
+
+def test_the_embedded_digits_hash_to_the_committed_pin(tmp_path: Path) -> None:
+    from components import dataversions
+    from flows.data import ensure
+    from flows.demo import prepare
+
+    workspace = prepare(tmp_path / "demo")
+    version = ensure(workspace, "digits")
+    assert version.num_files == 4000
+    assert version == dataversions.pinned(Path(__file__).resolve().parents[2])
+    assert dataversions.git_state(workspace.root)[1] is False
+
+
+def test_the_world_outside_the_digits_shares_no_image_with_them(tmp_path: Path) -> None:
+    from components.sources.digits import Source
+
+    Source().fetch(out=tmp_path / "in")
+    Source().fetch_world(out=tmp_path / "out")
+    inside = {path.read_bytes() for path in (tmp_path / "in").rglob("*.bmp")}
+    outside = {path.read_bytes() for path in (tmp_path / "out").rglob("*.bmp")}
+    assert (len(inside), len(outside), len(inside & outside)) == (4000, 1000, 0)
+
+
+def test_the_module_runs_as_visionloop(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert "visionloop train" in done.stdout
