@@ -56,6 +56,8 @@ def prepare_environment(state: Path) -> None:
     """Set defaults that have to be there before any library is imported; what is set already stays."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    for name in ("prefect", "cache"):
+        (state / name).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_HOME", str(state / "prefect"))
     os.environ.setdefault("MPLCONFIGDIR", str(state / "cache" / "matplotlib"))
 

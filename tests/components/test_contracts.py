@@ -35,7 +35,7 @@ def test_unknown_keys_and_changes_are_refused() -> None:
         FileDigest.model_validate({"name": "a", "sha256": "b", "bytes": 1, "surprise": 1})
     record = FileDigest(name="a", sha256="b", bytes=1)
     with pytest.raises(ValidationError):
-        record.name = "c"  # type: ignore[misc]
+        record.name = "c"
 
 
 def test_an_older_record_is_upgraded_and_a_newer_one_refused() -> None:

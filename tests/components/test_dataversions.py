@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -96,18 +96,29 @@ def test_a_killed_add_is_completed_by_running_it_again(
     assert dataversions.verify(workspace).num_files == 225
 
 
+def _loose(folder: Path) -> None:
+    write_pictures(folder, 1)
+    (folder / "x.png").write_bytes(b"")
+
+
+def _deep(folder: Path) -> None:
+    write_pictures(folder, 1)
+    (folder / "disc" / "deep").mkdir()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda folder: None, "is not a folder"),
         (lambda folder: folder.mkdir(), "has no sub-folders"),
         (lambda folder: (folder / "a").mkdir(parents=True), "class 'a' has no images"),
-        (lambda folder: (write_pictures(folder, 1), (folder / "x.png").write_bytes(b"")), "beside the class folders"),
-        (lambda folder: (write_pictures(folder, 1), (folder / "disc" / "deep").mkdir()), "a folder inside a class"),
+        (_loose, "beside the class folders"),
+        (_deep, "a folder inside a class"),
     ],
 )
-def test_folders_of_the_wrong_shape_change_nothing(workspace: Path, tmp_path: Path, make: object, message: str) -> None:
-    assert callable(make)
+def test_folders_of_the_wrong_shape_change_nothing(
+    workspace: Path, tmp_path: Path, make: Callable[[Path], None], message: str
+) -> None:
     make(tmp_path / "given")
     with pytest.raises(DataError, match=message):
         add(Workspace.find(workspace), tmp_path / "given", test_share=None)

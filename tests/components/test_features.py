@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def state_of(backbone: Backbone, seed: int = 0) -> dict[str, torch.Tensor]:
         return backbone.build().state_dict()
 
 
-def embed(paths: list[Path], backbone: Backbone, state: dict[str, torch.Tensor], cache: Path) -> np.ndarray:  # type: ignore[type-arg]
+def embed(paths: list[Path], backbone: Backbone, state: dict[str, torch.Tensor], cache: Path) -> np.ndarray:
     pictures = [pixel_digest(decode(path.read_bytes()))[:32] for path in paths]
     return features.embed(pictures, paths, "small_cnn", backbone, state, cache=cache)
 
@@ -53,11 +54,15 @@ def test_cached_features_equal_live_ones(paths: list[Path], backbone: Backbone, 
 def test_appended_images_cost_only_themselves(
     paths: list[Path], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state, computed = state_of(backbone), []
+    state = state_of(backbone)
+    computed: list[int] = []
     real = features._run
-    monkeypatch.setattr(
-        features, "_run", lambda model, chunk, *rest: (computed.append(len(chunk)), real(model, chunk, *rest))[1]
-    )
+
+    def counted(model: Any, chunk: list[Path], *rest: Any) -> Any:
+        computed.append(len(chunk))
+        return real(model, chunk, *rest)
+
+    monkeypatch.setattr(features, "_run", counted)
     few = embed(paths[:20], backbone, state, tmp_path)
     more = embed(paths, backbone, state, tmp_path)
     embed(list(reversed(paths)), backbone, state, tmp_path)

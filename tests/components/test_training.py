@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_hostile_pickle_is_never_executed(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
 
     class Evil:
-        def __reduce__(self) -> object:
+        def __reduce__(self) -> tuple[Any, ...]:
             return (os.system, (f"touch {canary}",))
 
     path = tmp_path / "evil.pth"

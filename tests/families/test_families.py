@@ -66,7 +66,7 @@ def test_a_backbone_trains_and_keeps_its_shapes(name: str, tmp_path: Path) -> No
     logits, embedding = model(images)
     assert logits.shape == (4, 3)
     assert embedding.shape == (4, backbone.embedding_dim)
-    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     json.dumps(size.to_json())
     if not backbone.weights_choices:

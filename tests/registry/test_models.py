@@ -67,6 +67,12 @@ def versions(uri: str, model: str) -> list[Any]:
     return list(MlflowClient(uri).search_model_versions(f"name='{model}'"))
 
 
+def runs_of(uri: str, model: str) -> list[Any]:
+    experiment = MlflowClient(uri).get_experiment_by_name(model)
+    assert experiment is not None
+    return list(MlflowClient(uri).search_runs([experiment.experiment_id]))
+
+
 def test_a_candidate_becomes_one_version_and_one_ledger_row(registry: Registry, uri: str, tmp_path: Path) -> None:
     given = evidence(tmp_path, "one")
     first = registry.register(given)
@@ -151,7 +157,7 @@ def test_a_run_that_dies_at_any_step_and_runs_again_registers_once(
         (version,) = versions(uri, given.model)
         assert str(version.version) == outcome.version == "1"
         assert len(registry.ledger.entries(given.model)) == 1
-        runs = MlflowClient(uri).search_runs([MlflowClient(uri).get_experiment_by_name(given.model).experiment_id])
+        runs = runs_of(uri, given.model)
         assert len(runs) == 1
 
 
@@ -176,8 +182,7 @@ def test_live_curves_arrive_and_a_dead_server_only_costs_a_note(uri: str, tmp_pa
     feed(live, list(HISTORY))
     assert live.problem is None
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("live")
-    (run,) = client.search_runs([experiment.experiment_id])
+    (run,) = runs_of(uri, "live")
     assert [m.step for m in client.get_metric_history(run.info.run_id, "training.train_loss")] == [1, 2, 3]
     dead = sink("http://127.0.0.1:9", "k2")
     feed(dead, list(HISTORY[:1]))

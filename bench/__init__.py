@@ -1,0 +1,1 @@
+"""Benchmarks: one file each, both sides measured in one run. `make bench NAME=x [DATA=folder]`."""

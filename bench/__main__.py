@@ -1,0 +1,32 @@
+"""Run one benchmark; its last line is one JSON object: name, ours, peers, ratio, n, unit."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from flows.settings import prepare_environment
+
+
+def main() -> int:
+    names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--data", type=Path, help="a folder with one sub-folder of images per class")
+    arguments = parser.parse_args()
+    if arguments.name not in names:
+        print(f"unknown benchmark {arguments.name!r}; valid: {', '.join(names)}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="visionloop-bench-") as scratch:
+        prepare_environment(Path(scratch))
+        result = importlib.import_module(f"bench.{arguments.name}").run(arguments.data, Path(scratch))
+    print(json.dumps({"name": arguments.name, **result}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
