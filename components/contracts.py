@@ -548,6 +548,10 @@ class Target(Protocol):
     @property
     def precisions(self) -> tuple[Precision, ...]: ...
 
+    def absent(self) -> str:
+        """Why this machine cannot build engines for it, such as a library that its platform lacks; empty when it can."""
+        ...
+
     def export(self, request: ExportRequest, *, out: Path) -> Built:
         """Write the engine's files into `out`; raises ExportError."""
         ...

@@ -98,6 +98,17 @@ def check(config: ExportConfig) -> None:
             )
 
 
+def absent(config: ExportConfig) -> dict[str, str]:
+    """Engines that this machine cannot build, with the reason; raises ConfigError when the serving engine is one."""
+    reasons = {
+        target.name: plugins.load("targets", target.target, target.settings).absent() for target in config.all_targets
+    }
+    found = {name: reason for name, reason in reasons.items() if reason}
+    if config.serving in found:
+        raise ConfigError(f"export.serving is {config.serving}: {found[config.serving]}; serve another engine")
+    return found
+
+
 class Graph(Record):
     """The interchange graph of one checkpoint."""
 

@@ -78,11 +78,13 @@ def judge(
     *,
     serving: str,
     champion_known: bool,
+    absent: Mapping[str, str] | None = None,
 ) -> Verdict:
     """One EngineVerdict per engine, and what follows for the candidate as a whole.
 
     The candidate passes when the serving engine and every required engine that can run here passed. A required engine
-    that cannot run here does not reject, it is reported as `not executed here`; the serving engine has to have run.
+    that cannot run here, or could not even be built (`absent`: name to reason), does not reject; it is reported as `not
+    executed here`. The serving engine has to have run.
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
     reference_answers = _answers(reference)
@@ -114,6 +116,18 @@ def judge(
                 serving=engine.name == serving,
                 status=_combine(findings),
                 findings=tuple(findings),
+            )
+        )
+    for name, reason in (absent or {}).items():
+        finding = _finding("export", "not executed here", reason)
+        verdicts.append(
+            EngineVerdict(
+                engine=name,
+                engine_digest="",
+                required=False,
+                serving=False,
+                status="not executed here",
+                findings=(finding,),
             )
         )
     return _decide(verdicts, serving, config.digest())

@@ -25,4 +25,6 @@ def opened(recipe: str, folder: Path, overrides: Sequence[str], reason: str, *, 
         console.line(
             f"run {run.id}: recipe {config.name}, {data.num_files} files of data version {data.dvc_hash[:12]} ({reason})"
         )
+        for name, reason in run.absent.items():
+            console.line(f"    {name}: {reason}")
         yield run

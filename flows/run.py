@@ -34,6 +34,7 @@ from components.contracts import (
     canonical_json,
     sha256_text,
 )
+from components.export import TargetConfig, absent
 from components.store import Store, sha256_file, write_atomically
 from flows.config import RunConfig
 from flows.console import Console
@@ -162,6 +163,8 @@ class Run:
         self.settings = settings
         self.console = console
         self.store = workspace.store
+        self.absent = absent(config.export)
+        """Engines that cannot be built on this machine, with the reason."""
         commit, dirty = dataversions.git_state(workspace.root)
         identity = [config.digest(), data.digest(), code_digest(), lock_digest()]
         self.id = f"{config.name}-{sha256_text(canonical_json(identity))[:12]}"
@@ -179,6 +182,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = {"run": self.lineage.to_json(), "config": config.to_json()}
         write_atomically(self.folder / "config.json", json.dumps(resolved, indent=1).encode())
+
+    @property
+    def targets(self) -> tuple[TargetConfig, ...]:
+        """What is built here: the reference first."""
+        return tuple(target for target in self.config.export.all_targets if target.name not in self.absent)
 
     def stage(
         self,

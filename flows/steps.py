@@ -198,11 +198,20 @@ def gating(
             Judged(engine, evaluation, measurement.record, required[engine.record.name])
             for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True)
         ]
-        return judge(judged[1:], evaluations[0], champion_evaluation, config, serving=chosen.serving, champion_known=True)
+        return judge(
+            judged[1:],
+            evaluations[0],
+            champion_evaluation,
+            config,
+            serving=chosen.serving,
+            champion_known=True,
+            absent=run.absent,
+        )
 
     inputs = {
         "config": config.digest(),
         "export": chosen.digest(),
+        "absent": ", ".join(sorted(run.absent)),
         "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
     }
     for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):

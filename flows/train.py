@@ -27,7 +27,7 @@ def train(
         splits = steps.splitting(run, dataset)
         checkpoint = steps.training(run, splits)
         graph = steps.graph(run, checkpoint)
-        building = [steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.config.export.all_targets]
+        building = [steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.targets]
         engines = [future.result() for future in building]
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         measurements = [steps.measurement(run, engine, splits) for engine in engines]

@@ -21,6 +21,9 @@ class Target(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     precisions: tuple[Literal["fp32"], ...] = ("fp32",)
 
+    def absent(self) -> str:
+        return ""
+
     def export(self, request: ExportRequest, *, out: Path) -> Built:
         import onnx
         import onnxruntime

@@ -28,6 +28,11 @@ class Target(BaseModel):
     """GPU generations to build for ahead of time: Ampere, Ada and Blackwell GeForce or workstation cards."""
     max_batch: int = Field(default=32, ge=1, le=1024)
 
+    def absent(self) -> str:
+        if any(importlib.util.find_spec(name) is not None for name in ("tensorrt_rtx", "tensorrt")):
+            return ""
+        return "not built here: TensorRT has no library for this platform, it exists for Linux on x86-64"
+
     def export(self, request: ExportRequest, *, out: Path) -> Built:
         full = _has_gpu() and importlib.util.find_spec("tensorrt") is not None
         trt = _library("tensorrt" if full else "tensorrt_rtx")

@@ -134,3 +134,20 @@ def test_sections_that_cannot_work_are_refused() -> None:
         export.check(config(targets=[{"target": "onnxruntime", "precision": "int8"}], serving="onnxruntime-int8"))
     reference, *_ = config(targets=[{"target": "openvino"}], serving="openvino-fp32").all_targets
     assert reference.name == "torch_reference-fp32"
+
+
+def test_an_engine_that_no_library_here_can_build_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac, where TensorRT does not exist."""
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name.startswith("tensorrt") else real(name, *a)
+    )
+    config = ExportConfig.model_validate_json(
+        json.dumps({"targets": [{"target": "tensorrt"}, {"target": "openvino"}], "serving": "openvino-fp32"})
+    )
+    assert "not built here" in export.absent(config)["tensorrt-fp32"]
+    serving = config.model_copy(update={"serving": "tensorrt-fp32"})
+    with pytest.raises(ConfigError, match="serve another engine"):
+        export.absent(serving)

@@ -345,3 +345,10 @@ def test_estimates_carry_their_n() -> None:
     assert wilson(3, 4).n == 4
     with pytest.raises(ValueError, match="no images"):
         wilson(0, 0)
+
+
+def test_an_engine_that_could_not_be_built_is_reported_and_never_passes(tmp_path: Path) -> None:
+    found = verdict(tmp_path, item(tmp_path), absent={"tensorrt-fp32": "not built here: no library"})
+    assert found.status == "pass"
+    assert found.engines[-1].status == "not executed here"
+    assert verdict(tmp_path, absent={"openvino-int8": "not built here"}).status == "inconclusive"
