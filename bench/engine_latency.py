@@ -68,6 +68,7 @@ def _checkpoint(model: Any, backbone: Backbone, folder: Path) -> Stored[Checkpoi
     record = Checkpoint(
         splits_digest="bench",
         task="classification",
+        task_settings={},
         backbone="efficientnet_lite0",
         backbone_settings={},
         preprocessing=backbone.preprocessing,
@@ -96,6 +97,7 @@ def _built(target: str, precision: Any, checkpoint: Stored[Checkpoint], scratch:
         name=out.name,
         target=target,
         precision=precision,
+        settings={},
         checkpoint_digest="bench",
         files=(),
         entry=built.entry,

@@ -56,7 +56,7 @@ def restore(checkpoint: Stored[Checkpoint]) -> ImageModel:
     """The trained module in evaluation mode, from a verified folder; raises CheckpointMismatch."""
     record = checkpoint.record
     backbone = plugins.load("backbones", record.backbone, dict(record.backbone_settings))
-    model = assemble(backbone, plugins.load("tasks", record.task), len(record.classes))
+    model = assemble(backbone, plugins.load("tasks", record.task, dict(record.task_settings)), len(record.classes))
     try:
         model.load_state_dict(load_file(checkpoint.folder / record.weights.name))
     except RuntimeError as error:

@@ -262,6 +262,7 @@ class Checkpoint(Record):
 
     splits_digest: str
     task: str
+    task_settings: dict[str, bool | int | float | str]
     backbone: str
     backbone_settings: dict[str, bool | int | float | str]
     preprocessing: Preprocessing
@@ -285,6 +286,8 @@ class Engine(Record):
     name: str
     target: str
     precision: Precision
+    settings: dict[str, Any]
+    """The target's settings it was built with; it is loaded with the same."""
     checkpoint_digest: str
     files: tuple[FileDigest, ...]
     entry: str
@@ -547,6 +550,10 @@ class Target(Protocol):
 
     @property
     def precisions(self) -> tuple[Precision, ...]: ...
+
+    def built_by(self) -> str:
+        """What of this machine decides what is built, such as a GPU; empty where any machine builds the same."""
+        ...
 
     def absent(self) -> str:
         """Why this machine cannot build engines for it, such as a library that its platform lacks; empty when it can."""

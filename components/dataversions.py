@@ -41,12 +41,12 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def git_state(root: Path) -> tuple[str, bool]:
-    """Commit of the workspace (`none` before the first one) and whether tracked files differ from it."""
+    """Commit of the workspace (`none` before the first one), and whether files that git sees differ from it."""
     try:
         commit = git(root, "rev-parse", "--verify", "HEAD")
     except DataError:
         return "none", True
-    return commit, bool(git(root, "status", "--porcelain", "--untracked-files=no"))
+    return commit, bool(git(root, "status", "--porcelain"))
 
 
 @contextlib.contextmanager
@@ -75,8 +75,8 @@ def _remote() -> Iterator[None]:
         yield
     except (OSError, BotoCoreError) as error:
         raise DataError(
-            f"the data remote refused ({type(error).__name__}: {error}); nothing local was changed. Check its address "
-            f"(`visionloop data remote`) and, for S3, the AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of this shell"
+            f"the data could not be transferred ({type(error).__name__}: {error}). Check the disk's free space, the "
+            f"remote's address (`visionloop data remote`) and, for S3, the AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of this shell"
         ) from error
 
 
@@ -144,7 +144,12 @@ def pin(root: Path) -> DataVersion:
 
 
 def changes(root: Path) -> dict[str, list[str]]:
-    """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted': paths}; empty when equal."""
+    """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted': paths}; empty when equal.
+
+    Where DVC's cache lacks the old version, which files differ cannot be told: {'unknown': [data/]}.
+    """
+    if _directory_hash(root) == pinned(root).dvc_hash:
+        return {}
     with _repo(root) as repo:
         status = repo.data_status(granular=True)
     found: dict[str, list[str]] = {}
@@ -154,7 +159,7 @@ def changes(root: Path) -> dict[str, list[str]]:
         files = sorted(entry for entry in entries if entry.startswith(f"{DATA}/") and not entry.endswith("/"))
         if files:
             found[kind] = files
-    return found
+    return found or {"unknown": [f"{DATA}/ (the pinned version is not in DVC's cache)"]}
 
 
 def verify(root: Path) -> DataVersion:
@@ -188,8 +193,17 @@ def _directory_hash(root: Path) -> str:
         return str(found.hash_info.value)
 
 
+def keep(root: Path) -> None:
+    """Put the bytes of `data/`, which have to be the pinned ones, into DVC's cache; raises DataDiffers."""
+    verify(root)
+    with _repo(root) as repo:
+        repo.commit(str(root / PIN), force=True)
+
+
 def push(root: Path) -> int:
-    """Send the pinned version to the remote; returns how many objects were sent."""
+    """Send the pinned version to the remote; returns how many objects were sent. Raises DataDiffers, DataError."""
+    # DVC sends what its cache holds, and calls it a success when that is nothing.
+    keep(root)
     with _repo(root) as repo, _remote():
         return int(repo.push())
 

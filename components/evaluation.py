@@ -6,9 +6,6 @@ another one. An engine that cannot run here gets the status `not executed here`,
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +28,7 @@ from components.contracts import (
     silent,
 )
 from components.images import batches
+from components.machine import fingerprint
 from components.samples import rows
 from components.store import describe
 
@@ -54,7 +52,7 @@ def evaluate(
     engine: Stored[Engine],
     splits: Stored[Splits],
     data: Path,
-    task_name: str,
+    task: Any,
     config: EvaluationConfig,
     *,
     out: Path,
@@ -67,6 +65,10 @@ def evaluate(
         "engine_digest": record.digest(),
         "test_digest": splits.record.test_digest,
     }
+    if record.classes != splits.record.classes:
+        # A champion of another label space: its answers mean other classes, so no comparison would mean anything.
+        reason = f"its classes ({', '.join(record.classes)}) are not the data's ({', '.join(splits.record.classes)})"
+        return Evaluation(**common, status="not executed here", reason=reason)
     try:
         predictor = _load(engine, config.num_threads)
     except EngineUnavailable as error:
@@ -86,7 +88,6 @@ def evaluate(
         _write(table, logits, embedding, np.full_like(logits, np.nan, dtype=np.float64), out)
         bad = int((~np.isfinite(logits).all(axis=1)).sum())
         return Evaluation(**common, status="evaluated", reason=f"{bad} images got non-finite logits")
-    task = plugins.load("tasks", task_name)
     labels = table["class_index"].to_numpy()
     predicted = logits.argmax(axis=1)
     _write(table, logits, embedding, task.probabilities(logits, record.temperature), out)
@@ -104,7 +105,7 @@ def evaluate(
 
 
 def _load(engine: Stored[Engine], num_threads: int) -> Predictor:
-    target = plugins.load("targets", engine.record.target)
+    target = plugins.load("targets", engine.record.target, engine.record.settings)
     predictor: Predictor = target.load(engine, num_threads=num_threads)
     return predictor
 
@@ -142,20 +143,6 @@ def _write(
     frame.to_parquet(out / PREDICTIONS, index=False)
 
 
-def machine_fingerprint() -> str:
-    """Processor, logical cores and operating system, as text and a short digest: measurements do not leave it."""
-    processor = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    text = f"{processor}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, node {platform.node()}"
-    return f"{processor}, {os.cpu_count()} cores, {platform.system()} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
-
-
 def measure(
     engine: Stored[Engine], splits: Stored[Splits], data: Path, config: EvaluationConfig, *, progress: Progress = silent
 ) -> Measurement:
@@ -164,7 +151,7 @@ def measure(
     common: dict[str, Any] = {
         "engine": record.name,
         "engine_digest": record.digest(),
-        "machine": machine_fingerprint(),
+        "machine": fingerprint(),
         "size_bytes": record.size_bytes,
     }
     try:

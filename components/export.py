@@ -7,8 +7,11 @@ run. All targets build from one ONNX graph, whose input is the uint8 image and w
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,9 +119,16 @@ class Graph(Record):
     file: FileDigest
 
 
-def export_graph(checkpoint: Stored[Checkpoint], *, out: Path) -> Graph:
+def export_graph(checkpoint: Stored[Checkpoint], *, out: Path, plugin_folder: Path | None = None) -> Graph:
     """Write the ONNX graph that targets build from; raises ExportError."""
-    _in_subprocess({"do": "graph", "checkpoint": _reference(checkpoint), "out": str(out)})
+    _in_subprocess(
+        {
+            "do": "graph",
+            "checkpoint": _reference(checkpoint),
+            "out": str(out),
+            "plugins": str(plugin_folder) if plugin_folder else None,
+        }
+    )
     return Graph(checkpoint_digest=checkpoint.record.digest(), file=describe(out / GRAPH, within=out))
 
 
@@ -180,14 +190,14 @@ def _in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
 def _build(request: dict[str, Any]) -> dict[str, Any]:
     checkpoint = Stored(Checkpoint.read(request["checkpoint"]["record"]), Path(request["checkpoint"]["folder"]))
     out = Path(request["out"])
+    if request["plugins"]:
+        plugins.use_workspace(Path(request["plugins"]))
     if request["do"] == "graph":
         from components.checkpoints import restore
         from components.graphs import to_onnx
 
         to_onnx(restore(checkpoint), checkpoint.record.preprocessing, out / GRAPH)
         return {}
-    if request["plugins"]:
-        plugins.use_workspace(Path(request["plugins"]))
     config = TargetConfig.read(request["config"])
     splits = Stored(Splits.read(request["splits"]["record"]), Path(request["splits"]["folder"]))
 
@@ -216,6 +226,7 @@ def _engine(record: Checkpoint, config: TargetConfig, built: dict[str, Any], out
         name=config.name,
         target=config.target,
         precision=config.precision,
+        settings=config.settings,
         checkpoint_digest=record.digest(),
         files=tuple(describe(path, within=out) for path in sorted(out.rglob("*")) if path.is_file()),
         entry=built["entry"],
@@ -242,11 +253,24 @@ def _own_temperature(target: Target, engine: Engine, out: Path, splits: Stored[S
     table = rows(splits, "valid")
     paths = [Path(request["data"], path) for path in table["path"]]
     logits = [predictor.predict(batch)[0] for batch in batches(paths, engine.preprocessing, batch_size=32)]
-    task = plugins.load("tasks", request["checkpoint"]["record"]["task"])
+    record = request["checkpoint"]["record"]
+    task = plugins.load("tasks", record["task"], record["task_settings"])
     return float(task.fit_temperature(np.concatenate(logits), table["class_index"].to_numpy()))
 
 
+def _die_with_parent(parent: int) -> None:
+    """An exporter whose run was killed must not go on writing into a folder that the next run uses."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    _die_with_parent(os.getppid())
     try:
         answer = _build(json.loads(sys.stdin.read()))
     except VisionloopError as error:

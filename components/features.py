@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from components import plugins
-from components.contracts import Backbone, Progress, canonical_json, silent
-from components.images import batches
+from components.contracts import Backbone, DataDiffers, Progress, canonical_json, silent
+from components.images import decode, in_threads, pixel_digest, prepare
 from components.store import fsync_folder, sha256_file, write_atomically
 
 if TYPE_CHECKING:
@@ -33,8 +34,14 @@ def encoder_digest(name: str, backbone: Backbone, state: dict[str, torch.Tensor]
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode() + state[key].detach().cpu().contiguous().numpy().tobytes())
-    digest.update(canonical_json(backbone.preprocessing.to_json()).encode())
-    digest.update(plugins.member_digest("backbones", name).encode())
+    facts = [
+        backbone.preprocessing.to_json(),
+        plugins.member_digest("backbones", name),
+        # Decoder, preprocessing and encoder are ours; a changed line of them makes other features.
+        plugins.source_digest(Path(__file__)),
+        {library: metadata.version(library) for library in ("numpy", "openvino", "pillow", "timm", "torch")},
+    ]
+    digest.update(canonical_json(facts).encode())
     return digest.hexdigest()
 
 
@@ -59,18 +66,34 @@ def embed(
         model = _encoder(backbone, state, cache / "encoders" / f"{digest[:32]}.onnx", num_threads)
         for start in range(0, len(missing), _CHUNK):
             chunk = missing[start : start + _CHUNK]
-            found = _run(model, [paths[i] for i in chunk], backbone, progress)
+            found = _run(model, [(paths[i], pictures[i]) for i in chunk], backbone, progress)
             names = [pictures[i] for i in chunk]
             _write(folder, names, found)
             known |= dict(zip(names, found, strict=True))
     return np.stack([known[picture] for picture in pictures])
 
 
-def _run(model: Any, paths: list[Path], backbone: Backbone, progress: Progress) -> npt.NDArray[np.float32]:
+def _run(model: Any, members: list[tuple[Path, str]], backbone: Backbone, progress: Progress) -> npt.NDArray[np.float32]:
     from components.targets.openvino import stream
 
-    images = batches(paths, backbone.preprocessing, batch_size=_BATCH, progress=progress)
-    return np.concatenate(list(stream(model, images, "embedding")))
+    def load(member: tuple[Path, str]) -> npt.NDArray[np.uint8]:
+        path, picture = member
+        image = decode(path.read_bytes())
+        if pixel_digest(image)[:32] != picture:
+            raise DataDiffers(f"{path} was changed while the run read it; restore it, or `visionloop data add`")
+        return prepare(image, backbone.preprocessing)
+
+    def images() -> Iterator[npt.NDArray[np.uint8]]:
+        batch: list[npt.NDArray[np.uint8]] = []
+        for pixels in in_threads(load, members, progress=progress):
+            batch.append(pixels)
+            if len(batch) == _BATCH:
+                yield np.stack(batch)
+                batch = []
+        if batch:
+            yield np.stack(batch)
+
+    return np.concatenate(list(stream(model, images(), "embedding")))
 
 
 def _encoder(backbone: Backbone, state: dict[str, torch.Tensor], path: Path, num_threads: int) -> Any:

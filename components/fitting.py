@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROGRESS = "progress.json"
+LEFTOVERS = (PROGRESS, "state-*.safetensors")
+"""What only a resumed fit needs: kept until the result is published. The pointer goes first, see Store.publish."""
 
 
 class FittingConfig(Record):
@@ -161,12 +163,6 @@ def fit(
     model.load_state_dict(best)
     model.eval()
     return FitResult(best, state.best_epoch + 1, state.history)
-
-
-def discard_progress(out: Path) -> None:
-    """Remove what only a resumed fit needs, once its result is saved."""
-    for path in (*out.glob("state-*.safetensors"), out / PROGRESS):
-        path.unlink(missing_ok=True)
 
 
 def _step(

@@ -30,6 +30,8 @@ from components.contracts import (
     TamperedArtefact,
     Verdict,
     VerdictStatus,
+    canonical_json,
+    sha256_text,
 )
 from components.store import sha256_file
 
@@ -78,13 +80,13 @@ def judge(
     *,
     serving: str,
     champion_known: bool,
-    absent: Mapping[str, str] | None = None,
+    absent: Mapping[str, tuple[str, bool]] | None = None,
 ) -> Verdict:
     """One EngineVerdict per engine, and what follows for the candidate as a whole.
 
-    The candidate passes when the serving engine and every required engine that can run here passed. A required engine
-    that cannot run here, or could not even be built (`absent`: name to reason), does not reject; it is reported as `not
-    executed here`. The serving engine has to have run.
+    The candidate passes when the serving engine and every required engine passed. One that cannot run here, or could not
+    even be built (`absent`: name to reason and whether it is required), is `not executed here`, which is no pass: mark
+    engines that are built here for other machines as not required.
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
     reference_answers = _answers(reference)
@@ -118,19 +120,33 @@ def judge(
                 findings=tuple(findings),
             )
         )
-    for name, reason in (absent or {}).items():
+    for name, (reason, required) in (absent or {}).items():
         finding = _finding("export", "not executed here", reason)
         verdicts.append(
             EngineVerdict(
                 engine=name,
                 engine_digest="",
-                required=False,
-                serving=False,
+                required=required,
+                serving=name == serving,
                 status="not executed here",
                 findings=(finding,),
             )
         )
-    return _decide(verdicts, serving, config.digest())
+    return _decide(verdicts, serving, _policy_digest(config, verdicts))
+
+
+def _policy_digest(config: GatingConfig, verdicts: Sequence[EngineVerdict]) -> str:
+    """All that decides besides the evidence: thresholds with defaults, the gates' code, what serves, what is required."""
+    return sha256_text(
+        canonical_json(
+            [
+                config.to_json(),
+                policy(config),
+                [plugins.member_digest("gates", chosen.gate) for chosen in config.gates],
+                [[verdict.engine, verdict.serving, verdict.required] for verdict in verdicts],
+            ]
+        )
+    )
 
 
 def _combine(findings: Sequence[Finding]) -> VerdictStatus:
@@ -144,7 +160,7 @@ def _combine(findings: Sequence[Finding]) -> VerdictStatus:
 
 
 def _decide(verdicts: Sequence[EngineVerdict], serving: str, policy_digest: str) -> Verdict:
-    deciding = [v for v in verdicts if v.serving or (v.required and v.status != "not executed here")]
+    deciding = [v for v in verdicts if v.serving or v.required]
     reasons = [
         f"{verdict.engine}: {finding.gate}: {finding.message}"
         for verdict in deciding

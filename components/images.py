@@ -26,6 +26,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 << 20
 
+# Pillow warns about sizes and odd metadata that `decode` decides on. Once for the process: decoding runs in threads, and
+# warning filters are not theirs to change and restore.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
@@ -43,18 +48,16 @@ def decode(data: bytes) -> Image.Image:
         raise UndecodableImage("empty file")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:
-        with warnings.catch_warnings():
-            # Pillow warns about sizes and odd metadata that the checks below decide on.
-            warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UndecodableImage(f"{width}x{height} pixels, accepted are up to {MAX_PIXELS}")
-            if getattr(image, "n_frames", 1) > 1:
-                raise UndecodableImage("animated or multi-page; accepted are still pictures")
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            return _to_8_bit(image)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise UndecodableImage(f"{width}x{height} pixels, accepted are up to {MAX_PIXELS}")
+        # An MPO is a phone's or stereo camera's JPEG with previews behind the picture; the picture is the first.
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            raise UndecodableImage("animated or multi-page; accepted are still pictures")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return _to_8_bit(image)
     except UndecodableImage:
         raise
     except UnidentifiedImageError:

@@ -31,3 +31,10 @@ def image_files(folder: Path) -> dict[str, list[Path]]:
         path.name: sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         for path in classes
     }
+
+
+def stray_files(folder: Path) -> list[Path]:
+    """Files of the tree that `image_files` leaves out: beside the classes, deeper than a class, or hidden."""
+    listed = {path for paths in image_files(folder).values() for path in paths}
+    ignored = {".DS_Store", "Thumbs.db"}  # what dataversions tells DVC to ignore
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in listed and path.name not in ignored)

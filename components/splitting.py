@@ -142,7 +142,7 @@ def split(
         if missing:
             raise DataError(
                 f"class {missing[0]!r} has no image in the {name} split ({len(missing)} classes lack one); "
-                f"add images of it, or raise splitting.{name}_share"
+                f"add images of it with `visionloop data add`"
             )
     out_table = out / "splits.parquet"
     table[["path", "label", "sha256", "picture", "split"]].to_parquet(out_table, index=False)

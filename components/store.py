@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,10 @@ class Store:
     def folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key
 
-    def _partial(self, kind: str, key: str) -> Path:
-        return self.root / ".partial" / f"{kind.replace('/', '-')}-{key}"
+    def _partial(self, kind: str, key: str, *, resumable: bool) -> Path:
+        # Per process where nothing is resumed: what a killed run's orphan still writes is then nobody's folder.
+        owner = "" if resumable else f".{os.getpid()}"
+        return self.root / ".partial" / f"{kind.replace('/', '-')}-{key}{owner}"
 
     def open(self, kind: str, key: str, record: type[RecordT]) -> Stored[RecordT] | None:
         """The artefact if it was published and every byte verifies, None if it was never published.
@@ -131,9 +133,10 @@ class Store:
     @contextlib.contextmanager
     def writing(self, kind: str, key: str, *, resumable: bool = False) -> Iterator[Path]:
         """A hidden folder to write into. It is emptied first, unless the stage can resume from what it left there."""
-        partial = self._partial(kind, key)
-        if partial.exists() and not resumable:
-            shutil.rmtree(partial)
+        partial = self._partial(kind, key, resumable=resumable)
+        if not resumable:
+            for stale in partial.parent.glob(f"{kind.replace('/', '-')}-{key}.*"):
+                shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
         for leftover in partial.rglob(".*.tmp"):
             # A kill between write and rename leaves these; they are not part of what can be resumed.
@@ -142,15 +145,29 @@ class Store:
             yield partial
 
     def publish(
-        self, kind: str, key: str, record: RecordT, *, inputs: Mapping[str, str], provenance: Mapping[str, Any]
+        self,
+        kind: str,
+        key: str,
+        record: RecordT,
+        *,
+        inputs: Mapping[str, str],
+        provenance: Mapping[str, Any],
+        resumable: bool = False,
+        leftovers: Sequence[str] = (),
     ) -> Stored[RecordT]:
-        """Make what `writing` left visible: files synced, manifest last, one rename. Idempotent."""
-        partial, final = self._partial(kind, key), self.folder(kind, key)
+        """Make what `writing` left visible: files synced, manifest last, one rename. Idempotent.
+
+        Files matching `leftovers` are needed to resume only: they are kept until the manifest is written, then removed in
+        this order, and are not part of the artefact.
+        """
+        partial, final = self._partial(kind, key, resumable=resumable), self.folder(kind, key)
         with explained("publish", final):
             files = []
             for path in _regular_files(partial):
                 if path.name == MANIFEST and path.parent == partial:
                     path.unlink()
+                    continue
+                if any(path.match(pattern) for pattern in leftovers):
                     continue
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -164,6 +181,9 @@ class Store:
                 "record": record.to_json(),
             }
             write_atomically(partial / MANIFEST, seal(body))
+            for pattern in leftovers:
+                for path in sorted(partial.glob(pattern)):
+                    path.unlink()
             for folder in {path.parent for path in partial.rglob("*")}:
                 fsync_folder(folder)
             final.parent.mkdir(parents=True, exist_ok=True)

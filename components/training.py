@@ -6,7 +6,6 @@ The temperature of the answer is fitted on the valid split (Guo et al. 2017).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,15 +25,16 @@ from components.contracts import (
     Splits,
     Stored,
     UnknownName,
+    WeightsUnavailable,
     canonical_json,
     sha256_text,
     silent,
 )
 from components.features import embed
-from components.fitting import Examples, FitResult, FittingConfig, discard_progress, fit, predict, write_history
+from components.fitting import Examples, FitResult, FittingConfig, fit, predict, write_history
 from components.images import batches
 from components.samples import rows
-from components.store import describe
+from components.store import describe, sha256_file
 from components.weights import from_safetensors
 
 if TYPE_CHECKING:
@@ -99,19 +99,24 @@ class TrainingConfig(Record):
     fit: FittingConfig = FittingConfig()
 
 
-def check(config: TrainingConfig) -> None:
+def local_weights(config: TrainingConfig, root: Path) -> Path | None:
+    """The weights file that the section names, relative to the workspace `root`; None for weights known by name."""
+    return root / config.weights if config.weights.endswith(".safetensors") else None
+
+
+def check(config: TrainingConfig, root: Path) -> None:
     """Raise ConfigError for a section that cannot work, before any work is done."""
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     plugins.load("tasks", config.task, dict(config.task_settings))
-    local = config.weights.endswith(".safetensors")
-    if config.weights != "random" and not local and config.weights not in backbone.weights_choices:
+    local = local_weights(config, root)
+    if config.weights != "random" and local is None and config.weights not in backbone.weights_choices:
         raise UnknownName(
             f"training.weights for backbone {config.backbone!r}",
             config.weights,
             ["random", *backbone.weights_choices, "<path>.safetensors"],
         )
-    if local and not Path(config.weights).is_file():
-        raise ConfigError(f"training.weights: {config.weights} does not exist")
+    if local is not None and not local.is_file():
+        raise ConfigError(f"training.weights: {local} does not exist")
     if config.mode == "frozen" and config.weights == "random":
         raise ConfigError(
             f"training.mode=frozen on random weights learns nothing; choose training.weights from: "
@@ -128,6 +133,7 @@ def train(
     *,
     out: Path,
     cache: Path,
+    root: Path,
     num_threads: int = 2,
     sink: MetricSink | None = None,
     progress: Progress = silent,
@@ -140,16 +146,24 @@ def train(
 
     from components.checkpoints import assemble, save_weights
 
-    check(config)
+    check(config, root)
     torch.set_num_threads(num_threads)
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     task: Any = plugins.load("tasks", config.task, dict(config.task_settings))
     with torch.random.fork_rng():
         torch.manual_seed(config.fit.seed)
         model = assemble(backbone, task, len(splits.record.classes))
+    local = local_weights(config, root)
     if config.weights != "random":
-        model.backbone.load_state_dict(_pretrained(backbone, config.weights, cache))
-    identity = sha256_text(canonical_json([config.to_json(), splits.record.digest()]))
+        given = from_safetensors(local) if local else backbone.pretrained(config.weights, cache=cache)
+        try:
+            model.backbone.load_state_dict(given)
+        except RuntimeError as error:
+            raise WeightsUnavailable(
+                f"{config.weights} does not fit backbone {config.backbone!r}: {str(error).splitlines()[0]}"
+            ) from error
+    weights_digest = sha256_file(local) if local else ""
+    identity = sha256_text(canonical_json([config.to_json(), weights_digest, splits.record.digest()]))
     arguments: dict[str, Any] = {"identity": identity, "out": out, "sink": sink, "progress": progress}
     if config.mode == "frozen":
         result, logits, labels = _fit_head(model, splits, data, config, backbone, task, cache, num_threads, arguments)
@@ -160,10 +174,10 @@ def train(
     measured = task.metrics(answers, labels, temperature)
     write_history(result.history, out / "history.json")
     weights = save_weights(model.state_dict(), out=out)
-    discard_progress(out)
     return Checkpoint(
         splits_digest=splits.record.digest(),
         task=config.task,
+        task_settings=config.task_settings,
         backbone=config.backbone,
         backbone_settings=config.backbone_settings,
         preprocessing=backbone.preprocessing,
@@ -176,12 +190,6 @@ def train(
         epochs=len(result.history),
         valid_metrics={name: estimate.value for name, estimate in measured.items()},
     )
-
-
-def _pretrained(backbone: Backbone, weights: str, cache: Path) -> Mapping[str, torch.Tensor]:
-    if weights.endswith(".safetensors"):
-        return from_safetensors(Path(weights))
-    return backbone.pretrained(weights, cache=cache)
 
 
 def _fit_all(

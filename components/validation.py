@@ -25,7 +25,7 @@ from components.contracts import (
     silent,
 )
 from components.images import decode, in_threads, pixel_digest
-from components.samples import image_files
+from components.samples import image_files, stray_files
 from components.store import describe
 
 if TYPE_CHECKING:
@@ -63,12 +63,17 @@ def validate(
 
     try:
         by_class = image_files(data)
+        strays = stray_files(data)
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}; give read permission and run again") from error
     files = [_File(path, label) for label, paths in by_class.items() for path in paths]
     if not files:
         raise DataError(f"{data} holds no images; add some with `visionloop data add FOLDER` (one sub-folder per class)")
     facts = list(in_threads(lambda file: _inspect(file, data), files, progress=progress))
+    facts += [
+        {"path": path.relative_to(data).as_posix(), "label": "", "reason": "not directly in a class folder, or hidden"}
+        for path in strays
+    ]
     table = pd.DataFrame([row for row in facts if "reason" not in row])
     refused = pd.DataFrame([row for row in facts if "reason" in row], columns=["path", "label", "reason"])
     if len(table):
@@ -77,14 +82,19 @@ def validate(
         table, refused = table[~contradictory], pd.concat([refused, contradiction])
     table = table.sort_values("path", ignore_index=True) if len(table) else table
     refused = refused.sort_values("path", ignore_index=True)
-    assert len(table) + len(refused) == len(files), "validation lost an image"
+    num_input = len(files) + len(strays)
+    assert len(table) + len(refused) == num_input, "validation lost an image"
+    if num_input != version.num_files:
+        raise DataError(
+            f"{data} holds {num_input} files, its version pins {version.num_files}; run `visionloop data status`"
+        )
     table.to_parquet(out / "samples.parquet", index=False)
     refused.to_parquet(out / "quarantine.parquet", index=False)
-    share = len(refused) / len(files)
+    share = len(refused) / num_input
     if share > config.max_quarantined_share:
         shown = "; ".join(f"{row.path}: {row.reason}" for row in refused.head(5).itertuples())
         raise DataRejected(
-            f"{len(refused)} of {len(files)} files are not usable ({share:.1%}, accepted "
+            f"{len(refused)} of {num_input} files are not usable ({share:.1%}, accepted "
             f"{config.max_quarantined_share:.1%}): {shown}. Fix or remove them and `visionloop data add`, or raise "
             f"validation.max_quarantined_share"
         )
@@ -97,7 +107,7 @@ def validate(
         quarantine=describe(out / "quarantine.parquet", within=out),
         classes=tuple(sorted(by_class)),
         class_counts=class_counts,
-        num_input=len(files),
+        num_input=num_input,
         num_kept=len(table),
         num_quarantined=len(refused),
         warnings=tuple(warnings),

@@ -308,6 +308,16 @@ def data_pull(
     _guarded(action, json_)
 
 
+def _root_of(folder: Path) -> Path | None:
+    """The workspace's root, so that its recipes and plug-ins are known; None outside of one."""
+    from flows.run import Workspace
+
+    try:
+        return Workspace.find(folder).root
+    except ConfigError:
+        return None
+
+
 @recipe_app.command("list")
 def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """The shipped recipes and the workspace's own."""
@@ -317,7 +327,7 @@ def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
 
         from flows.config import recipe_files
 
-        files = recipe_files(workspace)
+        files = recipe_files(_root_of(workspace))
         found = {name: str((yaml.safe_load(path.read_text()) or {}).get("description", "")) for name, path in files.items()}
         _finish({"recipes": found}, json_, lambda: "\n".join(f"{name:16} {text}" for name, text in sorted(found.items())))
 
@@ -338,7 +348,7 @@ def recipe_show(
 
         from flows.config import load_recipe
 
-        values = load_recipe(recipe, set_ or [], workspace=workspace).to_json()
+        values = load_recipe(recipe, set_ or [], workspace=_root_of(workspace)).to_json()
         _finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
 
     _guarded(action, json_)

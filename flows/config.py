@@ -77,7 +77,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
     for override in overrides:
         _apply(values, override)
     config = parse(values, place=str(path))
-    check_training(config.training)
+    check_training(config.training, workspace or Path())
     check_export(config.export)
     check_gating(config.gating, [target.name for target in config.export.all_targets])
     if config.source is not None:

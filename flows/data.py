@@ -54,12 +54,8 @@ def add(workspace: Workspace, folder: Path | None, *, test_share: float | None, 
     if not workspace.data.is_dir():
         raise DataError(f"{workspace.data} is not there; name a folder: `visionloop data add FOLDER`")
     everything = image_files(workspace.data)
-    known = (root / dataversions.PIN).exists() and _pin_matches_ledger(root)
-    if known:
-        listing = dataversions.changes(root)
-        touched = [root / name for kind in ("added", "modified") for name in listing.get(kind, [])]
-    else:
-        touched = [path for paths in everything.values() for path in paths]
+    # Every picture is looked at, not only those DVC calls new: the ledger must not depend on what DVC's cache still holds.
+    touched = [path for paths in everything.values() for path in paths]
     undecodable: list[str] = []
     pictures: list[tuple[str, str]] = []
     for path, picture in zip(touched, in_threads(_picture, touched, progress=progress), strict=True):
@@ -89,7 +85,8 @@ def ensure(workspace: Workspace, source: str | None) -> DataVersion:
         pinned = dataversions.pinned(workspace.root)
         fetch(workspace, source)
         try:
-            return dataversions.verify(workspace.root)
+            dataversions.keep(workspace.root)
+            return pinned
         except DataDiffers as error:
             shutil.rmtree(workspace.data)
             raise DataDiffers(
@@ -109,15 +106,6 @@ def fetch(workspace: Workspace, source: str) -> None:
         os.rename(scratch, workspace.data)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _pin_matches_ledger(root: Path) -> bool:
-    # A killed `data add` may have left a newer ledger than the pin names; then every picture is looked at again.
-    try:
-        dataversions.pinned(root)
-    except DataError:
-        return False
-    return True
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:

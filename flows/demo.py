@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from components import dataversions
 from components.contracts import ConfigError
+from components.store import write_atomically
 from flows.run import Workspace
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,10 +21,15 @@ def prepare(directory: Path) -> Workspace:
     if directory.exists() and not (directory / ".dvc").is_dir() and any(directory.iterdir()):
         raise ConfigError(f"{directory} is not empty and not a workspace; name another with --directory")
     workspace = Workspace.create(directory)
-    for pin in pins:
-        shutil.copyfile(pin, workspace.root / pin.name)
-    dataversions.git(workspace.root, "add", *(pin.name for pin in pins))
-    if dataversions.git(workspace.root, "status", "--porcelain", "--untracked-files=no"):
-        identity = ["-c", "user.name=visionloop demo", "-c", "user.email=demo@visionloop.invalid"]
-        dataversions.git(workspace.root, *identity, "commit", "--quiet", "-m", "Pin the embedded digits")
+    with workspace.locked("visionloop demo"):
+        for pin in pins:
+            own = workspace.root / pin.name
+            if own.exists() and own.read_bytes() != pin.read_bytes():
+                raise ConfigError(f"{own} pins other data than the demo's; name another folder with --directory")
+            write_atomically(own, pin.read_bytes())
+        dataversions.git(workspace.root, "add", *(pin.name for pin in pins))
+        if dataversions.git_state(workspace.root)[0] == "none":
+            settings = {"user.name": "visionloop demo", "user.email": "demo@visionloop.invalid", "commit.gpgsign": "false"}
+            options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+            dataversions.git(workspace.root, *options, "commit", "--quiet", "-m", "Pin the embedded digits")
     return workspace

@@ -24,7 +24,7 @@ from components.contracts import (
     sha256_text,
 )
 from components.gating import policy
-from components.store import write_atomically
+from components.store import sha256_file, write_atomically
 from flows.run import Run
 from registry.models import Evidence
 
@@ -62,8 +62,14 @@ def bound_digests(results: Results) -> dict[str, Any]:
 
 
 def candidate_digest(run: Run, results: Results) -> str:
-    """Identity of a candidate. Latency is in its evidence, not in its identity: a slower minute makes no new model."""
-    return sha256_text(canonical_json([run.config.model, bound_digests(results), results.verdict.record.status]))
+    """Identity of a candidate: what it is made of, whom it was compared with and what each gate said.
+
+    Measured milliseconds are in its evidence, not in its identity: a slower minute makes no new model.
+    """
+    verdict = results.verdict.record
+    findings = [[e.engine, f.gate, f.status] for e in verdict.engines for f in e.findings]
+    champion = results.champion.record.digest() if results.champion else "none"
+    return sha256_text(canonical_json([run.config.model, bound_digests(results), verdict.status, findings, champion]))
 
 
 def assemble(run: Run, results: Results) -> Evidence:
@@ -214,10 +220,18 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
 
 
 def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> Path:
-    """`report.html` of the run, with what registration answered; left alone when nothing new was found."""
+    """`report.html` of the run, with what registration answered; left alone when it says just that already."""
     path = run.folder / "report.html"
-    if not path.exists() or not all(cached for _, cached in run.console.durations.values()):
+    shown = [outcome.digest(), results.verdict.record.digest(), *(m.record.digest() for m in results.measurements)]
+    mark = f"<!-- {sha256_text(canonical_json([*shown, report_source()]))} -->\n"
+    if not path.exists() or not path.read_text().endswith(mark):
         from flows.report import render
 
-        write_atomically(path, render(run, results, outcome).encode())
+        write_atomically(path, (render(run, results, outcome) + mark).encode())
     return path
+
+
+def report_source() -> str:
+    """Digest of what draws the report: a changed template draws it anew."""
+    folder = Path(__file__).resolve().parent
+    return sha256_text(sha256_file(folder / "report.py") + sha256_file(folder / "templates" / "report.html"))

@@ -39,6 +39,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None) ->
         model=run.config.model,
         outcome_title=title,
         version=version,
+        registered=outcome is None,
         run_id=run.id,
         lineage=run.lineage,
         verdict=verdict,
@@ -137,6 +138,8 @@ def _figures(results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
         {
             "svg.hashsalt": "visionloop",
             "svg.fonttype": "none",
+            # Class names are text, whatever dollars they hold.
+            "text.parse_math": False,
             "font.family": "sans-serif",
             "font.sans-serif": ["DejaVu Sans"],
             "font.size": 9,

@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -134,13 +134,12 @@ def lock_digest() -> str:
     return sha256_text("\n".join(installed))
 
 
-@functools.cache
-def code_digest() -> str:
-    """sha256 over every source file that can change a result."""
+def code_digest(workspace_plugins: Path) -> str:
+    """sha256 over every source file that can change a result, the workspace's plug-ins included."""
     digest = hashlib.sha256()
-    for folder in ("components", "registry"):
-        for path in sorted((_CODE / folder).rglob("*.py")):
-            digest.update(path.relative_to(_CODE).as_posix().encode() + b"\0" + path.read_bytes())
+    for folder in (_CODE / "components", _CODE / "registry", workspace_plugins):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -166,7 +165,8 @@ class Run:
         self.absent = absent(config.export)
         """Engines that cannot be built on this machine, with the reason."""
         commit, dirty = dataversions.git_state(workspace.root)
-        identity = [config.digest(), data.digest(), code_digest(), lock_digest()]
+        code = code_digest(workspace.plugins)
+        identity = [config.digest(), data.digest(), code, lock_digest(), settings.num_threads]
         self.id = f"{config.name}-{sha256_text(canonical_json(identity))[:12]}"
         self.folder = workspace.runs / self.id
         self.lineage = Lineage(
@@ -175,13 +175,18 @@ class Run:
             data_version=data.dvc_hash,
             git_commit=commit,
             git_dirty=dirty,
-            code_version=f"{version()}+{code_digest()[:12]}",
+            code_version=f"{version()}+{code[:12]}",
             config_digest=config.digest(),
             lock_digest=lock_digest(),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = {"run": self.lineage.to_json(), "config": config.to_json()}
         write_atomically(self.folder / "config.json", json.dumps(resolved, indent=1).encode())
+
+    @property
+    def plugin_folder(self) -> Path | None:
+        """The workspace's own plug-ins, for processes that load them anew."""
+        return self.workspace.plugins if self.workspace.plugins.is_dir() else None
 
     @property
     def targets(self) -> tuple[TargetConfig, ...]:
@@ -196,12 +201,13 @@ class Run:
         *,
         inputs: Mapping[str, str],
         instance: str = "",
-        resumable: bool = False,
+        leftovers: Sequence[str] = (),
     ) -> Stored[RecordT]:
         """The stage's result from the store, or computed into a hidden folder and published.
 
         The key covers `inputs` (digests of records, configs and plug-ins), the stage's source with everything it imports,
-        and the locked libraries. What a failed stage leaves for a person to read is kept in the run folder.
+        and the locked libraries. A stage with `leftovers` takes up what a killed run left: files of these names serve to
+        resume and are removed when the result is published. What another failed stage leaves is kept in the run folder.
         """
         place = f"{STAGES.index(name) + 1}-{name}"
         label = f"{name} {instance}".strip()
@@ -212,13 +218,22 @@ class Run:
             if found is not None:
                 cached.append(True)
             else:
+                resumable = bool(leftovers)
                 with self.store.writing(kind, key, resumable=resumable) as out:
                     try:
                         result = compute(out, progress)
                     except VisionloopError as error:
                         self._keep_evidence(out, place, error, resumable=resumable)
                         raise
-                found = self.store.publish(kind, key, result, inputs=inputs, provenance=self.lineage.to_json())
+                found = self.store.publish(
+                    kind,
+                    key,
+                    result,
+                    inputs=inputs,
+                    provenance=self.lineage.to_json(),
+                    resumable=resumable,
+                    leftovers=leftovers,
+                )
         self.link(found.folder, f"{place}/{instance}" if instance else place)
         return found
 

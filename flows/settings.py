@@ -70,7 +70,7 @@ def read_settings(state: Path) -> Settings:
         raise ConfigError(f"VISIONLOOP_NUM_THREADS is {threads!r}; expected a whole number of at least 1")
     return Settings(
         tracking_uri=tracking or f"sqlite:///{state / 'mlflow.db'}",
-        tracking_is_local=not tracking or tracking.startswith("sqlite:"),
+        tracking_is_local=not tracking.startswith(("http://", "https://")),
         ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or f"sqlite:///{state / 'ledger.db'}",
         num_threads=int(threads),
     )

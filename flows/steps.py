@@ -14,7 +14,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from components import dataversions
+from components import dataversions, plugins
 from components.contracts import (
     Candidate,
     Checkpoint,
@@ -28,12 +28,16 @@ from components.contracts import (
     Splits,
     Stored,
     Verdict,
+    canonical_json,
 )
-from components.evaluation import evaluate, machine_fingerprint, measure
+from components.evaluation import evaluate, measure
 from components.export import Graph, TargetConfig, export, export_graph
+from components.fitting import LEFTOVERS
 from components.gating import Judged, judge
+from components.machine import fingerprint
 from components.splitting import TestLedger, split
-from components.training import train
+from components.store import sha256_file, write_atomically
+from components.training import local_weights, train
 from components.validation import validate
 from flows.run import Run, member_digests
 from registry.ledger import Ledger
@@ -84,6 +88,7 @@ def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
                 config,
                 out=out,
                 cache=run.workspace.cache,
+                root=run.workspace.root,
                 num_threads=run.settings.num_threads,
                 sink=sink,
                 progress=progress,
@@ -93,12 +98,14 @@ def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
             if sink.problem:
                 run.console.line(f"    live curves are late ({sink.problem}); registration will write them")
 
-    return run.stage("training", Checkpoint, compute, inputs=_training_inputs(run, splits), resumable=True)
+    return run.stage("training", Checkpoint, compute, inputs=_training_inputs(run, splits), leftovers=LEFTOVERS)
 
 
 def _training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
     config = run.config.training
+    local = local_weights(config, run.workspace.root)
     return {
+        "weights": sha256_file(local) if local else "",
         "splits": splits.record.digest(),
         "config": config.digest(),
         "num_threads": str(run.settings.num_threads),
@@ -114,9 +121,14 @@ def training_key(run: Run, splits: Stored[Splits]) -> str:
 @task(name="export graph", cache_policy=NO_CACHE)
 def graph(run: Run, checkpoint: Stored[Checkpoint]) -> Stored[Graph]:
     def compute(out: Path, _: Progress) -> Graph:
-        return export_graph(checkpoint, out=out)
+        return export_graph(checkpoint, out=out, plugin_folder=run.plugin_folder)
 
-    return run.stage("export", Graph, compute, inputs={"checkpoint": checkpoint.record.digest()}, instance="graph")
+    inputs = {"checkpoint": checkpoint.record.digest(), **_module_digests(run)}
+    return run.stage("export", Graph, compute, inputs=inputs, instance="graph")
+
+
+def _module_digests(run: Run) -> dict[str, str]:
+    return member_digests(backbones=run.config.training.backbone, tasks=run.config.training.task)
 
 
 @task(name="export", cache_policy=NO_CACHE)
@@ -124,15 +136,17 @@ def engine(
     run: Run, checkpoint: Stored[Checkpoint], interchange: Stored[Graph], splits: Stored[Splits], target: TargetConfig
 ) -> Stored[Engine]:
     def compute(out: Path, _: Progress) -> Engine:
-        plugins = run.workspace.plugins if run.workspace.plugins.is_dir() else None
-        return export(checkpoint, interchange, splits, run.workspace.data, target, out=out, plugin_folder=plugins)
+        return export(checkpoint, interchange, splits, run.workspace.data, target, out=out, plugin_folder=run.plugin_folder)
 
     inputs = {
         "checkpoint": checkpoint.record.digest(),
         "graph": interchange.record.digest(),
         "splits": splits.record.digest(),
-        "config": target.digest(),
+        # Whether it is required decides about the verdict, not about the engine.
+        "config": target.model_copy(update={"required": True}).digest(),
+        "built_by": plugins.load("targets", target.target, target.settings).built_by(),
         **member_digests(targets=target.target),
+        **_module_digests(run),
     }
     return run.stage("export", Engine, compute, inputs=inputs, instance=target.name)
 
@@ -140,15 +154,19 @@ def engine(
 @task(name="evaluation", cache_policy=NO_CACHE)
 def evaluation(run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role: str = "") -> Stored[Evaluation]:
     config, task_name = run.config.evaluation, run.config.training.task
+    task_settings = dict(run.config.training.task_settings)
 
     def compute(out: Path, progress: Progress) -> Evaluation:
-        return evaluate(engine, splits, run.workspace.data, task_name, config, out=out, progress=progress)
+        judge_of = plugins.load("tasks", task_name, task_settings)
+        return evaluate(engine, splits, run.workspace.data, judge_of, config, out=out, progress=progress)
 
     inputs = {
         "engine": engine.record.digest(),
         "test": splits.record.test_digest,
+        "num_threads": str(config.num_threads),
+        "task_settings": canonical_json(task_settings),
         # Whether an engine can run is a property of the machine.
-        "machine": machine_fingerprint(),
+        "machine": fingerprint(),
         **member_digests(targets=engine.record.target, tasks=task_name),
     }
     return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name)
@@ -164,7 +182,7 @@ def measurement(run: Run, engine: Stored[Engine], splits: Stored[Splits]) -> Sto
     inputs = {
         "engine": engine.record.digest(),
         "config": config.digest(),
-        "machine": machine_fingerprint(),
+        "machine": fingerprint(),
         **member_digests(targets=engine.record.target),
     }
     return run.stage("evaluation", Measurement, compute, inputs=inputs, instance=f"{engine.record.name}-latency")
@@ -172,14 +190,15 @@ def measurement(run: Run, engine: Stored[Engine], splits: Stored[Splits]) -> Sto
 
 @task(name="champion", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 3], retry_condition_fn=_transient)
 def champion(run: Run) -> Stored[Engine] | None:
-    """Today's champion engine, or None where the ledger proves that none was ever promoted."""
+    """Today's champion engine, or None where the ledger proves that none was ever promoted.
+
+    Raises RegistryUnavailable when the ledger has lost rows that MLflow knows of: then nothing is proven.
+    """
     registry = registry_of(run)
     entry = registry.champion(run.config.model)
     if entry is None:
         return None
-    return registry.fetch_engine(
-        run.config.model, str(entry.body["version"]), out=run.workspace.cache / "champions" / run.config.model
-    )
+    return registry.fetch_engine(run.config.model, entry, out=run.workspace.cache / "champions" / run.config.model)
 
 
 @task(name="gating", cache_policy=NO_CACHE)
@@ -205,7 +224,7 @@ def gating(
             config,
             serving=chosen.serving,
             champion_known=True,
-            absent=run.absent,
+            absent={name: (reason, required[name]) for name, reason in run.absent.items()},
         )
 
     inputs = {
@@ -235,7 +254,7 @@ def registration(run: Run, results: Any) -> Candidate | Rejection:
         outcome = known or registry.register(assemble(run, results))
         folder = run.folder / f"{run.console.total}-registration"
         folder.mkdir(exist_ok=True)
-        (folder / "outcome.json").write_text(json.dumps(outcome.to_json(), indent=1))
+        write_atomically(folder / "outcome.json", json.dumps(outcome.to_json(), indent=1).encode())
     return outcome
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import steps
@@ -28,6 +29,7 @@ def train(
         checkpoint = steps.training(run, splits)
         graph = steps.graph(run, checkpoint)
         building = [steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.targets]
+        wait(building)  # also when one failed: the workspace is held until nothing writes into it any more
         engines = [future.result() for future in building]
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         measurements = [steps.measurement(run, engine, splits) for engine in engines]

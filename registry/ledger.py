@@ -1,8 +1,10 @@
 """The ledger: an append-only, hash-chained table of what was requested, approved, promoted and refused.
 
 It is the truth about a model's history; MLflow's aliases and tags are projections of it. SQLite and PostgreSQL, by URL.
-Every row holds the hash of the row before it, so a changed, removed or inserted row shows in `verify`; triggers make the
-database itself refuse updates and deletes. Appending twice under one idempotency key appends once.
+Every row holds the hash of the row before it, so a row that is changed, removed or inserted anywhere but at the end shows
+when rows are read; triggers make the database itself refuse updates, replacements and deletes. A tail cut off by somebody
+with full access shows against the sequence numbers that MLflow's model versions carry (registry/models.py). Appending twice
+under one idempotency key appends once.
 """
 
 from __future__ import annotations
@@ -44,12 +46,20 @@ _IMMUTABLE = {
         f"CREATE TRIGGER IF NOT EXISTS visionloop_ledger_no_{verb} BEFORE {verb} ON visionloop_ledger "
         f"BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
         for verb in ("UPDATE", "DELETE")
+    ]
+    + [
+        # INSERT OR REPLACE deletes without firing a delete trigger.
+        "CREATE TRIGGER IF NOT EXISTS visionloop_ledger_no_replace BEFORE INSERT ON visionloop_ledger "
+        "WHEN EXISTS (SELECT 1 FROM visionloop_ledger WHERE seq = NEW.seq OR key = NEW.key OR previous = NEW.previous) "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
     ],
     "postgresql": [
         "CREATE OR REPLACE FUNCTION visionloop_ledger_refuse() RETURNS trigger AS "
         "$$ BEGIN RAISE EXCEPTION 'the ledger is append-only'; END; $$ LANGUAGE plpgsql",
         "CREATE OR REPLACE TRIGGER visionloop_ledger_immutable BEFORE UPDATE OR DELETE ON visionloop_ledger "
         "FOR EACH ROW EXECUTE FUNCTION visionloop_ledger_refuse()",
+        "CREATE OR REPLACE TRIGGER visionloop_ledger_no_truncate BEFORE TRUNCATE ON visionloop_ledger "
+        "FOR EACH STATEMENT EXECUTE FUNCTION visionloop_ledger_refuse()",
     ],
 }
 

@@ -31,9 +31,12 @@ from registry.ledger import Entry, Ledger, Principal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 MANIFEST = "candidate.json"
 _CANDIDATE_TAG = "visionloop.candidate"
+_MANIFEST_TAG = "visionloop.manifest_sha256"
+_SEQ_TAG = "visionloop.ledger_seq"
 FLOW = Principal(name="flows/train", method="machine")
 
 
@@ -75,7 +78,7 @@ class Registry:
         with _reachable(self.tracking_uri):
             mlflow = tracking.client(self.tracking_uri)
             experiment = tracking.experiment_id(mlflow, evidence.model, self._artifacts)
-            run_id = tracking.run_of_training(mlflow, experiment, evidence.training_key, evidence.tags)
+            run_id = _run_of_candidate(mlflow, experiment, evidence)
             tracking.log_history(mlflow, run_id, evidence.history)
             _describe_run(mlflow, run_id, evidence)
             body: dict[str, Any] = {
@@ -84,14 +87,13 @@ class Registry:
                 "mlflow_run_id": run_id,
                 "bound": dict(evidence.bound),
             }
-            with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
-                bundle = Path(scratch)
-                manifest_sha256 = _bundle(evidence, bundle)
-                body["manifest_sha256"] = manifest_sha256
-                if evidence.verdict.status == "pass":
-                    body["version"] = self._version(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
-                else:
-                    mlflow.log_artifacts(run_id, str(bundle), "rejection")
+            if evidence.verdict.status == "pass":
+                version = self._version(mlflow, evidence, experiment, run_id)
+                body |= {"version": version.version, "manifest_sha256": version.tags[_MANIFEST_TAG]}
+            else:
+                with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
+                    body["manifest_sha256"] = _bundle(evidence, Path(scratch))
+                    mlflow.log_artifacts(run_id, scratch, "rejection")
             mlflow.set_terminated(run_id, "FINISHED")
         entry = self.ledger.append(
             "requested" if evidence.verdict.status == "pass" else "rejected",
@@ -101,23 +103,29 @@ class Registry:
             body=body,
             key=_key(evidence.model, evidence.candidate_digest),
         )
+        if evidence.verdict.status == "pass":
+            with _reachable(self.tracking_uri):
+                # What the ledger has reached, for the day when it is cut short.
+                mlflow.set_model_version_tag(evidence.model, entry.body["version"], _SEQ_TAG, str(entry.seq))
         return _outcome(entry)
 
-    def _version(
-        self, mlflow: MlflowClient, evidence: Evidence, experiment: str, run_id: str, bundle: Path, manifest_sha256: str
-    ) -> str:
+    def _version(self, mlflow: MlflowClient, evidence: Evidence, experiment: str, run_id: str) -> ModelVersion:
         from mlflow.exceptions import MlflowException
 
-        model_id = _logged_model(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
         try:
             mlflow.create_registered_model(evidence.model, tags={"visionloop": "1"})
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        for version in mlflow.search_model_versions(f"name='{evidence.model}'"):
+        for version in _versions(mlflow, evidence.model):
             if version.tags.get(_CANDIDATE_TAG) == evidence.candidate_digest:
-                return str(version.version)
-        created = mlflow.create_model_version(
+                # An earlier run died before it told the ledger; its version, with its own manifest, is the one.
+                return version
+        with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
+            bundle = Path(scratch)
+            manifest_sha256 = _bundle(evidence, bundle)
+            model_id = _logged_model(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
+        return mlflow.create_model_version(
             evidence.model,
             source=f"models:/{model_id}",
             run_id=run_id,
@@ -125,38 +133,61 @@ class Registry:
             tags={
                 **evidence.tags,
                 _CANDIDATE_TAG: evidence.candidate_digest,
-                "visionloop.manifest_sha256": manifest_sha256,
+                _MANIFEST_TAG: manifest_sha256,
                 "visionloop.verdict": evidence.verdict.status,
             },
             description=f"Verdict: {evidence.verdict.status}. Serving engine: {evidence.verdict.serving_engine}. "
             f"Waits for approval; see report.html and model-card.md.",
         )
-        return str(created.version)
 
     def champion(self, model: str) -> Entry | None:
-        """The ledger's champion row; None proves that there never was one."""
+        """The ledger's champion row; None proves that there never was one.
+
+        Raises RegistryUnavailable when MLflow knows of ledger rows that this ledger does not have: a lost, new or wrong
+        ledger proves nothing.
+        """
+        entries = self.ledger.entries(model)
+        if not entries:
+            self._expect_no_history(model)
         return self.ledger.champion(model)
 
-    def fetch_engine(self, model: str, version: str, *, out: Path) -> Stored[Engine]:
-        """The serving engine of a model version, copied into `out` and verified against its manifest."""
+    def _expect_no_history(self, model: str) -> None:
+        with _reachable(self.tracking_uri):
+            versions = _versions(tracking.client(self.tracking_uri), model)
+        told = [version.version for version in versions if _SEQ_TAG in version.tags]
+        if told:
+            raise RegistryUnavailable(
+                f"the ledger has no row of model {model!r}, but MLflow's version {told[0]} was entered into one. A lost "
+                f"ledger proves nothing about a champion: set VISIONLOOP_LEDGER_URL to the right one, or restore a backup"
+            )
+
+    def fetch_engine(self, model: str, entry: Entry, *, out: Path) -> Stored[Engine]:
+        """The serving engine of the version that a ledger row names, verified against the ledger's digest, in `out`."""
         import mlflow.artifacts
 
-        with _reachable(self.tracking_uri):
-            mlflow_client = tracking.client(self.tracking_uri)
-            found = mlflow_client.get_model_version(model, version)
-            local = Path(
-                mlflow.artifacts.download_artifacts(
-                    f"models:/{model}/{version}", tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri
+        version = entry.body["version"]
+        rows = [e for e in self.ledger.entries(model) if e.kind == "requested" and e.body["version"] == version]
+        if not rows:
+            raise TamperedArtefact(f"version {version} of {model} was promoted but never requested")
+        with tempfile.TemporaryDirectory(prefix="visionloop-champion-") as scratch:
+            with _reachable(self.tracking_uri):
+                tracking.client(self.tracking_uri)
+                local = Path(
+                    mlflow.artifacts.download_artifacts(
+                        f"models:/{model}/{version}",
+                        dst_path=scratch,
+                        tracking_uri=self.tracking_uri,
+                        registry_uri=self.tracking_uri,
+                    )
                 )
-            )
-        manifest = verify_bundle(local, found.tags["visionloop.manifest_sha256"])
-        name = manifest["serving_engine"]
-        source = local / "engines" / name
-        folder = out / name
-        if folder.exists():
-            shutil.rmtree(folder)
-        shutil.copytree(source, folder)
-        record = Engine.read(json.loads((local / "evidence" / f"{name}.engine.json").read_text()))
+            # The ledger's digest, not a tag of MLflow's: tags can be edited by whoever can edit the files.
+            manifest = verify_bundle(local, rows[-1].body["manifest_sha256"])
+            name = manifest["serving_engine"]
+            record = Engine.read(json.loads((local / "evidence" / f"{name}.engine.json").read_text()))
+            folder = out / name
+            if folder.exists():
+                shutil.rmtree(folder)
+            shutil.copytree(local / "engines" / name, folder)
         for file in record.files:
             if sha256_file(folder / file.name) != file.sha256:
                 raise TamperedArtefact(f"{folder / file.name} differs from the registered engine; it was not loaded")
@@ -177,6 +208,25 @@ def verify_bundle(folder: Path, manifest_sha256: str) -> dict[str, Any]:
     return body
 
 
+def _versions(mlflow: MlflowClient, model: str) -> list[ModelVersion]:
+    return list(mlflow.search_model_versions(f"name='{model}'"))
+
+
+def _run_of_candidate(mlflow: MlflowClient, experiment: str, evidence: Evidence) -> str:
+    """The training's run for its first candidate; a run of its own for each further one, linked to the training's."""
+    training = tracking.run_of_training(mlflow, experiment, evidence.training_key, evidence.tags)
+    owner = mlflow.get_run(training).data.tags.get(_CANDIDATE_TAG)
+    if owner is None:
+        mlflow.set_tag(training, _CANDIDATE_TAG, evidence.candidate_digest)
+    if owner in (None, evidence.candidate_digest):
+        return training
+    found = mlflow.search_runs([experiment], f"tags.`{_CANDIDATE_TAG}` = '{evidence.candidate_digest}'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    tags = {**evidence.tags, _CANDIDATE_TAG: evidence.candidate_digest, "mlflow.parentRunId": training}
+    return str(mlflow.create_run(experiment, run_name=evidence.tags.get("visionloop.run"), tags=tags).info.run_id)
+
+
 def _logged_model(
     mlflow: MlflowClient, evidence: Evidence, experiment: str, run_id: str, bundle: Path, manifest_sha256: str
 ) -> str:
@@ -186,13 +236,13 @@ def _logged_model(
     for model in mlflow.search_logged_models(
         [experiment], filter_string=f"tags.`{_CANDIDATE_TAG}` = '{evidence.candidate_digest}'"
     ):
-        if str(model.status).endswith("READY") and model.tags.get("visionloop.manifest_sha256") == manifest_sha256:
+        if str(model.status).endswith("READY") and model.tags.get(_MANIFEST_TAG) == manifest_sha256:
             return str(model.model_id)
     created = mlflow.create_logged_model(
         experiment,
         name=evidence.model,
         source_run_id=run_id,
-        tags={**evidence.tags, _CANDIDATE_TAG: evidence.candidate_digest, "visionloop.manifest_sha256": manifest_sha256},
+        tags={**evidence.tags, _CANDIDATE_TAG: evidence.candidate_digest, _MANIFEST_TAG: manifest_sha256},
         params=dict(evidence.params),
         model_type="image-classifier",
     )
@@ -271,6 +321,6 @@ def _reachable(tracking_uri: str) -> Iterator[None]:
         # MlflowException, requests and SQLAlchemy errors, botocore's: they share no base class.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RegistryUnavailable(
-            f"MLflow at {tracking_uri} did not take the registration: {first}. Every stage before it is kept; "
-            f"bring MLflow back and run the same command again, it goes on with registration"
+            f"MLflow at {tracking_uri} did not do what was asked: {first}. Every stage before it is kept; "
+            f"bring MLflow back and run the same command again, it goes on from there"
         ) from error

@@ -89,12 +89,15 @@ class LiveMetrics:
         tracking_uri, model, training_key, artifacts, tags = self._arguments
         mlflow: Any = None
         run_id = ""
+        pending: list[dict[str, float]] = []
         while (row := self._rows.get()) is not None:
+            pending.append(row)
             try:
                 if mlflow is None:
                     mlflow = client(tracking_uri)
                     run_id = run_of_training(mlflow, experiment_id(mlflow, model, artifacts), training_key, tags)
-                log_history(mlflow, run_id, [row])
+                log_history(mlflow, run_id, pending)
+                pending, self.problem = [], None
             except Exception as error:
                 # Live curves are a convenience: registration writes the same rows and is where MLflow has to be there.
-                self.problem, mlflow = f"{type(error).__name__}: {str(error).splitlines()[0]}", None
+                self.problem, mlflow = f"{type(error).__name__}: {str(error)[:200]}", None

@@ -24,8 +24,10 @@ os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
 
 @pytest.fixture(scope="session", autouse=True)
 def _clean_up() -> Iterator[None]:
+    before = sorted(path.name for path in Path.cwd().iterdir())
     yield
     shutil.rmtree(_STATE, ignore_errors=True)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == before, "a test wrote into the working directory"
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,9 @@ class Target(BaseModel):
     precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
     max_calibration_images: int = Field(default=300, ge=10)
 
+    def built_by(self) -> str:
+        return ""
+
     def absent(self) -> str:
         return ""
 

@@ -6,6 +6,7 @@ precision is the graph's. An engine is bound to the GPU generations it was built
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.contracts import Built, Engine, EngineUnavailable, ExportError, ExportRequest, Stored
+from components.machine import gpu_driver
 
 _ENTRY = "model.engine"
 
@@ -28,14 +30,17 @@ class Target(BaseModel):
     """GPU generations to build for ahead of time: Ampere, Ada and Blackwell GeForce or workstation cards."""
     max_batch: int = Field(default=32, ge=1, le=1024)
 
+    def built_by(self) -> str:
+        return f"{_chosen()} {gpu_driver()}".strip()
+
     def absent(self) -> str:
-        if any(importlib.util.find_spec(name) is not None for name in ("tensorrt_rtx", "tensorrt")):
+        if _chosen():
             return ""
-        return "not built here: TensorRT has no library for this platform, it exists for Linux on x86-64"
+        return "not built here: no TensorRT library for this machine; TensorRT-RTX exists for Linux on x86-64"
 
     def export(self, request: ExportRequest, *, out: Path) -> Built:
-        full = _has_gpu() and importlib.util.find_spec("tensorrt") is not None
-        trt = _library("tensorrt" if full else "tensorrt_rtx")
+        full = _chosen() == "tensorrt"
+        trt = _library(_chosen(), ExportError)
         logger = trt.Logger(trt.Logger.ERROR)
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -74,7 +79,7 @@ class Target(BaseModel):
     def load(self, engine: Stored[Engine], *, num_threads: int) -> _Predictor:
         if not _has_gpu():
             raise EngineUnavailable("built, not executed here: TensorRT needs an NVIDIA GPU and its driver")
-        trt = _library(engine.record.runtime.split()[0])
+        trt = _library(engine.record.runtime.split()[0], EngineUnavailable)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         plan = runtime.deserialize_cuda_engine((engine.folder / engine.record.entry).read_bytes())
         if plan is None:
@@ -85,14 +90,18 @@ class Target(BaseModel):
         return _Predictor(plan, max_batch=self.max_batch)
 
 
-def _library(name: str) -> Any:
+def _chosen() -> str:
+    """Full TensorRT where it is installed beside a GPU, TensorRT-RTX where that is installed, else nothing."""
+    if gpu_driver() and importlib.util.find_spec("tensorrt") is not None:
+        return "tensorrt"
+    return "tensorrt_rtx" if importlib.util.find_spec("tensorrt_rtx") is not None else ""
+
+
+def _library(name: str, error: type[ExportError] | type[EngineUnavailable]) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(
-            f"{name} is not installed ({error}); it exists for Linux on x86-64. Remove target 'tensorrt' from the recipe, "
-            f"or build on such a machine"
-        ) from error
+    except ImportError as cause:
+        raise error(f"{name or 'TensorRT'} is not installed ({cause}); it exists for Linux on x86-64") from cause
 
 
 def _has_gpu() -> bool:
@@ -122,7 +131,8 @@ class _Predictor:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             given = torch.from_numpy(images).cuda()
-            self._context.set_input_shape("images", tuple(images.shape))
+            if not self._context.set_input_shape("images", tuple(images.shape)):
+                raise RuntimeError(f"TensorRT refused a batch of shape {images.shape}: outside the engine's profile")
             self._context.set_tensor_address("images", given.data_ptr())
             outputs = {}
             for name in ("logits", "embedding"):

@@ -25,6 +25,9 @@ class Target(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     precisions: tuple[Literal["fp32"], ...] = ("fp32",)
 
+    def built_by(self) -> str:
+        return ""
+
     def absent(self) -> str:
         return ""
 

@@ -78,3 +78,26 @@ def test_a_perfect_valid_split_does_not_ask_for_certainty() -> None:
 def test_ece_of_the_extremes() -> None:
     assert expected_calibration_error(np.full(100, 1.0), np.ones(100)) == pytest.approx(0)
     assert expected_calibration_error(np.full(100, 0.9), np.zeros(100)) == pytest.approx(0.9)
+
+
+def test_a_perfect_score_on_few_images_is_not_certain() -> None:
+    labels = np.arange(40) % 4
+    found = TASK.metrics(np.eye(4)[labels] * 9, labels, 1.0)
+    assert found["mean_class_accuracy"].value == 1.0
+    assert found["mean_class_accuracy"].low < 0.99
+    for metrics in TASK.per_class(labels, labels, CLASSES):
+        assert metrics.f1 is not None
+        assert metrics.f1.value == 1.0
+        assert metrics.f1.low < 0.95
+        assert metrics.f1.n == 10
+
+
+def test_the_interval_of_mean_class_accuracy_covers_the_truth() -> None:
+    rng, covered = np.random.default_rng(3), 0
+    labels, truth = np.repeat(np.arange(3), (100, 40, 20)), np.array([0.95, 0.8, 0.7])
+    for _ in range(200):
+        right = rng.random(160) < truth[labels]
+        logits = np.eye(3)[np.where(right, labels, (labels + 1) % 3)] * 4.0
+        estimate = TASK.metrics(logits, labels, 1.0)["mean_class_accuracy"]
+        covered += estimate.low <= truth.mean() <= estimate.high
+    assert covered / 200 > 0.9

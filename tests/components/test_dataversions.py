@@ -230,3 +230,27 @@ def test_the_s3_server_of_this_test_checks_signatures(s3: str) -> None:
     )
     with pytest.raises(ClientError):
         client.list_objects_v2(Bucket="images")
+
+
+def test_the_ledger_does_not_depend_on_what_dvcs_cache_holds(workspace: Path, tmp_path: Path) -> None:
+    """A cleared cache, or a workspace that was filled from a source."""
+    from components.splitting import TestLedger
+
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    write_pictures(tmp_path / "more", 5, start=800)
+    (workspace / "data" / "disc" / "0001.png").unlink()
+    assert "unknown" in dataversions.changes(workspace) or "deleted" in dataversions.changes(workspace)
+    before = len(TestLedger.read(workspace / dataversions.TEST_LEDGER).members)
+    add(Workspace.find(workspace), tmp_path / "more", test_share=None)
+    assert len(TestLedger.read(workspace / dataversions.TEST_LEDGER).members) == before + 15
+
+
+def test_push_sends_the_data_also_when_the_cache_was_empty(workspace: Path, tmp_path: Path) -> None:
+    version = dataversions.pinned(workspace)
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    dataversions.set_remote(workspace, str(tmp_path / "remote"))
+    assert dataversions.push(workspace) > 100
+    shutil.rmtree(workspace / "data")
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    dataversions.pull(workspace)
+    assert dataversions.verify(workspace) == version

@@ -9,7 +9,8 @@ import pytest
 
 from components import evaluation, plugins
 from components.contracts import Engine, EngineUnavailable, Evaluation, Splits, Stored
-from components.evaluation import EvaluationConfig, evaluate, machine_fingerprint, measure
+from components.evaluation import EvaluationConfig, evaluate, measure
+from components.machine import fingerprint
 from components.store import Store
 
 CONFIG = EvaluationConfig(latency_runs=20, latency_warmup_runs=2)
@@ -26,7 +27,14 @@ def stored(root: Path, kind: str, record: type[Any]) -> Stored[Any]:
 def run(trained: Path, out: Path, engine: Stored[Engine] | None = None) -> Evaluation:
     out.mkdir()
     engine = engine or stored(trained, "export/openvino-int8", Engine)
-    return evaluate(engine, stored(trained, "splitting", Splits), trained / "data", "classification", CONFIG, out=out)
+    return evaluate(
+        engine,
+        stored(trained, "splitting", Splits),
+        trained / "data",
+        plugins.load("tasks", "classification"),
+        CONFIG,
+        out=out,
+    )
 
 
 def test_an_evaluation_is_deterministic_and_counts_every_image(trained: Path, tmp_path: Path) -> None:
@@ -76,7 +84,7 @@ def test_answers_of_another_shape_are_refused(trained: Path, tmp_path: Path, mon
 def test_a_measurement_names_its_machine_and_its_runs(trained: Path) -> None:
     engine, splits = stored(trained, "export/openvino-int8", Engine), stored(trained, "splitting", Splits)
     found = measure(engine, splits, trained / "data", CONFIG)
-    assert found.machine == machine_fingerprint()
+    assert found.machine == fingerprint()
     assert found.num_runs == 20
     assert found.latency_p50_ms is not None
     assert found.latency_p90_ms is not None
@@ -87,3 +95,13 @@ def test_a_measurement_names_its_machine_and_its_runs(trained: Path) -> None:
 
 def test_the_reference_is_a_target_like_any_other() -> None:
     assert "torch_reference" in plugins.names("targets")
+
+
+@pytest.mark.parametrize("classes", [("cross", "disc"), ("cross", "disc", "squares"), ("disc", "cross", "stripes")])
+def test_a_champion_of_another_label_space_is_not_scored(trained: Path, tmp_path: Path, classes: tuple[str, ...]) -> None:
+    engine = stored(trained, "export/openvino-int8", Engine)
+    other = Stored(engine.record.model_copy(update={"classes": classes}), engine.folder)
+    found = run(trained, tmp_path / "out", other)
+    assert found.status == "not executed here"
+    assert "are not the data's" in found.reason
+    assert found.predictions is None

@@ -10,7 +10,7 @@ from shapes import write_pictures
 
 from components import features, plugins
 from components.checkpoints import ImageModel
-from components.contracts import Backbone
+from components.contracts import Backbone, DataDiffers
 from components.images import batches, decode, pixel_digest
 
 
@@ -58,7 +58,7 @@ def test_appended_images_cost_only_themselves(
     computed: list[int] = []
     real = features._run
 
-    def counted(model: Any, chunk: list[Path], *rest: Any) -> Any:
+    def counted(model: Any, chunk: list[tuple[Path, str]], *rest: Any) -> Any:
         computed.append(len(chunk))
         return real(model, chunk, *rest)
 
@@ -88,3 +88,13 @@ def test_a_damaged_cache_is_computed_anew(paths: list[Path], backbone: Backbone,
     data[-10] ^= 255
     path.write_bytes(data)
     assert np.array_equal(embed(paths, backbone, state, tmp_path), first)
+
+
+def test_an_image_that_changes_during_the_run_does_not_poison_the_cache(
+    paths: list[Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    pictures = [pixel_digest(decode(path.read_bytes()))[:32] for path in paths]
+    paths[3].write_bytes(paths[4].read_bytes())
+    with pytest.raises(DataDiffers, match="was changed while the run read it"):
+        features.embed(pictures, paths, "small_cnn", backbone, state_of(backbone), cache=tmp_path)
+    assert list((tmp_path / "features").rglob("*.safetensors")) == []

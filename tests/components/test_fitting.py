@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from components.contracts import CheckpointMismatch, MetricSink, TamperedArtefact, TrainingDiverged
-from components.fitting import PROGRESS, Examples, FitResult, FittingConfig, discard_progress, fit
+from components.fitting import LEFTOVERS, PROGRESS, Examples, FitResult, FittingConfig, fit
 
 CONFIG = FittingConfig(epochs=4, batch_size=8, learning_rate=0.01, checkpoint_every_s=0)
 
@@ -151,8 +151,13 @@ def test_every_epoch_reaches_the_sink(tmp_path: Path) -> None:
     assert seen == [1, 2, 3, 4]
 
 
-def test_only_safetensors_and_json_are_written_and_can_be_removed(tmp_path: Path) -> None:
+def test_only_safetensors_and_json_are_written_and_all_of_it_serves_to_resume(tmp_path: Path) -> None:
     run(tmp_path / "out")
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".safetensors", ".json"}
-    discard_progress(tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    written = list((tmp_path / "out").iterdir())
+    assert {path.suffix for path in written} == {".safetensors", ".json"}
+    assert all(any(path.match(pattern) for pattern in LEFTOVERS) for path in written)
+
+
+def test_a_finished_fit_is_taken_up_without_a_step(tmp_path: Path) -> None:
+    whole = run(tmp_path / "out")
+    assert bits(run(tmp_path / "out", kill_at=1)) == bits(whole)

@@ -48,6 +48,7 @@ def engine(name: str = "openvino-int8", precision: str = "int8") -> Engine:
             "name": name,
             "target": "openvino",
             "precision": precision,
+            "settings": {},
             "checkpoint_digest": "c",
             "files": (),
             "entry": "m",
@@ -147,9 +148,12 @@ def not_executed(of: Engine) -> Stored[Evaluation]:
 
 def test_an_engine_that_cannot_run_here_never_passes(tmp_path: Path) -> None:
     other = engine("tensorrt-fp32", "fp32")
-    found = verdict(tmp_path, item(tmp_path), item(tmp_path, other, evaluation=not_executed(other)))
+    found = verdict(tmp_path, item(tmp_path), item(tmp_path, other, evaluation=not_executed(other), required=False))
     assert found.status == "pass"
     assert found.engines[1].status == "not executed here"
+    required = verdict(tmp_path, item(tmp_path), item(tmp_path, other, evaluation=not_executed(other)))
+    assert required.status == "inconclusive"
+    assert any("no GPU" in reason for reason in required.reasons)
     serving = engine()
     alone = verdict(tmp_path, item(tmp_path, serving, evaluation=not_executed(serving)))
     assert alone.status == "inconclusive"
@@ -348,7 +352,17 @@ def test_estimates_carry_their_n() -> None:
 
 
 def test_an_engine_that_could_not_be_built_is_reported_and_never_passes(tmp_path: Path) -> None:
-    found = verdict(tmp_path, item(tmp_path), absent={"tensorrt-fp32": "not built here: no library"})
+    found = verdict(tmp_path, item(tmp_path), absent={"tensorrt-fp32": ("not built here: no library", False)})
     assert found.status == "pass"
     assert found.engines[-1].status == "not executed here"
-    assert verdict(tmp_path, absent={"openvino-int8": "not built here"}).status == "inconclusive"
+    required = verdict(tmp_path, item(tmp_path), absent={"tensorrt-fp32": ("not built here: no library", True)})
+    assert required.status == "inconclusive"
+    assert verdict(tmp_path, absent={"openvino-int8": ("not built here", False)}).status == "inconclusive"
+
+
+def test_the_policy_an_approval_is_bound_to_covers_all_that_decides(tmp_path: Path) -> None:
+    first = verdict(tmp_path, item(tmp_path)).policy_digest
+    assert verdict(tmp_path, item(tmp_path)).policy_digest == first
+    assert verdict(tmp_path, item(tmp_path, required=False)).policy_digest != first
+    looser = GatingConfig(gates=(*POLICY.gates[1:], GateConfig(gate="accuracy", settings={"floor": 0.8})))
+    assert verdict(tmp_path, item(tmp_path), policy=looser).policy_digest != first

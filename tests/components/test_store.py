@@ -152,3 +152,30 @@ def test_what_a_kill_left_of_an_atomic_write_is_not_published(tmp_path: Path) ->
         (out / ".progress.json.0123.tmp").write_bytes(b"")
     with store.writing("thing", "k", resumable=True) as out:
         assert sorted(path.name for path in out.iterdir()) == ["kept.bin"]
+
+
+def test_leftovers_serve_to_resume_until_the_result_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, names = Store(tmp_path), ("progress.json", "state-*.bin")
+
+    def write() -> None:
+        with store.writing("thing", "k", resumable=True) as out:
+            for name in ("result.bin", "progress.json", "state-1.bin"):
+                (out / name).write_text(name)
+
+    def release() -> Path:
+        return store.publish("thing", "k", RECORD, inputs={}, provenance={}, resumable=True, leftovers=names).folder
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StoreError):
+            release()
+    with store.writing("thing", "k", resumable=True) as out:
+        assert (out / "progress.json").exists()
+        assert (out / "state-1.bin").exists()
+    folder = release()
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "result.bin"]
+    read_manifest(folder)

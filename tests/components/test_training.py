@@ -9,6 +9,8 @@ import torch
 from components.contracts import ConfigError, UnknownName, WeightsUnavailable
 from components.training import Augmentation, TrainingConfig, check
 
+ROOT = Path()
+
 
 def config(**changes: object) -> TrainingConfig:
     return TrainingConfig.model_validate(
@@ -17,25 +19,25 @@ def config(**changes: object) -> TrainingConfig:
 
 
 def test_a_sound_section_passes() -> None:
-    check(config())
-    check(config(backbone="small_cnn", weights="random", mode="scratch"))
+    check(config(), ROOT)
+    check(config(backbone="small_cnn", weights="random", mode="scratch"), ROOT)
 
 
 def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match=r"unknown backbone 'resnet'; valid: efficientnet_lite0, resnet18, small_cnn"):
-        check(config(backbone="resnet"))
+        check(config(backbone="resnet"), ROOT)
     with pytest.raises(UnknownName, match="unknown setting of backbone.*'size'; valid: image_size"):
-        check(config(backbone_settings={"size": 3}))
+        check(config(backbone_settings={"size": 3}), ROOT)
     with pytest.raises(ConfigError, match="image_size"):
-        check(config(backbone_settings={"image_size": 100_000}))
+        check(config(backbone_settings={"image_size": 100_000}), ROOT)
     with pytest.raises(UnknownName, match="unknown training.weights.*'imagenet'; valid: .*packaged"):
-        check(config(weights="imagenet"))
+        check(config(weights="imagenet"), ROOT)
     with pytest.raises(ConfigError, match="does not exist"):
-        check(config(weights=str(tmp_path / "none.safetensors")))
+        check(config(weights=str(tmp_path / "none.safetensors")), ROOT)
     with pytest.raises(ConfigError, match="learns nothing"):
-        check(config(weights="random"))
+        check(config(weights="random"), ROOT)
     with pytest.raises(ConfigError, match="augmentation has no effect"):
-        check(config(augmentation=Augmentation(horizontal_flip=True)))
+        check(config(augmentation=Augmentation(horizontal_flip=True)), ROOT)
 
 
 def test_augmentation_is_a_function_of_its_generator_and_moves_pixels() -> None:

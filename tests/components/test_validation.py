@@ -10,13 +10,13 @@ from shapes import picture, write_pictures
 from components.contracts import DataError, DataRejected, Dataset, DataVersion
 from components.validation import ValidationConfig, validate
 
-VERSION = DataVersion(dvc_hash="h", num_files=1, bytes=1, ledger_sha256="l")
-
 
 def run(data: Path, config: ValidationConfig | None = None) -> Dataset:
     out = data.parent / "out"
     out.mkdir(exist_ok=True)
-    return validate(data, VERSION, config or ValidationConfig(), out=out)
+    num_files = sum(path.is_file() for path in data.rglob("*"))
+    version = DataVersion(dvc_hash="h", num_files=num_files, bytes=1, ledger_sha256="l")
+    return validate(data, version, config or ValidationConfig(), out=out)
 
 
 @pytest.fixture
@@ -107,3 +107,17 @@ def test_an_unreadable_folder_is_named(data: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "iterdir", refusing)
     with pytest.raises(DataError, match="cannot read.*disc.*Permission denied.*give read permission"):
         run(data)
+
+
+def test_files_outside_a_class_are_counted_and_quarantined(data: Path) -> None:
+    (data / "disc" / "deep").mkdir()
+    for stray in ("loose.png", "disc/deep/a.png", "disc/.hidden.png"):
+        (data / stray).write_bytes((data / "disc" / "0001.png").read_bytes())
+    dataset = run(data, ValidationConfig(max_quarantined_share=0.1))
+    assert (dataset.num_input, dataset.num_kept, dataset.num_quarantined) == (63, 60, 3)
+
+
+def test_a_folder_that_does_not_hold_its_version_is_refused(data: Path) -> None:
+    version = DataVersion(dvc_hash="h", num_files=59, bytes=1, ledger_sha256="l")
+    with pytest.raises(DataError, match="holds 60 files, its version pins 59"):
+        validate(data, version, ValidationConfig(), out=data.parent)

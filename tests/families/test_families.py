@@ -97,6 +97,7 @@ def engine() -> Engine:
         name="e",
         target="openvino",
         precision="fp32",
+        settings={},
         checkpoint_digest="c",
         files=(),
         entry="m",

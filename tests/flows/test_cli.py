@@ -126,3 +126,13 @@ def test_the_module_runs_as_visionloop(tmp_path: Path) -> None:
         [sys.executable, "-m", "flows", "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert "visionloop train" in done.stdout
+
+
+def test_the_demo_never_overwrites_the_pin_of_another_workspace(workspace: Path) -> None:
+    from components.contracts import ConfigError
+    from flows.demo import prepare
+
+    before = [(workspace / name).read_bytes() for name in ("data.dvc", "data.test-ledger.csv")]
+    with pytest.raises(ConfigError, match="pins other data than the demo's"):
+        prepare(workspace)
+    assert [(workspace / name).read_bytes() for name in ("data.dvc", "data.test-ledger.csv")] == before

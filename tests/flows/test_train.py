@@ -151,7 +151,8 @@ def test_a_champion_is_evaluated_on_the_same_images(trained: Path, tmp_path: Pat
 
 def test_mlflow_down_keeps_every_stage_and_the_next_run_goes_on(trained: Path, tmp_path: Path, prefect_server: str) -> None:
     root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
-    (root / ".visionloop" / "ledger.db").unlink()
+    for name in ("ledger.db", "mlflow.db"):
+        (root / ".visionloop" / name).unlink()
     away = {
         "PREFECT_API_URL": prefect_server,
         "VISIONLOOP_TRACKING_URI": "http://127.0.0.1:9",
@@ -159,7 +160,7 @@ def test_mlflow_down_keeps_every_stage_and_the_next_run_goes_on(trained: Path, t
     }
     refused = visionloop("train", "-r", "smoke", cwd=root, **away)
     assert refused.returncode == 2
-    assert "did not take the registration" in refused.stderr
+    assert "MLflow at http://127.0.0.1:9 did not do what was asked" in refused.stderr
     assert "run the same command again" in refused.stderr
     assert ledger_kinds(root) == []
     done = visionloop("train", "-r", "smoke", "--json", cwd=root)
@@ -192,6 +193,49 @@ def test_a_second_run_at_the_same_time_is_refused(workspace: Path, prefect_serve
     for done in (refused, also):
         assert done.returncode == 2
         assert f"is in use by `visionloop train smoke` (pid {os.getpid()}" in done.stderr
+
+
+def test_a_backbone_of_the_workspace_goes_all_the_way(workspace: Path, prefect_server: str) -> None:
+    folder = workspace / "plugins" / "backbones"
+    folder.mkdir(parents=True)
+    shipped = (Path(__file__).resolve().parents[2] / "components" / "backbones" / "small_cnn.py").read_text()
+    (folder / "own_net.py").write_text(shipped.replace("nn.ReLU(),\n        )", "nn.Hardswish(),\n        )"))
+    own = ["--set", "training.backbone=own_net", "--set", "training.fit.epochs=4"]
+    done = visionloop("train", "-r", "smoke", *own, "--json", cwd=workspace)
+    assert done.returncode in (0, 1), done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["engines"]["openvino-int8"]["metrics"]
+    shown = visionloop("recipe", "show", "smoke", *own[:2], "--json", cwd=workspace)
+    assert json.loads(shown.stdout)["training"]["backbone"] == "own_net"
+
+
+def test_other_bytes_under_the_same_weights_file_train_anew(workspace: Path, prefect_server: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from components import plugins
+
+    settings = {"image_size": 16, "width": 8, "embedding_dim": 16}
+    digests = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        save_file(plugins.load("backbones", "small_cnn", settings).build().state_dict(), workspace / "start.safetensors")
+        local = ["--set", "training.weights=start.safetensors", "--set", "training.fit.epochs=1"]
+        done = visionloop("train", "-r", "smoke", *local, "--json", cwd=workspace)
+        assert done.returncode in (0, 1), done.stderr
+        digests.append(json.loads(done.stdout.strip().splitlines()[-1])["candidate_digest"])
+    assert digests[0] != digests[1]
+    save_file({"other": torch.zeros(3)}, workspace / "start.safetensors")
+    refused = visionloop("train", "-r", "smoke", *local, cwd=workspace)
+    assert refused.returncode == 2
+    assert "start.safetensors does not fit backbone 'small_cnn'" in refused.stderr
+
+
+def test_a_lost_ledger_stops_the_run(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    (root / ".visionloop" / "ledger.db").unlink()
+    refused = visionloop("train", "-r", "smoke", cwd=root)
+    assert refused.returncode == 2
+    assert "A lost ledger proves nothing about a champion" in refused.stderr
 
 
 def start_and_kill(root: Path, api: str, stage: str) -> None:

@@ -101,7 +101,12 @@ def test_appenders_racing_each_other_make_one_chain(url: str) -> None:
 
 def test_the_database_refuses_updates_and_deletes(url: str) -> None:
     append(Ledger(url), "a")
-    for statement in ("UPDATE visionloop_ledger SET actor = 'x'", "DELETE FROM visionloop_ledger"):
+    statements = ["UPDATE visionloop_ledger SET actor = 'x'", "DELETE FROM visionloop_ledger"]
+    if url.startswith("sqlite"):
+        statements += ["INSERT OR REPLACE INTO visionloop_ledger SELECT * FROM visionloop_ledger"]
+    else:
+        statements += ["TRUNCATE visionloop_ledger"]
+    for statement in statements:
         with pytest.raises(sa.exc.DBAPIError, match="append-only"), sa.create_engine(url).begin() as connection:
             connection.execute(sa.text(statement))
 

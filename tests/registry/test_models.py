@@ -164,7 +164,9 @@ def test_a_run_that_dies_at_any_step_and_runs_again_registers_once(
 def test_mlflow_down_is_said_clearly_and_records_nothing(tmp_path: Path) -> None:
     ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     registry = Registry("http://127.0.0.1:9", ledger, artifacts=None)
-    with pytest.raises(RegistryUnavailable, match="MLflow at http://127.0.0.1:9 did not take.*run the same command again"):
+    with pytest.raises(
+        RegistryUnavailable, match="MLflow at http://127.0.0.1:9 did not do what was asked.*run the same command again"
+    ):
         registry.register(evidence(tmp_path, "down"))
     assert ledger.entries() == []
 
@@ -187,3 +189,71 @@ def test_live_curves_arrive_and_a_dead_server_only_costs_a_note(uri: str, tmp_pa
     dead = sink("http://127.0.0.1:9", "k2")
     feed(dead, list(HISTORY[:1]))
     assert dead.problem
+
+
+def test_each_candidate_of_one_training_keeps_its_own_evidence(registry: Registry, uri: str, tmp_path: Path) -> None:
+    import dataclasses
+
+    first = dataclasses.replace(evidence(tmp_path, "shared", status="fail", digest="a"), training_key="same")
+    one = registry.register(first)
+    second = dataclasses.replace(evidence(tmp_path, "shared", status="fail", digest="b"), training_key="same")
+    two = registry.register(second)
+    assert one.mlflow_run_id != two.mlflow_run_id
+    client = MlflowClient(uri)
+    assert client.get_run(two.mlflow_run_id).data.tags["mlflow.parentRunId"] == one.mlflow_run_id
+    for outcome, entry in zip((one, two), registry.ledger.entries("shared"), strict=True):
+        folder = Path(client.download_artifacts(outcome.mlflow_run_id, "rejection"))
+        assert verify_bundle(folder, entry.body["manifest_sha256"])["candidate"] == outcome.candidate_digest
+
+
+def test_a_version_that_an_earlier_run_left_keeps_its_own_manifest(
+    registry: Registry, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the ledger was told, and the evidence reads differently the second time (another git commit)."""
+    import dataclasses
+
+    class Died(BaseException):
+        pass
+
+    def dying(*_: Any, **__: Any) -> None:
+        raise Died
+
+    given = evidence(tmp_path, "left")
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "append", dying)
+        with pytest.raises(Died):
+            registry.register(given)
+    other = tmp_path / "other.html"
+    other.write_text("another report")
+    registry.register(dataclasses.replace(given, files={**given.files, "report.html": other}))
+    (version,) = versions(uri, "left")
+    (entry,) = registry.ledger.entries("left")
+    assert entry.body["manifest_sha256"] == version.tags["visionloop.manifest_sha256"]
+
+
+def test_a_lost_ledger_is_no_proof_that_there_was_no_champion(registry: Registry, uri: str, tmp_path: Path) -> None:
+    assert registry.champion("lost") is None
+    registry.register(evidence(tmp_path, "lost"))
+    assert registry.champion("lost") is None
+    fresh = Registry(uri, Ledger(f"sqlite:///{tmp_path / 'fresh.db'}"), artifacts=tmp_path)
+    with pytest.raises(RegistryUnavailable, match="A lost ledger proves nothing.*VISIONLOOP_LEDGER_URL"):
+        fresh.champion("lost")
+
+
+def test_a_champion_whose_files_and_tags_were_both_changed_is_refused(registry: Registry, uri: str, tmp_path: Path) -> None:
+    """Whoever can edit MLflow can edit tags as well; the ledger's digest decides."""
+    from components.store import seal, sha256_file, unseal
+
+    registry.register(evidence(tmp_path, "swapped"))
+    (entry,) = registry.ledger.entries("swapped")
+    promoted = registry.ledger.append(
+        "promoted", model="swapped", subject=entry.subject, actor=entry.actor, body={"version": "1"}, key="swapped-promotion"
+    )
+    stored = Path(mlflow.artifacts.download_artifacts("models:/swapped/1", tracking_uri=uri))
+    body = unseal((stored / models.MANIFEST).read_bytes())
+    assert body is not None
+    (stored / models.MANIFEST).write_bytes(seal({**body, "serving_engine": "weak"}))
+    tag = sha256_file(stored / models.MANIFEST)
+    MlflowClient(uri).set_model_version_tag("swapped", "1", "visionloop.manifest_sha256", tag)
+    with pytest.raises(TamperedArtefact, match="not the manifest that was registered"):
+        registry.fetch_engine("swapped", promoted, out=tmp_path / "out")
