@@ -76,7 +76,7 @@ def _remote() -> Iterator[None]:
     except (OSError, BotoCoreError) as error:
         raise DataError(
             f"the data could not be transferred ({type(error).__name__}: {error}). Check the disk's free space, the "
-            f"remote's address (`visionloop data remote`) and, for S3, the AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of this shell"
+            f"remote's address (`visionloop data remote`) and, for S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from error
 
 
@@ -196,8 +196,11 @@ def _directory_hash(root: Path) -> str:
 def keep(root: Path) -> None:
     """Put the bytes of `data/`, which have to be the pinned ones, into DVC's cache; raises DataDiffers."""
     verify(root)
+    pin_bytes = (root / PIN).read_bytes()
     with _repo(root) as repo:
         repo.commit(str(root / PIN), force=True)
+    # DVC writes the pin anew and wraps its lines; the version is the same, and so should git's view of it be.
+    write_atomically(root / PIN, pin_bytes)
 
 
 def push(root: Path) -> int:

@@ -89,7 +89,7 @@ class Registry:
             }
             if evidence.verdict.status == "pass":
                 version = self._version(mlflow, evidence, experiment, run_id)
-                body |= {"version": version.version, "manifest_sha256": version.tags[_MANIFEST_TAG]}
+                body |= {"version": str(version.version), "manifest_sha256": version.tags[_MANIFEST_TAG]}
             else:
                 with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
                     body["manifest_sha256"] = _bundle(evidence, Path(scratch))
