@@ -57,7 +57,8 @@ def _repo(root: Path) -> Iterator[Repo]:
     from dvc.repo import Repo
     from dvc.scm import SCMError
 
-    logging.getLogger("dvc").setLevel(logging.ERROR)
+    # What goes wrong reaches us as an exception; DVC's own words would come twice, and without saying what to do here.
+    logging.getLogger("dvc").setLevel(logging.CRITICAL + 1)
     try:
         with Repo(str(root)) as repo:
             yield repo
