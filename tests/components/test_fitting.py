@@ -161,3 +161,25 @@ def test_only_safetensors_and_json_are_written_and_all_of_it_serves_to_resume(tm
 def test_a_finished_fit_is_taken_up_without_a_step(tmp_path: Path) -> None:
     whole = run(tmp_path / "out")
     assert bits(run(tmp_path / "out", kill_at=1)) == bits(whole)
+
+
+def test_every_step_draws_other_random_numbers(tmp_path: Path) -> None:
+    drawn: list[float] = []
+
+    def augment(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        drawn.append(float(torch.rand((), generator=generator)))
+        return inputs
+
+    model = nn.Linear(6, 3)
+    fit(
+        model,
+        lambda module, inputs: module(inputs),
+        functional.cross_entropy,
+        TRAIN,
+        VALID,
+        CONFIG,
+        identity="a",
+        out=tmp_path,
+        augment=augment,
+    )
+    assert len(set(drawn)) == len(drawn) == 28

@@ -176,7 +176,9 @@ def test_a_gate_for_other_engines_leaves_this_one_without_evidence(tmp_path: Pat
 
 def test_not_applicable_alone_is_no_pass(tmp_path: Path) -> None:
     policy = GatingConfig(gates=(GateConfig(gate="no_regression"),))
-    assert verdict(tmp_path, item(tmp_path), policy=policy).status == "inconclusive"
+    found = verdict(tmp_path, item(tmp_path), policy=policy)
+    assert found.status == "inconclusive"
+    assert found.engines[0].status == "inconclusive"
 
 
 def test_no_gate_at_all_is_refused() -> None:
