@@ -90,7 +90,10 @@ def test_hostile_and_damaged_files_are_refused_with_a_reason() -> None:
     for data, reason in refused.items():
         with pytest.raises(UndecodableImage, match=reason):
             decode(data)
-    assert MAX_PIXELS < 65_000**2
+    # Between our limit and the one at which Pillow itself refuses.
+    assert MAX_PIXELS < 8000 * 7000 < 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    with pytest.raises(UndecodableImage, match="8000x7000 pixels"):
+        decode(bomb(8000, 7000))
 
 
 def test_mutated_files_decode_or_are_refused_and_never_crash() -> None:
