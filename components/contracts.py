@@ -568,16 +568,6 @@ class Target(Protocol):
         ...
 
 
-class Predictions(Protocol):
-    """One row an image in a fixed order: the columns gates may compare."""
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]: ...
-
-    @property
-    def logits(self) -> npt.NDArray[np.float32]: ...
-
-
 @dataclass(frozen=True)
 class Answers:
     """What an engine answered on the test split, images in the split's order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from components import plugins
 from components.contracts import Backbone, DataDiffers, Progress, canonical_json, silent
-from components.images import decode, in_threads, pixel_digest, prepare
+from components.images import decode, in_threads, pixel_digest, prepare, stacked
 from components.store import fsync_folder, sha256_file, write_atomically
 
 if TYPE_CHECKING:
@@ -83,17 +83,8 @@ def _run(model: Any, members: list[tuple[Path, str]], backbone: Backbone, progre
             raise DataDiffers(f"{path} was changed while the run read it; restore it, or `visionloop data add`")
         return prepare(image, backbone.preprocessing)
 
-    def images() -> Iterator[npt.NDArray[np.uint8]]:
-        batch: list[npt.NDArray[np.uint8]] = []
-        for pixels in in_threads(load, members, progress=progress):
-            batch.append(pixels)
-            if len(batch) == _BATCH:
-                yield np.stack(batch)
-                batch = []
-        if batch:
-            yield np.stack(batch)
-
-    return np.concatenate(list(stream(model, images(), "embedding")))
+    images = stacked(in_threads(load, members, progress=progress), _BATCH)
+    return np.concatenate(list(stream(model, images, "embedding")))
 
 
 def _encoder(backbone: Backbone, state: dict[str, torch.Tensor], path: Path, num_threads: int) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -133,11 +134,10 @@ def batches(
     paths: Sequence[Path], preprocessing: Preprocessing, *, batch_size: int, progress: Progress = silent
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """Files to batches of uint8 (n, h, w, c) in order; holds one batch in memory."""
-    batch: list[npt.NDArray[np.uint8]] = []
-    for pixels in in_threads(lambda path: load_prepared(path, preprocessing), paths, progress=progress):
-        batch.append(pixels)
-        if len(batch) == batch_size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
+    yield from stacked(in_threads(lambda path: load_prepared(path, preprocessing), paths, progress=progress), batch_size)
+
+
+def stacked(images: Iterator[npt.NDArray[np.uint8]], batch_size: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Images (h, w, c) to batches (n, h, w, c) in order; the last one may be smaller."""
+    while batch := list(itertools.islice(images, batch_size)):
         yield np.stack(batch)

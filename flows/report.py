@@ -30,39 +30,46 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None) ->
     """HTML of the report; `outcome` is None in the copy that is registered, which cannot know its own version."""
     shown = _shown(results)
     verdict = results.verdict.record
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
     version = outcome.version if isinstance(outcome, Candidate) else ""
     title = f"candidate, version {version}" if version else ("candidate" if verdict.status == "pass" else "rejected")
-    return environment.get_template("report.html").render(
-        model=run.config.model,
-        outcome_title=title,
-        version=version,
-        registered=outcome is None,
-        run_id=run.id,
-        lineage=run.lineage,
-        verdict=verdict,
-        engines=[
-            _engine_row(*found) for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
-        ],
-        n_test=shown.record.num_images,
-        machine=results.measurements[0].record.machine,
-        checkpoint=results.checkpoint.record,
-        splits=results.splits.record,
-        dataset=results.dataset.record,
-        shown=shown.record.engine,
-        per_class=[
-            {"name": m.name, "support": m.support, "cells": [_cell(e) for e in (m.precision, m.recall, m.f1)]}
-            for m in shown.record.per_class
-        ],
-        figures=_figures(results, shown),
-        mistakes=_mistakes(run, shown),
-        examples=_examples(run, results),
-        quarantined=pd.read_parquet(results.dataset.folder / results.dataset.record.quarantine.name)
-        .head(20)
-        .to_dict("records"),
-        provenance=_provenance(run, results),
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            model=run.config.model,
+            outcome_title=title,
+            version=version,
+            registered=outcome is None,
+            run_id=run.id,
+            lineage=run.lineage,
+            verdict=verdict,
+            engines=[
+                _engine_row(*found) for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
+            ],
+            n_test=shown.record.num_images,
+            machine=results.measurements[0].record.machine,
+            checkpoint=results.checkpoint.record,
+            splits=results.splits.record,
+            dataset=results.dataset.record,
+            shown=shown.record.engine,
+            per_class=[
+                {"name": m.name, "support": m.support, "cells": [_cell(e) for e in (m.precision, m.recall, m.f1)]}
+                for m in shown.record.per_class
+            ],
+            figures=_figures(results, shown),
+            mistakes=_mistakes(run, shown),
+            examples=_examples(run, results),
+            quarantined=pd.read_parquet(results.dataset.folder / results.dataset.record.quarantine.name)
+            .head(20)
+            .to_dict("records"),
+            provenance=_provenance(run, results),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
 
 

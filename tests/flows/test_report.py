@@ -49,12 +49,9 @@ def test_the_report_says_what_the_records_say(report: Path, trained: Path) -> No
 
 
 def test_names_of_files_and_classes_are_escaped(trained: Path) -> None:
-    import jinja2
-
     from flows import report
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(report._TEMPLATES), autoescape=True)
-    rendered = environment.from_string("{{ name }}").render(name="<img src=x onerror=alert(1)>")
+    rendered = report._environment().from_string("{{ name }}").render(name="<img src=x onerror=alert(1)>")
     assert "<img" not in rendered
     assert "| safe" not in (report._TEMPLATES / "report.html").read_text()
 

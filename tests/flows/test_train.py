@@ -238,16 +238,21 @@ def test_a_lost_ledger_stops_the_run(trained: Path, tmp_path: Path, prefect_serv
     assert "A lost ledger proves nothing about a champion" in refused.stderr
 
 
-def start_and_kill(root: Path, api: str, stage: str) -> None:
-    """Start the run and kill -9 its whole process group once `stage` has begun to write."""
-    process = subprocess.Popen(
+def started(root: Path, api: str, stderr: int) -> subprocess.Popen[bytes]:
+    """The run in a process group of its own."""
+    return subprocess.Popen(
         [sys.executable, "-m", "flows", "train", "-r", "smoke"],
         cwd=root,
         env={**os.environ, "PREFECT_API_URL": api},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         start_new_session=True,
     )
+
+
+def start_and_kill(root: Path, api: str, stage: str) -> None:
+    """Start the run and kill -9 its process group when it announces `stage`; in training, once two epochs are saved."""
+    process = started(root, api, subprocess.PIPE)
     assert process.stderr is not None
     number = STAGES.index(stage) + 1
     for line in process.stderr:
@@ -313,14 +318,7 @@ def test_a_run_killed_over_and_over_at_random_ends_like_one_that_was_not(
 
     rng = random.Random(20261122)
     for _ in range(8):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows", "train", "-r", "smoke"],
-            cwd=workspace,
-            env={**os.environ, "PREFECT_API_URL": prefect_server},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        process = started(workspace, prefect_server, subprocess.DEVNULL)
         time.sleep(rng.uniform(3, 25))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
