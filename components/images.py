@@ -33,11 +33,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _ItemT = TypeVar("_ItemT")
 _ResultT = TypeVar("_ResultT")
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, *, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Encoded bytes to an upright 8-bit image in mode L or RGB.
 
     16-bit grey is scaled to 8 bits, transparency is put on white, CMYK and palettes become RGB.
@@ -49,10 +50,10 @@ def decode(data: bytes) -> Image.Image:
         raise UndecodableImage("empty file")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UndecodableImage(f"{width}x{height} pixels, accepted are up to {MAX_PIXELS}")
+        if width * height > max_pixels:
+            raise UndecodableImage(f"{width}x{height} pixels, accepted are up to {max_pixels}")
         # An MPO is a phone's or stereo camera's JPEG with previews behind the picture; the picture is the first.
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
             raise UndecodableImage("animated or multi-page; accepted are still pictures")
@@ -62,9 +63,9 @@ def decode(data: bytes) -> Image.Image:
     except UndecodableImage:
         raise
     except UnidentifiedImageError:
-        raise UndecodableImage(f"not an image in an accepted format ({', '.join(FORMATS)})") from None
+        raise UndecodableImage(f"not an image in an accepted format ({', '.join(formats)})") from None
     except Image.DecompressionBombError:
-        raise UndecodableImage(f"more pixels than accepted ({MAX_PIXELS})") from None
+        raise UndecodableImage(f"more pixels than accepted ({max_pixels})") from None
     except Exception as error:
         # Decoders raise almost anything on hostile bytes (struct.error, SyntaxError, OverflowError, ...).
         raise UndecodableImage(f"damaged or truncated ({type(error).__name__})") from None
@@ -99,6 +100,28 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.
     image = image.crop((left, top, left + preprocessing.width, top + preprocessing.height))
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels.reshape(preprocessing.height, preprocessing.width, preprocessing.channels)
+
+
+STATISTICS = ("brightness", "contrast", "sharpness", "saturation")
+"""Names of what `appearance` returns, in its order."""
+
+
+def appearance(pixels: npt.NDArray[np.uint8]) -> tuple[float, float, float, float]:
+    """Brightness, contrast, sharpness and saturation of a prepared image (h, w, c), each in [0, 1].
+
+    Mean and standard deviation of luma, the mean absolute second difference along the rows, and the mean spread of the
+    colour channels, from about 56 rows of the picture: what tells a dark, blurred or discoloured one costs 0.1 ms.
+    """
+    rows = pixels[:: max(1, pixels.shape[0] // 56)]
+    if pixels.shape[2] == 3:
+        luma = rows @ _LUMA
+        red, green, blue = (rows[:, ::4, channel] for channel in range(3))
+        spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+        saturation = float(spread.mean()) / 255.0
+    else:
+        luma, saturation = rows[:, :, 0].astype(np.float32), 0.0
+    second = np.abs(2 * luma[:, 1:-1] - luma[:, :-2] - luma[:, 2:])
+    return float(luma.mean()) / 255.0, float(luma.std()) / 127.5, float(second.mean()) / 510.0, saturation
 
 
 def pixel_digest(image: Image.Image) -> str:

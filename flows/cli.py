@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import getpass
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from components.contracts import ConfigError, VisionloopError
+from components.contracts import ConfigError
+from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
+from flows.cli_registry import add_registry_commands
 
 app = typer.Typer(
     name="visionloop",
@@ -27,6 +28,10 @@ app = typer.Typer(
       visionloop data add FOLDER         one sub-folder per class -> a pinned data version
       visionloop recipe list | show      what can be trained, and how
       visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, register
+      visionloop candidates | show V     what waits for a person, with the evidence beside the champion
+      visionloop approve V --as WHO      a second person decides; also reject
+      visionloop promote V               everything is checked again, then it goes live; rollback goes back
+      visionloop history | who-served    what was decided, and what served at any moment
       visionloop runs                    what was run, and what came of it
       visionloop store verify            every artefact against its digests
       visionloop demo                    all of it on real digits, in a scratch workspace
@@ -40,32 +45,7 @@ store_app = typer.Typer(no_args_is_help=True, help="Published artefacts.", rich_
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace, or a folder in it.")]
-HERE = Path()
-
-
-def _finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
-    print(json.dumps(answer, allow_nan=False) if as_json else text())
-
-
-def _fail(error: VisionloopError, as_json: bool) -> NoReturn:
-    notes = list(getattr(error, "__notes__", []))
-    if as_json:
-        print(json.dumps({"error": type(error).__name__, "message": str(error), "notes": notes}))
-    else:
-        print(f"error: {error}", file=sys.stderr)
-        for note in notes:
-            print(f"  {note}", file=sys.stderr)
-    raise typer.Exit(2)
-
-
-def _guarded(action: Callable[[], None], as_json: bool) -> None:
-    try:
-        action()
-    except VisionloopError as error:
-        _fail(error, as_json)
+add_registry_commands(app)
 
 
 @app.command()
@@ -76,13 +56,13 @@ def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.
         from flows.run import Workspace
 
         workspace = Workspace.create(directory)
-        _finish(
+        finish(
             {"workspace": str(workspace.root)},
             json_,
             lambda: f"Workspace {workspace.root} is ready. Next: visionloop data add FOLDER (one sub-folder per class)",
         )
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @app.command()
@@ -91,10 +71,13 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="Override, such as training.fit.epochs=5. May be repeated.")
     ] = None,
+    as_: Annotated[
+        str | None, typer.Option("--as", help="Who asks for it, and then cannot approve it; your login name by default.")
+    ] = None,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
-    """Validate, split, train, export, evaluate, judge and register, in one run that can be resumed."""
+    """Validate, split, train, export, evaluate, judge, package and register, in one run that can be resumed."""
 
     def action() -> None:
         from flows.config import load_recipe
@@ -105,16 +88,19 @@ def train(
         # Before Prefect is even imported: a typo should cost no time.
         load_recipe(recipe, set_ or [], workspace=found.root)
         prepare_environment(found.state)
-        _train(found.root, recipe, set_ or [], json_)
+        _train(found.root, recipe, set_ or [], as_, json_)
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
-def _train(root: Path, recipe: str, overrides: list[str], as_json: bool) -> None:
+def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool) -> None:
+    from registry.approval import person
+
+    requester = person(by or getpass.getuser()).name
     from flows.train import train as flow
 
-    summary = flow(recipe, str(root), overrides, quiet=False)
-    _finish(summary, as_json, lambda: _told(summary))
+    summary = flow(recipe, str(root), overrides, requested_by=requester, quiet=False)
+    finish(summary, as_json, lambda: _told(summary))
     if summary["outcome"] != "candidate":
         raise typer.Exit(1)
 
@@ -140,9 +126,9 @@ def demo(
 
         workspace = prepare(directory)
         prepare_environment(workspace.state)
-        _train(workspace.root, "digits", [], json_)
+        _train(workspace.root, "digits", [], None, json_)
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @app.command()
@@ -160,7 +146,7 @@ def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
             state = "unfinished" if result is None else ("candidate" if "version" in result else "rejection")
             version = (result or {}).get("version")
             found.append({"run": path.parent.name, "outcome": state, "version": version, "folder": str(path.parent)})
-        _finish(
+        finish(
             {"runs": found},
             json_,
             lambda: (
@@ -169,7 +155,7 @@ def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
             ),
         )
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @data_app.command("add")
@@ -219,9 +205,9 @@ def data_add(
             *(f"Note: {note}." for note in notes),
             "Next: git commit -m 'New data version', then visionloop train --recipe NAME",
         ]
-        _finish(answer, json_, lambda: "\n".join(lines))
+        finish(answer, json_, lambda: "\n".join(lines))
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @data_app.command("status")
@@ -239,7 +225,7 @@ def data_status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
         lines = [f"Pinned: {version.dvc_hash}, {version.num_files} files, {version.bytes} bytes"]
         lines += [f"{kind}: {len(files)} ({', '.join(files[:5])})" for kind, files in changes.items()]
         lines += [] if changes else ["data/ is exactly that version."]
-        _finish(
+        finish(
             {"data_version": version.dvc_hash, "files": version.num_files, "changes": changes},
             json_,
             lambda: "\n".join(lines),
@@ -247,7 +233,7 @@ def data_status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
         if changes:
             raise typer.Exit(1)
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @data_app.command("remote")
@@ -264,9 +250,9 @@ def data_remote(
         from flows.run import Workspace
 
         dataversions.set_remote(Workspace.find(workspace).root, url, endpoint_url=endpoint_url)
-        _finish({"remote": url}, json_, lambda: f"Remote: {url}")
+        finish({"remote": url}, json_, lambda: f"Remote: {url}")
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @data_app.command("push")
@@ -278,9 +264,9 @@ def data_push(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
         from flows.run import Workspace
 
         sent = dataversions.push(Workspace.find(workspace).root)
-        _finish({"sent": sent}, json_, lambda: f"{sent} objects sent")
+        finish({"sent": sent}, json_, lambda: f"{sent} objects sent")
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @data_app.command("pull")
@@ -299,13 +285,13 @@ def data_pull(
         with found.locked("visionloop data pull"):
             changed = dataversions.pull(found.root, force=force)
             version = dataversions.verify(found.root)
-        _finish(
+        finish(
             {"changed": changed, "data_version": version.dvc_hash},
             json_,
             lambda: f"data/ is version {version.dvc_hash}, {version.num_files} files",
         )
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 def _root_of(folder: Path) -> Path | None:
@@ -329,9 +315,9 @@ def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
 
         files = recipe_files(_root_of(workspace))
         found = {name: str((yaml.safe_load(path.read_text()) or {}).get("description", "")) for name, path in files.items()}
-        _finish({"recipes": found}, json_, lambda: "\n".join(f"{name:16} {text}" for name, text in sorted(found.items())))
+        finish({"recipes": found}, json_, lambda: "\n".join(f"{name:16} {text}" for name, text in sorted(found.items())))
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @recipe_app.command("show")
@@ -349,9 +335,9 @@ def recipe_show(
         from flows.config import load_recipe
 
         values = load_recipe(recipe, set_ or [], workspace=_root_of(workspace)).to_json()
-        _finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
+        finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 @recipe_app.command("schema")
@@ -360,7 +346,7 @@ def recipe_schema(json_: AsJson = False) -> None:
     from flows.config import RunConfig
 
     schema = RunConfig.model_json_schema()
-    _finish(schema, json_, lambda: json.dumps(schema, indent=1))
+    finish(schema, json_, lambda: json.dumps(schema, indent=1))
 
 
 @store_app.command("verify")
@@ -389,11 +375,11 @@ def store_verify(
                 broken.append({"folder": str(folder), "problem": str(error), "moved_to": moved})
         lines = [f"{intact} artefacts verify, {len(broken)} do not"]
         lines += [f"{b['problem']}" + (f" Moved to {b['moved_to']}" if b["moved_to"] else "") for b in broken]
-        _finish({"intact": intact, "broken": broken}, json_, lambda: "\n".join(lines))
+        finish({"intact": intact, "broken": broken}, json_, lambda: "\n".join(lines))
         if broken and not discard:
             raise typer.Exit(1)
 
-    _guarded(action, json_)
+    guarded(action, json_)
 
 
 def main() -> None:

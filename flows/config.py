@@ -18,6 +18,7 @@ from components.export import ExportConfig
 from components.export import check as check_export
 from components.gating import GatingConfig
 from components.gating import check as check_gating
+from components.packaging import PackagingConfig
 from components.splitting import SplittingConfig
 from components.training import TrainingConfig
 from components.training import check as check_training
@@ -42,6 +43,7 @@ class RunConfig(Record):
     export: ExportConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     gating: GatingConfig
+    packaging: PackagingConfig = PackagingConfig()
 
     @field_validator("name", "model")
     @classmethod

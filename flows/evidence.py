@@ -13,10 +13,12 @@ from components.contracts import (
     Checkpoint,
     Dataset,
     Engine,
+    Estimate,
     Evaluation,
     Measurement,
     Record,
     Rejection,
+    Release,
     Splits,
     Stored,
     Verdict,
@@ -26,6 +28,7 @@ from components.contracts import (
 from components.gating import policy
 from components.store import sha256_file, write_atomically
 from flows.run import Run
+from registry.approval import person
 from registry.models import Evidence
 
 
@@ -41,6 +44,8 @@ class Results:
     measurements: Sequence[Stored[Measurement]]
     champion: Stored[Evaluation] | None
     verdict: Stored[Verdict]
+    release: Stored[Release] | None
+    """Absent when the verdict is no pass: nothing that was refused is packaged."""
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -56,8 +61,12 @@ def bound_digests(results: Results) -> dict[str, Any]:
         "split": results.splits.record.test_digest,
         "weights": results.checkpoint.record.weights.sha256,
         "engines": {stored.record.name: stored.record.digest() for stored in results.engines},
+        "serving": results.verdict.record.serving_engine,
         "policy": results.verdict.record.policy_digest,
         "evidence": {stored.record.engine: stored.record.digest() for stored in results.evaluations},
+        "verdict": results.verdict.record.status,
+        "release": results.release.record.digest() if results.release else "none",
+        "champion": results.champion.record.engine_digest if results.champion else "none",
     }
 
 
@@ -68,8 +77,7 @@ def candidate_digest(run: Run, results: Results) -> str:
     """
     verdict = results.verdict.record
     findings = [[e.engine, f.gate, f.status] for e in verdict.engines for f in e.findings]
-    champion = results.champion.record.digest() if results.champion else "none"
-    return sha256_text(canonical_json([run.config.model, bound_digests(results), verdict.status, findings, champion]))
+    return sha256_text(canonical_json([run.config.model, bound_digests(results), findings]))
 
 
 def assemble(run: Run, results: Results) -> Evidence:
@@ -110,6 +118,12 @@ def assemble(run: Run, results: Results) -> Evidence:
         record(f"{name}.measurement", measurement.record)
         if evaluation.record.predictions is not None:
             files[f"evidence/{name}.predictions.parquet"] = evaluation.folder / evaluation.record.predictions.name
+    if results.champion is not None:
+        record("champion.evaluation", results.champion.record)
+    if results.release is not None:
+        record("release", results.release.record)
+        for file in (results.release.record.reference, results.release.record.golden):
+            files[f"release/{file.name}"] = results.release.folder / file.name
     document("model-card.md", model_card(run, results))
     document("report.html", render(run, results, None))
     return Evidence(
@@ -123,7 +137,47 @@ def assemble(run: Run, results: Results) -> Evidence:
         metrics=_metrics(results),
         history=results.history,
         bound=bound_digests(results),
+        summary=_for_approver(run, results),
+        requester=person(run.requested_by) if run.requested_by else None,
     )
+
+
+def _for_approver(run: Run, results: Results) -> dict[str, Any]:
+    """What a person reads before deciding: the serving engine's figures beside the champion's, and what the gates said."""
+    verdict = results.verdict.record
+    serving = next(e.record for e in results.evaluations if e.record.engine == verdict.serving_engine)
+    latency = next(m.record for m in results.measurements if m.record.engine == verdict.serving_engine)
+    engine = next(e.record for e in results.engines if e.record.name == verdict.serving_engine)
+    return {
+        "run": run.id,
+        "recipe": run.lineage.recipe,
+        "git": run.lineage.git_commit + (" with uncommitted changes" if run.lineage.git_dirty else ""),
+        "data_version": run.data.dvc_hash,
+        "images": dict(results.splits.record.counts),
+        "classes": list(results.splits.record.classes),
+        "serving_engine": verdict.serving_engine,
+        "metrics": _estimates(serving),
+        "recall": {c.name: _estimate(c.recall) for c in serving.per_class},
+        "champion": _estimates(results.champion.record) if results.champion else None,
+        "latency_p50_ms": latency.latency_p50_ms,
+        "latency_p99_ms": latency.latency_p99_ms,
+        "machine": latency.machine,
+        "size_bytes": engine.size_bytes,
+        "decision": results.release.record.decision.to_json() if results.release else None,
+        "findings": [
+            {"engine": e.engine, "gate": f.gate, "status": f.status, "message": f.message}
+            for e in verdict.engines
+            for f in e.findings
+        ],
+    }
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | int]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def _estimates(evaluation: Evaluation) -> dict[str, Any]:
+    return {name: _estimate(estimate) for name, estimate in evaluation.metrics.items()}
 
 
 def _training_key(run: Run, results: Results) -> str:

@@ -14,14 +14,16 @@ from flows.settings import read_settings
 
 
 @contextmanager
-def opened(recipe: str, folder: Path, overrides: Sequence[str], reason: str, *, quiet: bool) -> Iterator[Run]:
+def opened(
+    recipe: str, folder: Path, overrides: Sequence[str], reason: str, *, requested_by: str, quiet: bool
+) -> Iterator[Run]:
     """A run whose recipe is valid, whose data are the pinned ones and whose workspace is held."""
     workspace = Workspace.find(folder)
     config = load_recipe(recipe, overrides, workspace=workspace.root)
     settings = read_settings(workspace.state)
     with workspace.locked(f"visionloop train {recipe}"), Console(len(STAGES), quiet=quiet) as console:
         data = ensure(workspace, config.source)
-        run = Run(workspace, config, data, settings, console)
+        run = Run(workspace, config, data, settings, console, requested_by=requested_by)
         console.line(
             f"run {run.id}: recipe {config.name}, {data.num_files} files of data version {data.dvc_hash[:12]} ({reason})"
         )

@@ -40,7 +40,7 @@ from flows.config import RunConfig
 from flows.console import Console
 from flows.settings import Settings
 
-STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "registration")
+STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "registration")
 _CODE = Path(__file__).resolve().parent.parent
 _IGNORED = ("/data/", "/.visionloop/")
 
@@ -154,8 +154,16 @@ class Run:
     """One run of the training flow in a workspace."""
 
     def __init__(
-        self, workspace: Workspace, config: RunConfig, data: DataVersion, settings: Settings, console: Console
+        self,
+        workspace: Workspace,
+        config: RunConfig,
+        data: DataVersion,
+        settings: Settings,
+        console: Console,
+        *,
+        requested_by: str = "",
     ) -> None:
+        self.requested_by = requested_by
         self.workspace = workspace
         self.config = config
         self.data = data

@@ -5,6 +5,8 @@
 | VISIONLOOP_TRACKING_URI   | MLflow tracking and registry URI              | SQLite under .visionloop/              |
 | VISIONLOOP_LEDGER_URL     | SQLAlchemy URL of the ledger                  | SQLite under .visionloop/              |
 | VISIONLOOP_NUM_THREADS    | threads of training, features and engines     | the cores of this machine, at most 8   |
+| VISIONLOOP_RELEASES       | where releases are published: folder or s3:// | .visionloop/releases                   |
+| VISIONLOOP_NOTIFY         | Apprise URLs and Prefect blocks, comma-separated | nobody                              |
 | PREFECT_API_URL           | Prefect server that runs are recorded by      | a temporary local one per process      |
 """
 
@@ -50,6 +52,9 @@ class Settings:
     tracking_is_local: bool
     ledger_url: str
     num_threads: int
+    releases_url: str
+    notify: tuple[str, ...]
+    prefect_api_url: str
 
 
 def prepare_environment(state: Path) -> None:
@@ -73,6 +78,9 @@ def read_settings(state: Path) -> Settings:
         tracking_is_local=not tracking.startswith(("http://", "https://")),
         ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or f"sqlite:///{state / 'ledger.db'}",
         num_threads=int(threads),
+        releases_url=os.environ.get("VISIONLOOP_RELEASES") or str(state / "releases"),
+        notify=tuple(filter(None, (part.strip() for part in os.environ.get("VISIONLOOP_NOTIFY", "").split(",")))),
+        prefect_api_url=os.environ.get("PREFECT_API_URL", ""),
     )
 
 

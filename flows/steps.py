@@ -25,6 +25,7 @@ from components.contracts import (
     Progress,
     RegistryUnavailable,
     Rejection,
+    Release,
     Splits,
     Stored,
     Verdict,
@@ -35,6 +36,7 @@ from components.export import Graph, TargetConfig, export, export_graph
 from components.fitting import LEFTOVERS
 from components.gating import Judged, judge
 from components.machine import fingerprint
+from components.packaging import package
 from components.splitting import TestLedger, split
 from components.store import sha256_file, write_atomically
 from components.training import local_weights, train
@@ -239,6 +241,38 @@ def gating(
     for gate in config.gates:
         inputs |= member_digests(gates=gate.gate)
     return run.stage("gating", Verdict, compute, inputs=inputs)
+
+
+@task(name="packaging", cache_policy=NO_CACHE)
+def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits]) -> Stored[Release]:
+    config, training_config = run.config.packaging, run.config.training
+    serving = next(stored for stored in engines if stored.record.name == run.config.export.serving)
+    task_settings = dict(training_config.task_settings)
+
+    def compute(out: Path, progress: Progress) -> Release:
+        return package(
+            run.config.model,
+            serving,
+            splits,
+            run.workspace.data,
+            (training_config.task, task_settings),
+            config,
+            num_threads=run.settings.num_threads,
+            out=out,
+            progress=progress,
+        )
+
+    inputs = {
+        "model": run.config.model,
+        "engine": serving.record.digest(),
+        "splits": splits.record.digest(),
+        "config": config.digest(),
+        "task_settings": canonical_json(task_settings),
+        # Its answers are this processor's.
+        "machine": fingerprint(),
+        **member_digests(targets=serving.record.target, tasks=training_config.task),
+    }
+    return run.stage("packaging", Release, compute, inputs=inputs)
 
 
 @task(name="registration", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 3], retry_condition_fn=_transient)

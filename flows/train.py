@@ -20,10 +20,18 @@ _RUNNER: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=2)
 
 @flow(name="train", task_runner=_RUNNER, validate_parameters=False)  # type: ignore[arg-type]
 def train(
-    recipe: str, workspace: str = ".", overrides: Sequence[str] = (), reason: str = "manual", quiet: bool = False
+    recipe: str,
+    workspace: str = ".",
+    overrides: Sequence[str] = (),
+    reason: str = "manual",
+    requested_by: str = "",
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Run a recipe in a workspace and return what came of it as JSON data."""
-    with opened(recipe, Path(workspace), overrides, reason, quiet=quiet) as run:
+    """Run a recipe in a workspace and return what came of it as JSON data.
+
+    `requested_by` is the person who asked for it, who then cannot approve it; empty for a machine.
+    """
+    with opened(recipe, Path(workspace), overrides, reason, requested_by=requested_by, quiet=quiet) as run:
         dataset = steps.validation(run)
         splits = steps.splitting(run, dataset)
         checkpoint = steps.training(run, splits)
@@ -36,6 +44,8 @@ def train(
         champion = steps.champion(run)
         compared = steps.evaluation(run, champion, splits, role="champion") if champion else None
         verdict = steps.gating(run, engines, evaluations, measurements, compared)
-        results = Results(dataset, splits, checkpoint, engines, evaluations, measurements, compared, verdict)
+        passed = verdict.record.status == "pass"
+        release = steps.packaging(run, engines, splits) if passed else None
+        results = Results(dataset, splits, checkpoint, engines, evaluations, measurements, compared, verdict, release)
         outcome = steps.registration(run, results)
         return summarise(run, results, outcome, write_report(run, results, outcome))

@@ -1,6 +1,7 @@
 """The ledger: an append-only, hash-chained table of what was requested, approved, promoted and refused.
 
-It is the truth about a model's history; MLflow's aliases and tags are projections of it. SQLite and PostgreSQL, by URL.
+It is the truth about a model's history; MLflow's aliases and tags, and the routes that servers read, are projections of it.
+SQLite and PostgreSQL, by URL.
 Every row holds the hash of the row before it, so a row that is changed, removed or inserted anywhere but at the end shows
 when rows are read; triggers make the database itself refuse updates, replacements and deletes. A tail cut off by somebody
 with full access shows against the sequence numbers that MLflow's model versions carry (registry/models.py). Appending twice
@@ -12,14 +13,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from components.contracts import Record, RegistryUnavailable, TamperedArtefact, canonical_json
+from components.contracts import Record, RegistryUnavailable, TamperedArtefact, VisionloopError, canonical_json
 
 Kind = Literal["requested", "rejected", "approved", "promoted", "rolled_back"]
 GENESIS = "0" * 64
@@ -88,6 +90,20 @@ class Entry(Record):
     hash: str
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A row that a rule allows."""
+
+    kind: Kind
+    subject: str
+    body: Mapping[str, Any]
+    key: str
+
+
+Rule = Callable[[Sequence[Entry], datetime.datetime], Draft]
+"""Rows of one model and the time now to the row that follows; raises DecisionRefused."""
+
+
 class Ledger:
     """The ledger behind one database URL; the table is made on first use."""
 
@@ -113,7 +129,7 @@ class Ledger:
                         connection.execute(sa.text(statement))
                     self._ready = True
                 yield connection
-        except (IntegrityError, TamperedArtefact):
+        except (IntegrityError, VisionloopError):
             raise
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
@@ -128,38 +144,59 @@ class Ledger:
             existing = connection.execute(sa.select(_entries).where(_entries.c.key == key)).mappings().first()
             if existing is not None:
                 return _entry(dict(existing))
-            last = connection.execute(sa.select(_entries).order_by(_entries.c.seq.desc()).limit(1)).mappings().first()
-            values: dict[str, Any] = {
-                "seq": 1 if last is None else last["seq"] + 1,
-                "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-                "kind": kind,
-                "model": model,
-                "subject": subject,
-                "actor": actor.name,
-                "actor_method": actor.method,
-                "body": canonical_json(dict(body)),
-                "key": key,
-                "previous": GENESIS if last is None else last["hash"],
-            }
-            values["hash"] = _hash(values)
-            connection.execute(_entries.insert().values(values))
-            return _entry(values)
+            return self._append(connection, Draft(kind, subject, body, key), model, actor)
+
+    def decide(self, *, model: str, actor: Principal, rule: Rule) -> Entry:
+        """Let `rule` look at the verified rows and append what it allows, all in one transaction.
+
+        Deciders take turns: of two that exclude each other, the second sees the first one's row and is refused. A key
+        that is there already is the answer to a repeated command. Raises DecisionRefused, TamperedArtefact or
+        RegistryUnavailable.
+        """
+        with self._transaction() as connection:
+            draft = rule([entry for entry in _verified(connection) if entry.model == model], self._now(connection))
+            existing = connection.execute(sa.select(_entries).where(_entries.c.key == draft.key)).mappings().first()
+            if existing is not None:
+                return _entry(dict(existing))
+            return self._append(connection, draft, model, actor)
+
+    def _append(self, connection: sa.Connection, draft: Draft, model: str, actor: Principal) -> Entry:
+        last = connection.execute(sa.select(_entries).order_by(_entries.c.seq.desc()).limit(1)).mappings().first()
+        at = self._now(connection).isoformat(timespec="microseconds")
+        values: dict[str, Any] = {
+            "seq": 1 if last is None else last["seq"] + 1,
+            # The order of rows is their number; a clock that was set back must not contradict it.
+            "at": at if last is None else max(at, last["at"]),
+            "kind": draft.kind,
+            "model": model,
+            "subject": draft.subject,
+            "actor": actor.name,
+            "actor_method": actor.method,
+            "body": canonical_json(dict(draft.body)),
+            "key": draft.key,
+            "previous": GENESIS if last is None else last["hash"],
+        }
+        values["hash"] = _hash(values)
+        connection.execute(_entries.insert().values(values))
+        return _entry(values)
+
+    def _now(self, connection: sa.Connection) -> datetime.datetime:
+        """The database's clock where it has one of its own: machines that share a ledger share its time."""
+        if connection.dialect.name == "postgresql":
+            found: datetime.datetime = connection.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
+            return found.astimezone(datetime.UTC)
+        return datetime.datetime.now(datetime.UTC)
+
+    def now(self) -> datetime.datetime:
+        """The time by which approvals expire."""
+        with self._transaction() as connection:
+            return self._now(connection)
 
     def entries(self, model: str | None = None) -> list[Entry]:
         """Rows in order, of one model or of all; raises TamperedArtefact when the chain does not verify."""
         with self._transaction() as connection:
-            rows = connection.execute(sa.select(_entries).order_by(_entries.c.seq)).mappings().all()
-        previous, found = GENESIS, []
-        for position, row in enumerate(rows, start=1):
-            if row["seq"] != position or row["previous"] != previous or row["hash"] != _hash(dict(row)):
-                raise TamperedArtefact(
-                    f"the ledger is broken at row {row['seq']} (expected {position}): it was changed outside visionloop. "
-                    f"Nothing may be promoted from it; restore the database from a backup"
-                )
-            previous = row["hash"]
-            if model is None or row["model"] == model:
-                found.append(_entry(dict(row)))
-        return found
+            found = _verified(connection)
+        return [entry for entry in found if model is None or entry.model == model]
 
     def find(self, key: str) -> Entry | None:
         """The row with this idempotency key."""
@@ -177,6 +214,20 @@ class Ledger:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+def _verified(connection: sa.Connection) -> list[Entry]:
+    rows = connection.execute(sa.select(_entries).order_by(_entries.c.seq)).mappings().all()
+    previous, found = GENESIS, []
+    for position, row in enumerate(rows, start=1):
+        if row["seq"] != position or row["previous"] != previous or row["hash"] != _hash(dict(row)):
+            raise TamperedArtefact(
+                f"the ledger is broken at row {row['seq']} (expected {position}): it was changed outside visionloop. "
+                f"Nothing may be promoted from it; restore the database from a backup"
+            )
+        previous = row["hash"]
+        found.append(_entry(dict(row)))
+    return found
 
 
 def _hash(row: Mapping[str, Any]) -> str:

@@ -17,13 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from components.contracts import (
     Candidate,
+    Dataset,
     Engine,
+    Evaluation,
+    RecordT,
     RegistryUnavailable,
     Rejection,
+    Release,
+    Splits,
     Stored,
-    StoreError,
     TamperedArtefact,
     Verdict,
+    VisionloopError,
 )
 from components.store import describe, seal, sha256_file, unseal
 from registry import tracking
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MANIFEST = "candidate.json"
+CHAMPION = "champion"
+"""The MLflow alias that shows who reigns; the ledger says it."""
 _CANDIDATE_TAG = "visionloop.candidate"
 _MANIFEST_TAG = "visionloop.manifest_sha256"
 _SEQ_TAG = "visionloop.ledger_seq"
@@ -54,7 +61,11 @@ class Evidence:
     metrics: Mapping[str, float]
     history: list[dict[str, float]]
     bound: Mapping[str, Any] = field(default_factory=dict)
-    """Digests that an approval is bound to: data, split, weights, engines, policy, evidence."""
+    """Digests that an approval is bound to: data, split, weights, engines, policy, evidence, release, champion."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """What an approver reads first; kept in the ledger, so it cannot be changed afterwards."""
+    requester: Principal | None = None
+    """The person who asked for the run; none for a machine."""
 
 
 class Registry:
@@ -86,6 +97,7 @@ class Registry:
                 "reasons": list(evidence.verdict.reasons),
                 "mlflow_run_id": run_id,
                 "bound": dict(evidence.bound),
+                "summary": dict(evidence.summary),
             }
             if evidence.verdict.status == "pass":
                 version = self._version(mlflow, evidence, experiment, run_id)
@@ -99,7 +111,7 @@ class Registry:
             "requested" if evidence.verdict.status == "pass" else "rejected",
             model=evidence.model,
             subject=evidence.candidate_digest,
-            actor=FLOW,
+            actor=evidence.requester or FLOW,
             body=body,
             key=_key(evidence.model, evidence.candidate_digest),
         )
@@ -124,6 +136,9 @@ class Registry:
         with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
             bundle = Path(scratch)
             manifest_sha256 = _bundle(evidence, bundle)
+            if (found := bound_in(bundle)) != dict(evidence.bound):
+                differs = ", ".join(sorted(name for name in found if found[name] != evidence.bound.get(name)))
+                raise TamperedArtefact(f"the files of this candidate are not what was judged ({differs}); run again")
             model_id = _logged_model(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
         return mlflow.create_model_version(
             evidence.model,
@@ -163,25 +178,12 @@ class Registry:
 
     def fetch_engine(self, model: str, entry: Entry, *, out: Path) -> Stored[Engine]:
         """The serving engine of the version that a ledger row names, verified against the ledger's digest, in `out`."""
-        import mlflow.artifacts
-
         version = entry.body["version"]
         rows = [e for e in self.ledger.entries(model) if e.kind == "requested" and e.body["version"] == version]
         if not rows:
             raise TamperedArtefact(f"version {version} of {model} was promoted but never requested")
-        with tempfile.TemporaryDirectory(prefix="visionloop-champion-") as scratch:
-            with _reachable(self.tracking_uri):
-                tracking.client(self.tracking_uri)
-                local = Path(
-                    mlflow.artifacts.download_artifacts(
-                        f"models:/{model}/{version}",
-                        dst_path=scratch,
-                        tracking_uri=self.tracking_uri,
-                        registry_uri=self.tracking_uri,
-                    )
-                )
-            # The ledger's digest, not a tag of MLflow's: tags can be edited by whoever can edit the files.
-            manifest = verify_bundle(local, rows[-1].body["manifest_sha256"])
+        # The ledger's digest, not a tag of MLflow's: tags can be edited by whoever can edit the files.
+        with self.bundle(model, version, rows[-1].body["manifest_sha256"]) as (local, manifest):
             name = manifest["serving_engine"]
             record = Engine.read(json.loads((local / "evidence" / f"{name}.engine.json").read_text()))
             folder = out / name
@@ -192,6 +194,90 @@ class Registry:
             if sha256_file(folder / file.name) != file.sha256:
                 raise TamperedArtefact(f"{folder / file.name} differs from the registered engine; it was not loaded")
         return Stored(record, folder)
+
+    @contextmanager
+    def bundle(self, model: str, version: str, manifest_sha256: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A verified copy of a version's files, and their manifest, for as long as the context lasts."""
+        import mlflow.artifacts
+
+        # MLflow copies in threads, which may still write when a failure is on its way out.
+        with tempfile.TemporaryDirectory(prefix="visionloop-bundle-", ignore_cleanup_errors=True) as scratch:
+            with _reachable(self.tracking_uri):
+                tracking.client(self.tracking_uri)
+                local = Path(
+                    mlflow.artifacts.download_artifacts(
+                        f"models:/{model}/{version}",
+                        dst_path=scratch,
+                        tracking_uri=self.tracking_uri,
+                        registry_uri=self.tracking_uri,
+                    )
+                )
+            yield local, verify_bundle(local, manifest_sha256)
+
+    def alias(self, model: str) -> str | None:
+        """The version that MLflow's alias `champion` names, None when it names none."""
+        from mlflow.exceptions import MlflowException
+
+        with _reachable(self.tracking_uri):
+            mlflow = tracking.client(self.tracking_uri)
+            try:
+                return str(mlflow.get_model_version_by_alias(model, CHAMPION).version)
+            except MlflowException as error:
+                # A missing alias is INVALID_PARAMETER_VALUE here, a missing model RESOURCE_DOES_NOT_EXIST.
+                if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+                    return None
+                raise
+
+    def point_alias(self, model: str, entry: Entry) -> None:
+        """Let MLflow's alias `champion` say what the ledger's row says."""
+        with _reachable(self.tracking_uri):
+            mlflow = tracking.client(self.tracking_uri)
+            mlflow.set_registered_model_alias(model, CHAMPION, entry.body["version"])
+            mlflow.set_model_version_tag(model, entry.body["version"], "visionloop.champion_seq", str(entry.seq))
+
+
+def bound_in(folder: Path) -> dict[str, Any]:
+    """What a candidate's files are, digest by digest, read from a verified bundle: the counterpart of `Evidence.bound`."""
+    evidence = folder / "evidence"
+
+    def read(name: str, record: type[RecordT]) -> RecordT:
+        return record.read(json.loads((evidence / f"{name}.json").read_text()))
+
+    verdict = read("verdict", Verdict)
+    engines = {path.name.removesuffix(".engine.json"): path for path in sorted(evidence.glob("*.engine.json"))}
+    records = {name: Engine.read(json.loads(path.read_text())) for name, path in engines.items()}
+    for name, record in records.items():
+        for file in record.files:
+            if sha256_file(folder / "engines" / name / file.name) != file.sha256:
+                raise TamperedArtefact(f"{file.name} of engine {name} is not the file that was judged")
+    champion = evidence / "champion.evaluation.json"
+    return {
+        "data": read("dataset", Dataset).data.digest(),
+        "split": read("splits", Splits).test_digest,
+        "weights": sha256_file(folder / "checkpoint" / "weights.safetensors"),
+        "engines": {name: record.digest() for name, record in records.items()},
+        "serving": verdict.serving_engine,
+        "policy": verdict.policy_digest,
+        "evidence": {
+            name: read(f"{name}.evaluation", Evaluation).digest()
+            for name in records
+            if (evidence / f"{name}.evaluation.json").exists()
+        },
+        "verdict": verdict.status,
+        "release": read("release", Release).digest() if (evidence / "release.json").exists() else "none",
+        "champion": Evaluation.read(json.loads(champion.read_text())).engine_digest if champion.exists() else "none",
+    }
+
+
+def release_in(folder: Path, *, out: Path) -> Stored[Release]:
+    """The release of a verified bundle, laid out as it is published."""
+    record = Release.read(json.loads((folder / "evidence" / "release.json").read_text()))
+    sources = {f"engine/{file.name}": f"engines/{record.engine.name}/{file.name}" for file in record.engine.files}
+    for file in record.files:
+        copy = out / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / sources.get(file.name, f"release/{file.name}"), copy)
+    return Stored(record, out)
 
 
 def verify_bundle(folder: Path, manifest_sha256: str) -> dict[str, Any]:
@@ -315,7 +401,7 @@ def _reachable(tracking_uri: str) -> Iterator[None]:
     """Turn whatever MLflow and its transports raise into one error that says what to do."""
     try:
         yield
-    except (RegistryUnavailable, StoreError):
+    except VisionloopError:
         raise
     except Exception as error:
         # MlflowException, requests and SQLAlchemy errors, botocore's: they share no base class.

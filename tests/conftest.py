@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import postgres as postgres_server
 import pytest
 from shapes import free_port, make_workspace, visionloop
 
@@ -82,3 +83,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Pa
     assert done.returncode == 0, done.stderr + done.stdout
     (root / "summary.json").write_text(done.stdout.strip().splitlines()[-1])
     return root
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a throw-away PostgreSQL server."""
+    with postgres_server.server(tmp_path_factory.mktemp("pg")) as url:
+        yield url

@@ -6,15 +6,15 @@ from typing import Any
 
 import mlflow.artifacts
 import pytest
+from bundles import HISTORY, evidence
 from mlflow import MlflowClient
 
-from components.contracts import Candidate, EngineVerdict, Finding, RegistryUnavailable, Rejection, TamperedArtefact, Verdict
+from components.contracts import Candidate, RegistryUnavailable, Rejection, TamperedArtefact
+from components.store import sha256_file
 from registry import models
 from registry.ledger import Ledger
-from registry.models import Evidence, Registry, verify_bundle
+from registry.models import Registry, verify_bundle
 from registry.tracking import LiveMetrics
-
-HISTORY = [{"epoch": float(e), "valid_loss": 1 / e, "train_loss": 2 / e} for e in range(1, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -26,41 +26,6 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def registry(uri: str, tmp_path: Path) -> Registry:
     return Registry(uri, Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), artifacts=tmp_path / "artifacts")
-
-
-def evidence(tmp_path: Path, model: str, *, status: str = "pass", digest: str = "d1") -> Evidence:
-    path = tmp_path / "weights.bin"
-    path.write_bytes(b"weights of " + digest.encode())
-    finding = Finding(gate="accuracy", status="pass" if status == "pass" else "fail", message="so it was")
-    engine = EngineVerdict(
-        engine="e",
-        engine_digest="x",
-        required=True,
-        serving=True,
-        status="pass" if status == "pass" else "fail",
-        findings=(finding,),
-    )
-    verdict = Verdict.model_validate(
-        {
-            "status": status,
-            "serving_engine": "e",
-            "engines": (engine,),
-            "reasons": () if status == "pass" else ("accuracy too low",),
-            "policy_digest": "p",
-        }
-    )
-    return Evidence(
-        model=model,
-        candidate_digest=f"{model}-{digest}",
-        training_key=f"{model}-{digest}-training",
-        verdict=verdict,
-        files={"checkpoint/weights.safetensors": path, "report.html": path},
-        tags={"visionloop.run": "r", "visionloop.data": "v"},
-        params={"training.fit.epochs": "3"},
-        metrics={"evaluation.e.accuracy": 0.9},
-        history=HISTORY,
-        bound={"weights": "w"},
-    )
 
 
 def versions(uri: str, model: str) -> list[Any]:
@@ -95,7 +60,7 @@ def test_what_is_registered_is_what_was_given(registry: Registry, uri: str, tmp_
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/bytes/{candidate.version}", tracking_uri=uri))
     assert (folder / "checkpoint" / "weights.safetensors").read_bytes() == b"weights of d1"
     manifest = verify_bundle(folder, version.tags["visionloop.manifest_sha256"])
-    assert manifest["bound"] == {"weights": "w"}
+    assert manifest["bound"]["weights"] == sha256_file(folder / "checkpoint" / "weights.safetensors")
     weights = folder / "checkpoint" / "weights.safetensors"
     weights.write_bytes(b"weights of d2")
     with pytest.raises(TamperedArtefact, match="nothing was loaded"):

@@ -1,0 +1,196 @@
+"""Packaging: the serving engine -> Release, with all that production needs and nothing else.
+
+The decision rule is fitted on the valid split; the reference sample (what drift is measured against) and the golden
+vectors (what a server must answer before it is ready) are the serving engine's own answers on held-out images, never on
+training ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from components import plugins
+from components.contracts import (
+    DecisionRule,
+    Engine,
+    Precision,
+    Predictor,
+    Progress,
+    Record,
+    Release,
+    Splits,
+    Stored,
+    silent,
+)
+from components.images import STATISTICS, appearance, decode, in_threads, prepare
+from components.samples import rows
+from components.store import describe
+from components.tasks.classification import wilson
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REFERENCE = "reference.parquet"
+GOLDEN = "golden.safetensors"
+ENGINE = "engine"
+_BATCH = 32
+_TOLERANCE: dict[Precision, float] = {"fp32": 0.01, "fp16": 0.03, "int8": 0.15}
+"""int8 kernels round differently with and without VNNI; top-1 of a clear answer has to stay in any case."""
+_SEED = 20240717
+
+
+class PackagingConfig(Record):
+    """What accompanies the engine into production."""
+
+    target_accuracy: float = Field(default=0.99, gt=0, le=1)
+    """Answers below the confidence at which the valid split's answered images reach this accuracy are "unsure"."""
+    min_confidence: float = Field(default=0.5, ge=0, lt=1)
+    """The threshold is never lower: images unlike the data's get low confidences that no split can show."""
+    reference_images: int = Field(default=2000, ge=50)
+    """Most images of the reference sample; taken from test and valid."""
+    golden_images: int = Field(default=16, ge=4, le=64)
+
+
+def package(
+    model: str,
+    engine: Stored[Engine],
+    splits: Stored[Splits],
+    data: Path,
+    task: tuple[str, dict[str, Any]],
+    config: PackagingConfig,
+    *,
+    num_threads: int,
+    out: Path,
+    progress: Progress = silent,
+) -> Release:
+    """Write the release's folder; `task` is the name and the settings of the task that reads the logits.
+
+    Raises EngineUnavailable where the engine cannot run.
+    """
+    record = engine.record
+    reader = plugins.load("tasks", *task)
+    predictor: Predictor = plugins.load("targets", record.target, record.settings).load(engine, num_threads=num_threads)
+    valid, test = rows(splits, "valid"), rows(splits, "test")
+    table = _sample(test, valid, config.reference_images)
+    answers = _answers(record, predictor, reader, data, table, progress)
+    answers.to_parquet(out / REFERENCE, index=False)
+    _write_golden(record, predictor, reader, data, valid, config.golden_images, out / GOLDEN)
+    for file in record.files:
+        copy = out / ENGINE / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(engine.folder / file.name, copy)
+    return Release(
+        model=model,
+        engine=record,
+        task=task[0],
+        task_settings=task[1],
+        decision=_rule(answers, config),
+        reference=describe(out / REFERENCE, within=out),
+        golden=describe(out / GOLDEN, within=out),
+        golden_tolerance=_TOLERANCE[record.precision],
+    )
+
+
+def _sample(test: pd.DataFrame, valid: pd.DataFrame, most: int) -> pd.DataFrame:
+    """All of valid, for the rule, and test up to `most` images in all; in a fixed order."""
+    import pandas as pd
+
+    room = max(most - len(valid), min(len(test), most // 2))
+    if len(test) > room:
+        picks = np.sort(np.random.default_rng(_SEED).choice(len(test), size=room, replace=False))
+        test = test.iloc[picks]
+    return pd.concat([test, valid], ignore_index=True)
+
+
+def _answers(
+    engine: Engine, predictor: Predictor, task: Any, data: Path, table: pd.DataFrame, progress: Progress
+) -> pd.DataFrame:
+    import pandas as pd
+
+    def read(path: str) -> tuple[npt.NDArray[np.uint8], int, int, int]:
+        raw = (data / path).read_bytes()
+        image = decode(raw)
+        return prepare(image, engine.preprocessing), image.width, image.height, len(raw)
+
+    pictures = list(in_threads(read, list(table["path"]), progress=progress))
+    probabilities, embeddings = [], []
+    for start in range(0, len(pictures), _BATCH):
+        logits, embedding = predictor.predict(np.stack([picture[0] for picture in pictures[start : start + _BATCH]]))
+        probabilities.append(task.probabilities(logits, engine.temperature))
+        embeddings.append(embedding.astype(np.float16))
+    probability, embedding = np.concatenate(probabilities), np.concatenate(embeddings)
+    looks = np.array([appearance(picture[0]) for picture in pictures], dtype=np.float32)
+    return pd.DataFrame(
+        {
+            "image_sha256": table["sha256"],
+            "split": table["split"],
+            "label": table["class_index"],
+            "predicted": probability.argmax(axis=1),
+            "confidence": probability.max(axis=1).astype(np.float32),
+            "probabilities": list(probability.astype(np.float32)),
+            "embedding": list(embedding),
+            "width": np.array([picture[1] for picture in pictures], dtype=np.int32),
+            "height": np.array([picture[2] for picture in pictures], dtype=np.int32),
+            "bytes": np.array([picture[3] for picture in pictures], dtype=np.int64),
+            **{name: looks[:, index] for index, name in enumerate(STATISTICS)},
+        }
+    )
+
+
+def _write_golden(
+    engine: Engine, predictor: Predictor, task: Any, data: Path, valid: pd.DataFrame, count: int, path: Path
+) -> None:
+    """Encoded pictures and prepared pixels with their answers, the classes taking turns."""
+    from safetensors.numpy import save
+
+    turn = valid.groupby("class_index").cumcount()
+    chosen = valid.assign(turn=turn).sort_values(["turn", "class_index"]).head(count)
+    encoded = [(data / name).read_bytes() for name in chosen["path"]]
+    pixels = np.stack([prepare(decode(raw), engine.preprocessing) for raw in encoded])
+    logits, embedding = predictor.predict(pixels)
+    tensors = {
+        "pixels": pixels,
+        "probabilities": task.probabilities(logits, engine.temperature).astype(np.float32),
+        "embedding": embedding.astype(np.float32),
+        **{f"encoded.{index:03d}": np.frombuffer(raw, dtype=np.uint8) for index, raw in enumerate(encoded)},
+    }
+    path.write_bytes(save(tensors))
+
+
+def _rule(answers: pd.DataFrame, config: PackagingConfig) -> DecisionRule:
+    confidence = answers["confidence"].to_numpy(dtype=np.float64)
+    correct = (answers["predicted"] == answers["label"]).to_numpy()
+    valid, test = (answers["split"] == name for name in ("valid", "test"))
+    threshold = fit_threshold(confidence[valid], correct[valid], config.target_accuracy, config.min_confidence)
+    answered = confidence[test] >= threshold
+    return DecisionRule(
+        threshold=threshold,
+        target_accuracy=config.target_accuracy,
+        num_valid=int(valid.sum()),
+        coverage=wilson(int(answered.sum()), int(test.sum())),
+        accuracy=wilson(int(correct[test][answered].sum()), int(answered.sum())) if answered.any() else None,
+    )
+
+
+def fit_threshold(
+    confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], target: float, minimum: float
+) -> float:
+    """The smallest confidence, at least `minimum`, from which on the answered images reach `target` accuracy.
+
+    1.0 when none does: then nothing but certainty is answered. Raises ValueError on no images.
+    """
+    if len(confidence) == 0:
+        raise ValueError("no images: there is nothing to fit a threshold on")
+    order = np.argsort(-confidence, kind="stable")
+    reached = np.cumsum(correct[order]) / np.arange(1, len(order) + 1)
+    ranked = confidence[order]
+    # A threshold between equal confidences does not exist: look where the next one is lower.
+    cut = np.append(ranked[1:] < ranked[:-1], True)
+    good = np.flatnonzero((reached >= target) & cut)
+    return max(minimum, float(ranked[good[-1]])) if len(good) else 1.0

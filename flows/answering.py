@@ -1,0 +1,42 @@
+"""How every command answers: one JSON object or text, and errors that say what to do with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from components.contracts import VisionloopError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace, or a folder in it.")]
+HERE = Path()
+
+
+def finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
+    """Print the answer as one JSON line or as text."""
+    print(json.dumps(answer, allow_nan=False) if as_json else text())
+
+
+def fail(error: VisionloopError, as_json: bool) -> NoReturn:
+    """Print an error and end with status 2."""
+    notes = list(getattr(error, "__notes__", []))
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "message": str(error), "notes": notes}))
+    else:
+        print(f"error: {error}", file=sys.stderr)
+        for note in notes:
+            print(f"  {note}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def guarded(action: Callable[[], None], as_json: bool) -> None:
+    """Run a command's body; our own errors become answers."""
+    try:
+        action()
+    except VisionloopError as error:
+        fail(error, as_json)

@@ -1,0 +1,292 @@
+"""The rules of approval: pure functions from ledger rows to what may follow.
+
+A candidate is requested by a machine or a person, decided once by another person, and promoted once. An approval names
+the digests of everything it was given for (data, split, weights, every engine, gate policy, evidence, release, the
+champion it was compared with) and expires. Nothing here reads a clock, a file or a database: `Ledger.decide` calls these
+inside its transaction.
+"""
+
+from __future__ import annotations
+
+import datetime
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from components.contracts import ConfigError, DecisionRefused, UnknownName
+from registry.ledger import Draft, Entry, Principal, Rule
+
+Status = Literal["waiting", "approved", "expired", "rejected", "champion", "retired"]
+APPROVAL_DAYS = 7.0
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a requested version stands, as the ledger tells it."""
+
+    version: str
+    requested: Entry
+    decision: Entry | None
+    """The latest approval or rejection by a person."""
+    promoted: Entry | None
+    status: Status
+
+    @property
+    def expires_at(self) -> datetime.datetime | None:
+        if self.decision is None or self.decision.kind != "approved":
+            return None
+        return datetime.datetime.fromisoformat(self.decision.body["expires_at"])
+
+
+def person(name: str, method: Literal["declared", "token", "oidc"] = "declared") -> Principal:
+    """The Principal of a person's name; raises ConfigError for one that names nobody."""
+    shown = unicodedata.normalize("NFKC", name).strip()
+    if not shown or len(shown) > 128 or not all(character.isprintable() for character in shown):
+        raise ConfigError(f"--as {name!r} names nobody; give the name of the person who decides")
+    if "/" in shown:
+        raise ConfigError(f"--as {name!r}: names with '/' belong to flows; only people decide")
+    return Principal(name=shown, method=method)
+
+
+def same_person(one: Principal, other: Principal) -> bool:
+    """Whether two principals are one: names differ neither by case nor by Unicode spelling."""
+
+    def plain(name: str) -> str:
+        return unicodedata.normalize("NFKC", name).strip().casefold()
+
+    return plain(one.name) == plain(other.name)
+
+
+def champion(entries: Sequence[Entry]) -> Entry | None:
+    """The row that made today's champion of these rows of one model."""
+    moves = [entry for entry in entries if entry.kind in ("promoted", "rolled_back")]
+    return moves[-1] if moves else None
+
+
+def served_at(entries: Sequence[Entry], moment: datetime.datetime) -> Entry | None:
+    """The row that was in force at a moment."""
+    moves = [
+        entry
+        for entry in entries
+        if entry.kind in ("promoted", "rolled_back") and datetime.datetime.fromisoformat(entry.at) <= moment
+    ]
+    return moves[-1] if moves else None
+
+
+def states(entries: Sequence[Entry], now: datetime.datetime) -> list[State]:
+    """Every requested version in order."""
+    current = champion(entries)
+    found = []
+    for requested in (entry for entry in entries if entry.kind == "requested"):
+        version = str(requested.body["version"])
+        later = [entry for entry in entries if entry.seq > requested.seq and entry.body.get("version") == version]
+        decisions = [entry for entry in later if entry.kind in ("approved", "rejected")]
+        promotions = [entry for entry in later if entry.kind == "promoted"]
+        decision = decisions[-1] if decisions else None
+        promoted = promotions[-1] if promotions else None
+        found.append(State(version, requested, decision, promoted, _status(decision, promoted, current, version, now)))
+    return found
+
+
+def _status(
+    decision: Entry | None, promoted: Entry | None, current: Entry | None, version: str, now: datetime.datetime
+) -> Status:
+    if current is not None and current.body["version"] == version:
+        return "champion"
+    if promoted is not None:
+        return "retired"
+    if decision is None:
+        return "waiting"
+    if decision.kind == "rejected":
+        return "rejected"
+    return "approved" if now < datetime.datetime.fromisoformat(decision.body["expires_at"]) else "expired"
+
+
+def state_of(entries: Sequence[Entry], version: str, now: datetime.datetime) -> State:
+    """The state of one version; raises UnknownName listing the requested ones."""
+    found = {state.version: state for state in states(entries, now)}
+    if version not in found:
+        raise UnknownName("version", version, list(found))
+    return found[version]
+
+
+def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_DAYS) -> Rule:
+    """A person approves a waiting candidate, for everything it is made of as it was requested."""
+    _expect_person(by)
+    reason = _expect_reason(reason)
+    if not 0 < days <= 365:
+        raise ConfigError(f"an approval is valid for more than 0 and at most 365 days, not {days:g}")
+
+    def rule(entries: Sequence[Entry], now: datetime.datetime) -> Draft:
+        state = state_of(entries, version, now)
+        _expect(state, ("waiting", "expired"), "approved")
+        if same_person(by, state.requested.actor):
+            raise DecisionRefused(f"{by.name} requested version {version} and cannot approve it: a second person has to")
+        _expect_fresh(entries, state)
+        body = {
+            "version": version,
+            "requested_seq": state.requested.seq,
+            "bound": state.requested.body["bound"],
+            "manifest_sha256": state.requested.body["manifest_sha256"],
+            "reason": reason,
+            "expires_at": (now + datetime.timedelta(days=days)).isoformat(timespec="microseconds"),
+        }
+        earlier = state.decision.seq if state.decision else 0
+        return Draft("approved", state.requested.subject, body, f"decision:{state.requested.seq}:{earlier}")
+
+    return rule
+
+
+def reject(version: str, by: Principal, reason: str, *, withdraw: bool = False) -> Rule:
+    """A person rejects a candidate; one that is approved already only by `withdraw`."""
+    _expect_person(by)
+    reason = _expect_reason(reason)
+
+    def rule(entries: Sequence[Entry], now: datetime.datetime) -> Draft:
+        state = state_of(entries, version, now)
+        _expect(state, ("waiting", "expired", "approved") if withdraw else ("waiting", "expired"), "rejected")
+        earlier = state.decision.seq if state.decision else 0
+        body = {"version": version, "requested_seq": state.requested.seq, "reason": reason}
+        return Draft("rejected", state.requested.subject, body, f"decision:{state.requested.seq}:{earlier}")
+
+    return rule
+
+
+def promotable(entries: Sequence[Entry], version: str, now: datetime.datetime) -> tuple[State, Entry]:
+    """The state and the valid approval of a version that may be promoted now; raises DecisionRefused."""
+    state = state_of(entries, version, now)
+    _expect(state, ("approved",), "promoted")
+    approval = state.decision
+    assert approval is not None
+    for name in ("bound", "manifest_sha256"):
+        if approval.body[name] != state.requested.body[name]:
+            raise DecisionRefused(f"the approval of version {version} is for other digests than were requested; it is void")
+    if same_person(approval.actor, state.requested.actor) or approval.actor.method == "machine":
+        raise DecisionRefused(f"version {version} was not approved by a second person; it is void")
+    _expect_fresh(entries, state)
+    return state, approval
+
+
+def promote(version: str, release: str) -> Rule:
+    """The champion moves to an approved version. `release` is the digest that was published and read back."""
+
+    def rule(entries: Sequence[Entry], now: datetime.datetime) -> Draft:
+        current = champion(entries)
+        if current is not None and current.kind == "promoted" and current.body["version"] == version:
+            return Draft("promoted", current.subject, current.body, current.key)  # a repeated command
+        state, approval = promotable(entries, version, now)
+        bound = state.requested.body["bound"]
+        if release != bound["release"]:
+            raise DecisionRefused(f"release {release} is not the one that version {version} was approved with")
+        body = {
+            "version": version,
+            "requested_seq": state.requested.seq,
+            "approved_seq": approval.seq,
+            "release": release,
+            "engine": bound["engines"][bound["serving"]],
+            "manifest_sha256": state.requested.body["manifest_sha256"],
+            "previous": None if current is None else {"seq": current.seq, "version": current.body["version"]},
+        }
+        return Draft("promoted", state.requested.subject, body, f"promoted:{approval.seq}")
+
+    return rule
+
+
+def rollback(to: str | None, by: Principal, reason: str, *, leaving: int) -> Rule:
+    """The champion moves back to a version that was champion before: the one before it, or `to`.
+
+    `leaving` is the number of the row that the person saw in force: of two who roll back at once, one does.
+    """
+    _expect_person(by)
+    reason = _expect_reason(reason)
+
+    def rule(entries: Sequence[Entry], _: datetime.datetime) -> Draft:
+        current = champion(entries)
+        if current is None:
+            raise DecisionRefused("there is no champion to roll back from")
+        if current.seq != leaving:
+            raise DecisionRefused(
+                f"the champion changed meanwhile: version {current.body['version']} reigns, by {current.actor.name}; "
+                f"look at `visionloop history` and decide again"
+            )
+        target = rollback_target(entries, to)
+        body = {
+            "version": target.body["version"],
+            "promoted_seq": target.seq,
+            "release": target.body["release"],
+            "engine": target.body["engine"],
+            "manifest_sha256": target.body["manifest_sha256"],
+            "previous": {"seq": current.seq, "version": current.body["version"]},
+            "reason": reason,
+        }
+        return Draft("rolled_back", target.subject, body, f"rolled_back:{leaving}")
+
+    return rule
+
+
+def rollback_target(entries: Sequence[Entry], to: str | None) -> Entry:
+    """The promotion that a rollback goes back to; raises DecisionRefused."""
+    current = champion(entries)
+    promotions = [entry for entry in entries if entry.kind == "promoted"]
+    before = [entry for entry in promotions if current is None or entry.body["version"] != current.body["version"]]
+    if to is not None:
+        before = [entry for entry in before if entry.body["version"] == to]
+    if not before:
+        known = sorted({str(entry.body["version"]) for entry in promotions}, key=_number)
+        what = "no earlier champion" if to is None else f"no version {to} among the earlier champions"
+        raise DecisionRefused(f"there is {what} to go back to; promoted so far: {', '.join(known) or '(none)'}")
+    if to is None and current is not None and current.kind == "rolled_back":
+        # Back from a rollback is further back, not forward to what was just left.
+        earlier = [entry for entry in before if entry.seq < current.body["promoted_seq"]]
+        if not earlier:
+            raise DecisionRefused("there is no champion before this one; name one that was promoted with --to")
+        return earlier[-1]
+    return before[-1]
+
+
+def _number(version: str) -> tuple[int, str]:
+    return (int(version), "") if version.isdigit() else (0, version)
+
+
+def _expect_person(by: Principal) -> None:
+    if by.method == "machine":
+        raise DecisionRefused(f"{by.name} is a machine; machines may request, only people decide")
+
+
+def _expect_reason(reason: str) -> str:
+    if not reason.strip():
+        raise ConfigError("a decision needs a --reason that others can read later")
+    if len(reason) > 2000:
+        raise ConfigError("a --reason has at most 2000 characters")
+    return reason.strip()
+
+
+def _expect(state: State, allowed: tuple[Status, ...], wanted: str) -> None:
+    if state.status in allowed:
+        return
+    decision = state.decision
+    who = f" by {decision.actor.name} at {decision.at}" if decision is not None else ""
+    hints: dict[Status, str] = {
+        "waiting": "it waits for a person's approval (visionloop approve)",
+        "approved": f"it was approved{who}; `visionloop reject --withdraw` takes that back, `visionloop promote` uses it",
+        "expired": f"its approval{who} has expired; approve it again",
+        "rejected": f"it was rejected{who}: {decision.body['reason'] if decision else ''}",
+        "champion": "it is the champion",
+        "retired": "it was champion before; `visionloop rollback --to` goes back to it",
+    }
+    raise DecisionRefused(f"version {state.version} cannot be {wanted}: {hints[state.status]}")
+
+
+def _expect_fresh(entries: Sequence[Entry], state: State) -> None:
+    """The evidence compares with one champion; when another one reigns now, it proves nothing about it."""
+    current = champion(entries)
+    compared = state.requested.body["bound"].get("champion", "unknown")
+    reigning = "none" if current is None else current.body["engine"]
+    if compared != reigning:
+        was = "no champion" if compared == "none" else f"champion engine {compared[:12]}"
+        now = "there is none" if current is None else f"version {current.body['version']} reigns"
+        raise DecisionRefused(
+            f"version {state.version} was judged against {was}, but now {now}: its evidence is stale. "
+            f"Run the training again; everything but the comparison comes from the store"
+        )

@@ -1,0 +1,208 @@
+"""From an approved candidate to what servers serve, and back.
+
+Order: everything is checked again, the release is published and read back, then one row is appended to the ledger. That
+row is the promotion; what comes after (the routes that servers read, MLflow's alias) projects it and can be repeated by
+anyone at any time. A process that dies before the row changed nothing; one that dies after it leaves projections that are
+behind, which `reconcile` reports and repairs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.contracts import (
+    DecisionRefused,
+    Record,
+    RegistryUnavailable,
+    Route,
+    Routes,
+    StoreError,
+    TamperedArtefact,
+    VisionloopError,
+)
+from components.releases import ReleaseStore
+from registry import approval
+from registry.ledger import Entry, Principal
+from registry.models import Registry, bound_in, release_in
+
+FLOW = Principal(name="flows/promote", method="machine")
+_ROUNDS = 5
+
+
+class Difference(Record):
+    """Something that does not say what the ledger says."""
+
+    what: str
+    expected: str
+    found: str
+    repaired: bool = False
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An approved version whose files are the approved ones."""
+
+    version: str
+    release: str
+    approved: Entry
+
+
+class Promotion:
+    """Moves one model's champion."""
+
+    def __init__(self, registry: Registry, releases: ReleaseStore, model: str) -> None:
+        self.registry = registry
+        self.ledger = registry.ledger
+        self.releases = releases
+        self.model = model
+
+    def check(self, version: str) -> Checked:
+        """Whether an approved version may go live now: rules, every byte, every digest. Publishes its release.
+
+        Raises DecisionRefused, TamperedArtefact or RegistryUnavailable; nothing has moved then.
+        """
+        entries = self.ledger.entries(self.model)
+        state, approved = approval.promotable(entries, version, self.ledger.now())
+        with self.registry.bundle(self.model, version, state.requested.body["manifest_sha256"]) as (bundle, _):
+            found = bound_in(bundle)
+            bound = approved.body["bound"]
+            changed = sorted(name for name in {*found, *bound} if found.get(name) != bound.get(name))
+            if changed:
+                raise DecisionRefused(
+                    f"the approval of version {version} is void: {', '.join(changed)} changed since {approved.actor.name} "
+                    f"approved it. Nothing was moved; register the model anew"
+                )
+            if found["verdict"] != "pass":
+                raise DecisionRefused(f"the gates did not pass version {version}; it cannot be promoted")
+            with tempfile.TemporaryDirectory(prefix="visionloop-release-") as scratch:
+                digest = self.releases.publish(release_in(bundle, out=Path(scratch)))
+        self.releases.verify(self.model, digest)
+        return Checked(version, digest, approved)
+
+    def move(self, checked: Checked) -> Entry:
+        """Append the promotion, unless anything changed since the check. The champion has moved when this returns."""
+        return self.ledger.decide(model=self.model, actor=FLOW, rule=approval.promote(checked.version, checked.release))
+
+    def promote(self, version: str) -> Entry:
+        """Check, move, project, read back. Repeating it after any failure goes on where it stopped."""
+        entry = self.reigning(version)
+        if entry is None:
+            entry = self.move(self.check(version))
+        self.project()
+        self.read_back()
+        return entry
+
+    def reigning(self, version: str) -> Entry | None:
+        """The row that promoted this version, where it is champion already: what is left to do is to project it."""
+        current = approval.champion(self.ledger.entries(self.model))
+        promoted = current is not None and current.kind == "promoted" and current.body["version"] == version
+        return current if promoted else None
+
+    def rollback(self, to: str | None, by: Principal, reason: str, *, told: Callable[[str], None] = lambda _: None) -> Entry:
+        """Make an earlier champion the champion again; its release is verified before anything moves."""
+        entries = self.ledger.entries(self.model)
+        current = approval.champion(entries)
+        if current is None:
+            raise DecisionRefused(f"{self.model} has no champion to roll back from")
+        target = approval.rollback_target(entries, to)
+        self.releases.verify(self.model, target.body["release"])
+        rule = approval.rollback(target.body["version"], by, reason, leaving=current.seq)
+        entry = self.ledger.decide(model=self.model, actor=by, rule=rule)
+        self._route(entry)
+        told(f"moved: version {entry.body['version']} is champion again (ledger row {entry.seq}); servers switch to it now")
+        self.project()
+        self.read_back()
+        return entry
+
+    def project(self) -> None:
+        """Write what the ledger says into the routes and MLflow's alias, until the ledger says nothing newer."""
+        for _ in range(_ROUNDS):
+            entry = self._champion()
+            self._route(entry)
+            self.registry.point_alias(self.model, entry)
+            if self._champion().seq == entry.seq:
+                return
+        raise RegistryUnavailable(f"the champion of {self.model} keeps changing; run `visionloop reconcile --repair` later")
+
+    def read_back(self) -> None:
+        """Raise unless routes, alias and release say what the ledger says."""
+        differences = self.differences()
+        if differences:
+            listed = "; ".join(f"{d.what} is {d.found}, expected {d.expected}" for d in differences)
+            raise StoreError(f"read back after the move: {listed}. Run `visionloop reconcile --repair`")
+
+    def differences(self) -> list[Difference]:
+        """Where routes, MLflow's alias or the published release do not say what the ledger says."""
+        entry = approval.champion(self.ledger.entries(self.model))
+        alias = self.registry.alias(self.model)
+        try:
+            routes: Routes | str | None = self.releases.routes(self.model)
+        except (TamperedArtefact, StoreError) as error:
+            routes = str(error)
+        if entry is None:
+            found = [Difference(what="MLflow's alias champion", expected="none", found=f"version {alias}")] if alias else []
+            if routes is not None:
+                found.append(Difference(what="the routes", expected="none", found=_shown(routes)))
+            return found
+        found = []
+        wanted = _routes_of(self.model, entry)
+        if routes != wanted:
+            found.append(Difference(what="the routes", expected=_shown(wanted), found=_shown(routes)))
+        if alias != entry.body["version"]:
+            expected, actual = f"version {entry.body['version']}", f"version {alias}" if alias else "none"
+            found.append(Difference(what="MLflow's alias champion", expected=expected, found=actual))
+        try:
+            self.releases.verify(self.model, entry.body["release"])
+        except StoreError as error:
+            found.append(Difference(what="the release", expected=str(entry.body["release"]), found=str(error)))
+        return found
+
+    def reconcile(self, *, repair: bool) -> list[Difference]:
+        """Report what does not say what the ledger says; with `repair`, make it say so. The ledger is never changed."""
+        found = self.differences()
+        if not found or not repair:
+            return found
+        entry = approval.champion(self.ledger.entries(self.model))
+        if entry is None:
+            # Somebody pointed at a version that nobody approved: nothing may be served from that.
+            return found
+        if any(difference.what == "the release" for difference in found):
+            self._publish_again(entry)
+        self.project()
+        left = {difference.what for difference in self.differences()}
+        return [d.model_copy(update={"repaired": d.what not in left}) for d in found]
+
+    def _publish_again(self, entry: Entry) -> None:
+        with suppress(VisionloopError):  # what is left is reported
+            version, manifest = entry.body["version"], entry.body["manifest_sha256"]
+            with self.registry.bundle(self.model, version, manifest) as (bundle, _):
+                with tempfile.TemporaryDirectory(prefix="visionloop-release-") as scratch:
+                    release = release_in(bundle, out=Path(scratch))
+                    if release.record.digest() == entry.body["release"]:
+                        self.releases.publish(release)
+
+    def _champion(self) -> Entry:
+        entry = approval.champion(self.ledger.entries(self.model))
+        if entry is None:
+            raise DecisionRefused(f"{self.model} has no champion")
+        return entry
+
+    def _route(self, entry: Entry) -> None:
+        self.releases.move(_routes_of(self.model, entry))
+
+
+def _routes_of(model: str, entry: Entry) -> Routes:
+    route = Route(release=entry.body["release"], version=entry.body["version"], role="champion", weight=1.0)
+    return Routes(model=model, generation=entry.seq, routes=(route,))
+
+
+def _shown(routes: Routes | str | None) -> str:
+    if routes is None:
+        return "none"
+    if isinstance(routes, str):
+        return routes
+    return f"generation {routes.generation}: " + ", ".join(f"{r.role} version {r.version}" for r in routes.routes)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import evidence
+
+from components import releases
+from components.contracts import (
+    ConfigError,
+    RegistryUnavailable,
+    Release,
+    Route,
+    Routes,
+    SchemaTooNew,
+    Stored,
+    StoreError,
+    TamperedArtefact,
+)
+from components.releases import ReleaseStore, safe_name
+from components.store import MANIFEST, seal, unseal
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """Address of an S3 server with conditional writes."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    kept = dict(os.environ)
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    boto3.client("s3").create_bucket(Bucket="releases")
+    yield "s3://releases"
+    server.stop()
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ReleaseStore:
+    if request.param == "folder":
+        return ReleaseStore(str(tmp_path / "store"))
+    bucket: str = request.getfixturevalue("bucket")
+    return ReleaseStore(f"{bucket}/{tmp_path.name.replace('_', '-').replace('[', '').replace(']', '')}")
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Stored[Release]:
+    from registry.models import release_in
+
+    evidence(tmp_path, "m")
+    return release_in(tmp_path / "m-d1", out=tmp_path / "release")
+
+
+def routes(digest: str, generation: int) -> Routes:
+    return Routes(
+        model="m", generation=generation, routes=(Route(release=digest, version="1", role="champion", weight=1.0),)
+    )
+
+
+def overwrite(store: ReleaseStore, name: str, data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "overwrite"
+    path.write_bytes(data)
+    store._objects.put(name, path)
+
+
+def test_what_is_published_is_what_is_fetched(store: ReleaseStore, release: Stored[Release], tmp_path: Path) -> None:
+    digest = store.publish(release)
+    assert digest == release.record.digest()
+    assert store.publish(release) == digest
+    assert store.published("m") == [digest]
+    assert store.verify("m", digest) == release.record
+    fetched = store.fetch("m", digest, cache=tmp_path / "cache")
+    assert fetched.record == release.record
+    for file in release.record.files:
+        assert (fetched.folder / file.name).read_bytes() == (release.folder / file.name).read_bytes()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [digest]
+
+
+def test_a_fetched_release_needs_no_store(store: ReleaseStore, release: Stored[Release], tmp_path: Path) -> None:
+    digest = store.publish(release)
+    first = store.fetch("m", digest, cache=tmp_path / "cache")
+    gone = ReleaseStore(str(tmp_path / "nowhere"))
+    assert gone.fetch("m", digest, cache=tmp_path / "cache") == first
+
+
+def test_every_flipped_file_is_refused_and_nothing_stays(
+    store: ReleaseStore, release: Stored[Release], tmp_path: Path
+) -> None:
+    digest = store.publish(release)
+    for file in (*release.record.files, None):
+        name = f"releases/m/{digest}/{file.name if file else MANIFEST}"
+        good = store._objects.read(name, most=1 << 20)
+        assert good is not None
+        for bad in (good[:-1], good + b"x", bytes([good[0] ^ 1]) + good[1:], b""):
+            overwrite(store, name, bad, tmp_path)
+            with pytest.raises(StoreError):
+                store.fetch("m", digest, cache=tmp_path / "cache")
+            with pytest.raises(StoreError):
+                store.verify("m", digest)
+        assert list((tmp_path / "cache").glob("*")) == []
+        assert store.publish(release) == digest  # publishing again repairs
+        assert store.verify("m", digest)
+
+
+def test_a_bad_copy_of_our_own_is_fetched_anew(store: ReleaseStore, release: Stored[Release], tmp_path: Path) -> None:
+    digest = store.publish(release)
+    fetched = store.fetch("m", digest, cache=tmp_path / "cache")
+    (fetched.folder / "engine" / "model.bin").write_bytes(b"another engine")
+    again = store.fetch("m", digest, cache=tmp_path / "cache")
+    assert (again.folder / "engine" / "model.bin").read_bytes() == b"engine of d1"
+
+
+def test_a_release_that_was_never_published_is_said_to_be_missing(store: ReleaseStore, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="was not published to"):
+        store.fetch("m", "a" * 64, cache=tmp_path / "cache")
+    with pytest.raises(StoreError, match="visionloop reconcile"):
+        store.verify("m", "a" * 64)
+    assert store.routes("m") is None
+
+
+def test_a_release_of_a_newer_schema_is_refused(store: ReleaseStore, release: Stored[Release], tmp_path: Path) -> None:
+    digest = store.publish(release)
+    name = f"releases/m/{digest}/{MANIFEST}"
+    body = unseal(store._objects.read(name, most=1 << 20) or b"")
+    assert body is not None
+    body["record"]["schema_version"] = 99
+    overwrite(store, name, seal(body), tmp_path)
+    with pytest.raises(SchemaTooNew, match="schema version 99.*upgrade"):
+        store.fetch("m", digest, cache=tmp_path / "cache")
+
+
+def test_a_manifest_that_describes_another_release_is_refused(
+    store: ReleaseStore, release: Stored[Release], tmp_path: Path
+) -> None:
+    digest = store.publish(release)
+    name = f"releases/m/{digest}/{MANIFEST}"
+    body = unseal(store._objects.read(name, most=1 << 20) or b"")
+    assert body is not None
+    body["record"]["decision"]["threshold"] = 0.0
+    overwrite(store, name, seal(body), tmp_path)
+    with pytest.raises(TamperedArtefact, match="describes another release"):
+        store.fetch("m", digest, cache=tmp_path / "cache")
+
+
+def test_routes_only_move_forward(store: ReleaseStore) -> None:
+    assert store.move(routes("a" * 64, 5)).generation == 5
+    assert store.move(routes("b" * 64, 3)).generation == 5
+    assert store.routes("m") == routes("a" * 64, 5)
+    store.move(routes("b" * 64, 6))
+    assert store.routes("m") == routes("b" * 64, 6)
+
+
+def test_routes_changed_by_hand_are_refused_and_replaced(store: ReleaseStore, tmp_path: Path) -> None:
+    store.move(routes("a" * 64, 5))
+    body = routes("e" * 64, 9).to_json()
+    overwrite(store, "routes/m.json", json.dumps(body).encode(), tmp_path)
+    with pytest.raises(TamperedArtefact, match="changed by hand.*reconcile --repair"):
+        store.routes("m")
+    store.move(routes("a" * 64, 5))
+    assert store.routes("m") == routes("a" * 64, 5)
+
+
+def test_racing_movers_end_with_the_latest_generation(store: ReleaseStore) -> None:
+    threads = [threading.Thread(target=store.move, args=(routes(f"{g:064x}", g),)) for g in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = store.routes("m")
+    assert found is not None
+    assert found.generation == 8
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\b", "", "a\0b", ".."])
+def test_a_name_with_tricks_is_refused(name: str) -> None:
+    with pytest.raises(TamperedArtefact):
+        safe_name(name)
+
+
+@pytest.mark.parametrize("model", ["../m", "M", "", "a/b", "m" * 64, "%2e%2e"])
+def test_a_model_name_with_tricks_is_refused(store: ReleaseStore, model: str) -> None:
+    with pytest.raises(ConfigError):
+        store.routes(model)
+
+
+def test_a_release_that_claims_too_much_is_not_copied(
+    store: ReleaseStore, release: Stored[Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = store.publish(release)
+    monkeypatch.setattr(releases, "MAX_RELEASE_BYTES", 10)
+    with pytest.raises(StoreError, match="more than 10 bytes"):
+        store.fetch("m", digest, cache=tmp_path / "cache")
+
+
+def test_s3_down_is_said_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    store = ReleaseStore("s3://bucket/prefix")
+    with pytest.raises(RegistryUnavailable, match="s3://bucket/prefix does not answer"):
+        store.routes("m")
+
+
+def test_a_full_disk_leaves_no_half_release(
+    release: Stored[Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    store = ReleaseStore(str(tmp_path / "store"))
+    digest = store.publish(release)
+    real: Any = os.fsync
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="no space left"):
+        store.fetch("m", digest, cache=tmp_path / "cache")
+    monkeypatch.setattr(os, "fsync", real)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert store.fetch("m", digest, cache=tmp_path / "cache").record == release.record

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import datetime
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.contracts import ConfigError, DecisionRefused, UnknownName, VisionloopError
+from registry import approval
+from registry.approval import person
+from registry.ledger import Entry, Ledger, Principal
+
+ANN, BOB = person("ann"), person("Bob Müller")
+FLOW = Principal(name="flows/train", method="machine")
+DAY = datetime.timedelta(days=1)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
+    if request.param == "sqlite":
+        return Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    url: str = request.getfixturevalue("postgres")
+    import sqlalchemy as sa
+
+    with sa.create_engine(url).begin() as connection:
+        connection.execute(sa.text("DROP TABLE IF EXISTS visionloop_ledger"))
+    return Ledger(url)
+
+
+def request(ledger: Ledger, version: str, *, by: Principal = FLOW, champion: str = "none", engine: str = "") -> Entry:
+    bound = {
+        "data": f"data {version}",
+        "engines": {"e": engine or f"engine {version}"},
+        "serving": "e",
+        "release": f"release {version}",
+        "champion": champion,
+    }
+    body = {"version": version, "manifest_sha256": f"manifest {version}", "bound": bound}
+    return ledger.append("requested", model="m", subject=f"candidate {version}", actor=by, body=body, key=f"r{version}")
+
+
+def approve(ledger: Ledger, version: str, by: Principal = ANN, **options: Any) -> Entry:
+    return ledger.decide(model="m", actor=by, rule=approval.approve(version, by, "looked at it", **options))
+
+
+def reject(ledger: Ledger, version: str, by: Principal = BOB, **options: Any) -> Entry:
+    return ledger.decide(model="m", actor=by, rule=approval.reject(version, by, "not now", **options))
+
+
+def promote(ledger: Ledger, version: str) -> Entry:
+    return ledger.decide(model="m", actor=FLOW, rule=approval.promote(version, f"release {version}"))
+
+
+def rollback(ledger: Ledger, to: str | None = None, *, leaving: int | None = None) -> Entry:
+    current = ledger.champion("m")
+    seq = leaving if leaving is not None else (current.seq if current else 0)
+    return ledger.decide(model="m", actor=ANN, rule=approval.rollback(to, ANN, "it was worse", leaving=seq))
+
+
+def status(ledger: Ledger, version: str, now: datetime.datetime | None = None) -> str:
+    return approval.state_of(ledger.entries("m"), version, now or ledger.now()).status
+
+
+def reign(ledger: Ledger, *versions: str) -> None:
+    """Promote versions one after the other, each judged against the one before."""
+    for version in versions:
+        current = ledger.champion("m")
+        request(ledger, version, champion=current.body["engine"] if current else "none")
+        approve(ledger, version)
+        promote(ledger, version)
+
+
+def test_the_way_of_a_candidate(ledger: Ledger) -> None:
+    request(ledger, "1")
+    assert status(ledger, "1") == "waiting"
+    entry = approve(ledger, "1")
+    assert entry.body["bound"]["data"] == "data 1"
+    assert status(ledger, "1") == "approved"
+    promote(ledger, "1")
+    assert status(ledger, "1") == "champion"
+    request(ledger, "2", champion="engine 1")
+    approve(ledger, "2", BOB)
+    promote(ledger, "2")
+    assert (status(ledger, "1"), status(ledger, "2")) == ("retired", "champion")
+    rollback(ledger)
+    assert (status(ledger, "1"), status(ledger, "2")) == ("champion", "retired")
+
+
+def test_who_asked_for_it_cannot_approve_it_under_any_spelling(ledger: Ledger) -> None:
+    request(ledger, "1", by=person("Bob Müller"))
+    for spelling in ("Bob Müller", "bob müller", " BOB MU\u0308LLER "):
+        with pytest.raises(DecisionRefused, match="requested version 1 and cannot approve it: a second person"):
+            approve(ledger, "1", person(spelling))
+    assert status(ledger, "1") == "waiting"
+    approve(ledger, "1", ANN)
+
+
+def test_machines_do_not_decide(ledger: Ledger) -> None:
+    request(ledger, "1")
+    for rule in (approval.approve, approval.reject):
+        with pytest.raises(DecisionRefused, match="machines may request, only people decide"):
+            rule("1", FLOW, "why not")
+    with pytest.raises(DecisionRefused, match="only people decide"):
+        approval.rollback(None, FLOW, "why not", leaving=1)
+
+
+@pytest.mark.parametrize("name", ["", "  ", "flows/train", "a\nb", "x" * 129, "\u200b"])
+def test_a_name_that_names_nobody_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--as"):
+        person(name)
+
+
+def test_a_decision_needs_a_reason(ledger: Ledger) -> None:
+    request(ledger, "1")
+    with pytest.raises(ConfigError, match="--reason"):
+        approval.approve("1", ANN, "  ")
+
+
+def test_an_approval_expires_and_can_be_given_again(ledger: Ledger) -> None:
+    request(ledger, "1")
+    approve(ledger, "1", days=0.000001)
+    later = ledger.now() + DAY
+    assert status(ledger, "1", later) == "expired"
+    with pytest.raises(DecisionRefused, match="its approval by ann .* has expired; approve it again"):
+        approval.promotable(ledger.entries("m"), "1", later)
+    while status(ledger, "1") != "expired":
+        pass
+    with pytest.raises(DecisionRefused, match="expired"):
+        promote(ledger, "1")
+    approve(ledger, "1", BOB)
+    promote(ledger, "1")
+
+
+@pytest.mark.parametrize("days", [0, -1, 366, float("nan")])
+def test_an_approval_has_a_sane_length(days: float) -> None:
+    with pytest.raises(ConfigError, match="days"):
+        approval.approve("1", ANN, "why", days=days)
+
+
+def test_a_decision_is_made_once(ledger: Ledger) -> None:
+    request(ledger, "1")
+    approve(ledger, "1")
+    with pytest.raises(DecisionRefused, match="it was approved by ann"):
+        approve(ledger, "1", BOB)
+    with pytest.raises(DecisionRefused, match="--withdraw"):
+        reject(ledger, "1")
+    reject(ledger, "1", withdraw=True)
+    assert status(ledger, "1") == "rejected"
+    with pytest.raises(DecisionRefused, match="it was rejected by Bob Müller"):
+        approve(ledger, "1")
+    with pytest.raises(DecisionRefused, match="rejected"):
+        promote(ledger, "1")
+
+
+def test_what_is_not_approved_is_not_promoted(ledger: Ledger) -> None:
+    request(ledger, "1")
+    with pytest.raises(DecisionRefused, match="waits for a person's approval"):
+        promote(ledger, "1")
+    with pytest.raises(UnknownName, match="valid: 1"):
+        promote(ledger, "7")
+    approve(ledger, "1")
+    with pytest.raises(DecisionRefused, match="release other is not the one"):
+        ledger.decide(model="m", actor=FLOW, rule=approval.promote("1", "other"))
+    assert ledger.champion("m") is None
+
+
+def test_an_approval_for_other_digests_is_void(ledger: Ledger) -> None:
+    requested = request(ledger, "1")
+    body = {**requested.body, "bound": {**requested.body["bound"], "data": "other"}}
+    body |= {"requested_seq": requested.seq, "reason": "r", "expires_at": (ledger.now() + DAY).isoformat()}
+    ledger.append("approved", model="m", subject="s", actor=ANN, body=body, key="forged")
+    with pytest.raises(DecisionRefused, match="it is void"):
+        promote(ledger, "1")
+
+
+def test_an_approval_row_of_a_machine_or_of_the_requester_is_void(ledger: Ledger) -> None:
+    """Whoever writes into the database past the rules still promotes nothing."""
+    for version, by, requester in (("1", FLOW, BOB), ("2", BOB, BOB)):
+        requested = request(ledger, version, by=requester)
+        body = {**requested.body, "reason": "r", "expires_at": (ledger.now() + DAY).isoformat()}
+        ledger.append("approved", model="m", subject="s", actor=by, body=body, key=f"forged {version}")
+        with pytest.raises(DecisionRefused, match="not approved by a second person"):
+            promote(ledger, version)
+
+
+def test_evidence_against_another_champion_is_stale(ledger: Ledger) -> None:
+    request(ledger, "1")
+    request(ledger, "2")
+    approve(ledger, "1")
+    approve(ledger, "2")
+    promote(ledger, "1")
+    with pytest.raises(DecisionRefused, match="judged against no champion, but now version 1 reigns.*stale"):
+        promote(ledger, "2")
+    request(ledger, "3")
+    with pytest.raises(DecisionRefused, match="stale"):
+        approve(ledger, "3")
+
+
+def test_a_repeated_promotion_is_one_row(ledger: Ledger) -> None:
+    reign(ledger, "1")
+    assert promote(ledger, "1") == ledger.champion("m")
+    assert [e.kind for e in ledger.entries("m")].count("promoted") == 1
+
+
+def test_rolling_back_goes_back_and_not_forth(ledger: Ledger) -> None:
+    with pytest.raises(DecisionRefused, match="no champion to roll back from"):
+        rollback(ledger)
+    reign(ledger, "1")
+    with pytest.raises(DecisionRefused, match="there is no earlier champion to go back to; promoted so far: 1"):
+        rollback(ledger)
+    reign(ledger, "2", "3")
+    assert rollback(ledger).body["version"] == "2"
+    assert rollback(ledger).body["version"] == "1"
+    with pytest.raises(DecisionRefused, match="no champion before this one"):
+        rollback(ledger)
+    assert rollback(ledger, "3").body["version"] == "3"
+    with pytest.raises(DecisionRefused, match="no version 9 among the earlier champions.*promoted so far: 1, 2, 3"):
+        rollback(ledger, "9")
+    assert ledger.champion("m").body["release"] == "release 3"  # type: ignore[union-attr]
+
+
+def test_of_two_rollbacks_at_once_one_happens(ledger: Ledger) -> None:
+    reign(ledger, "1", "2", "3")
+    seen = ledger.champion("m")
+    assert seen is not None
+    rollback(ledger, leaving=seen.seq)
+    with pytest.raises(DecisionRefused, match="the champion changed meanwhile: version 2 reigns"):
+        rollback(ledger, leaving=seen.seq)
+
+
+def race(*actions: Any) -> list[str]:
+    def attempt(action: Any) -> str:
+        try:
+            action()
+        except VisionloopError as error:
+            return type(error).__name__
+        return "done"
+
+    with ThreadPoolExecutor(len(actions)) as pool:
+        return list(pool.map(attempt, actions))
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_of_racing_deciders_exactly_one_wins(ledger: Ledger, attempt: int) -> None:
+    url = ledger.url
+    for version in ("1", "2", "3"):
+        request(ledger, version)
+    outcome = race(lambda: approve(Ledger(url), "1", ANN), lambda: approve(Ledger(url), "1", BOB))
+    assert sorted(outcome) == ["DecisionRefused", "done"]
+    outcome = race(lambda: approve(Ledger(url), "2", ANN), lambda: reject(Ledger(url), "2", BOB))
+    assert sorted(outcome) == ["DecisionRefused", "done"]
+    approve(ledger, "3")
+    if status(ledger, "2") == "rejected":
+        assert len([e for e in ledger.entries("m") if e.body["version"] == "2" and e.kind == "approved"]) == 0
+    outcome = race(*[lambda v=v: promote(Ledger(url), v) for v in ("1", "3")])
+    assert sorted(outcome) == ["DecisionRefused", "done"]
+    assert [e.kind for e in ledger.entries("m")].count("promoted") == 1
+
+
+def test_who_served_at_a_moment(ledger: Ledger) -> None:
+    before = ledger.now()
+    reign(ledger, "1", "2")
+    moves = [e for e in ledger.entries("m") if e.kind == "promoted"]
+    assert approval.served_at(ledger.entries("m"), before) is None
+    between = datetime.datetime.fromisoformat(moves[1].at) - datetime.timedelta(microseconds=1)
+    for moment, expected in ((between, "1"), (ledger.now() + DAY, "2")):
+        served = approval.served_at(ledger.entries("m"), moment)
+        assert served is not None
+        assert served.body["version"] == expected
+
+
+def test_a_clock_that_is_set_back_does_not_reorder_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    reign(ledger, "1")
+    real = ledger._now
+    monkeypatch.setattr(ledger, "_now", lambda connection: real(connection) - datetime.timedelta(hours=1))
+    request(ledger, "2", champion="engine 1")
+    approve(ledger, "2")
+    promote(ledger, "2")
+    times = [entry.at for entry in ledger.entries("m")]
+    assert times == sorted(times)
+    served = approval.served_at(ledger.entries("m"), datetime.datetime.fromisoformat(times[-1]))
+    assert served is not None
+    assert served.body["version"] == "2"

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from bundles import evidence
+from failpoints import Died, Failpoints
+from mlflow import MlflowClient
+
+from components import releases as releases_module
+from components.contracts import DecisionRefused, RegistryUnavailable, TamperedArtefact, VisionloopError
+from components.releases import ReleaseStore
+from registry import approval, models, promotion
+from registry.approval import person
+from registry.ledger import Ledger
+from registry.models import CHAMPION, Registry, bound_in
+from registry.promotion import Promotion
+
+ANN, BOB = person("ann"), person("bob")
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+Desk = Callable[[str], Promotion]
+
+
+@pytest.fixture
+def desk(uri: str, tmp_path: Path) -> Desk:
+    """A fresh Promotion each call, as a new process would have it."""
+
+    def fresh(model: str) -> Promotion:
+        registry = Registry(uri, Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), artifacts=tmp_path / "artifacts")
+        return Promotion(registry, ReleaseStore(str(tmp_path / "releases")), model)
+
+    return fresh
+
+
+def candidate(desk: Promotion, tmp_path: Path, digest: str, *, approved: bool = True) -> str:
+    """Register (and approve) a candidate that was judged against today's champion; returns its version."""
+    champion = desk.ledger.champion(desk.model)
+    engine = champion.body["engine"] if champion else None
+    given = evidence(tmp_path, desk.model, digest=digest, champion_engine=engine)
+    version: str = desk.registry.register(given).version  # type: ignore[union-attr]
+    if approved:
+        desk.ledger.decide(model=desk.model, actor=ANN, rule=approval.approve(version, ANN, "good figures"))
+    return version
+
+
+def assert_invariants(desk: Promotion) -> None:
+    """champion -> gated, approved by a person, every digest verifies; one champion; the chain holds."""
+    entries = desk.ledger.entries(desk.model)
+    routes = desk.releases.routes(desk.model)
+    champion = approval.champion(entries)
+    if routes is not None:
+        (route,) = routes.routes
+        row = next(e for e in entries if e.seq == routes.generation)
+        assert row.kind in ("promoted", "rolled_back")
+        assert (row.body["release"], row.body["version"]) == (route.release, route.version)
+        desk.releases.verify(desk.model, route.release)
+    if champion is None:
+        assert routes is None
+        assert desk.registry.alias(desk.model) is None
+        return
+    rows = {entry.seq: entry for entry in entries}
+    promoted = rows[champion.body["promoted_seq"]] if champion.kind == "rolled_back" else champion
+    approved = rows[promoted.body["approved_seq"]]
+    requested = rows[promoted.body["requested_seq"]]
+    assert (requested.kind, requested.body["status"]) == ("requested", "pass")
+    assert approved.kind == "approved"
+    assert approved.actor.method == "declared"
+    assert approved.body["bound"] == requested.body["bound"]
+    desk.releases.verify(desk.model, champion.body["release"])
+
+
+def test_promotion_moves_ledger_routes_and_alias(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("moves")
+    version = candidate(mine, tmp_path, "a")
+    entry = mine.promote(version)
+    assert mine.differences() == []
+    assert mine.registry.alias("moves") == version
+    routes = mine.releases.routes("moves")
+    assert routes is not None
+    assert (routes.generation, routes.routes[0].release) == (entry.seq, entry.body["release"])
+    assert mine.promote(version) == entry
+    assert_invariants(mine)
+    fetched = mine.releases.fetch("moves", entry.body["release"], cache=tmp_path / "cache")
+    assert (fetched.folder / "engine" / "model.bin").read_bytes() == b"engine of a"
+
+
+def test_rollback_moves_everything_back(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("back")
+    first, second = None, None
+    first = mine.promote(candidate(mine, tmp_path, "a"))
+    second = mine.promote(candidate(mine, tmp_path, "b"))
+    lines: list[str] = []
+    entry = mine.rollback(None, BOB, "complaints", told=lines.append)
+    assert entry.body["version"] == first.body["version"]
+    assert entry.body["previous"]["version"] == second.body["version"]
+    assert mine.differences() == []
+    assert "servers switch to it now" in lines[0]
+    assert_invariants(mine)
+
+
+def test_rollback_to_a_release_that_was_tampered_with_moves_nothing(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("damaged")
+    first = mine.promote(candidate(mine, tmp_path, "a"))
+    second = mine.promote(candidate(mine, tmp_path, "b"))
+    (tmp_path / "releases" / "releases" / "damaged" / first.body["release"] / "engine" / "model.bin").write_bytes(b"x")
+    with pytest.raises(TamperedArtefact, match=r"engine/model.bin of release .* is missing or was changed"):
+        mine.rollback(None, BOB, "complaints")
+    assert mine.ledger.champion("damaged") == second
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("engines/e/model.bin", "engine"),
+        ("checkpoint/weights.safetensors", "weights"),
+        ("evidence/verdict.json", "verdict"),
+        ("evidence/splits.json", "split"),
+        ("evidence/dataset.json", "data"),
+        ("evidence/e.evaluation.json", "evidence"),
+        ("release/golden.safetensors", "golden"),
+        ("evidence/release.json", "release"),
+    ],
+)
+def test_any_change_after_the_approval_voids_it(desk: Desk, tmp_path: Path, uri: str, name: str, what: str) -> None:
+    """Also when whoever changed a file made a fitting manifest: the ledger's digest decides."""
+    mine = desk(f"void-{what}")
+    version = candidate(mine, tmp_path, "a")
+    found = MlflowClient(uri).get_model_version(mine.model, version)
+    (path,) = (tmp_path / "artifacts").rglob(f"{mine.model}/**/{name}")
+    path.write_bytes(path.read_bytes().replace(b"0", b"1").replace(b"a", b"b"))
+    assert found is not None
+    with pytest.raises(TamperedArtefact):
+        mine.promote(version)
+    assert mine.ledger.champion(mine.model) is None
+    assert_invariants(mine)
+
+
+def test_a_bundle_of_other_digests_than_approved_is_refused(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = desk("other")
+    version = candidate(mine, tmp_path, "a")
+    real = bound_in
+    monkeypatch.setattr(promotion, "bound_in", lambda folder: {**real(folder), "policy": "laxer", "data": "more"})
+    with pytest.raises(DecisionRefused, match="is void: data, policy changed since ann approved it"):
+        mine.promote(version)
+    assert_invariants(mine)
+
+
+def test_two_promotions_at_once_end_with_one_champion(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("race")
+    versions = [candidate(mine, tmp_path, digest) for digest in ("a", "b")]
+
+    def attempt(version: str) -> str:
+        try:
+            desk("race").promote(version)
+        except VisionloopError as error:
+            return type(error).__name__
+        return "done"
+
+    with ThreadPoolExecutor(2) as pool:
+        outcome = list(pool.map(attempt, versions))
+    assert sorted(outcome) == ["DecisionRefused", "done"]
+    assert mine.differences() == []
+    assert_invariants(mine)
+
+
+def test_the_alias_moved_by_hand_is_reported_and_repaired(desk: Desk, tmp_path: Path, uri: str) -> None:
+    mine = desk("hand")
+    version = candidate(mine, tmp_path, "a")
+    other = candidate(mine, tmp_path, "b", approved=False)
+    client = MlflowClient(uri)
+    client.set_registered_model_alias("hand", CHAMPION, other)
+    (difference,) = mine.reconcile(repair=True)
+    assert (difference.expected, difference.found, difference.repaired) == ("none", f"version {other}", False)
+    client.delete_registered_model_alias("hand", CHAMPION)
+    mine.promote(version)
+    assert mine.reconcile(repair=False) == []
+    client.set_registered_model_alias("hand", CHAMPION, other)
+    (difference,) = mine.reconcile(repair=False)
+    assert (difference.what, difference.expected, difference.found) == (
+        "MLflow's alias champion",
+        f"version {version}",
+        f"version {other}",
+    )
+    assert mine.registry.alias("hand") == other
+    (difference,) = mine.reconcile(repair=True)
+    assert difference.repaired
+    assert mine.registry.alias("hand") == version
+
+
+def test_routes_and_releases_that_were_lost_or_changed_are_repaired(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("lost")
+    entry = mine.promote(candidate(mine, tmp_path, "a"))
+    shutil.rmtree(tmp_path / "releases")
+    whats = {difference.what: difference.repaired for difference in mine.reconcile(repair=True)}
+    assert whats == {"the routes": True, "the release": True}
+    path = tmp_path / "releases" / "routes" / "lost.json"
+    path.write_text(json.dumps({"model": "lost"}))
+    (difference,) = mine.reconcile(repair=True)
+    assert "changed by hand" in difference.found
+    assert difference.repaired
+    assert mine.releases.verify("lost", entry.body["release"])
+    assert mine.differences() == []
+
+
+def test_mlflow_down_after_a_rollback_leaves_servers_on_the_right_release(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("down")
+    first = mine.promote(candidate(mine, tmp_path, "a"))
+    mine.promote(candidate(mine, tmp_path, "b"))
+    broken = Promotion(Registry("http://127.0.0.1:9", mine.ledger, artifacts=None), mine.releases, "down")
+    with pytest.raises(RegistryUnavailable, match="MLflow"):
+        broken.rollback(None, BOB, "complaints")
+    routes = mine.releases.routes("down")
+    assert routes is not None
+    assert routes.routes[0].release == first.body["release"]
+    assert [d.repaired for d in mine.reconcile(repair=True)] == [True]
+
+
+def test_an_expired_approval_promotes_nothing(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = desk("late")
+    version = candidate(mine, tmp_path, "a")
+    real = mine.ledger._now
+    monkeypatch.setattr(mine.ledger, "_now", lambda connection: real(connection) + datetime.timedelta(days=8))
+    with pytest.raises(DecisionRefused, match="expired"):
+        mine.promote(version)
+    assert mine.releases.published("late") == []
+
+
+def places() -> list[tuple[Any, str]]:
+    """Where a promotion touches the world."""
+    return [
+        (os, "replace"),
+        (os, "rename"),
+        (os, "fsync"),
+        (shutil, "copyfile"),
+        (releases_module, "write_atomically"),
+        (models, "verify_bundle"),
+        (promotion, "bound_in"),
+        (MlflowClient, "set_registered_model_alias"),
+        (MlflowClient, "set_model_version_tag"),
+        (MlflowClient, "get_model_version_by_alias"),
+        (Ledger, "_append"),
+        (Ledger, "decide"),
+        (Ledger, "entries"),
+        (ReleaseStore, "publish"),
+        (ReleaseStore, "verify"),
+        (ReleaseStore, "move"),
+    ]
+
+
+@pytest.mark.parametrize("what", ["promote", "rollback"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_death_at_any_call_leaves_a_truth_and_running_again_ends_the_same(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, when: Literal["before", "after"]
+) -> None:
+    hits, nth = [], 0
+    while True:
+        nth += 1
+        mine = desk(f"{what}-{when}-{nth}")
+        first = candidate(mine, tmp_path, "a")
+        if what == "rollback":
+            mine.promote(first)
+            mine.promote(candidate(mine, tmp_path, "b"))
+
+        def act(target: Promotion, version: str = first) -> Any:
+            current = target.ledger.champion(target.model)
+            if what == "promote":
+                return target.promote(version)
+            if current is not None and current.kind == "rolled_back":
+                return target.reconcile(repair=True)
+            return target.rollback(version, BOB, "complaints")
+
+        points = Failpoints(places(), nth=nth, when=when)
+        with monkeypatch.context() as patched:
+            points(patched)
+            try:
+                act(mine)
+                died = False
+            except Died:
+                died = True
+        hits.append(points.hit)
+        survivor = desk(mine.model)
+        assert_invariants(survivor)
+        act(survivor)
+        assert_invariants(survivor)
+        assert survivor.differences() == []
+        moves = [e for e in survivor.ledger.entries(survivor.model) if e.kind in ("promoted", "rolled_back")]
+        assert len(moves) == (1 if what == "promote" else 3)
+        champion = survivor.ledger.champion(survivor.model)
+        assert champion is not None
+        assert champion.body["version"] == first
+        if not died:
+            break
+    assert nth > 15
+    assert {"replace", "fsync", "_append", "set_registered_model_alias", "move"} <= set(hits)
