@@ -628,8 +628,11 @@ class Target(Protocol):
         """Write the engine's files into `out`; raises ExportError."""
         ...
 
-    def load(self, engine: Stored[Engine], *, num_threads: int) -> Predictor:
-        """Open a verified engine; raises EngineUnavailable where this machine cannot execute it."""
+    def load(self, engine: Stored[Engine], *, num_threads: int, num_streams: int = 1) -> Predictor:
+        """Open a verified engine; raises EngineUnavailable where this machine cannot execute it.
+
+        With `num_streams` > 1 that many threads may call `predict` at once, sharing `num_threads` threads of the runtime.
+        """
         ...
 
 

@@ -40,9 +40,10 @@ class Target(BaseModel):
             raise ExportError(f"ONNX Runtime cannot load the exported graph: {error}") from error
         return Built(entry=_ENTRY, runtime=f"onnxruntime {onnxruntime.__version__}")
 
-    def load(self, engine: Stored[Engine], *, num_threads: int) -> _Predictor:
+    def load(self, engine: Stored[Engine], *, num_threads: int, num_streams: int = 1) -> _Predictor:
         try:
-            return _Predictor(_session(engine.folder / engine.record.entry, num_threads))
+            # A session may be called from many threads; each call then has its share of the runtime's threads.
+            return _Predictor(_session(engine.folder / engine.record.entry, max(1, num_threads // num_streams)))
         except ImportError as error:
             raise EngineUnavailable(f"onnxruntime is not installed: {error}") from error
 

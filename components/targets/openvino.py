@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -58,22 +59,25 @@ class Target(BaseModel):
         )
         return quantised, len(images)
 
-    def load(self, engine: Stored[Engine], *, num_threads: int) -> _Predictor:
-        return _Predictor(compiled(engine.folder / engine.record.entry, hint="LATENCY", num_threads=num_threads))
+    def load(self, engine: Stored[Engine], *, num_threads: int, num_streams: int = 1) -> _Predictor:
+        path = engine.folder / engine.record.entry
+        return _Predictor(compiled(path, hint="LATENCY", num_threads=num_threads, num_streams=num_streams))
 
 
-def compiled(path: Path, *, hint: Literal["LATENCY", "THROUGHPUT"], num_threads: int) -> Any:
+def compiled(path: Path, *, hint: Literal["LATENCY", "THROUGHPUT"], num_threads: int, num_streams: int | None = None) -> Any:
     """The model ready to run on the CPU; raises EngineUnavailable without OpenVINO."""
     try:
         import openvino
     except ImportError as error:
         raise EngineUnavailable(f"openvino is not installed: {error}") from error
-    settings = {
+    settings: dict[str, str | int] = {
         "PERFORMANCE_HINT": hint,
         # On processors with AMX the default is bf16, which is neither fp32 nor the reference's answer.
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": num_threads,
     }
+    if num_streams is not None and num_streams > 1:
+        settings["NUM_STREAMS"] = num_streams
     return openvino.Core().compile_model(path, "CPU", settings)
 
 
@@ -108,8 +112,13 @@ def _int8_constants(model: Any) -> int:
 
 class _Predictor:
     def __init__(self, model: Any) -> None:
-        self._request = model.create_infer_request()
+        self._model = model
+        self._own = threading.local()
 
     def predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        found = self._request.infer({"images": images})
+        request = getattr(self._own, "request", None)
+        if request is None:
+            # A request holds its own tensors: one for each thread that calls.
+            request = self._own.request = self._model.create_infer_request()
+        found = request.infer({"images": images})
         return found["logits"].copy(), found["embedding"].copy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ class Target(BaseModel):
             config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
         return self.compute_capabilities
 
-    def load(self, engine: Stored[Engine], *, num_threads: int) -> _Predictor:
+    def load(self, engine: Stored[Engine], *, num_threads: int, num_streams: int = 1) -> _Predictor:
         if not _has_gpu():
             raise EngineUnavailable("built, not executed here: TensorRT needs an NVIDIA GPU and its driver")
         trt = _library(engine.record.runtime.split()[0], EngineUnavailable)
@@ -117,12 +118,15 @@ class _Predictor:
         self._engine = engine
         self._context = engine.create_execution_context()
         self._max_batch = max_batch
+        # An execution context belongs to one caller at a time.
+        self._lock = threading.Lock()
 
     def predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        pieces = [
-            self._predict(np.ascontiguousarray(images[i : i + self._max_batch]))
-            for i in range(0, len(images), self._max_batch)
-        ]
+        with self._lock:
+            pieces = [
+                self._predict(np.ascontiguousarray(images[i : i + self._max_batch]))
+                for i in range(0, len(images), self._max_batch)
+            ]
         return np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces])
 
     def _predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -39,12 +39,12 @@ class Target(BaseModel):
         (out / _ENTRY).write_text(json.dumps(checkpoint.record.to_json()))
         return Built(entry=_ENTRY, runtime=f"torch {torch.__version__}")
 
-    def load(self, engine: Stored[Engine], *, num_threads: int) -> _Predictor:
+    def load(self, engine: Stored[Engine], *, num_threads: int, num_streams: int = 1) -> _Predictor:
         import torch
 
         from components.checkpoints import restore
 
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(max(1, num_threads // num_streams))
         record = Checkpoint.read(json.loads((engine.folder / engine.record.entry).read_text()))
         return _Predictor(restore(Stored(record, engine.folder)))
 

@@ -22,7 +22,8 @@ from components.contracts import (
     StoreError,
     TamperedArtefact,
 )
-from components.releases import ReleaseStore, safe_name
+from components.objects import safe_name
+from components.releases import ReleaseStore
 from components.store import MANIFEST, seal, unseal
 
 

@@ -1,0 +1,241 @@
+"""Named byte strings in a folder or an S3 bucket: the one thing that both have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from components.contracts import ConfigError, RegistryUnavailable, StoreError, TamperedArtefact
+from components.store import explained, fsync_folder, sha256_file, write_atomically
+
+
+class Objects(Protocol):
+    """Named byte strings. Writes are whole or not at all."""
+
+    def read(self, name: str, *, most: int) -> bytes | None:
+        """The whole object, None when absent; raises StoreError when it is larger than `most` bytes."""
+        ...
+
+    def chunks(self, name: str) -> Iterator[bytes]: ...
+
+    def digest(self, name: str) -> str | None:
+        """sha256 of the stored bytes, None when absent."""
+        ...
+
+    def put(self, name: str, path: Path) -> None: ...
+
+    def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        """Replace an object by what `change` makes of it, against concurrent swaps; None leaves it."""
+        ...
+
+    def names(self, prefix: str) -> list[str]: ...
+
+    def remove(self, name: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        ...
+
+
+def open_objects(url: str) -> Objects:
+    """The objects at a folder's path, or at s3://bucket/prefix."""
+    return _s3(url) if url.startswith("s3://") else _Folder(Path(url.removeprefix("file://")))
+
+
+def safe_name(name: str) -> str:
+    """A relative file name without tricks; raises TamperedArtefact."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or "\0" in name or any(part in ("..", ".") for part in parts):
+        raise TamperedArtefact("a manifest names a file outside its own folder; nothing was read")
+    return name
+
+
+class _Folder:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def _path(self, name: str) -> Path:
+        return self._root / safe_name(name)
+
+    def read(self, name: str, *, most: int) -> bytes | None:
+        try:
+            with self._path(name).open("rb") as file:
+                data = file.read(most + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise RegistryUnavailable(f"{self._root} cannot be read: {error.strerror}") from error
+        if len(data) > most:
+            raise StoreError(f"{name} is larger than {most} bytes; it was not read")
+        return data
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        try:
+            with self._path(name).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    yield chunk
+        except OSError as error:
+            raise StoreError(f"{name} cannot be read from {self._root}: {error.strerror}") from error
+
+    def digest(self, name: str) -> str | None:
+        path = self._path(name)
+        return sha256_file(path) if path.is_file() and not path.is_symlink() else None
+
+    def put(self, name: str, path: Path) -> None:
+        target = self._path(name)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        with explained("publish", target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with path.open("rb") as source, temporary.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+            fsync_folder(target.parent)
+
+    def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        path = self._path(name)
+        with explained("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The lock goes with the process, also when it is killed.
+            with (path.parent / f".{path.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                current = path.read_bytes() if path.is_file() else None
+                wanted = change(current)
+                if wanted is not None and wanted != current:
+                    write_atomically(path, wanted)
+
+    def names(self, prefix: str) -> list[str]:
+        folder = self._path(prefix.rstrip("/")) if prefix else self._root
+        return sorted(path.relative_to(self._root).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    def remove(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
+
+def _s3(url: str) -> _S3:
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise ConfigError(f"{url} names no bucket; expected s3://bucket/prefix")
+    return _S3(parts.netloc, parts.path.strip("/"), url)
+
+
+class _S3:
+    """Credentials, region and endpoint come from the AWS environment, as for every AWS tool."""
+
+    def __init__(self, bucket: str, prefix: str, url: str) -> None:
+        import boto3
+        from botocore.config import Config
+
+        self._bucket, self._prefix, self._url = bucket, prefix, url
+        self._client: Any = boto3.client(
+            "s3",
+            config=Config(
+                signature_version="s3v4",
+                s3={"addressing_style": "path"},
+                connect_timeout=3,
+                read_timeout=20,
+                retries={"max_attempts": 3, "mode": "standard"},
+                # Servers that are not AWS often know no CRC trailers; every byte is hashed here anyway.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{safe_name(name)}" if self._prefix else safe_name(name)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except (BotoCoreError, ClientError) as error:
+            raise RegistryUnavailable(
+                f"{self._url} does not answer: {str(error).splitlines()[0]}. Nothing half-written is "
+                f"visible; bring it back and run the same command again"
+            ) from error
+
+    def _get(self, name: str) -> Any | None:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._client.get_object(Bucket=self._bucket, Key=self._key(name))
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404", "NotFound"):
+                return None
+            raise
+
+    def read(self, name: str, *, most: int) -> bytes | None:
+        with self._answering():
+            found = self._get(name)
+            if found is None:
+                return None
+            data: bytes = found["Body"].read(most + 1)
+        if len(data) > most:
+            raise StoreError(f"{name} is larger than {most} bytes; it was not read")
+        return data
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        with self._answering():
+            found = self._get(name)
+            if found is None:
+                raise StoreError(f"{name} is not in {self._url}")
+            yield from found["Body"].iter_chunks(1 << 20)
+
+    def digest(self, name: str) -> str | None:
+        with self._answering():
+            found = self._get(name)
+            if found is None:
+                return None
+            digest = hashlib.sha256()
+            for chunk in found["Body"].iter_chunks(1 << 20):
+                digest.update(chunk)
+            return digest.hexdigest()
+
+    def put(self, name: str, path: Path) -> None:
+        with self._answering():
+            self._client.upload_file(str(path), self._bucket, self._key(name))
+
+    def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> None:
+        from botocore.exceptions import ClientError
+
+        for _ in range(8):
+            with self._answering():
+                found = self._get(name)
+                current = None if found is None else found["Body"].read()
+                wanted = change(current)
+                if wanted is None or wanted == current:
+                    return
+                # Servers without conditional writes ignore it; the generation inside then still never lets a reader back.
+                condition = {"IfNoneMatch": "*"} if found is None else {"IfMatch": found["ETag"]}
+                try:
+                    self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=wanted, **condition)
+                except ClientError as error:
+                    if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
+                        continue
+                    raise
+                return
+        raise RegistryUnavailable(f"{name} in {self._url} is being changed by others all the time; try again")
+
+    def names(self, prefix: str) -> list[str]:
+        with self._answering():
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._key(prefix) if prefix else self._prefix
+            )
+            cut = len(self._prefix) + 1 if self._prefix else 0
+            return sorted(item["Key"][cut:] for page in pages for item in page.get("Contents", []))
+
+    def remove(self, name: str) -> None:
+        with self._answering():
+            self._client.delete_object(Bucket=self._bucket, Key=self._key(name))

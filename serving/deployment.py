@@ -1,0 +1,405 @@
+"""One release in service: a bounded queue, batches, and the engine's process.
+
+Pictures wait in one queue and leave it in batches as soon as a lane is free; under load batches form by themselves. The
+queue is bounded in time (by what the engine needs for a picture) and in number: what would wait longer is refused at once.
+A process that dies is replaced; what it was working on is tried again, alone, so that the picture that killed it is found:
+one that kills twice is blocked. Everything here runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.contracts import Release, Stored, VisionloopError
+from serving.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode_answer, encode_batch, frame
+from serving.metrics import Metrics, log
+
+_CODE = Path(__file__).resolve().parent.parent
+_MAX_BLOCKED = 1000
+_MAX_BACKOFF_S = 10.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one deployment."""
+
+    lanes: int = 2
+    """Batches decoded and inferred at once; one thread each."""
+    max_batch: int = 8
+    batch_delay_ms: float = 0.0
+    """How long a picture may wait for others while a lane is free; on CPUs waiting buys nothing."""
+    max_queue: int = 256
+    """Most pictures that wait."""
+    max_wait_ms: float = 500.0
+    """Longest expected wait at which a picture is still taken."""
+    max_pixels: int = 25_000_000
+    load_timeout_s: float = 120.0
+    batch_timeout_s: float = 30.0
+    """An engine that needs longer for a batch is taken for hung and replaced."""
+
+
+class Overloaded(Exception):
+    """The queue is full; `retry_after_s` says when it is worth trying again."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("the server is full")
+        self.retry_after_s = retry_after_s
+
+
+class NotServing(Exception):
+    """There is no engine that could answer now."""
+
+
+class ReleaseRefused(VisionloopError):
+    """A release did not load, warm up or answer its golden vectors; what was served before goes on."""
+
+
+class _Job:
+    __slots__ = ("data", "deadline", "digest", "form", "future", "queued_at", "strikes")
+
+    def __init__(self, form: Form, data: bytes, now: float, deadline: float, future: asyncio.Future[Any]) -> None:
+        self.form, self.data, self.queued_at, self.deadline, self.future = form, data, now, deadline, future
+        self.strikes = 0
+        self.digest = ""
+
+
+class _Link(asyncio.Protocol):
+    """The server's end of the socket pair."""
+
+    def __init__(self, owner: Deployment, process: subprocess.Popen[bytes]) -> None:
+        self.owner, self.process = owner, process
+        self.transport: Any = None
+        self._splitter = Splitter()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for kind, payload in self._splitter.feed(data):
+            self.owner._received(self, kind, payload)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.owner._lost(self)
+
+
+class Deployment:
+    """A release that answers, from `start` to `close`."""
+
+    def __init__(
+        self,
+        release: Stored[Release],
+        *,
+        version: str,
+        generation: int,
+        limits: Limits,
+        metrics: Metrics,
+        plugins: Path | None,
+    ) -> None:
+        self.release, self.version, self.generation = release.record, version, generation
+        self.digest = release.record.digest()
+        self.engine_digest = release.record.engine.digest()
+        self._folder, self._plugins, self._limits, self._metrics = release.folder, plugins, limits, metrics
+        self._waiting: deque[_Job] = deque()
+        self._suspects: deque[_Job] = deque()
+        self._flying: dict[int, tuple[float, list[_Job]]] = {}
+        self._link: _Link | None = None
+        self._loading: asyncio.Future[None] | None = None
+        self._blocked: OrderedDict[str, None] = OrderedDict()
+        self._next_batch = 0
+        self._picture_ms = 5.0
+        self._closed = False
+        self._deaths = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._delay: asyncio.TimerHandle | None = None
+        model = release.record.model
+        self._queued = metrics.queued.labels(model)
+        self._batch_size = metrics.batch_size.labels(model)
+        self._queue_seconds = metrics.queue_seconds.labels(model)
+        self._decode_seconds = metrics.decode_seconds.labels(model)
+        self._infer_seconds = metrics.infer_seconds.labels(model)
+
+    @property
+    def model(self) -> str:
+        return self.release.model
+
+    @property
+    def ready(self) -> bool:
+        """Whether an engine answers now."""
+        return self._link is not None and not self._closed
+
+    @property
+    def process_id(self) -> int | None:
+        """Process of the engine, None while there is none."""
+        return self._link.process.pid if self._link is not None else None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._suspects)
+
+    async def start(self) -> None:
+        """Start the engine's process and wait until it is warm and golden; raises ReleaseRefused."""
+        await self._spawn()
+        self._task(self._watch())
+
+    async def _spawn(self) -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serving.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            cwd=_CODE,
+        )
+        theirs.close()
+        loading: asyncio.Future[None] = loop.create_future()
+        self._loading = loading
+        _, link = await loop.create_unix_connection(lambda: _Link(self, process), sock=ours)
+        order = {
+            "folder": str(self._folder),
+            "plugins": str(self._plugins) if self._plugins else None,
+            "lanes": self._limits.lanes,
+            "max_batch": self._limits.max_batch,
+            "max_pixels": self._limits.max_pixels,
+        }
+        link.transport.write(frame(Kind.LOAD, json.dumps(order).encode()))
+        try:
+            await asyncio.wait_for(asyncio.shield(loading), self._limits.load_timeout_s)
+        except TimeoutError:
+            raise ReleaseRefused(f"the engine was not ready within {self._limits.load_timeout_s:g} s") from None
+        finally:
+            self._loading = None
+            if loading.cancelled() or not loading.done() or loading.exception() is not None:
+                self._end(link)
+        if self._closed:
+            self._end(link)
+            raise ReleaseRefused("the server is stopping")
+        self._link = link
+        self._pump()
+
+    def _end(self, link: _Link) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            link.process.kill()
+        if link.transport is not None:
+            link.transport.abort()
+        self._reap(link.process)
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        # Killed, so it ends within moments; waiting in a thread keeps no zombie and blocks nobody.
+        asyncio.get_running_loop().run_in_executor(None, process.wait)
+
+    def expected_wait_s(self, more: int = 0) -> float:
+        """What a picture that came now would wait."""
+        flying = sum(len(jobs) for _, jobs in self._flying.values())
+        return (len(self._waiting) + len(self._suspects) + flying + more) * self._picture_ms / 1e3
+
+    @property
+    def full(self) -> bool:
+        """Whether one more picture would be refused."""
+        return len(self._waiting) >= self._limits.max_queue or self.expected_wait_s() * 1e3 > self._limits.max_wait_ms
+
+    def submit(self, pictures: Sequence[tuple[Form, bytes]]) -> list[asyncio.Future[Facts | Refusal]]:
+        """Queue pictures that belong to one request, all or none; raises Overloaded or NotServing.
+
+        Each future gets Facts or a Refusal, or raises NotServing when no engine came to it in time.
+        """
+        if self._closed or (self._link is None and self._deaths > 3):
+            raise NotServing
+        alone = not self._waiting and not self._flying
+        if not alone and (len(self._waiting) + len(pictures) > self._limits.max_queue or self.full):
+            raise Overloaded(max(0.05, self.expected_wait_s()))
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        # Twice the bound and a restart of the engine's process: what waits longer, nobody waits for any more.
+        deadline = now + 2 * self._limits.max_wait_ms / 1e3 + 10.0
+        futures: list[asyncio.Future[Facts | Refusal]] = []
+        for form, data in pictures:
+            future: asyncio.Future[Facts | Refusal] = loop.create_future()
+            futures.append(future)
+            if self._blocked and hashlib.sha256(data).hexdigest() in self._blocked:
+                self._metrics.blocked.labels(self.model).inc()
+                future.set_result(Refusal(Outcome.UNDECODABLE, "this picture killed a decoder before and is blocked"))
+                continue
+            self._waiting.append(_Job(form, data, now, deadline, future))
+        self._pump()
+        return futures
+
+    def _pump(self) -> None:
+        """Send batches while lanes are free. One batch more than lanes is under way, so that no lane waits for us."""
+        if self._link is None:
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._suspects:
+            if not self._flying:
+                job = self._suspects.popleft()
+                if not job.future.done():
+                    self._send([job], now)
+                    return
+                self._pump()
+            return
+        window = self._limits.lanes + 1
+        while self._waiting and len(self._flying) < window:
+            free = window - len(self._flying)
+            size = min(self._limits.max_batch, math.ceil(len(self._waiting) / free))
+            wait = self._waiting[0].queued_at + self._limits.batch_delay_ms / 1e3 - now
+            if wait > 0 and len(self._waiting) < self._limits.max_batch:
+                if self._delay is None:
+                    self._delay = loop.call_later(wait, self._delayed)
+                break
+            jobs: list[_Job] = []
+            while self._waiting and len(jobs) < size:
+                job = self._waiting.popleft()
+                if job.future.done():
+                    continue  # its client is gone
+                if job.deadline < now:
+                    job.future.set_exception(NotServing())
+                    continue
+                jobs.append(job)
+            if jobs:
+                self._send(jobs, now)
+        self._queued.set(len(self._waiting))
+
+    def _delayed(self) -> None:
+        self._delay = None
+        self._pump()
+
+    def _send(self, jobs: list[_Job], now: float) -> None:
+        assert self._link is not None
+        self._next_batch = (self._next_batch + 1) % (1 << 32)
+        self._flying[self._next_batch] = (now, jobs)
+        for job in jobs:
+            self._queue_seconds.observe(now - job.queued_at)
+        self._batch_size.observe(len(jobs))
+        self._link.transport.write(encode_batch(self._next_batch, [(job.form, job.data) for job in jobs]))
+
+    def _received(self, link: _Link, kind: Kind, payload: bytes) -> None:
+        if kind is Kind.READY and self._loading is not None and not self._loading.done():
+            self._loading.set_result(None)
+        elif kind is Kind.FAILED and self._loading is not None and not self._loading.done():
+            self._loading.set_exception(ReleaseRefused(json.loads(payload)["message"]))
+        elif kind is Kind.ANSWER and link is self._link:
+            engine = self.release.engine
+            batch_id, results, decode_ms, infer_ms = decode_answer(
+                payload, num_classes=len(engine.classes), embedding_dim=engine.embedding_dim
+            )
+            _, jobs = self._flying.pop(batch_id)
+            share = (decode_ms + infer_ms) / len(jobs) / self._limits.lanes
+            self._picture_ms += 0.1 * (share - self._picture_ms)
+            self._decode_seconds.inc(decode_ms / 1e3)
+            self._infer_seconds.inc(infer_ms / 1e3)
+            self._deaths = 0
+            for job, result in zip(jobs, results, strict=True):
+                if not job.future.done():
+                    job.future.set_result(result)
+            self._pump()
+
+    def _lost(self, link: _Link) -> None:
+        """The engine's process is gone: suspect what it was working on, and start another one."""
+        if self._loading is not None and not self._loading.done():
+            self._loading.set_exception(ReleaseRefused("the engine's process died while it loaded the release"))
+            return
+        if link is not self._link:
+            return
+        self._link = None
+        self._end(link)
+        flying, self._flying = [job for _, jobs in self._flying.values() for job in jobs], {}
+        if self._closed:
+            return
+        for job in flying:
+            job.digest = job.digest or hashlib.sha256(job.data).hexdigest()
+            # Only one that was alone is surely the picture that did it; the others are suspects and tried again, alone.
+            job.strikes += 1
+            if job.strikes > 1 and len(flying) == 1:
+                self._block(job)
+            else:
+                self._suspects.append(job)
+        self._deaths += 1
+        self._metrics.worker_restarts.labels(self.model).inc()
+        log("engine process died", level=logging.ERROR, model=self.model, version=self.version, in_flight=len(flying))
+        self._task(self._restart())
+
+    def _block(self, job: _Job) -> None:
+        self._blocked[job.digest] = None
+        while len(self._blocked) > _MAX_BLOCKED:
+            self._blocked.popitem(last=False)
+        self._metrics.blocked.labels(self.model).inc()
+        log("picture blocked", level=logging.ERROR, model=self.model, image_sha256=job.digest)
+        if not job.future.done():
+            job.future.set_result(Refusal(Outcome.UNDECODABLE, "this picture killed a decoder before and is blocked"))
+
+    async def _restart(self) -> None:
+        while not self._closed and self._link is None:
+            await asyncio.sleep(min(_MAX_BACKOFF_S, 0.25 * 2 ** (self._deaths - 1)) if self._deaths > 1 else 0)
+            try:
+                await self._spawn()
+                log("engine process replaced", model=self.model, version=self.version)
+            except (ReleaseRefused, OSError) as error:
+                self._deaths += 1
+                log("engine process does not start", level=logging.ERROR, model=self.model, problem=str(error))
+                if self._deaths > 3:
+                    for job in (*self._waiting, *self._suspects):
+                        if not job.future.done():
+                            job.future.set_exception(NotServing())
+                    self._waiting.clear()
+                    self._suspects.clear()
+
+    async def _watch(self) -> None:
+        """Replace an engine that hangs, and give up on pictures that waited too long."""
+        while not self._closed:
+            await asyncio.sleep(0.5)
+            now = asyncio.get_running_loop().time()
+            oldest = min((sent for sent, _ in self._flying.values()), default=now)
+            if self._link is not None and now - oldest > self._limits.batch_timeout_s:
+                log("engine hangs", level=logging.ERROR, model=self.model, seconds=round(now - oldest, 1))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._link.process.pid, signal.SIGKILL)
+            while self._waiting and self._waiting[0].deadline < now:
+                job = self._waiting.popleft()
+                if not job.future.done():
+                    job.future.set_exception(NotServing())
+
+    def _task(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until everything that was taken is answered; False when the time was over first."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._waiting or self._suspects or self._flying:
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    async def close(self) -> None:
+        """End the engine's process; what still waits gets NotServing."""
+        self._closed = True
+        for task in list(self._tasks):
+            task.cancel()
+        link, self._link = self._link, None
+        pending = [*self._waiting, *self._suspects, *(job for _, jobs in self._flying.values() for job in jobs)]
+        self._waiting.clear()
+        self._suspects.clear()
+        self._flying.clear()
+        for job in pending:
+            if not job.future.done():
+                job.future.set_exception(NotServing())
+        if link is not None:
+            self._end(link)

@@ -1,0 +1,214 @@
+"""Which release answers for a model: follows the routes, and switches without losing a request.
+
+A new release is copied, verified, loaded in a process of its own, warmed up and asked its golden vectors while the old one
+answers; then one assignment makes it the one that new requests go to, and the old one finishes what it has. A release that
+does not come up changes nothing. The release before stays warm for a while, so a rollback switches at once. What is
+served is remembered beside the verified copies: with the store, the registry and the database all gone, a restart serves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.contracts import Routes, StoreError, VisionloopError
+from components.releases import ReleaseStore
+from components.store import seal, unseal, write_atomically
+from serving.deployment import Deployment, Limits, NotServing, ReleaseRefused
+from serving.metrics import Metrics, log
+
+_RETRY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Following:
+    """How routes are followed."""
+
+    refresh_s: float = 2.0
+    drain_s: float = 30.0
+    standby_s: float = 600.0
+    """How long the release before stays loaded."""
+
+
+class Routed:
+    """One model: its current deployment, and the one before."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        store: ReleaseStore,
+        state: Path,
+        limits: Limits,
+        following: Following,
+        metrics: Metrics,
+        plugins: Path | None,
+    ) -> None:
+        self.model = model
+        self.problem: str | None = None
+        """Why the routes are not followed at the moment; None when they are."""
+        self._store, self._state = store, state
+        self._limits, self._following, self._metrics, self._plugins = limits, following, metrics, plugins
+        self._current: Deployment | None = None
+        self._standby: Deployment | None = None
+        self._standby_until = 0.0
+        self._refused: dict[str, float] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._lock = asyncio.Lock()
+        # Present from the start: a figure that appears with its first event cannot be watched for it.
+        for counter in (metrics.switches, metrics.load_failures, metrics.worker_restarts):
+            counter.labels(model)
+
+    @property
+    def current(self) -> Deployment:
+        """The deployment that answers; raises NotServing before the first one is ready."""
+        if self._current is None:
+            raise NotServing
+        return self._current
+
+    @property
+    def ready(self) -> bool:
+        return self._current is not None and self._current.ready
+
+    @property
+    def deployment(self) -> Deployment | None:
+        return self._current
+
+    async def follow(self) -> None:
+        """Look at the routes for ever."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(self._following.refresh_s)
+
+    async def refresh(self) -> None:
+        """Look at the routes now, and switch when they say so; never raises for what a store or a release does."""
+        async with self._lock:
+            try:
+                await self._refresh()
+            except (VisionloopError, OSError) as error:
+                self._note(str(error))
+
+    def _note(self, problem: str | None) -> None:
+        if problem is not None and problem != self.problem:
+            log("routes are not followed", level=logging.WARNING, model=self.model, problem=problem)
+        self.problem = problem
+
+    async def _refresh(self) -> None:
+        await self._retire_standby()
+        problem = None
+        try:
+            routes = await asyncio.to_thread(self._store.routes, self.model)
+        except VisionloopError as error:
+            # Statically stable: what was served goes on, also over a restart.
+            routes, problem = (None if self._current is not None else self._remembered()), str(error)
+        if routes is None:
+            if self._current is None:
+                problem = problem or f"no release of {self.model} is routed yet (visionloop promote)"
+            self._note(problem)
+            return
+        if self._current is not None and routes.generation <= self._current.generation:
+            self._note(problem)
+            return
+        route = routes.routes[0]
+        if self._refused.get(route.release, 0.0) > time.monotonic():
+            return
+        try:
+            await self._switch(routes)
+            self._note(problem)
+        except VisionloopError as error:
+            self._refused[route.release] = time.monotonic() + _RETRY_S
+            self._metrics.load_failures.labels(self.model).inc()
+            self._note(f"release {route.release[:12]} (version {route.version}) was not taken: {error}")
+
+    async def _switch(self, routes: Routes) -> None:
+        route = routes.routes[0]
+        old, standby = self._current, self._standby
+        if old is not None and old.digest == route.release:
+            old.version, old.generation = route.version, routes.generation
+            self._remember(routes)
+            return
+        started = time.monotonic()
+        if standby is not None and standby.digest == route.release and standby.ready:
+            new, self._standby = standby, None
+            new.version, new.generation = route.version, routes.generation
+        else:
+            release = await asyncio.to_thread(
+                self._store.fetch, self.model, route.release, cache=self._state / "releases" / self.model
+            )
+            new = Deployment(
+                release,
+                version=route.version,
+                generation=routes.generation,
+                limits=self._limits,
+                metrics=self._metrics,
+                plugins=self._plugins,
+            )
+            try:
+                await new.start()
+            except BaseException:
+                await new.close()
+                raise
+        self._current = new  # requests that come from here on are the new release's
+        self._metrics.switches.labels(self.model).inc()
+        self._metrics.generation.labels(self.model).set(routes.generation)
+        self._remember(routes)
+        log(
+            "release serves",
+            model=self.model,
+            version=route.version,
+            release=route.release,
+            generation=routes.generation,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        if old is not None:
+            displaced, self._standby = self._standby, old
+            self._standby_until = time.monotonic() + self._following.standby_s
+            if displaced is not None:
+                self._retire(displaced)
+
+    def _retire(self, deployment: Deployment) -> None:
+        async def retire() -> None:
+            if not await deployment.drain(self._following.drain_s):
+                log("drain took too long", level=logging.WARNING, model=self.model, version=deployment.version)
+            await deployment.close()
+
+        task = asyncio.get_running_loop().create_task(retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _retire_standby(self) -> None:
+        if self._standby is not None and time.monotonic() > self._standby_until:
+            retired, self._standby = self._standby, None
+            self._retire(retired)
+
+    def _remember(self, routes: Routes) -> None:
+        path = self._state / "routes" / f"{self.model}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomically(path, seal(routes.to_json()))
+        except OSError as error:
+            # The memory of a restart, not what is served now.
+            log("routes were not remembered", level=logging.WARNING, model=self.model, problem=str(error))
+
+    def _remembered(self) -> Routes | None:
+        try:
+            body = unseal((self._state / "routes" / f"{self.model}.json").read_bytes())
+            routes = Routes.read(body) if body is not None else None
+        except (OSError, StoreError):
+            return None
+        return routes if routes is not None and routes.model == self.model else None
+
+    async def close(self, *, drain_s: float) -> None:
+        """Finish what was taken, then end every engine."""
+        for deployment in (self._current, self._standby):
+            if deployment is not None:
+                await deployment.drain(drain_s)
+                await deployment.close()
+        for task in list(self._retiring):
+            task.cancel()
+
+
+__all__ = ["Following", "ReleaseRefused", "Routed"]

@@ -1,0 +1,262 @@
+"""Journals to Parquet segments, and what can be asked of them.
+
+`python -m serving.segments JOURNALS LOG` seals, in a process of
+its own at low priority: serving never waits for it.
+
+    log/date=2026-03-01/<journal>.parquet   rows, schema version in the file's metadata
+    log/date=2026-03-01/<journal>.json      written last: digest, rows, gaps; sealed
+
+A segment is named after its journal, so sealing again after a crash replaces it by the same rows; the journal is removed
+only when the segment was read back. LOG is a folder or s3://bucket/prefix.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from components.contracts import SchemaTooNew, StoreError, TamperedArtefact
+from components.images import STATISTICS
+from components.objects import Objects, open_objects
+from components.store import seal, sha256_file, unseal
+from serving.journal import SUFFIX, read_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+_VERSION_KEY = b"visionloop.schema_version"
+_TEXT = (
+    "prediction_id",
+    "idempotency_key",
+    "model",
+    "version",
+    "release",
+    "engine_digest",
+    "role",
+    "protocol",
+    "form",
+    "image_sha256",
+    "predicted",
+)
+_TIMES = ("event_at", "ingest_at")
+
+
+def schema() -> pa.Schema:
+    """Columns of a segment; times are UTC, latency runs from the request's last byte to the row."""
+    import pyarrow as pa
+
+    fields = [pa.field(name, pa.string()) for name in _TEXT]
+    fields += [pa.field(name, pa.timestamp("us", tz="UTC")) for name in _TIMES]
+    fields += [pa.field("latency_ms", pa.float32()), pa.field("confidence", pa.float32()), pa.field("unsure", pa.bool_())]
+    fields += [pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("bytes", pa.int64())]
+    fields += [pa.field(name, pa.float32()) for name in STATISTICS]
+    fields += [pa.field("probabilities", pa.list_(pa.float32())), pa.field("embedding", pa.list_(pa.float16()))]
+    return pa.schema(fields, metadata={_VERSION_KEY: str(SCHEMA_VERSION)})
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sealed piece of the log."""
+
+    name: str
+    sha256: str
+    rows: int
+    gaps: tuple[dict[str, Any], ...]
+    first: str
+    last: str
+
+
+def seal_all(journals: Path, log_url: str) -> int:
+    """Seal every journal that nobody writes any more; returns how many. Safe to run at any time, by anyone."""
+    objects = open_objects(log_url)
+    sealed = 0
+    for path in sorted(journals.glob(f"*{SUFFIX}")) if journals.is_dir() else []:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # being written, or being sealed
+            if not path.exists():
+                continue
+            _seal(path, objects)
+            path.unlink()
+            sealed += 1
+    return sealed
+
+
+def _seal(path: Path, objects: Objects) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = {name: [] for name in schema().names}
+    gaps = []
+    for facts, arrays in read_rows(path):
+        if "gap" in facts:
+            gaps.append(facts)
+            continue
+        for name in columns:
+            if name not in ("probabilities", "embedding"):
+                columns[name].append(facts.get(name))
+        probabilities, embedding = arrays
+        columns["probabilities"].append(_floats(probabilities, "<f4"))
+        columns["embedding"].append(_floats(embedding, "<f2"))
+    for name in _TIMES:
+        columns[name] = [None if t is None else datetime.datetime.fromtimestamp(t, datetime.UTC) for t in columns[name]]
+    times = columns["ingest_at"]
+    day = (times[0] if times else datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)).date()
+    name = f"date={day.isoformat()}/{path.name.removesuffix(SUFFIX)}"
+    with tempfile.TemporaryDirectory(prefix="visionloop-seal-") as scratch:
+        file = Path(scratch) / "segment.parquet"
+        pq.write_table(pa.table(columns, schema=schema()), file, compression="zstd", row_group_size=10_000)
+        digest = sha256_file(file)
+        objects.put(f"{name}.parquet", file)
+        if objects.digest(f"{name}.parquet") != digest:
+            raise StoreError(f"{name}.parquet was not stored as it was written; the journal is kept")
+    body = {
+        "schema_version": SCHEMA_VERSION,
+        "sha256": digest,
+        "rows": len(times),
+        "gaps": gaps,
+        "first": min(times).isoformat() if times else "",
+        "last": max(times).isoformat() if times else "",
+    }
+    objects.swap(f"{name}.json", lambda _: seal(body))
+
+
+def _floats(data: bytes, kind: str) -> Any:
+    import numpy as np
+
+    return np.frombuffer(data, dtype=kind)
+
+
+def segments(objects: Objects) -> list[Segment]:
+    """Every sealed segment in order of time; raises TamperedArtefact or SchemaTooNew."""
+    found = []
+    for name in objects.names(""):
+        if not name.endswith(".json"):
+            continue
+        raw = objects.read(name, most=64 << 20)
+        body = unseal(raw) if raw is not None else None
+        if body is None:
+            raise TamperedArtefact(f"{name} of the prediction log was changed after it was sealed")
+        if body["schema_version"] > SCHEMA_VERSION:
+            raise SchemaTooNew(
+                f"{name} has schema version {body['schema_version']}, this visionloop reads up to {SCHEMA_VERSION}; upgrade"
+            )
+        parquet = name.removesuffix(".json") + ".parquet"
+        found.append(Segment(parquet, body["sha256"], body["rows"], tuple(body["gaps"]), body["first"], body["last"]))
+    return sorted(found, key=lambda segment: (segment.first, segment.name))
+
+
+def read_segment(objects: Objects, segment: Segment) -> pa.Table:
+    """The rows of a segment, after its digest was found right; raises TamperedArtefact."""
+    import hashlib
+    import io
+
+    import pyarrow.parquet as pq
+
+    data = b"".join(objects.chunks(segment.name))
+    if hashlib.sha256(data).hexdigest() != segment.sha256:
+        raise TamperedArtefact(f"{segment.name} of the prediction log was changed after it was sealed; it was not read")
+    return pq.read_table(io.BytesIO(data))
+
+
+def read_log(
+    log_url: str, *, model: str | None = None, since: datetime.datetime | None = None, until: datetime.datetime | None = None
+) -> Iterator[pa.Table]:
+    """Tables of the log in order of time, of one model and [since, until) when they are given."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    objects = open_objects(log_url)
+    for segment in segments(objects):
+        if (
+            not segment.rows
+            or (since and segment.last < since.isoformat())
+            or (until and segment.first >= until.isoformat())
+        ):
+            continue
+        table = read_segment(objects, segment)
+        if model is not None:
+            table = table.filter(pc.equal(table["model"], model))
+        if since is not None:
+            table = table.filter(pc.greater_equal(table["ingest_at"], pa.scalar(since, pa.timestamp("us", tz="UTC"))))
+        if until is not None:
+            table = table.filter(pc.less(table["ingest_at"], pa.scalar(until, pa.timestamp("us", tz="UTC"))))
+        if len(table):
+            yield table
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `verify` found."""
+
+    segments: int
+    rows: int
+    lost_rows: int
+    duplicates: int
+    broken: tuple[str, ...]
+    unsealed: int
+    """Journals that are still written, or wait to be sealed."""
+
+
+def verify(log_url: str, journals: Path) -> Checked:
+    """Check every segment's digest and that no prediction is there twice."""
+    objects = open_objects(log_url)
+    broken: list[str] = []
+    seen: set[str] = set()
+    rows = duplicates = lost = 0
+    try:
+        found = segments(objects)
+    except StoreError as error:
+        return Checked(0, 0, 0, 0, (str(error),), 0)
+    listed = {segment.name for segment in found}
+    for name in objects.names(""):
+        if name.endswith(".parquet") and name not in listed:
+            broken.append(f"{name} has no manifest: its sealing was cut short, and is done again from its journal")
+    for segment in found:
+        try:
+            table = read_segment(objects, segment)
+        except StoreError as error:
+            broken.append(str(error))
+            continue
+        if len(table) != segment.rows:
+            broken.append(f"{segment.name} holds {len(table)} rows, its manifest says {segment.rows}")
+        rows += len(table)
+        lost += sum(gap["gap"] for gap in segment.gaps)
+        for identifier in table["prediction_id"].to_pylist():
+            duplicates += identifier in seen
+            seen.add(identifier)
+    unsealed = len(list(journals.glob(f"*{SUFFIX}"))) if journals.is_dir() else 0
+    return Checked(len(found), rows, lost, duplicates, tuple(broken), unsealed)
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of the sealing process."""
+    os.nice(15)
+    journals, log_url = arguments
+    try:
+        count = seal_all(Path(journals), log_url)
+    except Exception as error:
+        # The journal is kept; the next sealing takes it up.
+        print(
+            orjson.dumps({"event": "sealing failed", "problem": f"{type(error).__name__}: {error}"}).decode(),
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    if count:
+        print(orjson.dumps({"event": "journals sealed", "count": count}).decode(), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,224 @@
+"""The engine's own process: decodes pictures, runs the engine, answers batches. `python -m serving.worker FD`.
+
+Untrusted bytes meet decoders here and nowhere else in the server, so whatever they do to a native library costs a restart of
+this process. It works in lanes: each takes a batch through decoding and inference on one thread and one stream of the engine
+(measured in infra/decisions/0009). It ends when the server's end of the socket closes, also when the server is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from components import plugins
+from components.contracts import (
+    EngineUnavailable,
+    Predictor,
+    Release,
+    Stored,
+    TamperedArtefact,
+    UndecodableImage,
+    VisionloopError,
+)
+from components.images import appearance, decode, prepare
+from components.packaging import ENGINE, GOLDEN
+from components.store import read_manifest
+from serving.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode_batch, encode_answer, frame
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+_PIXEL_TOLERANCE = 2.0
+"""Mean difference, in grey levels, that another build of the JPEG library may make."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the process is started for."""
+
+    folder: Path
+    plugins: Path | None
+    lanes: int
+    max_batch: int
+    max_pixels: int
+
+
+class Loaded:
+    """A release that verified, was warmed up and answered its golden vectors."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        plugins.use_workspace(order.plugins)
+        # Every byte again, by the process that parses them.
+        manifest = read_manifest(order.folder)
+        self.release = Release.read(manifest["record"])
+        engine = self.release.engine
+        target = plugins.load("targets", engine.target, engine.settings)
+        self._predictor: Predictor = target.load(
+            Stored(engine, order.folder / ENGINE), num_threads=order.lanes, num_streams=order.lanes
+        )
+        self._task = plugins.load("tasks", self.release.task, self.release.task_settings)
+        self._check_golden()
+        self._warm_up()
+
+    def _check_golden(self) -> None:
+        from safetensors.numpy import load
+
+        golden = load((self.order.folder / GOLDEN).read_bytes())
+        pixels, expected = golden["pixels"], golden["probabilities"]
+        for index in range(len(pixels)):
+            raw = golden[f"encoded.{index:03d}"].tobytes()
+            decoded = prepare(decode(raw), self.release.engine.preprocessing)
+            difference = float(np.abs(decoded.astype(np.float32) - pixels[index].astype(np.float32)).mean())
+            if difference > _PIXEL_TOLERANCE:
+                raise EngineUnavailable(
+                    f"golden picture {index} decodes to other pixels here (mean difference {difference:.1f} grey levels)"
+                )
+        found, _ = self._predict(pixels)
+        tolerance = self.release.golden_tolerance
+        worst = float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("inf")
+        if worst > tolerance:
+            raise EngineUnavailable(
+                f"the engine answers its golden vectors wrongly here: a probability differs by {worst:.3f}, "
+                f"accepted are {tolerance:g}"
+            )
+
+    def _warm_up(self) -> None:
+        size = self.release.engine.preprocessing
+        blank = np.zeros((self.order.max_batch, size.height, size.width, size.channels), dtype=np.uint8)
+        threads = [
+            threading.Thread(target=lambda: [self._predict(blank[:n]) for n in (1, self.order.max_batch, 1)])
+            for _ in range(self.order.lanes)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _predict(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        logits, embedding = self._predictor.predict(pixels)
+        probabilities = self._task.probabilities(logits, self.release.engine.temperature)
+        return probabilities.astype(np.float32), embedding
+
+    def _pixels(self, form: Form, data: bytes) -> tuple[npt.NDArray[np.uint8], int, int]:
+        size = self.release.engine.preprocessing
+        if form is Form.PIXELS:
+            shape = (size.height, size.width, size.channels)
+            return np.frombuffer(data, dtype=np.uint8).reshape(shape), size.width, size.height
+        image = decode(data, formats=FORMATS, max_pixels=self.order.max_pixels)
+        return prepare(image, size), image.width, image.height
+
+    def answer(self, pictures: list[tuple[Form, bytes]]) -> tuple[list[Facts | Refusal], float, float]:
+        """Facts or a refusal for each picture, and the milliseconds of decoding and of inference."""
+        results: list[Facts | Refusal | None] = [None] * len(pictures)
+        pixels, places = [], []
+        start = time.perf_counter()
+        for index, (form, data) in enumerate(pictures):
+            try:
+                pixels.append((*self._pixels(form, data), data))
+                places.append(index)
+            except UndecodableImage as error:
+                results[index] = Refusal(Outcome.UNDECODABLE, str(error))
+            except Exception as error:
+                # Whatever a decoder raises on hostile bytes is that picture's fault, not its neighbours'.
+                results[index] = Refusal(Outcome.UNDECODABLE, f"damaged ({type(error).__name__})")
+        decoded = time.perf_counter()
+        if pixels:
+            try:
+                probabilities, embedding = self._predict(np.stack([p[0] for p in pixels]))
+            except Exception as error:
+                refusal = Refusal(Outcome.FAILED, f"the engine failed ({type(error).__name__})")
+                return [refusal if r is None else r for r in results], (decoded - start) * 1e3, 0.0
+            halves = embedding.astype("<f2")
+            for row, (index, (image, width, height, data)) in enumerate(zip(places, pixels, strict=True)):
+                if not np.isfinite(probabilities[row]).all():
+                    results[index] = Refusal(Outcome.FAILED, "the engine gave no finite answer")
+                    continue
+                digest = hashlib.sha256(data).hexdigest()
+                results[index] = Facts(
+                    digest, width, height, len(data), appearance(image), probabilities[row], halves[row].tobytes()
+                )
+        inferred = time.perf_counter()
+        return [r for r in results if r is not None], (decoded - start) * 1e3, (inferred - decoded) * 1e3
+
+
+class _Channel:
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._splitter = Splitter()
+        self._ready: list[tuple[Kind, bytes]] = []
+        self._lock = threading.Lock()
+
+    def send(self, data: bytes) -> None:
+        with self._lock:
+            self._socket.sendall(data)
+
+    def receive(self) -> tuple[Kind, bytes] | None:
+        while not self._ready:
+            data = self._socket.recv(1 << 18)
+            if not data:
+                return None
+            self._ready += self._splitter.feed(data)
+        return self._ready.pop(0)
+
+
+def serve(connection: socket.socket) -> None:
+    """Load what the first frame orders, then answer until the other side is gone."""
+    channel = _Channel(connection)
+    first = channel.receive()
+    if first is None:
+        return
+    order = json.loads(first[1])
+    try:
+        loaded = Loaded(
+            Order(
+                folder=Path(order["folder"]),
+                plugins=Path(order["plugins"]) if order["plugins"] else None,
+                lanes=order["lanes"],
+                max_batch=order["max_batch"],
+                max_pixels=order["max_pixels"],
+            )
+        )
+    except Exception as error:
+        # Told to the server, which keeps what it serves; TamperedArtefact and the like say what to do.
+        known = isinstance(error, VisionloopError)
+        problem = {"error": type(error).__name__, "message": str(error) if known else f"{type(error).__name__}: {error}"}
+        channel.send(frame(Kind.FAILED, json.dumps(problem | {"tampered": isinstance(error, TamperedArtefact)}).encode()))
+        return
+    channel.send(frame(Kind.READY, json.dumps({"pid": os.getpid()}).encode()))
+    work: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def lane() -> None:
+        while True:
+            batch_id, pictures = decode_batch(work.get())
+            results, decode_ms, infer_ms = loaded.answer(pictures)
+            try:
+                channel.send(encode_answer(batch_id, results, decode_ms=decode_ms, infer_ms=infer_ms))
+            except OSError:
+                os._exit(0)
+
+    for _ in range(order["lanes"]):
+        threading.Thread(target=lane, daemon=True).start()
+    while (received := channel.receive()) is not None:
+        work.put(received[1])
+    # The server is gone; lanes may be in native code.
+    os._exit(0)
+
+
+def main(arguments: list[str]) -> Any:
+    """Entry point of the process."""
+    serve(socket.socket(fileno=int(arguments[0])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
