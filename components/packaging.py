@@ -29,6 +29,7 @@ from components.contracts import (
     silent,
 )
 from components.images import STATISTICS, appearance, decode, in_threads, prepare
+from components.releases import ENGINE, GOLDEN, REFERENCE
 from components.samples import rows
 from components.store import describe
 from components.tasks.classification import wilson
@@ -36,9 +37,6 @@ from components.tasks.classification import wilson
 if TYPE_CHECKING:
     import pandas as pd
 
-REFERENCE = "reference.parquet"
-GOLDEN = "golden.safetensors"
-ENGINE = "engine"
 _BATCH = 32
 _TOLERANCE: dict[Precision, float] = {"fp32": 0.01, "fp16": 0.03, "int8": 0.15}
 """int8 kernels round differently with and without VNNI; top-1 of a clear answer has to stay in any case."""

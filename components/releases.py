@@ -30,6 +30,10 @@ from components.contracts import (
 from components.objects import Objects, open_objects
 from components.store import MANIFEST, explained, read_manifest, seal, sha256_file, unseal, write_atomically
 
+REFERENCE = "reference.parquet"
+GOLDEN = "golden.safetensors"
+ENGINE = "engine"
+"""Names in a release's folder; the engine's files lie in a folder of their own."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_RELEASE_BYTES = 8 << 30

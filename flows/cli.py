@@ -12,6 +12,7 @@ import typer
 from components.contracts import ConfigError
 from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
 from flows.cli_registry import add_registry_commands
+from flows.cli_serving import add_serving_commands
 
 app = typer.Typer(
     name="visionloop",
@@ -31,6 +32,7 @@ app = typer.Typer(
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop approve V --as WHO      a second person decides; also reject
       visionloop promote V               everything is checked again, then it goes live; rollback goes back
+      visionloop serve --model NAME      answers over HTTP and gRPC; picks up a new champion by itself
       visionloop history | who-served    what was decided, and what served at any moment
       visionloop runs                    what was run, and what came of it
       visionloop store verify            every artefact against its digests
@@ -46,6 +48,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
 add_registry_commands(app)
+add_serving_commands(app)
 
 
 @app.command()

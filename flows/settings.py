@@ -6,6 +6,7 @@
 | VISIONLOOP_LEDGER_URL     | SQLAlchemy URL of the ledger                  | SQLite under .visionloop/              |
 | VISIONLOOP_NUM_THREADS    | threads of training, features and engines     | the cores of this machine, at most 8   |
 | VISIONLOOP_RELEASES       | where releases are published: folder or s3:// | .visionloop/releases                   |
+| VISIONLOOP_PREDICTIONS    | where the sealed prediction log goes: folder or s3:// | .visionloop/predictions           |
 | VISIONLOOP_NOTIFY         | Apprise URLs and Prefect blocks, comma-separated | nobody                              |
 | PREFECT_API_URL           | Prefect server that runs are recorded by      | a temporary local one per process      |
 """
@@ -53,6 +54,7 @@ class Settings:
     ledger_url: str
     num_threads: int
     releases_url: str
+    predictions_url: str
     notify: tuple[str, ...]
     prefect_api_url: str
 
@@ -79,6 +81,7 @@ def read_settings(state: Path) -> Settings:
         ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or f"sqlite:///{state / 'ledger.db'}",
         num_threads=int(threads),
         releases_url=os.environ.get("VISIONLOOP_RELEASES") or str(state / "releases"),
+        predictions_url=os.environ.get("VISIONLOOP_PREDICTIONS") or str(state / "predictions"),
         notify=tuple(filter(None, (part.strip() for part in os.environ.get("VISIONLOOP_NOTIFY", "").split(",")))),
         prefect_api_url=os.environ.get("PREFECT_API_URL", ""),
     )

@@ -5,8 +5,8 @@ once, and of the machine after the next sync. An answer waits for its row for a 
 (counted), one that is full or broken loses them (counted, and told in the journal itself as a gap once it works
 again). Serving never stops for it.
 
-File: `VLJ1`, then frames `u32 length | u32 crc32 | payload`. A torn frame at the end of a killed process's journal is what was
-never answered. The owner holds a lock on its file; a file without one belongs to nobody any more and is sealed.
+File: `VLJ1`, then frames `u32 length | u32 crc32 | payload`. A torn frame at the end of a killed process's journal is what
+was never answered. The owner holds a lock on its file; a file without one belongs to nobody any more and is sealed.
 """
 
 from __future__ import annotations

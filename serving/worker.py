@@ -33,7 +33,7 @@ from components.contracts import (
     VisionloopError,
 )
 from components.images import appearance, decode, prepare
-from components.packaging import ENGINE, GOLDEN
+from components.releases import ENGINE, GOLDEN
 from components.store import read_manifest
 from serving.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode_batch, encode_answer, frame
 

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from components.contracts import Release
 from components.images import STATISTICS, appearance, decode, prepare
-from components.packaging import GOLDEN, REFERENCE, fit_threshold
+from components.packaging import fit_threshold
+from components.releases import GOLDEN, REFERENCE
 from components.store import Store
 
 

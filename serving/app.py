@@ -1,0 +1,349 @@
+"""The HTTP side: picture upload, the Open Inference Protocol, metrics and pages. Errors say what to do and nothing else.
+
+| route                                                  | needs     |
+|--------------------------------------------------------|-----------|
+| POST /predict                                          | predictor |
+| POST /v2/models/{m}[/versions/{v}]/infer               | predictor |
+| GET  /v2, /v2/models/{m}[/versions/{v}], /status       | viewer    |
+| GET  /metrics, /docs, /openapi.json                    | viewer    |
+| POST /admin/refresh                                    | admin     |
+| GET  /v2/health/live, /v2/health/ready, .../ready      | nobody    |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
+
+from serving import tensors
+from serving.auth import Role, Tokens, allows, bearer, is_loopback
+from serving.connections import plain_response
+from serving.frames import Form
+from serving.inference import Answer, Answered, Inference, Rejected, moment
+from serving.metrics import log
+
+Handler = Callable[[Request], Awaitable[Response]]
+_TOP = 10
+_LARGE = 1 << 20
+_RAW_TYPES = ("application/octet-stream", "image/jpeg", "image/png", "image/webp", "image/jpg")
+_SPECIFICATION = Path(__file__).resolve().parent / "openapi.json"
+
+
+class Access:
+    """Who may do what on this server."""
+
+    def __init__(self, tokens: Tokens, *, required: bool) -> None:
+        self.tokens, self.required = tokens, required
+
+    def check(self, authorization: str | None, host: str | None, needed: Role) -> None:
+        """Raise Rejected unless this request may do what needs `needed`."""
+        if not self.required:
+            # Reachable from this machine alone; but a page in its browser must not speak for the person before it.
+            if host is not None and not is_loopback(_hostname(host)):
+                raise Rejected(403, "without tokens this server answers to the names of this machine alone")
+            return
+        token = bearer(authorization)
+        if token is None:
+            raise Rejected(401, "send a token: Authorization: Bearer ...")
+        role = self.tokens.role_of(token)
+        if role is None:
+            raise Rejected(401, "this token is not known here")
+        if not allows(role, needed):
+            raise Rejected(403, f"this token's role is {role}; this needs {needed}")
+
+
+def _hostname(host: str) -> str:
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+class HttpGate:
+    """Refuses at the headers what would be refused anyway: bodies over the limit, and predictions when the queue is full."""
+
+    def __init__(self, inference: Inference, *, max_body: int, request_timeout_s: float) -> None:
+        self._inference, self._max_body = inference, max_body
+        self.request_timeout_s = request_timeout_s
+
+    def refusal(self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, str, float | None] | None:
+        if method != b"POST":
+            return None
+        for name, value in headers:
+            if name == b"content-length" and (not value.isdigit() or int(value) > self._max_body):
+                return 413, f"the body is larger than {self._max_body} bytes", None
+        path = url.partition(b"?")[0]
+        if path == b"/predict" and len(self._inference.routed) == 1:
+            routed = next(iter(self._inference.routed.values()))
+        elif path.startswith(b"/v2/models/") and path.endswith(b"/infer"):
+            found = self._inference.routed.get(path[11:].partition(b"/")[0].decode("latin-1"))
+            if found is None:
+                return None
+            routed = found
+        else:
+            return None
+        deployment = routed.deployment
+        if deployment is None or not deployment.full:
+            return None
+        metrics = self._inference.metrics
+        metrics.shed.labels(routed.model, "http").inc()
+        metrics.requests.labels(routed.model, "http", "503").inc()
+        return 503, "the server is full; try again later", deployment.expected_wait_s()
+
+
+class Http:
+    """The routes of one server."""
+
+    def __init__(self, inference: Inference, access: Access, *, max_body: int, status: Callable[[], dict[str, Any]]) -> None:
+        self._inference, self._access, self._max_body, self._status = inference, access, max_body, status
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        import swagger_ui_bundle
+
+        open_ = functools.partial(self._route, needed=None)
+        look = functools.partial(self._route, needed="viewer")
+        ask = functools.partial(self._route, needed="predictor")
+        model = "/v2/models/{model}"
+        version = model + "/versions/{version}"
+        vendor = Path(swagger_ui_bundle.__file__).parent / "vendor"
+        (assets,) = sorted(vendor.glob("swagger-ui-*"))[-1:]
+        application = Starlette(
+            routes=[
+                ask("/predict", self._predict, "POST"),
+                ask(f"{model}/infer", self._infer, "POST"),
+                ask(f"{version}/infer", self._infer, "POST"),
+                open_("/v2/health/live", self._live),
+                open_("/v2/health/ready", self._ready),
+                open_(f"{model}/ready", self._model_ready),
+                open_(f"{version}/ready", self._model_ready),
+                look("/v2", self._server),
+                look(model, self._model),
+                look(version, self._model),
+                look("/status", self._show_status),
+                look("/metrics", self._metrics),
+                look("/openapi.json", self._openapi),
+                look("/docs", self._docs),
+                self._route("/admin/refresh", self._refresh, "POST", needed="admin"),
+            ],
+            exception_handlers={HTTPException: _http_exception, Exception: _crashed},
+        )
+        # Public files of a package, the same on every server: they need no token.
+        application.mount("/docs/assets", StaticFiles(directory=assets))
+        return application
+
+    def _route(self, path: str, handler: Handler, method: str = "GET", *, needed: Role | None) -> Route:
+        async def endpoint(request: Request) -> Response:
+            try:
+                if needed is not None:
+                    self._access.check(request.headers.get("authorization"), request.headers.get("host"), needed)
+                response = await handler(request)
+            except Rejected as error:
+                response = _error(error)
+            except ClientDisconnect:
+                response = Response(status_code=499)
+            if method == "POST":
+                model = request.path_params.get("model") or request.query_params.get("model") or ""
+                known = model if model in self._inference.routed else "" if model else self._only_model
+                self._inference.metrics.requests.labels(known, "http", str(response.status_code)).inc()
+            return response
+
+        return Route(path, endpoint, methods=[method])
+
+    @property
+    def _only_model(self) -> str:
+        return next(iter(self._inference.routed)) if len(self._inference.routed) == 1 else ""
+
+    async def _body(self, request: Request) -> bytes:
+        """The whole body, bounded; the time it may take is bounded by the connection."""
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise Rejected(415, "compressed bodies are not accepted; pictures are compressed already")
+        chunks, size = [], 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > self._max_body:
+                raise Rejected(413, f"the body is larger than {self._max_body} bytes")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    async def _predict(self, request: Request) -> Response:
+        kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+        if kind not in (*_RAW_TYPES, "multipart/form-data"):
+            raise Rejected(415, "send the picture as image/jpeg, image/png, image/webp, or as multipart/form-data")
+        top = request.query_params.get("top", str(_TOP))
+        if not top.isdigit() or not 1 <= int(top) <= 10_000:
+            raise Rejected(400, "top is a whole number from 1")
+        event_at = moment(request.headers.get("x-event-time"))
+        data = await self._body(request)
+        if kind == "multipart/form-data":
+            data = await _file_of(request, data)
+        if not data:
+            raise Rejected(400, "the picture is empty")
+        answered = await self._inference.answer(
+            request.query_params.get("model"),
+            None,
+            [(Form.ENCODED, data)],
+            protocol="http",
+            key=request.headers.get("idempotency-key", ""),
+            event_at=event_at,
+        )
+        return _json(_shown(answered, answered.answers[0], int(top)))
+
+    async def _infer(self, request: Request) -> Response:
+        name, version = request.path_params["model"], request.path_params.get("version")
+        deployment = self._inference.deployment(name, version)
+        body = await self._body(request)
+        header = request.headers.get("inference-header-content-length")
+        if len(body) > _LARGE:
+            asked, pictures = await asyncio.to_thread(_parse, deployment.release, body, header)
+        else:
+            asked, pictures = _parse(deployment.release, body, header)
+        answered = await self._inference.answer(name, version, pictures, protocol="http-v2", key=asked.id)
+        content, json_length = tensors.write_rest(asked, answered)
+        if json_length is None:
+            return Response(content, media_type="application/json")
+        headers = {"inference-header-content-length": str(json_length)}
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
+    async def _live(self, _: Request) -> Response:
+        return _json({"live": True})
+
+    async def _ready(self, _: Request) -> Response:
+        ready = self._inference.ready
+        return _json({"ready": ready}, status=200 if ready else 503)
+
+    async def _model_ready(self, request: Request) -> Response:
+        deployment = self._inference.deployment(request.path_params["model"], request.path_params.get("version"))
+        ready = deployment.ready and not self._inference.draining
+        return _json({"name": deployment.model, "ready": ready}, status=200 if ready else 503)
+
+    async def _server(self, _: Request) -> Response:
+        return _json({"name": "visionloop", "version": "", "extensions": ["binary_tensor_data"]})
+
+    async def _model(self, request: Request) -> Response:
+        deployment = self._inference.deployment(request.path_params["model"], request.path_params.get("version"))
+        return _json(tensors.metadata(deployment.release, deployment.version))
+
+    async def _show_status(self, _: Request) -> Response:
+        return _json(self._status())
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self._inference.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _openapi(self, _: Request) -> Response:
+        return Response(_SPECIFICATION.read_bytes(), media_type="application/json")
+
+    async def _docs(self, _: Request) -> Response:
+        return HTMLResponse(_DOCS)
+
+    async def _refresh(self, _: Request) -> Response:
+        await asyncio.gather(*(routed.refresh() for routed in self._inference.routed.values()))
+        return _json(self._status())
+
+
+def _parse(release: Any, body: bytes, header: str | None) -> tuple[tensors.RestRequest, list[tuple[Form, bytes]]]:
+    asked = tensors.read_rest(body, header)
+    tensors.check_outputs([name for name, _ in asked.outputs])
+    return asked, tensors.pictures(release, asked.inputs)
+
+
+def _shown(answered: Answered, answer: Answer, top: int) -> dict[str, Any]:
+    classes = answered.deployment.release.engine.classes
+    ranked = answer.facts.probabilities.argsort()[::-1][:top]
+    return {
+        "prediction_id": answer.prediction_id,
+        "label": answer.label,
+        "unsure": answer.unsure,
+        "predicted": answer.predicted,
+        "confidence": answer.confidence,
+        "probabilities": {classes[i]: float(answer.facts.probabilities[i]) for i in ranked},
+        "model": answered.deployment.model,
+        "model_version": answered.version,
+        "release": answered.deployment.digest,
+    }
+
+
+async def _file_of(request: Request, body: bytes) -> bytes:
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=8).parse()
+    except (MultiPartException, KeyError, ValueError, AttributeError):
+        raise Rejected(400, "not a multipart form with one file and at most 8 fields") from None
+    try:
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        if len(files) != 1:
+            raise Rejected(400, "the form holds no file; send the picture as a file")
+        return await files[0].read()
+    finally:
+        await form.close()
+
+
+def _json(content: Any, *, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status_code=status, media_type="application/json")
+
+
+def _error(error: Rejected) -> Response:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(
+        orjson.dumps({"error": error.message}), status_code=error.status, media_type="application/json", headers=headers
+    )
+
+
+async def _http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: "there is nothing here; /docs lists the routes", 405: "this route has another method; /docs lists it"}
+    return _error(Rejected(error.status_code, words.get(error.status_code, "not accepted")))
+
+
+async def _crashed(_: Request, error: Exception) -> Response:
+    # Our own bug: the log has it, the client learns nothing about it but that.
+    log("request crashed", level=logging.ERROR, problem=f"{type(error).__name__}: {error}")
+    return _error(Rejected(503, "the server failed on this request; it was reported in its log", retry_after_s=1.0))
+
+
+def routes_of(application: Starlette) -> set[tuple[str, str]]:
+    """Method and path of every route, for the specification's test."""
+    return {
+        (method, route.path)
+        for route in application.routes
+        if isinstance(route, Route)
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+
+
+def specification() -> dict[str, Any]:
+    """The OpenAPI document."""
+    found: dict[str, Any] = json.loads(_SPECIFICATION.read_text())
+    return found
+
+
+_DOCS = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>visionloop serving</title>
+<link rel="stylesheet" href="/docs/assets/swagger-ui.css"></head>
+<body><div id="swagger-ui"></div>
+<script src="/docs/assets/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui"})</script>
+</body></html>
+"""
+__all__ = ["Access", "Http", "HttpGate", "plain_response"]

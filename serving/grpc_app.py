@@ -1,0 +1,154 @@
+"""The Open Inference Protocol over gRPC: the same answers, refusals and bounds as over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from serving import open_inference_pb2 as pb
+from serving import tensors
+from serving.app import Access
+from serving.auth import Role
+from serving.inference import Inference, Rejected
+from serving.metrics import log
+
+SERVICE = "inference.GRPCInferenceService"
+_LARGE = 1 << 20
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+}
+_NEEDS: dict[str, Role | None] = {
+    "ServerLive": None,
+    "ServerReady": None,
+    "ModelReady": None,
+    "ServerMetadata": "viewer",
+    "ModelMetadata": "viewer",
+    "ModelInfer": "predictor",
+}
+
+
+class Grpc:
+    """The service's methods."""
+
+    def __init__(self, inference: Inference, access: Access) -> None:
+        self._inference, self._access = inference, access
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What a server registers."""
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._guarded(name, getattr(self, f"_{_snake(name)}")),
+                request_deserializer=getattr(pb, f"{name}Request").FromString,
+                response_serializer=getattr(pb, f"{name}Response").SerializeToString,
+            )
+            for name in _NEEDS
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def _guarded(self, name: str, method: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+        needed = _NEEDS[name]
+
+        async def call(request: Any, context: Any) -> Any:
+            code, message, retry = grpc.StatusCode.OK, "", None
+            try:
+                if needed is not None:
+                    given = dict(context.invocation_metadata() or ())
+                    # A browser cannot speak gRPC, so there is no host to check.
+                    self._access.check(given.get("authorization"), None, needed)
+                response = await method(request)
+            except Rejected as error:
+                # "Full" is RESOURCE_EXHAUSTED, "not able to answer" is UNAVAILABLE; both are 503 over HTTP.
+                full = error.status == 503 and "full" in error.message
+                fallback = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.UNAVAILABLE
+                code, message, retry = _CODES.get(error.status, fallback), error.message, error.retry_after_s
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                log("request crashed", level=logging.ERROR, problem=f"{type(error).__name__}: {error}")
+                code, message = grpc.StatusCode.UNAVAILABLE, "the server failed on this request"
+            if name == "ModelInfer":
+                model = request.model_name if request.model_name in self._inference.routed else ""
+                self._inference.metrics.requests.labels(model, "grpc", code.name).inc()
+            if code is not grpc.StatusCode.OK:
+                trailing = (("retry-after", str(max(1, round(retry)))),) if retry is not None else ()
+                await context.abort(code, message, trailing)
+            return response
+
+        return call
+
+    async def _server_live(self, _: Any) -> Any:
+        return pb.ServerLiveResponse(live=True)
+
+    async def _server_ready(self, _: Any) -> Any:
+        return pb.ServerReadyResponse(ready=self._inference.ready)
+
+    async def _model_ready(self, request: Any) -> Any:
+        deployment = self._inference.deployment(request.name, request.version or None)
+        return pb.ModelReadyResponse(ready=deployment.ready and not self._inference.draining)
+
+    async def _server_metadata(self, _: Any) -> Any:
+        return pb.ServerMetadataResponse(name="visionloop", version="", extensions=["binary_tensor_data"])
+
+    async def _model_metadata(self, request: Any) -> Any:
+        deployment = self._inference.deployment(request.name, request.version or None)
+        told = tensors.metadata(deployment.release, deployment.version)
+        tensor = pb.ModelMetadataResponse.TensorMetadata
+        return pb.ModelMetadataResponse(
+            name=told["name"],
+            versions=told["versions"],
+            platform=told["platform"],
+            inputs=[tensor(**one) for one in told["inputs"]],
+            outputs=[tensor(**one) for one in told["outputs"]],
+        )
+
+    async def _model_infer(self, request: Any) -> Any:
+        deployment = self._inference.deployment(request.model_name, request.model_version or None)
+        wanted = [output.name for output in request.outputs]
+        tensors.check_outputs(wanted)
+        if len(request.id) > 128:
+            raise Rejected(400, "the id is text of at most 128 characters")
+        given = _inputs(request)
+        pictures = tensors.pictures(deployment.release, given)
+        answered = await self._inference.answer(
+            request.model_name, request.model_version or None, pictures, protocol="grpc", key=request.id
+        )
+        found = tensors.outputs(answered, wanted)
+        tensor = pb.ModelInferResponse.InferOutputTensor
+        return pb.ModelInferResponse(
+            model_name=answered.deployment.model,
+            model_version=answered.version,
+            id=request.id,
+            outputs=[tensor(name=one.name, datatype=one.datatype, shape=one.shape) for one in found],
+            raw_output_contents=[one.raw for one in found],
+        )
+
+
+def _inputs(request: Any) -> list[tensors.Given]:
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise Rejected(400, f"{len(raw)} raw contents for {len(request.inputs)} inputs; expected one each")
+    found = []
+    for index, tensor in enumerate(request.inputs):
+        if any(not 0 <= n < 1 << 31 for n in tensor.shape):
+            raise Rejected(400, "the shape of an input is a list of whole numbers, none negative")
+        if raw:
+            data: Any = raw[index]
+        elif tensor.datatype == "BYTES":
+            data = list(tensor.contents.bytes_contents)
+        else:
+            data = list(tensor.contents.uint_contents)
+        found.append(tensors.Given(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+    return found
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")

@@ -1,0 +1,286 @@
+"""The serving process: sockets first, then releases, then ready; and a stop that drops nothing that was taken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from components.contracts import ConfigError
+from components.releases import ReleaseStore
+from serving.app import Access, Http, HttpGate
+from serving.auth import Tokens, is_loopback
+from serving.captures import CaptureConfig, Captures
+from serving.connections import BoundedHttp
+from serving.deployment import Limits
+from serving.inference import Inference
+from serving.journal import Journal, JournalConfig
+from serving.metrics import Metrics, log, log_to_stderr
+from serving.routing import Following, Routed
+
+_CODE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """One server, completely."""
+
+    models: tuple[str, ...]
+    releases_url: str
+    state: Path
+    """The server's own folder: verified copies, journal, tokens."""
+    log_url: str
+    """Where sealed segments of the prediction log go."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int | None = 8001
+    """None for no gRPC."""
+    require_token: bool = False
+    """Ask for tokens on loopback too."""
+    max_body: int = 16 << 20
+    request_timeout_s: float = 15.0
+    """How long a request may take to arrive."""
+    max_connections: int = 2000
+    drain_s: float = 30.0
+    plugins: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    following: Following = field(default_factory=Following)
+    journal: JournalConfig = field(default_factory=JournalConfig)
+    captures: CaptureConfig = field(default_factory=CaptureConfig)
+
+
+def serve(config: ServingConfig, *, announce: Callable[[str], None] = lambda _: None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status. Raises ConfigError before anything is started."""
+    tokens = Tokens(config.state / "tokens.json")
+    required = config.require_token or not is_loopback(config.host)
+    if required and not tokens.names():
+        raise ConfigError(
+            f"{config.host} is reachable by others and there is no token yet; make one first: "
+            f"visionloop token add NAME --role predictor"
+        )
+    if not config.models:
+        raise ConfigError("name at least one model to serve: --model NAME")
+    sockets = [_bound(config.host, config.port)]
+    if config.grpc_port is not None:
+        sockets.append(_bound(config.host, config.grpc_port))
+    ports = [bound.getsockname()[1] for bound in sockets]
+    log_to_stderr()
+    try:
+        import uvloop
+
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
+    except ImportError:
+        loop_factory = None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(_Server(config, Access(tokens, required=required), announce).run(sockets, ports))
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that holds the port before anything is loaded; raises ConfigError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}. Choose another with --port or --grpc-port") from None
+    return found
+
+
+class _Sealer:
+    """Seals journals in a process of its own, one at a time, whenever there may be something to seal."""
+
+    def __init__(self, journals: Path, log_url: str) -> None:
+        self._arguments = [sys.executable, "-m", "serving.segments", str(journals), log_url]
+        self._wanted = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wanted.set()
+
+    def _run(self) -> None:
+        while True:
+            # Also from time to time: what a server that was killed left behind, or a store that was away.
+            self._wanted.wait(timeout=120.0)
+            self._wanted.clear()
+            done = subprocess.run(self._arguments, cwd=_CODE, check=False, stdin=subprocess.DEVNULL)
+            if done.returncode:
+                log("sealing failed; the journals are kept", level=logging.ERROR, status=done.returncode)
+            if self._stopping and not self._wanted.is_set():
+                return
+
+    def close(self, timeout_s: float) -> None:
+        self._stopping = True
+        self._wanted.set()
+        self._thread.join(timeout_s)
+
+
+class _Server:
+    def __init__(self, config: ServingConfig, access: Access, announce: Callable[[str], None]) -> None:
+        self._config, self._access, self._announce = config, access, announce
+        self._started = time.monotonic()
+        self._stop: asyncio.Event | None = None
+
+    async def run(self, sockets: list[socket.socket], ports: list[int]) -> int:
+        config = self._config
+        self._stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        metrics = Metrics()
+        sealer = _Sealer(config.state / "journal", config.log_url)
+        sealer.wake()
+        self._journal = Journal(config.state / "journal", config.journal, metrics, rotated=sealer.wake)
+        self._journal.start()
+        captures = Captures(config.state / "captures", config.captures, metrics)
+        if config.captures.share > 0:
+            captures.start()
+        store = ReleaseStore(config.releases_url)
+        self._routed = {
+            model: Routed(
+                model,
+                store=store,
+                state=config.state,
+                limits=config.limits,
+                following=config.following,
+                metrics=metrics,
+                plugins=config.plugins,
+            )
+            for model in config.models
+        }
+        self._inference = Inference(self._routed, self._journal, captures, metrics)
+        http = self._http(ports)
+        serving = loop.create_task(http._serve([sockets[0]]))
+        grpc_server = await self._grpc(sockets[1]) if len(sockets) > 1 else None
+        following = [loop.create_task(routed.follow()) for routed in self._routed.values()]
+        announcing = loop.create_task(self._announce_ready(ports))
+        stopped = loop.create_task(self._stop.wait())
+        await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+        return await self._drain(http, serving, grpc_server, [*following, announcing, stopped], captures, sealer)
+
+    def _http(self, ports: list[int]) -> uvicorn.Server:
+        config = self._config
+        application = Http(
+            self._inference, self._access, max_body=config.max_body, status=lambda: self._status(ports)
+        ).application()
+        gate = HttpGate(self._inference, max_body=config.max_body, request_timeout_s=config.request_timeout_s)
+        protocol = type("Http", (BoundedHttp,), {"gate": gate})
+        return uvicorn.Server(
+            uvicorn.Config(
+                application,
+                http=protocol,
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=config.max_connections,
+                timeout_keep_alive=60,
+                timeout_graceful_shutdown=round(config.drain_s),
+                backlog=2048,
+            )
+        )
+
+    async def _grpc(self, bound: socket.socket) -> Any:
+        import grpc
+
+        from serving.grpc_app import Grpc
+
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", self._config.max_body),
+                ("grpc.so_reuseport", 0),
+            ],
+            maximum_concurrent_rpcs=self._config.max_connections,
+        )
+        server.add_generic_rpc_handlers((Grpc(self._inference, self._access).handlers(),))
+        host, port = bound.getsockname()[:2]
+        bound.close()  # gRPC binds by itself; until here the socket proved that the port is free
+        shown = f"[{host}]" if ":" in host else host
+        server.add_insecure_port(f"{shown}:{port}")
+        await server.start()
+        return server
+
+    async def _announce_ready(self, ports: list[int]) -> None:
+        told: dict[str, str | None] = {}
+        while not self._inference.ready:
+            for routed in self._routed.values():
+                if routed.problem and told.get(routed.model) != routed.problem:
+                    told[routed.model] = routed.problem
+                    self._announce(f"waiting: {routed.problem}")
+            await asyncio.sleep(0.05)
+        shown = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        seconds = time.monotonic() - self._started
+        for routed in self._routed.values():
+            self._announce(f"{routed.model} version {routed.current.version} answers after {seconds:.1f} s")
+        also = f", gRPC on {shown}:{ports[1]}" if len(ports) > 1 else ""
+        self._announce(f"ready: http://{shown}:{ports[0]} (POST a picture to /predict; pages at /docs){also}")
+        log("ready", seconds=round(seconds, 3), port=ports[0], grpc_port=ports[1] if len(ports) > 1 else None)
+
+    def _status(self, ports: list[int]) -> dict[str, Any]:
+        models = {}
+        for model, routed in self._routed.items():
+            deployment = routed.deployment
+            models[model] = {
+                "ready": routed.ready,
+                "problem": routed.problem,
+                "version": deployment.version if deployment else None,
+                "release": deployment.digest if deployment else None,
+                "engine": deployment.release.engine.name if deployment else None,
+                "generation": deployment.generation if deployment else None,
+                "waiting": deployment.num_waiting if deployment else 0,
+                "threshold": deployment.release.decision.threshold if deployment else None,
+            }
+        return {
+            "ready": self._inference.ready,
+            "models": models,
+            "journal_problem": self._journal.problem or None,
+            "uptime_s": round(time.monotonic() - self._started, 1),
+        }
+
+    async def _drain(
+        self,
+        http: uvicorn.Server,
+        serving: asyncio.Task[None],
+        grpc_server: Any,
+        tasks: list[asyncio.Task[Any]],
+        captures: Captures,
+        sealer: _Sealer,
+    ) -> int:
+        config = self._config
+        log("stopping", drain_s=config.drain_s)
+        self._inference.draining = True  # not ready any more; what comes all the same is still answered
+        for task in tasks:
+            task.cancel()
+        http.should_exit = True
+        stopping = [serving]
+        if grpc_server is not None:
+            stopping.append(asyncio.ensure_future(grpc_server.stop(config.drain_s)))
+        done, pending = await asyncio.wait(stopping, timeout=config.drain_s + 5)
+        await asyncio.gather(*(routed.close(drain_s=1.0) for routed in self._routed.values()))
+        await asyncio.to_thread(self._journal.close)
+        await asyncio.to_thread(captures.close)
+        await asyncio.to_thread(sealer.close, 20.0)
+        for task in done:
+            with contextlib.suppress(asyncio.CancelledError):
+                if task.exception() is not None:
+                    log("server failed", level=logging.ERROR, problem=str(task.exception()))
+                    return 1
+        log("stopped", complete=not pending)
+        return 0 if not pending else 1

@@ -1,0 +1,278 @@
+"""Tensors of the Open Inference Protocol: what a model takes and gives, checked before anything is queued.
+
+Input `images`: UINT8 pixels (n, height, width, channels) as the engine takes them, or BYTES (n): encoded pictures, so that
+no client repeats the preprocessing. Outputs: label, unsure, confidence, probabilities, embedding, prediction_id.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from components.contracts import Release
+from serving.frames import Form
+from serving.inference import Answered, Rejected
+
+INPUT = "images"
+MAX_PICTURES = 64
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Given:
+    """One input tensor as it came."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes | Sequence[Any]
+    """Raw bytes, or the flat or nested values of a JSON or typed field."""
+
+
+def pictures(release: Release, inputs: Sequence[Given]) -> list[tuple[Form, bytes]]:
+    """The pictures of a request; raises Rejected for a wrong name, datatype, shape or content."""
+    if len(inputs) != 1 or inputs[0].name != INPUT:
+        names = ", ".join(repr(given.name[:64]) for given in inputs) or "none"
+        raise Rejected(400, f"expected exactly one input, {INPUT!r}; got {names}")
+    given = inputs[0]
+    size = release.engine.preprocessing
+    wanted = (size.height, size.width, size.channels)
+    if given.datatype == "BYTES":
+        if len(given.shape) not in (1, 2) or (len(given.shape) == 2 and given.shape[1] != 1):
+            raise Rejected(400, f"shape {_shown(given.shape)} of BYTES; expected [n] or [n, 1] encoded pictures")
+        count = _count(given.shape)
+        data = _split_bytes(given.data) if isinstance(given.data, bytes) else _encoded(given.data)
+        if len(data) != count:
+            raise Rejected(400, f"shape {_shown(given.shape)} says {count} pictures, the data hold {len(data)}")
+        return [(Form.ENCODED, picture) for picture in data]
+    if given.datatype != "UINT8":
+        raise Rejected(400, f"datatype {given.datatype[:16]!r}; expected UINT8 pixels or BYTES of encoded pictures")
+    if len(given.shape) != 4 or given.shape[1:] != wanted:
+        raise Rejected(400, f"shape {_shown(given.shape)}; expected [n, {wanted[0]}, {wanted[1]}, {wanted[2]}] of UINT8")
+    count = _count(given.shape)
+    one = math.prod(wanted)
+    raw = given.data if isinstance(given.data, bytes) else _pixels(given.data, count * one)
+    if len(raw) != count * one:
+        raise Rejected(400, f"{len(raw)} bytes of data; shape {_shown(given.shape)} needs {count * one}")
+    return [(Form.PIXELS, raw[start : start + one]) for start in range(0, len(raw), one)]
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    if not 1 <= shape[0] <= MAX_PICTURES:
+        raise Rejected(400, f"{shape[0]} pictures in one request; accepted are 1 to {MAX_PICTURES}")
+    return shape[0]
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return str(list(shape[:8]))
+
+
+def _split_bytes(data: bytes) -> list[bytes]:
+    found, place = [], 0
+    while place < len(data):
+        if place + _LENGTH.size > len(data):
+            raise Rejected(
+                400, "BYTES data end within a length; each element is a 4-byte little-endian length and its bytes"
+            )
+        (length,) = _LENGTH.unpack_from(data, place)
+        place += _LENGTH.size
+        if place + length > len(data):
+            raise Rejected(400, "BYTES data end within an element; each is a 4-byte little-endian length and its bytes")
+        found.append(data[place : place + length])
+        place += length
+        if len(found) > MAX_PICTURES:
+            raise Rejected(400, f"more than {MAX_PICTURES} pictures in one request")
+    return found
+
+
+def _encoded(values: Sequence[Any]) -> list[bytes]:
+    if not all(isinstance(value, bytes) for value in values):
+        raise Rejected(400, "encoded pictures cannot be JSON text; send them as binary data")
+    return list(values)
+
+
+def _pixels(values: Sequence[Any], expected: int) -> bytes:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise Rejected(400, "the data are not a regular array") from None
+    if array.size != expected:
+        raise Rejected(400, f"{array.size} values; the shape needs {expected}")
+    if array.dtype.kind not in "iu":
+        raise Rejected(400, "the data are not whole numbers; UINT8 pixels are 0 to 255")
+    if array.size and (array.min() < 0 or array.max() > 255):
+        raise Rejected(400, "a value is outside 0 to 255")
+    return array.astype(np.uint8).tobytes()
+
+
+_Values = npt.NDArray[Any] | list[bytes]
+_OUTPUTS: dict[str, tuple[str, Callable[[Release], list[int]], Callable[[Answered], _Values]]] = {
+    "label": ("BYTES", lambda _: [-1], lambda a: [x.label.encode() for x in a.answers]),
+    "unsure": ("BOOL", lambda _: [-1], lambda a: np.array([x.unsure for x in a.answers], dtype=np.bool_)),
+    "confidence": ("FP32", lambda _: [-1], lambda a: np.array([x.confidence for x in a.answers], dtype=np.float32)),
+    "probabilities": (
+        "FP32",
+        lambda release: [-1, len(release.engine.classes)],
+        lambda a: np.stack([x.facts.probabilities for x in a.answers]),
+    ),
+    "embedding": (
+        "FP32",
+        lambda release: [-1, release.engine.embedding_dim],
+        lambda a: np.stack([np.frombuffer(x.facts.embedding, dtype="<f2").astype(np.float32) for x in a.answers]),
+    ),
+    "prediction_id": ("BYTES", lambda _: [-1], lambda a: [x.prediction_id.encode() for x in a.answers]),
+}
+
+
+def metadata(release: Release, version: str) -> dict[str, Any]:
+    """The model's metadata as the protocol has it."""
+    size = release.engine.preprocessing
+    return {
+        "name": release.model,
+        "versions": [version],
+        "platform": f"{release.engine.target}_{release.engine.precision}",
+        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, size.height, size.width, size.channels]}],
+        "outputs": [
+            {"name": name, "datatype": datatype, "shape": shape(release)} for name, (datatype, shape, _) in _OUTPUTS.items()
+        ],
+        "parameters": {
+            "encoded_input": f"{INPUT} may also be BYTES [n]: JPEG, PNG or WebP files",
+            "classes": list(release.engine.classes),
+            "threshold": release.decision.threshold,
+            "release": release.digest(),
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output tensor of a response."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    values: _Values
+
+    @property
+    def raw(self) -> bytes:
+        """Row-major little-endian bytes; BYTES elements with their lengths."""
+        if isinstance(self.values, list):
+            return b"".join(_LENGTH.pack(len(value)) + value for value in self.values)
+        return self.values.tobytes()
+
+    @property
+    def listed(self) -> list[Any]:
+        """Flat JSON values."""
+        if isinstance(self.values, list):
+            return [value.decode() for value in self.values]
+        flat: list[Any] = self.values.ravel().tolist()
+        return flat
+
+
+def outputs(answered: Answered, wanted: Sequence[str]) -> list[Output]:
+    """The outputs asked for, all of them when none is named."""
+    found = []
+    for name in wanted or _OUTPUTS:
+        datatype, _, values = _OUTPUTS[name]
+        made = values(answered)
+        shape = [len(made)] if isinstance(made, list) else list(made.shape)
+        found.append(Output(name, datatype, shape, made))
+    return found
+
+
+def check_outputs(wanted: Sequence[str]) -> None:
+    """Raise Rejected for an output that no model has."""
+    for name in wanted:
+        if name not in _OUTPUTS:
+            raise Rejected(400, f"unknown output {name[:64]!r}; valid: {', '.join(_OUTPUTS)}")
+
+
+@dataclass(frozen=True)
+class RestRequest:
+    """A v2 inference request over REST."""
+
+    id: str
+    inputs: tuple[Given, ...]
+    outputs: tuple[tuple[str, bool], ...]
+    """Names, and whether they are wanted as binary data."""
+    binary_default: bool
+
+
+def read_rest(body: bytes, header_length: str | None) -> RestRequest:
+    """Parse a request body, with its binary part behind the JSON where the header says how long that is."""
+    try:
+        length = len(body) if header_length is None else int(header_length)
+    except ValueError:
+        raise Rejected(400, "Inference-Header-Content-Length is not a number") from None
+    if not 0 <= length <= len(body):
+        raise Rejected(400, "Inference-Header-Content-Length is longer than the body")
+    try:
+        told = orjson.loads(body[:length])
+    except orjson.JSONDecodeError:
+        raise Rejected(400, "the body is not JSON (numbers have to be finite)") from None
+    binary, place = body[length:], 0
+    try:
+        given = []
+        for tensor in told["inputs"]:
+            name, datatype, shape = tensor["name"], tensor["datatype"], tensor["shape"]
+            if not (isinstance(name, str) and isinstance(datatype, str)):
+                raise Rejected(400, "name and datatype of an input are text")
+            if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in shape)):
+                raise Rejected(400, "the shape of an input is a list of whole numbers, none negative")
+            size = (tensor.get("parameters") or {}).get("binary_data_size")
+            data: bytes | list[Any]
+            if size is None:
+                data = tensor["data"]
+                if not isinstance(data, list):
+                    raise Rejected(400, "data of an input is a list")
+            else:
+                if type(size) is not int or not 0 <= size <= len(binary) - place:
+                    raise Rejected(400, "binary_data_size says more than the body holds")
+                data = binary[place : place + size]
+                place += size
+            given.append(Given(name, datatype, tuple(shape), data))
+        default = bool((told.get("parameters") or {}).get("binary_data_output", False))
+        wanted = tuple(
+            (str(output["name"]), bool((output.get("parameters") or {}).get("binary_data", default)))
+            for output in told.get("outputs") or []
+        )
+        identifier = told.get("id") or ""
+    except (KeyError, TypeError, AttributeError):
+        raise Rejected(400, "not a v2 inference request: inputs need name, datatype, shape and data") from None
+    if place != len(binary):
+        raise Rejected(400, "the body holds more binary data than its inputs say")
+    if not isinstance(identifier, str) or len(identifier) > 128:
+        raise Rejected(400, "the id is text of at most 128 characters")
+    return RestRequest(identifier, tuple(given), wanted, default)
+
+
+def write_rest(request: RestRequest, answered: Answered) -> tuple[bytes, int | None]:
+    """The response body, and the length of its JSON part when binary data follow it."""
+    found = outputs(answered, [name for name, _ in request.outputs])
+    binary = dict(request.outputs)
+    listed: list[Mapping[str, Any]] = []
+    raw: list[bytes] = []
+    for output in found:
+        described: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
+        if binary.get(output.name, request.binary_default):
+            raw.append(output.raw)
+            described["parameters"] = {"binary_data_size": len(raw[-1])}
+        else:
+            described["data"] = output.listed
+        listed.append(described)
+    told: dict[str, Any] = {
+        "model_name": answered.deployment.model,
+        "model_version": answered.version,
+        "outputs": listed,
+    }
+    if request.id:
+        told["id"] = request.id
+    text = orjson.dumps(told)
+    return b"".join((text, *raw)), len(text) if raw else None
