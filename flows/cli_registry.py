@@ -248,8 +248,7 @@ def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HE
         found = _desk(workspace, model)
         from flows.promote import promote as flow
 
-        told = (lambda _: None) if json_ else _told
-        moved = flow(version, found.model, str(found.workspace.root), told)
+        moved = flow(version, found.model, str(found.workspace.root), quiet=json_)
         finish(moved, json_, lambda: f"{found.model} serves version {version} now (release {moved['release'][:12]}).")
 
     guarded(action, json_)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,13 +16,16 @@ from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
 if TYPE_CHECKING:
     from serving.auth import Tokens
 
+predictions_app = typer.Typer(no_args_is_help=True, help="The prediction log.", rich_markup_mode=None)
 token_app = typer.Typer(no_args_is_help=True, help="Who may ask a server.", rich_markup_mode=None)
 
 
 def add_serving_commands(app: typer.Typer) -> None:
     """Put the serving commands on the command line."""
     app.command()(serve)
+    app.command()(predict)
     app.add_typer(token_app, name="token")
+    app.add_typer(predictions_app, name="predictions")
 
 
 def serve(
@@ -134,5 +139,146 @@ def token_revoke(
     def action() -> None:
         _tokens(workspace).revoke(name)
         finish({"revoked": name}, json_, lambda: f"The token of {name} works no more.")
+
+    guarded(action, json_)
+
+
+def predict(
+    source: Annotated[str, typer.Argument(help="A folder, a .parquet file (column image or path), or s3://bucket/prefix.")],
+    out: Annotated[
+        str, typer.Option("--out", help="A folder or s3:// address for the shards; kept, so a second run resumes.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="The model whose champion answers.")],
+    shard_size: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 2000,
+    embeddings: Annotated[bool, typer.Option(help="Also write the embeddings.")] = False,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Answer every image of a source by the champion, one row an image; a bad image is an error row."""
+
+    def action() -> None:
+        from components.releases import ReleaseStore
+        from flows.console import Console
+        from flows.run import Workspace
+        from flows.settings import read_settings
+        from serving import batch
+        from serving.deployment import Limits
+
+        found = Workspace.find(workspace)
+        settings = read_settings(found.state)
+        inputs = batch.open_inputs(source)
+        store = ReleaseStore(settings.releases_url)
+        routes = store.routes(model)
+        if routes is None:
+            raise ConfigError(f"{model} has no champion yet; promote one first (visionloop candidates)")
+        route = routes.routes[0]
+        release = store.fetch(model, route.release, cache=found.state / "serving" / "releases" / model)
+        config = batch.BatchConfig(
+            shard_size=shard_size,
+            embeddings=embeddings,
+            # A batch fills the engine and waits as long as it takes.
+            limits=Limits(lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9),
+            plugins=found.plugins if found.plugins.is_dir() else None,
+        )
+        with Console(1, quiet=json_) as console, console.stage(f"predicting {len(inputs.names)} images", 1) as (progress, _):
+            done = batch.predict(release, route.version, inputs, out, config, progress=progress)
+        answer = {"model": model, "version": route.version, "release": route.release, "out": out} | dataclasses.asdict(done)
+        finish(
+            answer,
+            json_,
+            lambda: (
+                f"{done.rows} rows in {done.shards} shards under {out} by {model} version {route.version}; "
+                f"{done.errors} images could not be answered, {done.resumed} shards were there already"
+            ),
+        )
+
+    guarded(action, json_)
+
+
+def _log_of(workspace: Path) -> tuple[str, Path]:
+    from flows.run import Workspace
+    from flows.settings import read_settings
+
+    found = Workspace.find(workspace)
+    return read_settings(found.state).predictions_url, found.state / "serving"
+
+
+def _moment(option: str, text: str | None) -> datetime.datetime | None:
+    if text is None:
+        return None
+    try:
+        found = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not a moment; expected ISO 8601, such as 2026-03-01T14:00") from None
+    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+
+
+@predictions_app.command("export")
+def predictions_export(
+    out: Annotated[Path, typer.Argument(help="File to write: .parquet, .csv or .jsonl.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Of one model alone.")] = None,
+    since: Annotated[str | None, typer.Option(help="From this moment on, ISO 8601, UTC unless it says otherwise.")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Write sealed predictions to one file; says what is missing or not sealed yet."""
+
+    def action() -> None:
+        from serving import segments
+
+        url, state = _log_of(workspace)
+        # What a stopped server left is sealed first, so that an export right after it is whole.
+        segments.seal_all(state / "journal", url)
+        exported = segments.export(url, out, model=model, since=_moment("--since", since), until=_moment("--until", until))
+        open_journals = segments.unsealed(state / "journal")
+        note = f"; {open_journals} journals are still being written" if open_journals else ""
+        lost = f"; {exported.lost} predictions were lost when the journal could not be written" if exported.lost else ""
+        finish(
+            {"rows": exported.rows, "lost": exported.lost, "unsealed_journals": open_journals, "out": str(out)},
+            json_,
+            lambda: f"{exported.rows} predictions in {out}{note}{lost}",
+        )
+
+    guarded(action, json_)
+
+
+@predictions_app.command("verify")
+def predictions_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """Check every segment's digest, that no prediction is there twice, and the kept images. Exit status 1 when not."""
+
+    def action() -> None:
+        from serving import segments
+        from serving.captures import Captures
+
+        url, state = _log_of(workspace)
+        found = segments.verify(url, state / "journal")
+        captures = Captures(state / "captures").verify()
+        lines = [f"{found.segments} segments, {found.rows} predictions, {found.duplicates} twice, {found.lost_rows} lost"]
+        lines += [f"{found.unsealed} journals are still written or wait to be sealed"] if found.unsealed else []
+        lines += [*found.broken, *captures]
+        finish(dataclasses.asdict(found) | {"captures": captures}, json_, lambda: "\n".join(lines))
+        if found.broken or found.duplicates or captures:
+            raise typer.Exit(1)
+
+    guarded(action, json_)
+
+
+@predictions_app.command("erase")
+def predictions_erase(
+    image_sha256: Annotated[str, typer.Argument(help="sha256 of the image's bytes, as every prediction names it.")],
+    as_: Annotated[str, typer.Option("--as", help="Who erases.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept as proof.")],
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Remove a kept image for good; it is never kept again. The predictions about it stay, without its bytes."""
+
+    def action() -> None:
+        from serving.captures import Captures
+
+        record = Captures(_log_of(workspace)[1] / "captures").erase(image_sha256, by=as_, reason=reason)
+        was = "It was kept and is removed" if record["found"] else "It was not kept, and will not be"
+        finish(record, json_, lambda: f"{was}; recorded at {record['at']} as {record['hash'][:16]}.")
 
     guarded(action, json_)

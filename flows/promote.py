@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,14 @@ def project(promotion: Promotion) -> None:
     promotion.read_back()
 
 
-def _silent(_: str) -> None:
-    return None
-
-
 @flow(name="promote", validate_parameters=False)
-def promote(
-    version: str, model: str | None = None, workspace: str = ".", told: Callable[[str], None] = _silent
-) -> dict[str, Any]:
+def promote(version: str, model: str | None = None, workspace: str = ".", quiet: bool = True) -> dict[str, Any]:
     """Promote an approved version; repeating it after any failure goes on where it stopped."""
+
+    def told(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
     found = desk(Path(workspace), model)
     promotion = found.promotion
     checked = check(promotion, version)

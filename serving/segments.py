@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from components.contracts import SchemaTooNew, StoreError, TamperedArtefact
+from components.contracts import ConfigError, SchemaTooNew, StoreError, TamperedArtefact
 from components.images import STATISTICS
 from components.objects import Objects, open_objects
-from components.store import seal, sha256_file, unseal
+from components.store import explained, seal, sha256_file, unseal
 from serving.journal import SUFFIX, read_rows
 
 if TYPE_CHECKING:
@@ -198,6 +198,72 @@ def read_log(
 
 
 @dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and what it could not."""
+
+    rows: int
+    lost: int
+
+
+def export(
+    log_url: str,
+    out: Path,
+    *,
+    model: str | None = None,
+    since: datetime.datetime | None = None,
+    until: datetime.datetime | None = None,
+) -> Exported:
+    """Write the log to a .parquet, .csv or .jsonl file; lists become JSON where the format has none. Raises ConfigError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if out.suffix not in (".parquet", ".csv", ".jsonl"):
+        raise ConfigError(f"{out.name}: expected a name that ends in .parquet, .csv or .jsonl")
+    tables = list(read_log(log_url, model=model, since=since, until=until))
+    table = pa.concat_tables(tables) if tables else schema().empty_table()
+    with explained("write", out):
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        try:
+            if out.suffix == ".parquet":
+                pq.write_table(table, temporary, compression="zstd")
+            else:
+                _write_text(table, temporary, out.suffix)
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    lost = sum(gap["gap"] for segment in segments(open_objects(log_url)) for gap in segment.gaps)
+    return Exported(len(table), lost)
+
+
+def _write_text(table: pa.Table, path: Path, suffix: str) -> None:
+    import csv
+
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        if suffix == ".csv":
+            writer.writerow(table.column_names)
+        for batch in table.to_batches(max_chunksize=1000):
+            for row in batch.to_pylist():
+                plain = {
+                    name: value.isoformat()
+                    if isinstance(value, datetime.datetime)
+                    else [float(x) for x in value]
+                    if isinstance(value, list)
+                    else value
+                    for name, value in row.items()
+                }
+                if suffix == ".jsonl":
+                    file.write(orjson.dumps(plain).decode() + "\n")
+                else:
+                    writer.writerow(orjson.dumps(v).decode() if isinstance(v, list) else v for v in plain.values())
+
+
+def unsealed(journals: Path) -> int:
+    """Journals that are still written, or wait to be sealed."""
+    return len(list(journals.glob(f"*{SUFFIX}"))) if journals.is_dir() else 0
+
+
+@dataclass(frozen=True)
 class Checked:
     """What `verify` found."""
 
@@ -237,8 +303,7 @@ def verify(log_url: str, journals: Path) -> Checked:
         for identifier in table["prediction_id"].to_pylist():
             duplicates += identifier in seen
             seen.add(identifier)
-    unsealed = len(list(journals.glob(f"*{SUFFIX}"))) if journals.is_dir() else 0
-    return Checked(len(found), rows, lost, duplicates, tuple(broken), unsealed)
+    return Checked(len(found), rows, lost, duplicates, tuple(broken), unsealed(journals))
 
 
 def main(arguments: list[str]) -> None:

@@ -1,0 +1,284 @@
+"""A folder, a table or a bucket through the same engine: one row an image, in shards, resumable.
+
+    OUT/plan.json                what is answered by which release; another plan does not fit into this folder
+    OUT/part-00000.parquet       rows in the order of the inputs; a bad image is an error row
+    OUT/part-00000.json          written last: digest and rows
+
+A shard whose manifest verifies is not done again, so a job that was killed goes on where it stopped and ends with the same rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from components.contracts import ConfigError, Progress, Release, Stored, StoreError, canonical_json, sha256_text, silent
+from components.images import STATISTICS
+from components.objects import Objects, open_objects
+from components.store import seal, sha256_file, unseal
+from serving.deployment import Deployment, Limits, NotServing
+from serving.frames import Facts, Form
+from serving.inference import UNSURE
+from serving.metrics import Metrics
+
+MAX_IMAGE_BYTES = 64 << 20
+_OUTSTANDING = 64
+
+
+class Inputs(Protocol):
+    """Images by a name, in a fixed order."""
+
+    names: Sequence[str]
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one image; raises OSError or StoreError."""
+        ...
+
+
+class _Files:
+    """A folder or a bucket; hidden files are left out."""
+
+    def __init__(self, url: str) -> None:
+        self._objects = open_objects(url)
+        self.names = [name for name in self._objects.names("") if not any(p.startswith(".") for p in name.split("/"))]
+
+    def read(self, index: int) -> bytes:
+        data = self._objects.read(self.names[index], most=MAX_IMAGE_BYTES)
+        if data is None:
+            raise StoreError("the file is not there any more")
+        return data
+
+
+class _Table:
+    """A Parquet file with a column `image` of bytes, or `path` of files beside it; `name` names the rows if it is there."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(path)
+        except Exception as error:
+            # pyarrow raises OSError, ArrowInvalid and others for what is no Parquet file.
+            raise ConfigError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        if "image" not in table.column_names and "path" not in table.column_names:
+            raise ConfigError(f"{path} has no column `image` (bytes) or `path`; it has {', '.join(table.column_names)}")
+        self._images = table["image"] if "image" in table.column_names else None
+        self._folder = path.parent
+        if "name" in table.column_names:
+            self.names = [str(name) for name in table["name"].to_pylist()]
+        elif self._images is None:
+            self.names = [str(name) for name in table["path"].to_pylist()]
+        else:
+            self.names = [f"row {index}" for index in range(len(table))]
+        self._paths = table["path"].to_pylist() if self._images is None else []
+
+    def read(self, index: int) -> bytes:
+        if self._images is not None:
+            data = self._images[index].as_py()
+            if not isinstance(data, bytes):
+                raise StoreError("the row holds no bytes")
+            return data
+        path = self._folder / str(self._paths[index])
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise StoreError(f"the file is larger than {MAX_IMAGE_BYTES} bytes")
+        return path.read_bytes()
+
+
+def open_inputs(source: str) -> Inputs:
+    """The images of a folder, a .parquet file or s3://bucket/prefix; raises ConfigError."""
+    if source.startswith("s3://"):
+        found: Inputs = _Files(source)
+    elif Path(source).is_dir():
+        found = _Files(str(Path(source).resolve()))
+    elif source.endswith(".parquet") and Path(source).is_file():
+        found = _Table(Path(source).resolve())
+    else:
+        raise ConfigError(f"{source} is no folder, .parquet file or s3:// address")
+    if not found.names:
+        raise ConfigError(f"{source} holds no images")
+    return found
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a batch came to."""
+
+    rows: int
+    errors: int
+    shards: int
+    resumed: int
+    """Shards that an earlier run had finished."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How a batch is worked through."""
+
+    shard_size: int = 2000
+    embeddings: bool = False
+    limits: Limits = Limits()
+    plugins: Path | None = None
+
+
+def predict(
+    release: Stored[Release],
+    version: str,
+    inputs: Inputs,
+    out: str,
+    config: BatchConfig,
+    *,
+    progress: Progress = silent,
+) -> Done:
+    """Answer every image of `inputs` by `release` into shards under `out`, a folder or s3:// address.
+
+    Raises ConfigError when `out` holds another batch, StoreError when no engine can answer; running again goes on.
+    """
+    objects = open_objects(out)
+    plan = {
+        "release": release.record.digest(),
+        "names_sha256": sha256_text(canonical_json(list(inputs.names))),
+        "images": len(inputs.names),
+        "shard_size": config.shard_size,
+        "embeddings": config.embeddings,
+    }
+    _expect_plan(objects, plan, out)
+    starts = range(0, len(inputs.names), config.shard_size)
+    finished = {start: _finished(objects, index) for index, start in enumerate(starts)}
+    todo = [(index, start) for index, start in enumerate(starts) if finished[start] is None]
+    if todo:
+        asyncio.run(_answer_all(release, version, inputs, objects, config, todo, finished, progress))
+    counts = [count for count in finished.values() if count is not None]
+    rows, errors = sum(count[0] for count in counts), sum(count[1] for count in counts)
+    if rows != len(inputs.names):
+        raise StoreError(f"{out} holds {rows} rows for {len(inputs.names)} images; remove it and run again")
+    return Done(rows, errors, len(counts), len(counts) - len(todo))
+
+
+def _expect_plan(objects: Objects, plan: dict[str, Any], out: str) -> None:
+    raw = objects.read("plan.json", most=1 << 20)
+    if raw is None:
+        if objects.names(""):
+            raise ConfigError(f"{out} is not empty and holds no batch; name another folder with --out")
+        objects.swap("plan.json", lambda _: seal(plan))
+        return
+    found = unseal(raw)
+    if found != plan:
+        changed = sorted(name for name in plan if (found or {}).get(name) != plan[name])
+        raise ConfigError(f"{out} holds another batch ({', '.join(changed)} differ); name another folder with --out")
+
+
+def _part(index: int) -> str:
+    return f"part-{index:05d}"
+
+
+def _finished(objects: Objects, index: int) -> tuple[int, int] | None:
+    raw = objects.read(f"{_part(index)}.json", most=1 << 20)
+    body = unseal(raw) if raw is not None else None
+    if body is None or objects.digest(f"{_part(index)}.parquet") != body["sha256"]:
+        return None
+    return int(body["rows"]), int(body["errors"])
+
+
+async def _answer_all(
+    release: Stored[Release],
+    version: str,
+    inputs: Inputs,
+    objects: Objects,
+    config: BatchConfig,
+    todo: Sequence[tuple[int, int]],
+    finished: dict[int, tuple[int, int] | None],
+    progress: Progress,
+) -> None:
+    deployment = Deployment(
+        release, version=version, generation=1, limits=config.limits, metrics=Metrics(), plugins=config.plugins
+    )
+    total = len(inputs.names)
+    done = sum(count[0] for count in finished.values() if count is not None)
+    try:
+        await deployment.start()
+        for index, start in todo:
+            numbers = range(start, min(start + config.shard_size, total))
+            slots = asyncio.Semaphore(_OUTSTANDING)
+            shown = done
+
+            async def one(number: int, slots: asyncio.Semaphore = slots) -> dict[str, Any]:
+                async with slots:
+                    row = await _row(deployment, inputs, number, config)
+                nonlocal shown
+                shown += 1
+                progress(shown, total)
+                return row
+
+            rows = await asyncio.gather(*(one(number) for number in numbers))
+            finished[start] = await asyncio.to_thread(_write, objects, index, rows, config)
+            done += len(rows)
+    finally:
+        await deployment.close()
+
+
+async def _row(deployment: Deployment, inputs: Inputs, number: int, config: BatchConfig) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": inputs.names[number], "version": deployment.version, "release": deployment.digest}
+    try:
+        data = await asyncio.to_thread(inputs.read, number)
+    except (OSError, StoreError) as error:
+        return row | {"error": f"cannot be read: {getattr(error, 'strerror', None) or error}"}
+    row["image_sha256"] = hashlib.sha256(data).hexdigest()
+    if not data:
+        return row | {"error": "empty file"}
+    try:
+        (future,) = deployment.submit([(Form.ENCODED, data)])
+        result = await future
+    except NotServing:
+        raise StoreError("no engine can answer; run the same command again, it goes on where it stopped") from None
+    if not isinstance(result, Facts):
+        return row | {"error": result.message}
+    best = int(result.probabilities.argmax())
+    confidence = float(result.probabilities[best])
+    predicted = deployment.release.engine.classes[best]
+    unsure = confidence < deployment.release.decision.threshold
+    row |= {
+        "label": UNSURE if unsure else predicted,
+        "predicted": predicted,
+        "confidence": confidence,
+        "unsure": unsure,
+        "probabilities": result.probabilities,
+        "width": result.width,
+        "height": result.height,
+        "bytes": result.num_bytes,
+        **dict(zip(STATISTICS, result.appearance, strict=True)),
+    }
+    if config.embeddings:
+        import numpy as np
+
+        row["embedding"] = np.frombuffer(result.embedding, dtype="<f2")
+    return row
+
+
+def _write(objects: Objects, index: int, rows: Sequence[dict[str, Any]], config: BatchConfig) -> tuple[int, int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = [pa.field(name, pa.string()) for name in ("name", "label", "predicted")]
+    numbers = [pa.field("confidence", pa.float32()), pa.field("unsure", pa.bool_())]
+    numbers.append(pa.field("probabilities", pa.list_(pa.float32())))
+    numbers += [pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("bytes", pa.int64())]
+    numbers += [pa.field(name, pa.float32()) for name in STATISTICS]
+    if config.embeddings:
+        numbers.append(pa.field("embedding", pa.list_(pa.float16())))
+    about = [pa.field(name, pa.string()) for name in ("error", "image_sha256", "version", "release")]
+    schema = pa.schema([*text, *numbers, *about], metadata={"visionloop.schema_version": "1"})
+    columns = {name: [row.get(name) for row in rows] for name in schema.names}
+    with tempfile.TemporaryDirectory(prefix="visionloop-batch-") as scratch:
+        file = Path(scratch) / "part.parquet"
+        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
+        digest = sha256_file(file)
+        objects.put(f"{_part(index)}.parquet", file)
+    errors = sum(row.get("error") is not None for row in rows)
+    body = {"sha256": digest, "rows": len(rows), "errors": errors}
+    objects.swap(f"{_part(index)}.json", lambda _: seal(body))
+    return len(rows), errors
