@@ -4,7 +4,8 @@
     OUT/part-00000.parquet       rows in the order of the inputs; a bad image is an error row
     OUT/part-00000.json          written last: digest and rows
 
-A shard whose manifest verifies is not done again, so a job that was killed goes on where it stopped and ends with the same rows.
+A shard whose manifest verifies is not done again, so a job that was killed goes on where it stopped and ends with the same
+rows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import asyncio
 import hashlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,8 @@ _OUTSTANDING = 64
 class Inputs(Protocol):
     """Images by a name, in a fixed order."""
 
-    names: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def read(self, index: int) -> bytes:
         """The bytes of one image; raises OSError or StoreError."""
@@ -45,7 +47,9 @@ class _Files:
 
     def __init__(self, url: str) -> None:
         self._objects = open_objects(url)
-        self.names = [name for name in self._objects.names("") if not any(p.startswith(".") for p in name.split("/"))]
+        self.names: Sequence[str] = [
+            name for name in self._objects.names("") if not any(p.startswith(".") for p in name.split("/"))
+        ]
 
     def read(self, index: int) -> bytes:
         data = self._objects.read(self.names[index], most=MAX_IMAGE_BYTES)
@@ -69,6 +73,7 @@ class _Table:
             raise ConfigError(f"{path} has no column `image` (bytes) or `path`; it has {', '.join(table.column_names)}")
         self._images = table["image"] if "image" in table.column_names else None
         self._folder = path.parent
+        self.names: Sequence[str]
         if "name" in table.column_names:
             self.names = [str(name) for name in table["name"].to_pylist()]
         elif self._images is None:
@@ -121,7 +126,7 @@ class BatchConfig:
 
     shard_size: int = 2000
     embeddings: bool = False
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     plugins: Path | None = None
 
 
