@@ -46,6 +46,8 @@ def serve(
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Largest request.")] = 16,
     capture_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the images whose bytes are kept.")] = 0.0,
     retain_days: Annotated[float, typer.Option(min=0, help="How long kept images stay.")] = 30.0,
+    request_timeout_s: Annotated[float, typer.Option(min=0.1, help="How long a request may take to arrive.")] = 15.0,
+    load_timeout_s: Annotated[float, typer.Option(min=1, help="How long a release may take to be ready.")] = 120.0,
     refresh_s: Annotated[float, typer.Option(min=0.05, help="How often the routes are looked at.")] = 2.0,
     workspace: InWorkspace = HERE,
 ) -> None:
@@ -77,14 +79,16 @@ def serve(
             port=port,
             grpc_port=None if grpc_port < 0 else grpc_port,
             require_token=require_token,
+            request_timeout_s=request_timeout_s,
             max_body=max_body_mb << 20,
-            plugins=found.plugins if found.plugins.is_dir() else None,
+            plugins=found.plugins,
             limits=Limits(
                 lanes=lanes or settings.num_threads,
                 max_batch=max_batch,
                 batch_delay_ms=batch_delay_ms,
                 max_wait_ms=max_wait_ms,
                 max_queue=max_queue,
+                load_timeout_s=load_timeout_s,
             ),
             following=Following(refresh_s=refresh_s),
             captures=CaptureConfig(share=capture_share, retain_days=retain_days),
@@ -178,7 +182,7 @@ def predict(
             embeddings=embeddings,
             # A batch fills the engine and waits as long as it takes.
             limits=Limits(lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9),
-            plugins=found.plugins if found.plugins.is_dir() else None,
+            plugins=found.plugins,
         )
         with Console(1, quiet=json_) as console, console.stage(f"predicting {len(inputs.names)} images", 1) as (progress, _):
             done = batch.predict(release, route.version, inputs, out, config, progress=progress)

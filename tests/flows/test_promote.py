@@ -1,0 +1,191 @@
+"""The decisions on the command line, on a candidate that was really trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from shapes import visionloop
+
+from flows.notifications import notify
+from flows.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def decided(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace whose candidate was approved and promoted through the command line."""
+    root = Path(shutil.copytree(trained, tmp_path_factory.mktemp("decided") / "workspace", symlinks=True))
+    for arguments in (
+        ["approve", "1", "--as", "Ann", "--reason", "the figures are good"],
+        ["promote", "1"],
+    ):
+        done = visionloop(*arguments, cwd=root)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture
+def waiting(trained: Path, tmp_path: Path) -> Path:
+    """A workspace whose candidate waits."""
+    return Path(shutil.copytree(trained, tmp_path / "workspace", symlinks=True))
+
+
+def told(*arguments: str, cwd: Path) -> dict[str, Any]:
+    done = visionloop(*arguments, "--json", cwd=cwd)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**found, "exit": done.returncode}
+
+
+def test_a_candidate_is_shown_with_all_that_a_person_needs(waiting: Path) -> None:
+    (candidate,) = told("candidates", cwd=waiting)["candidates"]
+    assert (candidate["version"], candidate["status"]) == ("1", "waiting")
+    page = visionloop("show", "1", cwd=waiting).stdout
+    for part in (
+        "shapes version 1: waits for approval",
+        "It serves openvino-int8, trained by recipe smoke on data version",
+        "accuracy",
+        "there is none yet",
+        "Weakest classes:",
+        '"unsure"',
+        "parity",
+        "An approval is bound to:",
+        "report.html",
+        "visionloop approve 1 --as WHO",
+    ):
+        assert part in page, part
+    shown = told("show", "1", cwd=waiting)
+    assert set(shown["bound"]) >= {"data", "split", "weights", "engines", "policy", "evidence", "release", "champion"}
+    assert len(shown["bound"]["release"]) == 64
+
+
+def test_who_trained_it_cannot_approve_it(waiting: Path) -> None:
+    requester = told("candidates", cwd=waiting)["candidates"][0]["requested_by"]
+    done = visionloop("approve", "1", "--as", requester.upper(), "--reason", "mine", cwd=waiting)
+    assert done.returncode == 2
+    assert "a second person has to" in done.stderr
+
+
+def test_what_is_not_approved_is_not_promoted(waiting: Path) -> None:
+    done = visionloop("promote", "1", cwd=waiting)
+    assert done.returncode == 2
+    assert "version 1 cannot be promoted: it waits for a person's approval (visionloop approve)" in done.stderr
+    assert not (waiting / ".visionloop" / "releases").exists()
+    done = visionloop("promote", "9", cwd=waiting)
+    assert "unknown version '9'; valid: 1" in done.stderr
+
+
+def test_a_rejected_candidate_stays_rejected(waiting: Path) -> None:
+    assert told("reject", "1", "--as", "bob", "--reason", "too small", cwd=waiting)["exit"] == 0
+    for arguments in (["approve", "1", "--as", "ann", "--reason", "r"], ["promote", "1"]):
+        done = visionloop(*arguments, cwd=waiting)
+        assert done.returncode == 2
+        assert "it was rejected by bob" in done.stderr
+    assert "nothing waits" in visionloop("candidates", cwd=waiting).stdout
+
+
+def test_wrong_words_are_refused(waiting: Path) -> None:
+    for arguments, why in [
+        (["approve", "1", "--as", " ", "--reason", "r"], "names nobody"),
+        (["approve", "1", "--as", "flows/x", "--reason", "r"], "belong to flows"),
+        (["approve", "1", "--as", "ann", "--reason", " "], "needs a --reason"),
+        (["approve", "1", "--as", "ann", "--reason", "r", "--days", "0"], "days"),
+        (["show", "x"], "unknown version 'x'; valid: 1"),
+        (["candidates", "-m", "other"], "unknown model 'other'; valid: shapes"),
+        (["rollback", "--as", "ann", "--reason", "r"], "no champion to roll back from"),
+        (["who-served", "--at", "noon"], "not a moment"),
+    ]:
+        done = visionloop(*arguments, cwd=waiting)
+        assert (done.returncode, done.stdout) == (2, ""), arguments
+        assert why in done.stderr, (arguments, done.stderr)
+
+
+def test_a_promoted_version_is_champion_everywhere(decided: Path) -> None:
+    (candidate,) = told("candidates", cwd=decided)["candidates"]
+    assert (candidate["status"], candidate["decided_by"]) == ("champion", "Ann")
+    kinds = [entry["kind"] for entry in told("history", cwd=decided)["entries"]]
+    assert kinds == ["requested", "approved", "promoted"]
+    assert "Ann (declared): the figures are good" in visionloop("history", cwd=decided).stdout
+    assert told("ledger", "verify", cwd=decided)["rows"] == 3
+    assert told("reconcile", cwd=decided)["differences"] == []
+    uri = f"sqlite:///{decided / '.visionloop' / 'mlflow.db'}"
+    assert str(MlflowClient(uri).get_model_version_by_alias("shapes", "champion").version) == "1"
+    done = visionloop("promote", "1", cwd=decided)
+    assert done.returncode == 0
+    assert [entry["kind"] for entry in told("history", cwd=decided)["entries"]] == kinds
+
+
+def test_who_served_when_and_why(decided: Path) -> None:
+    before = told("who-served", "--at", "2020-01-01", cwd=decided)
+    assert before["version"] is None
+    now = told("who-served", "--at", "2100-01-01T00:00:00+02:00", cwd=decided)
+    assert (now["version"], now["approved_by"], now["reason"]) == ("1", "Ann", "the figures are good")
+
+
+def test_an_alias_moved_by_hand_is_reported_and_repaired(decided: Path) -> None:
+    client = MlflowClient(f"sqlite:///{decided / '.visionloop' / 'mlflow.db'}")
+    client.delete_registered_model_alias("shapes", "champion")
+    found = told("reconcile", cwd=decided)
+    assert (found["exit"], found["differences"][0]["found"]) == (1, "none")
+    assert told("reconcile", "--repair", cwd=decided)["exit"] == 0
+    assert told("reconcile", cwd=decided)["differences"] == []
+
+
+def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
+    """The same recipe again: all from the store, but the evidence is new, for it names the champion."""
+    done = visionloop("train", "-r", "smoke", "--json", cwd=decided)
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert summary["version"] == "2"
+    assert summary["seconds"]["training"]["cached"]
+    shown = told("show", "2", cwd=decided)
+    assert shown["bound"]["champion"] == told("show", "1", cwd=decided)["bound"]["engines"]["openvino-int8"]
+    assert shown["summary"]["champion"]["accuracy"] == shown["summary"]["metrics"]["accuracy"]
+    assert "champion (version 1)" in visionloop("show", "2", cwd=decided).stdout
+
+
+@pytest.fixture
+def inbox() -> Any:
+    """A web hook that keeps what it is sent."""
+    received: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            return None
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"json://127.0.0.1:{server.server_port}/", received
+    server.shutdown()
+
+
+def settings(*destinations: str) -> Settings:
+    return Settings("", True, "", 1, "", "", destinations, "")
+
+
+def test_people_are_told(inbox: Any, waiting: Path) -> None:
+    url, received = inbox
+    done = visionloop("approve", "1", "--as", "ann", "--reason", "good", cwd=waiting, VISIONLOOP_NOTIFY=url)
+    assert done.returncode == 0
+    assert received[0]["message"] == "shapes version 1 was approved by ann: good"
+
+
+def test_a_destination_that_is_down_costs_a_line_and_tells_no_secret(inbox: Any) -> None:
+    url, received = inbox
+    lines: list[str] = []
+    facts = {"version": "1", "by": "ann", "reason": "good"}
+    dead = "json://user:secret@127.0.0.1:9/"
+    problems = notify(settings(dead, "nonsense://x", "no-such-block", url), "approved", "m", facts, told=lines.append)
+    assert len(problems) == 3
+    assert len(received) == 1
+    assert all("the ledger has it all the same" in line for line in lines)
+    assert "secret" not in "".join(lines)

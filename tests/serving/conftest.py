@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from served import Server, publish, server, smoke_release
+
+from components.contracts import Release, Stored
+from components.releases import ReleaseStore
+from flows.run import Workspace
+
+
+@pytest.fixture(scope="session")
+def smoke(trained: Path) -> Stored[Release]:
+    """The release that the smoke recipe packaged; read it, never change it."""
+    return smoke_release(trained)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, smoke: Stored[Release]) -> Path:
+    """A workspace with the smoke release routed as generation 1, version 1."""
+    return _stage(tmp_path, smoke)
+
+
+def _stage(folder: Path, smoke: Stored[Release]) -> Path:
+    workspace = Workspace.create(folder / "served").root
+    publish(ReleaseStore(str(workspace / ".visionloop" / "releases")), smoke, 1, "1")
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory, smoke: Stored[Release]) -> Iterator[Server]:
+    """One server for every test that only asks it."""
+    with server(_stage(tmp_path_factory.mktemp("running"), smoke), "--max-body-mb", "2") as found:
+        yield found

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from components.contracts import ConfigError, TamperedArtefact
+from serving.captures import CaptureConfig, Captures
+
+
+def image(number: int) -> tuple[str, bytes]:
+    data = f"image {number}".encode()
+    return hashlib.sha256(data).hexdigest(), data
+
+
+def test_nothing_is_kept_by_default(tmp_path: Path) -> None:
+    captures = Captures(tmp_path)
+    captures.start()
+    for number in range(50):
+        captures.offer(*image(number))
+    captures.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sample_is_chosen_by_content(tmp_path: Path) -> None:
+    captures = Captures(tmp_path, CaptureConfig(share=0.3))
+    captures.start()
+    for _ in range(2):
+        for number in range(400):
+            captures.offer(*image(number))
+            time.sleep(0.0001)
+    captures.close()
+    kept = {path.name for path in tmp_path.glob("??/*")}
+    assert kept <= {image(number)[0] for number in range(400) if captures.wanted(image(number)[0])}
+    assert 60 < len([n for n in range(400) if captures.wanted(image(n)[0])]) < 180
+    assert captures.verify() == []
+    for path in tmp_path.glob("??/*"):
+        assert (path.stat().st_mode & 0o777) == 0o600
+
+
+def test_old_images_are_forgotten(tmp_path: Path) -> None:
+    captures = Captures(tmp_path, CaptureConfig(share=1.0, retain_days=2))
+    for number in range(3):
+        captures.keep(*image(number))
+    old = captures.path(image(0)[0])
+    os.utime(old, (time.time() - 3 * 86400, time.time() - 3 * 86400))
+    assert captures.sweep() == 1
+    assert not old.exists()
+    assert captures.path(image(1)[0]).exists()
+
+
+def test_an_erased_image_is_gone_for_good_and_that_is_proven(tmp_path: Path) -> None:
+    captures = Captures(tmp_path, CaptureConfig(share=1.0))
+    sha, data = image(1)
+    captures.keep(sha, data)
+    captures.keep(*image(2))
+    record = captures.erase(sha, by="ann", reason="asked for by the person in it")
+    assert record["found"]
+    assert not captures.path(sha).exists()
+    assert not captures.keep(sha, data)
+    assert captures.erase(sha, by="bob", reason="again") == record
+    assert Captures(tmp_path).keep(sha, data) is False
+    assert captures.verify() == []
+    captures.path(sha).write_bytes(data)  # restored from a backup by somebody who did not know
+    assert captures.verify() == [f"{sha} was erased and is there; erase it again"]
+    captures.erase(sha, by="ann", reason="again")
+    assert captures.verify() == []
+
+
+def test_erasures_cannot_be_edited(tmp_path: Path) -> None:
+    captures = Captures(tmp_path)
+    for number in range(3):
+        captures.erase(image(number)[0], by="ann", reason="why")
+    path = tmp_path / "erased.jsonl"
+    lines = path.read_text().splitlines()
+    for changed in (lines[1:], [lines[0], lines[2]], [lines[0].replace("ann", "eve"), *lines[1:]]):
+        path.write_text("\n".join(changed) + "\n")
+        with pytest.raises(TamperedArtefact, match="was changed by hand"):
+            captures.verify()
+
+
+def test_what_is_no_digest_or_has_no_reason_is_refused(tmp_path: Path) -> None:
+    captures = Captures(tmp_path)
+    for name in ("../../etc/passwd", "ABC", "", "a" * 63):
+        with pytest.raises(ConfigError, match="64 hex digits"):
+            captures.erase(name, by="ann", reason="why")
+    with pytest.raises(ConfigError, match="--reason"):
+        captures.erase(image(1)[0], by="ann", reason=" ")
+
+
+def test_an_image_that_was_changed_is_found(tmp_path: Path) -> None:
+    captures = Captures(tmp_path, CaptureConfig(share=1.0))
+    sha, data = image(1)
+    captures.keep(sha, data)
+    captures.path(sha).write_bytes(b"another")
+    assert captures.verify() == [f"{sha} is not the image it is named after"]

@@ -1,0 +1,476 @@
+"""What a server does when its world breaks: processes die, disks fill, releases are bad, clients are slow."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from served import MODEL, Reply, Server, jpeg, png, publish, route, server, variant
+from shapes import KINDS, free_port, visionloop_process
+
+from components.contracts import Release, Stored
+from components.objects import open_objects
+from components.releases import ReleaseStore
+from components.store import seal, unseal
+from serving import segments
+from serving.auth import ROLES, Tokens
+
+
+def releases(workspace: Path) -> ReleaseStore:
+    return ReleaseStore(str(workspace / ".visionloop" / "releases"))
+
+
+class Clients:
+    """Threads that keep asking until they are stopped; every reply is kept."""
+
+    def __init__(self, target: Server, count: int = 3) -> None:
+        self.target, self.broken = target, 0
+        self.replies: list[Reply] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(count)]
+
+    def _ask(self, number: int) -> None:
+        index = 0
+        while not self._stop.is_set():
+            index += 1
+            try:
+                self.replies.append(self.target.predict(png(KINDS[index % 3], number * 1000 + index % 50)))
+            except OSError:
+                self.broken += 1
+                time.sleep(0.05)
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def statuses(self) -> set[int]:
+        return {reply.status for reply in self.replies}
+
+
+def log_rows(workspace: Path) -> list[dict[str, Any]]:
+    """Every row of the prediction log, what lies in journals included."""
+    state = workspace / ".visionloop"
+    segments.seal_all(state / "serving" / "journal", str(state / "predictions"))
+    tables = list(segments.read_log(str(state / "predictions")))
+    return pa.concat_tables(tables).to_pylist() if tables else []
+
+
+def test_the_engine_process_killed_again_and_again_costs_no_answer(stage: Path) -> None:
+    with server(stage) as mine:
+        with Clients(mine) as clients:
+            for kill in range(1, 4):
+                time.sleep(0.4)
+                (worker,) = mine.engine_processes()
+                os.kill(worker, signal.SIGKILL)
+                mine.wait_for(lambda kill=kill: mine.figure("worker_restarts_total") == kill)  # type: ignore[misc]
+                mine.wait_for(lambda: mine.status()["models"][MODEL]["ready"])
+            time.sleep(0.5)
+        assert clients.broken == 0
+        assert clients.statuses() == {200}
+        assert mine.figure("worker_restarts_total") == 3
+        assert mine.figure("blocked_pictures_total") == 0
+        assert len(mine.engine_processes()) == 1
+
+
+DEADLY = '''
+"""An engine that dies, or hangs, when a picture is almost white: what a bug in a native library does."""
+import os, time
+import numpy as np
+from components.targets.openvino import Target as OpenVino
+
+
+class Target(OpenVino):
+    def load(self, engine, *, num_threads, num_streams=1):
+        real = super().load(engine, num_threads=num_threads, num_streams=num_streams)
+
+        class Deadly:
+            def predict(self, images):
+                if (images.reshape(len(images), -1).min(axis=1) > 250).any():
+                    os.kill(os.getpid(), 11)
+                return real.predict(images)
+
+        return Deadly()
+'''
+
+
+def with_target(stage: Path, smoke: Stored[Release], source: str, generation: int) -> str:
+    """Route a release whose engine is run by a plug-in target of the workspace."""
+    plugins = stage / "plugins" / "targets"
+    plugins.mkdir(parents=True, exist_ok=True)
+    name = f"special{generation}"
+    (plugins / f"{name}.py").write_text(source)
+    engine = smoke.record.engine.model_copy(update={"target": name})
+    other = variant(smoke, stage.parent / name, engine=engine)
+    return publish(releases(stage), other, generation, str(generation))
+
+
+def white() -> bytes:
+    from PIL import Image
+    from served import encoded
+
+    return encoded(Image.new("L", (16, 16), 255), "PNG")
+
+
+def test_a_picture_that_kills_the_engine_is_found_and_blocked_and_its_neighbours_are_answered(
+    stage: Path, smoke: Stored[Release]
+) -> None:
+    with_target(stage, smoke, DEADLY, 2)
+    with server(stage) as mine:
+        assert mine.version == "2"
+        with ThreadPoolExecutor(12) as pool:
+            bad = pool.submit(mine.predict, white())
+            good = [pool.submit(mine.predict, png("disc", seed)) for seed in range(10)]
+            assert {future.result().status for future in good} == {200}
+            assert bad.result().status == 400
+        assert bad.result().json == {"error": "this picture killed a decoder before and is blocked"}
+        restarts = mine.figure("worker_restarts_total")
+        assert restarts == 2
+        assert mine.predict(white()).status == 400
+        assert mine.figure("worker_restarts_total") == restarts
+        assert mine.figure("blocked_pictures_total") == 2
+        assert mine.predict(png("cross", 1)).status == 200
+
+
+def test_what_was_answered_before_a_kill_is_in_the_log(stage: Path) -> None:
+    with server(stage) as mine:
+        with Clients(mine, 4) as clients:
+            time.sleep(2.0)
+            mine.process.kill()
+            mine.process.wait(10)
+        children = mine.engine_processes() if mine.process.poll() is None else []
+        assert children == []
+    answered = {reply.json["prediction_id"] for reply in clients.replies if reply.status == 200}
+    assert len(answered) > 50
+    logged = [row["prediction_id"] for row in log_rows(stage)]
+    assert len(logged) == len(set(logged))
+    assert answered <= set(logged)
+    # The next server starts where this one was killed.
+    with server(stage) as again:
+        assert again.predict(png("disc", 1)).status == 200
+        again.wait_for(lambda: True)
+        assert again.stop() == 0
+    assert len(log_rows(stage)) == len(logged) + 1
+
+
+def test_a_killed_server_leaves_no_engine_behind(stage: Path) -> None:
+    with server(stage) as mine:
+        (worker,) = mine.engine_processes()
+        mine.process.kill()
+        mine.process.wait(10)
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_sigterm_answers_what_was_taken_and_leaves_with_status_zero(stage: Path) -> None:
+    with server(stage) as mine:
+        with Clients(mine, 6) as clients:
+            time.sleep(1.0)
+            status = mine.stop()
+        assert status == 0
+        taken = [reply for reply in clients.replies if reply.status == 200]
+        assert clients.statuses() <= {200, 503}
+    assert {reply.json["prediction_id"] for reply in taken} == {row["prediction_id"] for row in log_rows(stage)}
+    assert list((stage / ".visionloop" / "serving" / "journal").glob("*")) == []
+    assert any('"stopped"' in line for line in mine.told)
+
+
+def test_a_new_champion_takes_over_without_a_failed_request(stage: Path, smoke: Stored[Release], tmp_path: Path) -> None:
+    other = variant(smoke, tmp_path / "other", threshold=1.0)
+    with server(stage) as mine:
+        with Clients(mine) as clients:
+            time.sleep(0.5)
+            first = releases(stage).routes(MODEL)
+            assert first is not None
+            digest = publish(releases(stage), other, 2, "2")
+            mine.wait_for(lambda: mine.version == "2")
+            time.sleep(0.5)
+            route(releases(stage), first.routes[0].release, 3, "1")  # back: the release before is still warm
+            mine.wait_for(lambda: mine.version == "1")
+            time.sleep(0.3)
+        assert clients.broken == 0
+        assert clients.statuses() == {200}
+        seen = [(r.json["model_version"], r.json["release"], r.json["unsure"], r.json["label"]) for r in clients.replies]
+        assert {version for version, *_ in seen} == {"1", "2"}
+        for version, release, unsure, label in seen:
+            assert (release == digest) == (version == "2")
+            assert unsure or version == "1"
+            assert (label == "unsure") == unsure
+        assert mine.figure("switches_total") == 3
+    for row in log_rows(stage):
+        assert (row["release"] == digest) == (row["version"] == "2")
+        assert row["unsure"] or row["version"] == "1"
+
+
+HANGING = "import time\nfrom components.targets.openvino import Target as OpenVino\nclass Target(OpenVino):\n    def load(self, *a, **k): time.sleep(3600)\n"
+WRONG = """
+import numpy as np
+from components.targets.openvino import Target as OpenVino
+
+
+class Target(OpenVino):
+    def load(self, engine, *, num_threads, num_streams=1):
+        real = super().load(engine, num_threads=num_threads, num_streams=num_streams)
+
+        class Wrong:
+            def predict(self, images):
+                logits, embedding = real.predict(images)
+                return np.roll(logits, 1, axis=1), embedding
+
+        return Wrong()
+"""
+DYING = "import os\nfrom components.targets.openvino import Target as OpenVino\nclass Target(OpenVino):\n    def load(self, *a, **k): os._exit(3)\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [(WRONG, "answers its golden vectors wrongly"), (DYING, "died while it loaded")],
+    ids=["wrong answers", "dies"],
+)
+def test_a_bad_release_leaves_the_old_one_serving(stage: Path, smoke: Stored[Release], source: str, why: str) -> None:
+    with server(stage) as mine:
+        with_target(stage, smoke, source, 2)
+        mine.wait_for(lambda: mine.figure("load_failures_total") == 1)
+        assert why in mine.status()["models"][MODEL]["problem"]
+        assert mine.version == "1"
+        assert mine.predict(png("disc", 1)).status == 200
+        assert mine.ask("GET", "/v2/health/ready").status == 200
+        mine.wait_for(lambda: len(mine.engine_processes()) == 1)
+
+
+def test_a_hanging_release_is_given_up(stage: Path, smoke: Stored[Release], monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(stage, "--load-timeout-s", "2") as mine:
+        with_target(stage, smoke, HANGING, 2)
+        mine.wait_for(lambda: mine.figure("load_failures_total") == 1)
+        assert "not ready within 2 s" in mine.status()["models"][MODEL]["problem"]
+        assert mine.predict(png("disc", 1)).json["model_version"] == "1"
+        mine.wait_for(lambda: len(mine.engine_processes()) == 1)
+
+
+@pytest.mark.parametrize("what", ["flipped byte", "newer schema", "missing", "routes by hand"])
+def test_a_tampered_release_leaves_the_old_one_serving(
+    stage: Path, smoke: Stored[Release], tmp_path: Path, what: str
+) -> None:
+    other = variant(smoke, tmp_path / "other", threshold=0.9)
+    store = releases(stage)
+    with server(stage) as mine:
+        digest = store.publish(other)
+        folder = stage / ".visionloop" / "releases" / "releases" / MODEL / digest
+        if what == "flipped byte":
+            path = folder / "engine" / smoke.record.engine.entry
+            path.write_bytes(path.read_bytes()[:-1] + b"X")
+        elif what == "newer schema":
+            body = unseal((folder / "manifest.json").read_bytes())
+            assert body is not None
+            body["record"]["schema_version"] = 99
+            (folder / "manifest.json").write_bytes(seal(body))
+        elif what == "missing":
+            shutil.rmtree(folder)
+        if what == "routes by hand":
+            path = stage / ".visionloop" / "releases" / "routes" / f"{MODEL}.json"
+            path.write_text(path.read_text().replace('"generation":1', '"generation":9'))
+        else:
+            route(store, digest, 2, "2")
+        mine.wait_for(lambda: bool(mine.status()["models"][MODEL]["problem"]))
+        assert mine.version == "1"
+        assert mine.predict(png("disc", 1)).status == 200
+        if what == "flipped byte":
+            # Published again, it is what its digest says, and is taken.
+            store.publish(other)
+            mine.ask("POST", "/admin/refresh")
+
+
+def test_with_everything_else_gone_a_server_goes_on_and_even_starts_again(stage: Path) -> None:
+    with server(stage) as mine:
+        for path in (stage / ".visionloop").iterdir():
+            if path.name != "serving":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        time.sleep(0.5)
+        assert mine.predict(png("disc", 1)).status == 200
+        assert mine.ask("GET", "/v2/health/ready").status == 200
+    down = {"VISIONLOOP_RELEASES": "s3://nowhere/releases", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
+    with server(stage, env={**down, **keys}) as again:
+        assert again.predict(png("disc", 1)).json["model_version"] == "1"
+        assert "does not answer" in again.status()["models"][MODEL]["problem"]
+
+
+def test_a_full_disk_loses_rows_that_are_counted_and_no_answer(stage: Path) -> None:
+    with server(stage) as mine:
+        assert mine.predict(png("disc", 1)).status == 200
+        (journal,) = (mine.state / "journal").glob("*.journal")
+        limit = journal.stat().st_size + 100
+        resource.prlimit(mine.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        for seed in range(20):
+            assert mine.predict(png("disc", seed)).status == 200
+        assert mine.figure("journal_lost_rows_total") == 20
+        assert "EFBIG" in mine.status()["journal_problem"]
+        resource.prlimit(mine.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert mine.predict(png("disc", 2)).status == 200
+        assert mine.status()["journal_problem"] is None
+        assert mine.stop() == 0
+    assert len(log_rows(stage)) == 2
+    (segment,) = segments.segments(open_objects(str(stage / ".visionloop" / "predictions")))
+    assert [gap["gap"] for gap in segment.gaps] == [20]
+    done = visionloop_process("predictions", "verify", cwd=stage)
+    assert done.returncode == 0
+    assert "2 predictions, 0 twice, 20 lost" in done.stdout
+
+
+def test_a_slow_client_is_hung_up_on_and_nobody_waits_for_it(stage: Path) -> None:
+    with server(stage, "--request-timeout-s", "1") as mine:
+        head = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/jpeg\r\ncontent-length: 1000\r\n"
+        for start in (b"", b"POST /pre", head, head + b"\r\nabc"):
+            with socket.create_connection(("127.0.0.1", mine.port), timeout=10) as raw:
+                raw.sendall(start)
+                assert mine.predict(png("disc", 1)).status == 200
+                answer = raw.recv(4096)
+                assert answer == b"" or b" 408 " in answer.split(b"\r\n")[0], answer
+                with contextlib.suppress(OSError):
+                    while raw.recv(4096):
+                        pass
+
+
+def test_overload_is_refused_at_once_and_what_is_taken_is_answered(stage: Path, smoke: Stored[Release]) -> None:
+    slow = (
+        "import time\nfrom components.targets.openvino import Target as OpenVino\n\n\nclass Target(OpenVino):\n"
+        "    def load(self, engine, *, num_threads, num_streams=1):\n"
+        "        real = super().load(engine, num_threads=num_threads, num_streams=num_streams)\n\n"
+        "        class Slow:\n            def predict(self, images):\n"
+        "                time.sleep(0.05 * len(images))\n                return real.predict(images)\n\n"
+        "        return Slow()\n"
+    )
+    with_target(stage, smoke, slow, 2)
+    with server(stage, "--max-queue", "8", "--max-batch", "2", "--max-wait-ms", "400", "--load-timeout-s", "30") as mine:
+        with ThreadPoolExecutor(64) as pool:
+            replies = list(pool.map(lambda seed: mine.predict(png("disc", seed)), range(300)))
+        statuses = [reply.status for reply in replies]
+        assert set(statuses) == {200, 503}
+        refused = [reply for reply in replies if reply.status == 503]
+        assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
+        assert refused[0].json == {"error": "the server is full; try again later"}
+        assert mine.figure("shed_total") == len(refused)
+        assert mine.figure("journal_rows_total") == statuses.count(200)
+        assert mine.predict(png("disc", 1)).status == 200
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(stage: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = visionloop_process("serve", "-m", MODEL, "--port", port, cwd=stage)
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+
+
+def test_a_server_for_others_needs_a_token_first(stage: Path) -> None:
+    done = visionloop_process("serve", "-m", MODEL, "--host", "0.0.0.0", "--port", str(free_port()), cwd=stage)
+    assert done.returncode == 2
+    assert "visionloop token add NAME --role predictor" in done.stderr
+    done = visionloop_process("serve", cwd=stage)
+    assert done.returncode == 2
+    assert "--model NAME" in done.stderr
+
+
+def test_a_model_that_nobody_promoted_is_waited_for(stage: Path, smoke: Stored[Release]) -> None:
+    path = stage / ".visionloop" / "releases" / "routes" / f"{MODEL}.json"
+    kept = path.read_bytes()
+    path.unlink()
+    with server(stage, ready=False) as mine:
+        mine.wait_for(lambda: any("no release of shapes is routed yet (visionloop promote)" in line for line in mine.told))
+        assert mine.ask("GET", "/v2/health/live").status == 200
+        assert mine.ask("GET", "/v2/health/ready").status == 503
+        reply = mine.predict(png("disc", 1))
+        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+        path.write_bytes(kept)
+        mine.wait_for(lambda: mine.ask("GET", "/v2/health/ready").status == 200)
+
+
+ROUTES = {
+    ("GET", "/v2/health/live"): None,
+    ("GET", "/v2/health/ready"): None,
+    ("GET", f"/v2/models/{MODEL}/ready"): None,
+    ("GET", "/v2"): "viewer",
+    ("GET", f"/v2/models/{MODEL}"): "viewer",
+    ("GET", "/status"): "viewer",
+    ("GET", "/metrics"): "viewer",
+    ("GET", "/docs"): "viewer",
+    ("GET", "/openapi.json"): "viewer",
+    ("POST", "/predict"): "predictor",
+    ("POST", f"/v2/models/{MODEL}/infer"): "predictor",
+    ("POST", "/admin/refresh"): "admin",
+}
+
+
+def test_every_route_asks_for_the_role_it_needs(stage: Path) -> None:
+    import numpy as np
+    import tritonclient.grpc as triton
+
+    tokens = Tokens(stage / ".visionloop" / "serving" / "tokens.json")
+    known: dict[str, str] = {role: tokens.issue(f"a-{role}", role) for role in ROLES}
+    assert (tokens.path.stat().st_mode & 0o777) == 0o600
+    assert not any(token in tokens.path.read_text() for token in known.values())
+    with server(stage, "--host", "0.0.0.0") as mine:
+        for (method, path), needed in ROUTES.items():
+            for role in (None, "wrong", *ROLES):
+                token = {None: None, "wrong": "vl_wrong"}.get(role, known.get(role or ""))
+                headers = {"content-type": "image/png"} | ({"authorization": f"Bearer {token}"} if token else {})
+                reply = mine.ask(method, path, png("disc", 1) if method == "POST" else None, headers)
+                if needed is None or (role in ROLES and ROLES.index(role) >= ROLES.index(needed)):
+                    assert reply.status in (200, 400), (method, path, role, reply)  # 400: a picture is no v2 request
+                elif role in (None, "wrong"):
+                    assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer"), (method, path, role)
+                else:
+                    assert reply.status == 403, (method, path, role, reply)
+        client = triton.InferenceServerClient(f"127.0.0.1:{mine.grpc_port}")
+        given = triton.InferInput("images", [1, 16, 16, 1], "UINT8")
+        given.set_data_from_numpy(np.zeros((1, 16, 16, 1), dtype=np.uint8))
+        assert client.is_server_live()
+        for role, why in [(None, "UNAUTHENTICATED"), ("viewer", "PERMISSION_DENIED"), ("predictor", "")]:
+            sent = {"authorization": f"Bearer {known[role]}"} if role else {}
+            if why:
+                with pytest.raises(triton.InferenceServerException, match=why):
+                    client.infer(MODEL, [given], headers=sent)
+            else:
+                client.infer(MODEL, [given], headers=sent)
+        tokens.revoke("a-admin")
+        headers = {"authorization": f"Bearer {known['admin']}"}
+        assert mine.ask("GET", "/status", headers=headers).status == 401
+
+
+def test_a_server_loads_no_heavy_library(stage: Path) -> None:
+    """What is mapped into the two processes, not what is imported by name."""
+    with server(stage) as mine:
+        mine.predict(jpeg())
+        for pid in (mine.process.pid, *mine.engine_processes()):
+            mapped = Path(f"/proc/{pid}/maps").read_text()
+            assert not [name for name in ("libtorch", "mlflow", "prefect", "sqlalchemy") if name in mapped]
+        assert "openvino" not in Path(f"/proc/{mine.process.pid}/maps").read_text()
+    program = (
+        "import serving.server, serving.worker, serving.app, serving.grpc_app, serving.batch, serving.segments, sys;"
+        "print(sorted({n.split('.')[0] for n in sys.modules}))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    for name in ("torch", "prefect", "mlflow", "great_expectations", "evidently", "sqlalchemy", "dvc", "pandas"):
+        assert f"'{name}'" not in loaded

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from failpoints import Died, Failpoints
+
+from components import objects as objects_module
+from components.contracts import ConfigError, SchemaTooNew, TamperedArtefact
+from components.objects import open_objects
+from components.store import seal, unseal
+from serving import segments
+from serving.journal import MAGIC, Journal, JournalConfig, encode_row, read_rows
+from serving.metrics import Metrics
+
+
+def row(number: int, *, model: str = "m", at: float | None = None) -> bytes:
+    facts = {"prediction_id": f"{number:032x}", "model": model, "version": "1", "ingest_at": at or 1_770_000_000.0 + number}
+    facts |= {"event_at": facts["ingest_at"], "confidence": 0.5, "unsure": False, "predicted": "a", "latency_ms": 1.0}
+    probabilities = np.array([0.5, 0.5], dtype="<f4").tobytes()
+    return encode_row(facts, probabilities, np.arange(4, dtype="<f2").tobytes())
+
+
+def ids(path: Path) -> list[int]:
+    return [int(facts["prediction_id"], 16) for facts, _ in read_rows(path)]
+
+
+class Desk:
+    """A journal on an event loop, and the metrics it reports to."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self.metrics = Metrics()
+        self.rotations = 0
+        self.journal = Journal(folder, JournalConfig(**config), self.metrics, rotated=self._rotated)
+
+    def _rotated(self) -> None:
+        self.rotations += 1
+
+    def figure(self, name: str) -> float:
+        found = [s.value for m in self.metrics.registry.collect() for s in m.samples if s.name == f"visionloop_{name}"]
+        return sum(found)
+
+    def run(self, *writes: list[bytes], close: bool = True) -> list[bool]:
+        async def write() -> list[bool]:
+            self.journal.start()
+            return [await self.journal.write(rows) for rows in writes]
+
+        done = asyncio.run(write())
+        if close:
+            self.journal.close()
+        return done
+
+
+def test_what_was_written_is_there_before_anything_is_closed(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    assert desk.run([row(1)], [row(2), row(3)], close=False) == [True, True]
+    (path,) = tmp_path.glob("*.journal")
+    assert ids(path) == [1, 2, 3]
+    facts, arrays = next(read_rows(path))
+    assert facts["predicted"] == "a"
+    assert np.frombuffer(arrays[1], dtype="<f2").tolist() == [0, 1, 2, 3]
+    assert (path.stat().st_mode & 0o777) == 0o600
+    desk.journal.close()
+    assert desk.rotations == 1
+
+
+def test_a_journal_cut_anywhere_gives_its_whole_rows(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.run([row(1)], [row(2)], [row(3)])
+    (path,) = tmp_path.glob("*.journal")
+    data = path.read_bytes()
+    size = len(row(1))
+    for end in range(0, len(data) + 1, 7):
+        path.write_bytes(data[:end])
+        whole = max(0, (end - len(MAGIC)) // size)
+        assert ids(path) == list(range(1, whole + 1))
+
+
+def test_a_flipped_bit_ends_the_journal_there(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.run([row(1)], [row(2)])
+    (path,) = tmp_path.glob("*.journal")
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+    assert ids(path) == [1]
+    path.write_bytes(b"not a journal at all")
+    with pytest.raises(ValueError, match="is not a journal"):
+        list(read_rows(path))
+
+
+def test_a_full_disk_is_a_gap_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path)
+    full = threading.Event()
+    real = os.write
+
+    def write(descriptor: int, data: Any) -> int:
+        if full.is_set():
+            real(descriptor, bytes(data[:9]))  # a torn frame, as a full disk leaves it
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+
+    async def scene() -> list[bool]:
+        desk.journal.start()
+        done = [await desk.journal.write([row(1)])]
+        full.set()
+        done += [await desk.journal.write([row(2), row(3)]), await desk.journal.write([row(4)])]
+        assert "ENOSPC" in desk.journal.problem
+        full.clear()
+        return [*done, await desk.journal.write([row(5)])]
+
+    assert asyncio.run(scene()) == [True, False, False, True]
+    desk.journal.close()
+    (path,) = tmp_path.glob("*.journal")
+    found = [facts for facts, _ in read_rows(path)]
+    assert [facts.get("gap") or int(facts["prediction_id"], 16) for facts in found] == [1, 3, 5]
+    assert desk.figure("journal_lost_rows_total") == 3
+    assert desk.figure("journal_rows_total") == 2
+    assert desk.journal.problem == ""
+
+
+def test_a_slow_disk_makes_rows_late_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path, answer_wait_s=0.02)
+    slow = threading.Event()
+    real = Journal._append
+
+    def append(self: Journal, rows: list[bytes]) -> bool:
+        slow.wait(5)
+        return real(self, rows)
+
+    monkeypatch.setattr(Journal, "_append", append)
+    assert desk.run([row(1)], [row(2)], close=False) == [False, False]
+    assert desk.figure("journal_late_rows_total") == 2
+    slow.set()
+    desk.journal.close()
+    (path,) = tmp_path.glob("*.journal")
+    assert ids(path) == [1, 2]
+    assert desk.figure("journal_lost_rows_total") == 0
+
+
+def test_a_backlog_that_is_full_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path, answer_wait_s=0.01, max_backlog=3)
+    hold = threading.Event()
+    real = Journal._append
+
+    def append(self: Journal, rows: list[bytes]) -> bool:
+        hold.wait(5)
+        return real(self, rows)
+
+    monkeypatch.setattr(Journal, "_append", append)
+    desk.run(*[[row(n)] for n in range(1, 9)], close=False)
+    lost = desk.figure("journal_lost_rows_total")
+    assert lost >= 3
+    hold.set()
+    desk.journal.close()
+    (path,) = tmp_path.glob("*.journal")
+    rows = [facts for facts, _ in read_rows(path)]
+    assert len([f for f in rows if "gap" not in f]) == 8 - lost
+    assert sum(f.get("gap", 0) for f in rows) in (0, lost)  # told with the next row, if one came
+
+
+def test_a_journal_is_rotated_by_size_and_sealed_ones_hold_every_row(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "j", rotate_bytes=len(row(1)) * 2)
+    desk.run(*[[row(n)] for n in range(10)])
+    assert desk.rotations > 2
+    url = str(tmp_path / "log")
+    assert segments.seal_all(tmp_path / "j", url) == desk.rotations
+    assert list((tmp_path / "j").iterdir()) == []
+    found = [int(i, 16) for table in segments.read_log(url) for i in table["prediction_id"].to_pylist()]
+    assert found == list(range(10))
+    checked = segments.verify(url, tmp_path / "j")
+    assert (checked.rows, checked.duplicates, checked.broken, checked.lost_rows) == (10, 0, (), 0)
+
+
+@pytest.fixture
+def journals(tmp_path: Path) -> Path:
+    desk = Desk(tmp_path / "j")
+    desk.run([row(n) for n in range(5)])
+    return tmp_path / "j"
+
+
+def test_a_journal_that_is_written_is_left_alone(journals: Path, tmp_path: Path) -> None:
+    (path,) = journals.glob("*.journal")
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert segments.seal_all(journals, str(tmp_path / "log")) == 0
+    assert segments.seal_all(journals, str(tmp_path / "log")) == 1
+    assert segments.seal_all(journals, str(tmp_path / "log")) == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_death_at_any_step_of_sealing_keeps_every_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: Any
+) -> None:
+    places: list[tuple[Any, str]] = [
+        (os, "replace"),
+        (os, "fsync"),
+        (Path, "unlink"),
+        (objects_module, "write_atomically"),
+        (objects_module._Folder, "put"),
+        (objects_module._Folder, "digest"),
+        (objects_module._Folder, "swap"),
+    ]
+    nth = 0
+    while True:
+        nth += 1
+        desk = Desk(tmp_path / f"j{nth}")
+        desk.run([row(n) for n in range(5)])
+        url = str(tmp_path / f"log{nth}")
+        with monkeypatch.context() as patched:
+            Failpoints(places, nth=nth, when=when)(patched)
+            died = False
+            try:
+                segments.seal_all(tmp_path / f"j{nth}", url)
+            except Died:
+                died = True
+        segments.seal_all(tmp_path / f"j{nth}", url)
+        found = [int(i, 16) for table in segments.read_log(url) for i in table["prediction_id"].to_pylist()]
+        assert found == list(range(5))
+        checked = segments.verify(url, tmp_path / f"j{nth}")
+        assert (checked.rows, checked.duplicates, checked.broken) == (5, 0, ())
+        if not died:
+            break
+    assert nth > 8
+
+
+def test_sealing_at_once_by_many_keeps_every_row_once(journals: Path, tmp_path: Path) -> None:
+    url = str(tmp_path / "log")
+    threads = [threading.Thread(target=segments.seal_all, args=(journals, url)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert segments.verify(url, journals).rows == 5
+
+
+def test_a_changed_segment_is_refused_and_reported(journals: Path, tmp_path: Path) -> None:
+    url = str(tmp_path / "log")
+    segments.seal_all(journals, url)
+    (path,) = (tmp_path / "log").rglob("*.parquet")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(TamperedArtefact, match="was changed after it was sealed"):
+        list(segments.read_log(url))
+    assert len(segments.verify(url, journals).broken) == 1
+    path.write_bytes(data)
+    (manifest,) = (tmp_path / "log").rglob("*.json")
+    sealed = manifest.read_bytes()
+    manifest.write_bytes(sealed.replace(b'"rows":5', b'"rows":4'))
+    assert "changed after it was sealed" in segments.verify(url, journals).broken[0]
+    body = unseal(sealed)
+    assert body is not None
+    manifest.write_bytes(seal(body | {"schema_version": 99}))
+    with pytest.raises(SchemaTooNew, match="schema version 99"):
+        segments.segments(open_objects(url))
+    manifest.unlink()
+    assert "has no manifest" in segments.verify(url, journals).broken[0]
+
+
+def test_the_log_is_read_by_model_and_time(tmp_path: Path) -> None:
+    import datetime
+
+    desk = Desk(tmp_path / "j")
+    start = 1_770_000_000.0
+    desk.run([row(n, model="a" if n % 2 else "b", at=start + 60 * n) for n in range(10)])
+    url = str(tmp_path / "log")
+    segments.seal_all(tmp_path / "j", url)
+
+    def found(**options: Any) -> list[int]:
+        return [int(i, 16) for t in segments.read_log(url, **options) for i in t["prediction_id"].to_pylist()]
+
+    def at(number: int) -> datetime.datetime:
+        return datetime.datetime.fromtimestamp(start + 60 * number, datetime.UTC)
+
+    assert found(model="a") == [1, 3, 5, 7, 9]
+    assert found(since=at(4), until=at(7)) == [4, 5, 6]
+    assert found(since=at(100)) == []
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_an_export_holds_every_row(journals: Path, tmp_path: Path, suffix: str) -> None:
+    import pandas as pd
+
+    url = str(tmp_path / "log")
+    segments.seal_all(journals, url)
+    out = tmp_path / f"out{suffix}"
+    assert segments.export(url, out).rows == 5
+    read: Any = {".parquet": pd.read_parquet, ".csv": pd.read_csv, ".jsonl": lambda p: pd.read_json(p, lines=True)}[suffix]
+    frame = read(out)
+    assert len(frame) == 5
+    probabilities = frame["probabilities"].iloc[0]
+    assert list(json.loads(probabilities) if isinstance(probabilities, str) else probabilities) == [0.5, 0.5]
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    with pytest.raises(ConfigError, match=r"\.parquet, \.csv or \.jsonl"):
+        segments.export(url, tmp_path / "out.xlsx")
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[str]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    kept = dict(os.environ)
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    boto3.client("s3").create_bucket(Bucket="log")
+    yield "s3://log/predictions"
+    server.stop()
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+def test_segments_go_to_s3_and_wait_when_it_is_away(tmp_path: Path, journals: Path) -> None:
+    from components.contracts import RegistryUnavailable
+
+    with s3() as url:
+        there = os.environ["AWS_ENDPOINT_URL"]
+        os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+        with pytest.raises(RegistryUnavailable, match="does not answer"):
+            segments.seal_all(journals, url)
+        assert len(list(journals.glob("*.journal"))) == 1
+        os.environ["AWS_ENDPOINT_URL"] = there
+        assert segments.seal_all(journals, url) == 1
+        assert sum(len(table) for table in segments.read_log(url)) == 5
+        assert segments.verify(url, journals).rows == 5

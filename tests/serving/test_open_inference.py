@@ -1,0 +1,219 @@
+"""The Open Inference Protocol, spoken by Triton's own client over HTTP and gRPC."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from served import MODEL, Server, jpeg, png
+from shapes import KINDS, picture
+
+PIXELS = np.stack([picture(kind, 8000)[..., None] for kind in KINDS])
+
+
+def client_of(running: Server, protocol: str) -> tuple[Any, Any]:
+    if protocol == "http":
+        return triton_http, triton_http.InferenceServerClient(f"127.0.0.1:{running.port}")
+    return triton_grpc, triton_grpc.InferenceServerClient(f"127.0.0.1:{running.grpc_port}")
+
+
+@pytest.fixture(params=["http", "grpc"])
+def triton(request: pytest.FixtureRequest, running: Server) -> tuple[Any, Any]:
+    return client_of(running, request.param)
+
+
+def test_health_and_metadata(triton: tuple[Any, Any]) -> None:
+    _, client = triton
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready(MODEL)
+    found = client.get_model_metadata(MODEL)
+    told = found if isinstance(found, dict) else json.loads(_json(found))
+    assert told["name"] == MODEL
+    assert told["versions"] == ["1"]
+    assert told["platform"] == "openvino_int8"
+    (given,) = told["inputs"]
+    assert (given["name"], given["datatype"], [int(n) for n in given["shape"]]) == ("images", "UINT8", [-1, 16, 16, 1])
+    assert {output["name"] for output in told["outputs"]} >= {"label", "probabilities", "embedding", "unsure"}
+
+
+def _json(message: Any) -> str:
+    from google.protobuf.json_format import MessageToJson
+
+    return str(MessageToJson(message))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_pixels_in_labels_out(triton: tuple[Any, Any], binary: bool) -> None:
+    library, client = triton
+    given = library.InferInput("images", list(PIXELS.shape), "UINT8")
+    given.set_data_from_numpy(PIXELS, **({"binary_data": binary} if library is triton_http else {}))
+    wanted = [
+        library.InferRequestedOutput(name, **({"binary_data": binary} if library is triton_http else {}))
+        for name in ("label", "probabilities", "unsure", "prediction_id", "embedding", "confidence")
+    ]
+    result = client.infer(MODEL, [given], outputs=wanted, request_id=f"batch-{library.__name__}-{binary}")
+    assert [_text(x) for x in result.as_numpy("label")] == list(KINDS)
+    probabilities = result.as_numpy("probabilities")
+    assert probabilities.shape == (3, 3)
+    assert probabilities.sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert probabilities.max(axis=1) == pytest.approx(result.as_numpy("confidence"))
+    assert result.as_numpy("embedding").shape == (3, 16)
+    assert result.as_numpy("unsure").dtype == np.bool_
+    assert len({_text(x) for x in result.as_numpy("prediction_id")}) == 3
+    told = result.get_response()
+    version = told["model_version"] if isinstance(told, dict) else told.model_version
+    assert version == "1"
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def test_encoded_pictures_in_the_same_answers_out(triton: tuple[Any, Any], running: Server) -> None:
+    library, client = triton
+    files = [png("disc", 1), png("cross", 2), jpeg("stripes", 3)]
+    given = library.InferInput("images", [3], "BYTES")
+    given.set_data_from_numpy(np.array(files, dtype=np.object_))
+    result = client.infer(MODEL, [given])
+    for index, data in enumerate(files):
+        alone = running.predict(data).json
+        classes = sorted(alone["probabilities"])
+        assert result.as_numpy("probabilities")[index] == pytest.approx(
+            [alone["probabilities"][name] for name in classes], abs=0.02
+        )
+        assert _text(result.as_numpy("label")[index]) == alone["label"]
+
+
+def test_the_same_request_id_is_answered_once(triton: tuple[Any, Any]) -> None:
+    library, client = triton
+    ids = []
+    for _ in range(2):
+        given = library.InferInput("images", [1, 16, 16, 1], "UINT8")
+        given.set_data_from_numpy(PIXELS[:1])
+        result = client.infer(MODEL, [given], request_id=f"same-{library.__name__}")
+        ids.append(_text(result.as_numpy("prediction_id")[0]))
+    assert ids[0] == ids[1]
+
+
+Change = Callable[[Any], Any]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "datatype", "data", "why"),
+    [
+        ("pictures", [1, 16, 16, 1], "UINT8", PIXELS[:1], "expected exactly one input, 'images'"),
+        (
+            "images",
+            [1, 16, 16, 1],
+            "FP32",
+            np.full((1, 16, 16, 1), np.nan, dtype=np.float32),
+            "datatype 'FP32'; expected UINT8",
+        ),
+        ("images", [1, 15, 16, 1], "UINT8", PIXELS[:1, :15], r"shape \[1, 15, 16, 1\]; expected \[n, 16, 16, 1\]"),
+        ("images", [16, 16, 1], "UINT8", PIXELS[0], "expected"),
+        ("images", [65, 16, 16, 1], "UINT8", np.zeros((65, 16, 16, 1), dtype=np.uint8), "65 pictures in one request"),
+        ("images", [2], "BYTES", np.array([b"x", png("disc", 1)], dtype=np.object_), "picture 0: not an image"),
+    ],
+)
+def test_wrong_tensors_are_refused(
+    triton: tuple[Any, Any], name: str, shape: list[int], datatype: str, data: Any, why: str
+) -> None:
+    library, client = triton
+    given = library.InferInput(name, shape, datatype)
+    given.set_data_from_numpy(data)
+    with pytest.raises(library.InferenceServerException, match=why):
+        client.infer(MODEL, [given])
+
+
+def test_unknown_models_versions_and_outputs_are_refused(triton: tuple[Any, Any]) -> None:
+    library, client = triton
+    given = library.InferInput("images", [1, 16, 16, 1], "UINT8")
+    given.set_data_from_numpy(PIXELS[:1])
+    with pytest.raises(library.InferenceServerException, match="unknown model 'other'; served here: shapes"):
+        client.infer("other", [given])
+    with pytest.raises(library.InferenceServerException, match="version '9' of shapes is not served; now it is 1"):
+        client.infer(MODEL, [given], model_version="9")
+    with pytest.raises(library.InferenceServerException, match="unknown output 'boxes'; valid: label"):
+        client.infer(MODEL, [given], outputs=[library.InferRequestedOutput("boxes")])
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", "not JSON"),
+        (b"[]", "not a v2"),
+        (b'{"inputs": 3}', "not a v2"),
+        (b'{"inputs": [{}]}', "not a v2"),
+        (b'{"inputs": []}', "expected exactly one input"),
+        (b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":[NaN]}]}', "not JSON"),
+        (b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[-1,16,16,1],"data":[]}]}', "none negative"),
+        (b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[0,16,16,1],"data":[]}]}', "0 pictures"),
+        (b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":[1,2,3]}]}', "3 values"),
+        (b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":["a"]}]}', "1 values|whole numbers"),
+        (
+            b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":'
+            + str([256] * 256).encode()
+            + b"}]}",
+            "outside 0 to 255",
+        ),
+        (
+            b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":'
+            + str([0.5] * 256).encode()
+            + b"}]}",
+            "whole numbers",
+        ),
+        (b'{"inputs":[{"name":"images","datatype":"BYTES","shape":[1],"data":["text"]}]}', "binary data"),
+        (
+            b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"parameters":{"binary_data_size":9999}}]}',
+            "more than the body holds",
+        ),
+        (b'{"inputs":[],"id":' + b'"' + b"x" * 300 + b'"}', "at most 128"),
+    ],
+)
+def test_bodies_that_are_no_requests_are_refused(running: Server, body: bytes, why: str) -> None:
+    import re
+
+    reply = running.ask("POST", f"/v2/models/{MODEL}/infer", body)
+    assert reply.status == 400, reply.body
+    assert re.search(why, reply.json["error"]), reply.body
+
+
+def test_binary_lengths_that_lie_are_refused(running: Server) -> None:
+    told = b'{"inputs":[{"name":"images","datatype":"BYTES","shape":[1],"parameters":{"binary_data_size":8}}]}'
+    for header, tail in [
+        ("99999", b""),
+        ("x", b""),
+        (str(len(told)), b"\xff\xff\xff\x7fabcd"),
+        (str(len(told)), b"12345678z"),
+    ]:
+        reply = running.ask("POST", f"/v2/models/{MODEL}/infer", told + tail, {"inference-header-content-length": header})
+        assert reply.status == 400, reply
+
+
+def test_a_grpc_message_over_the_limit_is_refused(running: Server) -> None:
+    _, client = client_of(running, "grpc")
+    given = triton_grpc.InferInput("images", [1], "BYTES")
+    given.set_data_from_numpy(np.array([b"x" * (3 << 20)], dtype=np.object_))
+    with pytest.raises(triton_grpc.InferenceServerException, match="RESOURCE_EXHAUSTED|larger than max"):
+        client.infer(MODEL, [given])
+
+
+def test_the_generated_code_is_that_of_the_protocol_file(tmp_path: Any) -> None:
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", "-I.", f"--python_out={tmp_path}", "serving/open_inference.proto"],
+        cwd=root,
+        check=True,
+    )
+    made = (tmp_path / "serving" / "open_inference_pb2.py").read_text()
+    assert made == (root / "serving" / "open_inference_pb2.py").read_text()
