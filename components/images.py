@@ -26,6 +26,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 """Accepted encodings, found by content and never by file name."""
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 << 20
+_MAX_SCANS = 100
+"""Of a progressive JPEG; each is a pass over the whole picture, and a small file can hold thousands."""
+_EXTREME = 16
+"""Sides longer than this many times the other are cut to their middle before they are resized."""
 
 # Pillow warns about sizes and odd metadata that `decode` decides on. Once for the process: decoding runs in threads, and
 # warning filters are not theirs to change and restore.
@@ -52,6 +56,8 @@ def decode(data: bytes, *, formats: tuple[str, ...] = FORMATS, max_pixels: int =
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         width, height = image.size
+        if image.format == "JPEG" and data.count(b"\xff\xda") > _MAX_SCANS:
+            raise UndecodableImage(f"a JPEG of more than {_MAX_SCANS} scans")
         if width * height > max_pixels:
             raise UndecodableImage(f"{width}x{height} pixels, accepted are up to {max_pixels}")
         # An MPO is a phone's or stereo camera's JPEG with previews behind the picture; the picture is the first.
@@ -87,10 +93,20 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
+def _middle(image: Image.Image, longest: int) -> Image.Image:
+    width, height = min(image.width, longest), min(image.height, longest)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def prepare(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """A decoded image to the engine's input: uint8 (height, width, channels)."""
     image = image.convert("L" if preprocessing.channels == 1 else "RGB")
     width, height = image.size
+    if max(width, height) > _EXTREME * min(width, height):
+        # Resized as a whole, a picture of 65,000 x 1 pixels would be 14 million pixels wide. Only its middle is used.
+        image = _middle(image, _EXTREME * min(width, height))
+        width, height = image.size
     scale = preprocessing.resize_shortest / min(width, height)
     resized = (max(1, round(width * scale)), max(1, round(height * scale)))
     if resized != image.size:

@@ -36,7 +36,9 @@ class Objects(Protocol):
         """Replace an object by what `change` makes of it, against concurrent swaps; None leaves it."""
         ...
 
-    def names(self, prefix: str) -> list[str]: ...
+    def stamps(self, prefix: str = "") -> dict[str, str]:
+        """Names below a folder, all of them for "", each with what changes when its bytes do; in order."""
+        ...
 
     def remove(self, name: str) -> None:
         """Remove an object; one that is not there is no error."""
@@ -114,9 +116,14 @@ class _Folder:
                 if wanted is not None and wanted != current:
                     write_atomically(path, wanted)
 
-    def names(self, prefix: str) -> list[str]:
+    def stamps(self, prefix: str = "") -> dict[str, str]:
         folder = self._path(prefix.rstrip("/")) if prefix else self._root
-        return sorted(path.relative_to(self._root).as_posix() for path in folder.rglob("*") if path.is_file())
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                status = path.stat()
+                found[path.relative_to(self._root).as_posix()] = f"{status.st_size} {status.st_mtime_ns}"
+        return found
 
     def remove(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
@@ -156,11 +163,12 @@ class _S3:
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
+        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             yield
-        except (BotoCoreError, ClientError) as error:
+        except (Boto3Error, BotoCoreError, ClientError) as error:
             raise RegistryUnavailable(
                 f"{self._url} does not answer: {str(error).splitlines()[0]}. Nothing half-written is "
                 f"visible; bring it back and run the same command again"
@@ -228,13 +236,17 @@ class _S3:
                 return
         raise RegistryUnavailable(f"{name} in {self._url} is being changed by others all the time; try again")
 
-    def names(self, prefix: str) -> list[str]:
+    def stamps(self, prefix: str = "") -> dict[str, str]:
+        # With its slash: another folder whose name only begins alike is not this one.
+        below = "/".join(part for part in (self._prefix, prefix.rstrip("/")) if part)
+        below = f"{below}/" if below else ""
+        cut = len(self._prefix) + 1 if self._prefix else 0
         with self._answering():
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._key(prefix) if prefix else self._prefix
-            )
-            cut = len(self._prefix) + 1 if self._prefix else 0
-            return sorted(item["Key"][cut:] for page in pages for item in page.get("Contents", []))
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=below)
+            found = {
+                item["Key"][cut:]: f"{item['Size']} {item['ETag']}" for page in pages for item in page.get("Contents", [])
+            }
+        return {name: found[name] for name in sorted(found) if name and not name.endswith("/")}
 
     def remove(self, name: str) -> None:
         with self._answering():

@@ -9,7 +9,7 @@ does not verify is never opened. Readers copy into a private folder while they h
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -27,7 +27,7 @@ from components.contracts import (
     StoreError,
     TamperedArtefact,
 )
-from components.objects import Objects, open_objects
+from components.objects import Objects, open_objects, safe_name
 from components.store import MANIFEST, explained, read_manifest, seal, sha256_file, unseal, write_atomically
 
 REFERENCE = "reference.parquet"
@@ -74,7 +74,10 @@ class ReleaseStore:
         body = unseal(raw)
         if body is None:
             raise TamperedArtefact(f"the manifest of release {digest} in {self.url} was changed; it was not read")
-        record = Release.read(body["record"])
+        told = body.get("record")
+        record = Release.read(told if isinstance(told, dict) else {})
+        for file in record.files:
+            safe_name(file.name)
         if record.digest() != digest or record.model != model:
             raise TamperedArtefact(f"release {digest} in {self.url} describes another release; it was not read")
         return record
@@ -119,8 +122,11 @@ class ReleaseStore:
                 for file in found.files:
                     self._copy(f"{_place(model, digest)}/{file.name}", partial / file.name, file)
                 write_atomically(partial / MANIFEST, seal(_manifest(found)))
-                with contextlib.suppress(FileExistsError):
+                try:
                     os.rename(partial, folder)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise  # else another process brought the same bytes first
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return Stored(found, folder)
@@ -144,8 +150,11 @@ class ReleaseStore:
         """What is to be served, None before the first promotion; raises TamperedArtefact or RegistryUnavailable."""
         return _routes(self._objects.read(_routes_name(model), most=_MAX_MANIFEST_BYTES), model, self.url)
 
-    def move(self, routes: Routes) -> Routes:
-        """Make `routes` what is served, unless a later generation already is; returns what is served now."""
+    def move(self, routes: Routes, *, newest: int | None = None, force: bool = False) -> Routes:
+        """Make `routes` what is served, unless a later generation already is; returns what is served now.
+
+        A generation beyond `newest` does not count as later, and with `force` none does.
+        """
         result: list[Routes] = []
 
         def change(current: bytes | None) -> bytes | None:
@@ -153,7 +162,8 @@ class ReleaseStore:
                 present = _routes(current, routes.model, self.url)
             except TamperedArtefact:
                 present = None  # the ledger's word replaces it
-            if present is not None and present.generation >= routes.generation and present != routes:
+            later = present is not None and routes.generation < present.generation <= (newest or present.generation)
+            if present is not None and later and not force:
                 result[:] = [present]
                 return None
             result[:] = [routes]
@@ -164,7 +174,7 @@ class ReleaseStore:
 
     def published(self, model: str) -> list[str]:
         """Digests of the releases of a model that have a manifest."""
-        names = self._objects.names(f"releases/{_plain(model)}/")
+        names = self._objects.stamps(f"releases/{_plain(model)}")
         return sorted(PurePosixPath(name).parts[2] for name in names if name.endswith(f"/{MANIFEST}"))
 
 

@@ -99,7 +99,7 @@ def unseal(raw: bytes) -> dict[str, Any] | None:
         body = json.loads(raw)
         body.pop(_SEAL)
         return body if seal(body) == raw else None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

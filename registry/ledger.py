@@ -4,7 +4,8 @@ It is the truth about a model's history; MLflow's aliases and tags, and the rout
 SQLite and PostgreSQL, by URL.
 Every row holds the hash of the row before it, so a row that is changed, removed or inserted anywhere but at the end shows
 when rows are read; triggers make the database itself refuse updates, replacements and deletes. A tail cut off by somebody
-with full access shows against the sequence numbers that MLflow's model versions carry (registry/models.py). Appending twice
+with full access shows against the row numbers that MLflow's versions carry (of registrations and promotions; a decision at
+the very end that is cut off and not yet promoted does not show: give nobody that access). Appending twice
 under one idempotency key appends once.
 """
 

@@ -44,6 +44,7 @@ CHAMPION = "champion"
 _CANDIDATE_TAG = "visionloop.candidate"
 _MANIFEST_TAG = "visionloop.manifest_sha256"
 _SEQ_TAG = "visionloop.ledger_seq"
+_CHAMPION_TAG = "visionloop.champion_seq"
 FLOW = Principal(name="flows/train", method="machine")
 
 
@@ -176,6 +177,18 @@ class Registry:
                 f"ledger proves nothing about a champion: set VISIONLOOP_LEDGER_URL to the right one, or restore a backup"
             )
 
+    def expect_whole_ledger(self, model: str) -> None:
+        """Raise RegistryUnavailable when MLflow's versions carry row numbers that the ledger does not reach: it was cut."""
+        rows = self.ledger.entries()
+        with _reachable(self.tracking_uri):
+            versions = _versions(tracking.client(self.tracking_uri), model)
+        told = [int(v.tags[tag]) for v in versions for tag in (_SEQ_TAG, _CHAMPION_TAG) if v.tags.get(tag, "").isdigit()]
+        if told and max(told) > len(rows):
+            raise RegistryUnavailable(
+                f"the ledger ends at row {len(rows)}, but MLflow's versions of {model!r} were entered up to row {max(told)}: "
+                f"it was cut, or it is another one. Set VISIONLOOP_LEDGER_URL to the right one, or restore a backup"
+            )
+
     def fetch_engine(self, model: str, entry: Entry, *, out: Path) -> Stored[Engine]:
         """The serving engine of the version that a ledger row names, verified against the ledger's digest, in `out`."""
         version = entry.body["version"]
@@ -233,7 +246,7 @@ class Registry:
         with _reachable(self.tracking_uri):
             mlflow = tracking.client(self.tracking_uri)
             mlflow.set_registered_model_alias(model, CHAMPION, entry.body["version"])
-            mlflow.set_model_version_tag(model, entry.body["version"], "visionloop.champion_seq", str(entry.seq))
+            mlflow.set_model_version_tag(model, entry.body["version"], _CHAMPION_TAG, str(entry.seq))
 
 
 def bound_in(folder: Path) -> dict[str, Any]:

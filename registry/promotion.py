@@ -65,6 +65,7 @@ class Promotion:
 
         Raises DecisionRefused, TamperedArtefact or RegistryUnavailable; nothing has moved then.
         """
+        self.registry.expect_whole_ledger(self.model)
         entries = self.ledger.entries(self.model)
         state, approved = approval.promotable(entries, version, self.ledger.now())
         with self.registry.bundle(self.model, version, state.requested.body["manifest_sha256"]) as (bundle, _):
@@ -108,14 +109,31 @@ class Promotion:
         current = approval.champion(entries)
         if current is None:
             raise DecisionRefused(f"{self.model} has no champion to roll back from")
-        target = approval.rollback_target(entries, to)
-        self.releases.verify(self.model, target.body["release"])
-        rule = approval.rollback(target.body["version"], by, reason, leaving=current.seq)
-        entry = self.ledger.decide(model=self.model, actor=by, rule=rule)
+        repeated = (
+            to in (None, current.body["version"])
+            and current.kind == "rolled_back"
+            and approval.same_person(current.actor, by)
+            and current.body["reason"] == reason.strip()
+        )
+        if repeated:
+            # The same command again, after a failure or a lost answer: it finishes what it began, and goes no further back.
+            entry = current
+        else:
+            target = approval.rollback_target(entries, to)
+            self.releases.verify(self.model, target.body["release"])
+            rule = approval.rollback(target.body["version"], by, reason, leaving=current.seq)
+            entry = self.ledger.decide(model=self.model, actor=by, rule=rule)
+        version = entry.body["version"]
         self._route(entry)
-        told(f"moved: version {entry.body['version']} is champion again (ledger row {entry.seq}); servers switch to it now")
-        self.project()
-        self.read_back()
+        told(f"moved: version {version} is champion again (ledger row {entry.seq}); servers switch to it now")
+        try:
+            self.project()
+            self.read_back()
+        except VisionloopError as error:
+            raise RegistryUnavailable(
+                f"version {version} is champion again (ledger row {entry.seq}) and servers are told so, but MLflow does not "
+                f"show it yet: {error}. Do not roll back again; run `visionloop reconcile --repair` when it is back"
+            ) from error
         return entry
 
     def project(self) -> None:
@@ -172,6 +190,8 @@ class Promotion:
             return found
         if any(difference.what == "the release" for difference in found):
             self._publish_again(entry)
+        # Whatever generation somebody wrote there: the ledger's word replaces it.
+        self.releases.move(_routes_of(self.model, entry), force=True)
         self.project()
         left = {difference.what for difference in self.differences()}
         return [d.model_copy(update={"repaired": d.what not in left}) for d in found]
@@ -192,7 +212,8 @@ class Promotion:
         return entry
 
     def _route(self, entry: Entry) -> None:
-        self.releases.move(_routes_of(self.model, entry))
+        # A generation is the number of a ledger row: one that the ledger has not reached was not written by it.
+        self.releases.move(_routes_of(self.model, entry), newest=self.ledger.entries()[-1].seq)
 
 
 def _routes_of(model: str, entry: Entry) -> Routes:

@@ -31,7 +31,7 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from serving import tensors
-from serving.auth import Role, Tokens, allows, bearer, is_loopback
+from serving.auth import Role, Tokens, allows, bearer, digest_of, is_loopback
 from serving.connections import plain_response
 from serving.frames import Form
 from serving.inference import Answer, Answered, Inference, Rejected, moment
@@ -50,13 +50,10 @@ class Access:
     def __init__(self, tokens: Tokens, *, required: bool) -> None:
         self.tokens, self.required = tokens, required
 
-    def check(self, authorization: str | None, host: str | None, needed: Role) -> None:
-        """Raise Rejected unless this request may do what needs `needed`."""
+    def check(self, authorization: str | None, needed: Role) -> str:
+        """Who asks, as a digest; raises Rejected unless they may do what needs `needed`."""
         if not self.required:
-            # Reachable from this machine alone; but a page in its browser must not speak for the person before it.
-            if host is not None and not is_loopback(_hostname(host)):
-                raise Rejected(403, "without tokens this server answers to the names of this machine alone")
-            return
+            return ""
         token = bearer(authorization)
         if token is None:
             raise Rejected(401, "send a token: Authorization: Bearer ...")
@@ -65,6 +62,20 @@ class Access:
             raise Rejected(401, "this token is not known here")
         if not allows(role, needed):
             raise Rejected(403, f"this token's role is {role}; this needs {needed}")
+        return digest_of(token)
+
+    def check_browser(self, host: str | None, origin: str | None, site: str | None) -> None:
+        """Raise Rejected when a page of another site speaks for the person before the browser.
+
+        Where no token is needed, only this machine can ask; but every page that is open on it runs there as well.
+        """
+        if self.required:
+            return
+        foreign = site in ("cross-site", "same-site")
+        if origin is not None and not is_loopback(_hostname(origin.partition("://")[2])):
+            foreign = True
+        if foreign or (host is not None and not is_loopback(_hostname(host))):
+            raise Rejected(403, "without tokens this server answers this machine's own programs and pages alone")
 
 
 def _hostname(host: str) -> str:
@@ -73,19 +84,37 @@ def _hostname(host: str) -> str:
     return host.partition(":")[0]
 
 
+class Budget:
+    """Bytes of all bodies that are held at once."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def take(self, count: int) -> bool:
+        """Whether there was room for so many more."""
+        if count > self._left:
+            return False
+        self._left -= count
+        return True
+
+    def release(self, count: int) -> None:
+        """Give back what was taken."""
+        self._left += count
+
+
 class HttpGate:
     """Refuses at the headers what would be refused anyway: bodies over the limit, and predictions when the queue is full."""
 
     def __init__(self, inference: Inference, *, max_body: int, request_timeout_s: float) -> None:
-        self._inference, self._max_body = inference, max_body
+        self._inference, self.max_body = inference, max_body
         self.request_timeout_s = request_timeout_s
 
     def refusal(self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, str, float | None] | None:
         if method != b"POST":
             return None
         for name, value in headers:
-            if name == b"content-length" and (not value.isdigit() or int(value) > self._max_body):
-                return 413, f"the body is larger than {self._max_body} bytes", None
+            if name == b"content-length" and (not value.isdigit() or int(value) > self.max_body):
+                return 413, f"the body is larger than {self.max_body} bytes", None
         path = url.partition(b"?")[0]
         if path == b"/predict" and len(self._inference.routed) == 1:
             routed = next(iter(self._inference.routed.values()))
@@ -149,13 +178,17 @@ class Http:
     def _route(self, path: str, handler: Handler, method: str = "GET", *, needed: Role | None) -> Route:
         async def endpoint(request: Request) -> Response:
             try:
+                headers = request.headers
                 if needed is not None:
-                    self._access.check(request.headers.get("authorization"), request.headers.get("host"), needed)
+                    self._access.check_browser(headers.get("host"), headers.get("origin"), headers.get("sec-fetch-site"))
+                    request.state.caller = self._access.check(headers.get("authorization"), needed)
                 response = await handler(request)
             except Rejected as error:
                 response = _error(error)
             except ClientDisconnect:
                 response = Response(status_code=499)
+            finally:
+                self._budget.release(getattr(request.state, "held", 0))
             if method == "POST":
                 model = request.path_params.get("model") or request.query_params.get("model") or ""
                 known = model if model in self._inference.routed else "" if model else self._only_model
@@ -177,6 +210,9 @@ class Http:
             size += len(chunk)
             if size > self._max_body:
                 raise Rejected(413, f"the body is larger than {self._max_body} bytes")
+            if not self._budget.take(len(chunk)):
+                raise Rejected(503, "the server is full; try again later", retry_after_s=1.0)
+            request.state.held = size
             chunks.append(chunk)
         return b"".join(chunks)
 
@@ -199,6 +235,7 @@ class Http:
             [(Form.ENCODED, data)],
             protocol="http",
             key=request.headers.get("idempotency-key", ""),
+            caller=request.state.caller,
             event_at=event_at,
         )
         return _json(_shown(answered, answered.answers[0], int(top)))
@@ -212,7 +249,15 @@ class Http:
             asked, pictures = await asyncio.to_thread(_parse, deployment.release, body, header)
         else:
             asked, pictures = _parse(deployment.release, body, header)
-        answered = await self._inference.answer(name, version, pictures, protocol="http-v2", key=asked.id)
+        answered = await self._inference.answer(
+            name,
+            version,
+            pictures,
+            protocol="http-v2",
+            key=request.headers.get("idempotency-key", ""),
+            caller=request.state.caller,
+            event_at=moment(request.headers.get("x-event-time")),
+        )
         content, json_length = tensors.write_rest(asked, answered)
         if json_length is None:
             return Response(content, media_type="application/json")
@@ -227,9 +272,9 @@ class Http:
         return _json({"ready": ready}, status=200 if ready else 503)
 
     async def _model_ready(self, request: Request) -> Response:
-        deployment = self._inference.deployment(request.path_params["model"], request.path_params.get("version"))
-        ready = deployment.ready and not self._inference.draining
-        return _json({"name": deployment.model, "ready": ready}, status=200 if ready else 503)
+        name = request.path_params["model"]
+        ready = model_ready(self._inference, name, request.path_params.get("version"))
+        return _json({"name": name, "ready": ready}, status=200 if ready else 503)
 
     async def _server(self, _: Request) -> Response:
         return _json({"name": "visionloop", "version": "", "extensions": ["binary_tensor_data"]})
@@ -253,6 +298,16 @@ class Http:
     async def _refresh(self, _: Request) -> Response:
         await asyncio.gather(*(routed.refresh() for routed in self._inference.routed.values()))
         return _json(self._status())
+
+
+def model_ready(inference: Inference, name: str, version: str | None) -> bool:
+    """Whether a model answers; raises Rejected without telling those who have no token what there is."""
+    try:
+        return inference.deployment(name, version).ready and not inference.draining
+    except Rejected as error:
+        if error.status in (400, 404):
+            raise Rejected(404, "no such model or version is served here") from None
+        raise
 
 
 def _parse(release: Any, body: bytes, header: str | None) -> tuple[tensors.RestRequest, list[tuple[Form, bytes]]]:

@@ -47,7 +47,7 @@ class Tokens:
         token = f"vl_{secrets.token_urlsafe(32)}"
         entries = [entry for entry in self._entries() if entry["name"] != name]
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        entries.append({"name": name, "role": role, "sha256": _digest(token), "created_at": made})
+        entries.append({"name": name, "role": role, "sha256": digest_of(token), "created_at": made})
         self._write(entries)
         return token
 
@@ -66,7 +66,7 @@ class Tokens:
     def role_of(self, token: str) -> Role | None:
         """The role of a token, None for one that is not known."""
         self._refresh()
-        return self._roles.get(_digest(token))
+        return self._roles.get(digest_of(token))
 
     def _refresh(self) -> None:
         try:
@@ -94,7 +94,8 @@ class Tokens:
         self.path.chmod(0o600)
 
 
-def _digest(token: str) -> str:
+def digest_of(token: str) -> str:
+    """What is kept of a token."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 

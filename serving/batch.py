@@ -37,6 +37,11 @@ class Inputs(Protocol):
     @property
     def names(self) -> Sequence[str]: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when an image does."""
+        ...
+
     def read(self, index: int) -> bytes:
         """The bytes of one image; raises OSError or StoreError."""
         ...
@@ -47,12 +52,18 @@ class _Files:
 
     def __init__(self, url: str) -> None:
         self._objects = open_objects(url)
-        self.names: Sequence[str] = [
-            name for name in self._objects.names("") if not any(p.startswith(".") for p in name.split("/"))
-        ]
+        stamps = {
+            name: stamp
+            for name, stamp in self._objects.stamps().items()
+            if not any(part.startswith(".") for part in name.split("/"))
+        }
+        self._stored = list(stamps)
+        # A name that is not UTF-8 is told with its bytes written out.
+        self.names: Sequence[str] = [name.encode("utf-8", "backslashreplace").decode() for name in stamps]
+        self.fingerprint = sha256_text(canonical_json([url, list(self.names), list(stamps.values())]))
 
     def read(self, index: int) -> bytes:
-        data = self._objects.read(self.names[index], most=MAX_IMAGE_BYTES)
+        data = self._objects.read(self._stored[index], most=MAX_IMAGE_BYTES)
         if data is None:
             raise StoreError("the file is not there any more")
         return data
@@ -71,6 +82,7 @@ class _Table:
             raise ConfigError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
         if "image" not in table.column_names and "path" not in table.column_names:
             raise ConfigError(f"{path} has no column `image` (bytes) or `path`; it has {', '.join(table.column_names)}")
+        self.fingerprint = sha256_file(path)
         self._images = table["image"] if "image" in table.column_names else None
         self._folder = path.parent
         self.names: Sequence[str]
@@ -146,7 +158,7 @@ def predict(
     objects = open_objects(out)
     plan = {
         "release": release.record.digest(),
-        "names_sha256": sha256_text(canonical_json(list(inputs.names))),
+        "inputs": inputs.fingerprint,
         "images": len(inputs.names),
         "shard_size": config.shard_size,
         "embeddings": config.embeddings,
@@ -167,7 +179,7 @@ def predict(
 def _expect_plan(objects: Objects, plan: dict[str, Any], out: str) -> None:
     raw = objects.read("plan.json", most=1 << 20)
     if raw is None:
-        if objects.names(""):
+        if objects.stamps():
             raise ConfigError(f"{out} is not empty and holds no batch; name another folder with --out")
         objects.swap("plan.json", lambda _: seal(plan))
         return

@@ -6,6 +6,7 @@ line in a hash-chained file; an erased image is removed, never kept again, and `
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from serving.metrics import Metrics, log
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ERASED = "erased.jsonl"
 _QUEUE = 256
+_QUEUE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Captures:
 
     def __init__(self, folder: Path, config: CaptureConfig = CaptureConfig(), metrics: Metrics | None = None) -> None:
         self.folder, self.config, self._metrics = folder, config, metrics
-        self._queue: queue.Queue[tuple[str, bytes] | None] = queue.Queue(_QUEUE)
+        self._queue: queue.Queue[tuple[str, bytes]] = queue.Queue(_QUEUE)
+        self._bytes = 0
+        self._bytes_lock = threading.Lock()
+        self._stopping = False
         self._thread: threading.Thread | None = None
         self._erased: set[str] = set()
         self._erased_at: int | None = None
@@ -64,27 +69,40 @@ class Captures:
         """Keep an image if it is wanted; never waits, and a full queue keeps one image less."""
         if self._thread is None or not self.wanted(sha256):
             return
+        with self._bytes_lock:
+            room = self._bytes + len(data) <= _QUEUE_BYTES
+            self._bytes += len(data) if room else 0
         try:
+            if not room:
+                raise queue.Full
             self._queue.put_nowait((sha256, data))
         except queue.Full:
+            with self._bytes_lock:
+                self._bytes -= len(data) if room else 0
             log("image not captured", level=logging.WARNING, problem="queue full")
 
     def _keep_all(self) -> None:
         swept = 0.0
         while True:
             if time.monotonic() - swept > 3600 or not swept:
-                self.sweep()
                 swept = time.monotonic()
+                try:
+                    self.sweep()
+                except OSError as error:
+                    log("old images stay", level=logging.WARNING, problem=str(error.strerror))
             try:
-                taken = self._queue.get(timeout=60)
+                taken = self._queue.get(timeout=1)
             except queue.Empty:
+                if self._stopping:
+                    return
                 continue
-            if taken is None:
-                return
+            with self._bytes_lock:
+                self._bytes -= len(taken[1])
             try:
                 self.keep(*taken)
-            except OSError as error:
-                log("image not captured", level=logging.WARNING, problem=str(error.strerror))
+            except Exception as error:
+                # A full disk, an erasure file changed by hand: an image less, and the thread lives.
+                log("image not captured", level=logging.WARNING, problem=f"{type(error).__name__}: {error}")
 
     def keep(self, sha256: str, data: bytes) -> bool:
         """Write an image; False when it is there already or was erased."""
@@ -94,14 +112,17 @@ class Captures:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(path, data)
         path.chmod(0o600)
+        if sha256 in self._erasures():
+            path.unlink(missing_ok=True)  # erased while it was written
+            return False
         if self._metrics is not None:
             self._metrics.captured.inc()
         return True
 
     def close(self) -> None:
         """Keep what was offered, then stop."""
+        self._stopping = True
         if self._thread is not None:
-            self._queue.put(None)
             self._thread.join(10)
 
     def sweep(self, now: float | None = None) -> int:
@@ -122,6 +143,16 @@ class Captures:
         path = self.path(sha256)
         if not by.strip() or not reason.strip():
             raise ConfigError("an erasure needs --as and --reason, for whoever has to prove it later")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.folder / ".erasing").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            record = self._record(sha256, path, by, reason)
+        path.unlink(missing_ok=True)
+        for half_written in path.parent.glob(f".{sha256}.*"):
+            half_written.unlink(missing_ok=True)
+        return record
+
+    def _record(self, sha256: str, path: Path, by: str, reason: str) -> dict[str, Any]:
         lines = self._lines()
         record = next((line for line in lines if line["image_sha256"] == sha256), None)
         if record is None:
@@ -136,10 +167,8 @@ class Captures:
                 "previous": lines[-1]["hash"] if lines else "0" * 64,
             }
             record = body | {"hash": sha256_text(canonical_json(body))}
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             text = "".join(json.dumps(line) + "\n" for line in [*lines, record])
             write_atomically(self.folder / _ERASED, text.encode())
-        path.unlink(missing_ok=True)
         return record
 
     def _erasures(self) -> set[str]:

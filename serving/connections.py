@@ -1,4 +1,4 @@
-"""HTTP connections with bounds: time to send a request, size of a body, and a refusal that costs next to nothing.
+"""HTTP connections with bounds: time to send a request, size of headers and body, refusals that cost next to nothing.
 
 Under overload most of what a server does is refusing. So a request that would be shed is answered as soon as its headers are
 there, without a task, an application or its body; that keeps the processors for the requests that were taken.
@@ -12,11 +12,16 @@ from typing import Any, Protocol
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+_MAX_HEADERS = 100
+_MAX_HEADER_BYTES = 32 << 10
+_LINGER_S = 5.0
+
 
 class Gate(Protocol):
     """Decides at the headers whether a request is refused without reading on."""
 
     request_timeout_s: float
+    max_body: int
 
     def refusal(self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, str, float | None] | None:
         """Status, message and retry-after seconds of a refusal, None to go on."""
@@ -35,26 +40,41 @@ def plain_response(status: int, message: str, retry_after_s: float | None = None
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol with a clock on every request and a gate at its headers."""
+    """uvicorn's protocol with a gate at the headers, and one clock that runs whenever the client is the one to act."""
 
     gate: Gate
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._skipping = False
+        self._close_after = False
+        self._skipped = 0
+        self._header_bytes = 0
         self._clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        self._start_clock()
+        self._start_clock(self.gate.request_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
         super().connection_lost(exc)
 
-    def _start_clock(self) -> None:
-        if self._clock is None:
-            self._clock = self.loop.call_later(self.gate.request_timeout_s, self._too_slow)
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # uvicorn's keep-alive clock ends with the first byte; what follows may be no request, or the rest of a body that was
+        # answered early. Whatever it is, a connection without a running request has a clock.
+        if self._idle and self._clock is None and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self._start_clock(self.timeout_keep_alive)
+
+    @property
+    def _idle(self) -> bool:
+        """Whether no request of this connection is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _start_clock(self, seconds: float) -> None:
+        self._stop_clock()
+        self._clock = self.loop.call_later(seconds, self._too_slow)
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
@@ -65,44 +85,72 @@ class BoundedHttp(HttpToolsProtocol):
         self._clock = None
         if self.transport.is_closing():
             return
-        if self._free and not self._skipping:
+        if not self._skipping and (self._idle or not self.cycle.response_started):
             self.transport.write(plain_response(408, "the request took too long to arrive", close=True))
         self.transport.close()
 
-    @property
-    def _free(self) -> bool:
-        """Whether no earlier request of this connection is still being answered."""
-        return self.cycle is None or self.cycle.response_complete or not self.cycle.response_started
-
     def on_message_begin(self) -> None:
-        self._start_clock()
+        self._header_bytes = 0
+        self._start_clock(self.gate.request_timeout_s)
         super().on_message_begin()
 
+    def on_url(self, url: bytes) -> None:
+        self._header_bytes += len(url)
+        if self._within_bounds():
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._header_bytes += len(name) + len(value) + 4
+        if self._within_bounds():
+            super().on_header(name, value)
+
+    def _within_bounds(self) -> bool:
+        if self._skipping:
+            return False
+        if self._header_bytes > _MAX_HEADER_BYTES or len(self.headers) >= _MAX_HEADERS:
+            self._refuse(431, f"more than {_MAX_HEADERS} headers or {_MAX_HEADER_BYTES} bytes of them", None, close=True)
+            self.transport.close()
+            return False
+        return True
+
     def on_headers_complete(self) -> None:
-        idle = self.cycle is None or self.cycle.response_complete
-        refused = self.gate.refusal(self.parser.get_method(), self.url, self.headers) if idle else None
+        if self._skipping:
+            return
+        # A pipelined request waits for its turn: only what is next in line can be answered here.
+        refused = self.gate.refusal(self.parser.get_method(), self.url, self.headers) if self._idle else None
         if refused is None:
             super().on_headers_complete()
             return
         status, message, retry_after_s = refused
-        # Who waits for "100 continue" will not send the body that the parser expects; and a body over the limit is not read.
-        close = self.expect_100_continue or status == 413
-        self.transport.write(plain_response(status, message, retry_after_s, close=close))
-        if close:
+        self._refuse(status, message, retry_after_s, close=self.expect_100_continue or status == 413)
+        if self.expect_100_continue:
+            # Who waits for "100 continue" will not send the body that the parser expects.
             self.transport.close()
-        self._skipping = True
+        elif self._close_after:
+            # Closing at once would reset the connection before the client has read why.
+            self._start_clock(_LINGER_S)
+
+    def _refuse(self, status: int, message: str, retry_after_s: float | None, *, close: bool) -> None:
+        self._skipping, self._close_after, self._skipped = True, close, 0
+        if self.flow.write_paused:
+            # It asks and does not read the answers.
+            self.transport.abort()
+            return
+        self.transport.write(plain_response(status, message, retry_after_s, close=close))
 
     def on_body(self, body: bytes) -> None:
         if not self._skipping:
             super().on_body(body)
+            return
+        self._skipped += len(body)
+        if self._skipped > 4 * self.gate.max_body:
+            self.transport.abort()
 
     def on_message_complete(self) -> None:
         self._stop_clock()
-        if self._skipping:
-            self._skipping = False
-            if not self.parser.should_keep_alive():
-                self.transport.close()
-            elif not self.transport.is_closing():
-                self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        if not self._skipping:
+            super().on_message_complete()
             return
-        super().on_message_complete()
+        self._skipping = False
+        if self._close_after or not self.parser.should_keep_alive():
+            self.transport.close()

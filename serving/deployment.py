@@ -32,6 +32,8 @@ from serving.metrics import Metrics, log
 _CODE = Path(__file__).resolve().parent.parent
 _MAX_BLOCKED = 1000
 _MAX_BACKOFF_S = 10.0
+_MAX_FAILURES = 5
+"""Batches in a row of which nothing was answered, after which the engine's process is replaced."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Deployment:
         self._picture_ms = 5.0
         self._closed = False
         self._deaths = 0
+        self._failures = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._delay: asyncio.TimerHandle | None = None
         model = release.record.model
@@ -165,6 +168,7 @@ class Deployment:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             cwd=_CODE,
+            start_new_session=True,  # a Ctrl-C is for the server
         )
         theirs.close()
         loading: asyncio.Future[None] = loop.create_future()
@@ -303,7 +307,14 @@ class Deployment:
             self._picture_ms += 0.1 * (share - self._picture_ms)
             self._decode_seconds.inc(decode_ms / 1e3)
             self._infer_seconds.inc(infer_ms / 1e3)
-            self._deaths = 0
+            if all(isinstance(result, Refusal) and result.outcome is Outcome.FAILED for result in results):
+                self._failures += 1
+                if self._failures >= _MAX_FAILURES:
+                    self._failures = 0
+                    log("engine only fails", level=logging.ERROR, model=self.model, version=self.version)
+                    self._kill()
+            else:
+                self._failures = self._deaths = 0
             for job, result in zip(jobs, results, strict=True):
                 if not job.future.done():
                     job.future.set_result(result)
@@ -367,12 +378,17 @@ class Deployment:
             oldest = min((sent for sent, _ in self._flying.values()), default=now)
             if self._link is not None and now - oldest > self._limits.batch_timeout_s:
                 log("engine hangs", level=logging.ERROR, model=self.model, seconds=round(now - oldest, 1))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._link.process.pid, signal.SIGKILL)
+                self._kill()
             while self._waiting and self._waiting[0].deadline < now:
                 job = self._waiting.popleft()
                 if not job.future.done():
                     job.future.set_exception(NotServing())
+
+    def _kill(self) -> None:
+        """End the engine's process; `_lost` does the rest."""
+        if self._link is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._link.process.pid, signal.SIGKILL)
 
     def _task(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

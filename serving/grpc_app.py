@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
+from components.contracts import Release
 from serving import open_inference_pb2 as pb
 from serving import tensors
-from serving.app import Access
+from serving.app import Access, model_ready
 from serving.auth import Role
+from serving.frames import Form
 from serving.inference import Inference, Rejected
 from serving.metrics import log
 
@@ -36,6 +39,12 @@ _NEEDS: dict[str, Role | None] = {
 }
 
 
+@dataclass(frozen=True)
+class _Caller:
+    name: str
+    key: str
+
+
 class Grpc:
     """The service's methods."""
 
@@ -54,17 +63,16 @@ class Grpc:
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
-    def _guarded(self, name: str, method: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    def _guarded(self, name: str, method: Callable[[Any, _Caller], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         needed = _NEEDS[name]
 
         async def call(request: Any, context: Any) -> Any:
             code, message, retry = grpc.StatusCode.OK, "", None
             try:
-                if needed is not None:
-                    given = dict(context.invocation_metadata() or ())
-                    # A browser cannot speak gRPC, so there is no host to check.
-                    self._access.check(given.get("authorization"), None, needed)
-                response = await method(request)
+                given = dict(context.invocation_metadata() or ())
+                # A browser cannot speak gRPC: there is no page to keep out.
+                caller = "" if needed is None else self._access.check(given.get("authorization"), needed)
+                response = await method(request, _Caller(caller, given.get("idempotency-key", "")))
             except Rejected as error:
                 # "Full" is RESOURCE_EXHAUSTED, "not able to answer" is UNAVAILABLE; both are 503 over HTTP.
                 full = error.status == 503 and "full" in error.message
@@ -85,20 +93,19 @@ class Grpc:
 
         return call
 
-    async def _server_live(self, _: Any) -> Any:
+    async def _server_live(self, _: Any, __: _Caller) -> Any:
         return pb.ServerLiveResponse(live=True)
 
-    async def _server_ready(self, _: Any) -> Any:
+    async def _server_ready(self, _: Any, __: _Caller) -> Any:
         return pb.ServerReadyResponse(ready=self._inference.ready)
 
-    async def _model_ready(self, request: Any) -> Any:
-        deployment = self._inference.deployment(request.name, request.version or None)
-        return pb.ModelReadyResponse(ready=deployment.ready and not self._inference.draining)
+    async def _model_ready(self, request: Any, _: _Caller) -> Any:
+        return pb.ModelReadyResponse(ready=model_ready(self._inference, request.name, request.version or None))
 
-    async def _server_metadata(self, _: Any) -> Any:
+    async def _server_metadata(self, _: Any, __: _Caller) -> Any:
         return pb.ServerMetadataResponse(name="visionloop", version="", extensions=["binary_tensor_data"])
 
-    async def _model_metadata(self, request: Any) -> Any:
+    async def _model_metadata(self, request: Any, _: _Caller) -> Any:
         deployment = self._inference.deployment(request.name, request.version or None)
         told = tensors.metadata(deployment.release, deployment.version)
         tensor = pb.ModelMetadataResponse.TensorMetadata
@@ -110,16 +117,23 @@ class Grpc:
             outputs=[tensor(**one) for one in told["outputs"]],
         )
 
-    async def _model_infer(self, request: Any) -> Any:
+    async def _model_infer(self, request: Any, caller: _Caller) -> Any:
         deployment = self._inference.deployment(request.model_name, request.model_version or None)
         wanted = [output.name for output in request.outputs]
         tensors.check_outputs(wanted)
         if len(request.id) > 128:
             raise Rejected(400, "the id is text of at most 128 characters")
-        given = _inputs(request)
-        pictures = tensors.pictures(deployment.release, given)
+        if request.ByteSize() > _LARGE and not request.raw_input_contents:
+            pictures = await asyncio.to_thread(_pictures, deployment.release, request)
+        else:
+            pictures = _pictures(deployment.release, request)
         answered = await self._inference.answer(
-            request.model_name, request.model_version or None, pictures, protocol="grpc", key=request.id
+            request.model_name,
+            request.model_version or None,
+            pictures,
+            protocol="grpc",
+            key=caller.key,
+            caller=caller.name,
         )
         found = tensors.outputs(answered, wanted)
         tensor = pb.ModelInferResponse.InferOutputTensor
@@ -130,6 +144,10 @@ class Grpc:
             outputs=[tensor(name=one.name, datatype=one.datatype, shape=one.shape) for one in found],
             raw_output_contents=[one.raw for one in found],
         )
+
+
+def _pictures(release: Release, request: Any) -> list[tuple[Form, bytes]]:
+    return tensors.pictures(release, _inputs(request))
 
 
 def _inputs(request: Any) -> list[tensors.Given]:

@@ -25,7 +25,8 @@ from serving.routing import Routed
 
 UNSURE = "unsure"
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_REMEMBERED = 2000
+_REMEMBERED = 4000
+_REMEMBER_S = 600.0
 _NAMES = tuple(STATISTICS)
 
 
@@ -69,7 +70,7 @@ class Inference:
     def __init__(self, routed: Mapping[str, Routed], journal: Journal, captures: Captures, metrics: Metrics) -> None:
         self.routed, self.metrics = routed, metrics
         self._journal, self._captures = journal, captures
-        self._remembered: OrderedDict[tuple[str, str], tuple[str, asyncio.Future[Answered]]] = OrderedDict()
+        self._remembered: OrderedDict[tuple[str, str, str], tuple[str, float, asyncio.Task[Answered]]] = OrderedDict()
         self.draining = False
 
     def model(self, name: str | None) -> Routed:
@@ -108,39 +109,47 @@ class Inference:
         *,
         protocol: str,
         key: str = "",
+        caller: str = "",
         event_at: float | None = None,
     ) -> Answered:
-        """Answer all pictures or none; raises Rejected. The same `key` again is answered the same, without a new row."""
+        """Answer all pictures or none; raises Rejected.
+
+        The same `key` of the same `caller` again is answered the same, without a new row in the log, for as long as it is
+        remembered (ten minutes, and the last few thousand keys).
+        """
         deployment = self.deployment(name, version)
         if not key:
             return await self._answer(deployment, pictures, protocol=protocol, key="", event_at=event_at)
         if len(key) > 128 or not key.isprintable():
             raise Rejected(400, "an idempotency key has at most 128 printable characters")
         digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for _, data in pictures)).hexdigest()
-        place = (deployment.model, key)
+        place = (deployment.model, caller, key)
+        self._forget()
         known = self._remembered.get(place)
-        if known is not None:
-            if known[0] != digest:
-                raise Rejected(422, "this idempotency key was used for another picture; use a new one")
-            return await asyncio.shield(known[1])
-        future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
-        self._remembered[place] = (digest, future)
-        while len(self._remembered) > _REMEMBERED:
-            self._remembered.popitem(last=False)
+        if known is None:
+            # In a task of its own: a client that hangs up takes neither the answer nor the key with it.
+            work = self._answer(deployment, pictures, protocol=protocol, key=key, event_at=event_at)
+            known = (digest, time.monotonic(), asyncio.get_running_loop().create_task(work))
+            self._remembered[place] = known
+        elif known[0] != digest:
+            raise Rejected(422, "this idempotency key was used for another picture; use a new one")
         try:
-            result = await self._answer(deployment, pictures, protocol=protocol, key=key, event_at=event_at)
-        except BaseException as error:
+            return await asyncio.shield(known[2])
+        except Rejected:
             # A refusal is not an answer: the same key may be tried again.
-            self._remembered.pop(place, None)
-            if not future.done():
-                if isinstance(error, Rejected):
-                    future.set_exception(error)
-                    future.exception()
-                else:
-                    future.cancel()
+            if self._remembered.get(place) is known:
+                del self._remembered[place]
             raise
-        future.set_result(result)
-        return result
+
+    def _forget(self) -> None:
+        oldest = time.monotonic() - _REMEMBER_S
+        while self._remembered:
+            place, (_, since, task) = next(iter(self._remembered.items()))
+            if not task.done() or (since > oldest and len(self._remembered) <= _REMEMBERED):
+                return
+            if not task.cancelled():
+                task.exception()
+            del self._remembered[place]
 
     async def _answer(
         self,

@@ -6,7 +6,8 @@ once, and of the machine after the next sync. An answer waits for its row for a 
 again). Serving never stops for it.
 
 File: `VLJ1`, then frames `u32 length | u32 crc32 | payload`. A torn frame at the end of a killed process's journal is what
-was never answered. The owner holds a lock on its file; a file without one belongs to nobody any more and is sealed.
+was never answered. The owner holds a lock on its file, taken before the file has its name; one without a lock belongs to
+nobody any more and is sealed.
 """
 
 from __future__ import annotations
@@ -58,26 +59,57 @@ def encode_row(facts: Mapping[str, Any], *arrays: bytes) -> bytes:
 
 
 def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-    """Rows of a journal up to its end or its first torn frame; raises ValueError for a file that is no journal."""
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            if path.stat().st_size < len(MAGIC):
-                return
-            raise ValueError(f"{path.name} is not a journal")
-        while len(head := file.read(_FRAME.size)) == _FRAME.size:
-            length, checksum = _FRAME.unpack(head)
-            if length > MAX_ROW:
-                return
-            payload = file.read(length)
-            if len(payload) < length or zlib.crc32(payload) != checksum:
-                return
-            (size,) = _JSON.unpack_from(payload)
-            facts = orjson.loads(payload[_JSON.size : _JSON.size + size])
-            place, arrays = _JSON.size + size, []
-            for array in facts.pop("arrays"):
-                arrays.append(payload[place : place + array])
-                place += array
-            yield facts, arrays
+    """Rows of a journal; a damaged stretch in the middle is a gap, a torn end is the end.
+
+    Raises ValueError for a file that is no journal.
+    """
+    data = path.read_bytes()
+    if not data.startswith(MAGIC):
+        if len(data) < len(MAGIC) or not data.strip(b"\0"):
+            return
+        raise ValueError(f"{path.name} is not a journal")
+    place = len(MAGIC)
+    while place < len(data):
+        payload = _payload_at(data, place)
+        if payload is None:
+            following = _next_frame(data, place + 1)
+            if following is None:
+                return  # the torn end of a process that was killed: it was never answered
+            yield {"gap": 1, "since": 0.0, "until": 0.0, "reason": f"damaged at byte {place}"}, []
+            place = following
+            continue
+        place += _FRAME.size + len(payload)
+        (size,) = _JSON.unpack_from(payload)
+        facts = orjson.loads(payload[_JSON.size : _JSON.size + size])
+        start, arrays = _JSON.size + size, []
+        for array in facts.pop("arrays"):
+            arrays.append(payload[start : start + array])
+            start += array
+        yield facts, arrays
+
+
+def _payload_at(data: bytes, place: int) -> bytes | None:
+    """The payload of the frame that begins here, None when there is no whole and undamaged one."""
+    if place + _FRAME.size + _JSON.size > len(data):
+        return None
+    length, checksum = _FRAME.unpack_from(data, place)
+    start = place + _FRAME.size
+    # Cheap tests first: this is also asked of every byte behind a damaged frame.
+    if not _JSON.size < length <= MAX_ROW or start + length > len(data) or data[start + _JSON.size : start + 5] != b"{":
+        return None
+    payload = data[start : start + length]
+    return payload if zlib.crc32(payload) == checksum else None
+
+
+def _next_frame(data: bytes, place: int) -> int | None:
+    """Where the next whole frame begins: every frame holds JSON, so it is enough to look at what precedes a brace."""
+    brace = place + _FRAME.size + _JSON.size
+    while (brace := data.find(b"{", brace)) >= 0:
+        start = brace - _FRAME.size - _JSON.size
+        if _payload_at(data, start) is not None:
+            return start
+        brace += 1
+    return None
 
 
 class Journal:
@@ -98,6 +130,7 @@ class Journal:
         self._num_rows = 0
         self._gap = 0
         self._gap_since = 0.0
+        self._gap_lock = threading.Lock()
         self._problem = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         for reason in ("backlog", "disk"):
@@ -141,9 +174,10 @@ class Journal:
 
     def _lose(self, count: int, reason: str) -> None:
         self._metrics.journal_lost.labels(reason).inc(count)
-        if not self._gap:
-            self._gap_since = time.time()
-        self._gap += count
+        with self._gap_lock:
+            if not self._gap:
+                self._gap_since = time.time()
+            self._gap += count
 
     def _write_all(self) -> None:
         while True:
@@ -156,6 +190,8 @@ class Journal:
                 waiting = [future for _, future in taken if future is not None]
                 if waiting and self._loop is not None and not self._loop.is_closed():
                     self._loop.call_soon_threadsafe(_resolve, waiting, done)
+            if self._gap and not self._rows:
+                self._append([])  # a gap is told also when no row comes after it
             if self._num_rows and time.monotonic() - self._opened > self.config.rotate_s:
                 self._rotate()
             if self._stopping and not self._rows:
@@ -164,27 +200,32 @@ class Journal:
 
     def _append(self, rows: list[bytes]) -> bool:
         count = len(rows)
+        with self._gap_lock:
+            gap, since = self._gap, self._gap_since
         try:
             if self._file is None:
                 self._open()
-            if self._gap:
-                told = {"gap": self._gap, "since": self._gap_since, "until": time.time(), "reason": self._problem}
+            if gap:
+                told = {"gap": gap, "since": since, "until": time.time(), "reason": self._problem or "backlog"}
                 rows = [encode_row(told), *rows]
             data = b"".join(rows)
             _write_whole(self._file, data)
         except OSError as error:
-            self._lose(count, "disk")
+            if count:
+                self._lose(count, "disk")
             problem = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"
             if problem != self._problem:
                 log("journal cannot be written", level=logging.ERROR, problem=problem)
             self._problem = problem
             self._cut()
             return False
-        if self._gap:
-            log("journal is written again", level=logging.WARNING, lost_rows=self._gap)
-            self._gap, self._problem = 0, ""
+        if gap:
+            log("journal is written again", level=logging.WARNING, lost_rows=gap)
+            with self._gap_lock:
+                self._gap -= gap
+        self._problem = ""
         self._size += len(data)
-        self._num_rows += count
+        self._num_rows += len(rows)
         self._metrics.journal_rows.inc(count)
         if self._size > self.config.rotate_bytes:
             self._rotate()
@@ -193,13 +234,16 @@ class Journal:
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex}{SUFFIX}"
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        opening = path.with_suffix(".opening")
+        descriptor = os.open(opening, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
+            # Locked before it has the name that sealers look for: none of them can take it for an orphan.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             _write_whole(descriptor, MAGIC)
+            os.rename(opening, path)
         except OSError:
             os.close(descriptor)
-            path.unlink(missing_ok=True)
+            opening.unlink(missing_ok=True)
             raise
         self._file, self._path, self._size = descriptor, path, len(MAGIC)
         self._opened, self._num_rows = time.monotonic(), 0

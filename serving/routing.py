@@ -55,6 +55,8 @@ class Routed:
         self._current: Deployment | None = None
         self._standby: Deployment | None = None
         self._standby_until = 0.0
+        self._routes: Routes | None = None
+        """What is followed. The store lets routes go forward only; forged ones that were repaired may look like a step back."""
         self._refused: dict[str, float] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
@@ -88,8 +90,9 @@ class Routed:
         async with self._lock:
             try:
                 await self._refresh()
-            except (VisionloopError, OSError) as error:
-                self._note(str(error))
+            except Exception as error:
+                # Whatever a store or a file does to us, the routes are looked at again, and what serves goes on.
+                self._note(str(error) if isinstance(error, VisionloopError) else f"{type(error).__name__}: {error}")
 
     def _note(self, problem: str | None) -> None:
         if problem is not None and problem != self.problem:
@@ -103,13 +106,14 @@ class Routed:
             routes = await asyncio.to_thread(self._store.routes, self.model)
         except VisionloopError as error:
             # Statically stable: what was served goes on, also over a restart.
-            routes, problem = (None if self._current is not None else self._remembered()), str(error)
+            routes, problem = None, str(error)
+        if routes is None and (self._current is not None or (remembered := self._remembered()) is not None):
+            problem = problem or f"the store has no routes of {self.model} any more; what was served before goes on"
+            routes = None if self._current is not None else remembered
         if routes is None:
-            if self._current is None:
-                problem = problem or f"no release of {self.model} is routed yet (visionloop promote)"
-            self._note(problem)
+            self._note(problem or f"no release of {self.model} is routed yet (visionloop promote)")
             return
-        if self._current is not None and routes.generation <= self._current.generation:
+        if routes == self._routes:
             self._note(problem)
             return
         route = routes.routes[0]
@@ -128,6 +132,7 @@ class Routed:
         old, standby = self._current, self._standby
         if old is not None and old.digest == route.release:
             old.version, old.generation = route.version, routes.generation
+            self._routes = routes
             self._remember(routes)
             return
         started = time.monotonic()
@@ -151,6 +156,7 @@ class Routed:
             except BaseException:
                 await new.close()
                 raise
+        self._routes = routes
         self._current = new  # requests that come from here on are the new release's
         self._metrics.switches.labels(self.model).inc()
         self._metrics.generation.labels(self.model).set(routes.generation)

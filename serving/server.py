@@ -148,8 +148,7 @@ class _Server:
         self._journal = Journal(config.state / "journal", config.journal, metrics, rotated=sealer.wake)
         self._journal.start()
         captures = Captures(config.state / "captures", config.captures, metrics)
-        if config.captures.share > 0:
-            captures.start()
+        captures.start()  # also when nothing is kept any more: what was kept grows old
         store = ReleaseStore(config.releases_url)
         self._routed = {
             model: Routed(
@@ -207,7 +206,8 @@ class _Server:
                 ("grpc.max_receive_message_length", self._config.max_body),
                 ("grpc.so_reuseport", 0),
             ],
-            maximum_concurrent_rpcs=self._config.max_connections,
+            # Each may hold a whole message before anything of ours sees it.
+            maximum_concurrent_rpcs=128,
         )
         server.add_generic_rpc_handlers((Grpc(self._inference, self._access).handlers(),))
         host, port = bound.getsockname()[:2]

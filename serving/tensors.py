@@ -6,6 +6,7 @@ no client repeats the preprocessing. Outputs: label, unsure, confidence, probabi
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -99,17 +100,24 @@ def _encoded(values: Sequence[Any]) -> list[bytes]:
 
 
 def _pixels(values: Sequence[Any], expected: int) -> bytes:
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise Rejected(400, "the data are not a regular array") from None
-    if array.size != expected:
-        raise Rejected(400, f"{array.size} values; the shape needs {expected}")
-    if array.dtype.kind not in "iu":
-        raise Rejected(400, "the data are not whole numbers; UINT8 pixels are 0 to 255")
-    if array.size and (array.min() < 0 or array.max() > 255):
+    flat = values
+    for _ in range(4):
+        kinds = set(map(type, flat))
+        if kinds != {list}:
+            break
+        if sum(map(len, flat)) > expected:
+            raise Rejected(400, f"more values than the shape needs ({expected})")
+        flat = list(itertools.chain.from_iterable(flat))
+    else:
+        kinds = set(map(type, flat))
+    # Before numpy sees them: it would make an array of text as wide as the longest of them.
+    if kinds != {int}:
+        raise Rejected(400, "the data are not a regular list of whole numbers; UINT8 pixels are 0 to 255")
+    if len(flat) != expected:
+        raise Rejected(400, f"{len(flat)} values; the shape needs {expected}")
+    if min(flat) < 0 or max(flat) > 255:
         raise Rejected(400, "a value is outside 0 to 255")
-    return array.astype(np.uint8).tobytes()
+    return bytes(flat)
 
 
 _Values = npt.NDArray[Any] | list[bytes]
@@ -188,7 +196,9 @@ def outputs(answered: Answered, wanted: Sequence[str]) -> list[Output]:
 
 
 def check_outputs(wanted: Sequence[str]) -> None:
-    """Raise Rejected for an output that no model has."""
+    """Raise Rejected for an output that no model has, or that is asked for twice."""
+    if len(set(wanted)) < len(wanted):
+        raise Rejected(400, "an output is asked for twice")
     for name in wanted:
         if name not in _OUTPUTS:
             raise Rejected(400, f"unknown output {name[:64]!r}; valid: {', '.join(_OUTPUTS)}")

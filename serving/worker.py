@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,14 +98,11 @@ class Loaded:
     def _warm_up(self) -> None:
         size = self.release.engine.preprocessing
         blank = np.zeros((self.order.max_batch, size.height, size.width, size.channels), dtype=np.uint8)
-        threads = [
-            threading.Thread(target=lambda: [self._predict(blank[:n]) for n in (1, self.order.max_batch, 1)])
-            for _ in range(self.order.lanes)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(self.order.lanes) as pool:
+            # A failure of any of them is a release that is not ready.
+            list(
+                pool.map(lambda _: [self._predict(blank[:n]) for n in (1, self.order.max_batch, 1)], range(self.order.lanes))
+            )
 
     def _predict(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         logits, embedding = self._predictor.predict(pixels)
@@ -217,6 +216,9 @@ def serve(connection: socket.socket) -> None:
 
 def main(arguments: list[str]) -> Any:
     """Entry point of the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Meant for the server, which drains first; this process ends with the server's socket.
+        signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(arguments[0])))
 
 

@@ -151,7 +151,7 @@ def test_another_batch_does_not_fit_into_the_same_folder(stage: Path, photos: Pa
     (photos / "disc" / "new.png").write_bytes(png(KINDS[0], 1))
     status, told = predict(stage, photos, tmp_path / "out")
     assert status == 2
-    assert "holds another batch (images, names_sha256 differ)" in str(told["message"])
+    assert "holds another batch (images, inputs differ)" in str(told["message"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     status, told = predict(stage, photos, tmp_path / "mine")
