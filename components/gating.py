@@ -34,6 +34,7 @@ from components.contracts import (
     sha256_text,
 )
 from components.store import sha256_file
+from components.tables import read_frame
 
 
 class GateConfig(Record):
@@ -203,9 +204,7 @@ def _answers(evaluation: Stored[Evaluation] | None) -> Answers | None:
 
 def read_answers(path: Path) -> Answers:
     """The answers of a predictions.parquet."""
-    import pandas as pd
-
-    frame = pd.read_parquet(path, columns=["sha256", "label", "logits"])
+    frame = read_frame(path, ["sha256", "label", "logits"])
     return Answers(
         image_ids=tuple(frame["sha256"]),
         labels=frame["label"].to_numpy(dtype=np.int64),

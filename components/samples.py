@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.contracts import SplitName, Splits, Stored
+from components.tables import read_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -13,9 +14,7 @@ if TYPE_CHECKING:
 
 def rows(splits: Stored[Splits], name: SplitName) -> pd.DataFrame:
     """The images of one split in a fixed order: path (relative to data/), label, sha256, picture, class_index."""
-    import pandas as pd
-
-    table = pd.read_parquet(splits.folder / splits.record.table.name)
+    table = read_frame(splits.folder / splits.record.table.name)
     chosen = table[table["split"] == name].reset_index(drop=True)
     index = {label: position for position, label in enumerate(splits.record.classes)}
     return chosen.assign(class_index=chosen["label"].map(index).astype("int64"))

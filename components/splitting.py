@@ -30,6 +30,7 @@ from components.contracts import (
     silent,
 )
 from components.store import describe, write_atomically
+from components.tables import read_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,9 +123,8 @@ def split(
 
     Raises DataError when an image is not in the ledger or a class would be missing from a split.
     """
-    import pandas as pd
 
-    table = pd.read_parquet(dataset.folder / dataset.record.samples.name)
+    table = read_frame(dataset.folder / dataset.record.samples.name)
     unseen = table[~table["picture"].isin(ledger.members.keys())]
     if len(unseen):
         raise DataError(

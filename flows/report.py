@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from components.contracts import Candidate, Estimate, Evaluation, Rejection, Stored
 from components.images import decode
+from components.tables import read_frame
 from flows.run import Run
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None) ->
             figures=_figures(results, shown),
             mistakes=_mistakes(run, shown),
             examples=_examples(run, results),
-            quarantined=pd.read_parquet(results.dataset.folder / results.dataset.record.quarantine.name)
+            quarantined=read_frame(results.dataset.folder / results.dataset.record.quarantine.name)
             .head(20)
             .to_dict("records"),
             provenance=_provenance(run, results),
@@ -263,7 +264,7 @@ def _mistakes(run: Run, shown: Stored[Evaluation]) -> list[dict[str, Any]]:
     if shown.record.predictions is None:
         return []
     columns = ["path", "label", "predicted", "confidence"]
-    frame = pd.read_parquet(shown.folder / shown.record.predictions.name, columns=columns)
+    frame = read_frame(shown.folder / shown.record.predictions.name, columns)
     wrong = frame[frame["label"] != frame["predicted"]].nlargest(_SHOWN, "confidence")
     names = [metrics.name for metrics in shown.record.per_class]
     return [
@@ -279,7 +280,7 @@ def _mistakes(run: Run, shown: Stored[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _examples(run: Run, results: Results) -> list[dict[str, Any]]:
-    table = pd.read_parquet(results.splits.folder / results.splits.record.table.name)
+    table = read_frame(results.splits.folder / results.splits.record.table.name)
     chosen = table[table["split"] == "train"].groupby("label", sort=True).head(2).head(2 * _SHOWN)
     return [
         {"path": row["path"], "label": row["label"], "image": _thumbnail(run.workspace.data / row["path"])}

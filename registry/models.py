@@ -185,8 +185,8 @@ class Registry:
         told = [int(v.tags[tag]) for v in versions for tag in (_SEQ_TAG, _CHAMPION_TAG) if v.tags.get(tag, "").isdigit()]
         if told and max(told) > len(rows):
             raise RegistryUnavailable(
-                f"the ledger ends at row {len(rows)}, but MLflow's versions of {model!r} were entered up to row {max(told)}: "
-                f"it was cut, or it is another one. Set VISIONLOOP_LEDGER_URL to the right one, or restore a backup"
+                f"the ledger ends at row {len(rows)}, but MLflow knows of row {max(told)} of {model!r}: it "
+                f"was cut, or it is another one. Set VISIONLOOP_LEDGER_URL to the right one, or restore a backup"
             )
 
     def fetch_engine(self, model: str, entry: Entry, *, out: Path) -> Stored[Engine]:

@@ -137,8 +137,17 @@ class HttpGate:
 class Http:
     """The routes of one server."""
 
-    def __init__(self, inference: Inference, access: Access, *, max_body: int, status: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        inference: Inference,
+        access: Access,
+        *,
+        max_body: int,
+        status: Callable[[], dict[str, Any]],
+        max_bytes: int = 512 << 20,
+    ) -> None:
         self._inference, self._access, self._max_body, self._status = inference, access, max_body, status
+        self._budget = Budget(max(max_bytes, max_body))
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -169,7 +178,7 @@ class Http:
                 look("/docs", self._docs),
                 self._route("/admin/refresh", self._refresh, "POST", needed="admin"),
             ],
-            exception_handlers={HTTPException: _http_exception, Exception: _crashed},
+            exception_handlers={HTTPException: _http_exception},
         )
         # Public files of a package, the same on every server: they need no token.
         application.mount("/docs/assets", StaticFiles(directory=assets))
@@ -187,6 +196,8 @@ class Http:
                 response = _error(error)
             except ClientDisconnect:
                 response = Response(status_code=499)
+            except Exception as error:
+                response = _crashed(error)
             finally:
                 self._budget.release(getattr(request.state, "held", 0))
             if method == "POST":
@@ -370,7 +381,7 @@ async def _http_exception(_: Request, error: Exception) -> Response:
     return _error(Rejected(error.status_code, words.get(error.status_code, "not accepted")))
 
 
-async def _crashed(_: Request, error: Exception) -> Response:
+def _crashed(error: Exception) -> Response:
     # Our own bug: the log has it, the client learns nothing about it but that.
     log("request crashed", level=logging.ERROR, problem=f"{type(error).__name__}: {error}")
     return _error(Rejected(503, "the server failed on this request; it was reported in its log", retry_after_s=1.0))

@@ -22,6 +22,7 @@ from components.contracts import ConfigError, Progress, Release, Stored, StoreEr
 from components.images import STATISTICS
 from components.objects import Objects, open_objects
 from components.store import seal, sha256_file, unseal
+from components.tables import read_table
 from serving.deployment import Deployment, Limits, NotServing
 from serving.frames import Facts, Form
 from serving.inference import UNSURE
@@ -73,10 +74,9 @@ class _Table:
     """A Parquet file with a column `image` of bytes, or `path` of files beside it; `name` names the rows if it is there."""
 
     def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(path)
+            table = read_table(path)
         except Exception as error:
             # pyarrow raises OSError, ArrowInvalid and others for what is no Parquet file.
             raise ConfigError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None

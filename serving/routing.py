@@ -56,7 +56,7 @@ class Routed:
         self._standby: Deployment | None = None
         self._standby_until = 0.0
         self._routes: Routes | None = None
-        """What is followed. The store lets routes go forward only; forged ones that were repaired may look like a step back."""
+        """What is followed. Routes go forward only; forged ones that were repaired may look like a step back."""
         self._refused: dict[str, float] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()

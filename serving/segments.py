@@ -29,6 +29,7 @@ from components.contracts import ConfigError, SchemaTooNew, StoreError, Tampered
 from components.images import STATISTICS
 from components.objects import Objects, open_objects
 from components.store import explained, seal, sha256_file, unseal
+from components.tables import read_table
 from serving.journal import SUFFIX, read_rows
 
 if TYPE_CHECKING:
@@ -171,14 +172,11 @@ def segments(objects: Objects) -> list[Segment]:
 def read_segment(objects: Objects, segment: Segment) -> pa.Table:
     """The rows of a segment, after its digest was found right; raises TamperedArtefact."""
     import hashlib
-    import io
-
-    import pyarrow.parquet as pq
 
     data = b"".join(objects.chunks(segment.name))
     if hashlib.sha256(data).hexdigest() != segment.sha256:
         raise TamperedArtefact(f"{segment.name} of the prediction log was changed after it was sealed; it was not read")
-    return pq.read_table(io.BytesIO(data))
+    return read_table(data)
 
 
 def read_log(

@@ -12,8 +12,8 @@ from flows.config import RunConfig
 from flows.run import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("components", "flows", "registry")
-SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+PACKAGES = ("components", "flows", "registry", "serving")
+SOURCES = [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py")) if not p.stem.endswith("_pb2")]
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
@@ -65,6 +65,15 @@ def test_nothing_dangerous_is_called(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_parquet_is_read_in_one_place() -> None:
+    readers = [
+        p.relative_to(ROOT).as_posix()
+        for p in SOURCES
+        if "read_parquet(" in p.read_text() or "ParquetFile(" in p.read_text()
+    ]
+    assert readers == ["components/tables.py"]
 
 
 def test_only_the_named_places_use_random_numbers_of_their_own() -> None:

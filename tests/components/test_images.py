@@ -143,3 +143,31 @@ def test_batches_name_the_file_that_does_not_decode(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"nope")
     with pytest.raises(UndecodableImage, match=r"bad\.png"):
         list(batches([tmp_path / "bad.png"], SQUARE, batch_size=2))
+
+
+def test_an_extreme_picture_is_cut_to_its_middle_before_it_is_resized() -> None:
+    import tracemalloc
+
+    contract = Preprocessing(
+        channels=3, height=224, width=224, resize_shortest=224, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    row = np.zeros((1, 20_001, 3), dtype=np.uint8)
+    row[:, 10_000] = 255
+    tracemalloc.start()
+    for pixels in (row, row.transpose(1, 0, 2).copy()):
+        assert prepare(Image.fromarray(pixels), contract).shape == (224, 224, 3)
+        assert prepare(Image.fromarray(pixels), contract).max() > 250
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused() -> None:
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
+        data, "JPEG", progressive=True
+    )
+    assert decode(data.getvalue()).size == (64, 64)
+    place = data.getvalue().rfind(b"\xff\xda")
+    scan = data.getvalue()[place:-2]
+    with pytest.raises(UndecodableImage, match="more than 100 scans"):
+        decode(data.getvalue()[:-2] + scan * 1000 + b"\xff\xd9")

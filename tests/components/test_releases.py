@@ -239,3 +239,14 @@ def test_a_full_disk_leaves_no_half_release(
     monkeypatch.setattr(os, "fsync", real)
     assert list((tmp_path / "cache").iterdir()) == []
     assert store.fetch("m", digest, cache=tmp_path / "cache").record == release.record
+
+
+def test_a_folder_whose_name_begins_alike_is_another_one(bucket: str, tmp_path: Path) -> None:
+    from components.objects import open_objects
+
+    path = tmp_path / "x"
+    path.write_bytes(b"x")
+    for prefix in ("img", "img-old", "img/deeper"):
+        open_objects(f"{bucket}/{prefix}").put("b.jpg", path)
+    assert list(open_objects(f"{bucket}/img").stamps()) == ["b.jpg", "deeper/b.jpg"]
+    assert list(open_objects(f"{bucket}/img").stamps("deeper")) == ["deeper/b.jpg"]

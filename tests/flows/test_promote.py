@@ -138,9 +138,10 @@ def test_an_alias_moved_by_hand_is_reported_and_repaired(decided: Path) -> None:
 
 def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     """The same recipe again: all from the store, but the evidence is new, for it names the champion."""
-    done = visionloop("train", "-r", "smoke", "--json", cwd=decided)
+    gates = "[{gate: accuracy, settings: {floor: 0.6}}, {gate: no_regression, settings: {margin: 0.3}}]"
+    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={gates}", "--json", cwd=decided)
     summary = json.loads(done.stdout.strip().splitlines()[-1])
-    assert summary["version"] == "2"
+    assert summary["version"] == "2", summary["reasons"]
     assert summary["seconds"]["training"]["cached"]
     shown = told("show", "2", cwd=decided)
     assert shown["bound"]["champion"] == told("show", "1", cwd=decided)["bound"]["engines"]["openvino-int8"]

@@ -307,3 +307,49 @@ def test_a_death_at_any_call_leaves_a_truth_and_running_again_ends_the_same(
             break
     assert nth > 15
     assert {"replace", "fsync", "_append", "set_registered_model_alias", "move"} <= set(hits)
+
+
+def test_the_same_rollback_again_goes_no_further_back(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("again")
+    versions = [mine.promote(candidate(mine, tmp_path, digest)).body["version"] for digest in ("a", "b", "c")]
+    broken = Promotion(Registry("http://127.0.0.1:9", mine.ledger, artifacts=None), mine.releases, "again")
+    with pytest.raises(RegistryUnavailable, match=r"version 2 is champion again .* Do not roll back again; run"):
+        broken.rollback(None, BOB, "complaints")
+    for _ in range(2):
+        assert mine.rollback(None, BOB, "complaints").body["version"] == versions[1]
+    assert [e.kind for e in mine.ledger.entries("again")].count("rolled_back") == 1
+    assert mine.differences() == []
+    assert mine.rollback(None, BOB, "still worse").body["version"] == versions[0]
+
+
+def test_routes_forged_with_a_later_generation_are_replaced(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("forged")
+    entry = mine.promote(candidate(mine, tmp_path, "a"))
+    routes = mine.releases.routes("forged")
+    assert routes is not None
+    for generation in (10**6, entry.seq + 1, entry.seq):
+        other = routes.routes[0].model_copy(update={"version": "66"})
+        forged = routes.model_copy(update={"generation": generation, "routes": (other,)})
+        mine.releases.move(forged, force=True)
+        (difference,) = mine.reconcile(repair=True)
+        assert "version 66" in difference.found
+        assert difference.repaired
+        assert mine.releases.routes("forged") == routes
+    mine.releases.move(routes.model_copy(update={"generation": 10**6}), force=True)
+    later = mine.promote(candidate(mine, tmp_path, "b"))
+    moved = mine.releases.routes("forged")
+    assert moved is not None
+    assert moved.generation == later.seq
+
+
+def test_a_ledger_that_was_cut_promotes_nothing(desk: Desk, tmp_path: Path) -> None:
+    mine = desk("cut")
+    mine.promote(candidate(mine, tmp_path, "a"))
+    version = candidate(mine, tmp_path, "b")
+    rows = mine.ledger.entries()
+    shorter = Ledger(f"sqlite:///{tmp_path / 'shorter.db'}")
+    for row in rows[:1]:
+        shorter.append(row.kind, model=row.model, subject=row.subject, actor=row.actor, body=row.body, key=row.key)
+    cut = Promotion(Registry(mine.registry.tracking_uri, shorter, artifacts=None), mine.releases, "cut")
+    with pytest.raises(RegistryUnavailable, match="the ledger ends at row 1, but MLflow knows of row"):
+        cut.check(version)

@@ -289,3 +289,51 @@ def test_the_specification_names_every_route_and_no_other() -> None:
     text = json.dumps(document)
     for reference in re.findall(r'"#/components/schemas/(\w+)"', text):
         assert reference in document["components"]["schemas"]
+
+
+def test_headers_are_bounded(running: Server) -> None:
+    for count, size in [(101, 10), (10, 5000)]:
+        reply = running.ask("GET", "/v2/health/live", headers={f"x-{i}": "a" * size for i in range(count)})
+        assert reply.status == 431
+        assert_clean(reply.body)
+
+
+def test_a_page_of_another_site_is_refused(running: Server) -> None:
+    data = png("disc", 1)
+    for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}, {"origin": "null"}):
+        assert running.ask("POST", "/predict", data, {"content-type": "image/png", **headers}).status == 403
+        assert running.ask("POST", "/admin/refresh", headers=headers).status == 403
+    own = {"origin": f"http://127.0.0.1:{running.port}", "sec-fetch-site": "same-origin", "content-type": "image/png"}
+    assert running.ask("POST", "/predict", data, own).status == 200
+
+
+def test_who_has_no_token_learns_no_names(running: Server) -> None:
+    reply = running.ask("GET", "/v2/models/other/ready")
+    assert reply.status == 404
+    assert reply.json == {"error": "no such model or version is served here"}
+
+
+def test_pipelined_requests_are_answered_in_their_order(running: Server) -> None:
+    data = png("cross", 5)
+    one = f"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/png\r\ncontent-length: {len(data)}\r\n\r\n"
+    big = "POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: text/html\r\ncontent-length: 3\r\n\r\nabc"
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as raw:
+        raw.sendall(one.encode() + data + big.encode() + one.encode() + data)
+        answer = b""
+        while answer.count(b"HTTP/1.1 ") < 3 or not answer.endswith(b"}"):
+            answer += raw.recv(65536)
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"415", b"200"]
+
+
+def test_a_client_that_hangs_up_leaves_its_key_with_its_answer(running: Server) -> None:
+    data = png("stripes", 77)
+    head = f"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/png\r\nidempotency-key: gone\r\ncontent-length: {len(data)}\r\n\r\n"
+    rows = running.figure("journal_rows_total")
+    with socket.create_connection(("127.0.0.1", running.port)) as raw:
+        raw.sendall(head.encode() + data)
+    deadline = time.monotonic() + 10
+    while running.figure("journal_rows_total") == rows:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert running.predict(data, idempotency_key="gone").status == 200
+    assert running.figure("journal_rows_total") == rows + 1

@@ -338,3 +338,78 @@ def test_segments_go_to_s3_and_wait_when_it_is_away(tmp_path: Path, journals: Pa
         assert segments.seal_all(journals, url) == 1
         assert sum(len(table) for table in segments.read_log(url)) == 5
         assert segments.verify(url, journals).rows == 5
+
+
+def test_a_sealer_never_sees_a_journal_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between making the file and locking it, an eager sealer sealed it empty and removed it from under the writer."""
+    desk = Desk(tmp_path / "j")
+    real = fcntl.flock
+
+    def flock(file: Any, operation: int) -> None:
+        if operation == fcntl.LOCK_EX:
+            assert segments.seal_all(tmp_path / "j", str(tmp_path / "log")) == 0
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert desk.run([row(1)], [row(2)]) == [True, True]
+    monkeypatch.undo()
+    assert segments.seal_all(tmp_path / "j", str(tmp_path / "log")) == 1
+    assert segments.verify(str(tmp_path / "log"), tmp_path / "j").rows == 2
+
+
+@pytest.mark.parametrize("tail", [bytes(64), bytes(5), b"\xff" * 40])
+def test_what_a_power_loss_leaves_at_the_end_does_not_stop_sealing(journals: Path, tmp_path: Path, tail: bytes) -> None:
+    (path,) = journals.glob("*.journal")
+    path.write_bytes(path.read_bytes() + tail)
+    (journals / "00-empty.journal").write_bytes(bytes(100))
+    (journals / "01-other.journal").write_bytes(b"something else entirely")
+    assert segments.seal_all(journals, str(tmp_path / "log")) == 2
+    checked = segments.verify(str(tmp_path / "log"), journals)
+    assert (checked.rows, checked.lost_rows) == (5, 0)
+    assert checked.broken == ("01-other.damaged cannot be read as a journal; look at it, then remove it",)
+
+
+def test_damage_in_the_middle_costs_its_row_and_is_told(journals: Path, tmp_path: Path) -> None:
+    (path,) = journals.glob("*.journal")
+    data = bytearray(path.read_bytes())
+    data[len(MAGIC) + len(row(0)) + len(row(1)) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+    segments.seal_all(journals, str(tmp_path / "log"))
+    checked = segments.verify(str(tmp_path / "log"), journals)
+    assert (checked.rows, checked.lost_rows) == (4, 1)
+
+
+def test_a_gap_is_told_also_when_nothing_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path)
+    full = threading.Event()
+    real = os.write
+
+    def write(descriptor: int, data: Any) -> int:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+
+    async def scene() -> None:
+        desk.journal.start()
+        await desk.journal.write([row(1)])
+        full.set()
+        await desk.journal.write([row(2)])
+        full.clear()
+
+    asyncio.run(scene())
+    desk.journal.close()
+    (path,) = tmp_path.glob("*.journal")
+    assert [facts.get("gap") for facts, _ in read_rows(path)] == [None, 1]
+
+
+def test_times_with_an_offset_mean_the_same_moment(journals: Path, tmp_path: Path) -> None:
+    import datetime
+
+    url = str(tmp_path / "log")
+    segments.seal_all(journals, url)
+    moment = datetime.datetime.fromtimestamp(1_770_000_002, datetime.UTC)
+    for hours in (-11, 0, 9, 14):
+        since = moment.astimezone(datetime.timezone(datetime.timedelta(hours=hours)))
+        assert sum(len(table) for table in segments.read_log(url, since=since)) == 3

@@ -219,3 +219,29 @@ def test_the_generated_code_is_that_of_the_protocol_file(tmp_path: Any) -> None:
     )
     made = (tmp_path / "serving" / "open_inference_pb2.py").read_text()
     assert made == (root / "serving" / "open_inference_pb2.py").read_text()
+
+
+def test_outputs_asked_for_twice_are_refused(running: Server) -> None:
+    outputs = ",".join(['{"name":"embedding"}'] * 5000)
+    body = '{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":%s}],"outputs":[%s]}'
+    reply = running.ask(
+        "POST", f"/v2/models/{MODEL}/infer", body.replace("%s", str([0] * 256), 1).replace("%s", outputs, 1).encode()
+    )
+    assert (reply.status, reply.json) == (400, {"error": "an output is asked for twice"})
+
+
+def test_text_for_pixels_costs_no_memory(running: Server) -> None:
+    data = f'["{"x" * 200_000}"{',"a"' * 255}]'
+    body = f'{{"inputs":[{{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":{data}}}]}}'
+    assert running.ask("POST", f"/v2/models/{MODEL}/infer", body.encode()).status == 400
+
+
+def test_nested_lists_are_taken_as_flat_ones(running: Server) -> None:
+    body = '{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":%s}]}'
+    nested, flat = PIXELS[:1].tolist(), PIXELS[0].ravel().tolist()
+    answers = [running.ask("POST", f"/v2/models/{MODEL}/infer", (body % data).encode()) for data in (nested, flat)]
+    assert [answer.status for answer in answers] == [200, 200]
+    first, second = (
+        next(output["data"] for output in answer.json["outputs"] if output["name"] == "probabilities") for answer in answers
+    )
+    assert first == second
