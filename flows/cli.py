@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,13 +97,17 @@ def train(
     guarded(action, json_)
 
 
-def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool) -> None:
+def _trained(root: Path, recipe: str, overrides: list[str], by: str | None) -> dict[str, Any]:
     from registry.approval import person
 
     requester = person(by or getpass.getuser()).name
     from flows.train import train as flow
 
-    summary = flow(recipe, str(root), overrides, requested_by=requester, quiet=False)
+    return flow(recipe, str(root), overrides, requested_by=requester, quiet=False)
+
+
+def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool) -> None:
+    summary = _trained(root, recipe, overrides, by)
     finish(summary, as_json, lambda: _told(summary))
     if summary["outcome"] != "candidate":
         raise typer.Exit(1)
@@ -129,9 +134,39 @@ def demo(
 
         workspace = prepare(directory)
         prepare_environment(workspace.state)
-        _train(workspace.root, "digits", [], None, json_)
+        summary = _trained(workspace.root, "digits", [], None)
+        if summary["outcome"] != "candidate":
+            finish(summary, json_, lambda: _told(summary))
+            raise typer.Exit(1)
+        from flows.showing import go_live
+
+        if not json_:
+            print(_told(summary))
+            print("\nGoing live")
+        live = go_live(
+            workspace,
+            summary["version"],
+            summary["model"],
+            told=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
+        )
+        finish(summary | {"live": live}, json_, lambda: _told_live(live, workspace.root))
 
     guarded(action, json_)
+
+
+def _told_live(live: dict[str, Any], root: Path) -> str:
+    def figure(estimate: dict[str, Any]) -> str:
+        return f"{estimate['value']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}] n={estimate['n']}"
+
+    sure = f", {figure(live['accuracy_when_sure'])} where it was sure" if live["accuracy_when_sure"] else ""
+    return "\n".join(
+        [
+            f"LIVE  version {live['champion']}, approved by {live['approved_by']}",
+            f"world accuracy {figure(live['accuracy'])}{sure}; {live['unsure']} unsure",
+            f"time  {live['latency_p50_ms']:.1f} ms a request (p50), {live['latency_p99_ms']:.1f} ms (p99), one at a time",
+            f"next  cd {root} && visionloop history && visionloop serve --model digits",
+        ]
+    )
 
 
 @app.command()

@@ -231,9 +231,9 @@ def test_outputs_asked_for_twice_are_refused(running: Server) -> None:
 
 
 def test_text_for_pixels_costs_no_memory(running: Server) -> None:
-    data = f'["{"x" * 200_000}"{',"a"' * 255}]'
-    body = f'{{"inputs":[{{"name":"images","datatype":"UINT8","shape":[1,16,16,1],"data":{data}}}]}}'
-    assert running.ask("POST", f"/v2/models/{MODEL}/infer", body.encode()).status == 400
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 16, 16, 1], "data": ["x" * 200_000, *["a"] * 255]}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    assert running.ask("POST", f"/v2/models/{MODEL}/infer", body).status == 400
 
 
 def test_nested_lists_are_taken_as_flat_ones(running: Server) -> None:
