@@ -13,7 +13,7 @@ from flows.settings import prepare_environment
 
 
 def main() -> int:
-    names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "load")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("name")
     parser.add_argument("--data", type=Path, help="a folder with one sub-folder of images per class")

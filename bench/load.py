@@ -222,10 +222,12 @@ def offer(order: dict[str, Any]) -> dict[str, Any]:
 
     import uvloop
 
-    requests = [
-        picture_request(order["path"], Path(name).read_bytes(), kind=order.get("kind", "image/jpeg"))
-        for name in order["pictures"]
-    ]
+    from bench.serving import request_body
+
+    requests = []
+    for name in order["pictures"]:
+        kind, body = request_body(order.get("form", "raw"), Path(name).read_bytes())
+        requests.append(picture_request(order["path"], body, kind=kind))
     load = Load(
         order.get("host", "127.0.0.1"),
         order["port"],

@@ -1,0 +1,393 @@
+"""Requests a second of `visionloop serve` against the engine's own ceiling and against other servers, JPEG to label.
+
+One run, one machine, one engine file, the same number of engine threads. The load is open (Poisson, bench/load.py). For
+every server: the highest rate at which 99 % of the answers come within the bound and nothing fails, found by bisection, for
+the best of its settings. The peers' environment is made on first use from bench/peers/requirements.lock. DATA is a folder of
+photographs, one sub-folder per class; without it the embedded digits are used: tiny, they measure HTTP more than pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bench.peers.answering import Answering
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / ".venv-bench"
+BOUND_MS = 150.0
+_SECONDS = 4.0
+_PICTURES = 300
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a server is started and asked."""
+
+    name: str
+    setting: str
+    command: list[str]
+    path: str = "/predict"
+    form: str = "raw"
+    ours: bool = False
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def visionloop(*arguments: str, cwd: Path) -> dict[str, Any]:
+    """A command of ours; its JSON answer."""
+    done = subprocess.run([sys.executable, "-m", "flows", *arguments, "--json"], cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"visionloop {' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def prepared(data: Path | None, scratch: Path) -> tuple[Path, str]:
+    """A workspace with a promoted champion; its model's name."""
+    workspace = scratch / "workspace"
+    visionloop("init", str(workspace), cwd=scratch)
+    recipe, model = ("transfer", "photographs") if data is not None else ("digits", "digits")
+    if data is not None:
+        visionloop("data", "add", str(data.resolve()), cwd=workspace)
+        targets = "[{target: openvino, precision: int8}]"
+        sets = ["--set", f"export.targets={targets}"]
+    else:
+        visionloop("data", "add", "--source", "digits", cwd=workspace)
+        sets = ["--set", "training.fit.epochs=8", "--set", "gating.gates=[{gate: accuracy, settings: {floor: 0.8}}]"]
+    identity = ["-c", "user.name=bench", "-c", "user.email=bench@bench.invalid", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, "commit", "--quiet", "-m", "bench"], cwd=workspace, check=True)
+    say("training the engine that every server runs")
+    version = visionloop("train", "-r", recipe, *sets, cwd=workspace)["version"]
+    visionloop("approve", str(version), "--as", "bench", "--reason", "benchmark", cwd=workspace)
+    visionloop("promote", str(version), cwd=workspace)
+    return workspace, model
+
+
+def pictures(data: Path | None, workspace: Path, scratch: Path) -> list[Path]:
+    """JPEG files to send."""
+    source = data if data is not None else workspace / "data"
+    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".bmp", ".png"))
+    chosen = files[:: max(1, len(files) // _PICTURES)][:_PICTURES]
+    folder = scratch / "pictures"
+    folder.mkdir()
+    found = []
+    for index, path in enumerate(chosen):
+        target = folder / f"{index:04d}.jpg"
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            shutil.copyfile(path, target)
+        else:
+            encoded = io.BytesIO()
+            Image.open(path).convert("RGB").save(encoded, "JPEG", quality=95)
+            target.write_bytes(encoded.getvalue())
+        found.append(target)
+    return found
+
+
+def ceiling(release: Path, files: Sequence[Path]) -> dict[str, float]:
+    """Pictures a second without any server: threads that decode and infer, by layout; median of three runs."""
+    data = [path.read_bytes() for path in files]
+    found = {}
+    for lanes, streams, batch in ((2, 2, 1), (2, 2, 4), (2, 2, 8), (1, 1, 1), (1, 1, 8)):
+        engine = Answering(release, num_threads=2, num_streams=streams)
+        rates = []
+        for _ in range(3):
+            counts = [0] * lanes
+            stop = time.perf_counter() + 2.5
+
+            def lane(
+                number: int,
+                engine: Answering = engine,
+                stop: float = stop,
+                batch: int = batch,
+                counts: list[int] = counts,
+            ) -> None:
+                place = number * 31
+                while time.perf_counter() < stop:
+                    engine.batch([engine.pixels(data[(place + i) % len(data)]) for i in range(batch)])
+                    place += batch
+                    counts[number] += batch
+
+            started = time.perf_counter()
+            threads = [threading.Thread(target=lane, args=(n,)) for n in range(lanes)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            rates.append(sum(counts) / (time.perf_counter() - started))
+        found[f"{lanes} lanes x {streams} streams, batch {batch}"] = statistics.median(rates)
+        say(
+            f"  {lanes} lanes, {streams} streams, batch {batch}: {statistics.median(rates):.0f}/s ({min(rates):.0f}-{max(rates):.0f})"
+        )
+    return found
+
+
+def peers_environment() -> str | None:
+    """Python of the peers' environment, made on first use; None where it cannot be made."""
+    python = PEERS / "bin" / "python"
+    lock = ROOT / "bench" / "peers" / "requirements.lock"
+    stamp = PEERS / ".lock"
+    if python.exists() and stamp.exists() and stamp.read_bytes() == lock.read_bytes():
+        return str(python)
+    uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
+    say("installing the peers (bench/peers/requirements.lock)")
+    try:
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(PEERS)], check=True)
+        subprocess.run([uv, "pip", "sync", "--quiet", "--python", str(python), str(lock)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"  the peers could not be installed: {error}")
+        return None
+    stamp.write_bytes(lock.read_bytes())
+    return str(python)
+
+
+def servers(workspace: Path, model: str, release: Path, python: str | None, port: int) -> list[Server]:
+    """Every server in every setting that is tried."""
+    ours = [
+        sys.executable,
+        "-m",
+        "flows",
+        "serve",
+        "-w",
+        str(workspace),
+        "-m",
+        model,
+        "--port",
+        str(port),
+        "--grpc-port",
+        "-1",
+    ]
+    found = [
+        Server("visionloop", "defaults", ours, ours=True),
+        Server("visionloop", "batches of 4", [*ours, "--max-batch", "4"], ours=True),
+    ]
+    (reference,) = sorted((workspace / ".visionloop" / "store" / "export").glob("torch_reference-fp32/*"))[-1:]
+    own: list[tuple[str, str, Path, str, str, str]] = [
+        ("fastapi_torch", sys.executable, reference, "/predict", "raw", "FastAPI + torch"),
+        ("fastapi_engine", sys.executable, release, "/predict", "raw", "FastAPI + the engine"),
+        ("mlflow_app", sys.executable, release, "/invocations", "mlflow", "MLflow models serve"),
+    ]
+    if python is not None:
+        own += [
+            ("litserve_app", python, release, "/predict", "raw", "LitServe"),
+            ("bentoml_app", python, release, "/predict", "bentoml", "BentoML"),
+            ("ray_app", python, release, "/predict", "raw", "Ray Serve"),
+        ]
+    for module, interpreter, folder, path, form, shown in own:
+        for setting in _settings(module):
+            command = [interpreter, "-m", f"bench.peers.{module}", str(folder), str(port), setting]
+            batched = form == "bentoml" and "batches" in setting
+            found.append(Server(shown, setting, command, path, "bentoml-list" if batched else form))
+    return found
+
+
+def _settings(module: str) -> list[str]:
+    # The peers' libraries are not in this environment: their settings are read, not imported.
+    text = (ROOT / "bench" / "peers" / f"{module}.py").read_text()
+    block = text[text.index("SETTINGS = {") :]
+    return re.findall(r'^    "([^"]+)": \{', block[: block.index("\n}")], re.MULTILINE)
+
+
+@contextlib.contextmanager
+def started(server: Server, port: int, files: Sequence[Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The server, once it has answered a picture."""
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            server.command,
+            cwd=ROOT,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "BENTOML_DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            told = offered(server, port, files[:5], rate=5, seconds=1)
+            if told["statuses"].get("200", 0) >= 2:
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{server.name} ({server.setting}) did not start:\n{log.read_text()[-1500:]}")
+            time.sleep(0.5)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if server.name == "Ray Serve":
+            subprocess.run([str(PEERS / "bin" / "ray"), "stop", "--force"], capture_output=True, check=False)
+        time.sleep(1)
+
+
+def offered(
+    server: Server, port: int, files: Sequence[Path], *, rate: float, seconds: float, seed: int = 7
+) -> dict[str, Any]:
+    """Offer a load from a process of its own and return what came of it."""
+    order = {
+        "path": server.path,
+        "form": server.form,
+        "port": port,
+        "pictures": [str(path) for path in files],
+        "rate": rate,
+        "seconds": seconds,
+        "seed": seed,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load"], input=json.dumps(order), capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def within_bound(told: dict[str, Any]) -> bool:
+    """Everything answered, and 99 % of it within the bound."""
+    answered = told["statuses"].get("200", 0)
+    return bool(
+        answered >= 0.995 * told["sent"]
+        and not told["broken"]
+        and not told["no_connection"]
+        and told["accepted_ms"].get("p99", 1e9) <= BOUND_MS
+    )
+
+
+def highest_rate(server: Server, port: int, files: Sequence[Path], top: float) -> tuple[float, dict[str, Any]]:
+    """The highest rate within the bound, by bisection up to `top`; each probe is offered for a few seconds."""
+    low, high, best = 0.0, top, dict[str, Any]()
+    for step in range(5):
+        rate = top * 0.85 if step == 0 else (low + high) / 2
+        told = offered(server, port, files, rate=rate, seconds=_SECONDS, seed=step)
+        if within_bound(told):
+            low, best = rate, told
+        else:
+            high = rate
+            time.sleep(2)
+    return low, best
+
+
+def memory_mb(process: subprocess.Popen[bytes]) -> float:
+    """Resident memory of a server and its children, proportional where pages are shared."""
+    total = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if int(path.read_text().rsplit(")", 1)[1].split()[3]) == process.pid or _descends(path.parent.name, process.pid):
+                text = (path.parent / "smaps_rollup").read_text()
+                total += int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
+    return total / 1024
+
+
+def _descends(pid: str, ancestor: int) -> bool:
+    while pid not in ("0", "1"):
+        if int(pid) == ancestor:
+            return True
+        pid = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
+    return False
+
+
+def overload(
+    server: Server, port: int, files: Sequence[Path], peak: float, process: subprocess.Popen[bytes]
+) -> dict[str, Any]:
+    """Ten times the peak: what is still answered, how fast the rest is refused, what memory does, and the recovery."""
+    before = memory_mb(process)
+    told = {f"{factor}x": offered(server, port, files, rate=peak * factor, seconds=8) for factor in (2, 10)}
+    after = memory_mb(process)
+    started_at, recovered = time.monotonic(), None
+    while time.monotonic() - started_at < 15:
+        if within_bound(offered(server, port, files, rate=peak * 0.5, seconds=1)):
+            recovered = time.monotonic() - started_at
+            break
+    told["10x"]["memory_mb_before_and_after"] = [round(before, 1), round(after, 1)]
+    told["10x"]["recovered_within_s"] = None if recovered is None else round(recovered, 1)
+    return told
+
+
+def run(data: Path | None, scratch: Path) -> dict[str, Any]:
+    """Both sides; the ratio is ours to the best peer's rate within the bound."""
+    workspace, model = prepared(data, scratch)
+    (release,) = (workspace / ".visionloop" / "releases" / "releases" / model).iterdir()
+    files = pictures(data, workspace, scratch)
+    say(f"{len(files)} JPEGs, {np.mean([f.stat().st_size for f in files]) / 1e3:.0f} kB on average")
+    say("ceiling of the engine, without any server")
+    layouts = ceiling(release, files)
+    top = max(layouts.values())
+    python = peers_environment()
+    port = 18400
+    rates: dict[str, dict[str, float]] = {}
+    details: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    for server in servers(workspace, model, release, python, port):
+        label = f"{server.name}: {server.setting}"
+        try:
+            since = time.monotonic()
+            with started(server, port, files, scratch / "server.log") as process:
+                ready_s = time.monotonic() - since
+                rate, told = highest_rate(server, port, files, top)
+                rates.setdefault(server.name, {})[server.setting] = round(rate, 1)
+                details[label] = {
+                    "rate": round(rate, 1),
+                    "p50": told.get("accepted_ms", {}).get("p50"),
+                    "p99": told.get("accepted_ms", {}).get("p99"),
+                    "ready_s": round(ready_s, 1),
+                    "memory_mb": round(memory_mb(process)),
+                }
+                if server.ours and server.setting == "defaults":
+                    peak = offered(server, port, files, rate=top * 1.3, seconds=10)
+                    details["goodput"] = peak
+                    details["overload"] = overload(server, port, files, peak["goodput_per_s"], process)
+            say(f"  {label}: {rate:.0f}/s within p99 {BOUND_MS:g} ms ({details[label]})")
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            failures[label] = str(error)[-500:]
+            say(f"  {label}: {str(error)[-500:]}")
+    best = {name: max(found.values()) for name, found in rates.items()}
+    mine = best.pop("visionloop", 0.0)
+    peers = {name: rate for name, rate in best.items() if name != "FastAPI + the engine"}
+    strongest = max(peers.values(), default=0.0)
+    return {
+        "ours": mine,
+        "peers": best,
+        "ratio": round(mine / strongest, 2) if strongest else None,
+        "ratio_to_hand_written_fastapi_with_the_engine": round(mine / best["FastAPI + the engine"], 2)
+        if best.get("FastAPI + the engine")
+        else None,
+        "unit": f"requests/s at p99 <= {BOUND_MS:g} ms",
+        "n": len(files),
+        "ceiling_per_s": round(top, 1),
+        "ceiling_layouts": {name: round(rate, 1) for name, rate in layouts.items()},
+        "goodput_of_ceiling": round(details["goodput"]["goodput_per_s"] / top, 3) if "goodput" in details else None,
+        "settings": rates,
+        "details": details,
+        "failures": failures,
+    }
+
+
+def request_body(form: str, data: bytes) -> tuple[str, bytes]:
+    """Content type and body of a picture for a server."""
+    if form == "mlflow":
+        return "application/json", b'{"dataframe_records": [{"image": "' + base64.b64encode(data) + b'"}]}'
+    if form.startswith("bentoml"):
+        field = "images" if form == "bentoml-list" else "image"
+        head = f'--b\r\ncontent-disposition: form-data; name="{field}"; filename="a.jpg"\r\ncontent-type: image/jpeg\r\n\r\n'
+        return "multipart/form-data; boundary=b", head.encode() + data + b"\r\n--b--\r\n"
+    return "image/jpeg", data
