@@ -136,9 +136,8 @@ def ceiling(release: Path, files: Sequence[Path]) -> dict[str, float]:
                 thread.join()
             rates.append(sum(counts) / (time.perf_counter() - started))
         found[f"{lanes} lanes x {streams} streams, batch {batch}"] = statistics.median(rates)
-        say(
-            f"  {lanes} lanes, {streams} streams, batch {batch}: {statistics.median(rates):.0f}/s ({min(rates):.0f}-{max(rates):.0f})"
-        )
+        spread = f"{min(rates):.0f}-{max(rates):.0f}"
+        say(f"  {lanes} lanes, {streams} streams, batch {batch}: {statistics.median(rates):.0f}/s ({spread})")
     return found
 
 
@@ -179,7 +178,7 @@ def servers(workspace: Path, model: str, release: Path, python: str | None, port
     ]
     found = [
         Server("visionloop", "defaults", ours, ours=True),
-        Server("visionloop", "batches of 4", [*ours, "--max-batch", "4"], ours=True),
+        Server("visionloop", "batches of 8", [*ours, "--max-batch", "8"], ours=True),
     ]
     (reference,) = sorted((workspace / ".visionloop" / "store" / "export").glob("torch_reference-fp32/*"))[-1:]
     own: list[tuple[str, str, Path, str, str, str]] = [
@@ -189,7 +188,7 @@ def servers(workspace: Path, model: str, release: Path, python: str | None, port
     ]
     if python is not None:
         own += [
-            ("litserve_app", python, release, "/predict", "raw", "LitServe"),
+            ("litserve_app", python, release, "/predict", "base64", "LitServe"),
             ("bentoml_app", python, release, "/predict", "bentoml", "BentoML"),
             ("ray_app", python, release, "/predict", "raw", "Ray Serve"),
         ]
@@ -218,7 +217,7 @@ def started(server: Server, port: int, files: Sequence[Path], log: Path) -> Iter
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "BENTOML_DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+            env=_environment(),
         )
     try:
         deadline = time.monotonic() + 90
@@ -240,6 +239,13 @@ def started(server: Server, port: int, files: Sequence[Path], log: Path) -> Iter
         if server.name == "Ray Serve":
             subprocess.run([str(PEERS / "bin" / "ray"), "stop", "--force"], capture_output=True, check=False)
         time.sleep(1)
+
+
+def _environment() -> dict[str, str]:
+    own = {"PYTHONPATH": str(ROOT), "BENTOML_DO_NOT_TRACK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    own |= {"UVICORN_ACCESS_LOG": "false", "UVICORN_LOG_LEVEL": "error"}
+    # MLflow starts `uvicorn` by its name.
+    return {**os.environ, **own, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def offered(
@@ -384,6 +390,8 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
 
 def request_body(form: str, data: bytes) -> tuple[str, bytes]:
     """Content type and body of a picture for a server."""
+    if form == "base64":
+        return "application/json", b'{"image": "' + base64.b64encode(data) + b'"}'
     if form == "mlflow":
         return "application/json", b'{"dataframe_records": [{"image": "' + base64.b64encode(data) + b'"}]}'
     if form.startswith("bentoml"):

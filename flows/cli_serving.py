@@ -37,7 +37,7 @@ def serve(
     grpc_port: Annotated[int, typer.Option(min=-1, max=65535, help="gRPC port; 0 for any free one, -1 for none.")] = 8001,
     require_token: Annotated[bool, typer.Option(help="Ask for tokens on loopback too.")] = False,
     lanes: Annotated[int | None, typer.Option(min=1, max=256, help="Batches at once; the cores by default.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, max=64, help="Most pictures of a batch.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, max=64, help="Most pictures of a batch.")] = 4,
     batch_delay_ms: Annotated[
         float, typer.Option(min=0, max=1000, help="Wait for a fuller batch while a lane is free.")
     ] = 0,

@@ -41,6 +41,7 @@ from components.splitting import TestLedger, split
 from components.store import sha256_file, write_atomically
 from components.training import local_weights, train
 from components.validation import validate
+from flows.notifications import Event, notify
 from flows.run import Run, member_digests
 from registry.ledger import Ledger
 from registry.models import Registry
@@ -286,10 +287,23 @@ def registration(run: Run, results: Any) -> Candidate | Rejection:
         if known is not None:
             cached.append(True)
         outcome = known or registry.register(assemble(run, results))
+        if known is None:
+            _tell(run, outcome)
         folder = run.folder / f"{run.console.total}-registration"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / "outcome.json", json.dumps(outcome.to_json(), indent=1).encode())
     return outcome
+
+
+def _tell(run: Run, outcome: Candidate | Rejection) -> None:
+    by = run.requested_by or "flows/train"
+    if isinstance(outcome, Candidate):
+        event: Event = "requested"
+        facts = {"version": outcome.version, "by": by, "reason": f"run {run.id}", "seq": outcome.ledger_seq}
+    else:
+        event = "rejected"
+        facts = {"version": "(none)", "by": "the gates", "reason": "; ".join(outcome.reasons), "seq": outcome.ledger_seq}
+    notify(run.settings, event, run.config.model, facts, told=lambda line: run.console.line(f"    {line}"))
 
 
 def artifacts_of(run: Run) -> Path | None:

@@ -42,7 +42,8 @@ class Limits:
 
     lanes: int = 2
     """Batches decoded and inferred at once; one thread each."""
-    max_batch: int = 8
+    max_batch: int = 4
+    """On two CPU cores more costs latency and memory and buys nothing (infra/decisions/0009)."""
     batch_delay_ms: float = 0.0
     """How long a picture may wait for others while a lane is free; on CPUs waiting buys nothing."""
     max_queue: int = 256

@@ -20,7 +20,7 @@ SETTINGS = {
 SETTING = SETTINGS[os.environ.get("PEER_SETTING", next(iter(SETTINGS)))]
 
 
-@bentoml.service(workers=SETTING["workers"], traffic={"timeout": 30})
+@bentoml.service(workers=SETTING["workers"], traffic={"timeout": 30}, logging={"access": {"enabled": False}})
 class Peer:
     """The engine behind one endpoint."""
 

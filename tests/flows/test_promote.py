@@ -149,6 +149,28 @@ def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     assert "champion (version 1)" in visionloop("show", "2", cwd=decided).stdout
 
 
+def test_what_happens_is_told_to_prefect(decided: Path, prefect_server: str) -> None:
+    """Read back from the server's own record of events."""
+    import time
+    import urllib.request
+
+    wanted = {"visionloop.model.requested", "visionloop.model.approved", "visionloop.model.promoted"}
+    deadline, seen = time.monotonic() + 30, set[str]()
+    while not wanted <= seen:
+        assert time.monotonic() < deadline, seen
+        request = urllib.request.Request(
+            f"{prefect_server}/events/filter",
+            data=json.dumps({"filter": {"event": {"prefix": ["visionloop.model."]}}, "limit": 50}).encode(),
+            headers={"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            events = json.loads(response.read())["events"]
+        seen = {event["event"] for event in events if event["resource"]["prefect.resource.id"] == "visionloop.model.shapes"}
+        time.sleep(0.5)
+    (promoted,) = [event for event in events if event["event"] == "visionloop.model.promoted"][:1]
+    assert promoted["payload"]["version"] == "1"
+
+
 @pytest.fixture
 def inbox() -> Any:
     """A web hook that keeps what it is sent."""

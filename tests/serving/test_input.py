@@ -176,6 +176,7 @@ def test_what_is_asked_wrongly_is_refused(running: Server) -> None:
         ("/predict", {"content-type": "image/png", "content-encoding": "gzip"}, 415),
         ("/predict?top=0", {"content-type": "image/png"}, 400),
         ("/predict?top=x", {"content-type": "image/png"}, 400),
+        ("/predict?top=%C2%B2", {"content-type": "image/png"}, 400),
         ("/predict?model=nothing", {"content-type": "image/png"}, 404),
         ("/predict?model=..%2f..%2fetc", {"content-type": "image/png"}, 400),
         ("/predict", {"content-type": "image/png", "x-event-time": "yesterday"}, 400),
@@ -208,6 +209,8 @@ def test_a_body_over_the_limit_is_refused_whether_it_says_so_or_not(running: Ser
     reply = running.ask("POST", "/predict", b"", {"content-type": "image/jpeg", "content-length": str(1 << 30)})
     assert reply.status == 413
     assert_clean(reply.body)
+    # A client that sends all of it all the same still reads why.
+    assert running.ask("POST", "/predict", b"x" * (6 << 20), {"content-type": "image/jpeg"}).status == 413
     with socket.create_connection(("127.0.0.1", running.port)) as raw:
         raw.sendall(
             b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/jpeg\r\ntransfer-encoding: chunked\r\n\r\n"
