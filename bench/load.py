@@ -68,7 +68,7 @@ class _Connection(asyncio.Protocol):
         self.status = 0
         self.busy = False
         self.close_after = False
-        self.started = 0
+        self.chunked = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -86,13 +86,17 @@ class _Connection(asyncio.Protocol):
             head = self.buffer[:end].lower()
             self.status = int(head[9:12])
             start = head.find(b"content-length:")
-            if start < 0:
+            self.chunked = start < 0 and b"transfer-encoding: chunked" in head
+            if self.chunked:
+                self.wanted = 0
+            elif start < 0:
                 self.load.connection_broke(self)
                 self.transport.abort()
                 return
-            self.wanted = end + 4 + int(head[start + 15 :].split(b"\r\n", 1)[0])
+            else:
+                self.wanted = end + 4 + int(head[start + 15 :].split(b"\r\n", 1)[0])
             self.close_after = b"connection: close" in head
-        if len(self.buffer) >= self.wanted:
+        if len(self.buffer) >= self.wanted and (not self.chunked or self.buffer.endswith(b"\r\n0\r\n\r\n")):
             self.busy = False
             self.load.answered(self)
 

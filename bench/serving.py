@@ -160,6 +160,12 @@ def peers_environment() -> str | None:
     return str(python)
 
 
+def _chosen(found: list[Server]) -> list[Server]:
+    """All of them, or ours and those that BENCH_PEERS names, by comma."""
+    names = [name.strip().lower() for name in os.environ.get("BENCH_PEERS", "").split(",") if name.strip()]
+    return [server for server in found if not names or server.ours or any(name in server.name.lower() for name in names)]
+
+
 def servers(workspace: Path, model: str, release: Path, python: str | None, port: int) -> list[Server]:
     """Every server in every setting that is tried."""
     ours = [
@@ -343,7 +349,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     rates: dict[str, dict[str, float]] = {}
     details: dict[str, Any] = {}
     failures: dict[str, str] = {}
-    for server in servers(workspace, model, release, python, port):
+    for server in _chosen(servers(workspace, model, release, python, port)):
         label = f"{server.name}: {server.setting}"
         try:
             since = time.monotonic()

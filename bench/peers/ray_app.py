@@ -20,7 +20,7 @@ SETTINGS = {
 }
 
 
-@serve.deployment(max_ongoing_requests=64)
+@serve.deployment(max_ongoing_requests=64, logging_config={"enable_access_log": False})
 class Peer:
     """The engine in a replica."""
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     release, port, name = sys.argv[1:]
     setting = SETTINGS[name]
     ray.init(num_cpus=4, include_dashboard=False, logging_level="error")
-    serve.start(http_options={"host": "127.0.0.1", "port": int(port), "access_log": False})
+    serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     serve.run(
         Peer.options(num_replicas=setting["replicas"]).bind(release, setting["threads"], setting["batch"]),  # type: ignore[attr-defined]
         route_prefix="/predict",
