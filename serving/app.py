@@ -5,7 +5,8 @@
 | POST /predict                                          | predictor |
 | POST /v2/models/{m}[/versions/{v}]/infer               | predictor |
 | GET  /v2, /v2/models/{m}[/versions/{v}], /status       | viewer    |
-| GET  /metrics, /docs, /openapi.json                    | viewer    |
+| GET  /metrics                                          | viewer    |
+| GET  /docs, /openapi.json: the same on every server    | nobody    |
 | POST /admin/refresh                                    | admin     |
 | GET  /v2/health/live, /v2/health/ready, .../ready      | nobody    |
 """
@@ -174,8 +175,8 @@ class Http:
                 look(version, self._model),
                 look("/status", self._show_status),
                 look("/metrics", self._metrics),
-                look("/openapi.json", self._openapi),
-                look("/docs", self._docs),
+                open_("/openapi.json", self._openapi),
+                open_("/docs", self._docs),
                 self._route("/admin/refresh", self._refresh, "POST", needed="admin"),
             ],
             exception_handlers={HTTPException: _http_exception},

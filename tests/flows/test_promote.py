@@ -114,7 +114,7 @@ def test_a_promoted_version_is_champion_everywhere(decided: Path) -> None:
     assert told("ledger", "verify", cwd=decided)["rows"] == 3
     assert told("reconcile", cwd=decided)["differences"] == []
     uri = f"sqlite:///{decided / '.visionloop' / 'mlflow.db'}"
-    assert str(MlflowClient(uri).get_model_version_by_alias("shapes", "champion").version) == "1"
+    assert str(MlflowClient(uri, registry_uri=uri).get_model_version_by_alias("shapes", "champion").version) == "1"
     done = visionloop("promote", "1", cwd=decided)
     assert done.returncode == 0
     assert [entry["kind"] for entry in told("history", cwd=decided)["entries"]] == kinds
@@ -128,7 +128,8 @@ def test_who_served_when_and_why(decided: Path) -> None:
 
 
 def test_an_alias_moved_by_hand_is_reported_and_repaired(decided: Path) -> None:
-    client = MlflowClient(f"sqlite:///{decided / '.visionloop' / 'mlflow.db'}")
+    uri = f"sqlite:///{decided / '.visionloop' / 'mlflow.db'}"
+    client = MlflowClient(uri, registry_uri=uri)
     client.delete_registered_model_alias("shapes", "champion")
     found = told("reconcile", cwd=decided)
     assert (found["exit"], found["differences"][0]["found"]) == (1, "none")

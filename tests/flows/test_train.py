@@ -34,7 +34,9 @@ def ledger_kinds(root: Path) -> list[str]:
 def versions(root: Path) -> list[str]:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{root / '.visionloop' / 'mlflow.db'}")
+    uri = f"sqlite:///{root / '.visionloop' / 'mlflow.db'}"
+    # A client without its own registry address takes the one that the process used last.
+    client = MlflowClient(uri, registry_uri=uri)
     return [str(version.version) for version in client.search_model_versions("name='shapes'")]
 
 

@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -273,6 +275,21 @@ def test_pages_and_figures(running: Server) -> None:
         assert running.ask("GET", asset).status == 200
     assert running.figure("request_seconds_count") > 0
     assert running.figure("generation") == 1
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium here; the page is looked at where there is one")
+def test_the_page_of_the_routes_works_in_a_browser(running: Server, tmp_path: Path) -> None:
+    """With the package's own scripts and nothing from anywhere else."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"]
+    done = subprocess.run(
+        [*command, f"--user-data-dir={tmp_path}", "--dump-dom", f"http://127.0.0.1:{running.port}/docs"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    for shown in ("visionloop serving", "Upload one picture and get its label", "/v2/models/{model}/infer", "Prediction"):
+        assert shown in done.stdout
 
 
 def test_the_specification_names_every_route_and_no_other() -> None:
