@@ -134,6 +134,7 @@ def test_promotions_killed_at_random_leave_the_truth(tmp_path: Path) -> None:
         time.sleep(rng.uniform(0, 0.5))
         os.kill(job.pid, signal.SIGKILL)
         job.wait()
+        job.stdout.close()
         survivor = fresh()
         routes = survivor.releases.routes("m")
         entries = survivor.ledger.entries("m")

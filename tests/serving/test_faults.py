@@ -370,8 +370,45 @@ def test_overload_is_refused_at_once_and_what_is_taken_is_answered(stage: Path, 
         assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
         assert refused[0].json == {"error": "the server is full; try again later"}
         assert mine.figure("shed_total") == len(refused)
-        assert mine.figure("journal_rows_total") == statuses.count(200)
+        with ThreadPoolExecutor(40) as pool:
+            codes = list(pool.map(lambda seed: _grpc_code(mine, png("disc", seed)), range(120)))
+        assert set(codes) == {"", "StatusCode.RESOURCE_EXHAUSTED"}
+        assert mine.figure("journal_rows_total") == statuses.count(200) + codes.count("")
         assert mine.predict(png("disc", 1)).status == 200
+
+
+def _grpc_code(mine: Server, data: bytes) -> str:
+    import numpy as np
+    import tritonclient.grpc as triton
+
+    client = triton.InferenceServerClient(f"127.0.0.1:{mine.grpc_port}")
+    given = triton.InferInput("images", [1], "BYTES")
+    given.set_data_from_numpy(np.array([data], dtype=np.object_))
+    try:
+        client.infer(MODEL, [given])
+    except triton.InferenceServerException as error:
+        return str(error.status())
+    finally:
+        client.close()
+    return ""
+
+
+def test_captured_images_are_those_of_the_log_and_can_be_erased(stage: Path) -> None:
+    with server(stage, "--capture-share", "0.5") as mine:
+        for seed in range(40):
+            assert mine.predict(png(KINDS[seed % 3], seed)).status == 200
+        assert mine.stop() == 0
+    logged = {row["image_sha256"] for row in log_rows(stage)}
+    kept = {path.name for path in (mine.state / "captures").glob("??/*")}
+    assert len(logged) == 40
+    assert 5 < len(kept) < 35
+    assert kept <= logged
+    victim = min(kept)
+    done = visionloop_process("predictions", "erase", victim, "--as", "ann", "--reason", "asked for", cwd=stage)
+    assert done.returncode == 0
+    assert "It was kept and is removed" in done.stdout
+    assert not list((mine.state / "captures").rglob(victim))
+    assert visionloop_process("predictions", "verify", cwd=stage).returncode == 0
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(stage: Path) -> None:
