@@ -32,6 +32,8 @@ from serving.metrics import Metrics, log
 _CODE = Path(__file__).resolve().parent.parent
 _MAX_BLOCKED = 1000
 _MAX_BACKOFF_S = 10.0
+_MARGIN = 0.8
+"""Of the bound on waiting; the rest is for what an expectation misses, so that the slowest answers stay inside it."""
 _MAX_FAILURES = 5
 """Batches in a row of which nothing was answered, after which the engine's process is replaced."""
 
@@ -216,7 +218,9 @@ class Deployment:
     @property
     def full(self) -> bool:
         """Whether one more picture would be refused."""
-        return len(self._waiting) >= self._limits.max_queue or self.expected_wait_s() * 1e3 > self._limits.max_wait_ms
+        return (
+            len(self._waiting) >= self._limits.max_queue or self.expected_wait_s() * 1e3 > _MARGIN * self._limits.max_wait_ms
+        )
 
     def submit(self, pictures: Sequence[tuple[Form, bytes]]) -> list[asyncio.Future[Facts | Refusal]]:
         """Queue pictures that belong to one request, all or none; raises Overloaded or NotServing.
