@@ -40,10 +40,6 @@ class Objects(Protocol):
         """Names below a folder, all of them for "", each with what changes when its bytes do; in order."""
         ...
 
-    def remove(self, name: str) -> None:
-        """Remove an object; one that is not there is no error."""
-        ...
-
 
 def open_objects(url: str) -> Objects:
     """The objects at a folder's path, or at s3://bucket/prefix."""
@@ -124,9 +120,6 @@ class _Folder:
                 status = path.stat()
                 found[path.relative_to(self._root).as_posix()] = f"{status.st_size} {status.st_mtime_ns}"
         return found
-
-    def remove(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
 
 
 def _s3(url: str) -> _S3:
@@ -247,7 +240,3 @@ class _S3:
                 item["Key"][cut:]: f"{item['Size']} {item['ETag']}" for page in pages for item in page.get("Contents", [])
             }
         return {name: found[name] for name in sorted(found) if name and not name.endswith("/")}
-
-    def remove(self, name: str) -> None:
-        with self._answering():
-            self._client.delete_object(Bucket=self._bucket, Key=self._key(name))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from components.contracts import ConfigError
-from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
+from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded
 from flows.cli_registry import add_registry_commands
 from flows.cli_serving import add_serving_commands
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="""Turn labelled images into engines that are judged before they are served.
+    help="""Turn labelled images into engines that are judged and approved before they are served.
 
     The loop, in order:
 
@@ -29,17 +29,19 @@ app = typer.Typer(
       visionloop init DIR                a workspace: git, DVC, your recipes
       visionloop data add FOLDER         one sub-folder per class -> a pinned data version
       visionloop recipe list | show      what can be trained, and how
-      visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, register
+      visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop approve V --as WHO      a second person decides; also reject
       visionloop promote V               everything is checked again, then it goes live; rollback goes back
       visionloop serve --model NAME      answers over HTTP and gRPC; picks up a new champion by itself
+      visionloop predict SOURCE          a folder, .parquet or s3:// through the champion, resumable
+      visionloop predictions export      what was answered; also verify and erase
       visionloop history | who-served    what was decided, and what served at any moment
       visionloop runs                    what was run, and what came of it
       visionloop store verify            every artefact against its digests
       visionloop demo                    all of it on real digits, in a scratch workspace
 
-    Every command takes --json and then prints one JSON object as its last line.
+    Every command that answers takes --json and then prints one JSON object as its last line.
     Exit status: 0 done, 1 the model was rejected, 2 an error that says what to do.""",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Images and their pinned versions.", rich_markup_mode=None)
@@ -155,9 +157,6 @@ def demo(
 
 
 def _told_live(live: dict[str, Any], root: Path) -> str:
-    def figure(estimate: dict[str, Any]) -> str:
-        return f"{estimate['value']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}] n={estimate['n']}"
-
     sure = f", {figure(live['accuracy_when_sure'])} where it was sure" if live["accuracy_when_sure"] else ""
     return "\n".join(
         [

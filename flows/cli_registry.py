@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components.contracts import ConfigError
-from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
+from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded, moment
 
 if TYPE_CHECKING:
     from flows.deciding import Desk
     from registry.approval import State
-    from registry.ledger import Entry
+    from registry.ledger import Entry, Principal, Rule
 
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
 Version = Annotated[str, typer.Argument(help="Version of the model, as `visionloop candidates` lists it.")]
@@ -77,8 +75,8 @@ def candidates(
 
 def _line(state: State) -> str:
     accuracy = (state.requested.body.get("summary") or {}).get("metrics", {}).get("accuracy")
-    figure = f"accuracy {_figure(accuracy)}" if accuracy else ""
-    return f"  version {state.version:>4}  {_status(state):42} {figure}  requested by {state.requested.actor.name}"
+    shown = f"accuracy {figure(accuracy)}" if accuracy else ""
+    return f"  version {state.version:>4}  {_status(state):42} {shown}  requested by {state.requested.actor.name}"
 
 
 def _status(state: State) -> str:
@@ -106,10 +104,6 @@ def _state_json(state: State) -> dict[str, Any]:
         "candidate_digest": state.requested.subject,
         "summary": state.requested.body.get("summary") or {},
     }
-
-
-def _figure(estimate: dict[str, Any]) -> str:
-    return f"{estimate['value']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}] n={estimate['n']}"
 
 
 def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
@@ -156,14 +150,14 @@ def _page(model: str, state: State, champion: Entry | None, report: str | None) 
         ]
         for name, estimate in summary["metrics"].items():
             other = beside.get(name)
-            lines.append(f"  {name:22} {_figure(estimate):38} {_figure(other) if other else 'there is none yet'}")
+            lines.append(f"  {name:22} {figure(estimate):38} {figure(other) if other else 'there is none yet'}")
         worst = sorted(summary["recall"].items(), key=lambda item: item[1]["value"])[:3]
-        lines += ["", "Weakest classes: " + "; ".join(f"{name} recall {_figure(e)}" for name, e in worst) + "."]
+        lines += ["", "Weakest classes: " + "; ".join(f"{name} recall {figure(e)}" for name, e in worst) + "."]
         if summary.get("decision"):
             rule = summary["decision"]
-            accuracy = f", accuracy on them {_figure(rule['accuracy'])}" if rule["accuracy"] else ""
+            accuracy = f", accuracy on them {figure(rule['accuracy'])}" if rule["accuracy"] else ""
             lines.append(
-                f'Answers below confidence {rule["threshold"]:.3f} are "unsure": it answers {_figure(rule["coverage"])} '
+                f'Answers below confidence {rule["threshold"]:.3f} are "unsure": it answers {figure(rule["coverage"])} '
                 f"of the test images{accuracy}."
             )
         lines += ["", "Gates:"]
@@ -185,6 +179,14 @@ def _page(model: str, state: State, champion: Entry | None, report: str | None) 
     return "\n".join(lines)
 
 
+def _decided(workspace: Path, model: str | None, by: Principal, rule: Rule) -> Entry:
+    """Append what a rule allows, and tell who wants to know."""
+    found = _desk(workspace, model)
+    entry = found.ledger.decide(model=found.model, actor=by, rule=rule)
+    _notify(found, entry)
+    return entry
+
+
 def approve(
     version: Version,
     as_: By,
@@ -200,14 +202,12 @@ def approve(
         from registry import approval
 
         by = approval.person(as_)
-        found = _desk(workspace, model)
-        entry = found.ledger.decide(model=found.model, actor=by, rule=approval.approve(version, by, reason, days=days))
-        _notify(found, entry)
+        entry = _decided(workspace, model, by, approval.approve(version, by, reason, days=days))
         finish(
             _entry_json(entry),
             json_,
             lambda: (
-                f"{found.model} version {version} is approved by {by.name} until {entry.body['expires_at'][:16]} UTC "
+                f"{entry.model} version {version} is approved by {by.name} until {entry.body['expires_at'][:16]} UTC "
                 f"(ledger row {entry.seq}).\nNext: visionloop promote {version}"
             ),
         )
@@ -230,12 +230,9 @@ def reject(
         from registry import approval
 
         by = approval.person(as_)
-        found = _desk(workspace, model)
-        rule = approval.reject(version, by, reason, withdraw=withdraw)
-        entry = found.ledger.decide(model=found.model, actor=by, rule=rule)
-        _notify(found, entry)
+        entry = _decided(workspace, model, by, approval.reject(version, by, reason, withdraw=withdraw))
         finish(
-            _entry_json(entry), json_, lambda: f"{found.model} version {version} is rejected by {by.name} (row {entry.seq})."
+            _entry_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq})."
         )
 
     guarded(action, json_)
@@ -308,20 +305,15 @@ def who_served(
     def action() -> None:
         from registry import approval
 
-        try:
-            moment = datetime.datetime.fromisoformat(at)
-        except ValueError:
-            raise ConfigError(f"--at {at!r} is not a moment; expected ISO 8601, such as 2026-03-01T14:00") from None
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=datetime.UTC)
+        when = moment("--at", at)
         found = _desk(workspace, model)
         entries = found.ledger.entries(found.model)
-        served = approval.served_at(entries, moment)
+        served = approval.served_at(entries, when)
         if served is None:
             finish(
                 {"model": found.model, "version": None},
                 json_,
-                lambda: f"{found.model} had no champion at {moment.isoformat()}.",
+                lambda: f"{found.model} had no champion at {when.isoformat()}.",
             )
             return
         seqs = {entry.seq: entry for entry in entries}

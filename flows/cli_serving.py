@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.contracts import ConfigError
-from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
+from flows.answering import HERE, AsJson, InWorkspace, finish, guarded, moment
 
 if TYPE_CHECKING:
     from serving.auth import Tokens
@@ -41,7 +40,9 @@ def serve(
     batch_delay_ms: Annotated[
         float, typer.Option(min=0, max=1000, help="Wait for a fuller batch while a lane is free.")
     ] = 0,
-    max_wait_ms: Annotated[float, typer.Option(min=1, help="Longest expected wait at which a picture is taken.")] = 500,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=1, help="What an accepted answer should take at most; longer queues are refused.")
+    ] = 500,
     max_queue: Annotated[int, typer.Option(min=1, help="Most pictures that wait.")] = 256,
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Largest request.")] = 16,
     capture_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the images whose bytes are kept.")] = 0.0,
@@ -207,16 +208,6 @@ def _log_of(workspace: Path) -> tuple[str, Path]:
     return read_settings(found.state).predictions_url, found.state / "serving"
 
 
-def _moment(option: str, text: str | None) -> datetime.datetime | None:
-    if text is None:
-        return None
-    try:
-        found = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(f"{option} {text!r} is not a moment; expected ISO 8601, such as 2026-03-01T14:00") from None
-    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
-
-
 @predictions_app.command("export")
 def predictions_export(
     out: Annotated[Path, typer.Argument(help="File to write: .parquet, .csv or .jsonl.")],
@@ -234,7 +225,13 @@ def predictions_export(
         url, state = _log_of(workspace)
         # What a stopped server left is sealed first, so that an export right after it is whole.
         segments.seal_all(state / "journal", url)
-        exported = segments.export(url, out, model=model, since=_moment("--since", since), until=_moment("--until", until))
+        exported = segments.export(
+            url,
+            out,
+            model=model,
+            since=moment("--since", since) if since else None,
+            until=moment("--until", until) if until else None,
+        )
         open_journals = segments.unsealed(state / "journal")
         note = f"; {open_journals} journals are still being written" if open_journals else ""
         lost = f"; {exported.lost} predictions were lost when the journal could not be written" if exported.lost else ""

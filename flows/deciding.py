@@ -1,4 +1,4 @@
-"""Opening the registry for a decision, and telling who is meant when nobody says which model."""
+"""Opening a workspace's registry, and telling which model is meant when nobody names one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from registry.models import Registry
 from registry.promotion import Promotion
 
 
+def artifacts_of(workspace: Workspace, settings: Settings) -> Path | None:
+    """Where MLflow keeps files when no server decides that."""
+    return workspace.state / "mlflow-artifacts" if settings.tracking_is_local else None
+
+
+def registry_of(workspace: Workspace, settings: Settings) -> Registry:
+    """The registry of a workspace: MLflow and the ledger."""
+    return Registry(settings.tracking_uri, Ledger(settings.ledger_url), artifacts=artifacts_of(workspace, settings))
+
+
 @dataclass(frozen=True)
 class Desk:
     """A workspace's registry, for one model. What needs MLflow is made when it is asked for."""
@@ -25,8 +35,7 @@ class Desk:
 
     @property
     def promotion(self) -> Promotion:
-        artifacts = self.workspace.state / "mlflow-artifacts" if self.settings.tracking_is_local else None
-        registry = Registry(self.settings.tracking_uri, self.ledger, artifacts=artifacts)
+        registry = registry_of(self.workspace, self.settings)
         return Promotion(registry, ReleaseStore(self.settings.releases_url), self.model)
 
 

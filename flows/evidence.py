@@ -157,7 +157,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "classes": list(results.splits.record.classes),
         "serving_engine": verdict.serving_engine,
         "metrics": _estimates(serving),
-        "recall": {c.name: _estimate(c.recall) for c in serving.per_class},
+        "recall": {c.name: estimate_json(c.recall) for c in serving.per_class},
         "champion": _estimates(results.champion.record) if results.champion else None,
         "latency_p50_ms": latency.latency_p50_ms,
         "latency_p99_ms": latency.latency_p99_ms,
@@ -172,12 +172,13 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
     }
 
 
-def _estimate(estimate: Estimate) -> dict[str, float | int]:
+def estimate_json(estimate: Estimate) -> dict[str, float | int]:
+    """An estimate as summaries and the ledger hold it."""
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
 def _estimates(evaluation: Evaluation) -> dict[str, Any]:
-    return {name: _estimate(estimate) for name, estimate in evaluation.metrics.items()}
+    return {name: estimate_json(estimate) for name, estimate in evaluation.metrics.items()}
 
 
 def _training_key(run: Run, results: Results) -> str:
@@ -241,10 +242,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
             evaluation.record.engine: {
                 "status": evaluation.record.status,
                 "reason": evaluation.record.reason,
-                "metrics": {
-                    name: {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
-                    for name, e in evaluation.record.metrics.items()
-                },
+                "metrics": _estimates(evaluation.record),
                 "latency_ms": {
                     "p50": measurement.record.latency_p50_ms,
                     "p90": measurement.record.latency_p90_ms,

@@ -25,6 +25,7 @@ from components import plugins
 from components.contracts import VisionloopError
 from components.tasks.classification import wilson
 from flows.deciding import desk
+from flows.evidence import estimate_json
 from flows.run import Workspace
 from registry import approval
 
@@ -140,11 +141,9 @@ def _ask(port: int, pictures: list[tuple[str, bytes]]) -> dict[str, Any]:
     ordered = sorted(elapsed)
     return {
         "requests": len(pictures),
-        "accuracy": {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n},
+        "accuracy": estimate_json(accuracy),
         "unsure": unsure,
-        "accuracy_when_sure": None
-        if sure is None
-        else {"value": sure.value, "low": sure.low, "high": sure.high, "n": sure.n},
+        "accuracy_when_sure": estimate_json(sure) if sure is not None else None,
         "latency_p50_ms": ordered[len(ordered) // 2],
         "latency_p99_ms": ordered[int(len(ordered) * 0.99)],
     }

@@ -41,15 +41,23 @@ from components.splitting import TestLedger, split
 from components.store import sha256_file, write_atomically
 from components.training import local_weights, train
 from components.validation import validate
+from flows.deciding import artifacts_of, registry_of
 from flows.notifications import Event, notify
 from flows.run import Run, member_digests
-from registry.ledger import Ledger
-from registry.models import Registry
 from registry.tracking import LiveMetrics
 
 
 def _transient(_task: Any, _run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), RegistryUnavailable)
+
+
+REGISTRY_POLICY: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": 2,
+    "retry_delay_seconds": [1, 3],
+    "retry_condition_fn": _transient,
+}
+"""Of every task that talks to MLflow or the ledger, in this flow and in the others."""
 
 
 @task(name="validation", cache_policy=NO_CACHE)
@@ -81,7 +89,7 @@ def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
             run.settings.tracking_uri,
             run.config.model,
             key,
-            artifacts=artifacts_of(run),
+            artifacts=artifacts_of(run.workspace, run.settings),
             tags={"visionloop.run": run.id, "visionloop.data": run.data.dvc_hash, "visionloop.git": run.lineage.git_commit},
         )
         try:
@@ -191,13 +199,13 @@ def measurement(run: Run, engine: Stored[Engine], splits: Stored[Splits]) -> Sto
     return run.stage("evaluation", Measurement, compute, inputs=inputs, instance=f"{engine.record.name}-latency")
 
 
-@task(name="champion", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 3], retry_condition_fn=_transient)
+@task(name="champion", **REGISTRY_POLICY)
 def champion(run: Run) -> Stored[Engine] | None:
     """Today's champion engine, or None where the ledger proves that none was ever promoted.
 
     Raises RegistryUnavailable when the ledger has lost rows that MLflow knows of: then nothing is proven.
     """
-    registry = registry_of(run)
+    registry = registry_of(run.workspace, run.settings)
     entry = registry.champion(run.config.model)
     if entry is None:
         return None
@@ -276,12 +284,12 @@ def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits
     return run.stage("packaging", Release, compute, inputs=inputs)
 
 
-@task(name="registration", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[1, 3], retry_condition_fn=_transient)
+@task(name="registration", **REGISTRY_POLICY)
 def registration(run: Run, results: Any) -> Candidate | Rejection:
     """Record the candidate in MLflow and the ledger; the ledger decides whether that happened before."""
     from flows.evidence import assemble, candidate_digest
 
-    registry = registry_of(run)
+    registry = registry_of(run.workspace, run.settings)
     with run.console.stage("registration", run.console.total) as (_, cached):
         known = registry.recorded(run.config.model, candidate_digest(run, results))
         if known is not None:
@@ -304,12 +312,3 @@ def _tell(run: Run, outcome: Candidate | Rejection) -> None:
         event = "rejected"
         facts = {"version": "(none)", "by": "the gates", "reason": "; ".join(outcome.reasons), "seq": outcome.ledger_seq}
     notify(run.settings, event, run.config.model, facts, told=lambda line: run.console.line(f"    {line}"))
-
-
-def artifacts_of(run: Run) -> Path | None:
-    """Where MLflow keeps files when no server decides that."""
-    return run.workspace.state / "mlflow-artifacts" if run.settings.tracking_is_local else None
-
-
-def registry_of(run: Run) -> Registry:
-    return Registry(run.settings.tracking_uri, Ledger(run.settings.ledger_url), artifacts=artifacts_of(run))

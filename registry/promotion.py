@@ -88,13 +88,15 @@ class Promotion:
         """Append the promotion, unless anything changed since the check. The champion has moved when this returns."""
         return self.ledger.decide(model=self.model, actor=FLOW, rule=approval.promote(checked.version, checked.release))
 
-    def promote(self, version: str) -> Entry:
+    def promote(self, version: str, *, told: Callable[[str], None] = lambda _: None) -> Entry:
         """Check, move, project, read back. Repeating it after any failure goes on where it stopped."""
         entry = self.reigning(version)
         if entry is None:
             entry = self.move(self.check(version))
+        told(f"version {version} is champion of {self.model} (ledger row {entry.seq})")
         self.project()
         self.read_back()
+        told("routes, MLflow's alias and the published release were read back")
         return entry
 
     def reigning(self, version: str) -> Entry | None:

@@ -6,4 +6,6 @@ deployment  one release in service: queue and batches    inference    a request 
 worker      the engine's own process                     journal      what was answered, before it is answered
 frames      what the two processes say to each other     segments     journals to Parquet, export, verify
 captures    image bytes, by opt-in, erasable             batch        folders and tables through the same engine
+    connections bounds and cheap refusals of HTTP            tensors      what the Open Inference Protocol carries
+    auth        tokens and their roles                       metrics      Prometheus and the structured log
 """

@@ -33,7 +33,6 @@ from starlette.staticfiles import StaticFiles
 
 from serving import tensors
 from serving.auth import Role, Tokens, allows, bearer, digest_of, is_loopback
-from serving.connections import plain_response
 from serving.frames import Form
 from serving.inference import Answer, Answered, Inference, Rejected, moment
 from serving.metrics import log
@@ -308,7 +307,7 @@ class Http:
         return HTMLResponse(_DOCS)
 
     async def _refresh(self, _: Request) -> Response:
-        await asyncio.gather(*(routed.refresh() for routed in self._inference.routed.values()))
+        await asyncio.gather(*(routed.refresh(patient=False) for routed in self._inference.routed.values()))
         return _json(self._status())
 
 
@@ -413,4 +412,3 @@ _DOCS = """<!doctype html>
 <script>SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui"})</script>
 </body></html>
 """
-__all__ = ["Access", "Http", "HttpGate", "plain_response"]

@@ -25,7 +25,7 @@ from components.store import seal, sha256_file, unseal
 from components.tables import read_table
 from serving.deployment import Deployment, Limits, NotServing
 from serving.frames import Facts, Form
-from serving.inference import UNSURE
+from serving.inference import decide
 from serving.metrics import Metrics
 
 MAX_IMAGE_BYTES = 64 << 20
@@ -74,7 +74,6 @@ class _Table:
     """A Parquet file with a column `image` of bytes, or `path` of files beside it; `name` names the rows if it is there."""
 
     def __init__(self, path: Path) -> None:
-
         try:
             table = read_table(path)
         except Exception as error:
@@ -254,15 +253,12 @@ async def _row(deployment: Deployment, inputs: Inputs, number: int, config: Batc
         raise StoreError("no engine can answer; run the same command again, it goes on where it stopped") from None
     if not isinstance(result, Facts):
         return row | {"error": result.message}
-    best = int(result.probabilities.argmax())
-    confidence = float(result.probabilities[best])
-    predicted = deployment.release.engine.classes[best]
-    unsure = confidence < deployment.release.decision.threshold
+    answer = decide(deployment.release, result)
     row |= {
-        "label": UNSURE if unsure else predicted,
-        "predicted": predicted,
-        "confidence": confidence,
-        "unsure": unsure,
+        "label": answer.label,
+        "predicted": answer.predicted,
+        "confidence": answer.confidence,
+        "unsure": answer.unsure,
         "probabilities": result.probabilities,
         "width": result.width,
         "height": result.height,

@@ -51,7 +51,7 @@ class Limits:
     max_queue: int = 256
     """Most pictures that wait."""
     max_wait_ms: float = 500.0
-    """Longest expected wait at which a picture is still taken."""
+    """What an accepted picture should wait at most; it is taken while the expected wait is under `_MARGIN` of this."""
     max_pixels: int = 25_000_000
     load_timeout_s: float = 120.0
     batch_timeout_s: float = 30.0
@@ -149,11 +149,6 @@ class Deployment:
         return self._link is not None and not self._closed
 
     @property
-    def process_id(self) -> int | None:
-        """Process of the engine, None while there is none."""
-        return self._link.process.pid if self._link is not None else None
-
-    @property
     def num_waiting(self) -> int:
         return len(self._waiting) + len(self._suspects)
 
@@ -210,10 +205,10 @@ class Deployment:
         # Killed, so it ends within moments; waiting in a thread keeps no zombie and blocks nobody.
         asyncio.get_running_loop().run_in_executor(None, process.wait)
 
-    def expected_wait_s(self, more: int = 0) -> float:
+    def expected_wait_s(self) -> float:
         """What a picture that came now would wait."""
         flying = sum(len(jobs) for _, jobs in self._flying.values())
-        return (len(self._waiting) + len(self._suspects) + flying + more) * self._picture_ms / 1e3
+        return (len(self._waiting) + len(self._suspects) + flying) * self._picture_ms / 1e3
 
     @property
     def full(self) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from components.contracts import Release
 from components.images import STATISTICS
 from serving.captures import Captures
 from serving.deployment import Deployment, NotServing, Overloaded
@@ -135,8 +136,8 @@ class Inference:
             raise Rejected(422, "this idempotency key was used for another picture; use a new one")
         try:
             return await asyncio.shield(known[2])
-        except Rejected:
-            # A refusal is not an answer: the same key may be tried again.
+        except Exception:
+            # A refusal, or a failure of ours, is not an answer: the same key may be tried again.
             if self._remembered.get(place) is known:
                 del self._remembered[place]
             raise
@@ -189,7 +190,7 @@ class Inference:
                 status = 400 if result.outcome is Outcome.UNDECODABLE else 503
                 retry = None if status == 400 else 1.0
                 raise Rejected(status, f"{which}{result.message}", retry_after_s=retry)
-            answer = self._decide(deployment, result)
+            answer = decide(deployment.release, result)
             answers.append(answer)
             facts = {
                 "prediction_id": answer.prediction_id,
@@ -222,16 +223,18 @@ class Inference:
         self.metrics.seconds.labels(deployment.model).observe(time.perf_counter() - started)
         return Answered(deployment, version, tuple(answers))
 
-    def _decide(self, deployment: Deployment, facts: Facts) -> Answer:
-        best = int(np.argmax(facts.probabilities))
-        confidence = float(facts.probabilities[best])
-        return Answer(
-            prediction_id=new_id(),
-            predicted=deployment.release.engine.classes[best],
-            confidence=confidence,
-            unsure=confidence < deployment.release.decision.threshold,
-            facts=facts,
-        )
+
+def decide(release: Release, facts: Facts) -> Answer:
+    """The release's decision rule on what the engine says; the one place that reads the threshold."""
+    best = int(np.argmax(facts.probabilities))
+    confidence = float(facts.probabilities[best])
+    return Answer(
+        prediction_id=new_id(),
+        predicted=release.engine.classes[best],
+        confidence=confidence,
+        unsure=confidence < release.decision.threshold,
+        facts=facts,
+    )
 
 
 def new_id() -> str:

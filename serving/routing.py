@@ -17,7 +17,7 @@ from pathlib import Path
 from components.contracts import Routes, StoreError, VisionloopError
 from components.releases import ReleaseStore
 from components.store import seal, unseal, write_atomically
-from serving.deployment import Deployment, Limits, NotServing, ReleaseRefused
+from serving.deployment import Deployment, Limits, NotServing
 from serving.metrics import Metrics, log
 
 _RETRY_S = 30.0
@@ -85,8 +85,13 @@ class Routed:
             await self.refresh()
             await asyncio.sleep(self._following.refresh_s)
 
-    async def refresh(self) -> None:
-        """Look at the routes now, and switch when they say so; never raises for what a store or a release does."""
+    async def refresh(self, *, patient: bool = True) -> None:
+        """Look at the routes now, and switch when they say so; never raises for what a store or a release does.
+
+        A release that was refused a moment ago is tried again only when not `patient`: when a person asks.
+        """
+        if not patient:
+            self._refused.clear()
         async with self._lock:
             try:
                 await self._refresh()
@@ -215,6 +220,3 @@ class Routed:
                 await deployment.close()
         for task in list(self._retiring):
             task.cancel()
-
-
-__all__ = ["Following", "ReleaseRefused", "Routed"]

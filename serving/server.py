@@ -213,7 +213,10 @@ class _Server:
         host, port = bound.getsockname()[:2]
         bound.close()  # gRPC binds by itself; until here the socket proved that the port is free
         shown = f"[{host}]" if ":" in host else host
-        server.add_insecure_port(f"{shown}:{port}")
+        try:
+            server.add_insecure_port(f"{shown}:{port}")
+        except RuntimeError:
+            raise ConfigError(f"cannot listen on {shown}:{port} for gRPC; choose another with --grpc-port") from None
         await server.start()
         return server
 

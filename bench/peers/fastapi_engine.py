@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,29 @@ SETTINGS = {
 }
 
 
-def application() -> FastAPI:
-    """The app of one worker process."""
-    setting = SETTINGS[os.environ["PEER_SETTING"]]
-    engine = Answering(Path(os.environ["PEER_RELEASE"]), num_threads=setting["threads"], num_streams=setting["streams"])
+def application_of(one: Callable[[bytes], Any]) -> FastAPI:
+    """An app that answers a posted picture by `one`, in the thread pool."""
     app = FastAPI()
 
     @app.post("/predict")
     async def predict(request: Request) -> Any:
-        return await run_in_threadpool(engine.one, await request.body())
-
-    @app.get("/ready")
-    def ready() -> dict[str, bool]:
-        return {"ready": True}
+        return await run_in_threadpool(one, await request.body())
 
     return app
 
 
+def serve(factory: str, workers: int, port: int) -> None:
+    """Run an app's factory in so many processes."""
+    uvicorn.run(factory, factory=True, port=port, workers=workers, access_log=False, log_level="error")
+
+
+def application() -> FastAPI:
+    """The app of one worker process."""
+    setting = SETTINGS[os.environ["PEER_SETTING"]]
+    engine = Answering(Path(os.environ["PEER_RELEASE"]), num_threads=setting["threads"], num_streams=setting["streams"])
+    return application_of(engine.one)
+
+
 if __name__ == "__main__":
     os.environ["PEER_RELEASE"], port, os.environ["PEER_SETTING"] = sys.argv[1:]
-    uvicorn.run(
-        "bench.peers.fastapi_engine:application",
-        factory=True,
-        port=int(port),
-        workers=SETTINGS[os.environ["PEER_SETTING"]]["workers"],
-        access_log=False,
-        log_level="error",
-    )
+    serve("bench.peers.fastapi_engine:application", SETTINGS[os.environ["PEER_SETTING"]]["workers"], int(port))

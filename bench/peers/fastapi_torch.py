@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi import FastAPI
+
+from bench.peers.fastapi_engine import application_of, serve
 
 SETTINGS = {
     "1 process, 2 threads": {"workers": 1, "threads": 2},
@@ -31,7 +31,6 @@ def application() -> FastAPI:
     record = Checkpoint.read(json.loads((folder / "checkpoint.json").read_text()))
     torch.set_num_threads(SETTINGS[os.environ["PEER_SETTING"]]["threads"])
     model = restore(Stored(record, folder))
-    app = FastAPI()
 
     def one(data: bytes) -> dict[str, Any]:
         pixels = prepare(decode(data), record.preprocessing)
@@ -40,24 +39,9 @@ def application() -> FastAPI:
         probabilities = torch.softmax(logits / record.temperature, dim=1)[0]
         return {"label": record.classes[int(probabilities.argmax())], "probabilities": probabilities.tolist()}
 
-    @app.post("/predict")
-    async def predict(request: Request) -> Any:
-        return await run_in_threadpool(one, await request.body())
-
-    @app.get("/ready")
-    def ready() -> dict[str, bool]:
-        return {"ready": True}
-
-    return app
+    return application_of(one)
 
 
 if __name__ == "__main__":
     os.environ["PEER_RELEASE"], port, os.environ["PEER_SETTING"] = sys.argv[1:]
-    uvicorn.run(
-        "bench.peers.fastapi_torch:application",
-        factory=True,
-        port=int(port),
-        workers=SETTINGS[os.environ["PEER_SETTING"]]["workers"],
-        access_log=False,
-        log_level="error",
-    )
+    serve("bench.peers.fastapi_torch:application", SETTINGS[os.environ["PEER_SETTING"]]["workers"], int(port))

@@ -156,8 +156,6 @@ def test_what_was_answered_before_a_kill_is_in_the_log(stage: Path) -> None:
             time.sleep(2.0)
             mine.process.kill()
             mine.process.wait(10)
-        children = mine.engine_processes() if mine.process.poll() is None else []
-        assert children == []
     answered = {reply.json["prediction_id"] for reply in clients.replies if reply.status == 200}
     assert len(answered) > 50
     logged = [row["prediction_id"] for row in log_rows(stage)]
@@ -166,7 +164,6 @@ def test_what_was_answered_before_a_kill_is_in_the_log(stage: Path) -> None:
     # The next server starts where this one was killed.
     with server(stage) as again:
         assert again.predict(png("disc", 1)).status == 200
-        again.wait_for(lambda: True)
         assert again.stop() == 0
     assert len(log_rows(stage)) == len(logged) + 1
 
@@ -177,9 +174,17 @@ def test_a_killed_server_leaves_no_engine_behind(stage: Path) -> None:
         mine.process.kill()
         mine.process.wait(10)
         deadline = time.monotonic() + 10
-        while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        while _runs(worker):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_sigterm_answers_what_was_taken_and_leaves_with_status_zero(stage: Path) -> None:
@@ -298,6 +303,7 @@ def test_a_tampered_release_leaves_the_old_one_serving(
             # Published again, it is what its digest says, and is taken.
             store.publish(other)
             mine.ask("POST", "/admin/refresh")
+            assert mine.version == "2"
 
 
 def test_with_everything_else_gone_a_server_goes_on_and_even_starts_again(stage: Path) -> None:
