@@ -21,7 +21,7 @@ def told(summary: dict[str, Any]) -> str:
     if summary["outcome"] == "candidate":
         console.print(
             f"[bold green]PASS[/]  {summary['model']} version {summary['version']} is a candidate "
-            f"and waits for a person's approval"
+            f"for a person's approval (visionloop show {summary['version']})"
         )
     else:
         console.print(f"[bold red]{summary['verdict'].upper()}[/]  {summary['model']} was rejected; the evidence is kept")

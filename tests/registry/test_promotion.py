@@ -325,6 +325,8 @@ def test_the_same_rollback_again_goes_no_further_back(desk: Desk, tmp_path: Path
 def test_routes_forged_with_a_later_generation_are_replaced(desk: Desk, tmp_path: Path) -> None:
     mine = desk("forged")
     entry = mine.promote(candidate(mine, tmp_path, "a"))
+    # A row that moves nothing: the ledger is further than its champion.
+    candidate(mine, tmp_path, "c", approved=False)
     routes = mine.releases.routes("forged")
     assert routes is not None
     for generation in (10**6, entry.seq + 1, entry.seq):

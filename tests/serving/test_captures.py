@@ -52,6 +52,16 @@ def test_old_images_are_forgotten(tmp_path: Path) -> None:
     assert captures.path(image(1)[0]).exists()
 
 
+def test_the_bytes_of_an_erased_image_never_touch_the_disk_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = Captures(tmp_path, CaptureConfig(share=1.0))
+    sha, data = image(1)
+    captures.erase(sha, by="ann", reason="asked for")
+    written: list[Path] = []
+    monkeypatch.setattr("serving.captures.write_atomically", lambda path, _: written.append(path))
+    assert captures.keep(sha, data) is False
+    assert written == []
+
+
 def test_an_erased_image_is_gone_for_good_and_that_is_proven(tmp_path: Path) -> None:
     captures = Captures(tmp_path, CaptureConfig(share=1.0))
     sha, data = image(1)
