@@ -21,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ import numpy as np
 from PIL import Image
 
 from bench.peers.answering import Answering
+from components.contracts import Route, Routes, Stored
+from components.releases import ReleaseStore
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-bench"
@@ -255,7 +259,14 @@ def _environment() -> dict[str, str]:
 
 
 def offered(
-    server: Server, port: int, files: Sequence[Path], *, rate: float, seconds: float, seed: int = 7
+    server: Server,
+    port: int,
+    files: Sequence[Path],
+    *,
+    rate: float,
+    seconds: float,
+    seed: int = 7,
+    count_by: str = "",
 ) -> dict[str, Any]:
     """Offer a load from a process of its own and return what came of it."""
     order = {
@@ -266,6 +277,7 @@ def offered(
         "rate": rate,
         "seconds": seconds,
         "seed": seed,
+        "version_key": count_by,
     }
     done = subprocess.run(
         [sys.executable, "-m", "bench.load"], input=json.dumps(order), capture_output=True, text=True, cwd=ROOT, check=True
@@ -335,6 +347,68 @@ def overload(
     return told
 
 
+def switching(
+    server: Server, port: int, files: Sequence[Path], rate: float, workspace: Path, model: str, scratch: Path
+) -> dict[str, Any]:
+    """A hundred changes of champion under a constant load: 70 to a release that is warm, 30 to one that is loaded anew."""
+    store = ReleaseStore(str(workspace / ".visionloop" / "releases"))
+    routes = store.routes(model)
+    assert routes is not None
+    first = store.fetch(model, routes.routes[0].release, cache=scratch / "first")
+    digests = [routes.routes[0].release]
+    for threshold in (0.91, 0.92):
+        rule = first.record.decision.model_copy(update={"threshold": threshold})
+        digests.append(store.publish(Stored(first.record.model_copy(update={"decision": rule}), first.folder)))
+    loads: list[dict[str, Any]] = []
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            told = offered(server, port, files, rate=rate, seconds=5, seed=len(loads), count_by='"release":"')
+            loads.append(told)
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    seconds = []
+    try:
+        for number, index in enumerate([1, 0] * 35 + [2, 1, 0] * 10):
+            generation = routes.generation + 1 + number
+            route = Route(release=digests[index], version=f"{index + 1}", role="champion", weight=1.0)
+            store.move(Routes(model=model, generation=generation, routes=(route,)))
+            since = time.monotonic()
+            while _generation(port, model) < generation:
+                if time.monotonic() - since > 60:
+                    raise RuntimeError(f"the switch to generation {generation} did not come")
+                time.sleep(0.02)
+            seconds.append(time.monotonic() - since)
+    finally:
+        stop.set()
+        asking.join()
+    statuses: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
+    for told in loads:
+        statuses.update(told["statuses"])
+        answered.update(told["versions"])
+    return {
+        "switches": len(seconds),
+        "offered_per_s": round(rate, 1),
+        "requests": sum(told["sent"] for told in loads),
+        "statuses": dict(statuses),
+        "broken": sum(told["broken"] + told["no_connection"] for told in loads),
+        "answers_by_release": {f"release {digests.index(name) + 1}": count for name, count in answered.items()},
+        "accepted_p99_ms": [told["accepted_ms"].get("p99") for told in loads],
+        "median_s_until_it_serves": {
+            "warm": round(statistics.median(seconds[:70]), 2),
+            "loaded anew": round(statistics.median(seconds[70:]), 2),
+        },
+    }
+
+
+def _generation(port: int, model: str) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=30) as response:
+        return int(json.load(response)["models"][model]["generation"] or 0)
+
+
 def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     """Both sides; the ratio is ours to the best peer's rate within the bound."""
     workspace, model = prepared(data, scratch)
@@ -368,6 +442,8 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
                     peak = offered(server, port, files, rate=top * 1.3, seconds=10)
                     details["goodput"] = peak
                     details["overload"] = overload(server, port, files, peak["goodput_per_s"], process)
+                    rate_70 = 0.7 * peak["goodput_per_s"]
+                    details["switching"] = switching(server, port, files, rate_70, workspace, model, scratch)
             say(f"  {label}: {rate:.0f}/s within p99 {BOUND_MS:g} ms ({details[label]})")
         except (RuntimeError, subprocess.CalledProcessError) as error:
             failures[label] = str(error)[-500:]
@@ -389,6 +465,9 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
         "ceiling_layouts": {name: round(rate, 1) for name, rate in layouts.items()},
         "goodput_of_ceiling": round(details["goodput"]["goodput_per_s"] / top, 3) if "goodput" in details else None,
         "settings": rates,
+        "goodput_at_10x_of_peak": round(details["overload"]["10x"]["goodput_per_s"] / details["goodput"]["goodput_per_s"], 3)
+        if "overload" in details
+        else None,
         "details": details,
         "failures": failures,
     }

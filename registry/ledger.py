@@ -14,15 +14,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from components.contracts import Record, RegistryUnavailable, TamperedArtefact, VisionloopError, canonical_json
+from components.contracts import Record, TamperedArtefact, canonical_json
+from components.databases import Database, now
 
 Kind = Literal["requested", "rejected", "approved", "promoted", "rolled_back"]
 GENESIS = "0" * 64
@@ -110,38 +109,11 @@ class Ledger:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._engine = sa.create_engine(url, pool_pre_ping=True)
-        if self._engine.dialect.name == "sqlite":
-            # pysqlite's own transaction handling starts too late to serialise two appenders.
-            sa.event.listen(self._engine, "connect", _sqlite_manual_transactions)
-            sa.event.listen(self._engine, "begin", _sqlite_begin)
-        self._ready = False
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        try:
-            with self._engine.begin() as connection:
-                if self._engine.dialect.name == "postgresql":
-                    # Held to the end of the transaction: appenders, and the first ones making the table, take turns.
-                    connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
-                if not self._ready:
-                    _metadata.create_all(connection)
-                    for statement in _IMMUTABLE.get(self._engine.dialect.name, []):
-                        connection.execute(sa.text(statement))
-                    self._ready = True
-                yield connection
-        except (IntegrityError, VisionloopError):
-            raise
-        except SQLAlchemyError as error:
-            cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
-            raise RegistryUnavailable(
-                f"the ledger at {sa.make_url(self.url).render_as_string(hide_password=True)} does not answer: {cause}. "
-                f"Nothing was lost; bring it back and run the same command again"
-            ) from error
+        self._database = Database(url, _metadata, name="the ledger", lock=_LOCK, once=_IMMUTABLE)
 
     def append(self, kind: Kind, *, model: str, subject: str, actor: Principal, body: Mapping[str, Any], key: str) -> Entry:
         """Append a row, or return the row that `key` already has."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             existing = connection.execute(sa.select(_entries).where(_entries.c.key == key)).mappings().first()
             if existing is not None:
                 return _entry(dict(existing))
@@ -154,8 +126,8 @@ class Ledger:
         that is there already is the answer to a repeated command. Raises DecisionRefused, TamperedArtefact or
         RegistryUnavailable.
         """
-        with self._transaction() as connection:
-            draft = rule([entry for entry in _verified(connection) if entry.model == model], self._now(connection))
+        with self._database.transaction() as connection:
+            draft = rule([entry for entry in _verified(connection) if entry.model == model], now(connection))
             existing = connection.execute(sa.select(_entries).where(_entries.c.key == draft.key)).mappings().first()
             if existing is not None:
                 return _entry(dict(existing))
@@ -163,7 +135,7 @@ class Ledger:
 
     def _append(self, connection: sa.Connection, draft: Draft, model: str, actor: Principal) -> Entry:
         last = connection.execute(sa.select(_entries).order_by(_entries.c.seq.desc()).limit(1)).mappings().first()
-        at = self._now(connection).isoformat(timespec="microseconds")
+        at = now(connection).isoformat(timespec="microseconds")
         values: dict[str, Any] = {
             "seq": 1 if last is None else last["seq"] + 1,
             # The order of rows is their number; a clock that was set back must not contradict it.
@@ -181,27 +153,20 @@ class Ledger:
         connection.execute(_entries.insert().values(values))
         return _entry(values)
 
-    def _now(self, connection: sa.Connection) -> datetime.datetime:
-        """The database's clock where it has one of its own: machines that share a ledger share its time."""
-        if connection.dialect.name == "postgresql":
-            found: datetime.datetime = connection.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
-            return found.astimezone(datetime.UTC)
-        return datetime.datetime.now(datetime.UTC)
-
     def now(self) -> datetime.datetime:
         """The time by which approvals expire."""
-        with self._transaction() as connection:
-            return self._now(connection)
+        with self._database.transaction() as connection:
+            return now(connection)
 
     def entries(self, model: str | None = None) -> list[Entry]:
         """Rows in order, of one model or of all; raises TamperedArtefact when the chain does not verify."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             found = _verified(connection)
         return [entry for entry in found if model is None or entry.model == model]
 
     def find(self, key: str) -> Entry | None:
         """The row with this idempotency key."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             row = connection.execute(sa.select(_entries).where(_entries.c.key == key)).mappings().first()
         return None if row is None else _entry(dict(row))
 
@@ -214,7 +179,7 @@ class Ledger:
         return moves[-1] if moves else None
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
 
 def _verified(connection: sa.Connection) -> list[Entry]:
@@ -250,14 +215,3 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         hash=row["hash"],
     )
 
-
-def _sqlite_manual_transactions(connection: Any, _: Any) -> None:
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout=10000")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
-
-
-def _sqlite_begin(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")

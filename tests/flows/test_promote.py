@@ -213,3 +213,18 @@ def test_a_destination_that_is_down_costs_a_line_and_tells_no_secret(inbox: Any)
     assert len(received) == 1
     assert all("the ledger has it all the same" in line for line in lines)
     assert "secret" not in "".join(lines)
+
+
+def test_people_are_told_by_a_block_of_prefect(inbox: Any, prefect_server: str) -> None:
+    """A block that is saved in the Prefect server, named as `type/name`."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+    url, received = inbox
+    address = url.replace("json://", "http://")
+    body = {"title": "{{subject}}", "text": "{{body}}"}
+    CustomWebhookNotificationBlock(name="reviewers", url=address, json_data=body).save("reviewers", overwrite=True)
+    facts = {"version": "1", "by": "ann", "reason": "good"}
+    problems = notify(settings("custom-webhook/reviewers", "custom-webhook/nobody"), "approved", "m", facts)
+    assert received == [{"title": "visionloop", "text": "m version 1 was approved by ann: good"}]
+    assert len(problems) == 1
+    assert "nobody" in problems[0]

@@ -1,0 +1,87 @@
+"""Databases: one transaction at a time on SQLite and PostgreSQL, for tables that several processes append to.
+
+A transaction holds the database (SQLite) or a lock of the tables' own (PostgreSQL) from its first statement, so a rule that
+reads and then writes is never interleaved with another one. Tables are made on first use.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from components.contracts import ConfigError, RegistryUnavailable, VisionloopError
+
+
+class Database:
+    """The tables of one metadata behind one URL.
+
+    `name` is how errors call it, `lock` the PostgreSQL advisory lock that its transactions take, `once` the statements, by
+    dialect, that follow the making of the tables.
+    """
+
+    def __init__(
+        self, url: str, metadata: sa.MetaData, *, name: str, lock: int, once: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self.url, self.name = url, name
+        self._metadata, self._lock, self._once = metadata, lock, once or {}
+        try:
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+        except (SQLAlchemyError, ModuleNotFoundError) as error:
+            raise ConfigError(f"{name}: {url.split('://')[0]!r} is no database that can be opened here ({error})") from None
+        if self._engine.dialect.name == "sqlite":
+            # pysqlite's own transaction handling starts too late to serialise two appenders.
+            sa.event.listen(self._engine, "connect", _sqlite_manual_transactions)
+            sa.event.listen(self._engine, "begin", _sqlite_begin)
+        self._ready = False
+
+    @contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """A connection for one transaction; raises RegistryUnavailable when the database does not answer."""
+        try:
+            with self._engine.begin() as connection:
+                if self._engine.dialect.name == "postgresql":
+                    # Held to the end of the transaction: appenders, and the first ones making the tables, take turns.
+                    connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({self._lock})"))
+                if not self._ready:
+                    self._metadata.create_all(connection)
+                    for statement in self._once.get(self._engine.dialect.name, ()):
+                        connection.execute(sa.text(statement))
+                    self._ready = True
+                yield connection
+        except (IntegrityError, VisionloopError):
+            raise
+        except SQLAlchemyError as error:
+            cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
+            raise RegistryUnavailable(
+                f"{self.name} at {sa.make_url(self.url).render_as_string(hide_password=True)} does not answer: {cause}. "
+                f"Nothing was lost; bring it back and run the same command again"
+            ) from error
+
+    def close(self) -> None:
+        """Give every connection back."""
+        self._engine.dispose()
+
+
+def now(connection: sa.Connection) -> datetime.datetime:
+    """The database's clock where it has one of its own: machines that share a database share its time."""
+    if connection.dialect.name == "postgresql":
+        found: datetime.datetime = connection.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
+        return found.astimezone(datetime.UTC)
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _sqlite_manual_transactions(connection: Any, _: Any) -> None:
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _sqlite_begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
