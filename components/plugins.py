@@ -20,8 +20,17 @@ from pydantic import ValidationError
 
 from components.contracts import ConfigError, UnknownName, first_problem
 
-FAMILIES = {"sources": "Source", "targets": "Target", "gates": "Gate", "tasks": "Task", "backbones": "Backbone"}
+FAMILIES = {
+    "sources": "Source",
+    "targets": "Target",
+    "gates": "Gate",
+    "tasks": "Task",
+    "backbones": "Backbone",
+    "detectors": "Detector",
+}
 _ROOT = Path(__file__).resolve().parent
+_HOMES = {"detectors": _ROOT.parent / "monitoring"}
+"""Packages of the families that do not live here."""
 _workspace_plugins: list[Path] = []
 
 
@@ -34,12 +43,17 @@ def _members(family: str) -> dict[str, Path]:
     if family not in FAMILIES:
         raise UnknownName("plug-in family", family, list(FAMILIES))
     found: dict[str, Path] = {}
-    for root in (_ROOT, *_workspace_plugins):
+    for root in (home(family), *_workspace_plugins):
         for path in sorted((root / family).glob("[!_]*.py")):
             if path.stem in found:
                 raise ConfigError(f"{path} has the name of a shipped {family} member; rename it")
             found[path.stem] = path
     return found
+
+
+def home(family: str) -> Path:
+    """The package that holds a family's folder."""
+    return _HOMES.get(family, _ROOT)
 
 
 def names(family: str) -> list[str]:
@@ -52,8 +66,8 @@ def _module(family: str, name: str) -> ModuleType:
     if name not in members:
         raise UnknownName(family.removesuffix("s"), name, list(members))
     path = members[name]
-    if path.parent.parent == _ROOT:
-        return importlib.import_module(f"components.{family}.{name}")
+    if path.parent.parent == home(family):
+        return importlib.import_module(f"{home(family).name}.{family}.{name}")
     key = f"visionloop_workspace_plugins.{family}.{name}"
     spec = importlib.util.spec_from_file_location(key, path)
     assert spec is not None
@@ -97,7 +111,7 @@ def _imports(path: Path) -> set[Path]:
             dotted |= {alias.name for alias in node.names}
     found: set[Path] = set()
     for name in dotted:
-        if name.split(".")[0] not in ("components", "registry"):
+        if name.split(".")[0] not in ("components", "registry", "monitoring"):
             continue
         base = root.joinpath(*name.split("."))
         found |= {file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()}

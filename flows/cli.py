@@ -6,14 +6,18 @@ import getpass
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from components.contracts import ConfigError
 from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded
+from flows.cli_loop import add_loop_commands
 from flows.cli_registry import add_registry_commands
 from flows.cli_serving import add_serving_commands
+
+if TYPE_CHECKING:
+    from flows.data import Added
 
 app = typer.Typer(
     name="visionloop",
@@ -36,6 +40,11 @@ app = typer.Typer(
       visionloop serve --model NAME      answers over HTTP and gRPC; picks up a new champion by itself
       visionloop predict SOURCE          a folder, .parquet or s3:// through the champion, resumable
       visionloop predictions export      what was answered; also verify and erase
+      visionloop up | status | down      what the loop needs: Prefect server, schedules, automations, a worker
+      visionloop watch | windows         does what the champion sees still look like its reference?
+      visionloop alarms | sweep          drift that was seen, and what came of it
+      visionloop labels import FILE      what people say that images of production show
+      visionloop governor history        what may train without a person, and why or why not; stop, start, reset
       visionloop history | who-served    what was decided, and what served at any moment
       visionloop runs                    what was run, and what came of it
       visionloop store verify            every artefact against its digests
@@ -52,6 +61,7 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
 add_registry_commands(app)
 add_serving_commands(app)
+add_loop_commands(app)
 
 
 @app.command()
@@ -105,7 +115,9 @@ def _trained(root: Path, recipe: str, overrides: list[str], by: str | None) -> d
     requester = person(by or getpass.getuser()).name
     from flows.train import train as flow
 
-    return flow(recipe, str(root), overrides, requested_by=requester, quiet=False)
+    call: Any = flow  # its states confuse the types of Prefect's decorator
+    summary: dict[str, Any] = call(recipe, str(root), overrides, requested_by=requester, quiet=False)
+    return summary
 
 
 def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool) -> None:
@@ -199,6 +211,9 @@ def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
 def data_add(
     folder: Annotated[Path | None, typer.Argument(help="One sub-folder per class; none to pin data/ as it is.")] = None,
     source: Annotated[str | None, typer.Option(help="A source plug-in instead of a folder, such as digits.")] = None,
+    from_predictions: Annotated[
+        str | None, typer.Option(help="The model whose captured and labelled images of production are added.")
+    ] = None,
     test_share: Annotated[
         float | None, typer.Option(min=0.05, max=0.5, help="Share that is test for ever; frozen by the first add.")
     ] = None,
@@ -208,13 +223,15 @@ def data_add(
     """Copy images into data/, freeze which of them are test, and pin the result as a new data version."""
 
     def action() -> None:
-        from components.validation import ValidationConfig
         from flows import data
         from flows.console import Console
         from flows.run import Workspace
 
-        if folder is not None and source is not None:
-            raise ConfigError("give a folder or --source, not both")
+        if sum(given is not None for given in (folder, source, from_predictions)) > 1:
+            raise ConfigError("give a folder, --source or --from-predictions, one of them")
+        if from_predictions is not None:
+            _add_from_predictions(workspace, from_predictions, json_)
+            return
         found = Workspace.find(workspace)
         with found.locked("visionloop data add"), Console(1, quiet=json_) as console:
             if source is not None:
@@ -223,28 +240,62 @@ def data_add(
                 data.fetch(found, source)
             with console.stage("looking at images", 1) as (progress, _):
                 added = data.add(found, folder, test_share=test_share, progress=progress)
-        notes = list(data.class_note(added.class_counts, ValidationConfig().min_images_per_class))
-        if added.undecodable:
-            shown = ", ".join(added.undecodable[:3])
-            notes.append(f"{len(added.undecodable)} files do not decode and will be quarantined: {shown}")
-        answer = {
-            "data_version": added.version.dvc_hash,
-            "files": added.version.num_files,
-            "copied": added.num_copied,
-            "already_there": added.num_already_there,
-            "new_test_images": added.num_new_test,
-            "classes": added.class_counts,
-            "notes": notes,
-        }
-        lines = [
-            f"Data version {added.version.dvc_hash}: {added.version.num_files} files in {len(added.class_counts)} classes",
-            f"({added.num_copied} copied, {added.num_already_there} were there, {added.num_new_test} new test images).",
-            *(f"Note: {note}." for note in notes),
-            "Next: git commit -m 'New data version', then visionloop train --recipe NAME",
-        ]
-        finish(answer, json_, lambda: "\n".join(lines))
+        _finish_added(added, [], "then visionloop train --recipe NAME", json_)
 
     guarded(action, json_)
+
+
+def _finish_added(added: Added, notes: list[str], following: str, as_json: bool) -> None:
+    from components.validation import ValidationConfig
+    from flows import data
+
+    notes = [*notes, *data.class_note(added.class_counts, ValidationConfig().min_images_per_class)]
+    if added.undecodable:
+        shown = ", ".join(added.undecodable[:3])
+        notes.append(f"{len(added.undecodable)} files do not decode and will be quarantined: {shown}")
+    answer = {
+        "data_version": added.version.dvc_hash,
+        "files": added.version.num_files,
+        "copied": added.num_copied,
+        "already_there": added.num_already_there,
+        "new_test_images": added.num_new_test,
+        "classes": added.class_counts,
+        "notes": notes,
+    }
+    lines = [
+        f"Data version {added.version.dvc_hash}: {added.version.num_files} files in {len(added.class_counts)} classes",
+        f"({added.num_copied} copied, {added.num_already_there} were there, {added.num_new_test} new test images).",
+        *(f"Note: {note}." for note in notes),
+        f"Next: git commit -m 'New data version', {following}",
+    ]
+    finish(answer, as_json, lambda: "\n".join(lines))
+
+
+def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
+    """Captured and labelled images of production become the next data version; an alarm that waited for data is told."""
+    from flows import data
+    from flows.console import Console
+    from flows.run import Workspace
+    from flows.settings import prepare_environment
+
+    found = Workspace.find(workspace)
+    prepare_environment(found.state)
+    from flows.alarming import tell_of_data
+    from flows.labelling import gathered
+    from flows.watching import open_loop
+
+    loop = open_loop(found.root, model)
+    with found.locked("visionloop data add"), Console(1, quiet=as_json) as console:
+        with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
+            added = data.add(found, labelled.folder, test_share=None, progress=progress)
+    notes = []
+    if labelled.not_kept:
+        notes.append(f"{labelled.not_kept} labelled images were not captured, so they cannot be added")
+    if labelled.damaged:
+        notes.append(f"{labelled.damaged} captured images are damaged and were left out")
+    woken = tell_of_data(loop, told=lambda line: print(line, file=sys.stderr, flush=True))
+    notes += [f"alarm {key} waited for data and was raised again" for key in woken]
+    _finish_added(added, notes, "then the loop trains by itself, or visionloop train --recipe NAME", as_json)
 
 
 @data_app.command("status")

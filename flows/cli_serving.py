@@ -50,6 +50,7 @@ def serve(
     request_timeout_s: Annotated[float, typer.Option(min=0.1, help="How long a request may take to arrive.")] = 15.0,
     load_timeout_s: Annotated[float, typer.Option(min=1, help="How long a release may take to be ready.")] = 120.0,
     refresh_s: Annotated[float, typer.Option(min=0.05, help="How often the routes are looked at.")] = 2.0,
+    seal_s: Annotated[float, typer.Option(min=1, help="Age at which the journal becomes a segment of the log.")] = 300.0,
     workspace: InWorkspace = HERE,
 ) -> None:
     """Serve the champion: picture upload and the Open Inference Protocol, over HTTP and gRPC.
@@ -63,6 +64,7 @@ def serve(
         from flows.settings import read_settings
         from serving.captures import CaptureConfig
         from serving.deployment import Limits
+        from serving.journal import JournalConfig
         from serving.routing import Following
         from serving.server import ServingConfig
         from serving.server import serve as run
@@ -92,6 +94,7 @@ def serve(
                 load_timeout_s=load_timeout_s,
             ),
             following=Following(refresh_s=refresh_s),
+            journal=JournalConfig(rotate_s=seal_s),
             captures=CaptureConfig(share=capture_share, retain_days=retain_days),
         )
         status = run(config, announce=lambda line: print(line, file=sys.stderr, flush=True))

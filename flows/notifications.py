@@ -1,7 +1,7 @@
-"""What happened in the registry, told to people and to Prefect: best effort, never needed for correctness.
+"""What happened in the loop, told to people and to Prefect: best effort, never needed for correctness.
 
-The ledger is what counts; a notification that is lost costs a message. Every destination gets a few seconds, in a
-thread, and a failure becomes one line on the console.
+The ledger and the loop's tables are what counts; a notification that is lost costs a message. Every destination gets a few
+seconds, in a thread, and a failure becomes one line on the console.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from flows.settings import Settings
 
-Event = Literal["requested", "rejected", "approved", "promoted", "rolled_back"]
+Event = Literal["requested", "rejected", "approved", "promoted", "rolled_back", "drift", "refused"]
 _TIMEOUT_S = 5.0
 
 
@@ -39,7 +39,7 @@ def notify(
         if outcome:
             problems.append(f"{name} was not told: {outcome[0]}")
     for problem in problems:
-        told(f"note: {problem}; the ledger has it all the same")
+        told(f"note: {problem}; it is on record all the same")
     return problems
 
 
@@ -54,12 +54,15 @@ def _attempt(action: Callable[[], None], outcome: list[str]) -> None:
 
 def _sentence(event: Event, model: str, facts: Mapping[str, Any]) -> str:
     version, by, reason = facts.get("version", "?"), facts.get("by", "?"), facts.get("reason", "")
+    if event == "refused":
+        return f"{model}: a retraining was refused by the governor ({by}): {reason}"
     words = {
         "requested": "waits for approval, requested by",
         "rejected": "was rejected by",
         "approved": "was approved by",
         "promoted": "is champion now, promoted by",
         "rolled_back": "is champion again, rolled back by",
+        "drift": "sees drift, by",
     }[event]
     return f"{model} version {version} {words} {by}" + (f": {reason}" if reason else "")
 

@@ -150,6 +150,12 @@ def version() -> str:
         return "unknown"
 
 
+def run_id(workspace: Workspace, config: RunConfig, data: DataVersion, settings: Settings) -> str:
+    """Names a run by all that can change what comes of it: recipe, data, code, libraries and threads."""
+    identity = [config.digest(), data.digest(), code_digest(workspace.plugins), lock_digest(), settings.num_threads]
+    return f"{config.name}-{sha256_text(canonical_json(identity))[:12]}"
+
+
 class Run:
     """One run of the training flow in a workspace."""
 
@@ -174,8 +180,7 @@ class Run:
         """Engines that cannot be built on this machine, with the reason."""
         commit, dirty = dataversions.git_state(workspace.root)
         code = code_digest(workspace.plugins)
-        identity = [config.digest(), data.digest(), code, lock_digest(), settings.num_threads]
-        self.id = f"{config.name}-{sha256_text(canonical_json(identity))[:12]}"
+        self.id = run_id(workspace, config, data, settings)
         self.folder = workspace.runs / self.id
         self.lineage = Lineage(
             run_id=self.id,

@@ -8,12 +8,16 @@
 | VISIONLOOP_RELEASES       | where releases are published: folder or s3:// | .visionloop/releases                   |
 | VISIONLOOP_PREDICTIONS    | where the sealed prediction log goes: folder or s3:// | .visionloop/predictions           |
 | VISIONLOOP_NOTIFY         | Apprise URLs and Prefect blocks, comma-separated | nobody                              |
-| PREFECT_API_URL           | Prefect server that runs are recorded by      | a temporary local one per process      |
+| VISIONLOOP_LOOP_URL       | SQLAlchemy URL of alarms, decisions, labels   | the ledger's, else SQLite under .visionloop/ |
+| VISIONLOOP_PREFECT_DB     | database of the Prefect server of `up`        | SQLite under .visionloop/up/           |
+| PREFECT_API_URL           | Prefect server that runs are recorded by      | that of `visionloop up`, else a temporary one |
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +61,12 @@ class Settings:
     predictions_url: str
     notify: tuple[str, ...]
     prefect_api_url: str
+    loop_url: str = ""
+    prefect_database_url: str = ""
+
+
+UP = "up"
+"""Folder of the workspace's state in which `visionloop up` keeps what it started."""
 
 
 def prepare_environment(state: Path) -> None:
@@ -67,6 +77,31 @@ def prepare_environment(state: Path) -> None:
         (state / name).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_HOME", str(state / "prefect"))
     os.environ.setdefault("MPLCONFIGDIR", str(state / "cache" / "matplotlib"))
+    if "PREFECT_API_URL" not in os.environ:
+        os.environ.update(standing(state))
+
+
+def standing(state: Path) -> dict[str, str]:
+    """Address and credential of the Prefect server that `visionloop up` keeps running here; empty when there is none."""
+    import psutil
+
+    try:
+        told = json.loads((state / UP / "server.json").read_text())
+        alive = psutil.Process(told["pid"]).create_time() == told["created"]
+        secret = (state / UP / "auth").read_text().strip()
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return {}
+    return {"PREFECT_API_URL": told["api"], "PREFECT_API_AUTH_STRING": secret} if alive else {}
+
+
+def use_environment(values: Mapping[str, str]) -> None:
+    """Set variables of this process and of those that it starts."""
+    os.environ.update(values)
+
+
+def environment_with(values: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with other values, for a process that is started."""
+    return {**os.environ, **values}
 
 
 def read_settings(state: Path) -> Settings:
@@ -84,6 +119,10 @@ def read_settings(state: Path) -> Settings:
         predictions_url=os.environ.get("VISIONLOOP_PREDICTIONS") or str(state / "predictions"),
         notify=tuple(filter(None, (part.strip() for part in os.environ.get("VISIONLOOP_NOTIFY", "").split(",")))),
         prefect_api_url=os.environ.get("PREFECT_API_URL", ""),
+        loop_url=os.environ.get("VISIONLOOP_LOOP_URL")
+        or os.environ.get("VISIONLOOP_LEDGER_URL")
+        or f"sqlite:///{state / 'loop.db'}",
+        prefect_database_url=os.environ.get("VISIONLOOP_PREFECT_DB", ""),
     )
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from prefect import flow
 from prefect.futures import wait
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import steps
 from flows.evidence import Results, summarise, write_report
+from flows.governing import Cause, governed
 from flows.opening import opened
 
 # Two engines are built at a time: each is a process of its own.
@@ -26,11 +28,25 @@ def train(
     reason: str = "manual",
     requested_by: str = "",
     quiet: bool = False,
-) -> dict[str, Any]:
+    cause: Cause = "manual",
+    request: str = "",
+) -> Any:
     """Run a recipe in a workspace and return what came of it as JSON data.
 
-    `requested_by` is the person who asked for it, who then cannot approve it; empty for a machine.
+    `requested_by` is the person who asked for it, who then cannot approve it; empty for a machine. What no person asked for
+    (`cause`, with the `request` it came by: an alarm's id, or a run to take up again) runs when the governor grants it; else
+    it ends as Skipped, saying why.
     """
+    with governed(recipe, Path(workspace), cause, request) as permit:
+        if not permit.granted:
+            return Completed(name="Skipped", message=permit.told["reason"], data=permit.told)
+        permit.summary = _train(recipe, workspace, overrides, reason, requested_by, quiet)
+        return permit.summary
+
+
+def _train(
+    recipe: str, workspace: str, overrides: Sequence[str], reason: str, requested_by: str, quiet: bool
+) -> dict[str, Any]:
     with opened(recipe, Path(workspace), overrides, reason, requested_by=requested_by, quiet=quiet) as run:
         dataset = steps.validation(run)
         splits = steps.splitting(run, dataset)

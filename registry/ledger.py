@@ -214,4 +214,3 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         previous=row["previous"],
         hash=row["hash"],
     )
-

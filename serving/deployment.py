@@ -34,6 +34,10 @@ _MAX_BLOCKED = 1000
 _MAX_BACKOFF_S = 10.0
 _MARGIN = 0.8
 """Of the bound on waiting; the rest is for what an expectation misses, so that the slowest answers stay inside it."""
+_YIELD_WAIT_S = 0.04
+"""A release that is loading stands still while a picture of those that are served would wait longer than this."""
+_YIELD_S, _LOAD_S = 0.03, 0.01
+"""How long it stands still at a time, and how long it may go on in between: also under full load it comes up."""
 _MAX_FAILURES = 5
 """Batches in a row of which nothing was answered, after which the engine's process is replaced."""
 
@@ -152,12 +156,15 @@ class Deployment:
     def num_waiting(self) -> int:
         return len(self._waiting) + len(self._suspects)
 
-    async def start(self) -> None:
-        """Start the engine's process and wait until it is warm and golden; raises ReleaseRefused."""
-        await self._spawn()
+    async def start(self, *, beside: Deployment | None = None) -> None:
+        """Start the engine's process and wait until it is warm and golden; raises ReleaseRefused.
+
+        Loading leaves the processors to what is served `beside` it, as far as that needs them.
+        """
+        await self._spawn(beside)
         self._task(self._watch())
 
-    async def _spawn(self) -> None:
+    async def _spawn(self, beside: Deployment | None = None) -> None:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         process = subprocess.Popen(
@@ -180,12 +187,16 @@ class Deployment:
             "max_pixels": self._limits.max_pixels,
         }
         link.transport.write(frame(Kind.LOAD, json.dumps(order).encode()))
+        yielding = loop.create_task(_yield_to(beside, process)) if beside is not None else None
         try:
             await asyncio.wait_for(asyncio.shield(loading), self._limits.load_timeout_s)
         except TimeoutError:
             raise ReleaseRefused(f"the engine was not ready within {self._limits.load_timeout_s:g} s") from None
         finally:
             self._loading = None
+            if yielding is not None:
+                yielding.cancel()
+                _signal(process, signal.SIGCONT)
             if loading.cancelled() or not loading.done() or loading.exception() is not None:
                 self._end(link)
         if self._closed:
@@ -419,3 +430,21 @@ class Deployment:
                 job.future.set_exception(NotServing())
         if link is not None:
             self._end(link)
+
+
+async def _yield_to(served: Deployment, process: subprocess.Popen[bytes]) -> None:
+    """Let a process that loads a release stand still while pictures of the served one wait.
+
+    Priorities would do the same, but one that was lowered cannot be raised again without privileges.
+    """
+    while True:
+        if served.expected_wait_s() > _YIELD_WAIT_S:
+            _signal(process, signal.SIGSTOP)
+            await asyncio.sleep(_YIELD_S)
+            _signal(process, signal.SIGCONT)
+        await asyncio.sleep(_LOAD_S)
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)

@@ -157,7 +157,7 @@ class Routed:
                 plugins=self._plugins,
             )
             try:
-                await new.start()
+                await new.start(beside=old)
             except BaseException:
                 await new.close()
                 raise

@@ -18,14 +18,14 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from components.contracts import ConfigError, SchemaTooNew, StoreError, TamperedArtefact
+from components.contracts import ConfigError, RegistryUnavailable, SchemaTooNew, StoreError, TamperedArtefact
 from components.images import STATISTICS
 from components.objects import Objects, open_objects
 from components.store import explained, seal, sha256_file, unseal
@@ -105,9 +105,9 @@ def seal_all(journals: Path, log_url: str) -> int:
     return sealed
 
 
-def _seal(path: Path, rows: list[tuple[dict[str, Any], list[bytes]]], objects: Objects) -> None:
+def _tabulated(rows: Iterable[tuple[dict[str, Any], list[bytes]]]) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Rows of a journal as the table of a segment, and the gaps among them."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns: dict[str, list[Any]] = {name: [] for name in schema().names}
     gaps = []
@@ -123,12 +123,19 @@ def _seal(path: Path, rows: list[tuple[dict[str, Any], list[bytes]]], objects: O
         columns["embedding"].append(_floats(embedding, "<f2"))
     for name in _TIMES:
         columns[name] = [None if t is None else datetime.datetime.fromtimestamp(t, datetime.UTC) for t in columns[name]]
-    times = columns["ingest_at"]
+    return pa.table(columns, schema=schema()), gaps
+
+
+def _seal(path: Path, rows: list[tuple[dict[str, Any], list[bytes]]], objects: Objects) -> None:
+    import pyarrow.parquet as pq
+
+    table, gaps = _tabulated(rows)
+    times = [moment for moment in table["ingest_at"].to_pylist() if moment is not None]
     day = (times[0] if times else datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)).date()
     name = f"date={day.isoformat()}/{path.name.removesuffix(SUFFIX)}"
     with tempfile.TemporaryDirectory(prefix="visionloop-seal-") as scratch:
         file = Path(scratch) / "segment.parquet"
-        pq.write_table(pa.table(columns, schema=schema()), file, compression="zstd", row_group_size=10_000)
+        pq.write_table(table, file, compression="zstd", row_group_size=10_000)
         digest = sha256_file(file)
         objects.put(f"{name}.parquet", file)
         if objects.digest(f"{name}.parquet") != digest:
@@ -136,7 +143,7 @@ def _seal(path: Path, rows: list[tuple[dict[str, Any], list[bytes]]], objects: O
     body = {
         "schema_version": SCHEMA_VERSION,
         "sha256": digest,
-        "rows": len(times),
+        "rows": len(table),
         "gaps": gaps,
         "first": min(times).isoformat() if times else "",
         "last": max(times).isoformat() if times else "",
@@ -152,21 +159,21 @@ def _floats(data: bytes, kind: str) -> Any:
 
 def segments(objects: Objects) -> list[Segment]:
     """Every sealed segment in order of time; raises TamperedArtefact or SchemaTooNew."""
-    found = []
-    for name in objects.stamps():
-        if not name.endswith(".json"):
-            continue
-        raw = objects.read(name, most=64 << 20)
-        body = unseal(raw) if raw is not None else None
-        if body is None:
-            raise TamperedArtefact(f"{name} of the prediction log was changed after it was sealed")
-        if body["schema_version"] > SCHEMA_VERSION:
-            raise SchemaTooNew(
-                f"{name} has schema version {body['schema_version']}, this visionloop reads up to {SCHEMA_VERSION}; upgrade"
-            )
-        parquet = name.removesuffix(".json") + ".parquet"
-        found.append(Segment(parquet, body["sha256"], body["rows"], tuple(body["gaps"]), body["first"], body["last"]))
+    found = [_segment(objects, name) for name in objects.stamps() if name.endswith(".json")]
     return sorted(found, key=lambda segment: (segment.first, segment.name))
+
+
+def _segment(objects: Objects, name: str) -> Segment:
+    raw = objects.read(name, most=64 << 20)
+    body = unseal(raw) if raw is not None else None
+    if body is None:
+        raise TamperedArtefact(f"{name} of the prediction log was changed after it was sealed")
+    if body["schema_version"] > SCHEMA_VERSION:
+        raise SchemaTooNew(
+            f"{name} has schema version {body['schema_version']}, this visionloop reads up to {SCHEMA_VERSION}; upgrade"
+        )
+    parquet = name.removesuffix(".json") + ".parquet"
+    return Segment(parquet, body["sha256"], body["rows"], tuple(body["gaps"]), body["first"], body["last"])
 
 
 def read_segment(objects: Objects, segment: Segment) -> pa.Table:
@@ -176,16 +183,112 @@ def read_segment(objects: Objects, segment: Segment) -> pa.Table:
     data = b"".join(objects.chunks(segment.name))
     if hashlib.sha256(data).hexdigest() != segment.sha256:
         raise TamperedArtefact(f"{segment.name} of the prediction log was changed after it was sealed; it was not read")
-    return read_table(data)
+    return _conformed(read_table(data))
+
+
+def _conformed(table: pa.Table) -> pa.Table:
+    """A table of an older schema with today's columns; what it did not have yet is null."""
+    import pyarrow as pa
+
+    wanted = schema()
+    if table.schema.equals(wanted):
+        return table
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in wanted
+    ]
+    return pa.table(columns, schema=wanted)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What the log holds for a stretch of time, and what is missing from it."""
+
+    tables: tuple[pa.Table, ...]
+    lost: int
+    """Predictions that the log says it lost in this time."""
+    problems: tuple[str, ...]
+    """Segments that could not be read."""
+
+
+def read_stretch(
+    log_url: str, journals: Path | None, *, model: str, since: datetime.datetime, until: datetime.datetime
+) -> Stretch:
+    """The rows of [since, until) by ingest time, sealed or still in a journal of this machine; a row may come twice.
+
+    A segment that does not verify is a problem that is told, not an end: the reader decides what silence is worth then.
+    Raises RegistryUnavailable when the log's store does not answer.
+    """
+    objects = open_objects(log_url)
+    tables: list[pa.Table] = []
+    gaps: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for name in objects.stamps():
+        if not name.endswith(".json"):
+            continue
+        try:
+            segment = _segment(objects, name)
+            if not _overlaps(segment, since, until):
+                continue
+            tables.append(read_segment(objects, segment))
+            gaps += segment.gaps
+        except RegistryUnavailable:
+            raise
+        except (StoreError, KeyError, TypeError, ValueError) as error:
+            # The day that its name says it is of: damage of last month is last month's.
+            if _day_of(name, since, until):
+                problems.append(str(error))
+    for path in sorted(journals.glob(f"*{SUFFIX}")) if journals is not None and journals.is_dir() else []:
+        try:
+            table, told = _tabulated(read_rows(path))
+        except FileNotFoundError:
+            continue  # sealed a moment ago: it is read as a segment the next time
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            problems.append(f"{path.name} cannot be read as a journal ({error})")
+            continue
+        tables.append(table)
+        gaps += told
+    lost = sum(int(gap["gap"]) for gap in gaps if gap["until"] >= since.timestamp() and gap["since"] < until.timestamp())
+    found = tuple(cut for table in tables if len(cut := _between(table, model, since, until)))
+    return Stretch(found, lost, tuple(problems))
+
+
+def _overlaps(segment: Segment, since: datetime.datetime, until: datetime.datetime) -> bool:
+    if not segment.first:
+        return bool(segment.gaps)
+    return datetime.datetime.fromisoformat(segment.first) < until and datetime.datetime.fromisoformat(segment.last) >= since
+
+
+def _day_of(name: str, since: datetime.datetime, until: datetime.datetime) -> bool:
+    """Whether a segment's folder is of these days; one that does not say its day may be."""
+    day = datetime.timedelta(days=1)
+    try:
+        told = datetime.date.fromisoformat(name.partition("/")[0].removeprefix("date="))
+    except ValueError:
+        return True
+    return (since - day).date() <= told <= (until + day).date()
+
+
+def _between(
+    table: pa.Table, model: str | None, since: datetime.datetime | None, until: datetime.datetime | None
+) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    moment = pa.timestamp("us", tz="UTC")
+    if model is not None:
+        table = table.filter(pc.equal(table["model"], model))
+    if since is not None:
+        table = table.filter(pc.greater_equal(table["ingest_at"], pa.scalar(since, moment)))
+    if until is not None:
+        table = table.filter(pc.less(table["ingest_at"], pa.scalar(until, moment)))
+    return table
 
 
 def read_log(
     log_url: str, *, model: str | None = None, since: datetime.datetime | None = None, until: datetime.datetime | None = None
 ) -> Iterator[pa.Table]:
     """Tables of the log in order of time, of one model and [since, until) when they are given."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     objects = open_objects(log_url)
     for segment in segments(objects):
         if not segment.rows:
@@ -193,13 +296,7 @@ def read_log(
         first, last = datetime.datetime.fromisoformat(segment.first), datetime.datetime.fromisoformat(segment.last)
         if (since is not None and last < since) or (until is not None and first >= until):
             continue
-        table = read_segment(objects, segment)
-        if model is not None:
-            table = table.filter(pc.equal(table["model"], model))
-        if since is not None:
-            table = table.filter(pc.greater_equal(table["ingest_at"], pa.scalar(since, pa.timestamp("us", tz="UTC"))))
-        if until is not None:
-            table = table.filter(pc.less(table["ingest_at"], pa.scalar(until, pa.timestamp("us", tz="UTC"))))
+        table = _between(read_segment(objects, segment), model, since, until)
         if len(table):
             yield table
 

@@ -214,8 +214,19 @@ def serve(connection: socket.socket) -> None:
     os._exit(0)
 
 
+def _end_with_parent() -> None:
+    """Linux: be killed when the server is, also while it has made this process stand still."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def main(arguments: list[str]) -> Any:
     """Entry point of the process."""
+    _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         # Meant for the server, which drains first; this process ends with the server's socket.
         signal.signal(number, signal.SIG_IGN)

@@ -42,7 +42,9 @@ ROOT = Path(plugins.__file__).parent
 def test_a_family_is_its_folder(family: str) -> None:
     found = plugins.names(family)
     assert found
-    assert found == sorted(path.stem for path in (ROOT / family).glob("*.py") if not path.stem.startswith("_"))
+    assert found == sorted(
+        path.stem for path in (plugins.home(family) / family).glob("*.py") if not path.stem.startswith("_")
+    )
 
 
 @pytest.mark.parametrize(("family", "name"), [(f, n) for f in sorted(plugins.FAMILIES) for n in plugins.names(f)])

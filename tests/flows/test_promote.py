@@ -211,7 +211,7 @@ def test_a_destination_that_is_down_costs_a_line_and_tells_no_secret(inbox: Any)
     problems = notify(settings(dead, "nonsense://x", "no-such-block", url), "approved", "m", facts, told=lines.append)
     assert len(problems) == 3
     assert len(received) == 1
-    assert all("the ledger has it all the same" in line for line in lines)
+    assert all("it is on record all the same" in line for line in lines)
     assert "secret" not in "".join(lines)
 
 
@@ -222,7 +222,8 @@ def test_people_are_told_by_a_block_of_prefect(inbox: Any, prefect_server: str) 
     url, received = inbox
     address = url.replace("json://", "http://")
     body = {"title": "{{subject}}", "text": "{{body}}"}
-    CustomWebhookNotificationBlock(name="reviewers", url=address, json_data=body).save("reviewers", overwrite=True)
+    block = CustomWebhookNotificationBlock(name="reviewers", url=address, json_data=body, headers=None, cookies=None)
+    block.save("reviewers", overwrite=True)
     facts = {"version": "1", "by": "ann", "reason": "good"}
     problems = notify(settings("custom-webhook/reviewers", "custom-webhook/nobody"), "approved", "m", facts)
     assert received == [{"title": "visionloop", "text": "m version 1 was approved by ann: good"}]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from components.contracts import ConfigError, DecisionRefused, UnknownName, VisionloopError
+from components.databases import now
 from registry import approval
 from registry.approval import person
 from registry.ledger import Entry, Ledger, Principal
@@ -274,8 +275,7 @@ def test_who_served_at_a_moment(ledger: Ledger) -> None:
 def test_a_clock_that_is_set_back_does_not_reorder_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     reign(ledger, "1")
-    real = ledger._now
-    monkeypatch.setattr(ledger, "_now", lambda connection: real(connection) - datetime.timedelta(hours=1))
+    monkeypatch.setattr("registry.ledger.now", lambda connection: now(connection) - datetime.timedelta(hours=1))
     request(ledger, "2", champion="engine 1")
     approve(ledger, "2")
     promote(ledger, "2")

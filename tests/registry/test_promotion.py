@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from components import releases as releases_module
 from components.contracts import DecisionRefused, RegistryUnavailable, TamperedArtefact, VisionloopError
+from components.databases import now
 from components.releases import ReleaseStore
 from registry import approval, models, promotion
 from registry.approval import person
@@ -233,8 +234,7 @@ def test_mlflow_down_after_a_rollback_leaves_servers_on_the_right_release(desk: 
 def test_an_expired_approval_promotes_nothing(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = desk("late")
     version = candidate(mine, tmp_path, "a")
-    real = mine.ledger._now
-    monkeypatch.setattr(mine.ledger, "_now", lambda connection: real(connection) + datetime.timedelta(days=8))
+    monkeypatch.setattr("registry.ledger.now", lambda connection: now(connection) + datetime.timedelta(days=8))
     with pytest.raises(DecisionRefused, match="expired"):
         mine.promote(version)
     assert mine.releases.published("late") == []

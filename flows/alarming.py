@@ -1,0 +1,156 @@
+"""From a durable alarm to a training: the event that wakes the automation, and the sweep that does not need it.
+
+An event may be lost, late or doubled; the alarm's row is what counts. What the sweep starts and what the automation starts
+ask the same governor, which grants each alarm once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from components import dataversions
+from components.contracts import DataError
+from flows.looping import Loop
+from flows.notifications import notify
+from monitoring.outbox import Alarm
+
+DRIFT = "visionloop.drift.detected"
+DATA = "visionloop.data.added"
+DEPLOYMENT = "train"
+_TIMEOUT_S = 30.0
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run of the training deployment that was started without an event."""
+
+    key: str
+    flow_run_id: str
+    cause: str
+
+
+def emit(loop: Loop, event: str, alarm: Alarm) -> bool:
+    """Send the event that starts the training deployment; False when there is no server, or it took nothing."""
+    if not loop.settings.prefect_api_url:
+        return False
+    from prefect.events import emit_event
+
+    emitted = emit_event(
+        event,
+        resource={"prefect.resource.id": f"visionloop.model.{loop.model}", "prefect.resource.name": loop.model},
+        payload={
+            "alarm": alarm.id,
+            "window": alarm.window,
+            "diagnosis": alarm.diagnosis,
+            "detectors": ", ".join(alarm.detectors),
+            "reason": f"drift in window {alarm.window}: {', '.join(alarm.detectors)}",
+        },
+    )
+    return emitted is not None
+
+
+def announce(loop: Loop, alarm: Alarm, *, told: Told) -> None:
+    """Tell the automation and people about a new alarm; what fails is told, and found again by the sweep."""
+    try:
+        if emit(loop, DRIFT, alarm):
+            loop.outbox.emitted(alarm)
+    except Exception as error:
+        # Prefect's client and its transports share no base class; the row stays, and the sweep finds it.
+        told(f"note: the event was not sent ({type(error).__name__}: {str(error)[:120]}); the sweep will find the alarm")
+    facts = {"version": alarm.version, "by": ", ".join(alarm.detectors), "reason": "; ".join(alarm.reasons)}
+    notify(loop.settings, "drift", loop.model, facts, told=told)
+
+
+def pending(loop: Loop, *, grace_s: float | None = None) -> list[str]:
+    """Keys that a training should be asked for now: forgotten alarms, killed runs, what waited for a place or for data."""
+    grace = loop.config.sweep_after_s if grace_s is None else grace_s
+    forgotten = [alarm.id for alarm in loop.outbox.waiting(grace_s=grace) if alarm.model == loop.model]
+    # Of several windows that saw the same drift while nobody was there, the newest speaks for all.
+    keys = [*forgotten[-1:], *loop.governor.due(loop.model), *awaiting_data(loop)]
+    return list(dict.fromkeys(keys))
+
+
+def awaiting_data(loop: Loop) -> list[str]:
+    """The newest alarm that was refused for want of new data, once there are new data."""
+    try:
+        version = dataversions.pinned(loop.workspace.root).dvc_hash
+    except DataError:
+        return []
+    return loop.governor.awaiting_data(loop.model, version)
+
+
+def tell_of_data(loop: Loop, *, told: Told) -> list[str]:
+    """Raise the alarm that waited for data again, now that there are new ones; returns the keys that were told."""
+    woken = []
+    for key in awaiting_data(loop):
+        try:
+            if emit(loop, DATA, loop.outbox.alarm(key)):
+                woken.append(key)
+        except Exception as error:
+            # As in `announce`: the sweep finds it.
+            told(f"note: the event was not sent ({type(error).__name__}: {str(error)[:120]}); the sweep will find the alarm")
+    return woken
+
+
+def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Started]:
+    """Start what nobody started, through the training deployment; running again starts nothing twice.
+
+    Raises nothing for a Prefect server that is away: what is pending stays pending, and that is told.
+    """
+    keys = pending(loop, grace_s=grace_s)
+    if not keys:
+        return []
+    if not loop.settings.prefect_api_url:
+        told(f"{len(keys)} trainings wait ({keys[0]}), and no Prefect server is known here: visionloop up")
+        return []
+    started: list[Started] = []
+    problem: list[str] = []
+
+    def start_all() -> None:
+        try:
+            for key in keys:
+                started.append(start(loop, key))
+        except Exception as error:
+            # A server that is down, a deployment that is not there, a credential that is wrong.
+            problem.append(f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
+
+    # Prefect's client retries a server that is away for minutes; a sweep comes again soon enough.
+    thread = threading.Thread(target=start_all, daemon=True)
+    thread.start()
+    thread.join(_TIMEOUT_S)
+    if thread.is_alive():
+        problem.append("no answer in time")
+    for found in problem:
+        told(f"{len(keys) - len(started)} trainings wait, Prefect did not start them ({found}); the next sweep tries again")
+    return started
+
+
+def start(loop: Loop, key: str) -> Started:
+    """Start the training deployment for a key; the same key, in the same state, starts one run however often it is asked."""
+    from prefect.client.orchestration import get_client
+
+    cause = "drift" if key.startswith("drift:") else "schedule"
+    asked = [row for row in loop.governor.history(loop.model) if row["key"] == key]
+    parameters: Mapping[str, Any] = training_parameters(loop) | {
+        "cause": cause,
+        "request": key,
+        "reason": f"{key}, started by the sweep",
+    }
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(f"{DEPLOYMENT}/{loop.model}")
+        run = client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters=dict(parameters),
+            idempotency_key=f"visionloop:{key}:{asked[-1]['seq'] if asked else 0}",
+            tags=["visionloop-sweep"],
+        )
+    return Started(key, str(run.id), cause)
+
+
+def training_parameters(loop: Loop) -> dict[str, Any]:
+    """What every run of the model's training deployment is given."""
+    return {"recipe": loop.config.recipe, "workspace": str(loop.workspace.root), "quiet": True}

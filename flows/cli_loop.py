@@ -1,0 +1,447 @@
+"""The loop on the command line: watch, label, and what runs by itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from components.contracts import ConfigError
+from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded, moment
+
+if TYPE_CHECKING:
+    from flows.looping import Loop
+
+OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
+By = Annotated[str, typer.Option("--as", help="Who decides; recorded as declared.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.")]
+labels_app = typer.Typer(no_args_is_help=True, help="What people say about images of production.", rich_markup_mode=None)
+governor_app = typer.Typer(
+    no_args_is_help=True, help="What may train without a person, and what was decided.", rich_markup_mode=None
+)
+
+
+def add_loop_commands(app: typer.Typer) -> None:
+    """Put the loop's commands on the command line."""
+    for command in (watch, windows, alarms, sweep, up, status, down):
+        app.command()(command)
+    app.add_typer(labels_app, name="labels")
+    app.add_typer(governor_app, name="governor")
+
+
+def _told(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def _loop(workspace: Path, model: str | None) -> Loop:
+    from flows.run import Workspace
+    from flows.settings import prepare_environment
+
+    # Before Prefect or Evidently is imported by anything.
+    prepare_environment(Workspace.find(workspace).state)
+    from flows.watching import open_loop
+
+    return open_loop(workspace, model)
+
+
+def watch(
+    minutes: Annotated[
+        float | None, typer.Option(help="Judge the last so many minutes; by default the scheduled windows that ended.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Judge from this moment on, ISO 8601, UTC unless it says otherwise.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Up to this moment; now by default.")] = None,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Compare what the champion answered with its reference sample. Exit status 1 when a window drifted."""
+
+    def action() -> None:
+        if minutes is not None and (since or until):
+            raise ConfigError("give --minutes, or --since and --until, not both")
+        span = [moment(name, text).isoformat() if text else None for name, text in (("--since", since), ("--until", until))]
+        loop = _loop(workspace, model)
+        from flows.watch import watch as flow
+
+        found = flow(loop.model, str(loop.workspace.root), minutes, span[0], span[1], quiet=json_)
+        finish(found, json_, lambda: _shown_windows(found))
+        if any(window["status"] == "drift" for window in found["windows"]):
+            raise typer.Exit(1)
+
+    guarded(action, json_)
+
+
+def _shown_windows(found: dict[str, Any]) -> str:
+    lines = []
+    for told in found["windows"]:
+        lines.append(_line(told))
+        lines += [f"    {reason}" for reason in told["reasons"]]
+        if told["status"] == "drift":
+            lines += [f"    page    {told['folder']}/report.html", f"    label   {told['folder']}/to-label.csv"]
+    lines += [f"alarm {alarm}" for alarm in found["alarms"]]
+    lines += [f"training of {run['key']} started: flow run {run['flow_run']}" for run in found["started"]]
+    return "\n".join(lines) or f"{found['model']}: no window has ended since it has a champion"
+
+
+def _line(told: dict[str, Any]) -> str:
+    window = told["window"]
+    kind = f" ({told['diagnosis']})" if told["diagnosis"] != "none" else ""
+    span = f"{window['since'][:16]} to {window['until'][:16]} UTC"
+    rows = f"version {window['version']}, {window['rows']} predictions"
+    return f"{told['status'].upper():13} {span}  {rows}{kind}  [{told['id']}]"
+
+
+def windows(
+    last: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """What was found in the windows so far, and the accuracy that labels showed since."""
+
+    def action() -> None:
+        from flows.watching import realised_accuracy
+        from flows.watching import windows as judged
+        from monitoring.drift import as_json
+
+        loop = _loop(workspace, model)
+        found = [
+            {"id": name, **as_json(verdict), "realised_accuracy": realised_accuracy(loop, name)}
+            for name, verdict in judged(loop)[-last:]
+        ]
+
+        def text() -> str:
+            lines = []
+            for told in found:
+                accuracy = told["realised_accuracy"]
+                shown = f"  accuracy on labelled {figure(accuracy)}" if accuracy else ""
+                lines.append(_line(told) + shown)
+            return "\n".join(lines) or f"{loop.model}: no window was judged yet (visionloop watch)"
+
+        finish({"model": loop.model, "windows": found}, json_, text)
+
+    guarded(action, json_)
+
+
+def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """Alarms, and what the governor answered to each."""
+
+    def action() -> None:
+        loop = _loop(workspace, model)
+        history = loop.governor.history(loop.model)
+        found: list[dict[str, Any]] = []
+        for alarm in loop.outbox.alarms(loop.model):
+            answers = [row for row in history if row["key"] == alarm.id]
+            found.append(
+                {
+                    "alarm": alarm.id,
+                    "at": alarm.at.isoformat(),
+                    "version": alarm.version,
+                    "detectors": list(alarm.detectors),
+                    "diagnosis": alarm.diagnosis,
+                    "emissions": alarm.emissions,
+                    "answers": [{k: row[k] for k in ("seq", "at", "decision", "rule", "reason")} for row in answers],
+                }
+            )
+
+        def text() -> str:
+            lines = []
+            for told in found:
+                lines.append(f"{told['at'][:19]}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
+                lines += [f"    {a['at'][:19]}  {a['decision']} ({a['rule']}): {a['reason']}" for a in told["answers"]]
+                lines += [] if told["answers"] else ["    nobody has acted on it yet (visionloop sweep)"]
+            return "\n".join(lines) or f"{loop.model}: no alarm so far"
+
+        finish({"model": loop.model, "alarms": found}, json_, text)
+
+    guarded(action, json_)
+
+
+def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """Start what waits: alarms whose event was lost, trainings that were killed, queued, or waited for data."""
+
+    def action() -> None:
+        from flows.alarming import sweep as start_all
+
+        loop = _loop(workspace, model)
+        lines: list[str] = []
+        started = start_all(loop, told=lines.append, grace_s=0)
+        answer = {
+            "model": loop.model,
+            "started": [{"key": s.key, "flow_run": s.flow_run_id} for s in started],
+            "notes": lines,
+        }
+        text = [f"{s.key}: flow run {s.flow_run_id}" for s in started] + lines
+        finish(answer, json_, lambda: "\n".join(text) or f"{loop.model}: nothing waits")
+
+    guarded(action, json_)
+
+
+@labels_app.command("import")
+def labels_import(
+    file: Annotated[Path, typer.Argument(help=".csv, .jsonl or .parquet with prediction_id or image_sha256, and label.")],
+    as_: Annotated[str | None, typer.Option("--as", help="Who labelled, where the file does not say it.")] = None,
+    skip_unknown: Annotated[bool, typer.Option(help="Leave out rows that name nothing the log knows.")] = False,
+    new_classes: Annotated[bool, typer.Option(help="Accept names that are no class of the model yet.")] = False,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Take labels of images of production, whole or not at all. The newest label of an image counts."""
+
+    def action() -> None:
+        from flows.labelling import import_labels
+
+        loop = _loop(workspace, model)
+        done, unknown = import_labels(loop, file, by=as_, skip_unknown=skip_unknown, new_classes=new_classes)
+        answer = {
+            "model": loop.model,
+            "new": done.new,
+            "known": done.known,
+            "changed": done.changed,
+            "without_label": done.skipped,
+            "unknown": unknown,
+            "labelled_images": len(loop.labels.latest(loop.model)),
+        }
+        notes = [
+            f"{done.known} were there already" if done.known else "",
+            f"{done.changed} images had another label before" if done.changed else "",
+            f"{done.skipped} rows had no label" if done.skipped else "",
+            f"{unknown} rows were unknown and left out" if unknown else "",
+        ]
+        finish(
+            answer,
+            json_,
+            lambda: (
+                f"{done.new} labels of {loop.model} imported ({'; '.join(filter(None, notes)) or 'all new'}).\n"
+                f"Next: visionloop data add --from-predictions {loop.model}"
+            ),
+        )
+
+    guarded(action, json_)
+
+
+@labels_app.command("list")
+def labels_list(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """The labels that count, by class."""
+
+    def action() -> None:
+        from collections import Counter
+
+        loop = _loop(workspace, model)
+        said = loop.labels.latest(loop.model)
+        counts = dict(sorted(Counter(label.label for label in said.values()).items()))
+        people = dict(sorted(Counter(label.by for label in said.values()).items()))
+        finish(
+            {"model": loop.model, "images": len(said), "classes": counts, "labelled_by": people},
+            json_,
+            lambda: (
+                "\n".join(
+                    [f"{name:24} {count}" for name, count in counts.items()]
+                    + [f"by {who}: {n}" for who, n in people.items()]
+                )
+                or f"{loop.model}: no label so far"
+            ),
+        )
+
+    guarded(action, json_)
+
+
+@governor_app.command("history")
+def governor_history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """Every decision with its rule and its reason, and the runs that were granted."""
+
+    def action() -> None:
+        loop = _loop(workspace, model)
+        rows = loop.governor.history(loop.model)
+        runs = [
+            {
+                "key": run.key,
+                "cause": run.cause,
+                "granted_at": run.granted_at.isoformat(),
+                "attempts": run.attempts,
+                "state": run.state,
+                "outcome": run.outcome,
+                "version": run.body.get("version"),
+            }
+            for run in loop.governor.runs(loop.model)
+        ]
+        lines = [f"{r['seq']:>5}  {r['at'][:19]}  {r['decision']:8} {r['rule']:14} {r['key']}: {r['reason']}" for r in rows]
+        lines += [f"run {r['key']}: {r['state']}, {r['outcome'] or 'no outcome yet'}, attempt {r['attempts']}" for r in runs]
+        answer = {"model": loop.model, "decisions": rows, "runs": runs, "stopped": loop.governor.stopped(loop.model)}
+        finish(answer, json_, lambda: "\n".join(lines) or f"{loop.model}: nothing was asked of the governor so far")
+
+    guarded(action, json_)
+
+
+def _switch(kind: Any, as_: str, reason: str, every: bool, model: str | None, workspace: Path, json_: bool) -> None:
+    def action() -> None:
+        from registry.approval import person
+
+        loop = _loop(workspace, model)
+        by = person(as_).name
+        of = "*" if every else loop.model
+        loop.governor.switch(kind, of, by=by, reason=reason)
+        words = {
+            "stop": "start no training by themselves any more",
+            "start": "may start trainings again",
+            "reset": "may go on after a training that did not help",
+        }[kind]
+        shown = "all models" if every else loop.model
+        finish({"model": of, "kind": kind, "by": by}, json_, lambda: f"Drift and schedule of {shown} {words} ({by}).")
+
+    guarded(action, json_)
+
+
+Every = Annotated[bool, typer.Option("--all", help="Of every model.")]
+
+
+@governor_app.command("stop")
+def governor_stop(
+    as_: By,
+    reason: Reason,
+    every: Every = False,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """The kill switch: nothing trains any more unless a person starts it."""
+    _switch("stop", as_, reason, every, model, workspace, json_)
+
+
+@governor_app.command("start")
+def governor_start(
+    as_: By,
+    reason: Reason,
+    every: Every = False,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Take the kill switch back."""
+    _switch("start", as_, reason, every, model, workspace, json_)
+
+
+@governor_app.command("reset")
+def governor_reset(
+    as_: By,
+    reason: Reason,
+    every: Every = False,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Let the loop go on after a retraining that did not help."""
+    _switch("reset", as_, reason, every, model, workspace, json_)
+
+
+def up(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="A model to loop. By default all of the ledger and of loops/.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the Prefect server; 4200 or the next free one by default.")
+    ] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Start what the loop needs on this machine.
+
+    A Prefect server with a credential of its own, deployments, schedules, automations, and a worker. Running it again starts
+    what is missing and changes nothing else.
+    """
+
+    def action() -> None:
+        from flows.run import Workspace
+        from flows.settings import prepare_environment, read_settings
+        from flows.standing import Up
+
+        found = Workspace.find(workspace)
+        prepare_environment(found.state)
+        told = _silent if json_ else _told
+        standing = Up(found, read_settings(found.state))
+        with standing.locked():
+            from flows.keeping import keep_up
+
+            answer = keep_up(standing, model or [], port=port, told=told)
+        finish(answer, json_, lambda: _shown_up(answer))
+
+    guarded(action, json_)
+
+
+def _shown_up(answer: dict[str, Any]) -> str:
+    lines = [f"Prefect  {answer['pages']['prefect']} (user and password: {answer['credential_file']})"]
+    for model, facts in answer["models"].items():
+        lines.append(f"{model}: {', '.join(facts['deployments'])}; {len(facts['automations'])} automations")
+    if not answer["models"]:
+        lines.append("No model yet: train one, promote it, and run `visionloop up` again.")
+    lines.append("Next: visionloop status; visionloop down")
+    return "\n".join(lines)
+
+
+def status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """What runs, what was seen last, what waits for a person. Exit status 1 when something that should run does not."""
+
+    def action() -> None:
+        from flows.run import Workspace
+        from flows.settings import prepare_environment, read_settings
+        from flows.standing import Up
+
+        found = Workspace.find(workspace)
+        prepare_environment(found.state)
+        from flows.keeping import state_of
+
+        answer = state_of(Up(found, read_settings(found.state)))
+        finish(answer, json_, lambda: _shown_status(answer))
+        if answer["problems"]:
+            raise typer.Exit(1)
+
+    guarded(action, json_)
+
+
+def _shown_status(answer: dict[str, Any]) -> str:
+    lines = []
+    for name in ("server", "worker"):
+        running = answer[name]
+        lines.append(f"{name:9} " + (f"runs (pid {running['pid']}, {running['api']})" if running else "does not run"))
+    for model, facts in answer["models"].items():
+        lines.append(f"{model}: champion version {facts['champion'] or '(none)'}")
+        last = facts["last_window"]
+        lines.append(
+            f"  last window   {last['status']}, {last['rows']} predictions until {last['until'][:16]} UTC"
+            if last
+            else "  last window   none so far"
+        )
+        lines += [f"  waits         version {version} for approval" for version in facts["waiting_versions"]]
+        lines += [f"  waits         {key} for its training" for key in facts["pending"]]
+        lines += [f"  trains        {key}" for key in facts["running"]]
+        lines += [f"  next          {name} at {when[:16]} UTC" for name, when in facts["scheduled"].items()]
+        if facts["stopped"]:
+            lines.append(f"  switched off  by {facts['stopped']}")
+    lines += [f"problem: {problem}" for problem in answer["problems"]]
+    return "\n".join(lines)
+
+
+def down(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """Stop what `visionloop up` started. A training that runs is stopped too; the next `up` takes it up again."""
+
+    def action() -> None:
+        from flows.run import Workspace
+        from flows.settings import read_settings
+        from flows.standing import Up
+
+        found = Workspace.find(workspace)
+        standing = Up(found, read_settings(found.state))
+        with standing.locked():
+            ended = standing.stop(told=_silent if json_ else _told)
+        finish({"stopped": ended}, json_, lambda: f"Stopped: {', '.join(ended) or 'nothing ran'}.")
+
+    guarded(action, json_)

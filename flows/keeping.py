@@ -1,0 +1,139 @@
+"""What `visionloop up` sets up on its server, and what `visionloop status` tells about it."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from components.contracts import VisionloopError
+from flows.alarming import pending
+from flows.looping import Loop, configured
+from flows.settings import read_settings
+from flows.standing import Standing, Up, healthy, pages
+
+Told = Callable[[str], None]
+
+
+def models_of(up: Up, named: Sequence[str]) -> list[str]:
+    """The models to loop: those named, else the ledger's and those with a loop file."""
+    from registry.ledger import Ledger
+
+    if named:
+        return list(dict.fromkeys(named))
+    settings = read_settings(up.workspace.state)
+    known = {entry.model for entry in Ledger(settings.ledger_url).entries()}
+    return sorted(known | set(configured(up.workspace)))
+
+
+def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> dict[str, Any]:
+    """Server, pool, deployments, automations, worker; what is there already stays as it is."""
+    models = models_of(up, named)
+    # A loop that is not valid should be said before anything is started.
+    loops = [Loop(up.workspace, read_settings(up.workspace.state), model) for model in models]
+    server = up.start(port=port, told=told)
+    from flows.deploying import POOL, automate, deploy, make_pool
+
+    make_pool()
+    found: dict[str, Any] = {}
+    for loop in loops:
+        deployments, automations = deploy(loop), automate(loop)
+        found[loop.model] = {"deployments": deployments, "automations": automations, "recipe": loop.config.recipe}
+        told(f"{loop.model}: deployments {', '.join(deployments)} and {len(automations)} automations")
+    worker = up.start_worker(server, POOL, told=told)
+    return {
+        "server": _process(server),
+        "worker": _process(worker),
+        "pages": pages(server),
+        "credential_file": str(up.folder / "auth"),
+        "models": found,
+    }
+
+
+def _process(standing: Standing | None) -> dict[str, Any] | None:
+    return {"pid": standing.pid, "api": standing.api} if standing is not None else None
+
+
+def state_of(up: Up) -> dict[str, Any]:
+    """Everything a person wants to know at one look."""
+    server, worker = up.process("server"), up.process("worker")
+    problems = []
+    answers = server is not None and healthy(server.api, up.credential)
+    if server is None:
+        problems.append("the Prefect server does not run: visionloop up")
+    elif not answers:
+        problems.append(f"the Prefect server does not answer; its log is {up.folder / 'server.log'}")
+    if worker is None:
+        problems.append("no worker runs here, so nothing that is scheduled happens: visionloop up")
+    models: dict[str, Any] = {}
+    for model in models_of(up, []):
+        try:
+            models[model] = _model(up, model, answers=answers)
+        except VisionloopError as error:
+            problems.append(f"{model}: {error}")
+    return {"server": _process(server), "worker": _process(worker), "models": models, "problems": problems}
+
+
+def _model(up: Up, model: str, *, answers: bool) -> dict[str, Any]:
+    from flows.watching import windows
+    from registry import approval
+    from registry.ledger import Ledger
+
+    settings = read_settings(up.workspace.state)
+    loop = Loop(up.workspace, settings, model)
+    ledger = Ledger(settings.ledger_url)
+    entries = ledger.entries(model)
+    champion = approval.champion(entries)
+    judged = windows(loop)
+    last = judged[-1] if judged else None
+    return {
+        "champion": champion.body["version"] if champion else None,
+        "waiting_versions": [s.version for s in approval.states(entries, ledger.now()) if s.status == "waiting"],
+        "last_window": {
+            "window": last[0],
+            "status": last[1].status,
+            "diagnosis": last[1].diagnosis,
+            "rows": last[1].window.rows,
+            "until": last[1].window.until,
+        }
+        if last
+        else None,
+        "pending": pending(loop),
+        "running": [run.key for run in loop.governor.runs(model) if run.state == "running"],
+        "stopped": loop.governor.stopped(model),
+        "scheduled": _scheduled(model) if answers else {},
+    }
+
+
+def _scheduled(model: str) -> dict[str, str]:
+    """The next scheduled run of each deployment, from Prefect's own records."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterId,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.exceptions import ObjectNotFound
+
+    found: dict[str, str] = {}
+    scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+    with get_client(sync_client=True) as client:
+        for name in ("train", "watch"):
+            try:
+                deployment = client.read_deployment_by_name(f"{name}/{model}")
+            except ObjectNotFound:
+                continue
+            runs = client.read_flow_runs(
+                flow_run_filter=scheduled,
+                deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+                sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+                limit=1,
+            )
+            if runs and runs[0].expected_start_time is not None:
+                moment: datetime.datetime = runs[0].expected_start_time
+                found[name] = moment.astimezone(datetime.UTC).isoformat()
+    return found

@@ -1,0 +1,124 @@
+"""Labels in, data out: a file into the loop's tables, and labelled images of production into the next data version."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.contracts import DataError, UndecodableImage
+from components.images import decode
+from components.store import sha256_file
+from flows.looping import Loop
+from flows.watching import capture_path, captured, champion_at, release_of
+from monitoring.labels import Imported, read_file, resolve
+
+
+def import_labels(
+    loop: Loop, path: Path, *, by: str | None, skip_unknown: bool = False, new_classes: bool = False
+) -> tuple[Imported, int]:
+    """Take a file of labels, whole or not at all; returns what came of it, and how many rows were unknown.
+
+    Raises ConfigError or DataError; then nothing was imported.
+    """
+    rows = read_file(path, by=by)
+    given = [row for row in rows if row["label"]]
+    if not given:
+        raise DataError(f"{path} holds no label: fill the column `label`, rows without one are left out")
+    by_prediction, images = known_predictions(loop)
+    unknown = 0
+    if skip_unknown:
+        there = [row for row in given if row["image_sha256"] in images or row["prediction_id"] in by_prediction]
+        unknown, given = len(given) - len(there), there
+    labels = resolve(given, by_prediction=by_prediction, images=images, classes=None if new_classes else _classes(loop))
+    return loop.labels.append(loop.model, labels, source=path, skipped=len(rows) - len(given) - unknown), unknown
+
+
+def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str]]:
+    """Image digest by prediction id, and all image digests, of everything the log holds about the model."""
+    from datetime import UTC, datetime, timedelta
+
+    from serving.segments import read_stretch
+
+    since, until = datetime.fromtimestamp(0, UTC), datetime.now(UTC) + timedelta(days=366)
+    journals = loop.workspace.state / "serving" / "journal"
+    log = read_stretch(loop.settings.predictions_url, journals, model=loop.model, since=since, until=until)
+    pairs: dict[str, str] = {}
+    for table in log.tables:
+        pairs |= dict(zip(table["prediction_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True))
+    return pairs, set(pairs.values())
+
+
+def _classes(loop: Loop) -> tuple[str, ...]:
+    from datetime import UTC, datetime
+
+    entry = champion_at(loop, datetime.now(UTC))
+    if entry is None:
+        raise DataError(f"{loop.model} has no champion, so there is no list of its classes; use --new-classes")
+    return release_of(loop, entry).record.engine.classes
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Labelled images of production, one folder a class, ready to be added."""
+
+    folder: Path
+    images: int
+    not_kept: int
+    """Labelled images whose bytes were not captured, or were erased or outdated since."""
+    damaged: int
+
+
+@contextmanager
+def gathered(loop: Loop) -> Iterator[Gathered]:
+    """The images that were captured and labelled, copied into a folder for as long as the context lasts.
+
+    Each is checked against the sha256 it is named by. Raises DataError when there is none.
+    """
+    there = captured(loop.workspace)
+    said = loop.labels.latest(loop.model)
+    scratch = loop.workspace.state / "tmp" / f"labelled-{uuid.uuid4().hex}"
+    images = damaged = 0
+    try:
+        for sha, label in sorted(said.items()):
+            if sha not in there:
+                continue
+            path = capture_path(loop.workspace, sha)
+            try:
+                if sha256_file(path) != sha:
+                    raise UndecodableImage("not the image it is named after")
+                decode(path.read_bytes())
+            except (OSError, UndecodableImage):
+                damaged += 1
+                continue
+            folder = scratch / _folder_name(label.label)
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / f"{sha[:24]}{_suffix(path)}")
+            images += 1
+        if not images:
+            raise DataError(
+                f"no image of {loop.model} is both captured and labelled ({len(said)} labelled, {len(there)} captured). "
+                f"Serve with --capture-share, and import labels (visionloop labels import FILE)"
+            )
+        yield Gathered(scratch, images, len(set(said) - there), damaged)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _folder_name(label: str) -> str:
+    if not label or label.startswith(".") or "/" in label or "\\" in label or "\0" in label or len(label.encode()) > 200:
+        raise DataError(f"class {label[:80]!r} cannot be a folder's name; correct the label")
+    return label
+
+
+def _suffix(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head.startswith(b"\xff\xd8"):
+        return ".jpg"
+    if head[8:12] == b"WEBP":
+        return ".webp"
+    return ".png" if head.startswith(b"\x89PNG") else ".img"

@@ -1,0 +1,256 @@
+"""`visionloop up`: the processes that stay. A Prefect server and a worker, on loopback, with a credential of their own.
+
+    .visionloop/up/auth          the server's credential, readable by its owner alone
+    .visionloop/up/server.json   pid, when that process began, address
+    .visionloop/up/worker.json
+    .visionloop/up/*.log         what they say
+
+A process is known by its pid and the moment it began, so a number that the system gave away again is nobody of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from components.contracts import ConfigError, VisionloopError, WorkspaceBusy
+from components.store import write_atomically
+from flows.run import Workspace
+from flows.settings import UP, Settings, environment_with, use_environment
+
+PORT = 4200
+_START_S = 180.0
+_STOP_S = 20.0
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One process that stays."""
+
+    name: str
+    pid: int
+    api: str
+
+
+class Up:
+    """What `visionloop up` keeps running for a workspace."""
+
+    def __init__(self, workspace: Workspace, settings: Settings) -> None:
+        self.workspace, self._settings = workspace, settings
+        self.folder = workspace.state / UP
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.folder.chmod(0o700)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One `up` or `down` at a time; raises WorkspaceBusy."""
+        with (self.folder / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WorkspaceBusy("another `visionloop up` or `down` is at work here; wait for it to end") from None
+            yield
+
+    @property
+    def credential(self) -> str:
+        """What the server asks for, `user:password`; made on first use."""
+        path = self.folder / "auth"
+        if not path.is_file():
+            write_atomically(path, f"visionloop:{secrets.token_urlsafe(24)}".encode())
+            path.chmod(0o600)
+        return path.read_text().strip()
+
+    def process(self, name: str) -> Standing | None:
+        """The running process of this name, None when there is none."""
+        try:
+            told = json.loads((self.folder / f"{name}.json").read_text())
+            found = psutil.Process(told["pid"])
+            if found.create_time() != told["created"] or found.status() == psutil.STATUS_ZOMBIE:
+                return None
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+        return Standing(name, int(told["pid"]), str(told["api"]))
+
+    def start(self, *, port: int | None, told: Told) -> Standing:
+        """The server and the worker, where they do not run already. Raises ConfigError for a port that is taken."""
+        server = self.process("server")
+        if server is None:
+            server = self._start_server(port, told)
+        else:
+            told(f"the Prefect server runs already (pid {server.pid}, {server.api})")
+            self._wait(server, told)
+        use_environment(self.environment(server.api))
+        return server
+
+    def environment(self, api: str) -> dict[str, str]:
+        """What a process needs to talk to the server."""
+        return {"PREFECT_API_URL": api, "PREFECT_API_AUTH_STRING": self.credential}
+
+    def _start_server(self, port: int | None, told: Told) -> Standing:
+        chosen = _free(port if port is not None else PORT, fixed=port is not None)
+        api = f"http://127.0.0.1:{chosen}/api"
+        home = self.folder / "prefect"
+        home.mkdir(exist_ok=True)
+        own = self.environment(api) | {
+            "PREFECT_HOME": str(home),
+            "PREFECT_SERVER_API_AUTH_STRING": self.credential,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+            "PREFECT_LOGGING_LEVEL": "WARNING",
+        }
+        if self._settings.prefect_database_url:
+            own["PREFECT_API_DATABASE_CONNECTION_URL"] = self._settings.prefect_database_url
+        command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(chosen)]
+        started = self._spawn("server", command, own, api)
+        told(f"starting a Prefect server on 127.0.0.1:{chosen} (pid {started.pid}, log {self.folder / 'server.log'})")
+        self._wait(started, told)
+        return started
+
+    def start_worker(self, server: Standing, pool: str, *, told: Told) -> Standing:
+        """The worker that runs the deployments of this machine, where it does not run already."""
+        running = self.process("worker")
+        if running is not None and running.api == server.api:
+            told(f"the worker runs already (pid {running.pid})")
+            return running
+        if running is not None:
+            _end(running, told)  # one of an earlier server, at an address where nobody answers
+        own = self.environment(server.api) | {
+            "PREFECT_WORKER_QUERY_SECONDS": "3",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "PREFECT_LOGGING_LEVEL": "INFO",
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+        }
+        command = [
+            "prefect",
+            "worker",
+            "start",
+            "--pool",
+            pool,
+            "--type",
+            "process",
+            "--name",
+            f"visionloop-{socket.gethostname()}",
+        ]
+        started = self._spawn("worker", command, own, server.api)
+        told(f"starting a worker (pid {started.pid}, log {self.folder / 'worker.log'})")
+        return started
+
+    def _spawn(self, name: str, command: list[str], own: Mapping[str, str], api: str) -> Standing:
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=self.workspace.root,
+                env=environment_with(own),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        created = psutil.Process(process.pid).create_time()
+        facts = {"pid": process.pid, "created": created, "api": api, "command": command}
+        write_atomically(self.folder / f"{name}.json", json.dumps(facts).encode())
+        return Standing(name, process.pid, api)
+
+    def _wait(self, server: Standing, told: Told) -> None:
+        begun = said = time.monotonic()
+        while not healthy(server.api, self.credential):
+            if self.process("server") is None:
+                raise VisionloopError(
+                    f"the Prefect server ended; its log is {self.folder / 'server.log'}:\n{self.tail('server')}"
+                )
+            if time.monotonic() - begun > _START_S:
+                raise VisionloopError(
+                    f"the Prefect server did not answer within {_START_S:g} s; its log is {self.folder / 'server.log'}. "
+                    f"Stop it with `visionloop down` and try again"
+                )
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                told(f"waiting for the Prefect server, {said - begun:.0f} s (its first start makes a database)")
+            time.sleep(0.3)
+
+    def tail(self, name: str, lines: int = 8) -> str:
+        """The end of a process's log."""
+        try:
+            return "\n".join((self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return ""
+
+    def stop(self, *, told: Told) -> list[str]:
+        """End the worker, then the server; returns what was ended. Runs that the worker started end with it."""
+        ended = []
+        for name in ("worker", "server"):
+            running = self.process(name)
+            if running is not None:
+                _end(running, told)
+                ended.append(name)
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
+        return ended
+
+
+def _end(running: Standing, told: Told) -> None:
+    """SIGTERM to a process and what it started, SIGKILL to what is left after a while."""
+    try:
+        process = psutil.Process(running.pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return
+    told(f"stopping the {running.name} (pid {running.pid})")
+    with contextlib.suppress(psutil.Error):
+        process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=_STOP_S)
+    for left in alive:
+        with contextlib.suppress(psutil.Error):
+            left.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+def healthy(api: str, credential: str) -> bool:
+    """Whether the server answers, and takes this credential: a question that needs none would say less."""
+    address = urlsplit(api)
+    connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=3)
+    try:
+        connection.request("GET", f"{address.path}/admin/version", headers=authorisation(credential))
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def authorisation(credential: str) -> dict[str, str]:
+    """HTTP basic authentication."""
+    return {"authorization": "Basic " + b64encode(credential.encode()).decode()}
+
+
+def _free(port: int, *, fixed: bool) -> int:
+    """The port, or where it was not asked for by number, the next free one."""
+    for candidate in (port,) if fixed else range(port, port + 50):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", candidate))
+                return candidate
+            except OSError:
+                continue
+    raise ConfigError(f"port {port} on 127.0.0.1 is taken; name another with --port")
+
+
+def pages(server: Standing) -> dict[str, Any]:
+    """Where a person can look."""
+    return {"prefect": server.api.removesuffix("/api")}

@@ -1,0 +1,108 @@
+"""What a statistic looks like without any drift: thresholds from resampling the reference at the window's size.
+
+A window without drift is a draw from what the reference was drawn from, and the reference is itself a draw. So both sides
+are resampled from the reference, at their own sizes, and compared with each other: resampling the window alone would take
+the reference for the truth and alarm too often (Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 16).
+
+Resampling is done on counts over the sorted reference, so it costs the same for a window of 200 and of 100,000.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+ROUNDS = 4000
+_CHUNK = 250
+POWER = 0.8
+_Z_POWER = 0.8416212335729143
+"""Standard normal quantile of POWER."""
+
+
+def resampled(rng: np.random.Generator, num_reference: int, size: int, rounds: int) -> Counts:
+    """How often each of the reference's images is drawn: (rounds, num_reference), each row summing to `size`."""
+    if size > 8 * num_reference:
+        return rng.multinomial(size, np.full(num_reference, 1 / num_reference), size=rounds)
+    picks = rng.integers(0, num_reference, size=(rounds, size))
+    picks += np.arange(rounds)[:, None] * num_reference
+    return np.bincount(picks.ravel(), minlength=rounds * num_reference).reshape(rounds, num_reference)
+
+
+def null_wasserstein(reference: Floats, size: int, *, seed: int, rounds: int = ROUNDS) -> Floats:
+    """Wasserstein distances, normed by the reference's standard deviation, without drift: (rounds, columns).
+
+    `reference` is (images, columns); the columns of one image stay together.
+    """
+    rng = np.random.default_rng(seed)
+    num, columns = reference.shape
+    order = np.argsort(reference, axis=0, kind="stable")
+    ordered = np.take_along_axis(reference, order, axis=0)
+    gaps = np.diff(ordered, axis=0)
+    found = np.empty((rounds, columns))
+    for start in range(0, rounds, _CHUNK):
+        stop = min(start + _CHUNK, rounds)
+        ours = resampled(rng, num, num, stop - start)
+        theirs = resampled(rng, num, size, stop - start)
+        mean = ours @ reference / num
+        deviation = np.sqrt(np.maximum(ours @ reference**2 / num - mean**2, 0))
+        for column in range(columns):
+            difference = ours[:, order[:, column]] / num - theirs[:, order[:, column]] / size
+            distance = np.abs(np.cumsum(difference, axis=1)[:, :-1]) @ gaps[:, column]
+            found[start:stop, column] = distance / np.maximum(deviation[:, column], 0.001)
+    return found
+
+
+def jensen_shannon(ours: Floats, theirs: Floats) -> Floats:
+    """Jensen-Shannon distance (natural logarithm, square root) between rows of shares; (n, classes) each."""
+    middle = (ours + theirs) / 2
+
+    def divergence(shares: Floats) -> Floats:
+        ratio = np.divide(shares, middle, out=np.ones_like(shares), where=shares > 0)
+        total: Floats = (shares * np.log(ratio)).sum(axis=1)
+        return total
+
+    found: Floats = np.sqrt(np.maximum((divergence(ours) + divergence(theirs)) / 2, 0))
+    return found
+
+
+def null_jensen_shannon(shares: Floats, num_reference: int, size: int, *, seed: int, rounds: int = ROUNDS) -> Floats:
+    """Jensen-Shannon distances between the classes of a reference and of a window without drift: (rounds,)."""
+    rng = np.random.default_rng(seed)
+    ours = rng.multinomial(num_reference, shares, size=rounds) / num_reference
+    theirs = rng.multinomial(size, shares, size=rounds) / size
+    return jensen_shannon(ours, theirs)
+
+
+def smallest_class_shift(shares: Floats, num_reference: int, size: int, threshold: float, *, seed: int) -> float:
+    """Smallest share of predictions that, moved to the rarest class, exceeds `threshold` in 80 % of the windows."""
+    rng = np.random.default_rng(seed)
+    for share in np.geomspace(0.005, 1.0, 40):
+        moved = shares * (1 - share)
+        moved[int(np.argmin(shares))] += share
+        ours = rng.multinomial(num_reference, shares, size=400) / num_reference
+        theirs = rng.multinomial(size, moved, size=400) / size
+        if float((jensen_shannon(ours, theirs) > threshold).mean()) >= POWER:
+            return float(share)
+    return 1.0
+
+
+def smallest_displacement(threshold: float, num_reference: int, size: int) -> float:
+    """Smallest shift of a mean, in standard deviations, that exceeds `threshold` in 80 % of the windows.
+
+    The Wasserstein distance is at least the difference of the means, so this errs on the large side.
+    """
+    return threshold + _Z_POWER * float(np.sqrt(1 / num_reference + 1 / size))
+
+
+def exceeded(null: Floats, alpha: float) -> float:
+    """The value that at most a share `alpha` of draws without drift exceeds; infinite when there are too few of them."""
+    # The observed value is one of rounds + 1 exchangeable ones.
+    rank = int(np.ceil((len(null) + 1) * (1 - alpha))) - 1
+    return float(np.sort(null)[rank]) if rank < len(null) else float("inf")
+
+
+def p_value(null: Floats, value: float) -> float:
+    """Share of draws without drift that are at least as large, the observed one included."""
+    return float((np.count_nonzero(null >= value) + 1) / (len(null) + 1))

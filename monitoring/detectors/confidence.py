@@ -1,0 +1,61 @@
+"""Calibrated confidence: a model that meets what it does not know is less sure, before anybody labels anything.
+
+Statistic: Wasserstein distance over the reference's standard deviation (Evidently's `wasserstein`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.contracts import Sample, Shift, ShiftStatus
+from monitoring import calibration
+
+
+class Detector(BaseModel):
+    """Alarms when the confidences have moved by a material part of their usual spread."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    material: float = Field(default=0.35, gt=0)
+    """Smallest displacement that matters, in standard deviations of the reference."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        return {"confidence": "wasserstein"}
+
+    def detect(self, reference: Sample, window: Sample, measured: Mapping[str, float], *, alpha: float, seed: int) -> Shift:
+        """Raises KeyError for a column that was not measured."""
+        value = float(measured["confidence"])
+        null = calibration.null_wasserstein(reference.confidence[:, None], len(window), seed=seed)[:, 0]
+        threshold = calibration.exceeded(null, alpha)
+        smallest = calibration.smallest_displacement(threshold, len(reference), len(window))
+        before, after = float(reference.confidence.mean()), float(window.confidence.mean())
+        status: ShiftStatus
+        if value > threshold and value >= self.material:
+            status = "drift"
+            message = f"mean confidence went from {before:.3f} to {after:.3f}, {value:.2f} standard deviations"
+        elif smallest > self.material:
+            status = "inconclusive"
+            message = (
+                f"no shift is shown, but a shift below {smallest:.2f} standard deviations could not be, and "
+                f"{self.material:g} matters; {len(window)} images are too few"
+            )
+        else:
+            status = "pass"
+            message = f"mean confidence {after:.3f}, in the reference {before:.3f}"
+        return Shift(
+            detector="confidence",
+            status=status,
+            message=message,
+            statistic="wasserstein",
+            value=value,
+            threshold=threshold,
+            p_value=calibration.p_value(null, value),
+            effect=value,
+            effect_unit="standard deviations",
+            material_effect=self.material,
+            smallest_shown=smallest,
+            n=len(window),
+        )

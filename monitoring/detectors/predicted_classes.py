@@ -1,0 +1,64 @@
+"""Predicted classes: what is asked for has changed, or what the model takes it for.
+
+Statistic: Jensen-Shannon distance (Evidently's `jensenshannon`); effect: total variation distance, the share of predictions
+that went to another class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.contracts import Sample, Shift, ShiftStatus
+from monitoring import calibration
+
+
+class Detector(BaseModel):
+    """Alarms when a material share of the predictions went to other classes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    material: float = Field(default=0.2, gt=0, le=1)
+    """Smallest share of predictions in another class that matters."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        return {"predicted": "jensenshannon"}
+
+    def detect(self, reference: Sample, window: Sample, measured: Mapping[str, float], *, alpha: float, seed: int) -> Shift:
+        """Raises KeyError for a column that was not measured."""
+        value = float(measured["predicted"])
+        before, after = (np.bincount(s.predicted, minlength=len(s.classes)) / len(s) for s in (reference, window))
+        null = calibration.null_jensen_shannon(before, len(reference), len(window), seed=seed)
+        threshold = calibration.exceeded(null, alpha)
+        effect = float(np.abs(before - after).sum() / 2)
+        smallest = calibration.smallest_class_shift(before, len(reference), len(window), threshold, seed=seed)
+        grown = int(np.argmax(after - before))
+        told = f"{window.classes[grown]!r} went from {before[grown]:.1%} to {after[grown]:.1%}"
+        status: ShiftStatus
+        if value > threshold and effect >= self.material:
+            status, message = "drift", f"{effect:.1%} of the predictions went to other classes; {told}"
+        elif smallest > self.material:
+            status = "inconclusive"
+            message = (
+                f"no shift is shown, but one below {smallest:.1%} of the predictions could not be, and "
+                f"{self.material:.0%} matter; {len(window)} images are too few"
+            )
+        else:
+            status, message = "pass", f"{effect:.1%} of the predictions in other classes; {told}"
+        return Shift(
+            detector="predicted_classes",
+            status=status,
+            message=message,
+            statistic="jensenshannon",
+            value=value,
+            threshold=threshold,
+            p_value=calibration.p_value(null, value),
+            effect=effect,
+            effect_unit="share of predictions",
+            material_effect=self.material,
+            smallest_shown=smallest,
+            n=len(window),
+        )

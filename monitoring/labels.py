@@ -1,0 +1,224 @@
+"""Labels that come back: who said what an image of production shows, and when. Appended, never changed.
+
+A file is taken whole or not at all. The newest label of an image counts; the others stay.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from components.contracts import ConfigError, DataError, canonical_json, sha256_text
+from components.databases import Database, now
+from components.store import sha256_file
+from components.tables import read_table
+from monitoring.records import labels
+
+MAX_ROWS = 1_000_000
+MAX_BYTES = 256 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Label:
+    """One person's word about one image."""
+
+    image_sha256: str
+    label: str
+    by: str
+    at: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of a file."""
+
+    new: int
+    known: int
+    """Labels that were there already, word for word."""
+    changed: int
+    """Images that had another label before."""
+    skipped: int
+    """Rows without a label."""
+
+
+def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
+    """Rows of a .csv, .jsonl or .parquet file: prediction_id or image_sha256, label, and perhaps labelled_by, labelled_at.
+
+    Raises ConfigError for another kind of file, DataError naming the row for what is no label.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file; expected .csv, .jsonl or .parquet with the columns prediction_id, label")
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{path} has more than {MAX_BYTES >> 20} MB; import it in parts")
+    rows = _rows(path)
+    if len(rows) > MAX_ROWS:
+        raise DataError(f"{path} has more than {MAX_ROWS} rows; import it in parts")
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    columns = set(rows[0])
+    if "label" not in columns or not columns & {"prediction_id", "image_sha256"}:
+        raise DataError(
+            f"{path} has the columns {', '.join(sorted(columns))}; expected label and prediction_id or image_sha256"
+        )
+    found = []
+    for number, row in enumerate(rows, start=1):
+        values = {name: "" if value is None else str(value).strip() for name, value in row.items() if name}
+        if not values.get("label"):
+            found.append({"label": ""})
+            continue
+        who = values.get("labelled_by") or by or ""
+        if not who:
+            raise DataError(f"{path} row {number}: nobody is named; fill labelled_by, or give --as")
+        when = values.get("labelled_at", "")
+        found.append(
+            {
+                "prediction_id": values.get("prediction_id", ""),
+                "image_sha256": values.get("image_sha256", "").lower(),
+                "label": values["label"],
+                "by": who,
+                "at": _when(when, f"{path} row {number}") if when else "",
+            }
+        )
+        sha = found[-1]["image_sha256"]
+        if sha and not _SHA256.fullmatch(sha):
+            raise DataError(f"{path} row {number}: {sha[:80]!r} is not the sha256 of an image (64 hex digits)")
+        if not sha and not found[-1]["prediction_id"]:
+            raise DataError(f"{path} row {number} names no prediction_id and no image_sha256")
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            found: list[dict[str, Any]] = read_table(path).to_pylist()
+            return found
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+            if not all(isinstance(line, dict) for line in lines):
+                raise ValueError("a line is no object")
+            return lines
+        if path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file, strict=True))
+    except Exception as error:
+        # csv, json, UnicodeDecodeError, and whatever pyarrow raises for what is no Parquet.
+        raise DataError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0][:200]}") from error
+    raise ConfigError(f"{path.name}: expected a name that ends in .csv, .jsonl or .parquet")
+
+
+def _when(text: str, place: str) -> str:
+    try:
+        found = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise DataError(f"{place}: labelled_at {text!r} is not ISO 8601, such as 2026-03-01T14:00") from None
+    found = found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+    return found.astimezone(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def resolve(
+    rows: Sequence[Mapping[str, str]],
+    *,
+    by_prediction: Mapping[str, str],
+    images: Collection[str],
+    classes: Collection[str] | None,
+) -> list[Label]:
+    """Rows to labels of images the log knows. Raises DataError listing what is unknown; then nothing is imported.
+
+    `by_prediction` maps prediction ids to image digests, `classes` are the names that count (None: any).
+    """
+    found, unknown, wrong = [], [], set()
+    for row in rows:
+        if not row["label"]:
+            continue
+        sha = row["image_sha256"] or by_prediction.get(row["prediction_id"], "")
+        if row["image_sha256"] and row["prediction_id"]:
+            told = by_prediction.get(row["prediction_id"])
+            if told is not None and told != sha:
+                raise DataError(
+                    f"prediction {row['prediction_id'][:64]} is about image {told[:16]}, the row says {sha[:16]}; "
+                    f"nothing was imported"
+                )
+        if not sha or sha not in images:
+            unknown.append(row["prediction_id"] or row["image_sha256"])
+            continue
+        if classes is not None and row["label"] not in classes:
+            wrong.add(row["label"])
+            continue
+        found.append(Label(sha, row["label"], row["by"], row["at"]))
+    if unknown:
+        shown = ", ".join(name[:64] for name in unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        raise DataError(
+            f"{len(unknown)} rows name predictions or images that the log does not know ({shown}); "
+            f"nothing was imported. Check the file, or leave them out with --skip-unknown"
+        )
+    if wrong:
+        named = ", ".join(repr(name) for name in sorted(wrong)[:_SHOWN])
+        raise DataError(
+            f"the model has no class {named}; nothing was imported. "
+            f"Its classes: {', '.join(sorted(classes or ())[:20])}. New classes come in with --new-classes"
+        )
+    return found
+
+
+class Labels:
+    """Labels of production images behind one database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def append(self, model: str, given: Sequence[Label], *, source: Path, skipped: int = 0) -> Imported:
+        """All of them in one transaction; what is there word for word is not written again."""
+        digest = sha256_file(source)[:16]
+        new = known = changed = 0
+        with self._database.transaction() as connection:
+            at = now(connection).isoformat(timespec="microseconds")
+            before = _latest(connection, model)
+            there = set(connection.execute(sa.select(labels.c.key).where(labels.c.model == model)).scalars())
+            rows = []
+            for label in given:
+                # Without a time of its own a label is the same however often its file comes.
+                facts = [model, label.image_sha256, label.label, label.by, label.at]
+                key = sha256_text(canonical_json(facts))
+                if key in there:
+                    known += 1
+                    continue
+                there.add(key)
+                earlier = before.get(label.image_sha256)
+                changed += earlier is not None and earlier.label != label.label
+                new += 1
+                rows.append(
+                    {
+                        "key": key,
+                        "image_sha256": label.image_sha256,
+                        "model": model,
+                        "label": label.label,
+                        "by": label.by,
+                        "at": label.at or at,
+                        "imported_at": at,
+                        "source": digest,
+                    }
+                )
+            if rows:
+                connection.execute(labels.insert(), rows)
+        return Imported(new, known, changed, skipped)
+
+    def latest(self, model: str) -> dict[str, Label]:
+        """The label that counts, by image."""
+        with self._database.transaction() as connection:
+            return _latest(connection, model)
+
+
+def _latest(connection: sa.Connection, model: str) -> dict[str, Label]:
+    query = sa.select(labels).where(labels.c.model == model).order_by(labels.c.at, labels.c.seq)
+    return {row.image_sha256: Label(row.image_sha256, row.label, row.by, row.at) for row in connection.execute(query)}

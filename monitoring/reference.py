@@ -1,0 +1,48 @@
+"""The reference sample of a release: what production is compared with. It came with the release and was approved with it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from components.contracts import ReferenceUnavailable, Release, Sample, Stored
+from components.images import STATISTICS
+from components.store import sha256_file
+from components.tables import read_frame
+
+MIN_IMAGES = 50
+"""With fewer, no threshold that is resampled from them is worth anything."""
+
+
+def load_reference(release: Stored[Release]) -> Sample:
+    """The reference sample of a release; raises ReferenceUnavailable unless it is whole and the serving engine's own."""
+    file = release.record.reference
+    path = release.folder / file.name
+    remedy = "publish the release again (visionloop reconcile --repair)"
+    if not path.is_file():
+        raise ReferenceUnavailable(f"{path} is missing; {remedy}")
+    if sha256_file(path) != file.sha256:
+        raise ReferenceUnavailable(f"{path} is not the reference sample of its release; {remedy}")
+    try:
+        frame = read_frame(path)
+        embeddings = np.stack([np.asarray(row, dtype=np.float32) for row in frame["embedding"]])
+        sample = Sample(
+            statistics=frame[list(STATISTICS)].to_numpy(dtype=np.float64),
+            confidence=frame["confidence"].to_numpy(dtype=np.float64),
+            predicted=frame["predicted"].to_numpy(dtype=np.int64),
+            embeddings=embeddings,
+            classes=release.record.engine.classes,
+        )
+    except (KeyError, ValueError, OSError) as error:
+        raise ReferenceUnavailable(f"{path} is no reference sample ({type(error).__name__}: {error}); {remedy}") from error
+    if embeddings.shape[1] != release.record.engine.embedding_dim:
+        raise ReferenceUnavailable(
+            f"the reference sample has embeddings of {embeddings.shape[1]} numbers, the engine gives "
+            f"{release.record.engine.embedding_dim}: it is another encoder's. Train and promote anew"
+        )
+    if not (np.isfinite(embeddings).all() and np.isfinite(sample.statistics).all() and np.isfinite(sample.confidence).all()):
+        raise ReferenceUnavailable(f"{path} holds numbers that are not finite; train and promote anew")
+    if len(sample) < MIN_IMAGES:
+        raise ReferenceUnavailable(
+            f"the reference sample holds {len(sample)} images, at least {MIN_IMAGES} are needed: add images, and train anew"
+        )
+    return sample

@@ -1,0 +1,110 @@
+"""Labels are taken whole or not at all, the newest counts, and nothing is written twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from watched import sha
+
+from components.contracts import ConfigError, DataError
+from components.databases import Database
+from monitoring.labels import Label, Labels, read_file, resolve
+
+KNOWN = {"p1": sha("1"), "p2": sha("2"), "p3": sha("3")}
+
+
+def written(tmp_path: Path, text: str, name: str = "labels.csv") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def resolved(path: Path, *, by: str | None = "ann", classes: tuple[str, ...] | None = ("cat", "dog")) -> list[Label]:
+    return resolve(read_file(path, by=by), by_prediction=KNOWN, images=set(KNOWN.values()), classes=classes)
+
+
+def test_a_file_names_predictions_or_images(tmp_path: Path) -> None:
+    text = f"prediction_id,image_sha256,label\np1,,cat\n,{sha('2').upper()},dog\np3,,\n"
+    assert resolved(written(tmp_path, text)) == [Label(sha("1"), "cat", "ann", ""), Label(sha("2"), "dog", "ann", "")]
+    lines = "\n".join(json.dumps(row) for row in ({"prediction_id": "p1", "label": "cat", "labelled_by": "bob"},))
+    assert resolved(written(tmp_path, lines, "labels.jsonl"), by=None)[0].by == "bob"
+    import pandas as pd
+
+    pd.DataFrame({"image_sha256": [sha("3")], "label": ["dog"]}).to_parquet(tmp_path / "labels.parquet")
+    assert resolved(tmp_path / "labels.parquet") == [Label(sha("3"), "dog", "ann", "")]
+
+
+def test_a_time_is_kept_as_utc(tmp_path: Path) -> None:
+    path = written(tmp_path, "prediction_id,label,labelled_at\np1,cat,2026-03-01T14:00:00+02:00\n")
+    assert resolved(path)[0].at == "2026-03-01T12:00:00.000000+00:00"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "why"),
+    [
+        ("", "labels.csv", "holds no rows"),
+        ("prediction_id\np1\n", "labels.csv", "expected label and prediction_id"),
+        ("label\ncat\n", "labels.csv", "expected label and prediction_id"),
+        ("prediction_id,image_sha256,label\n,,cat\n", "labels.csv", "row 1 names no prediction_id"),
+        ("image_sha256,label\nabc,cat\n", "labels.csv", "not the sha256 of an image"),
+        ("prediction_id,label,labelled_at\np1,cat,noon\n", "labels.csv", "not ISO 8601"),
+        ("{", "labels.jsonl", "cannot be read as .jsonl"),
+        ("[1]", "labels.jsonl", "cannot be read as .jsonl"),
+        ("x", "labels.parquet", "cannot be read as .parquet"),
+        (
+            "prediction_id,label\np1,cat\np9,dog\n",
+            "labels.csv",
+            "1 rows name predictions or images that the log does not know .p9.",
+        ),
+        ("prediction_id,label\np1,cow\n", "labels.csv", "no class 'cow'.*cat, dog"),
+        (f"prediction_id,image_sha256,label\np1,{sha('2')},cat\n", "labels.csv", "is about image"),
+    ],
+)
+def test_what_is_no_label_is_refused(tmp_path: Path, text: str, name: str, why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        resolved(written(tmp_path, text, name))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ends in .csv, .jsonl or .parquet"):
+        resolved(written(tmp_path, "x", "labels.txt"))
+    with pytest.raises(ConfigError, match="is not a file"):
+        resolved(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="nobody is named"):
+        resolved(written(tmp_path, "prediction_id,label\np1,cat\n"), by=None)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(b"prediction_id,label\n\xff\xfe,cat\n")
+    with pytest.raises(DataError, match="cannot be read as .csv"):
+        resolved(path)
+
+
+def test_new_classes_come_in_when_asked(tmp_path: Path) -> None:
+    assert resolved(written(tmp_path, "prediction_id,label\np1,cow\n"), classes=None)[0].label == "cow"
+
+
+def test_the_same_file_twice_is_once(database: Database, tmp_path: Path) -> None:
+    path = written(tmp_path, "prediction_id,label\np1,cat\np2,dog\n")
+    labels = Labels(database)
+    first = labels.append("m", resolved(path), source=path)
+    again = labels.append("m", resolved(path), source=path)
+    assert (first.new, first.known, again.new, again.known) == (2, 0, 0, 2)
+    assert {sha_: label.label for sha_, label in labels.latest("m").items()} == {sha("1"): "cat", sha("2"): "dog"}
+    assert labels.latest("other") == {}
+
+
+def test_the_newest_label_counts(database: Database, tmp_path: Path) -> None:
+    labels = Labels(database)
+    early = written(tmp_path, "prediction_id,label,labelled_at\np1,cat,2026-03-02\n")
+    late = written(tmp_path, "prediction_id,label,labelled_at\np1,dog,2026-03-01\n", "late.csv")
+    labels.append("m", resolved(early), source=early)
+    done = labels.append("m", resolved(late), source=late)
+    assert done.changed == 1
+    assert labels.latest("m")[sha("1")].label == "cat"
+    corrected = written(tmp_path, "prediction_id,label\np1,dog\n", "corrected.csv")
+    labels.append("m", resolved(corrected), source=corrected)
+    assert labels.latest("m")[sha("1")].label == "dog"
