@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.contracts import ConfigError
-from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded
+from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
 from flows.cli_loop import add_loop_commands
 from flows.cli_registry import add_registry_commands
 from flows.cli_serving import add_serving_commands
@@ -48,6 +48,7 @@ app = typer.Typer(
       visionloop history | who-served    what was decided, and what served at any moment
       visionloop runs                    what was run, and what came of it
       visionloop store verify            every artefact against its digests
+      visionloop report                  the page of all this
       visionloop demo                    all of it on real digits, in a scratch workspace
 
     Every command that answers takes --json and then prints one JSON object as its last line.
@@ -136,48 +137,41 @@ def _told(summary: dict[str, Any]) -> str:
 @app.command()
 def demo(
     directory: Annotated[
-        Path, typer.Option("--directory", help="Scratch workspace; kept, so a second demo resumes.")
+        Path, typer.Option("--directory", help="Scratch workspace; kept, so a second demo goes on where this one stopped.")
     ] = Path(".demo"),
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the Prefect server.")] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="Leave nothing running at the end: no pages to look at.")] = False,
     json_: AsJson = False,
 ) -> None:
-    """The main job on the embedded digits, in a scratch workspace: no account, no server, no download."""
+    """The whole loop on the embedded digits, in a scratch workspace: no account, no server of yours, no download."""
 
     def action() -> None:
         from flows.demo import prepare
-        from flows.settings import prepare_environment
+        from flows.settings import prepare_environment, read_settings
+
+        def told(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
 
         workspace = prepare(directory)
         prepare_environment(workspace.state)
-        summary = _trained(workspace.root, "digits", [], None)
-        if summary["outcome"] != "candidate":
-            finish(summary, json_, lambda: _told(summary))
-            raise typer.Exit(1)
-        from flows.showing import go_live
+        from flows.showing import Show
+        from flows.standing import Up
 
-        if not json_:
-            print(_told(summary))
-            print("\nGoing live")
-        live = go_live(
-            workspace,
-            summary["version"],
-            summary["model"],
-            told=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
-        )
-        finish(summary | {"live": live}, json_, lambda: _told_live(live, workspace.root))
+        show = Show(workspace, lambda: _trained(workspace.root, "digits", [], None), told, port=port)
+        up = Up(workspace, read_settings(workspace.state))
+        try:
+            phases = show.run()
+            if not stop:
+                up.start_pages(told=lambda line: told(f"  {line}"))
+            answer = show.finish(up.addresses())
+        finally:
+            if stop:
+                up.stop(told=told)
+        finish(answer | {"phases": phases}, json_, lambda: show.text(answer))
+        if phases["train"]["outcome"] != "candidate":
+            raise typer.Exit(1)
 
     guarded(action, json_)
-
-
-def _told_live(live: dict[str, Any], root: Path) -> str:
-    sure = f", {figure(live['accuracy_when_sure'])} where it was sure" if live["accuracy_when_sure"] else ""
-    return "\n".join(
-        [
-            f"LIVE  version {live['champion']}, approved by {live['approved_by']}",
-            f"world accuracy {figure(live['accuracy'])}{sure}; {live['unsure']} unsure",
-            f"time  {live['latency_p50_ms']:.1f} ms a request (p50), {live['latency_p99_ms']:.1f} ms (p99), one at a time",
-            f"next  cd {root} && visionloop history && visionloop serve --model digits",
-        ]
-    )
 
 
 @app.command()

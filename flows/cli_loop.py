@@ -25,7 +25,7 @@ governor_app = typer.Typer(
 
 def add_loop_commands(app: typer.Typer) -> None:
     """Put the loop's commands on the command line."""
-    for command in (watch, windows, alarms, sweep, up, status, down):
+    for command in (watch, windows, alarms, sweep, report, up, status, down):
         app.command()(command)
     app.add_typer(labels_app, name="labels")
     app.add_typer(governor_app, name="governor")
@@ -181,6 +181,28 @@ def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = 
         }
         text = [f"{s.key}: flow run {s.flow_run_id}" for s in started] + lines
         finish(answer, json_, lambda: "\n".join(text) or f"{loop.model}: nothing waits")
+
+    guarded(action, json_)
+
+
+def report(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write; loop-MODEL.html of the workspace by default.")
+    ] = None,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Draw the page of the loop: versions, windows, alarms, decisions, labels, and when each of it happened."""
+
+    def action() -> None:
+        loop = _loop(workspace, model)
+        from flows.loop_report import write_loop_report
+        from flows.standing import Up
+
+        place = out or loop.workspace.root / f"loop-{loop.model}.html"
+        written = write_loop_report(loop, place.resolve(), pages=Up(loop.workspace, loop.settings).addresses())
+        finish({"model": loop.model, "report": str(written)}, json_, lambda: f"Report: {written}")
 
     guarded(action, json_)
 
@@ -350,6 +372,7 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of the Prefect server; 4200 or the next free one by default.")
     ] = None,
+    pages: Annotated[bool, typer.Option("--pages", help="Also MLflow's and Evidently's pages, for looking.")] = False,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
@@ -372,13 +395,16 @@ def up(
             from flows.keeping import keep_up
 
             answer = keep_up(standing, model or [], port=port, told=told)
+            if pages:
+                answer["pages"] |= standing.start_pages(told=told)
         finish(answer, json_, lambda: _shown_up(answer))
 
     guarded(action, json_)
 
 
 def _shown_up(answer: dict[str, Any]) -> str:
-    lines = [f"Prefect  {answer['pages']['prefect']} (user and password: {answer['credential_file']})"]
+    lines = [f"{name:9} {address}" for name, address in answer["pages"].items()]
+    lines.append(f"Prefect asks for what {answer['credential_file']} holds.")
     for model, facts in answer["models"].items():
         lines.append(f"{model}: {', '.join(facts['deployments'])}; {len(facts['automations'])} automations")
     if not answer["models"]:

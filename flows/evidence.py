@@ -286,4 +286,5 @@ def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> 
 def report_source() -> str:
     """Digest of what draws the report: a changed template draws it anew."""
     folder = Path(__file__).resolve().parent
-    return sha256_text(sha256_file(folder / "report.py") + sha256_file(folder / "templates" / "report.html"))
+    templates = [folder / "templates" / name for name in ("report.html", "style.html")]
+    return sha256_text("".join(sha256_file(path) for path in (folder / "report.py", *templates)))

@@ -10,7 +10,7 @@ from components.contracts import VisionloopError
 from flows.alarming import pending
 from flows.looping import Loop, configured
 from flows.settings import read_settings
-from flows.standing import Standing, Up, healthy, pages
+from flows.standing import Standing, Up, healthy
 
 Told = Callable[[str], None]
 
@@ -44,7 +44,7 @@ def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> di
     return {
         "server": _process(server),
         "worker": _process(worker),
-        "pages": pages(server),
+        "pages": up.addresses(),
         "credential_file": str(up.folder / "auth"),
         "models": found,
     }

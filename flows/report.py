@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from components.contracts import Candidate, Estimate, Evaluation, Rejection, Stored
+from components.contracts import Candidate, Estimate, Evaluation, Rejection, Splits, Stored
 from components.images import decode
 from components.tables import read_frame
 from flows.run import Run
@@ -34,7 +34,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None) ->
     version = outcome.version if isinstance(outcome, Candidate) else ""
     title = f"candidate, version {version}" if version else ("candidate" if verdict.status == "pass" else "rejected")
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             model=run.config.model,
@@ -68,7 +68,8 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None) ->
     )
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates that escape whatever they are given."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -138,7 +139,8 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
 
 
-def _figures(results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
+def prepare_figures() -> None:
+    """Matplotlib as every page of ours uses it: SVG with text in it, the same bytes for the same data."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -157,16 +159,21 @@ def _figures(results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
             "axes.spines.right": False,
         }
     )
+
+
+def _figures(results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
+    prepare_figures()
     return {
-        "engines": _engine_figure(results.evaluations),
-        "curves": _curves_figure(results.history),
-        "splits": _splits_figure(results),
-        "confusion": _confusion_figure(shown.record),
+        "engines": engine_figure(results.evaluations),
+        "curves": curves_figure(results.history),
+        "splits": splits_figure(results.splits.record),
+        "confusion": confusion_figure(shown.record),
         "reliability": _reliability_figure(shown.record),
     }
 
 
-def _svg(figure: Figure) -> Markup:
+def as_svg(figure: Figure) -> Markup:
+    """The figure as SVG to be put into a page; closes it."""
     from matplotlib import pyplot
 
     text = io.StringIO()
@@ -176,7 +183,8 @@ def _svg(figure: Figure) -> Markup:
     return Markup(svg[svg.index("<svg") :])  # noqa: S704  (drawn by matplotlib, which escapes every label)
 
 
-def _engine_figure(evaluations: Sequence[Stored[Evaluation]]) -> Markup:
+def engine_figure(evaluations: Sequence[Stored[Evaluation]]) -> Markup:
+    """Accuracy of every engine that was executed."""
     from matplotlib import pyplot
 
     executed = [e.record for e in evaluations if "accuracy" in e.record.metrics]
@@ -187,10 +195,11 @@ def _engine_figure(evaluations: Sequence[Stored[Evaluation]]) -> Markup:
     axes.set_yticks(range(len(executed)), [evaluation.engine for evaluation in reversed(executed)])
     axes.set_xlabel("accuracy, 95 % interval")
     axes.grid(axis="x", color="#eceff3")
-    return _svg(figure)
+    return as_svg(figure)
 
 
-def _curves_figure(history: list[dict[str, float]]) -> Markup:
+def curves_figure(history: list[dict[str, float]]) -> Markup:
+    """Losses and accuracy by epoch."""
     from matplotlib import pyplot
 
     frame = pd.DataFrame(history)
@@ -204,13 +213,13 @@ def _curves_figure(history: list[dict[str, float]]) -> Markup:
     right.set_ylabel("accuracy")
     lines = [*axes.get_lines(), *right.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="center right")
-    return _svg(figure)
+    return as_svg(figure)
 
 
-def _splits_figure(results: Results) -> Markup:
+def splits_figure(splits: Splits) -> Markup:
+    """Images a class, by split."""
     from matplotlib import pyplot
 
-    splits = results.splits.record
     classes = list(splits.classes)[:40]
     figure, axes = pyplot.subplots(figsize=(5, max(2.0, 0.26 * len(classes) + 0.8)))
     left = [0] * len(classes)
@@ -221,10 +230,11 @@ def _splits_figure(results: Results) -> Markup:
     axes.invert_yaxis()
     axes.set_xlabel("images")
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _svg(figure)
+    return as_svg(figure)
 
 
-def _confusion_figure(evaluation: Evaluation) -> Markup:
+def confusion_figure(evaluation: Evaluation) -> Markup:
+    """True classes against predicted ones."""
     from matplotlib import pyplot
 
     counts = evaluation.confusion
@@ -241,7 +251,7 @@ def _confusion_figure(evaluation: Evaluation) -> Markup:
         axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _reliability_figure(evaluation: Evaluation) -> Markup:
@@ -257,7 +267,7 @@ def _reliability_figure(evaluation: Evaluation) -> Markup:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("mean confidence of a bin (area: images in it)")
     axes.set_ylabel("accuracy of the bin")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _mistakes(run: Run, shown: Stored[Evaluation]) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -191,10 +190,50 @@ class Up:
         except OSError:
             return ""
 
+    def start_pages(self, *, told: Told) -> dict[str, str]:
+        """MLflow's and Evidently's pages on loopback, for looking; returns their addresses. They ask for no credential."""
+        state = self.workspace.state
+        mlflow = [
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            self._settings.tracking_uri,
+            "--host",
+            "127.0.0.1",
+            "--workers",
+            "1",
+        ]
+        history = state / "monitoring" / "evidently"
+        history.mkdir(parents=True, exist_ok=True)
+        evidently = ["evidently.cli", "ui", "--workspace", str(history), "--host", "127.0.0.1"]
+        found = {}
+        if self._settings.tracking_is_local:
+            quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            found["MLflow"] = self._page("mlflow", mlflow, quiet, 5000, told)
+        else:
+            found["MLflow"] = self._settings.tracking_uri
+        # Who knows the secret may write; nobody is told it.
+        found["Evidently"] = self._page("evidently", evidently, {"EVIDENTLY_SECRET": secrets.token_urlsafe(24)}, 8001, told)
+        return found
+
+    def _page(self, name: str, command: list[str], own: Mapping[str, str], port: int, told: Told) -> str:
+        running = self.process(name)
+        if running is None:
+            chosen = _free(port, fixed=False)
+            running = self._spawn(name, [*command, "--port", str(chosen)], own, f"http://127.0.0.1:{chosen}")
+            told(f"starting the pages of {name} on {running.api} (pid {running.pid})")
+        return running.api
+
+    def addresses(self) -> dict[str, str]:
+        """Pages that are there to look at now."""
+        names = {"server": "Prefect", "mlflow": "MLflow", "evidently": "Evidently"}
+        running = {shown: self.process(name) for name, shown in names.items()}
+        return {shown: found.api.removesuffix("/api") for shown, found in running.items() if found is not None}
+
     def stop(self, *, told: Told) -> list[str]:
         """End the worker, then the server; returns what was ended. Runs that the worker started end with it."""
         ended = []
-        for name in ("worker", "server"):
+        for name in ("evidently", "mlflow", "worker", "server"):
             running = self.process(name)
             if running is not None:
                 _end(running, told)
@@ -249,8 +288,3 @@ def _free(port: int, *, fixed: bool) -> int:
             except OSError:
                 continue
     raise ConfigError(f"port {port} on 127.0.0.1 is taken; name another with --port")
-
-
-def pages(server: Standing) -> dict[str, Any]:
-    """Where a person can look."""
-    return {"prefect": server.api.removesuffix("/api")}

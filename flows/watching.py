@@ -217,7 +217,8 @@ def capture_path(workspace: Workspace, sha256: str) -> Path:
 def windows(loop: Loop) -> list[tuple[str, DriftVerdict]]:
     """Every judged window with its verdict, oldest first."""
     found = [(path.parent.name, recorded(path.parent)) for path in sorted(loop.folder.glob(f"*/{VERDICT}"))]
-    return [(name, verdict) for name, verdict in found if verdict is not None]
+    judged = [(name, verdict) for name, verdict in found if verdict is not None]
+    return sorted(judged, key=lambda pair: (pair[1].window.until, pair[1].window.since, pair[0]))
 
 
 def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:

@@ -138,7 +138,7 @@ class Routed:
         if old is not None and old.digest == route.release:
             old.version, old.generation = route.version, routes.generation
             self._routes = routes
-            self._remember(routes)
+            await asyncio.to_thread(self._remember, routes)
             return
         started = time.monotonic()
         if standby is not None and standby.digest == route.release and standby.ready:
@@ -165,7 +165,8 @@ class Routed:
         self._current = new  # requests that come from here on are the new release's
         self._metrics.switches.labels(self.model).inc()
         self._metrics.generation.labels(self.model).set(routes.generation)
-        self._remember(routes)
+        # In a thread: what syncs a disk can take as long as the disk likes, and requests are answered meanwhile.
+        await asyncio.to_thread(self._remember, routes)
         log(
             "release serves",
             model=self.model,

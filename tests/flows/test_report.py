@@ -51,7 +51,7 @@ def test_the_report_says_what_the_records_say(report: Path, trained: Path) -> No
 def test_names_of_files_and_classes_are_escaped(trained: Path) -> None:
     from flows import report
 
-    rendered = report._environment().from_string("{{ name }}").render(name="<img src=x onerror=alert(1)>")
+    rendered = report.environment().from_string("{{ name }}").render(name="<img src=x onerror=alert(1)>")
     assert "<img" not in rendered
     assert "| safe" not in (report._TEMPLATES / "report.html").read_text()
 

@@ -1,0 +1,134 @@
+"""What Prefect itself recorded about a training run: the event, the automation that it woke, and who made the run."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from flows.alarming import DEPLOYMENT
+from flows.looping import Loop
+from flows.settings import standing
+from flows.standing import authorisation
+
+
+def training_runs(loop: Loop, *, request: str | None = None) -> list[dict[str, Any]]:
+    """Flow runs of the model's training deployment in order of time, with who made them; of one alarm or all."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(f"{DEPLOYMENT}/{loop.model}")
+        runs = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+            limit=200,
+        )
+    found = []
+    for run in runs:
+        if request is not None and run.parameters.get("request") != request:
+            continue
+        by = run.created_by
+        found.append(
+            {
+                "flow_run": str(run.id),
+                "name": run.name,
+                "state": run.state_name,
+                "final": bool(run.state is not None and run.state.is_final()),
+                "message": run.state.message if run.state is not None else None,
+                "cause": run.parameters.get("cause"),
+                "request": run.parameters.get("request"),
+                "reason": run.parameters.get("reason"),
+                "created": run.created.isoformat() if run.created else None,
+                "started": run.start_time.isoformat() if run.start_time else None,
+                "ended": run.end_time.isoformat() if run.end_time else None,
+                "created_by": {"type": by.type, "name": by.display_value} if by is not None else None,
+                "tags": list(run.tags),
+            }
+        )
+    return found
+
+
+def events(loop: Loop, prefix: list[str], *, limit: int = 100) -> list[dict[str, Any]]:
+    """Events that the server kept, oldest first; empty when it does not answer."""
+    api = loop.settings.prefect_api_url
+    if not api:
+        return []
+    address = urlsplit(api)
+    credential = standing(loop.workspace.state).get("PREFECT_API_AUTH_STRING", "")
+    connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=10)
+    body = json.dumps({"filter": {"event": {"prefix": prefix}, "order": "ASC"}, "limit": min(limit, 50)})
+    try:
+        headers = {"content-type": "application/json", **(authorisation(credential) if credential else {})}
+        connection.request("POST", f"{address.path}/events/filter", body, headers)
+        answer = connection.getresponse()
+        found: list[dict[str, Any]] = json.loads(answer.read()).get("events", []) if answer.status == 200 else []
+        return found
+    except (OSError, http.client.HTTPException, ValueError):
+        return []
+    finally:
+        connection.close()
+
+
+def trail(loop: Loop, request: str, *, wait_s: float = 0.0) -> list[dict[str, Any]]:
+    """For each training run of an alarm: the event and the automation that Prefect names as its cause.
+
+    A run that no automation made has no event. Events reach the records a moment after their effect: `wait_s`.
+    """
+    runs = training_runs(loop, request=request)
+    deadline = time.monotonic() + wait_s
+    while True:
+        seen = events(loop, ["visionloop.", "prefect.automation.action."])
+        found = [run | _cause_of(run["flow_run"], seen) for run in runs]
+        made = [run for run in found if (run["created_by"] or {}).get("type") == "AUTOMATION" or not run["tags"]]
+        if all(run["event"] for run in made) or time.monotonic() >= deadline:
+            return found
+        time.sleep(0.5)
+
+
+def _cause_of(flow_run: str, seen: list[dict[str, Any]]) -> dict[str, Any]:
+    """The automation whose executed action names this run, and the event that woke it."""
+    by_id = {event["id"]: event for event in seen}
+    for event in seen:
+        if event["event"] != "prefect.automation.action.executed":
+            continue
+        related = {item["prefect.resource.id"] for item in event.get("related", [])}
+        if f"prefect.flow-run.{flow_run}" not in related:
+            continue
+        names = [event["resource"], *event.get("related", [])]
+        automation: dict[str, str] = next(
+            (n for n in names if n["prefect.resource.id"].startswith("prefect.automation.")), {}
+        )
+        # The executed action names the triggering event among what is related, or its triggered action does.
+        woken = next(
+            (by_id[i] for i in _event_ids(event) if i in by_id and by_id[i]["event"].startswith("visionloop.")), None
+        )
+        if woken is None:
+            woken = _woken_before(event, seen)
+        return {
+            "automation": automation.get("prefect.resource.name"),
+            "event": woken["event"] if woken else None,
+            "event_id": woken["id"] if woken else None,
+            "event_at": woken["occurred"] if woken else None,
+            "event_alarm": (woken or {}).get("payload", {}).get("alarm"),
+        }
+    return {"automation": None, "event": None, "event_id": None, "event_at": None, "event_alarm": None}
+
+
+def _event_ids(event: dict[str, Any]) -> list[str]:
+    related = [item["prefect.resource.id"].rpartition("prefect.event.")[2] for item in event.get("related", [])]
+    return [event.get("follows") or "", *related]
+
+
+def _woken_before(executed: dict[str, Any], seen: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Through the action's triggered event, which follows the one that woke the automation."""
+    by_id = {event["id"]: event for event in seen}
+    triggered = by_id.get(executed.get("follows") or "")
+    if triggered is None:
+        return None
+    return next(
+        (by_id[i] for i in _event_ids(triggered) if i in by_id and by_id[i]["event"].startswith("visionloop.")), None
+    )
