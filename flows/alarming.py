@@ -68,7 +68,7 @@ def announce(loop: Loop, alarm: Alarm, *, told: Told) -> None:
 def pending(loop: Loop, *, grace_s: float | None = None) -> list[str]:
     """Keys that a training should be asked for now: forgotten alarms, killed runs, what waited for a place or for data."""
     grace = loop.config.sweep_after_s if grace_s is None else grace_s
-    forgotten = [alarm.id for alarm in loop.outbox.waiting(grace_s=grace) if alarm.model == loop.model]
+    forgotten = [alarm.id for alarm in loop.outbox.waiting(loop.model, grace_s=grace)]
     # Of several windows that saw the same drift while nobody was there, the newest speaks for all.
     keys = [*forgotten[-1:], *loop.governor.due(loop.model), *awaiting_data(loop)]
     return list(dict.fromkeys(keys))

@@ -157,7 +157,11 @@ def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson =
             for told in found:
                 lines.append(f"{told['at'][:19]}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
                 lines += [f"    {a['at'][:19]}  {a['decision']} ({a['rule']}): {a['reason']}" for a in told["answers"]]
-                lines += [] if told["answers"] else ["    nobody has acted on it yet (visionloop sweep)"]
+                lines += (
+                    []
+                    if told["answers"]
+                    else ["    nobody was asked about it: a later alarm spoke for it, or the sweep will"]
+                )
             return "\n".join(lines) or f"{loop.model}: no alarm so far"
 
         finish({"model": loop.model, "alarms": found}, json_, text)
@@ -186,9 +190,7 @@ def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = 
 
 
 def report(
-    out: Annotated[
-        Path | None, typer.Option("--out", help="File to write; loop-MODEL.html of the workspace by default.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; .visionloop/loop-MODEL.html by default.")] = None,
     model: OfModel = None,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
@@ -200,7 +202,7 @@ def report(
         from flows.loop_report import write_loop_report
         from flows.standing import Up
 
-        place = out or loop.workspace.root / f"loop-{loop.model}.html"
+        place = out or loop.workspace.state / f"loop-{loop.model}.html"
         written = write_loop_report(loop, place.resolve(), pages=Up(loop.workspace, loop.settings).addresses())
         finish({"model": loop.model, "report": str(written)}, json_, lambda: f"Report: {written}")
 

@@ -144,7 +144,7 @@ def _page(model: str, state: State, champion: Entry | None, report: str | None) 
         lines += [
             f"It serves {summary['serving_engine']}, trained by recipe {summary['recipe']} on data version "
             f"{summary['data_version'][:12]} ({', '.join(f'{k} {v}' for k, v in summary['images'].items())}), "
-            f"git {summary['git'][:12]}.",
+            f"git {summary['git'][:12]}. Asked for: {summary.get('reason', 'manual')}.",
             "",
             f"  {'':22} {'this version':38} {reigning}",
         ]

@@ -36,7 +36,9 @@ def prepare(directory: Path) -> Workspace:
                 write_atomically(workspace.root / pin.name, pin.read_bytes())
             (workspace.root / LOOPS).mkdir(exist_ok=True)
             write_atomically(workspace.root / LOOPS / f"{MODEL}.yaml", LOOP.encode())
-            dataversions.git(workspace.root, "add", *(pin.name for pin in pins), LOOPS)
+            ignore = workspace.root / ".gitignore"
+            write_atomically(ignore, ignore.read_bytes() + b"/report.html\n")
+            dataversions.git(workspace.root, "add", ".gitignore", *(pin.name for pin in pins), LOOPS)
             commit(workspace, "Pin the embedded digits")
         else:
             _expect_ours(workspace, pins)

@@ -150,6 +150,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
     engine = next(e.record for e in results.engines if e.record.name == verdict.serving_engine)
     return {
         "run": run.id,
+        "reason": run.reason,
         "recipe": run.lineage.recipe,
         "git": run.lineage.git_commit + (" with uncommitted changes" if run.lineage.git_dirty else ""),
         "data_version": run.data.dvc_hash,

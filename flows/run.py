@@ -168,8 +168,9 @@ class Run:
         console: Console,
         *,
         requested_by: str = "",
+        reason: str = "manual",
     ) -> None:
-        self.requested_by = requested_by
+        self.requested_by, self.reason = requested_by, reason
         self.workspace = workspace
         self.config = config
         self.data = data

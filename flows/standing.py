@@ -88,6 +88,12 @@ class Up:
     def start(self, *, port: int | None, told: Told) -> Standing:
         """The server and the worker, where they do not run already. Raises ConfigError for a port that is taken."""
         server = self.process("server")
+        foreign = self._settings.prefect_api_url
+        if foreign and (server is None or foreign != server.api):
+            raise ConfigError(
+                f"PREFECT_API_URL names a Prefect server already ({foreign}). Make the deployments there with "
+                f"infra/prefect.yaml, or unset it and run `visionloop up` again"
+            )
         if server is None:
             server = self._start_server(port, told)
         else:

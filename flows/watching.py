@@ -74,10 +74,8 @@ def stretches(
     Raises ConfigError for a window that has no length.
     """
     if since is not None or until is not None:
-        end = datetime.datetime.fromisoformat(until) if until else now
-        begin = (
-            datetime.datetime.fromisoformat(since) if since else end - datetime.timedelta(minutes=loop.config.every_minutes)
-        )
+        end = _utc(until) if until else now
+        begin = _utc(since) if since else end - datetime.timedelta(minutes=loop.config.every_minutes)
         if begin >= end:
             raise ConfigError(f"the window from {begin.isoformat()} to {end.isoformat()} has no length")
         return [Stretch(begin, end)]
@@ -90,6 +88,11 @@ def stretches(
     moments = [last - length * number for number in range(loop.config.look_back, -1, -1)]
     at = [datetime.datetime.fromtimestamp(moment, datetime.UTC) for moment in moments]
     return [Stretch(since, until) for since, until in itertools.pairwise(at)]
+
+
+def _utc(text: str) -> datetime.datetime:
+    found = datetime.datetime.fromisoformat(text)
+    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
 
 def champion_at(loop: Loop, moment: datetime.datetime) -> Entry | None:

@@ -99,14 +99,23 @@ class Outbox:
         with self._database.transaction() as connection:
             return _alarms(connection, *([alarms.c.model == model] if model is not None else []))
 
-    def waiting(self, *, grace_s: float) -> list[Alarm]:
-        """Alarms that are older than `grace_s` and that the governor was never asked about: their event was lost."""
+    def waiting(self, model: str, *, grace_s: float) -> list[Alarm]:
+        """Alarms that are older than `grace_s` and that the governor was never asked about: their event was lost.
+
+        None that is older than one it was asked about: that one spoke for the drift that both saw.
+        """
         with self._database.transaction() as connection:
             asked = {row.key for row in connection.execute(sa.select(decisions.c.key).distinct())}
             oldest = now(connection) - datetime.timedelta(seconds=grace_s)
-            return [
-                alarm for alarm in _alarms(connection) if alarm.id not in asked and (alarm.emitted_at or alarm.at) <= oldest
-            ]
+            found = _alarms(connection, alarms.c.model == model)
+        answered = max((alarm.at for alarm in found if alarm.id in asked), default=None)
+        return [
+            alarm
+            for alarm in found
+            if alarm.id not in asked
+            and (alarm.emitted_at or alarm.at) <= oldest
+            and (answered is None or alarm.at > answered)
+        ]
 
 
 def _alarms(connection: sa.Connection, *conditions: Any) -> list[Alarm]:

@@ -12,7 +12,7 @@ from flows.config import RunConfig
 from flows.run import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("components", "flows", "registry", "serving")
+PACKAGES = ("components", "flows", "monitoring", "registry", "serving")
 SOURCES = [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py")) if not p.stem.endswith("_pb2")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from watched import START, sample
 
 from components import plugins
 from components.checkpoints import assemble
 from components.contracts import (
     Backbone,
+    Detector,
     Engine,
     Evaluation,
     Evidence,
     Preprocessing,
+    Sample,
+    Shift,
     Stored,
     UnknownName,
     WeightsUnavailable,
@@ -152,3 +157,31 @@ def test_an_int8_engine_is_smaller_and_keeps_a_temperature_of_its_own(trained: P
     }
     assert weights["8"] < 0.5 * weights["32"]
     assert int8.temperature != fp32.temperature
+
+
+@pytest.mark.parametrize("name", plugins.names("detectors"))
+def test_a_detector_is_quiet_or_loud_or_says_that_it_cannot_tell(name: str) -> None:
+    from monitoring.evidently_report import measure
+
+    detector: Detector = plugins.load("detectors", name)
+    reference = sample(1000, 0)
+
+    def answer(window: Sample) -> Shift:
+        methods = detector.columns
+        values = measure(reference, window, methods, name=name, at=START).values if methods else {}
+        return detector.detect(reference, window, values, alpha=0.0025, seed=1)
+
+    quiet, few = answer(sample(1000, 1)), answer(sample(20, 1))
+    moved = sample(1000, 2, shift=2)
+    loud = answer(dataclasses.replace(moved, predicted=np.full(1000, 3)))
+    assert (quiet.status, loud.status, few.status) == ("pass", "drift", "inconclusive")
+    for found in (quiet, loud, few):
+        assert found.detector == name
+        assert found.value is not None
+        assert found.threshold is not None
+        assert found.effect is not None
+        assert found.effect_unit
+        assert found.n > 0
+    assert (loud.value or 0) > (loud.threshold or 0)
+    assert (few.smallest_shown or 0) > (quiet.smallest_shown or 0)
+    assert answer(sample(1000, 1)) == quiet

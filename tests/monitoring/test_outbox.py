@@ -84,11 +84,25 @@ def test_what_nobody_acted_on_is_found(database: Database) -> None:
     alarm, _ = outbox.raise_alarm(drift("embeddings"), "w1")
     outbox.emitted(alarm)
     assert outbox.alarms()[0].emissions == 1
-    assert outbox.waiting(grace_s=60) == []
-    assert [found.id for found in outbox.waiting(grace_s=0)] == [alarm.id]
+    assert outbox.waiting("digits", grace_s=60) == []
+    assert [found.id for found in outbox.waiting("digits", grace_s=0)] == [alarm.id]
+    assert outbox.waiting("other", grace_s=0) == []
+    later, _ = outbox.raise_alarm(drift("embeddings"), "w2")
     request = Request(key=alarm.id, model="digits", cause="drift", data_version="d2", trained_on="d1")
     Governor(database, GovernorPolicy()).ask(request, holder="h")
-    assert outbox.waiting(grace_s=0) == []
+    assert [found.id for found in outbox.waiting("digits", grace_s=0)] == [later.id]
+    request = Request(key=later.id, model="digits", cause="drift", data_version="d2", trained_on="d1")
+    Governor(database, GovernorPolicy()).ask(request, holder="h")
+    assert outbox.waiting("digits", grace_s=0) == []
+
+
+def test_an_alarm_that_a_later_one_spoke_for_is_not_started(database: Database) -> None:
+    outbox = Outbox(database)
+    outbox.raise_alarm(drift("embeddings"), "w1")
+    later, _ = outbox.raise_alarm(drift("embeddings"), "w2")
+    request = Request(key=later.id, model="digits", cause="drift", data_version="d2", trained_on="d1")
+    Governor(database, GovernorPolicy()).ask(request, holder="h")
+    assert outbox.waiting("digits", grace_s=0) == []
 
 
 def test_windows_are_named_by_what_they_are(database: Database) -> None:

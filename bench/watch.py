@@ -1,0 +1,335 @@
+"""What watching costs and what it is worth.
+
+One window of 100,000 predictions with 64-d embeddings: our detectors against plain Evidently (its own drift of the same
+columns and its own embedding drift, defaults) on the same rows, each in a process of its own, three runs each.
+
+Then the error rates, on real digits: 500 windows without drift at n = 200 and 1,000 (false alarms against the stated alpha,
+one-sided binomial), and the power against noise, blur and darkening of three strengths at n = 1,000. Reference and window are random
+halves of the same pool of held-out pictures, so that without drift nothing but chance tells them apart. DATA is not used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFilter
+
+ROWS, DIM = 100_000, 64
+RUNS = 3
+WINDOWS, POWER_WINDOWS = 500, 40
+ALPHA = 0.01
+PEER_LIMIT_S = 300
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(data: Path | None, scratch: Path) -> dict[str, Any]:
+    """Both halves; the ratio is plain Evidently's seconds over ours."""
+    say(f"one window of {ROWS} rows with {DIM}-d embeddings")
+    ours = [_apart("ours", scratch) for _ in range(RUNS)]
+    peers = [_apart("evidently", scratch) for _ in range(RUNS)]
+    for name, found in (("ours", ours), ("plain Evidently", peers)):
+        say(f"  {name}: {[f.get('seconds') for f in found]} s, {[f.get('peak_mb') for f in found]} MB")
+    pool = _digits(scratch)
+    sizes = {n: false_alarms(pool, n) for n in (200, 1000)}
+    power = powers(pool)
+    seconds = statistics.median(f["seconds"] for f in ours)
+    finished = [f["seconds"] for f in peers if "seconds" in f]
+    return {
+        "ours": seconds,
+        "peers": {"plain Evidently": statistics.median(finished) if finished else f"not within {PEER_LIMIT_S} s"},
+        "ratio": round(statistics.median(finished) / seconds, 2) if finished else None,
+        "unit": f"s for a window of {ROWS} predictions with {DIM}-d embeddings",
+        "n": RUNS,
+        "runs": {"ours": ours, "plain Evidently": peers},
+        "false_alarms": sizes,
+        "power_at_1000": power,
+    }
+
+
+def _apart(side: str, scratch: Path) -> dict[str, Any]:
+    """One side in a process of its own: what it took, and its peak memory."""
+    command = [sys.executable, "-m", "bench.watch", side, str(scratch)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PEER_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"over_s": PEER_LIMIT_S}
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _window(seed: int, rows: int, shift: float) -> dict[str, npt.NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    return {
+        "statistics": rng.normal([0.4 + 0.05 * shift, 0.5, 0.2, 0.1], 0.05, (rows, 4)),
+        "confidence": np.clip(rng.normal(0.9 - 0.03 * shift, 0.03, rows), 0, 1),
+        "predicted": rng.integers(0, 10, rows),
+        "embeddings": rng.normal(0.3 * shift, 1, (rows, DIM)).astype(np.float32),
+    }
+
+
+def _ours(folder: Path) -> dict[str, Any]:
+    """From sealed log to verdict: the window is read from Parquet, as a watch reads it."""
+    import datetime
+
+    import pyarrow as pa
+
+    from components.contracts import Sample
+    from components.images import STATISTICS
+    from monitoring.drift import DriftPolicy, judge
+    from monitoring.window import Slice, open_window
+
+    classes = tuple("0123456789")
+    reference = Sample(**_window(0, 2000, 0.0), classes=classes)
+    given = _window(1, ROWS, 0.5)
+    at = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
+    probabilities = np.zeros((ROWS, 10), np.float32)
+    probabilities[np.arange(ROWS), given["predicted"]] = given["confidence"]
+    columns: dict[str, Any] = {
+        "prediction_id": [f"{i:032x}" for i in range(ROWS)],
+        "image_sha256": [f"{i:064x}" for i in range(ROWS)],
+        "release": ["r"] * ROWS,
+        "ingest_at": [at] * ROWS,
+        "predicted": [classes[i] for i in given["predicted"]],
+        "confidence": given["confidence"].astype(np.float32),
+        "unsure": [False] * ROWS,
+        "probabilities": list(probabilities),
+        "embedding": list(given["embeddings"].astype(np.float16)),
+        **{name: given["statistics"][:, i].astype(np.float32) for i, name in enumerate(STATISTICS)},
+    }
+    table = pa.table(columns)
+    del columns, probabilities, given
+    release = _release(classes)
+    began = time.perf_counter()
+    window = open_window(
+        Slice([table]), release, "r", "1", since=at, until=at + datetime.timedelta(hours=1), now=at, most=20_000
+    )
+    verdict, _ = judge(reference, window, DriftPolicy(), reference_sha256="0" * 64)
+    return {"seconds": round(time.perf_counter() - began, 2), "status": verdict.status, "detectors": list(verdict.detectors)}
+
+
+def _release(classes: tuple[str, ...]) -> Any:
+    """What a window needs to know of a release."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(model="digits", engine=SimpleNamespace(classes=classes, embedding_dim=DIM))
+
+
+def _evidently(folder: Path) -> dict[str, Any]:
+    """Evidently by itself, as its documentation does it: every column and the embeddings, default methods."""
+    import warnings
+
+    import pandas as pd
+
+    warnings.simplefilter("ignore")
+    frames = []
+    for rows in (_window(0, 2000, 0.0), _window(1, ROWS, 0.5)):
+        frame = pd.DataFrame(rows["statistics"], columns=["brightness", "contrast", "sharpness", "saturation"])
+        frame = frame.assign(confidence=rows["confidence"], predicted=rows["predicted"].astype(str))
+        embeddings = pd.DataFrame(rows["embeddings"], columns=[f"e{i}" for i in range(DIM)])
+        frames.append(pd.concat([frame, embeddings], axis=1))
+    began = time.perf_counter()
+    from evidently import DataDefinition, Dataset, Report
+    from evidently.metrics import ValueDrift
+    from evidently.metrics.embeddings import EmbeddingsDrift
+
+    columns = ["brightness", "contrast", "sharpness", "saturation", "confidence"]
+    definition = DataDefinition(
+        numerical_columns=columns, categorical_columns=["predicted"], embeddings={"e": [f"e{i}" for i in range(DIM)]}
+    )
+    ours, theirs = (Dataset.from_pandas(frame, data_definition=definition) for frame in frames)
+    report = Report([*(ValueDrift(column=name) for name in [*columns, "predicted"]), EmbeddingsDrift(embeddings_name="e")])
+    report.run(theirs, ours).dict()
+    return {"seconds": round(time.perf_counter() - began, 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Held-out digits and what the engine says about them, clean and corrupted."""
+
+    clean: Any
+    corrupted: dict[str, Any]
+    accuracy: dict[str, float]
+
+
+def _digits(scratch: Path) -> Pool:
+    """The engine of a short training on all pictures that it was not trained on, and on their corruptions."""
+    from bench.serving import visionloop
+    from components import plugins
+    from components.contracts import Release, Sample, Splits, Stored
+    from components.images import appearance, decode, prepare
+    from components.samples import rows
+    from components.store import Store, read_manifest
+
+    workspace = scratch / "workspace"
+    visionloop("init", str(workspace), cwd=scratch)
+    visionloop("data", "add", "--source", "digits", cwd=workspace)
+    identity = ["-c", "user.name=bench", "-c", "user.email=bench@bench.invalid", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, "commit", "--quiet", "-m", "bench"], cwd=workspace, check=True)
+    say("training the engine whose answers are watched")
+    gates = "gating.gates=[{gate: accuracy, settings: {floor: 0.8}}]"
+    visionloop("train", "-r", "digits", "--set", "training.fit.epochs=12", "--set", gates, cwd=workspace)
+    store = Store(workspace / ".visionloop" / "store")
+    (folder,) = (workspace / ".visionloop" / "store" / "packaging").iterdir()
+    release = store.open("packaging", folder.name, Release)
+    (split_folder,) = (workspace / ".visionloop" / "store" / "splitting").iterdir()
+    assert release is not None
+    splits = Stored(Splits.read(read_manifest(split_folder)["record"]), split_folder)
+    engine = release.record.engine
+    predictor = plugins.load("targets", engine.target, engine.settings).load(
+        Stored(engine, release.folder / "engine"), num_threads=2
+    )
+    task = plugins.load("tasks", release.record.task, release.record.task_settings)
+    world = scratch / "world"
+    plugins.load("sources", "digits").fetch_world(out=world)
+    files = [
+        (workspace / "data" / p, int(c))
+        for p, c in zip(*(rows(splits, "test")[n] for n in ("path", "class_index")), strict=True)
+    ]
+    files += [(path, int(path.parent.name)) for path in sorted(world.rglob("*.bmp"), key=lambda p: p.name)]
+    pixels = [np.asarray(decode(path.read_bytes()).convert("L")) for path, _ in files]
+    labels = np.array([label for _, label in files])
+
+    def answered(change: Callable[[npt.NDArray[np.uint8], int], npt.NDArray[Any]]) -> tuple[Sample, float]:
+        images = []
+        for index, picture in enumerate(pixels):
+            data = io.BytesIO()
+            Image.fromarray(np.clip(change(picture, index), 0, 255).astype(np.uint8)).save(data, "PNG")
+            images.append(prepare(decode(data.getvalue()), engine.preprocessing))
+        logits, embeddings = predictor.predict(np.stack(images))
+        probabilities = task.probabilities(logits, engine.temperature)
+        sample = Sample(
+            statistics=np.array([appearance(image) for image in images], dtype=np.float64),
+            confidence=probabilities.max(axis=1),
+            predicted=probabilities.argmax(axis=1),
+            embeddings=embeddings.astype(np.float16).astype(np.float32),
+            classes=engine.classes,
+        )
+        return sample, float((sample.predicted == labels).mean())
+
+    def noise(level: float) -> Callable[[npt.NDArray[np.uint8], int], npt.NDArray[Any]]:
+        return lambda picture, index: picture + np.random.default_rng(index).normal(0, level, picture.shape)
+
+    def blur(radius: float) -> Callable[[npt.NDArray[np.uint8], int], npt.NDArray[Any]]:
+        return lambda picture, _: np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
+
+    def darker(factor: float) -> Callable[[npt.NDArray[np.uint8], int], npt.NDArray[Any]]:
+        return lambda picture, _: picture * factor
+
+    changes = {
+        **{f"noise, sigma {level:g} of 255": noise(level) for level in (4, 12, 30)},
+        **{f"blur, radius {radius:g} px": blur(radius) for radius in (0.4, 0.7, 1.2)},
+        **{f"brightness x {factor:g}": darker(factor) for factor in (0.95, 0.85, 0.6)},
+    }
+    clean, accuracy = answered(lambda picture, _: picture)
+    found = {name: answered(change) for name, change in changes.items()}
+    say(f"  {len(pixels)} held-out digits; accuracy clean {accuracy:.3f}")
+    return Pool(
+        clean,
+        {name: sample for name, (sample, _) in found.items()},
+        {"clean": round(accuracy, 4), **{name: round(value, 4) for name, (_, value) in found.items()}},
+    )
+
+
+def _judged(task: tuple[Any, Any, int, int]) -> tuple[str, tuple[str, ...]]:
+    """One window: the pool divided by chance, the window's pictures taken from `world`."""
+    import datetime
+
+    from components.contracts import WindowFacts
+    from monitoring.drift import DriftPolicy, judge
+    from monitoring.window import Window
+
+    pool, world, n, seed = task
+    order = np.random.default_rng([seed, n]).permutation(len(pool.confidence))
+    theirs, ours = order[:n], order[n:]
+    at = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC).isoformat()
+    facts = WindowFacts(
+        model="digits", version="1", release="r", since=at, until=at, rows=n, judged=n, distinct_images=n, content=str(seed)
+    )
+    window = Window(facts, _taken(world, theirs), None)  # type: ignore[arg-type]
+    policy = DriftPolicy(alpha=ALPHA)
+    verdict, _ = judge(_taken(pool, ours), window, policy, reference_sha256=f"{seed:064x}")
+    return verdict.status, verdict.detectors
+
+
+def _taken(sample: Any, picks: npt.NDArray[np.int64]) -> Any:
+    return dataclasses.replace(
+        sample,
+        statistics=sample.statistics[picks],
+        confidence=sample.confidence[picks],
+        predicted=sample.predicted[picks],
+        embeddings=sample.embeddings[picks],
+    )
+
+
+def _all(tasks: Sequence[tuple[Any, Any, int, int]]) -> list[tuple[str, tuple[str, ...]]]:
+    found = []
+    with ProcessPoolExecutor(2) as pool:
+        for index, judged in enumerate(pool.map(_judged, tasks, chunksize=5), start=1):
+            found.append(judged)
+            if index % 100 == 0:
+                say(f"  {index} of {len(tasks)} windows")
+    return found
+
+
+def false_alarms(pool: Pool, n: int) -> dict[str, Any]:
+    """How many of the windows without drift alarm, and whether that many are more than alpha explains."""
+    from scipy.stats import binomtest
+
+    say(f"{WINDOWS} windows of {n} without drift")
+    found = _all([(pool.clean, pool.clean, n, seed) for seed in range(WINDOWS)])
+    statuses = [status for status, _ in found]
+    alarms = statuses.count("drift")
+    told = {
+        "windows": WINDOWS,
+        "alpha": ALPHA,
+        "alarms": alarms,
+        "inconclusive": statuses.count("inconclusive"),
+        "p_that_alpha_explains_it": round(float(binomtest(alarms, WINDOWS, ALPHA, alternative="greater").pvalue), 4),
+        "detectors": sorted(name for _, names in found for name in names),
+    }
+    say(f"  {told}")
+    return told
+
+
+def powers(pool: Pool) -> dict[str, Any]:
+    """Share of the windows of each corruption that alarm, with its interval, beside what it does to accuracy."""
+    from components.tasks.classification import wilson
+
+    table: dict[str, Any] = {}
+    for name, world in pool.corrupted.items():
+        found = _all([(pool.clean, world, 1000, 10_000 + seed) for seed in range(POWER_WINDOWS)])
+        share = wilson(sum(status == "drift" for status, _ in found), len(found))
+        table[name] = {
+            "power": round(share.value, 3),
+            "low": round(share.low, 3),
+            "high": round(share.high, 3),
+            "windows": len(found),
+            "accuracy": pool.accuracy[name],
+            "accuracy_clean": pool.accuracy["clean"],
+        }
+        say(f"  {name}: {table[name]}")
+    return table
+
+
+if __name__ == "__main__":
+    result = {"ours": _ours, "evidently": _evidently}[sys.argv[1]](Path(sys.argv[2]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({**result, "peak_mb": round(peak)}))

@@ -1,0 +1,292 @@
+"""From alarm to training through a real Prefect server: events, automations, the sweep, the governor. No worker here."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from looped import MODEL, loop_of, now, predict, promoted
+from shapes import commit, visionloop, write_pictures
+
+from components.contracts import ConfigError, UnknownName
+from flows.alarming import DRIFT, announce, start, sweep, tell_of_data
+from flows.deploying import automate, deploy, make_pool
+from flows.tracing import trail, training_runs
+from monitoring.governor import Request
+
+
+@pytest.fixture(scope="module")
+def deployed(trained: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Path:
+    """A workspace with a champion whose deployments and automations are on the session's server."""
+    root = promoted(trained, tmp_path_factory.mktemp("deployed") / "workspace")
+    loop = loop_of(root)
+    make_pool()
+    deploy(loop)
+    automate(loop)
+    return root
+
+
+def alarm(root: Path, name: str) -> str:
+    """Raise an alarm through a watch of a window that drifted; its event is sent when a server is known."""
+    since = now()
+    predict(root, 120, shift=4, name=name)
+    done = visionloop("watch", "--since", since, "--json", cwd=root)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    (identifier,) = found["alarms"]
+    return str(identifier)
+
+
+def new_data(root: Path, seed: int) -> None:
+    write_pictures(root.parent / f"more-{seed}", 4, start=seed)
+    done = visionloop("data", "add", str(root.parent / f"more-{seed}"), cwd=root)
+    assert done.returncode == 0, done.stderr
+    commit(root)
+
+
+def train(root: Path, **parameters: Any) -> dict[str, Any]:
+    from flows.train import train as flow
+
+    call: Any = flow
+    found: dict[str, Any] = call("smoke", str(root), quiet=True, **parameters)
+    return found
+
+
+def wait_for_runs(root: Path, request: str, count: int, timeout_s: float = 60) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = training_runs(loop_of(root), request=request)
+        if len(found) >= count:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.3)
+
+
+def test_deploying_again_changes_nothing(deployed: Path) -> None:
+    from prefect.automations import Automation
+    from prefect.client.orchestration import get_client
+
+    loop = loop_of(deployed)
+
+    def state() -> tuple[Any, Any]:
+        with get_client(sync_client=True) as client:
+            names = {}
+            for name in ("train", "watch", "promote"):
+                found = client.read_deployment_by_name(f"{name}/{MODEL}")
+                names[name] = (found.id, [(s.slug, s.active) for s in found.schedules], dict(found.parameters))
+            automations = sorted((str(a.id), a.name) for a in client.read_automations() if a.name.startswith("visionloop:"))
+        return names, automations
+
+    before = state()
+    make_pool()
+    deploy(loop)
+    automate(loop)
+    assert state() == before
+    assert [slug for slug, _ in before[0]["train"][1]] == ["nightly"]
+    assert [slug for slug, _ in before[0]["watch"][1]] == ["every-window"]
+    assert len(before[1]) == 2
+    # Made twice by somebody, it is made single again; one that a person switched off stays off.
+    drift = Automation.read(name=f"visionloop: drift retrains {MODEL}")
+    drift.id = None
+    drift.create()
+    assert len(state()[1]) == 3
+    automate(loop)
+    assert len(state()[1]) == 2
+
+
+def test_an_event_makes_the_automation_start_the_training_deployment(deployed: Path) -> None:
+    identifier = alarm(deployed, "event")
+    assert loop_of(deployed).outbox.alarm(identifier).emissions == 1
+    wait_for_runs(deployed, identifier, 1)
+    (run,) = trail(loop_of(deployed), identifier, wait_s=20)
+    assert run["created_by"]["type"] == "AUTOMATION"
+    assert run["automation"] == f"visionloop: drift retrains {MODEL}"
+    assert (run["event"], run["event_alarm"]) == (DRIFT, identifier)
+    assert run["cause"] == "drift"
+    assert run["reason"].startswith("drift in window ")
+
+
+def test_with_the_automation_off_the_outbox_alone_starts_exactly_one(deployed: Path) -> None:
+    from prefect.automations import Automation
+
+    drift: Any = Automation.read(name=f"visionloop: drift retrains {MODEL}")
+    drift.disable()
+    try:
+        since = now()
+        predict(deployed, 120, shift=4, name="off")
+        # The watch that raises the alarm sweeps too; the alarm is old enough at once here.
+        found = json.loads(visionloop("watch", "--since", since, "--json", cwd=deployed).stdout.strip().splitlines()[-1])
+        (identifier,) = found["alarms"]
+        for _ in range(3):
+            sweep(loop_of(deployed), told=lambda _: None, grace_s=0)
+        time.sleep(2)
+        (run,) = trail(loop_of(deployed), identifier)
+        assert (run["created_by"], run["automation"], run["tags"]) == (None, None, ["visionloop-sweep"])
+    finally:
+        drift.enable()
+
+
+def test_prefect_away_at_the_alarm_and_back_later(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str
+) -> None:
+    import dataclasses
+
+    loop = loop_of(deployed)
+    since = datetime.datetime.fromisoformat(now())
+    predict(deployed, 120, shift=4, name="away")
+    from flows.watching import Stretch, judge_window
+
+    judged = judge_window(loop, Stretch(since, since + datetime.timedelta(minutes=5)), datetime.datetime.now(datetime.UTC))
+    assert judged is not None
+    assert judged.alarm is not None
+    loop.settings = dataclasses.replace(loop.settings, prefect_api_url="")
+    lines: list[str] = []
+    announce(loop, judged.alarm, told=lines.append)
+    assert sweep(loop, told=lines.append, grace_s=0) == []
+    assert any("no Prefect server is known here: visionloop up" in line for line in lines)
+    monkeypatch.setattr("flows.alarming.start", lambda *_: (_ for _ in ()).throw(ConnectionError("nobody there")))
+    loop.settings = dataclasses.replace(loop.settings, prefect_api_url="http://127.0.0.1:9/api")
+    lines.clear()
+    assert sweep(loop, told=lines.append, grace_s=0) == []
+    assert lines == [
+        "1 trainings wait, Prefect did not start them (ConnectionError: nobody there); the next sweep tries again"
+    ]
+    monkeypatch.undo()
+    (started,) = sweep(loop_of(deployed), told=lines.append, grace_s=0)
+    assert started.key == judged.alarm.id
+    assert [run["flow_run"] for run in training_runs(loop, request=started.key)] == [started.flow_run_id]
+    assert start(loop, started.key).flow_run_id == started.flow_run_id  # the same key in the same state is the same run
+
+
+def test_forged_and_foreign_alarms_start_nothing(deployed: Path) -> None:
+    with pytest.raises(UnknownName, match="unknown alarm 'drift:shapes:forged'"):
+        train(deployed, cause="drift", request="drift:shapes:forged")
+    with pytest.raises(UnknownName, match="unknown alarm ''"):
+        train(deployed, cause="drift")
+    with pytest.raises(ConfigError, match="unknown cause 'whim'"):
+        train(deployed, cause="whim")
+    with pytest.raises(ConfigError, match="no scheduled run 'schedule:x' was granted"):
+        train(deployed, cause="schedule", request="schedule:x")
+
+
+def test_the_loop_trains_when_there_are_new_data_and_only_then(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    """Refused without data, granted with, refused again as a duplicate; the schedule is skipped when nothing changed."""
+    root = promoted(trained, tmp_path / "workspace")
+    deploy(loop_of(root))
+    identifier = alarm(root, "data")
+    refused = train(root, cause="drift", request=identifier)
+    assert (refused["outcome"], refused["rule"]) == ("refused", "no new data")
+    skipped = train(root, cause="schedule")
+    assert (skipped["outcome"], skipped["rule"]) == ("refused", "nothing changed")
+    new_data(root, 9000)
+    loop = loop_of(root)
+    assert tell_of_data(loop, told=lambda _: None) == [identifier]
+    done = train(root, cause="drift", request=identifier, reason="drift in a window")
+    assert done["outcome"] in ("candidate", "rejection"), done
+    (granted,) = loop.governor.runs(MODEL)
+    assert (granted.key, granted.state, granted.outcome) == (identifier, "finished", done["outcome"])
+    replayed = train(root, cause="drift", request=identifier)
+    assert replayed["rule"] == "duplicate"
+    assert tell_of_data(loop, told=lambda _: None) == []
+    rules = [row["rule"] for row in loop.governor.history(MODEL)]
+    assert rules == ["no new data", "nothing changed", "granted", "duplicate"]
+    if done["outcome"] == "candidate":
+        shown = visionloop("show", done["version"], cwd=root).stdout
+        assert "Asked for: drift in a window." in shown
+
+
+def test_a_refused_run_ends_as_skipped_and_says_why(deployed: Path) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import State
+
+    from flows.train import train as flow
+
+    call: Any = flow
+    state: State[Any] = call("smoke", str(deployed), cause="schedule", quiet=True, return_state=True)
+    assert (state.name, state.is_completed()) == ("Skipped", True)
+    assert state.message is not None
+    assert state.message.startswith("data, recipe and code are those of the latest run")
+    with get_client(sync_client=True) as client:
+        assert any(run.state_name == "Skipped" for run in client.read_flow_runs())
+
+
+def test_a_workspace_that_is_busy_gives_the_grant_back(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    from components.contracts import WorkspaceBusy
+    from flows.run import Workspace
+
+    root = promoted(trained, tmp_path / "workspace")
+    identifier = alarm(root, "busy")
+    new_data(root, 9100)
+    with Workspace.find(root).locked("somebody"), pytest.raises(WorkspaceBusy):
+        train(root, cause="drift", request=identifier)
+    loop = loop_of(root)
+    assert loop.governor.due(MODEL) == [identifier]
+    (run,) = loop.governor.runs(MODEL)
+    assert run.state == "crashed"
+
+
+def test_what_the_governor_said_is_shown(deployed: Path) -> None:
+    loop = loop_of(deployed)
+    loop.governor.ask(Request("drift:x", MODEL, "drift", "d", "d"), holder="h")
+    shown = visionloop("governor", "history", cwd=deployed).stdout
+    assert "refused  no new data" in shown
+    for arguments, words in [
+        (["stop", "--as", "ann", "--reason", "quiet please"], "start no training by themselves any more (ann)"),
+        (["start", "--as", "ann", "--reason", "go on"], "may start trainings again (ann)"),
+        (["reset", "--as", "ann", "--reason", "looked at it"], "may go on after a training that did not help (ann)"),
+    ]:
+        done = visionloop("governor", *arguments, cwd=deployed)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
+    alarms = visionloop("alarms", cwd=deployed).stdout
+    assert "drift:shapes:" in alarms
+
+
+def test_status_without_processes_says_what_is_missing(deployed: Path) -> None:
+    done = visionloop("status", "--json", cwd=deployed)
+    assert done.returncode == 1
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["models"][MODEL]["champion"] == "1"
+    assert any("no worker runs here" in problem for problem in found["problems"])
+    assert visionloop("down", cwd=deployed).stdout.strip() == "Stopped: nothing ran."
+
+
+def test_up_beside_a_server_that_is_named_already_is_refused(deployed: Path, prefect_server: str) -> None:
+    done = visionloop("up", cwd=deployed)
+    assert done.returncode == 2
+    assert f"PREFECT_API_URL names a Prefect server already ({prefect_server})" in done.stderr
+
+
+def test_a_port_that_is_taken_is_said(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    monkeypatch.delenv("PREFECT_API_URL")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = visionloop("up", "--port", str(port), cwd=root)
+    assert done.returncode == 2
+    assert f"port {port} on 127.0.0.1 is taken" in done.stderr
+
+
+def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
+    from flows.run import Workspace
+    from flows.settings import read_settings, standing
+    from flows.standing import Up
+
+    workspace = Workspace.create(tmp_path / "workspace")
+    up = Up(workspace, read_settings(workspace.state))
+    facts = {"pid": os.getpid(), "created": 1.0, "api": "http://127.0.0.1:1/api"}
+    (up.folder / "server.json").write_text(json.dumps(facts))
+    assert up.credential.startswith("visionloop:")
+    assert up.process("server") is None
+    assert standing(workspace.state) == {}
+    assert (up.folder / "auth").stat().st_mode & 0o777 == 0o600
+    assert up.folder.stat().st_mode & 0o777 == 0o700

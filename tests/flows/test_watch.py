@@ -1,0 +1,444 @@
+"""Watching through the command line, on a champion that was really trained and a log as a server writes it."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from failpoints import Died, Failpoints
+from looped import MODEL, champion, loop_of, now, predict, promoted
+from shapes import visionloop
+
+from components.objects import open_objects
+from components.store import seal, unseal
+from flows import alarming, watching
+from monitoring import outbox as outbox_module
+from monitoring.evidently_report import Measured
+from monitoring.outbox import Outbox
+
+
+@pytest.fixture(scope="module")
+def champions(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a champion; copy it, never use it."""
+    return promoted(trained, tmp_path_factory.mktemp("champions") / "workspace")
+
+
+@pytest.fixture
+def root(champions: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(champions, tmp_path / "workspace", symlinks=True))
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Prefect server is known to our own code: nothing is started, alarms wait."""
+    real = watching.desk
+
+    def without(folder: Path, model: str | None) -> Any:
+        import dataclasses
+
+        found = real(folder, model)
+        return dataclasses.replace(found, settings=dataclasses.replace(found.settings, prefect_api_url=""))
+
+    monkeypatch.setattr(watching, "desk", without)
+
+
+def told(*arguments: str, cwd: Path) -> dict[str, Any]:
+    done = visionloop(*arguments, "--json", cwd=cwd)
+    assert done.stdout.strip(), done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**found, "exit": done.returncode, "stderr": done.stderr}
+
+
+def watch(root: Path, since: str) -> dict[str, Any]:
+    found = told("watch", "--since", since, cwd=root)
+    assert len(found["windows"]) == 1, found
+    return {**found, "window": found["windows"][0]}
+
+
+@pytest.mark.usefixtures("alone")
+def test_clean_traffic_is_a_pass_and_is_judged_once(root: Path) -> None:
+    since, until = now(), (datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)).isoformat()
+    predict(root, 300)
+    first = told("watch", "--since", since, "--until", until, cwd=root)
+    assert (first["exit"], first["windows"][0]["status"], first["alarms"]) == (0, "pass", [])
+    assert first["windows"][0]["window"]["rows"] == 300
+    again = told("watch", "--since", since, "--until", until, cwd=root)
+    assert (first["windows"][0]["judged_now"], again["windows"][0]["judged_now"]) == (True, False)
+    folder = Path(first["windows"][0]["folder"])
+    assert {path.name for path in folder.iterdir()} == {"rows.parquet", "verdict.json"}
+    listed = told("windows", cwd=root)["windows"]
+    assert [window["status"] for window in listed] == ["pass"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_drift_is_an_alarm_with_its_evidence(root: Path) -> None:
+    since, until = now(), (datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)).isoformat()
+    ids = predict(root, 300, shift=4, capture=True)
+    found = told("watch", "--since", since, "--until", until, cwd=root)
+    (window,) = found["windows"]
+    assert (found["exit"], window["status"], window["diagnosis"]) == (1, "drift", "appearance")
+    (alarm,) = found["alarms"]
+    assert alarm == f"drift:{MODEL}:{window['id']}"
+    folder = Path(window["folder"])
+    assert "<html" in (folder / "report.html").read_text()[:2000]
+    lines = (folder / "to-label.csv").read_text().splitlines()
+    assert len(lines) == 21
+    assert lines[0].startswith("prediction_id,image_sha256,predicted")
+    assert all(line.split(",")[0] in ids for line in lines[1:])
+    assert all(Path(line.split(",")[5]).is_file() for line in lines[1:])
+    again = told("watch", "--since", since, "--until", until, cwd=root)
+    assert again["alarms"] == []
+    predict(root, 20, shift=4, name="late")
+    late = told("watch", "--since", since, "--until", until, cwd=root)
+    assert late["windows"][0]["judged_now"]
+    assert late["windows"][0]["window"]["rows"] == 320
+    assert late["alarms"] == []
+    assert [a["alarm"] for a in told("alarms", cwd=root)["alarms"]] == [alarm]
+    assert "visionloop up" in late["stderr"] or told("sweep", cwd=root)["started"] == []
+
+
+@pytest.mark.usefixtures("alone")
+def test_nothing_served_is_no_data(root: Path) -> None:
+    window = watch(root, now())["window"]
+    assert window["status"] == "no data"
+    assert window["reasons"] == ["no prediction of version 1 in this window"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_scheduled_windows_are_those_that_ended(root: Path) -> None:
+    hour = datetime.timedelta(hours=1)
+    end = datetime.datetime.now(datetime.UTC).replace(minute=0, second=0, microsecond=0)
+    loop = loop_of(root)
+    spans = watching.stretches(loop, datetime.datetime.now(datetime.UTC))
+    assert [(s.since, s.until) for s in spans] == [(end - 2 * hour, end - hour), (end - hour, end)]
+    # Nobody reigned before the promotion a moment ago: such windows are not judged.
+    found = told("watch", cwd=root)
+    assert (found["exit"], found["windows"]) == (0, [])
+
+
+def test_a_model_without_a_champion_says_so(trained: Path, tmp_path: Path) -> None:
+    fresh = Path(shutil.copytree(trained, tmp_path / "fresh", symlinks=True))
+    done = visionloop("watch", "--minutes", "5", cwd=fresh)
+    assert done.returncode == 2
+    assert "shapes has no champion: nothing is served that could drift" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["watch", "--minutes", "0"], "cannot be looked at"),
+        (["watch", "--minutes", "5", "--since", "2026-03-01"], "not both"),
+        (["watch", "--since", "noon"], "--since 'noon' is not a moment"),
+        (["watch", "--since", "2026-03-02", "--until", "2026-03-01"], "has no length"),
+        (["watch", "-m", "other"], "unknown model 'other'; valid: shapes"),
+        (["governor", "stop", "--as", " ", "--reason", "r"], "names nobody"),
+        (["labels", "import", "none.csv"], "is not a file"),
+        (["data", "add", "--from-predictions", "shapes"], "both captured and labelled"),
+        (["data", "add", "photos", "--from-predictions", "shapes"], "one of them"),
+    ],
+)
+def test_wrong_words_are_refused(champions: Path, arguments: list[str], why: str) -> None:
+    done = visionloop(*arguments, cwd=champions)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert why in done.stderr
+
+
+def test_a_loop_that_is_not_valid_is_refused_by_name(root: Path) -> None:
+    path = root / "loops" / f"{MODEL}.yaml"
+    for text, why in [
+        ("every_minuts: 5", "every_minuts"),
+        ("nightly: daily", "no cron line of five fields"),
+        ("recipe: nothing", "unknown recipe 'nothing'"),
+        ("drift: {alpha: 2}", "drift.alpha"),
+        ("recipe: digits", "makes model 'digits', not 'shapes'"),
+        ("- a", "is not a mapping"),
+        ("a: [", "is not valid YAML"),
+    ]:
+        path.write_text(text)
+        done = visionloop("windows", cwd=root)
+        assert done.returncode == 2, text
+        assert why in done.stderr, done.stderr
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_changed_segment_is_no_pass(root: Path) -> None:
+    since = now()
+    predict(root, 300)
+    log = root / ".visionloop" / "predictions"
+    (extra,) = log.rglob("*.parquet")
+    predict(root, 50, name="q")
+    data = bytearray(extra.read_bytes())
+    data[100] ^= 1
+    extra.write_bytes(data)
+    window = watch(root, since)["window"]
+    assert window["status"] == "inconclusive"
+    assert any("was changed after it was sealed" in reason for reason in window["reasons"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_half_written_segment_is_not_read(root: Path) -> None:
+    since = now()
+    predict(root, 300)
+    log = root / ".visionloop" / "predictions"
+    (whole,) = log.rglob("*.parquet")
+    shutil.copy(whole, whole.with_name("half.parquet"))  # its manifest was never written
+    assert watch(root, since)["window"]["window"]["rows"] == 300
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_segment_of_a_newer_schema_is_told(root: Path) -> None:
+    since = now()
+    predict(root, 300)
+    objects = open_objects(str(root / ".visionloop" / "predictions"))
+    (name,) = [n for n in objects.stamps() if n.endswith(".json")]
+    body = unseal(objects.read(name, most=1 << 20) or b"")
+    assert body is not None
+    objects.swap(name, lambda _: seal({**body, "schema_version": 9}))
+    window = watch(root, since)["window"]
+    assert window["status"] == "no data"
+    assert any("schema version 9, this visionloop reads up to 1" in reason for reason in window["reasons"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_rows_that_are_still_in_a_journal_are_seen(root: Path) -> None:
+    """A server seals every few minutes; a watch does not wait for that."""
+    since = now()
+    predict(root, 300)
+    from serving import segments
+
+    log, journal = root / ".visionloop" / "predictions", root / ".visionloop" / "serving" / "journal"
+    shutil.rmtree(log)
+    real = segments.seal_all
+    try:
+        import looped
+
+        looped.seal_all = lambda *_: 0
+        predict(root, 120, name="open")
+    finally:
+        looped.seal_all = real
+    assert len(list(journal.glob("*.journal"))) == 1
+    assert watch(root, since)["window"]["window"]["rows"] == 120
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_reference_that_is_gone_stops_the_watch_and_nothing_is_called_quiet(root: Path) -> None:
+    since = now()
+    predict(root, 300)
+    for path in (root / ".visionloop" / "releases").rglob("reference.parquet"):
+        path.write_bytes(b"x")
+    done = visionloop("watch", "--since", since, cwd=root)
+    assert done.returncode == 2
+    assert "reference.parquet" in done.stderr
+    assert told("windows", cwd=root)["windows"] == []
+
+
+PLACES = [
+    (watching, "write_atomically"),
+    (watching, "_write_rows"),
+    (Measured, "save_page"),
+    (Measured, "keep"),
+    (Outbox, "raise_alarm"),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_watch_that_dies_anywhere_alarms_once(root: Path, when: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at each step in turn, and run again: one alarm, one verdict."""
+    span = watching.Stretch(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
+    predict(root, 200, shift=4, capture=True)
+    loop = loop_of(root)
+    died = []
+    for nth in range(1, 12):
+        with monkeypatch.context() as patch:
+            points = Failpoints(PLACES, nth=nth, when=when)
+            points(patch)
+            try:
+                # Another policy each time, so that the window is judged again.
+                loop.config = loop.config.model_copy(
+                    update={"drift": loop.config.drift.model_copy(update={"most_images": 1000 + nth})}
+                )
+                watching.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
+            except Died:
+                died.append(points.hit)
+        judged = watching.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
+        assert judged is not None
+        assert judged.verdict.status == "drift"
+        assert watching.recorded(judged.folder) == judged.verdict
+        assert len(loop.outbox.alarms(MODEL)) == 1
+        if not points.hit:
+            break
+    assert set(died) == {name for _, name in PLACES}
+
+
+def test_what_is_refused_or_drifts_is_told_to_people(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    received: list[str] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["content-length"])))["message"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            return None
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("VISIONLOOP_NOTIFY", f"json://127.0.0.1:{server.server_port}/")
+    from flows.train import train
+
+    since = now()
+    predict(root, 200, shift=4)
+    found = told("watch", "--since", since, cwd=root)
+    call: Any = train
+    skipped = call("smoke", str(root), cause="drift", request=found["alarms"][0], quiet=True)
+    server.shutdown()
+    assert skipped["rule"] == "no new data"
+    assert received[0].startswith("shapes version 1 sees drift, by")
+    assert received[1].startswith("shapes: a retraining was refused by the governor (no new data)")
+    assert "to-label.csv]" in received[1]
+
+
+@pytest.fixture
+def labelled(root: Path) -> tuple[Path, str]:
+    """A workspace with an alarm and the list of images to label."""
+    since = now()
+    predict(root, 200, shift=4, capture=True)
+    found = watch(root, since)
+    return root, found["window"]["folder"]
+
+
+def fill(listed: Path, filled: Path, label: str) -> list[str]:
+    """Write the list with a label in every row; returns the images."""
+    with listed.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with filled.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([row | {"label": label, "labelled_by": "bob"} for row in rows])
+    return [row["image_sha256"] for row in rows]
+
+
+@pytest.mark.usefixtures("alone")
+def test_labels_come_back_and_become_data(labelled: tuple[Path, str]) -> None:
+    root, folder = labelled
+    ledger = (root / "data.test-ledger.csv").read_text().splitlines()
+    listed = Path(folder) / "to-label.csv"
+    filled, shas = root.parent / "filled.csv", fill(listed, root.parent / "filled.csv", "disc")
+    unknown = root.parent / "unknown.csv"
+    unknown.write_text("prediction_id,label\nnobody,disc\n")
+    refused = visionloop("labels", "import", str(unknown), "--as", "bob", cwd=root)
+    assert refused.returncode == 2
+    assert "1 rows name predictions or images that the log does not know (nobody)" in refused.stderr
+    wrong = root.parent / "wrong.csv"
+    wrong.write_text(filled.read_text().replace(",disc,", ",moon,"))
+    refused = visionloop("labels", "import", str(wrong), cwd=root)
+    assert "the model has no class 'moon'" in refused.stderr
+    assert told("labels", "list", cwd=root)["images"] == 0
+    done = told("labels", "import", str(filled), cwd=root)
+    assert (done["new"], done["labelled_images"]) == (20, 20)
+    assert told("labels", "import", str(filled), cwd=root)["known"] == 20
+    (window,) = told("windows", cwd=root)["windows"]
+    assert window["realised_accuracy"]["n"] == 20
+    before = told("data", "status", cwd=root)["data_version"]
+    added = told("data", "add", "--from-predictions", MODEL, cwd=root)
+    assert added["copied"] == 20
+    assert added["data_version"] != before
+    after = (root / "data.test-ledger.csv").read_text().splitlines()
+    assert set(ledger) <= set(after)  # nobody who was test, or was not, changed sides
+    assert len(after) == len(ledger) + 20
+    assert added["new_test_images"] == sum(line.endswith(",test") for line in set(after) - set(ledger)) > 0
+    assert told("data", "add", "--from-predictions", MODEL, cwd=root)["copied"] == 0
+    assert told("predictions", "erase", shas[0], "--as", "ann", "--reason", "asked for", cwd=root)["found"]
+    again = told("data", "add", "--from-predictions", MODEL, cwd=root)
+    assert any("1 labelled images were not captured" in note for note in again["notes"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_page_of_the_loop_shows_it_all(labelled: tuple[Path, str]) -> None:
+    root, _ = labelled
+    path = Path(told("report", cwd=root)["report"])
+    html = path.read_text()
+    for part in ("Time line", "taken for", "approved by", "Evidently's page", "images to label", "embeddings"):
+        assert part in html, part
+    links = [part.split('"')[0] for part in html.split('href="')[1:]]
+    assert links
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_page_of_the_loop_opens_in_a_real_browser(labelled: tuple[Path, str], tmp_path: Path) -> None:
+    import subprocess
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine to open the page in")
+    path = Path(told("report", cwd=labelled[0])["report"])
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-sync",
+    ]
+    options = [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    done = subprocess.run([chromium, *flags, *options], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "What the champion saw" in done.stdout
+    assert done.stdout.count("<svg") >= 6
+
+
+def test_the_database_of_the_loop_away_is_said_and_nothing_is_judged(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISIONLOOP_LOOP_URL", "postgresql+psycopg2://nobody@127.0.0.1:9/none")
+    since = now()
+    predict(root, 200, shift=4)
+    done = visionloop("watch", "--since", since, cwd=root)
+    assert done.returncode == 2
+    assert "the database of the loop at postgresql+psycopg2://nobody@127.0.0.1:9/none does not answer" in done.stderr
+    monkeypatch.delenv("VISIONLOOP_LOOP_URL")
+    found = told("watch", "--since", since, cwd=root)
+    assert len(found["alarms"]) == 1  # the window without a verdict was judged again, with its alarm
+
+
+def test_the_log_s_store_away_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISIONLOOP_PREDICTIONS", "s3://bucket/prefix")
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    done = visionloop("watch", "--minutes", "5", cwd=root)
+    assert done.returncode == 2
+    assert "does not answer" in done.stderr
+    assert told("windows", cwd=root)["windows"] == []
+
+
+def test_the_newest_window_speaks_for_all_that_saw_the_same(root: Path) -> None:
+    loop = loop_of(root)
+    _, digest = champion(root)
+    for name in ("w1", "w2"):
+        verdict = _drift(digest)
+        loop.outbox.raise_alarm(verdict, name)
+    assert alarming.pending(loop) == [outbox_module.alarm_id(MODEL, "w2")]
+
+
+def _drift(digest: str) -> Any:
+    from components.contracts import DriftVerdict, Shift, WindowFacts
+
+    at = now()
+    facts = WindowFacts(
+        model=MODEL, version="1", release=digest, since=at, until=at, rows=9, judged=9, distinct_images=9, content="c"
+    )
+    shift = Shift(detector="embeddings", status="drift", message="m", statistic="s")
+    return DriftVerdict(window=facts, status="drift", reasons=("r",), shifts=(shift,), alpha=0.01, policy="p", reference="f")
