@@ -45,4 +45,5 @@ lock: ## resolve requirements.lock anew
 		--extra dev --extra pretrained --custom-compile-command "make lock" -o requirements.lock pyproject.toml
 
 clean: ## remove what can be made again
+	@test ! -d .demo/.visionloop || $(BIN)/visionloop down -w .demo
 	rm -rf .venv .uv .demo build .mypy_cache .ruff_cache .import_linter_cache

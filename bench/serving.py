@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from bench.peers.answering import Answering
@@ -248,7 +249,16 @@ def started(server: Server, port: int, files: Sequence[Path], log: Path) -> Iter
             os.killpg(process.pid, signal.SIGKILL)
         if server.name == "Ray Serve":
             subprocess.run([str(PEERS / "bin" / "ray"), "stop", "--force"], capture_output=True, check=False)
+        _free(port)
         time.sleep(1)
+
+
+def _free(port: int) -> None:
+    """End whoever still listens there: some servers put their workers into sessions of their own."""
+    for connection in psutil.net_connections("inet"):
+        if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(connection.pid).kill()
 
 
 def _environment() -> dict[str, str]:

@@ -4,8 +4,9 @@ One window of 100,000 predictions with 64-d embeddings: our detectors against pl
 columns and its own embedding drift, defaults) on the same rows, each in a process of its own, three runs each.
 
 Then the error rates, on real digits: 500 windows without drift at n = 200 and 1,000 (false alarms against the stated alpha,
-one-sided binomial), and the power against noise, blur and darkening of three strengths at n = 1,000. Reference and window are random
-halves of the same pool of held-out pictures, so that without drift nothing but chance tells them apart. DATA is not used.
+one-sided binomial), and the power against noise, blur and darkening of three strengths at n = 1,000. Reference and window
+are random halves of the same pool of held-out pictures, so that without drift nothing but chance tells them apart. DATA is
+not used.
 """
 
 from __future__ import annotations

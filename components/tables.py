@@ -25,6 +25,14 @@ def read_table(source: Path | bytes, columns: Sequence[str] | None = None) -> pa
         return file.read(columns=list(columns) if columns is not None else None, use_threads=False)
 
 
+def column_names(source: Path | bytes) -> list[str]:
+    """The columns of a Parquet file, without reading them."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        return list(file.schema_arrow.names)
+
+
 def read_frame(source: Path | bytes, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """The same as a pandas frame."""
     frame: pd.DataFrame = read_table(source, columns).to_pandas(use_threads=False)

@@ -113,7 +113,8 @@ def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Start
     def start_all() -> None:
         try:
             for key in keys:
-                started.append(start(loop, key))
+                if not _cancelled(loop, key):
+                    started.append(start(loop, key))
         except Exception as error:
             # A server that is down, a deployment that is not there, a credential that is wrong.
             problem.append(f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
@@ -127,6 +128,19 @@ def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Start
     for found in problem:
         told(f"{len(keys) - len(started)} trainings wait, Prefect did not start them ({found}); the next sweep tries again")
     return started
+
+
+def _cancelled(loop: Loop, key: str) -> bool:
+    """Whether a person cancelled the run of this key in Prefect: then it stays ended."""
+    if not any(run.key == key and run.state == "crashed" for run in loop.governor.runs(loop.model)):
+        return False
+    from flows.tracing import training_runs
+
+    made = training_runs(loop, request=key)
+    if not made or made[-1]["state"] not in ("Cancelled", "Cancelling"):
+        return False
+    loop.governor.cancel(key)
+    return True
 
 
 def start(loop: Loop, key: str) -> Started:

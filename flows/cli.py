@@ -275,14 +275,17 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
     found = Workspace.find(workspace)
     prepare_environment(found.state)
     from flows.alarming import tell_of_data
-    from flows.labelling import gathered
+    from flows.labelling import gathered, withdraw_relabelled
     from flows.watching import open_loop
 
     loop = open_loop(found.root, model)
     with found.locked("visionloop data add"), Console(1, quiet=as_json) as console:
         with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
+            relabelled = withdraw_relabelled(loop)
             added = data.add(found, labelled.folder, test_share=None, progress=progress)
     notes = []
+    if relabelled:
+        notes.append(f"{relabelled} images moved to the class that they are said to show now")
     if labelled.not_kept:
         notes.append(f"{labelled.not_kept} labelled images were not captured, so they cannot be added")
     if labelled.damaged:

@@ -71,7 +71,7 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
         yield permit
     except WorkspaceBusy:
         # A person trains by hand, or adds data: not this run's fault, it is taken up again.
-        loop.governor.give_back(request.key, holder)
+        loop.governor.give_back(request.key, holder, begun=False)
         raise
     except Exception as error:
         loop.governor.end(request.key, holder, "failed", {"problem": f"{type(error).__name__}: {error}"[:500]})

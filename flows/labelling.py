@@ -45,7 +45,8 @@ def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str]]:
 
     since, until = datetime.fromtimestamp(0, UTC), datetime.now(UTC) + timedelta(days=366)
     journals = loop.workspace.state / "serving" / "journal"
-    log = read_stretch(loop.settings.predictions_url, journals, model=loop.model, since=since, until=until)
+    columns = ("prediction_id", "image_sha256", "model", "ingest_at")
+    log = read_stretch(loop.settings.predictions_url, journals, model=loop.model, since=since, until=until, columns=columns)
     pairs: dict[str, str] = {}
     for table in log.tables:
         pairs |= dict(zip(table["prediction_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True))
@@ -61,6 +62,10 @@ def _classes(loop: Loop) -> tuple[str, ...]:
     return release_of(loop, entry).record.engine.classes
 
 
+_NAME = 24
+"""Digits of an image's digest that name its file in the data."""
+
+
 @dataclass(frozen=True)
 class Gathered:
     """Labelled images of production, one folder a class, ready to be added."""
@@ -70,6 +75,22 @@ class Gathered:
     not_kept: int
     """Labelled images whose bytes were not captured, or were erased or outdated since."""
     damaged: int
+
+
+def withdraw_relabelled(loop: Loop) -> int:
+    """Remove images of production from the classes that they are not said to show any more; returns how many.
+
+    Their files are named by their digest, so nothing else is touched; adding puts each into its class of today.
+    """
+    removed = 0
+    classes = [folder for folder in loop.workspace.data.glob("*") if folder.is_dir()]
+    for sha, label in loop.labels.latest(loop.model).items():
+        for folder in classes:
+            if folder.name != label.label:
+                for path in folder.glob(f"{sha[:_NAME]}.*"):
+                    path.unlink()
+                    removed += 1
+    return removed
 
 
 @contextmanager
@@ -94,9 +115,9 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
             except (OSError, UndecodableImage):
                 damaged += 1
                 continue
-            folder = scratch / _folder_name(label.label)
+            folder = scratch / label.label
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / f"{sha[:24]}{_suffix(path)}")
+            shutil.copyfile(path, folder / f"{sha[:_NAME]}{_suffix(path)}")
             images += 1
         if not images:
             raise DataError(
@@ -106,12 +127,6 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
         yield Gathered(scratch, images, len(set(said) - there), damaged)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _folder_name(label: str) -> str:
-    if not label or label.startswith(".") or "/" in label or "\\" in label or "\0" in label or len(label.encode()) > 200:
-        raise DataError(f"class {label[:80]!r} cannot be a folder's name; correct the label")
-    return label
 
 
 def _suffix(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import http.client
 import json
 import time
@@ -12,6 +13,9 @@ from flows.alarming import DEPLOYMENT
 from flows.looping import Loop
 from flows.settings import standing
 from flows.standing import authorisation
+
+_NEAR = datetime.timedelta(minutes=10)
+"""An automation acts within moments of its event."""
 
 
 def training_runs(loop: Loop, *, request: str | None = None) -> list[dict[str, Any]]:
@@ -52,21 +56,28 @@ def training_runs(loop: Loop, *, request: str | None = None) -> list[dict[str, A
     return found
 
 
-def events(loop: Loop, prefix: list[str], *, limit: int = 100) -> list[dict[str, Any]]:
-    """Events that the server kept, oldest first; empty when it does not answer."""
+def events(loop: Loop, prefix: list[str], *, around: str | None = None) -> list[dict[str, Any]]:
+    """At most 50 events that the server kept, oldest first, of the minutes around a moment or the latest ones.
+
+    Empty when the server does not answer.
+    """
     api = loop.settings.prefect_api_url
     if not api:
         return []
     address = urlsplit(api)
     credential = standing(loop.workspace.state).get("PREFECT_API_AUTH_STRING", "")
     connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=10)
-    body = json.dumps({"filter": {"event": {"prefix": prefix}, "order": "ASC"}, "limit": min(limit, 50)})
+    wanted: dict[str, Any] = {"event": {"prefix": prefix}, "order": "DESC"}
+    if around is not None:
+        moment = datetime.datetime.fromisoformat(around)
+        wanted["occurred"] = {"since": (moment - _NEAR).isoformat(), "until": (moment + _NEAR).isoformat()}
+    body = json.dumps({"filter": wanted, "limit": 50})
     try:
         headers = {"content-type": "application/json", **(authorisation(credential) if credential else {})}
         connection.request("POST", f"{address.path}/events/filter", body, headers)
         answer = connection.getresponse()
         found: list[dict[str, Any]] = json.loads(answer.read()).get("events", []) if answer.status == 200 else []
-        return found
+        return found[::-1]
     except (OSError, http.client.HTTPException, ValueError):
         return []
     finally:
@@ -78,19 +89,18 @@ def trail(loop: Loop, request: str, *, wait_s: float = 0.0) -> list[dict[str, An
 
     A run that no automation made has no event. Events reach the records a moment after their effect: `wait_s`.
     """
-    runs = training_runs(loop, request=request)
     deadline = time.monotonic() + wait_s
     while True:
-        seen = events(loop, ["visionloop.", "prefect.automation.action."])
-        found = [run | _cause_of(run["flow_run"], seen) for run in runs]
-        made = [run for run in found if (run["created_by"] or {}).get("type") == "AUTOMATION" or not run["tags"]]
+        found = [run | _cause_of(run, loop) for run in training_runs(loop, request=request)]
+        made = [run for run in found if (run["created_by"] or {}).get("type") == "AUTOMATION"]
         if all(run["event"] for run in made) or time.monotonic() >= deadline:
             return found
         time.sleep(0.5)
 
 
-def _cause_of(flow_run: str, seen: list[dict[str, Any]]) -> dict[str, Any]:
+def _cause_of(run: dict[str, Any], loop: Loop) -> dict[str, Any]:
     """The automation whose executed action names this run, and the event that woke it."""
+    flow_run, seen = run["flow_run"], events(loop, ["visionloop.", "prefect.automation.action."], around=run["created"])
     by_id = {event["id"]: event for event in seen}
     for event in seen:
         if event["event"] != "prefect.automation.action.executed":

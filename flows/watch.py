@@ -61,6 +61,8 @@ def watch(
         if judged is None:
             continue
         announcing(loop, judged, told)
+        if judged.problem:
+            told(f"note: {judged.problem}")
         found.append(judged)
     expect_reigning(loop, found)
     started = sweeping(loop, told, None)

@@ -2,9 +2,9 @@
 
     .visionloop/monitoring/<model>/windows/<window>/
         rows.parquet     what was judged: ids, digests, answers
-        report.html      Evidently's page, of a window that drifted
         to-label.csv     the images whose labels would teach most, of a window that drifted
-        verdict.json     written last, after the alarm is a row: a window without one is judged again
+        report.html      Evidently's page, of a window that drifted
+        verdict.json     written last, and the alarm's row first: a window without a verdict is judged again
 
 A window is judged once for the rows it has. Rows that come late, or a policy that changed, judge it again; its alarm stays
 one.
@@ -13,6 +13,7 @@ one.
 from __future__ import annotations
 
 import datetime
+import io
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from components.contracts import ConfigError, DriftVerdict, MonitoringError, Release, Stored, StoreError
 from components.releases import ReleaseStore
-from components.store import seal, unseal, write_atomically
+from components.store import explained, seal, unseal, write_atomically
 from flows.deciding import desk
 from flows.looping import Loop
 from flows.run import Workspace
 from monitoring.outbox import Alarm, window_id
 
 if TYPE_CHECKING:
+    from monitoring.evidently_report import Measured
     from monitoring.window import Window
     from registry.ledger import Entry
 
@@ -53,6 +55,9 @@ class Judged:
     fresh: bool
     """Judged now; False when it had been judged with these rows before."""
     alarm: Alarm | None
+    """The alarm, when this judgement made it."""
+    problem: str = ""
+    """What could not be kept beside the verdict."""
 
 
 def open_loop(folder: Path, model: str | None) -> Loop:
@@ -114,7 +119,6 @@ def read_window(loop: Loop, stretch: Stretch, entry: Entry, release: Stored[Rele
     from monitoring.window import Slice, open_window
     from serving.segments import read_stretch
 
-    # A release answers from a moment before its row is projected; what came before that is another release's anyway.
     log = read_stretch(
         loop.settings.predictions_url,
         loop.workspace.state / "serving" / "journal",
@@ -165,19 +169,31 @@ def _judge(loop: Loop, window: Window, release: Stored[Release], name: str, fold
 
     reference = load_reference(release)
     verdict, measured = judge(reference, window, loop.config.drift, reference_sha256=release.record.reference.sha256)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_rows(window, folder / ROWS)
     alarm = None
-    if measured is not None:
-        if verdict.status == "drift":
-            measured.save_page(folder / PAGE)
-            _write_to_label(loop, reference, window, folder / TO_LABEL)
-        measured.keep(evidently_workspace(loop.workspace), loop.model, name, [verdict.status, verdict.diagnosis])
     if verdict.status == "drift":
+        # Before anything that can fail: an alarm is a row first.
         alarm, new = loop.outbox.raise_alarm(verdict, name)
         alarm = alarm if new else None
-    write_atomically(folder / VERDICT, seal(verdict.to_json()))
-    return Judged(name, verdict, folder, True, alarm)
+    folder.mkdir(parents=True, exist_ok=True)
+    with explained("write the evidence of a window into", folder):
+        _write_rows(window, folder / ROWS)
+        if verdict.status == "drift":
+            _write_to_label(loop, reference, window, folder / TO_LABEL)
+        problem = _keep_report(loop, measured, verdict, name, folder) if measured is not None else ""
+        write_atomically(folder / VERDICT, seal(verdict.to_json()))
+    return Judged(name, verdict, folder, True, alarm, problem)
+
+
+def _keep_report(loop: Loop, measured: Measured, verdict: DriftVerdict, name: str, folder: Path) -> str:
+    """Evidently's page and history: for people, never needed for the verdict; returns what went wrong."""
+    try:
+        if verdict.status == "drift":
+            measured.save_page(folder / PAGE)
+        measured.keep(evidently_workspace(loop.workspace), loop.model, name, [verdict.status, verdict.diagnosis])
+    except Exception as error:
+        # Evidently's drawing and its storage raise what they like.
+        return f"Evidently's page or history was not written ({type(error).__name__}: {str(error)[:120]})"
+    return ""
 
 
 def evidently_workspace(workspace: Workspace) -> Path:
@@ -186,9 +202,9 @@ def evidently_workspace(workspace: Workspace) -> Path:
 
 
 def _write_rows(window: Window, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    window.frame.to_parquet(temporary, index=False)
-    temporary.replace(path)
+    data = io.BytesIO()
+    window.frame.to_parquet(data, index=False)
+    write_atomically(path, data.getvalue())
 
 
 def _write_to_label(loop: Loop, reference: Any, window: Window, path: Path) -> None:

@@ -244,11 +244,21 @@ class Governor:
             connection.execute(runs.update().where(mine).values(**values))
             return True
 
-    def give_back(self, key: str, holder: str) -> None:
-        """The run could not begin, or was stopped: it may be taken up again as if it had been killed."""
+    def give_back(self, key: str, holder: str, *, begun: bool = True) -> None:
+        """The run was stopped, or could not even begin, which costs no attempt: it may be taken up again."""
         with self._database.transaction() as connection:
             mine = (runs.c.key == key) & (runs.c.holder == holder) & (runs.c.state == "running")
-            connection.execute(runs.update().where(mine).values(state="crashed", ended_at=_text(now(connection))))
+            values: dict[str, Any] = {"state": "crashed", "ended_at": _text(now(connection))}
+            if not begun:
+                values["attempts"] = runs.c.attempts - 1
+            connection.execute(runs.update().where(mine).values(**values))
+
+    def cancel(self, key: str) -> None:
+        """A person cancelled the run: it ended, and is not taken up again."""
+        with self._database.transaction() as connection:
+            values = {"state": "finished", "outcome": "failed", "ended_at": _text(now(connection))}
+            dead = (runs.c.key == key) & (runs.c.state == "crashed")
+            connection.execute(runs.update().where(dead).values(**values))
 
     def awaiting_data(self, model: str, data_version: str) -> list[str]:
         """The newest request that was refused for want of new data, once the data are others; none after a later grant."""

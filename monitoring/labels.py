@@ -77,6 +77,7 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
         if not values.get("label"):
             found.append({"label": ""})
             continue
+        _expect_class_name(values["label"], f"{path} row {number}")
         who = values.get("labelled_by") or by or ""
         if not who:
             raise DataError(f"{path} row {number}: nobody is named; fill labelled_by, or give --as")
@@ -115,6 +116,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         # csv, json, UnicodeDecodeError, and whatever pyarrow raises for what is no Parquet.
         raise DataError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0][:200]}") from error
     raise ConfigError(f"{path.name}: expected a name that ends in .csv, .jsonl or .parquet")
+
+
+def _expect_class_name(label: str, place: str) -> None:
+    """A class is a folder's name in the data: what could not be one is refused when it comes in."""
+    plain = all(character.isprintable() and character not in "/\\" for character in label)
+    if not plain or label.startswith(".") or len(label.encode()) > 200:
+        raise DataError(f"{place}: {label[:80]!r} cannot be the name of a class; leave out '/', '\\' and a leading '.'")
 
 
 def _when(text: str, place: str) -> str:
@@ -183,19 +191,22 @@ class Labels:
         new = known = changed = 0
         with self._database.transaction() as connection:
             at = now(connection).isoformat(timespec="microseconds")
-            before = _latest(connection, model)
+            latest = _latest(connection, model)
             there = set(connection.execute(sa.select(labels.c.key).where(labels.c.model == model)).scalars())
             rows = []
             for label in given:
-                # Without a time of its own a label is the same however often its file comes.
-                facts = [model, label.image_sha256, label.label, label.by, label.at]
+                # Without a time of its own a label is the same however often its file comes; another file may change it.
+                facts = [model, label.image_sha256, label.label, label.by, label.at or digest]
                 key = sha256_text(canonical_json(facts))
-                if key in there:
+                earlier = latest.get(label.image_sha256)
+                same = earlier is not None and (earlier.label, earlier.by) == (label.label, label.by) and not label.at
+                if key in there or same:
                     known += 1
                     continue
                 there.add(key)
-                earlier = before.get(label.image_sha256)
                 changed += earlier is not None and earlier.label != label.label
+                if earlier is None or (label.at or at) >= earlier.at:
+                    latest[label.image_sha256] = Label(label.image_sha256, label.label, label.by, label.at or at)
                 new += 1
                 rows.append(
                     {

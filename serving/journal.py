@@ -47,7 +47,8 @@ class JournalConfig:
     """How long an answer waits for its row before it is given without."""
     sync_s: float = 1.0
     max_backlog: int = 20_000
-    rotate_bytes: int = 64 << 20
+    rotate_bytes: int = 16 << 20
+    """Sealing a small file is short and takes little memory."""
     rotate_s: float = 300.0
 
 

@@ -79,7 +79,6 @@ def test_the_image_copies_every_package(compose: dict[str, Any]) -> None:
 
 def test_prefect_takes_the_deployments(prefect_server: str, tmp_path: Path) -> None:
     """Deployed for real, on the session's server, by Prefect's own command."""
-    from prefect.automations import Automation
     from prefect.client.orchestration import get_client
 
     from flows.deploying import make_pool
@@ -106,12 +105,12 @@ def test_prefect_takes_the_deployments(prefect_server: str, tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     with get_client(sync_client=True) as client:
         train, watch, promote = (client.read_deployment_by_name(f"{name}/team") for name in ("train", "watch", "promote"))
-        (automation,) = [a for a in client.read_automations() if "team" in str(a.trigger.match)]  # type: ignore[union-attr]
+        automations: list[Any] = list(client.read_automations())
     assert {d.work_pool_name for d in (train, watch, promote)} == {POOL}
     assert train.parameters["recipe"] == "smoke"
     assert [(s.slug, s.parameters) for s in train.schedules] == [("nightly", {"cause": "schedule", "reason": "nightly"})]
-    assert isinstance(automation, Automation)
-    assert set(automation.trigger.expect) == {DRIFT, DATA}  # type: ignore[union-attr]
+    (automation,) = [found for found in automations if "visionloop.model.team" in str(found.trigger)]
+    assert set(automation.trigger.expect) == {DRIFT, DATA}
     (action,) = automation.actions
-    assert "event.payload.alarm" in str(action.parameters)  # type: ignore[union-attr]
+    assert "event.payload.alarm" in str(action.parameters)
     assert watch.concurrency_options is not None

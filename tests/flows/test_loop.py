@@ -57,16 +57,6 @@ def train(root: Path, **parameters: Any) -> dict[str, Any]:
     return found
 
 
-def wait_for_runs(root: Path, request: str, count: int, timeout_s: float = 60) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        found = training_runs(loop_of(root), request=request)
-        if len(found) >= count:
-            return found
-        assert time.monotonic() < deadline, found
-        time.sleep(0.3)
-
-
 def test_deploying_again_changes_nothing(deployed: Path) -> None:
     from prefect.automations import Automation
     from prefect.client.orchestration import get_client
@@ -91,7 +81,7 @@ def test_deploying_again_changes_nothing(deployed: Path) -> None:
     assert [slug for slug, _ in before[0]["watch"][1]] == ["every-window"]
     assert len(before[1]) == 2
     # Made twice by somebody, it is made single again; one that a person switched off stays off.
-    drift = Automation.read(name=f"visionloop: drift retrains {MODEL}")
+    drift: Any = Automation.read(name=f"visionloop: drift retrains {MODEL}")
     drift.id = None
     drift.create()
     assert len(state()[1]) == 3
@@ -102,8 +92,12 @@ def test_deploying_again_changes_nothing(deployed: Path) -> None:
 def test_an_event_makes_the_automation_start_the_training_deployment(deployed: Path) -> None:
     identifier = alarm(deployed, "event")
     assert loop_of(deployed).outbox.alarm(identifier).emissions == 1
-    wait_for_runs(deployed, identifier, 1)
-    (run,) = trail(loop_of(deployed), identifier, wait_s=20)
+    deadline = time.monotonic() + 60
+    while not any(run["created_by"] for run in training_runs(loop_of(deployed), request=identifier)):
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    # The sweep may have been as fast: both ask the governor, which grants one.
+    (run,) = [run for run in trail(loop_of(deployed), identifier, wait_s=20) if run["created_by"]]
     assert run["created_by"]["type"] == "AUTOMATION"
     assert run["automation"] == f"visionloop: drift retrains {MODEL}"
     assert (run["event"], run["event_alarm"]) == (DRIFT, identifier)
@@ -126,7 +120,8 @@ def test_with_the_automation_off_the_outbox_alone_starts_exactly_one(deployed: P
             sweep(loop_of(deployed), told=lambda _: None, grace_s=0)
         time.sleep(2)
         (run,) = trail(loop_of(deployed), identifier)
-        assert (run["created_by"], run["automation"], run["tags"]) == (None, None, ["visionloop-sweep"])
+        assert (run["created_by"], run["automation"]) == (None, None)
+        assert "visionloop-sweep" in run["tags"]
     finally:
         drift.enable()
 
@@ -202,7 +197,7 @@ def test_the_loop_trains_when_there_are_new_data_and_only_then(trained: Path, tm
 
 def test_a_refused_run_ends_as_skipped_and_says_why(deployed: Path) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.states import State
+    from prefect.client.schemas.objects import State
 
     from flows.train import train as flow
 
