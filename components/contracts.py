@@ -495,20 +495,19 @@ class WindowFacts(Record):
     rows: int
     """Predictions of this release in the window, each once."""
     judged: int
-    """How many of them were compared: rows that are whole, at most as many as the policy's sample."""
+    """How many of them were compared: rows that are whole, one an image, at most as many as the policy's sample."""
     distinct_images: int
+    """Images that the whole rows are about."""
     duplicates: int = 0
     """Rows that the log held twice."""
     malformed: int = 0
     """Rows without finite answers or of another shape; never compared."""
     other_releases: int = 0
     """Rows of releases that answered in the window as well; they have references of their own."""
-    from_future: int = 0
-    """Rows that say they were made after the window was looked at: a clock is wrong."""
     lost: int = 0
     """Predictions that the log itself says it lost."""
     problems: tuple[str, ...] = ()
-    """Parts of the log that could not be read."""
+    """Parts of the log that could not be read, or say what cannot be."""
     content: str
     """Digest over the ids of the rows: equal rows, equal content, in whatever order they came."""
 
@@ -780,6 +779,11 @@ class Sample:
 
 class Detector(Protocol):
     """One way in which production can differ from the reference; its fields are its settings."""
+
+    @property
+    def draws(self) -> int:
+        """How many draws without drift its threshold is taken from; a share of alpha below one of them has none."""
+        ...
 
     @property
     def columns(self) -> Mapping[str, str]:

@@ -25,6 +25,14 @@ def read_table(source: Path | bytes, columns: Sequence[str] | None = None) -> pa
         return file.read(columns=list(columns) if columns is not None else None, use_threads=False)
 
 
+def num_rows(source: Path) -> int:
+    """How many rows a Parquet file says it has, without reading them."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(source) as file:
+        return int(file.metadata.num_rows)
+
+
 def column_names(source: Path | bytes) -> list[str]:
     """The columns of a Parquet file, without reading them."""
     import pyarrow.parquet as pq

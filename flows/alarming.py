@@ -61,16 +61,16 @@ def announce(loop: Loop, alarm: Alarm, *, told: Told) -> None:
     except Exception as error:
         # Prefect's client and its transports share no base class; the row stays, and the sweep finds it.
         told(f"note: the event was not sent ({type(error).__name__}: {str(error)[:120]}); the sweep will find the alarm")
-    facts = {"version": alarm.version, "by": ", ".join(alarm.detectors), "reason": "; ".join(alarm.reasons)}
-    notify(loop.settings, "drift", loop.model, facts, told=told)
+    if loop.outbox.first_of_its_kind(alarm):
+        facts = {"version": alarm.version, "by": ", ".join(alarm.detectors), "reason": "; ".join(alarm.reasons)}
+        notify(loop.settings, "drift", loop.model, facts, told=told)
 
 
 def pending(loop: Loop, *, grace_s: float | None = None) -> list[str]:
     """Keys that a training should be asked for now: forgotten alarms, killed runs, what waited for a place or for data."""
     grace = loop.config.sweep_after_s if grace_s is None else grace_s
     forgotten = [alarm.id for alarm in loop.outbox.waiting(loop.model, grace_s=grace)]
-    # Of several windows that saw the same drift while nobody was there, the newest speaks for all.
-    keys = [*forgotten[-1:], *loop.governor.due(loop.model), *awaiting_data(loop)]
+    keys = [*forgotten, *loop.governor.due(loop.model), *awaiting_data(loop)]
     return list(dict.fromkeys(keys))
 
 
@@ -113,8 +113,8 @@ def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Start
     def start_all() -> None:
         try:
             for key in keys:
-                if not _cancelled(loop, key):
-                    started.append(start(loop, key))
+                if not _cancelled(loop, key) and (run := start(loop, key)) is not None:
+                    started.append(run)
         except Exception as error:
             # A server that is down, a deployment that is not there, a credential that is wrong.
             problem.append(f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
@@ -143,12 +143,22 @@ def _cancelled(loop: Loop, key: str) -> bool:
     return True
 
 
-def start(loop: Loop, key: str) -> Started:
-    """Start the training deployment for a key; the same key, in the same state, starts one run however often it is asked."""
+def start(loop: Loop, key: str) -> Started | None:
+    """Start the training deployment for a key; None when a run of it is under way already.
+
+    The same key in the same state is one run, however often and by however many it is asked.
+    """
     from prefect.client.orchestration import get_client
+
+    from flows.tracing import training_runs
 
     cause = "drift" if key.startswith("drift:") else "schedule"
     asked = [row for row in loop.governor.history(loop.model) if row["key"] == key]
+    made = training_runs(loop, request=key)
+    if any(not run["final"] and "visionloop-sweep" in run["tags"] for run in made):
+        return None
+    # A run that ended without asking the governor, with its worker for instance, does not stand for the next one.
+    state = f"{asked[-1]['seq'] if asked else 0}:{sum(run['final'] for run in made)}"
     parameters: Mapping[str, Any] = training_parameters(loop) | {
         "cause": cause,
         "request": key,
@@ -159,7 +169,7 @@ def start(loop: Loop, key: str) -> Started:
         run = client.create_flow_run_from_deployment(
             deployment.id,
             parameters=dict(parameters),
-            idempotency_key=f"visionloop:{key}:{asked[-1]['seq'] if asked else 0}",
+            idempotency_key=f"visionloop:{key}:{state}",
             tags=["visionloop-sweep"],
         )
     return Started(key, str(run.id), cause)

@@ -163,7 +163,7 @@ def demo(
             phases = show.run()
             if not stop:
                 up.start_pages(told=lambda line: told(f"  {line}"))
-            answer = show.finish(up.addresses())
+            answer = show.finish({} if stop else up.addresses())
         finally:
             if stop:
                 up.stop(told=told)
@@ -275,13 +275,13 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
     found = Workspace.find(workspace)
     prepare_environment(found.state)
     from flows.alarming import tell_of_data
-    from flows.labelling import gathered, withdraw_relabelled
+    from flows.labelling import gathered, move_relabelled
     from flows.watching import open_loop
 
     loop = open_loop(found.root, model)
     with found.locked("visionloop data add"), Console(1, quiet=as_json) as console:
         with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
-            relabelled = withdraw_relabelled(loop)
+            relabelled = move_relabelled(loop)
             added = data.add(found, labelled.folder, test_share=None, progress=progress)
     notes = []
     if relabelled:

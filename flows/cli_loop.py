@@ -25,7 +25,7 @@ governor_app = typer.Typer(
 
 def add_loop_commands(app: typer.Typer) -> None:
     """Put the loop's commands on the command line."""
-    for command in (watch, windows, alarms, sweep, report, up, status, down):
+    for command in (watch, windows, alarms, sweep, report, up, deploy, status, down):
         app.command()(command)
     app.add_typer(labels_app, name="labels")
     app.add_typer(governor_app, name="governor")
@@ -71,7 +71,8 @@ def watch(
         loop = _loop(workspace, model)
         from flows.watch import watch as flow
 
-        found = flow(loop.model, str(loop.workspace.root), minutes, span[0], span[1], quiet=json_)
+        call: Any = flow  # its states confuse the types of Prefect's decorator
+        found: dict[str, Any] = call(loop.model, str(loop.workspace.root), minutes, span[0], span[1], quiet=json_)
         finish(found, json_, lambda: _shown_windows(found))
         if any(window["status"] == "drift" for window in found["windows"]):
             raise typer.Exit(1)
@@ -115,7 +116,7 @@ def windows(
         loop = _loop(workspace, model)
         found = [
             {"id": name, **as_json(verdict), "realised_accuracy": realised_accuracy(loop, name)}
-            for name, verdict in judged(loop)[-last:]
+            for name, verdict in judged(loop, last)
         ]
 
         def text() -> str:
@@ -404,9 +405,31 @@ def up(
     guarded(action, json_)
 
 
+def deploy(
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="A model to deploy. By default all.")] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Make deployments, schedules and automations on the Prefect server that PREFECT_API_URL names, or that of `up`."""
+
+    def action() -> None:
+        from flows.run import Workspace
+        from flows.settings import prepare_environment, read_settings
+        from flows.standing import Up
+
+        found = Workspace.find(workspace)
+        prepare_environment(found.state)
+        from flows.keeping import deploy_all
+
+        models = deploy_all(Up(found, read_settings(found.state)), model or [], told=_silent if json_ else _told)
+        finish({"models": models}, json_, lambda: f"Deployed: {', '.join(models) or 'no model yet'}.")
+
+    guarded(action, json_)
+
+
 def _shown_up(answer: dict[str, Any]) -> str:
     lines = [f"{name:9} {address}" for name, address in answer["pages"].items()]
-    lines.append(f"Prefect asks for what {answer['credential_file']} holds.")
+    lines.append(f"They ask for the user and password in {answer['credential_file']}.")
     for model, facts in answer["models"].items():
         lines.append(f"{model}: {', '.join(facts['deployments'])}; {len(facts['automations'])} automations")
     if not answer["models"]:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
 from typing import Any
 
 from flows.alarming import DATA, DEPLOYMENT, DRIFT, training_parameters
@@ -61,8 +60,6 @@ def deploy(loop: Loop) -> list[str]:
             name=model,
             parameters=parameters,
             schedules=schedules,
-            # What is late is not caught up with: a second run would find the same.
-            concurrency_limit=_one_at_a_time() if name == "watch" else None,
             tags=["visionloop"],
             work_pool_name=POOL,
             entrypoint_type=EntrypointType.MODULE_PATH,
@@ -70,12 +67,6 @@ def deploy(loop: Loop) -> list[str]:
         deployment.apply()
         found.append(f"{name}/{model}")
     return found
-
-
-def _one_at_a_time() -> Any:
-    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-
-    return ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
 
 
 def make_pool() -> None:
@@ -169,11 +160,3 @@ def _only_one(wanted: Any) -> str:
     else:
         wanted.create()
     return str(wanted.name)
-
-
-def deployed(call: Callable[[Any], Any]) -> Any:
-    """Ask the Prefect server something, with its client."""
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
-        return call(client)

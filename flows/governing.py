@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from components import dataversions
 from components.contracts import ConfigError, RegistryUnavailable, WorkspaceBusy
@@ -21,7 +21,12 @@ from flows.settings import read_settings
 from monitoring.governor import Decision, Governor, Request
 from monitoring.outbox import Alarm
 
+if TYPE_CHECKING:
+    from registry.ledger import Entry
+
 Cause = Literal["manual", "drift", "schedule"]
+_NIGHT = datetime.timedelta(hours=23)
+"""A scheduled training that is later than this is the next night's."""
 
 
 @dataclass
@@ -46,6 +51,9 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
     if cause == "manual":
         yield Permit(True)
         return
+    if cause == "schedule" and not key and (why := overdue(_NIGHT)):
+        yield Permit(False, told={"outcome": "refused", "rule": "overdue", "reason": why})
+        return
     if cause not in ("drift", "schedule"):
         raise ConfigError(f"unknown cause {cause!r}; valid: drift, manual, schedule")
     workspace = Workspace.find(folder)
@@ -54,8 +62,8 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
     raised = loop.outbox.alarm(key) if cause == "drift" else None
     if raised is not None and raised.model != model:
         raise ConfigError(f"alarm {key!r} is about model {raised.model!r}, this deployment trains {model!r}")
-    if cause == "schedule" and key and key not in {run.key for run in loop.governor.runs(model)}:
-        raise ConfigError(f"no scheduled run {key!r} was granted; leave `request` empty for a new one")
+    if cause == "schedule" and key and not loop.governor.asked(key, model, cause):
+        raise ConfigError(f"no scheduled run {key!r} was ever asked for; leave `request` empty for a new one")
     holder = uuid.uuid4().hex
     request = _request(loop, recipe, cause, raised, key)
     decision = loop.governor.ask(request, holder=holder)
@@ -73,6 +81,10 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
         # A person trains by hand, or adds data: not this run's fault, it is taken up again.
         loop.governor.give_back(request.key, holder, begun=False)
         raise
+    except (RegistryUnavailable, OSError):
+        # The world's fault, not the model's: taken up again, as often as a killed run is.
+        loop.governor.give_back(request.key, holder)
+        raise
     except Exception as error:
         loop.governor.end(request.key, holder, "failed", {"problem": f"{type(error).__name__}: {error}"[:500]})
         raise
@@ -89,16 +101,19 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
 
 
 def _request(loop: Loop, recipe: str, cause: Literal["drift", "schedule"], raised: Alarm | None, key: str) -> Request:
+    from registry import approval
     from registry.ledger import Ledger
 
     config = load_recipe(recipe, workspace=loop.workspace.root)
     data = dataversions.pinned(loop.workspace.root)
+    entries = Ledger(loop.settings.ledger_url).entries(loop.model)
     judged = [
         entry
-        for entry in Ledger(loop.settings.ledger_url).entries(loop.model)
+        for entry in entries
         if entry.kind in ("requested", "rejected") and (entry.body.get("summary") or {}).get("run")
     ]
     latest = judged[-1].body["summary"] if judged else None
+    reigning = approval.champion(entries)
     today = datetime.datetime.now(datetime.UTC)
     return Request(
         key=key or f"schedule:{loop.model}:{today:%Y-%m-%dT%H%M}:{uuid.uuid4().hex[:6]}",
@@ -109,8 +124,17 @@ def _request(loop: Loop, recipe: str, cause: Literal["drift", "schedule"], raise
         changed=latest is None or latest["run"] != run_id(loop.workspace, config, data, loop.settings),
         diagnosis=raised.diagnosis if raised is not None else "none",
         detectors=raised.detectors if raised is not None else (),
-        champion=raised.version if raised is not None else "",
+        seen_by=raised.version if raised is not None else "",
+        champion=str(reigning.body["version"]) if reigning is not None else "",
+        failed_versions=_failed(entries),
     )
+
+
+def _failed(entries: Sequence[Entry]) -> frozenset[str]:
+    """Versions that a person rejected, or went back from."""
+    rejected = {str(e.body["version"]) for e in entries if e.kind == "rejected" and "version" in e.body}
+    left = {str(e.body["previous"]["version"]) for e in entries if e.kind == "rolled_back" and e.body.get("previous")}
+    return frozenset(rejected | left)
 
 
 def _beat(governor: Governor, key: str, holder: str, stop: threading.Event) -> None:
@@ -146,3 +170,14 @@ def _tell(loop: Loop, request: Request, decision: Decision) -> None:
         found = _list_of(loop, request) if decision.rule == "no new data" else None
         facts = {"by": decision.rule, "reason": decision.reason + (f" [{found}]" if found else "")}
         notify(loop.settings, "refused", request.model, facts)
+
+
+def overdue(limit: datetime.timedelta) -> str:
+    """Why a scheduled run comes too late to be worth anything, when the next one stands for it; empty when it does not."""
+    from prefect import runtime
+
+    planned = runtime.flow_run.scheduled_start_time
+    if runtime.flow_run.id is None or planned is None:
+        return ""
+    late = datetime.datetime.now(datetime.UTC) - planned
+    return f"it was planned for {planned:%Y-%m-%d %H:%M} UTC, and a later one stands for it" if late >= limit else ""

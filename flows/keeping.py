@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components.contracts import VisionloopError
+from components.contracts import ConfigError, DriftVerdict, VisionloopError
 from flows.alarming import pending
 from flows.looping import Loop, configured
 from flows.settings import read_settings
 from flows.standing import Standing, Up, healthy
+
+if TYPE_CHECKING:
+    from registry.ledger import Entry
 
 Told = Callable[[str], None]
 
@@ -26,13 +29,16 @@ def models_of(up: Up, named: Sequence[str]) -> list[str]:
     return sorted(known | set(configured(up.workspace)))
 
 
-def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> dict[str, Any]:
-    """Server, pool, deployments, automations, worker; what is there already stays as it is."""
-    models = models_of(up, named)
-    # A loop that is not valid should be said before anything is started.
-    loops = [Loop(up.workspace, read_settings(up.workspace.state), model) for model in models]
-    server = up.start(port=port, told=told)
-    from flows.deploying import POOL, automate, deploy, make_pool
+def deploy_all(up: Up, named: Sequence[str], *, told: Told) -> dict[str, Any]:
+    """Pool, deployments and automations on the Prefect server that is known here; what is there is brought up to date."""
+    settings = read_settings(up.workspace.state)
+    if not settings.prefect_api_url:
+        raise ConfigError("no Prefect server is known here: set PREFECT_API_URL, or start one with `visionloop up`")
+    return _deployed([Loop(up.workspace, settings, model) for model in models_of(up, named)], told)
+
+
+def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
+    from flows.deploying import automate, deploy, make_pool
 
     make_pool()
     found: dict[str, Any] = {}
@@ -40,6 +46,18 @@ def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> di
         deployments, automations = deploy(loop), automate(loop)
         found[loop.model] = {"deployments": deployments, "automations": automations, "recipe": loop.config.recipe}
         told(f"{loop.model}: deployments {', '.join(deployments)} and {len(automations)} automations")
+    return found
+
+
+def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> dict[str, Any]:
+    """Server, pool, deployments, automations, worker; what is there already stays as it is."""
+    models = models_of(up, named)
+    # A loop that is not valid should be said before anything is started.
+    loops = [Loop(up.workspace, read_settings(up.workspace.state), model) for model in models]
+    server = up.start(port=port, told=told)
+    from flows.deploying import POOL
+
+    found = _deployed(loops, told)
     worker = up.start_worker(server, POOL, told=told)
     return {
         "server": _process(server),
@@ -69,6 +87,8 @@ def state_of(up: Up) -> dict[str, Any]:
     for model in models_of(up, []):
         try:
             models[model] = _model(up, model, answers=answers)
+            if models[model]["unwatched"]:
+                problems.append(f"{model}: {models[model]['unwatched']}")
         except VisionloopError as error:
             problems.append(f"{model}: {error}")
     return {"server": _process(server), "worker": _process(worker), "models": models, "problems": problems}
@@ -84,7 +104,7 @@ def _model(up: Up, model: str, *, answers: bool) -> dict[str, Any]:
     ledger = Ledger(settings.ledger_url)
     entries = ledger.entries(model)
     champion = approval.champion(entries)
-    judged = windows(loop)
+    judged = windows(loop, 1)
     last = judged[-1] if judged else None
     return {
         "champion": champion.body["version"] if champion else None,
@@ -98,11 +118,27 @@ def _model(up: Up, model: str, *, answers: bool) -> dict[str, Any]:
         }
         if last
         else None,
+        "unwatched": _unwatched(loop, champion, last[1] if last else None),
         "pending": pending(loop),
         "running": [run.key for run in loop.governor.runs(model) if run.state == "running"],
         "stopped": loop.governor.stopped(model),
         "scheduled": _scheduled(model) if answers else {},
     }
+
+
+def _unwatched(loop: Loop, champion: Entry | None, last: DriftVerdict | None) -> str:
+    """Why nobody can say that the champion's traffic is looked at; empty when it is."""
+    if champion is None:
+        return ""
+    patience = datetime.timedelta(minutes=3 * loop.config.every_minutes)
+    since = datetime.datetime.fromisoformat(last.window.until if last is not None else champion.at)
+    since = max(since, datetime.datetime.fromisoformat(champion.at))
+    if datetime.datetime.now(datetime.UTC) - since < patience:
+        return ""
+    return (
+        f"no window was judged since {since:%Y-%m-%d %H:%M} UTC, one is due every {loop.config.every_minutes} minutes; "
+        f"look at the runs of watch/{loop.model}, or run `visionloop watch`"
+    )
 
 
 def _scheduled(model: str) -> dict[str, str]:

@@ -47,6 +47,11 @@ def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str]]:
     journals = loop.workspace.state / "serving" / "journal"
     columns = ("prediction_id", "image_sha256", "model", "ingest_at")
     log = read_stretch(loop.settings.predictions_url, journals, model=loop.model, since=since, until=until, columns=columns)
+    if log.problems:
+        raise DataError(
+            f"part of the prediction log cannot be read ({log.problems[0]}), so nobody can say which predictions it knows; "
+            f"nothing was imported. See `visionloop predictions verify`"
+        )
     pairs: dict[str, str] = {}
     for table in log.tables:
         pairs |= dict(zip(table["prediction_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True))
@@ -77,20 +82,22 @@ class Gathered:
     damaged: int
 
 
-def withdraw_relabelled(loop: Loop) -> int:
-    """Remove images of production from the classes that they are not said to show any more; returns how many.
+def move_relabelled(loop: Loop) -> int:
+    """Rename images of production into the class that they are said to show now; returns how many.
 
-    Their files are named by their digest, so nothing else is touched; adding puts each into its class of today.
+    Their files are named by their digest, so nothing else is touched, and a rename loses nothing, whenever it is cut short.
     """
-    removed = 0
-    classes = [folder for folder in loop.workspace.data.glob("*") if folder.is_dir()]
+    moved = 0
+    data = loop.workspace.data
+    classes = [folder for folder in data.glob("*") if folder.is_dir()]
     for sha, label in loop.labels.latest(loop.model).items():
         for folder in classes:
             if folder.name != label.label:
                 for path in folder.glob(f"{sha[:_NAME]}.*"):
-                    path.unlink()
-                    removed += 1
-    return removed
+                    (data / label.label).mkdir(exist_ok=True)
+                    path.replace(data / label.label / path.name)
+                    moved += 1
+    return moved
 
 
 @contextmanager

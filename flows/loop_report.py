@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _COLOURS = {"pass": "#1a7f4b", "drift": "#b3261e", "inconclusive": "#9a6700", "no data": "#5d6979"}
 _SHOWN = 12
+_WINDOWS = 30
+"""The latest ones are drawn."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def render(loop: Loop, folder: Path, *, story: Mapping[str, Any], pages: Mapping
     """HTML of the page that lies in `folder`."""
     report.prepare_figures()
     entries = Ledger(loop.settings.ledger_url).entries(loop.model)
-    judged = windows(loop)
+    judged = windows(loop, _WINDOWS)
     champion = approval.champion(entries)
     moments = _moments(loop, entries, judged)
     return (

@@ -34,6 +34,8 @@ class LoopConfig(Record):
     timezone: str = "UTC"
     to_label: int = Field(default=50, ge=1, le=10_000)
     """Images that are proposed for labelling when a window alarms."""
+    keep_days: float = Field(default=90.0, gt=0)
+    """How long windows and their reports stay; alarms, decisions and labels stay for good."""
     sweep_after_s: float = Field(default=60.0, ge=0)
     """An alarm that nobody acted on for so long is started without its event."""
     drift: DriftPolicy = DriftPolicy()

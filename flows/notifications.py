@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from flows.settings import Settings
 
-Event = Literal["requested", "rejected", "approved", "promoted", "rolled_back", "drift", "refused"]
+Event = Literal["requested", "rejected", "approved", "promoted", "rolled_back", "drift", "refused", "unwatched"]
 _TIMEOUT_S = 5.0
 
 
@@ -56,6 +56,8 @@ def _sentence(event: Event, model: str, facts: Mapping[str, Any]) -> str:
     version, by, reason = facts.get("version", "?"), facts.get("by", "?"), facts.get("reason", "")
     if event == "refused":
         return f"{model}: a retraining was refused by the governor ({by}): {reason}"
+    if event == "unwatched":
+        return f"{model} is not watched: {reason}"
     words = {
         "requested": "waits for approval, requested by",
         "rejected": "was rejected by",

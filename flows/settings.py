@@ -83,15 +83,30 @@ def prepare_environment(state: Path) -> None:
 
 def standing(state: Path) -> dict[str, str]:
     """Address and credential of the Prefect server that `visionloop up` keeps running here; empty when there is none."""
+    try:
+        told = json.loads((state / UP / "server.json").read_text())
+        alive = began(told["pid"]) == told["began"]
+        secret = (state / UP / "auth").read_text().strip()
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {"PREFECT_API_URL": told["api"], "PREFECT_API_AUTH_STRING": secret} if alive else {}
+
+
+def began(pid: int) -> str | None:
+    """When a process began, in a spelling that no clock can change; None when there is none, or it ended."""
     import psutil
 
     try:
-        told = json.loads((state / UP / "server.json").read_text())
-        alive = psutil.Process(told["pid"]).create_time() == told["created"]
-        secret = (state / UP / "auth").read_text().strip()
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-        return {}
-    return {"PREFECT_API_URL": told["api"], "PREFECT_API_AUTH_STRING": secret} if alive else {}
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+    except (OSError, IndexError):
+        pass
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.1f}"
+    except psutil.Error:
+        return None
 
 
 def use_environment(values: Mapping[str, str]) -> None:

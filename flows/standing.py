@@ -29,7 +29,7 @@ import psutil
 from components.contracts import ConfigError, VisionloopError, WorkspaceBusy
 from components.store import write_atomically
 from flows.run import Workspace
-from flows.settings import UP, Settings, environment_with, use_environment
+from flows.settings import UP, Settings, began, environment_with, use_environment
 
 PORT = 4200
 _START_S = 180.0
@@ -78,10 +78,9 @@ class Up:
         """The running process of this name, None when there is none."""
         try:
             told = json.loads((self.folder / f"{name}.json").read_text())
-            found = psutil.Process(told["pid"])
-            if found.create_time() != told["created"] or found.status() == psutil.STATUS_ZOMBIE:
+            if began(told["pid"]) != told["began"]:
                 return None
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return Standing(name, int(told["pid"]), str(told["api"]))
 
@@ -91,8 +90,8 @@ class Up:
         foreign = self._settings.prefect_api_url
         if foreign and (server is None or foreign != server.api):
             raise ConfigError(
-                f"PREFECT_API_URL names a Prefect server already ({foreign}). Make the deployments there with "
-                f"infra/prefect.yaml, or unset it and run `visionloop up` again"
+                f"PREFECT_API_URL names a Prefect server already ({foreign}). `visionloop deploy` makes the deployments "
+                f"there; or unset it and run `visionloop up` again"
             )
         if server is None:
             server = self._start_server(port, told)
@@ -140,17 +139,9 @@ class Up:
             "PREFECT_LOGGING_LEVEL": "INFO",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
         }
-        command = [
-            "prefect",
-            "worker",
-            "start",
-            "--pool",
-            pool,
-            "--type",
-            "process",
-            "--name",
-            f"visionloop-{socket.gethostname()}",
-        ]
+        command = ["prefect", "worker", "start", "--pool", pool, "--type", "process"]
+        # A training, and a watch or a promotion beside it; what is late waits its turn.
+        command += ["--limit", "2", "--name", f"visionloop-{socket.gethostname()}"]
         started = self._spawn("worker", command, own, server.api)
         told(f"starting a worker (pid {started.pid}, log {self.folder / 'worker.log'})")
         return started
@@ -167,8 +158,7 @@ class Up:
                 stderr=stream,
                 start_new_session=True,
             )
-        created = psutil.Process(process.pid).create_time()
-        facts = {"pid": process.pid, "created": created, "api": api, "command": command}
+        facts = {"pid": process.pid, "began": began(process.pid), "api": api}
         write_atomically(self.folder / f"{name}.json", json.dumps(facts).encode())
         return Standing(name, process.pid, api)
 
@@ -197,32 +187,46 @@ class Up:
             return ""
 
     def start_pages(self, *, told: Told) -> dict[str, str]:
-        """MLflow's and Evidently's pages on loopback, for looking; returns their addresses. They ask for no credential."""
-        state = self.workspace.state
-        mlflow = [
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            self._settings.tracking_uri,
-            "--host",
-            "127.0.0.1",
-            "--workers",
-            "1",
-        ]
-        history = state / "monitoring" / "evidently"
+        """MLflow's and Evidently's pages on loopback, for looking; returns their addresses.
+
+        MLflow's ask for the credential that Prefect's do. Evidently's can be read by everybody on this machine, and written
+        by nobody.
+        """
+        found = {"MLflow": self._settings.tracking_uri}
+        if not self._settings.tracking_uri.startswith(("http://", "https://")):
+            found["MLflow"] = self._page("mlflow", self._mlflow(), 5000, told)
+        history = self.workspace.state / "monitoring" / "evidently"
         history.mkdir(parents=True, exist_ok=True)
         evidently = ["evidently.cli", "ui", "--workspace", str(history), "--host", "127.0.0.1"]
-        found = {}
-        if self._settings.tracking_is_local:
-            quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-            found["MLflow"] = self._page("mlflow", mlflow, quiet, 5000, told)
-        else:
-            found["MLflow"] = self._settings.tracking_uri
-        # Who knows the secret may write; nobody is told it.
-        found["Evidently"] = self._page("evidently", evidently, {"EVIDENTLY_SECRET": secrets.token_urlsafe(24)}, 8001, told)
+        secret = {"EVIDENTLY_SECRET": secrets.token_urlsafe(24)}
+        found["Evidently"] = self._page("evidently", (evidently, secret), 8001, told)
         return found
 
-    def _page(self, name: str, command: list[str], own: Mapping[str, str], port: int, told: Told) -> str:
+    def _mlflow(self) -> tuple[list[str], dict[str, str]]:
+        user, _, password = self.credential.partition(":")
+        config = self.folder / "mlflow-auth.ini"
+        lines = [
+            "[mlflow]",
+            "default_permission = READ",
+            f"database_uri = sqlite:///{self.folder / 'mlflow-auth.db'}",
+            f"admin_username = {user}",
+            f"admin_password = {password}",
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
+        ]
+        write_atomically(config, "\n".join([*lines, ""]).encode())
+        config.chmod(0o600)
+        command = ["mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--workers", "1"]
+        # In the environment: command lines are for everybody to see, and an address may hold a password.
+        own = {
+            "MLFLOW_BACKEND_STORE_URI": self._settings.tracking_uri,
+            "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(32),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+        return command, own
+
+    def _page(self, name: str, how: tuple[list[str], dict[str, str]], port: int, told: Told) -> str:
+        command, own = how
         running = self.process(name)
         if running is None:
             chosen = _free(port, fixed=False)

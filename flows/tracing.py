@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import http.client
-import json
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 from flows.alarming import DEPLOYMENT
 from flows.looping import Loop
-from flows.settings import standing
-from flows.standing import authorisation
 
 _NEAR = datetime.timedelta(minutes=10)
 """An automation acts within moments of its event."""
 
 
 def training_runs(loop: Loop, *, request: str | None = None) -> list[dict[str, Any]]:
-    """Flow runs of the model's training deployment in order of time, with who made them; of one alarm or all."""
+    """The latest 200 runs of the model's training deployment in order of time, of one alarm or all, and who made them."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
     from prefect.client.schemas.sorting import FlowRunSort
@@ -28,11 +23,11 @@ def training_runs(loop: Loop, *, request: str | None = None) -> list[dict[str, A
         deployment = client.read_deployment_by_name(f"{DEPLOYMENT}/{loop.model}")
         runs = client.read_flow_runs(
             deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
-            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
             limit=200,
         )
     found = []
-    for run in runs:
+    for run in reversed(runs):
         if request is not None and run.parameters.get("request") != request:
             continue
         by = run.created_by
@@ -61,27 +56,23 @@ def events(loop: Loop, prefix: list[str], *, around: str | None = None) -> list[
 
     Empty when the server does not answer.
     """
-    api = loop.settings.prefect_api_url
-    if not api:
+    if not loop.settings.prefect_api_url:
         return []
-    address = urlsplit(api)
-    credential = standing(loop.workspace.state).get("PREFECT_API_AUTH_STRING", "")
-    connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=10)
+    from prefect.client.orchestration import get_client
+
     wanted: dict[str, Any] = {"event": {"prefix": prefix}, "order": "DESC"}
     if around is not None:
         moment = datetime.datetime.fromisoformat(around)
         wanted["occurred"] = {"since": (moment - _NEAR).isoformat(), "until": (moment + _NEAR).isoformat()}
-    body = json.dumps({"filter": wanted, "limit": 50})
     try:
-        headers = {"content-type": "application/json", **(authorisation(credential) if credential else {})}
-        connection.request("POST", f"{address.path}/events/filter", body, headers)
-        answer = connection.getresponse()
-        found: list[dict[str, Any]] = json.loads(answer.read()).get("events", []) if answer.status == 200 else []
-        return found[::-1]
-    except (OSError, http.client.HTTPException, ValueError):
+        with get_client(sync_client=True) as client:
+            answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 50})
+            answer.raise_for_status()
+            found: list[dict[str, Any]] = answer.json().get("events", [])
+    except Exception:
+        # httpx and Prefect raise many things for a server that is away; what is not known is not made up.
         return []
-    finally:
-        connection.close()
+    return found[::-1]
 
 
 def trail(loop: Loop, request: str, *, wait_s: float = 0.0) -> list[dict[str, Any]]:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
+from prefect.states import Completed
 
+from components.contracts import VisionloopError
 from flows.alarming import Started, announce, sweep
+from flows.governing import overdue
 from flows.looping import Loop
+from flows.notifications import notify
 from flows.steps import REGISTRY_POLICY
-from flows.watching import Judged, Stretch, Told, expect_reigning, judge_window, open_loop, stretches
+from flows.watching import Judged, Stretch, Told, expect_reigning, judge_window, open_loop, prune, stretches
 from monitoring.drift import as_json
 
 
@@ -43,7 +47,7 @@ def watch(
     since: str | None = None,
     until: str | None = None,
     quiet: bool = True,
-) -> dict[str, Any]:
+) -> Any:
     """Judge the windows that ended and were not judged yet; returns their verdicts as JSON data.
 
     Instead of those, the last `minutes`, or what lies between two moments (ISO 8601).
@@ -55,17 +59,32 @@ def watch(
 
     loop = open_loop(Path(workspace), model)
     now = datetime.datetime.now(datetime.UTC)
-    found = []
+    scheduled = minutes is None and since is None and until is None
+    if scheduled and (why := overdue(datetime.timedelta(minutes=loop.config.every_minutes))):
+        told_late = {"model": loop.model, "windows": [], "alarms": [], "started": [], "skipped": why}
+        return Completed(name="Skipped", message=why, data=told_late)
+    found, problems = [], []
     for stretch in stretches(loop, now, minutes=minutes, since=since, until=until):
-        judged = judging(loop, stretch, now)
+        try:
+            judged = judging(loop, stretch, now)
+        except VisionloopError as error:
+            # One release or segment that is damaged must not hide the windows after it, nor stop the sweep.
+            problems.append(error)
+            told(f"the window until {stretch.until:%Y-%m-%d %H:%M} could not be judged: {error}")
+            continue
         if judged is None:
             continue
         announcing(loop, judged, told)
         if judged.problem:
             told(f"note: {judged.problem}")
         found.append(judged)
-    expect_reigning(loop, found)
     started = sweeping(loop, told, None)
+    if problems:
+        facts = {"by": "visionloop watch", "reason": f"{len(problems)} windows could not be judged: {problems[-1]}"}
+        notify(loop.settings, "unwatched", loop.model, facts, told=told)
+        raise problems[-1]
+    expect_reigning(loop, found)
+    prune(loop, now)
     return {
         "model": loop.model,
         "windows": [{"id": j.window, "judged_now": j.fresh, "folder": str(j.folder), **as_json(j.verdict)} for j in found],

@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import io
 import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,7 @@ def read_window(loop: Loop, stretch: Stretch, entry: Entry, release: Stored[Rele
         model=loop.model,
         since=stretch.since,
         until=stretch.until,
+        now=now,
     )
     return open_window(
         Slice(log.tables, log.lost, log.problems),
@@ -133,7 +135,6 @@ def read_window(loop: Loop, stretch: Stretch, entry: Entry, release: Stored[Rele
         entry.body["version"],
         since=stretch.since,
         until=stretch.until,
-        now=now,
         most=loop.config.drift.most_images,
     )
 
@@ -233,11 +234,25 @@ def capture_path(workspace: Workspace, sha256: str) -> Path:
     return workspace.state / "serving" / "captures" / sha256[:2] / sha256
 
 
-def windows(loop: Loop) -> list[tuple[str, DriftVerdict]]:
-    """Every judged window with its verdict, oldest first."""
-    found = [(path.parent.name, recorded(path.parent)) for path in sorted(loop.folder.glob(f"*/{VERDICT}"))]
+def windows(loop: Loop, last: int = 200) -> list[tuple[str, DriftVerdict]]:
+    """The latest judged windows with their verdicts, oldest first."""
+    # Names begin with the time, so only what is shown is read.
+    names = sorted((path.parent.name for path in loop.folder.glob(f"*/{VERDICT}")), reverse=True)[: 2 * last]
+    found = [(name, recorded(loop.folder / name)) for name in names]
     judged = [(name, verdict) for name, verdict in found if verdict is not None]
-    return sorted(judged, key=lambda pair: (pair[1].window.until, pair[1].window.since, pair[0]))
+    return sorted(judged, key=lambda pair: (pair[1].window.until, pair[1].window.since, pair[0]))[-last:]
+
+
+def prune(loop: Loop, now: datetime.datetime) -> int:
+    """Remove windows older than the loop keeps them, with their reports; returns how many."""
+    from monitoring.evidently_report import forget
+
+    oldest = f"{now - datetime.timedelta(days=loop.config.keep_days):%Y-%m-%dT%H%M}Z"
+    old = [path for path in loop.folder.glob("*") if path.is_dir() and path.name < oldest]
+    for path in old:
+        forget(evidently_workspace(loop.workspace), loop.model, path.name)
+        shutil.rmtree(path, ignore_errors=True)
+    return len(old)
 
 
 def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:

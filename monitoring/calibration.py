@@ -75,25 +75,50 @@ def null_jensen_shannon(shares: Floats, num_reference: int, size: int, *, seed: 
     return jensen_shannon(ours, theirs)
 
 
-def smallest_class_shift(shares: Floats, num_reference: int, size: int, threshold: float, *, seed: int) -> float:
-    """Smallest share of predictions that, moved to the rarest class, exceeds `threshold` in 80 % of the windows."""
+def smallest_class_shift(
+    shares: Floats, num_reference: int, size: int, threshold: float, trivial: float, *, seed: int
+) -> float:
+    """Smallest share of predictions that, gone to another class, alarms in 80 % of the windows.
+
+    In the direction that shows least: from the largest classes into the next largest, where the distance grows slowest.
+    """
     rng = np.random.default_rng(seed)
+    order = np.argsort(-shares, kind="stable")
     for share in np.geomspace(0.005, 1.0, 40):
-        moved = shares * (1 - share)
-        moved[int(np.argmin(shares))] += share
+        moved = shares.copy()
+        left = float(share)
+        for source in order:
+            taken = min(left, float(moved[source]) if source != order[-1] else 0.0)
+            moved[source] -= taken
+            left -= taken
+            if left <= 0:
+                # Into the largest of those that gave nothing.
+                moved[next(c for c in order if moved[c] == shares[c])] += share
+                break
+        if left > 0:
+            continue
         ours = rng.multinomial(num_reference, shares, size=400) / num_reference
-        theirs = rng.multinomial(size, moved, size=400) / size
-        if float((jensen_shannon(ours, theirs) > threshold).mean()) >= POWER:
+        theirs = rng.multinomial(size, moved / moved.sum(), size=400) / size
+        alarms = (jensen_shannon(ours, theirs) > threshold) & (np.abs(ours - theirs).sum(axis=1) / 2 >= trivial)
+        if float(alarms.mean()) >= POWER:
             return float(share)
     return 1.0
 
 
-def smallest_displacement(threshold: float, num_reference: int, size: int) -> float:
-    """Smallest shift of a mean, in standard deviations, that exceeds `threshold` in 80 % of the windows.
+def smallest_displacement(least: float, num_reference: int, size: int) -> float:
+    """Smallest shift of a mean, in standard deviations, of which the distance exceeds `least` in 80 % of the windows.
 
     The Wasserstein distance is at least the difference of the means, so this errs on the large side.
     """
-    return threshold + _Z_POWER * float(np.sqrt(1 / num_reference + 1 / size))
+    return least + _Z_POWER * float(np.sqrt(1 / num_reference + 1 / size))
+
+
+def trivial(material: float, nothing: float = 0.0) -> float:
+    """What never alarms, however sure it is: half of the way from nothing to what matters.
+
+    Not what matters itself: an estimate of just that size falls below it every other time.
+    """
+    return nothing + (material - nothing) / 2
 
 
 def exceeded(null: Floats, alpha: float) -> float:

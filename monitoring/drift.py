@@ -50,8 +50,10 @@ class DriftPolicy(Record):
     """Share of windows without drift that may be called drift, over all detectors together."""
     min_images: int = Field(default=50, ge=10)
     """With fewer, nothing is said."""
-    most_images: int = Field(default=20_000, ge=200)
-    """Rows that are compared at most; drawn by their ids."""
+    most_images: int = Field(default=20_000, ge=200, le=20_000)
+    """Images that are compared at most; Evidently's cost grows with them, what is found does not change any more."""
+    min_reference: int = Field(default=300, ge=50)
+    """Images of the reference, with fewer of which a threshold promises more than it holds."""
     max_malformed_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of rows without usable answers, above which a quiet window is no pass."""
     max_lost_share: float = Field(default=0.10, ge=0, lt=1)
@@ -73,7 +75,14 @@ def check(policy: DriftPolicy) -> None:
     if len(names) != len(set(names)):
         raise ConfigError("a detector is named twice in the drift policy; name each once")
     for config in policy.detectors:
-        plugins.load("detectors", config.detector, config.settings)
+        member: Detector = plugins.load("detectors", config.detector, config.settings)
+        share = policy.alpha / len(policy.detectors)
+        if (member.draws + 1) * share < 1:
+            least = len(policy.detectors) / (member.draws + 1)
+            raise ConfigError(
+                f"alpha {policy.alpha:g} is finer than the {member.draws} draws of {config.detector!r} can tell; with "
+                f"{len(policy.detectors)} detectors use at least {least:.4f}, or more draws"
+            )
 
 
 def judge(
@@ -100,9 +109,16 @@ def judge(
     if facts.rows == 0:
         also = f"; {facts.other_releases} predictions are other releases'" if facts.other_releases else ""
         return verdict("no data", [f"no prediction of version {facts.version} in this window{also}", *holes]), None
+    repeated = _repeated(facts, policy)
+    if repeated is not None:
+        why = f"{repeated.message}: a camera that is stuck, or a client that repeats itself"
+        return verdict("drift", [why, *holes], [repeated], "broken input"), None
     if facts.judged < policy.min_images:
-        few = f"{facts.judged} usable predictions, at least {policy.min_images} are needed"
+        few = f"{facts.judged} images with usable answers, at least {policy.min_images} are needed"
         return verdict("inconclusive", [few, *holes]), None
+    if len(reference) < policy.min_reference:
+        small = f"the reference holds {len(reference)} images, at least {policy.min_reference} are needed: add test images"
+        return verdict("inconclusive", [small, *holes]), None
     members: list[Detector] = [plugins.load("detectors", c.detector, dict(c.settings)) for c in policy.detectors]
     methods = {column: method for member in members for column, method in member.columns.items()}
     at = datetime.datetime.fromisoformat(facts.until)
@@ -115,7 +131,7 @@ def judge(
     drifted = [shift for shift in shifts if shift.status == "drift"]
     unsure = [shift for shift in shifts if shift.status == "inconclusive"]
     if drifted:
-        diagnosis, words = diagnose(reference, window.sample, facts, drifted)
+        diagnosis, words = diagnose(reference, window.sample, drifted)
         reasons = [f"{shift.detector}: {shift.message}" for shift in drifted]
         return verdict("drift", [*reasons, *words, *holes], shifts, diagnosis), measured
     if unsure or holes:
@@ -131,12 +147,31 @@ def _holes(facts: WindowFacts, policy: DriftPolicy) -> list[str]:
         found.append(f"{facts.malformed} of {facts.rows} predictions have no finite answers of this release's shape")
     if facts.lost > policy.max_lost_share * (facts.rows + facts.other_releases + facts.lost):
         found.append(f"the log lost {facts.lost} predictions in this time")
-    if facts.from_future:
-        found.append(f"{facts.from_future} predictions are dated in the future: the clock of a server is wrong")
     return found
 
 
-def diagnose(reference: Sample, window: Sample, facts: WindowFacts, drifted: Sequence[Shift]) -> tuple[Diagnosis, list[str]]:
+def _repeated(facts: WindowFacts, policy: DriftPolicy) -> Shift | None:
+    """Many predictions about next to no images: nothing can be compared, and that is the finding."""
+    whole = facts.rows - facts.malformed
+    if whole < 2 * policy.min_images or facts.distinct_images >= policy.min_images:
+        return None
+    share = 1 - facts.distinct_images / whole
+    if share < 0.9:
+        return None
+    return Shift(
+        detector="repetition",
+        status="drift",
+        message=f"{whole} predictions are about {facts.distinct_images} images",
+        statistic="share of repeated images",
+        value=share,
+        threshold=0.9,
+        effect=share,
+        effect_unit="share of predictions",
+        n=whole,
+    )
+
+
+def diagnose(reference: Sample, window: Sample, drifted: Sequence[Shift]) -> tuple[Diagnosis, list[str]]:
     """What kind of drift it is, and what that means for what to do."""
     floor = max(_EMPTY_CONTRAST, 0.25 * float(np.quantile(reference.statistics[:, _CONTRAST], 0.01)))
     empty = float((window.statistics[:, _CONTRAST] < floor).mean())
@@ -144,12 +179,6 @@ def diagnose(reference: Sample, window: Sample, facts: WindowFacts, drifted: Seq
         return "broken input", [
             f"{empty:.0%} of the pictures show next to nothing (contrast under {floor:.3f}): look at the camera, a model "
             f"cannot learn from them"
-        ]
-    repeated = 1 - facts.distinct_images / max(1, facts.rows)
-    if facts.rows >= 100 and repeated > 0.9:
-        return "broken input", [
-            f"{facts.rows} predictions are about {facts.distinct_images} pictures: a camera that is stuck, or a client that "
-            f"repeats itself"
         ]
     kinds = {shift.detector for shift in drifted}
     if "image_statistics" in kinds:

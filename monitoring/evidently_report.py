@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _NAMESPACE = uuid.UUID("6f0b1c1e-7a53-4f0e-9a0e-6d1c5d2c7b11")
-_MOST_ROWS = 20_000
-"""Of each side; Evidently's cost grows with them and what it finds does not change any more."""
 
 
 class Measured:
@@ -53,6 +51,12 @@ class Measured:
             snapshot = self._snapshot.to_snapshot_model()
             snapshot.tags = tags
             opened.state.write_snapshot(project_id, uuid.uuid5(_NAMESPACE, f"{model}/{window_id}"), snapshot)
+
+
+def forget(workspace: Path, model: str, window_id: str) -> None:
+    """Remove a window's report from Evidently's workspace."""
+    project, snapshot = uuid.uuid5(_NAMESPACE, model), uuid.uuid5(_NAMESPACE, f"{model}/{window_id}")
+    (workspace / str(project) / "snapshots" / f"{snapshot}.json").unlink(missing_ok=True)
 
 
 def _add_panels(project: Any) -> None:
@@ -92,14 +96,11 @@ def measure(reference: Sample, window: Sample, methods: Mapping[str, str], *, na
 
 
 def _frame(sample: Sample, columns: list[str]) -> pd.DataFrame:
-    import numpy as np
     import pandas as pd
 
     found = pd.DataFrame({name: sample.statistics[:, index] for index, name in enumerate(STATISTICS)})
     # Strings, so that Evidently takes them for classes whatever they look like.
     found = found.assign(confidence=sample.confidence, predicted=[sample.classes[index] for index in sample.predicted])
-    if len(found) > _MOST_ROWS:
-        found = found.iloc[np.linspace(0, len(found) - 1, _MOST_ROWS).astype(int)].reset_index(drop=True)
     return found[columns]
 
 

@@ -28,6 +28,7 @@ Rule = Literal[
     "duplicate",
     "given up",
     "kill switch",
+    "stale",
     "broken input",
     "no new data",
     "nothing changed",
@@ -69,8 +70,12 @@ class Request:
     """Whether data, recipe or code differ from the latest run's."""
     diagnosis: str = "none"
     detectors: tuple[str, ...] = ()
-    champion: str = ""
+    seen_by: str = ""
     """Version that the alarm is about."""
+    champion: str = ""
+    """Version that reigns now."""
+    failed_versions: frozenset[str] = frozenset()
+    """Versions that a person rejected or rolled back."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,10 @@ def _queue(request: Request, known: Known, active: Granted) -> Decision:
 
 
 def _drift(request: Request, known: Known) -> Decision | None:
+    if request.seen_by != request.champion:
+        return Decision(
+            "refused", "stale", f"the alarm is about version {request.seen_by}, and version {request.champion} reigns now"
+        )
     if request.diagnosis == "broken input":
         return Decision("refused", "broken input", "the pictures show nothing to learn from: look at the camera")
     if request.trained_on is not None and request.data_version == request.trained_on:
@@ -169,11 +178,13 @@ def _drift(request: Request, known: Known) -> Decision | None:
         )
     ended = [run for run in known.runs if run.cause == "drift" and run.state != "running"]
     last = ended[-1] if ended else None
-    if last is None or (known.reset_at is not None and known.reset_at > last.granted_at):
+    if last is None or (known.reset_at is not None and known.reset_at >= last.granted_at):
         return None
     why = None
     if last.state == "crashed" or last.outcome != "candidate":
         why = f"ended as {last.outcome or 'killed'}"
+    elif last.body.get("version") in request.failed_versions:
+        why = f"gave version {last.body['version']}, which a person rejected or rolled back"
     elif last.body.get("version") == request.champion and set(last.body.get("detectors", ())) & set(request.detectors):
         why = f"gave version {request.champion}, which sees the same drift"
     if why is None:
@@ -208,7 +219,7 @@ class Governor:
         Raises RegistryUnavailable when the database does not answer: then nothing is granted.
         """
         with self._database.transaction() as connection:
-            at = now(connection)
+            at = _time(connection)
             _bury(connection, request.model, at)
             found = decide(request, _known(connection, request.model), self.policy, at)
             body = {
@@ -226,16 +237,20 @@ class Governor:
         return Decision(found.answer, found.rule, found.reason, int(inserted[0]), at)
 
     def renew(self, key: str, holder: str) -> bool:
-        """Say that the run lives; False when the lease is another's by now."""
+        """Say that the run lives; False when the lease is another's by now.
+
+        One that was taken for dead, on a laptop that slept, and that nobody took up, lives again.
+        """
         with self._database.transaction() as connection:
-            until = _text(now(connection) + datetime.timedelta(seconds=self.policy.lease_s))
-            mine = (runs.c.key == key) & (runs.c.holder == holder) & (runs.c.state == "running")
-            return connection.execute(runs.update().where(mine).values(lease_until=until)).rowcount == 1
+            until = _text(_time(connection) + datetime.timedelta(seconds=self.policy.lease_s))
+            mine = (runs.c.key == key) & (runs.c.holder == holder) & (runs.c.state != "finished")
+            values = {"lease_until": until, "state": "running", "ended_at": None}
+            return connection.execute(runs.update().where(mine).values(**values)).rowcount == 1
 
     def end(self, key: str, holder: str, outcome: Outcome, facts: Mapping[str, Any]) -> bool:
         """Close the run; False when the lease is another's by now."""
         with self._database.transaction() as connection:
-            mine = (runs.c.key == key) & (runs.c.holder == holder) & (runs.c.state == "running")
+            mine = (runs.c.key == key) & (runs.c.holder == holder) & (runs.c.state != "finished")
             row = connection.execute(sa.select(runs.c.body).where(mine)).first()
             if row is None:
                 return False
@@ -261,27 +276,38 @@ class Governor:
             connection.execute(runs.update().where(dead).values(**values))
 
     def awaiting_data(self, model: str, data_version: str) -> list[str]:
-        """The newest request that was refused for want of new data, once the data are others; none after a later grant."""
+        """The newest request that was refused for want of new data, once the data are others.
+
+        None when it was granted since, or when a training on newer data came to an end since.
+        """
         with self._database.transaction() as connection:
-            mine = (decisions.c.model == model) & (decisions.c.cause == "drift") & (decisions.c.rule != "duplicate")
+            mine = (decisions.c.model == model) & (decisions.c.rule == "no new data")
             last = connection.execute(sa.select(decisions).where(mine).order_by(decisions.c.seq.desc()).limit(1)).first()
-            if last is None or last.rule != "no new data" or json.loads(last.body)["data_version"] == data_version:
+            if last is None or json.loads(last.body)["data_version"] == data_version:
                 return []
-            since = connection.execute(
-                sa.select(runs.c.key).where((runs.c.model == model) & (runs.c.granted_at > last.at))
-            ).first()
-            return [last.key] if since is None else []
+            later = [
+                run
+                for run in _known(connection, model).runs
+                if run.key == last.key or (run.granted_at > _moment(last.at) and run.outcome in ("candidate", "rejection"))
+            ]
+            return [] if later else [last.key]
+
+    def asked(self, key: str, model: str, cause: Cause) -> bool:
+        """Whether this key was ever asked for."""
+        with self._database.transaction() as connection:
+            mine = (decisions.c.key == key) & (decisions.c.model == model) & (decisions.c.cause == cause)
+            return connection.execute(sa.select(decisions.c.seq).where(mine).limit(1)).first() is not None
 
     def runs(self, model: str) -> list[Granted]:
         """Granted runs in order of time; those whose lease is over are told as crashed."""
         with self._database.transaction() as connection:
-            _bury(connection, model, now(connection))
+            _bury(connection, model, _time(connection))
             return list(_known(connection, model).runs)
 
     def due(self, model: str) -> list[str]:
         """Keys that should be asked for again: runs that were killed, and what waits while nothing runs any more."""
         with self._database.transaction() as connection:
-            at = now(connection)
+            at = _time(connection)
             _bury(connection, model, at)
             known = _known(connection, model)
         if any(run.state == "running" for run in known.runs) or known.stopped is not None:
@@ -306,7 +332,7 @@ class Governor:
             raise ConfigError("the governor wants to know who and why: --as and --reason")
         with self._database.transaction() as connection:
             row = {"model": model, "kind": kind, "by": by.strip(), "reason": reason.strip()}
-            connection.execute(switches.insert().values(at=_text(now(connection)), **row))
+            connection.execute(switches.insert().values(at=_text(_time(connection)), **row))
 
     def stopped(self, model: str) -> str | None:
         """Who switched the trainings of this model off, and why; None while they are on."""
@@ -386,6 +412,12 @@ def _stopped(connection: sa.Connection, model: str) -> str | None:
         if last is not None and last.kind == "stop":
             return f"{last.by} since {last.at[:16]} UTC: {last.reason}"
     return None
+
+
+def _time(connection: sa.Connection) -> datetime.datetime:
+    """Now, and never before the last decision: a clock that was set back ends no lease and starts no cool-down anew."""
+    last = connection.execute(sa.select(sa.func.max(decisions.c.at))).scalar()
+    return max(now(connection), _moment(last)) if last else now(connection)
 
 
 def _text(moment: datetime.datetime) -> str:

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from components.contracts import ConfigError, DataError, canonical_json, sha256_text
 from components.databases import Database, now
 from components.store import sha256_file
-from components.tables import read_table
+from components.tables import num_rows, read_table
 from monitoring.records import labels
 
 MAX_ROWS = 1_000_000
@@ -66,6 +66,8 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
         raise DataError(f"{path} has more than {MAX_ROWS} rows; import it in parts")
     if not rows:
         raise DataError(f"{path} holds no rows")
+    if any(None in row for row in rows):
+        raise DataError(f"{path}: a row has more values than the first line has names; put quotes around values with commas")
     columns = set(rows[0])
     if "label" not in columns or not columns & {"prediction_id", "image_sha256"}:
         raise DataError(
@@ -81,6 +83,8 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
         who = values.get("labelled_by") or by or ""
         if not who:
             raise DataError(f"{path} row {number}: nobody is named; fill labelled_by, or give --as")
+        if len(who) > 128 or not who.isprintable():
+            raise DataError(f"{path} row {number}: labelled_by is a name of at most 128 characters")
         when = values.get("labelled_at", "")
         found.append(
             {
@@ -102,6 +106,8 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".parquet":
+            if num_rows(path) > MAX_ROWS:
+                raise ValueError(f"more than {MAX_ROWS} rows; import it in parts")
             found: list[dict[str, Any]] = read_table(path).to_pylist()
             return found
         if path.suffix == ".jsonl":
@@ -131,6 +137,9 @@ def _when(text: str, place: str) -> str:
     except ValueError:
         raise DataError(f"{place}: labelled_at {text!r} is not ISO 8601, such as 2026-03-01T14:00") from None
     found = found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+    if found > datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5):
+        # It would count before every correction until then.
+        raise DataError(f"{place}: labelled_at {text!r} has not come yet; times without a zone are taken for UTC")
     return found.astimezone(datetime.UTC).isoformat(timespec="microseconds")
 
 
@@ -204,8 +213,8 @@ class Labels:
                     known += 1
                     continue
                 there.add(key)
-                changed += earlier is not None and earlier.label != label.label
                 if earlier is None or (label.at or at) >= earlier.at:
+                    changed += earlier is not None and earlier.label != label.label
                     latest[label.image_sha256] = Label(label.image_sha256, label.label, label.by, label.at or at)
                 new += 1
                 rows.append(

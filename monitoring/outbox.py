@@ -18,6 +18,9 @@ from components.contracts import DriftVerdict, UnknownName, canonical_json, sha2
 from components.databases import Database, now
 from monitoring.records import alarms, decisions
 
+_EPISODE = datetime.timedelta(hours=24)
+"""Drift that goes on is told again after this long."""
+
 
 @dataclass(frozen=True)
 class Alarm:
@@ -25,6 +28,8 @@ class Alarm:
 
     id: str
     """Names the alarm in events and to the governor."""
+    seq: int
+    """Alarms are in the order of their numbers; clocks may be set back."""
     model: str
     window: str
     at: datetime.datetime
@@ -102,26 +107,33 @@ class Outbox:
     def waiting(self, model: str, *, grace_s: float) -> list[Alarm]:
         """Alarms that are older than `grace_s` and that the governor was never asked about: their event was lost.
 
-        None that is older than one it was asked about: that one spoke for the drift that both saw.
+        Of several of one version that saw the same kind of drift the newest speaks for all, also when it was asked about.
         """
         with self._database.transaction() as connection:
             asked = {row.key for row in connection.execute(sa.select(decisions.c.key).distinct())}
             oldest = now(connection) - datetime.timedelta(seconds=grace_s)
             found = _alarms(connection, alarms.c.model == model)
-        answered = max((alarm.at for alarm in found if alarm.id in asked), default=None)
+        newest = {(alarm.version, alarm.diagnosis): alarm for alarm in found}
         return [
             alarm
             for alarm in found
             if alarm.id not in asked
+            and newest[alarm.version, alarm.diagnosis] is alarm
             and (alarm.emitted_at or alarm.at) <= oldest
-            and (answered is None or alarm.at > answered)
         ]
+
+    def first_of_its_kind(self, alarm: Alarm) -> bool:
+        """Whether the window before it did not alarm alike: people are told of an episode once."""
+        alike = [
+            other
+            for other in self.alarms(alarm.model)
+            if (other.version, other.diagnosis) == (alarm.version, alarm.diagnosis) and other.seq < alarm.seq
+        ]
+        return not alike or alarm.at - alike[-1].at > _EPISODE
 
 
 def _alarms(connection: sa.Connection, *conditions: Any) -> list[Alarm]:
-    rows: Sequence[Any] = connection.execute(
-        sa.select(alarms).where(*conditions).order_by(alarms.c.at, alarms.c.key)
-    ).fetchall()
+    rows: Sequence[Any] = connection.execute(sa.select(alarms).where(*conditions).order_by(alarms.c.seq)).fetchall()
     grouped: dict[tuple[str, str], list[Any]] = {}
     for row in rows:
         grouped.setdefault((row.model, row.window), []).append(row)
@@ -132,6 +144,7 @@ def _alarms(connection: sa.Connection, *conditions: Any) -> list[Alarm]:
         found.append(
             Alarm(
                 id=alarm_id(model, window),
+                seq=members[0].seq,
                 model=model,
                 window=window,
                 at=datetime.datetime.fromisoformat(members[0].at),

@@ -16,7 +16,8 @@ metadata = sa.MetaData()
 alarms = sa.Table(
     "visionloop_alarms",
     metadata,
-    sa.Column("key", sa.String(300), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("key", sa.String(300), nullable=False, unique=True),
     sa.Column("at", sa.String(40), nullable=False),
     sa.Column("model", sa.String(128), nullable=False, index=True),
     sa.Column("window", sa.String(160), nullable=False, index=True),

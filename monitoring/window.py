@@ -50,12 +50,12 @@ def open_window(
     *,
     since: datetime.datetime,
     until: datetime.datetime,
-    now: datetime.datetime,
     most: int,
 ) -> Window:
-    """The window [since, until) of one release, at most `most` of its rows, drawn by their ids alone.
+    """The window [since, until) of one release, at most `most` of its images, drawn by their digests alone.
 
-    Order and repetition of rows change nothing. Rows without finite answers are counted, never compared.
+    Order and repetition of rows change nothing. Rows without finite answers are counted, never compared; an image that was
+    asked again and again is compared once: the same answer many times is no more evidence than once.
     """
     import pandas as pd
 
@@ -66,14 +66,13 @@ def open_window(
     mine = mine.drop_duplicates("prediction_id")
     duplicates = num_rows - len(mine)
     own = mine[mine["release"] == digest].sort_values("prediction_id", ignore_index=True)
-    future = int((own["ingest_at"] > now + datetime.timedelta(minutes=5)).sum())
     engine = release.engine
     whole = _whole(own, len(engine.classes), engine.embedding_dim)
-    kept = own[whole].reset_index(drop=True)
-    if len(kept) > most:
-        # By a hash of the id: the same rows, whatever else is in the log.
-        rank = kept["prediction_id"].map(lambda name: hashlib.sha256(name.encode()).digest())
-        kept = kept.loc[rank.sort_values().index[:most]].sort_index().reset_index(drop=True)
+    kept = own[whole].drop_duplicates("image_sha256").reset_index(drop=True)
+    distinct = len(kept)
+    if distinct > most:
+        # By the digests themselves: the same images, whatever else is in the log.
+        kept = kept.loc[kept["image_sha256"].sort_values().index[:most]].sort_index().reset_index(drop=True)
     facts = WindowFacts(
         model=release.model,
         version=version,
@@ -82,11 +81,10 @@ def open_window(
         until=until.isoformat(),
         rows=len(own),
         judged=len(kept),
-        distinct_images=int(kept["image_sha256"].nunique()),
+        distinct_images=distinct,
         duplicates=duplicates,
         malformed=int((~whole).sum()),
         other_releases=len(mine) - len(own),
-        from_future=future,
         lost=log.lost,
         problems=log.problems,
         content=_content(own["prediction_id"]),

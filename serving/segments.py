@@ -225,62 +225,89 @@ def read_stretch(
     since: datetime.datetime,
     until: datetime.datetime,
     columns: Sequence[str] | None = None,
+    now: datetime.datetime | None = None,
 ) -> Stretch:
     """The rows of [since, until) by ingest time, sealed or still in a journal of this machine; a row may come twice.
 
-    Some of the columns when they are named (`model` and `ingest_at` among them), else all.
-
-    A segment that does not verify is a problem that is told, not an end: the reader decides what silence is worth then.
+    Some of the columns when they are named (`model` and `ingest_at` among them), else all. What does not verify, is damaged,
+    or is dated after `now` is a problem that is told, not an end: the reader decides what silence is worth then.
     Raises RegistryUnavailable when the log's store does not answer.
     """
     objects = open_objects(log_url)
+    late = now + _CLOCKS if now is not None else None
     tables: list[pa.Table] = []
     gaps: list[dict[str, Any]] = []
     problems: list[str] = []
-    for name in objects.stamps():
-        if not name.endswith(".json"):
-            continue
-        try:
-            segment = _segment(objects, name)
-            if not _overlaps(segment, since, until):
-                continue
-            tables.append(_between(read_segment(objects, segment, columns), model, since, until))
-            gaps += segment.gaps
-        except RegistryUnavailable:
-            raise
-        except (StoreError, KeyError, TypeError, ValueError) as error:
-            # The day that its name says it is of: damage of last month is last month's.
-            if _day_of(name, since, until):
-                problems.append(str(error))
+    # Journals first: one that is sealed meanwhile is then there twice, which is nothing, and never missing.
     for path in sorted(journals.glob(f"*{SUFFIX}")) if journals is not None and journals.is_dir() else []:
         try:
             table, told = _tabulated(read_rows(path))
         except FileNotFoundError:
-            continue  # sealed a moment ago: it is read as a segment the next time
+            continue  # sealed a moment ago: it is read as a segment
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             problems.append(f"{path.name} cannot be read as a journal ({error})")
             continue
+        if late is not None and len(table) and _latest(table) > late:
+            problems.append(f"{path.name} holds predictions dated {_latest(table).isoformat()}: {_WRONG_CLOCK}")
+        damaged = [gap for gap in told if not gap["until"]]
+        problems += [f"{path.name}: {gap['reason']}, what was there is lost" for gap in damaged]
         table = _between(table, model, since, until)
         tables.append(table.select(list(columns)) if columns is not None else table)
-        gaps += told
+        gaps += [gap for gap in told if gap["until"]]
+    for name in _manifests(objects, since, until, late):
+        try:
+            segment = _segment(objects, name)
+            if late is not None and segment.last and datetime.datetime.fromisoformat(segment.last) > late:
+                problems.append(f"{name} holds predictions dated {segment.last}: {_WRONG_CLOCK}")
+            if not _overlaps(segment, since, until):
+                continue
+            tables.append(_between(read_segment(objects, segment, columns), model, since, until))
+            problems += [f"{name}: {gap['reason']}, what was there is lost" for gap in segment.gaps if not gap["until"]]
+            gaps += [gap for gap in segment.gaps if gap["until"]]
+        except RegistryUnavailable:
+            raise
+        except (StoreError, KeyError, TypeError, ValueError) as error:
+            problems.append(str(error))
     lost = sum(int(gap["gap"]) for gap in gaps if gap["until"] >= since.timestamp() and gap["since"] < until.timestamp())
     return Stretch(tuple(table for table in tables if len(table)), lost, tuple(problems))
+
+
+_CLOCKS = datetime.timedelta(minutes=5)
+"""Difference of the clocks of two machines that is nobody's fault."""
+_WRONG_CLOCK = "the clock of a server is wrong"
+_MANY_DAYS = 60
+
+
+def _latest(table: pa.Table) -> datetime.datetime:
+    import pyarrow.compute as pc
+
+    found: datetime.datetime = pc.max(table["ingest_at"]).as_py()
+    return found
+
+
+def _manifests(
+    objects: Objects, since: datetime.datetime, until: datetime.datetime, late: datetime.datetime | None
+) -> list[str]:
+    """Names of the manifests of these days and the ones beside them; a folder that is named after no day may hold any.
+
+    What is dated after now is looked for too: in the days that have not come.
+    """
+    day = datetime.timedelta(days=1)
+    first, last = (since - day).date(), (until + day).date()
+    if (last - first).days > _MANY_DAYS:
+        return [name for name in objects.stamps() if name.endswith(".json")]
+    names: list[str] = []
+    for number in range((last - first).days + 1):
+        names += objects.stamps(f"date={(first + number * day).isoformat()}")
+    if late is not None:
+        names += objects.stamps(f"date={(late + day).date().isoformat()}")
+    return sorted({name for name in names if name.endswith(".json")})
 
 
 def _overlaps(segment: Segment, since: datetime.datetime, until: datetime.datetime) -> bool:
     if not segment.first:
         return bool(segment.gaps)
     return datetime.datetime.fromisoformat(segment.first) < until and datetime.datetime.fromisoformat(segment.last) >= since
-
-
-def _day_of(name: str, since: datetime.datetime, until: datetime.datetime) -> bool:
-    """Whether a segment's folder is of these days; one that does not say its day may be."""
-    day = datetime.timedelta(days=1)
-    try:
-        told = datetime.date.fromisoformat(name.partition("/")[0].removeprefix("date="))
-    except ValueError:
-        return True
-    return (since - day).date() <= told <= (until + day).date()
 
 
 def _between(

@@ -34,6 +34,7 @@ to_label: 20
 sweep_after_s: 0
 drift:
   min_images: 20
+  min_reference: 50
   detectors:
     - {detector: image_statistics, settings: {material: 1.5}}
     - {detector: confidence, settings: {material: 1.5}}

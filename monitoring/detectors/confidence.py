@@ -19,7 +19,11 @@ class Detector(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     material: float = Field(default=0.35, gt=0)
-    """Smallest displacement that matters, in standard deviations of the reference."""
+    """Displacement that matters, in standard deviations of the reference; less than half of it never alarms."""
+
+    @property
+    def draws(self) -> int:
+        return calibration.ROUNDS
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -30,10 +34,11 @@ class Detector(BaseModel):
         value = float(measured["confidence"])
         null = calibration.null_wasserstein(reference.confidence[:, None], len(window), seed=seed)[:, 0]
         threshold = calibration.exceeded(null, alpha)
-        smallest = calibration.smallest_displacement(threshold, len(reference), len(window))
+        least = max(threshold, calibration.trivial(self.material))
+        smallest = calibration.smallest_displacement(least, len(reference), len(window))
         before, after = float(reference.confidence.mean()), float(window.confidence.mean())
         status: ShiftStatus
-        if value > threshold and value >= self.material:
+        if value > threshold and value >= least:
             status = "drift"
             message = f"mean confidence went from {before:.3f} to {after:.3f}, {value:.2f} standard deviations"
         elif smallest > self.material:

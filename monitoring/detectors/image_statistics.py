@@ -25,7 +25,11 @@ class Detector(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     material: float = Field(default=0.35, gt=0)
-    """Smallest displacement that matters, in standard deviations of the reference."""
+    """Displacement that matters, in standard deviations of the reference; less than half of it never alarms."""
+
+    @property
+    def draws(self) -> int:
+        return calibration.ROUNDS
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -54,6 +58,15 @@ class Detector(BaseModel):
                     details=values,
                 )
         names = [STATISTICS[i] for i in varying]
+        if not names:
+            return Shift(
+                detector="image_statistics",
+                status="pass",
+                message="no statistic varied in the reference, and none does now",
+                statistic="wasserstein",
+                n=len(window),
+                details=values,
+            )
         null = calibration.null_wasserstein(reference.statistics[:, varying], len(window), seed=seed)
         scale = np.quantile(null, 0.95, axis=0)
         largest = (null / scale).max(axis=1)
@@ -62,10 +75,10 @@ class Detector(BaseModel):
         worst = max(quotients, key=lambda name: quotients[name])
         p = calibration.p_value(largest, quotients[worst])
         limits = {name: threshold * float(scale[i]) for i, name in enumerate(names)}
-        significant = {name: values[name] for name in names if quotients[name] > threshold}
-        material = {name: value for name, value in significant.items() if value >= self.material}
+        least = {name: max(limit, calibration.trivial(self.material)) for name, limit in limits.items()}
+        material = {name: values[name] for name in names if values[name] > limits[name] and values[name] >= least[name]}
         # Of the columns, the one that shows least: a pass has to hold for each of them.
-        smallest = max(calibration.smallest_displacement(limit, len(reference), len(window)) for limit in limits.values())
+        smallest = max(calibration.smallest_displacement(limit, len(reference), len(window)) for limit in least.values())
         status: ShiftStatus
         if material:
             status = "drift"

@@ -21,7 +21,11 @@ class Detector(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     material: float = Field(default=0.2, gt=0, le=1)
-    """Smallest share of predictions in another class that matters."""
+    """Share of predictions in another class that matters; less than half of it never alarms."""
+
+    @property
+    def draws(self) -> int:
+        return calibration.ROUNDS
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -34,11 +38,12 @@ class Detector(BaseModel):
         null = calibration.null_jensen_shannon(before, len(reference), len(window), seed=seed)
         threshold = calibration.exceeded(null, alpha)
         effect = float(np.abs(before - after).sum() / 2)
-        smallest = calibration.smallest_class_shift(before, len(reference), len(window), threshold, seed=seed)
+        trivial = calibration.trivial(self.material)
+        smallest = calibration.smallest_class_shift(before, len(reference), len(window), threshold, trivial, seed=seed)
         grown = int(np.argmax(after - before))
         told = f"{window.classes[grown]!r} went from {before[grown]:.1%} to {after[grown]:.1%}"
         status: ShiftStatus
-        if value > threshold and effect >= self.material:
+        if value > threshold and effect >= trivial:
             status, message = "drift", f"{effect:.1%} of the predictions went to other classes; {told}"
         elif smallest > self.material:
             status = "inconclusive"

@@ -89,7 +89,7 @@ from monitoring.outbox import Outbox
 from monitoring.reference import load_reference
 from monitoring.window import Slice, open_window
 mine = release(Path("release"))
-window = open_window(Slice([rows(sample(300, 1), "r")]), mine.record, "r", "1", since=START, until=END, now=END, most=1000)
+window = open_window(Slice([rows(sample(300, 1), "r")]), mine.record, "r", "1", since=START, until=END, most=1000)
 verdict, measured = judge(load_reference(mine), window, DriftPolicy(), reference_sha256="0")
 assert verdict.status == "pass", verdict
 """
@@ -108,7 +108,7 @@ from monitoring.reference import load_reference
 from monitoring.window import Slice, open_window
 mine = release(Path("release"))
 for given in (sample(0, 1), sample(20, 1)):
-    window = open_window(Slice([rows(given, "r")]), mine.record, "r", "1", since=START, until=END, now=END, most=1000)
+    window = open_window(Slice([rows(given, "r")]), mine.record, "r", "1", since=START, until=END, most=1000)
     verdict, measured = judge(load_reference(mine), window, DriftPolicy(), reference_sha256="0")
     assert measured is None
 """

@@ -113,4 +113,6 @@ def test_prefect_takes_the_deployments(prefect_server: str, tmp_path: Path) -> N
     assert set(automation.trigger.expect) == {DRIFT, DATA}
     (action,) = automation.actions
     assert "event.payload.alarm" in str(action.parameters)
-    assert watch.concurrency_options is not None
+    (every,) = watch.schedules
+    assert (every.slug, every.schedule.interval.total_seconds()) == ("every-window", 900)  # type: ignore[union-attr]
+    assert every.schedule.anchor_date.second == 30  # type: ignore[union-attr]

@@ -87,6 +87,12 @@ def test_deploying_again_changes_nothing(deployed: Path) -> None:
     assert len(state()[1]) == 3
     automate(loop)
     assert len(state()[1]) == 2
+    mine: Any = Automation.read(name=f"visionloop: drift retrains {MODEL}")
+    mine.disable()
+    automate(loop)
+    again: Any = Automation.read(name=f"visionloop: drift retrains {MODEL}")
+    assert not again.enabled
+    again.enable()
 
 
 def test_an_event_makes_the_automation_start_the_training_deployment(deployed: Path) -> None:
@@ -152,10 +158,19 @@ def test_prefect_away_at_the_alarm_and_back_later(
         "1 trainings wait, Prefect did not start them (ConnectionError: nobody there); the next sweep tries again"
     ]
     monkeypatch.undo()
-    (started,) = sweep(loop_of(deployed), told=lines.append, grace_s=0)
-    assert started.key == judged.alarm.id
+    started = next(s for s in sweep(loop_of(deployed), told=lines.append, grace_s=0) if s.key == judged.alarm.id)
     assert [run["flow_run"] for run in training_runs(loop, request=started.key)] == [started.flow_run_id]
-    assert start(loop, started.key).flow_run_id == started.flow_run_id  # the same key in the same state is the same run
+    loop.settings = loop_of(deployed).settings
+    assert start(loop, started.key) is None  # one is under way
+    # It dies before it asked the governor, with its worker: the next sweep starts another one.
+    from prefect.client.orchestration import get_client
+    from prefect.states import Crashed
+
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(started.flow_run_id, Crashed(), force=True)
+    again = start(loop, started.key)
+    assert again is not None
+    assert again.flow_run_id != started.flow_run_id
 
 
 def test_forged_and_foreign_alarms_start_nothing(deployed: Path) -> None:
@@ -165,7 +180,7 @@ def test_forged_and_foreign_alarms_start_nothing(deployed: Path) -> None:
         train(deployed, cause="drift")
     with pytest.raises(ConfigError, match="unknown cause 'whim'"):
         train(deployed, cause="whim")
-    with pytest.raises(ConfigError, match="no scheduled run 'schedule:x' was granted"):
+    with pytest.raises(ConfigError, match="no scheduled run 'schedule:x' was ever asked for"):
         train(deployed, cause="schedule", request="schedule:x")
 
 
@@ -225,9 +240,51 @@ def test_a_workspace_that_is_busy_gives_the_grant_back(trained: Path, tmp_path: 
     assert run.state == "crashed"
 
 
+def test_a_cancelled_training_is_not_taken_up_by_the_sweep(deployed: Path) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelled
+
+    loop = loop_of(deployed)
+    since = datetime.datetime.fromisoformat(now())
+    predict(deployed, 120, shift=4, name="cancelled")
+    from flows.watching import Stretch, judge_window
+
+    judged = judge_window(loop, Stretch(since, since + datetime.timedelta(minutes=5)), datetime.datetime.now(datetime.UTC))
+    assert judged is not None
+    assert judged.alarm is not None
+    key = judged.alarm.id
+    started = start(loop, key)
+    assert started is not None
+    loop.governor.ask(Request(key, MODEL, "drift", "other", "d", seen_by="1", champion="1"), holder="h")
+    loop.governor.give_back(key, "h")
+    assert key in loop.governor.due(MODEL)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(started.flow_run_id, Cancelled(), force=True)
+    assert key not in [s.key for s in sweep(loop, told=lambda _: None, grace_s=0)]
+    assert key not in loop.governor.due(MODEL)
+
+
+def test_the_world_s_fault_gives_the_grant_back(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    """MLflow away is no reason to stop the loop."""
+    root = promoted(trained, tmp_path / "workspace")
+    identifier = alarm(root, "world")
+    new_data(root, 9500)
+    from components.contracts import RegistryUnavailable
+    from flows.governing import governed
+
+    with pytest.raises(RegistryUnavailable), governed("smoke", root, "drift", identifier):
+        raise RegistryUnavailable("MLflow is away")
+    loop = loop_of(root)
+    assert loop.governor.due(MODEL) == [identifier]
+    with pytest.raises(ValueError, match="a bug"), governed("smoke", root, "drift", identifier):
+        raise ValueError("a bug")
+    (run,) = loop.governor.runs(MODEL)
+    assert (run.state, run.outcome, run.attempts) == ("finished", "failed", 2)
+
+
 def test_what_the_governor_said_is_shown(deployed: Path) -> None:
     loop = loop_of(deployed)
-    loop.governor.ask(Request("drift:x", MODEL, "drift", "d", "d"), holder="h")
+    loop.governor.ask(Request("drift:x", MODEL, "drift", "d", "d", seen_by="1", champion="1"), holder="h")
     shown = visionloop("governor", "history", cwd=deployed).stdout
     assert "refused  no new data" in shown
     for arguments, words in [
@@ -249,6 +306,37 @@ def test_status_without_processes_says_what_is_missing(deployed: Path) -> None:
     assert found["models"][MODEL]["champion"] == "1"
     assert any("no worker runs here" in problem for problem in found["problems"])
     assert visionloop("down", cwd=deployed).stdout.strip() == "Stopped: nothing ran."
+
+
+def test_a_team_s_server_gets_the_same(deployed: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = visionloop("deploy", "--json", cwd=deployed)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])["models"][MODEL]
+    assert found["deployments"] == [f"train/{MODEL}", f"watch/{MODEL}", f"promote/{MODEL}"]
+    assert len(found["automations"]) == 2
+    monkeypatch.delenv("PREFECT_API_URL")
+    refused = visionloop("deploy", cwd=deployed)
+    assert refused.returncode == 2
+    assert "no Prefect server is known here" in refused.stderr
+
+
+def test_a_run_that_comes_after_the_next_one_is_skipped(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that was away for nights starts one training, and no watch of last week."""
+    from prefect.runtime import flow_run
+
+    from flows.watch import watch
+
+    planned = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=30)
+    monkeypatch.setattr(flow_run, "scheduled_start_time", planned, raising=False)
+    monkeypatch.setattr(flow_run, "id", "a run", raising=False)
+    skipped = train(deployed, cause="schedule")
+    assert skipped["rule"] == "overdue"
+    assert "a later one stands for it" in skipped["reason"]
+    call: Any = watch
+    assert "a later one stands for it" in call(MODEL, str(deployed))["skipped"]
+    monkeypatch.setattr(flow_run, "scheduled_start_time", datetime.datetime.now(datetime.UTC), raising=False)
+    assert train(deployed, cause="schedule")["rule"] in ("nothing changed", "cool-down", "budget")
+    assert "skipped" not in call(MODEL, str(deployed))
 
 
 def test_up_beside_a_server_that_is_named_already_is_refused(deployed: Path, prefect_server: str) -> None:
@@ -278,7 +366,7 @@ def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
 
     workspace = Workspace.create(tmp_path / "workspace")
     up = Up(workspace, read_settings(workspace.state))
-    facts = {"pid": os.getpid(), "created": 1.0, "api": "http://127.0.0.1:1/api"}
+    facts = {"pid": os.getpid(), "began": "another boot:1", "api": "http://127.0.0.1:1/api"}
     (up.folder / "server.json").write_text(json.dumps(facts))
     assert up.credential.startswith("visionloop:")
     assert up.process("server") is None

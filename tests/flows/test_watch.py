@@ -218,15 +218,92 @@ def test_rows_that_are_still_in_a_journal_are_seen(root: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_reference_that_is_gone_stops_the_watch_and_nothing_is_called_quiet(root: Path) -> None:
+def test_a_reference_that_is_gone_is_no_pass_and_hides_no_other_window(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     since = now()
     predict(root, 300)
+    swept: list[Any] = []
+
+    def sweep(*_: Any, **__: Any) -> list[Any]:
+        swept.append(1)
+        return []
+
+    monkeypatch.setattr("flows.watch.sweep", sweep)
     for path in (root / ".visionloop" / "releases").rglob("reference.parquet"):
         path.write_bytes(b"x")
     done = visionloop("watch", "--since", since, cwd=root)
     assert done.returncode == 2
     assert "reference.parquet" in done.stderr
+    assert "could not be judged" in done.stderr
     assert told("windows", cwd=root)["windows"] == []
+    assert swept == [1]  # what waits is started all the same
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_damaged_journal_is_no_pass(root: Path) -> None:
+    """Damage in the middle: the rows around it are read, and nobody can say how many were lost."""
+    since = now()
+    predict(root, 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("looped.seal_all", lambda *_: 0)
+        predict(root, 100, name="open")
+    (journal,) = (root / ".visionloop" / "serving" / "journal").glob("*.journal")
+    data = bytearray(journal.read_bytes())
+    data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+    journal.write_bytes(data)
+    for _ in range(2):  # in the journal, and sealed
+        window = watch(root, since)["window"]
+        assert window["status"] == "inconclusive"
+        assert any("damaged at byte" in reason for reason in window["reasons"])
+        from serving.segments import seal_all
+
+        seal_all(journal.parent, str(root / ".visionloop" / "predictions"))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_clock_that_runs_ahead_is_told(root: Path) -> None:
+    since = now()
+    predict(root, 300)
+    predict(root, 50, name="ahead", at=datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1))
+    window = watch(root, since)["window"]
+    assert window["status"] == "inconclusive"
+    assert any("the clock of a server is wrong" in reason for reason in window["reasons"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_only_the_days_of_a_window_are_looked_through(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A year of segments must not be listed for every quarter of an hour."""
+    since = now()
+    for days in (3, 30, 300):
+        predict(root, 5, name=f"old{days}", at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days))
+    predict(root, 300)
+    from serving import segments
+
+    read: list[str] = []
+    real = segments._segment
+
+    def counted(objects: Any, name: str) -> Any:
+        read.append(name)
+        return real(objects, name)
+
+    monkeypatch.setattr("serving.segments._segment", counted)
+    assert watch(root, since)["window"]["window"]["rows"] == 300
+    assert len(read) == 1
+
+
+@pytest.mark.usefixtures("alone")
+def test_old_windows_are_forgotten(root: Path) -> None:
+    since = now()
+    predict(root, 200, shift=4)
+    watch(root, since)
+    loop = loop_of(root)
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=100)
+    assert watching.prune(loop, datetime.datetime.now(datetime.UTC)) == 0
+    snapshots = list((root / ".visionloop" / "monitoring" / "evidently").rglob("snapshots/*.json"))
+    assert len(snapshots) == 1
+    assert watching.prune(loop, later) == 1
+    assert watching.windows(loop) == []
+    assert not snapshots[0].exists()
+    assert len(loop.outbox.alarms(MODEL)) == 1  # what was decided stays
 
 
 PLACES = [
@@ -349,6 +426,14 @@ def test_labels_come_back_and_become_data(labelled: tuple[Path, str]) -> None:
     assert len(after) == len(ledger) + 20
     assert added["new_test_images"] == sum(line.endswith(",test") for line in set(after) - set(ledger)) > 0
     assert told("data", "add", "--from-predictions", MODEL, cwd=root)["copied"] == 0
+    # Labelled anew: the image moves to its class of today, and stays on its side of the test ledger.
+    moved = root.parent / "moved.csv"
+    moved.write_text(f"image_sha256,label\n{shas[1]},cross\n")
+    told("labels", "import", str(moved), "--as", "bob", cwd=root)
+    again = told("data", "add", "--from-predictions", MODEL, cwd=root)
+    assert "1 images moved to the class that they are said to show now" in again["notes"]
+    assert [path.parent.name for path in (root / "data").glob(f"*/{shas[1][:24]}.*")] == ["cross"]
+    assert (root / "data.test-ledger.csv").read_text().splitlines() == after
     assert told("predictions", "erase", shas[0], "--as", "ann", "--reason", "asked for", cwd=root)["found"]
     again = told("data", "add", "--from-predictions", MODEL, cwd=root)
     assert any("1 labelled images were not captured" in note for note in again["notes"])

@@ -27,6 +27,7 @@ def request(key: str = "drift:m:w1", **changes: Any) -> Request:
         "data_version": "new",
         "trained_on": "old",
         "detectors": ("embeddings",),
+        "seen_by": "1",
         "champion": "1",
         "diagnosis": "appearance",
     }
@@ -140,11 +141,25 @@ def test_a_training_that_did_not_help_does_not_start_the_next(outcome: Any) -> N
 
 
 def test_a_version_that_sees_the_same_drift_did_not_help() -> None:
-    found = answer(request(champion="2"), run())
+    found = answer(request(champion="2", seen_by="2"), run())
     assert (found.answer, found.rule) == ("refused", "loop breaker")
-    assert answer(request(champion="2", detectors=("predicted_classes",)), run()).answer == "granted"
+    assert answer(request(champion="2", seen_by="2", detectors=("predicted_classes",)), run()).answer == "granted"
     # A rejection before a success is forgotten.
     assert answer(request(), run("drift:m:wa", outcome="rejection", granted_at=AT - 20 * HOUR), run()).answer == "granted"
+
+
+def test_a_version_that_a_person_refused_did_not_help() -> None:
+    found = answer(request(failed_versions=frozenset({"2"})), run())
+    assert (found.answer, found.rule) == ("refused", "loop breaker")
+    assert "gave version 2, which a person rejected or rolled back" in found.reason
+    assert answer(request(failed_versions=frozenset({"7"})), run()).answer == "granted"
+
+
+def test_an_alarm_about_a_version_that_does_not_reign_is_stale() -> None:
+    """A replay of an old alarm, or a late row of an old window, trains nothing."""
+    found = answer(request(seen_by="1", champion="2"), run())
+    assert (found.answer, found.rule) == ("refused", "stale")
+    assert "is about version 1, and version 2 reigns now" in found.reason
 
 
 def test_a_hundred_deliveries_of_one_alarm_are_one_grant(database: Database) -> None:
@@ -242,6 +257,88 @@ def test_a_run_that_could_not_begin_is_given_back(database: Database) -> None:
     assert governor.due("m") == []
     governor.give_back("drift:m:w1", "one")
     assert governor.due("m") == ["drift:m:w1"]
+
+
+@pytest.mark.parametrize("later", ["broken input", "kill switch", "failed training"])
+def test_whatever_comes_between_does_not_hide_who_waits_for_data(database: Database, later: str) -> None:
+    governor = Governor(database, GovernorPolicy(cooldown_h=0))
+    assert governor.ask(request(data_version="old"), holder="h").rule == "no new data"
+    if later == "broken input":
+        assert governor.ask(request("drift:m:w2", diagnosis="broken input"), holder="h").rule == later
+    elif later == "kill switch":
+        governor.switch("stop", "m", by="ann", reason="r")
+        assert governor.ask(request("drift:m:w2"), holder="h").rule == later
+        governor.switch("start", "m", by="ann", reason="r")
+    else:
+        governor.ask(request("schedule:m:1", cause="schedule"), holder="h")
+        governor.end("schedule:m:1", "h", "failed", {})
+    assert governor.awaiting_data("m", "new") == ["drift:m:w1"]
+
+
+def test_a_training_on_the_new_data_answers_who_waited_for_them(database: Database) -> None:
+    governor = Governor(database, POLICY)
+    governor.ask(request(data_version="old"), holder="h")
+    governor.ask(request("schedule:m:1", cause="schedule"), holder="h")
+    governor.end("schedule:m:1", "h", "candidate", {"version": "2"})
+    assert governor.awaiting_data("m", "new") == []
+
+
+def test_a_live_run_that_was_taken_for_dead_lives_again(
+    database: Database, clock: Callable[[datetime.timedelta], None]
+) -> None:
+    """A laptop that slept: nobody took the run up, so it is still its own."""
+    governor = Governor(database, POLICY)
+    governor.ask(request(), holder="one")
+    clock(HOUR)
+    assert governor.runs("m")[0].state == "crashed"
+    assert governor.renew("drift:m:w1", "one")
+    assert governor.runs("m")[0].state == "running"
+    clock(HOUR)
+    assert governor.runs("m")[0].state == "crashed"
+    assert governor.end("drift:m:w1", "one", "candidate", {"version": "2"})
+    assert governor.runs("m")[0].outcome == "candidate"
+
+
+def test_a_grant_that_could_not_begin_costs_no_attempt(database: Database) -> None:
+    governor = Governor(database, POLICY)
+    for _ in range(4):
+        assert governor.ask(request(), holder="one").answer == "granted"
+        governor.give_back("drift:m:w1", "one", begun=False)
+    governor.ask(request(), holder="one")
+    governor.give_back("drift:m:w1", "one")
+    assert governor.ask(request(), holder="two").rule == "resumed"
+    governor.give_back("drift:m:w1", "two")
+    assert governor.ask(request(), holder="three").rule == "given up"
+
+
+def test_a_run_that_a_person_cancelled_stays_ended(database: Database) -> None:
+    governor = Governor(database, POLICY)
+    governor.ask(request(), holder="one")
+    governor.give_back("drift:m:w1", "one")
+    governor.cancel("drift:m:w1")
+    assert governor.due("m") == []
+    assert governor.ask(request(), holder="two").rule == "duplicate"
+
+
+def test_a_queued_schedule_is_known(database: Database) -> None:
+    governor = Governor(database, POLICY)
+    governor.ask(request(), holder="one")
+    assert governor.ask(request("schedule:m:1", cause="schedule"), holder="two").answer == "queued"
+    assert governor.asked("schedule:m:1", "m", "schedule")
+    assert not governor.asked("schedule:m:2", "m", "schedule")
+    assert not governor.asked("schedule:m:1", "m", "drift")
+    governor.end("drift:m:w1", "one", "candidate", {"version": "2"})
+    assert governor.due("m") == ["schedule:m:1"]
+    assert governor.ask(request("schedule:m:1", cause="schedule"), holder="two").answer == "granted"
+
+
+def test_a_reset_counts_also_when_a_clock_went_back(database: Database, clock: Callable[[datetime.timedelta], None]) -> None:
+    governor = Governor(database, GovernorPolicy(cooldown_h=0))
+    governor.ask(request(), holder="one")
+    governor.end("drift:m:w1", "one", "rejection", {})
+    clock(-HOUR)
+    governor.switch("reset", "m", by="ann", reason="looked at it")
+    assert governor.ask(request("drift:m:w2"), holder="two").answer == "granted"
 
 
 def test_people_switch_it_off_and_on(database: Database) -> None:

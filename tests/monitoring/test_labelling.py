@@ -22,7 +22,7 @@ def window(tmp_path: Path) -> Window:
     confidence[:40] = 0.4
     mine = release(tmp_path / "r")
     table = rows(dataclasses.replace(given, embeddings=embeddings, confidence=confidence), "r1")
-    return open_window(Slice([table]), mine.record, "r1", "1", since=START, until=END, now=END, most=1000)
+    return open_window(Slice([table]), mine.record, "r1", "1", since=START, until=END, most=1000)
 
 
 def test_the_strange_and_uncertain_come_first(window: Window, tmp_path: Path) -> None:
@@ -50,5 +50,5 @@ def test_only_what_can_be_labelled_is_proposed(window: Window, tmp_path: Path) -
 def test_copies_are_proposed_once(tmp_path: Path) -> None:
     mine = release(tmp_path / "r")
     table = rows(sample(50, 1), "r1", image_sha256=["a" * 64] * 50)
-    window = open_window(Slice([table]), mine.record, "r1", "1", since=START, until=END, now=END, most=1000)
+    window = open_window(Slice([table]), mine.record, "r1", "1", since=START, until=END, most=1000)
     assert len(most_useful(load_reference(mine), window, available={"a" * 64}, known=(), count=9)) == 1

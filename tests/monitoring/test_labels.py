@@ -50,6 +50,11 @@ def test_a_time_is_kept_as_utc(tmp_path: Path) -> None:
         ("prediction_id,image_sha256,label\n,,cat\n", "labels.csv", "row 1 names no prediction_id"),
         ("image_sha256,label\nabc,cat\n", "labels.csv", "not the sha256 of an image"),
         ("prediction_id,label,labelled_at\np1,cat,noon\n", "labels.csv", "not ISO 8601"),
+        ("prediction_id,label\np1,cat,3\n", "labels.csv", "more values than the first line has names"),
+        ("prediction_id,label,labelled_at\np1,cat,2999-01-01\n", "labels.csv", "has not come yet"),
+        ("prediction_id,label\np1,../cat\n", "labels.csv", "cannot be the name of a class"),
+        ("prediction_id,label\np1,.cat\n", "labels.csv", "cannot be the name of a class"),
+        (f"prediction_id,label,labelled_by\np1,cat,{'x' * 200}\n", "labels.csv", "at most 128 characters"),
         ("{", "labels.jsonl", "cannot be read as .jsonl"),
         ("[1]", "labels.jsonl", "cannot be read as .jsonl"),
         ("x", "labels.parquet", "cannot be read as .parquet"),
@@ -102,9 +107,28 @@ def test_the_newest_label_counts(database: Database, tmp_path: Path) -> None:
     early = written(tmp_path, "prediction_id,label,labelled_at\np1,cat,2026-03-02\n")
     late = written(tmp_path, "prediction_id,label,labelled_at\np1,dog,2026-03-01\n", "late.csv")
     labels.append("m", resolved(early), source=early)
-    done = labels.append("m", resolved(late), source=late)
-    assert done.changed == 1
+    assert labels.append("m", resolved(late), source=late).changed == 0  # older than what counts
     assert labels.latest("m")[sha("1")].label == "cat"
     corrected = written(tmp_path, "prediction_id,label\np1,dog\n", "corrected.csv")
-    labels.append("m", resolved(corrected), source=corrected)
+    assert labels.append("m", resolved(corrected), source=corrected).changed == 1
     assert labels.latest("m")[sha("1")].label == "dog"
+
+
+def test_a_label_can_be_changed_back_and_an_old_file_changes_nothing(database: Database, tmp_path: Path) -> None:
+    labels = Labels(database)
+    cat = written(tmp_path, "prediction_id,label\np1,cat\n", "1.csv")
+    dog = written(tmp_path, "prediction_id,label\np1,dog\n", "2.csv")
+    back = written(tmp_path, "prediction_id,label\np1,cat\n\n", "3.csv")
+    for path, expected in ((cat, "cat"), (dog, "dog"), (cat, "dog"), (back, "cat"), (back, "cat")):
+        labels.append("m", resolved(path), source=path)
+        assert labels.latest("m")[sha("1")].label == expected
+
+
+def test_a_parquet_of_too_many_rows_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas as pd
+
+    monkeypatch.setattr("monitoring.labels.MAX_ROWS", 10)
+    monkeypatch.setattr("monitoring.labels.read_table", lambda _: pytest.fail("it was read"))
+    pd.DataFrame({"image_sha256": [sha("3")] * 11, "label": ["dog"] * 11}).to_parquet(tmp_path / "labels.parquet")
+    with pytest.raises(DataError, match="more than 10 rows"):
+        resolved(tmp_path / "labels.parquet")

@@ -87,22 +87,53 @@ def test_what_nobody_acted_on_is_found(database: Database) -> None:
     assert outbox.waiting("digits", grace_s=60) == []
     assert [found.id for found in outbox.waiting("digits", grace_s=0)] == [alarm.id]
     assert outbox.waiting("other", grace_s=0) == []
-    later, _ = outbox.raise_alarm(drift("embeddings"), "w2")
-    request = Request(key=alarm.id, model="digits", cause="drift", data_version="d2", trained_on="d1")
-    Governor(database, GovernorPolicy()).ask(request, holder="h")
-    assert [found.id for found in outbox.waiting("digits", grace_s=0)] == [later.id]
-    request = Request(key=later.id, model="digits", cause="drift", data_version="d2", trained_on="d1")
-    Governor(database, GovernorPolicy()).ask(request, holder="h")
+    _asked(database, alarm.id)
     assert outbox.waiting("digits", grace_s=0) == []
 
 
-def test_an_alarm_that_a_later_one_spoke_for_is_not_started(database: Database) -> None:
+def _asked(database: Database, key: str) -> None:
+    request = Request(key=key, model="digits", cause="drift", data_version="d2", trained_on="d1")
+    Governor(database, GovernorPolicy()).ask(request, holder="h")
+
+
+def test_the_newest_of_its_kind_speaks_for_the_others(database: Database) -> None:
     outbox = Outbox(database)
     outbox.raise_alarm(drift("embeddings"), "w1")
     later, _ = outbox.raise_alarm(drift("embeddings"), "w2")
-    request = Request(key=later.id, model="digits", cause="drift", data_version="d2", trained_on="d1")
-    Governor(database, GovernorPolicy()).ask(request, holder="h")
+    assert [found.id for found in outbox.waiting("digits", grace_s=0)] == [later.id]
+    _asked(database, later.id)
     assert outbox.waiting("digits", grace_s=0) == []
+
+
+def test_another_kind_of_drift_speaks_for_itself_alone(database: Database) -> None:
+    """Black frames that are refused must not hide an alarm whose event was lost before them."""
+    outbox = Outbox(database)
+    lost, _ = outbox.raise_alarm(drift("embeddings"), "w1")
+    black, _ = outbox.raise_alarm(drift("repetition").model_copy(update={"diagnosis": "broken input"}), "w2")
+    _asked(database, black.id)
+    assert [found.id for found in outbox.waiting("digits", grace_s=0)] == [lost.id]
+
+
+def test_alarms_are_in_the_order_they_were_raised_whatever_the_clock_says(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(database)
+    first, _ = outbox.raise_alarm(drift("embeddings"), "w1")
+    _asked(database, first.id)
+    monkeypatch.setattr("monitoring.outbox.now", lambda connection: now(connection) - datetime.timedelta(hours=1))
+    second, _ = outbox.raise_alarm(drift("embeddings"), "w2")
+    monkeypatch.undo()
+    assert second.at < first.at
+    assert [found.id for found in outbox.waiting("digits", grace_s=0)] == [second.id]
+    assert [found.id for found in outbox.alarms()] == [first.id, second.id]
+
+
+def test_people_are_told_of_an_episode_once(database: Database) -> None:
+    outbox = Outbox(database)
+    first, _ = outbox.raise_alarm(drift("embeddings"), "w1")
+    again, _ = outbox.raise_alarm(drift("embeddings"), "w2")
+    other, _ = outbox.raise_alarm(drift("embeddings", version="2"), "w3")
+    assert [outbox.first_of_its_kind(a) for a in (first, again, other)] == [True, False, True]
 
 
 def test_windows_are_named_by_what_they_are(database: Database) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,8 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Stored[Release]:
     return release(tmp_path_factory.mktemp("release"))
 
 
-def opened(mine: Stored[Release], *tables: pa.Table, now: datetime.datetime = END, most: int = 20_000, **log: Any) -> Window:
-    given = Slice(tables, **log)
-    return open_window(given, mine.record, "r1", "1", since=START, until=END, now=now, most=most)
+def opened(mine: Stored[Release], *tables: pa.Table, most: int = 20_000, **log: Any) -> Window:
+    return open_window(Slice(tables, **log), mine.record, "r1", "1", since=START, until=END, most=most)
 
 
 def test_rows_come_back_as_they_were_served(mine: Stored[Release]) -> None:
@@ -95,13 +93,14 @@ def test_a_log_without_a_column_is_read_and_nothing_is_made_up(mine: Stored[Rele
     assert (window.facts.rows, window.facts.judged, window.facts.malformed) == (30, 0, 30)
 
 
-def test_a_clock_that_runs_ahead_is_told(mine: Stored[Release]) -> None:
-    window = opened(mine, rows(sample(30, 1), "r1"), now=START - datetime.timedelta(hours=1))
-    assert window.facts.from_future == 30
-    assert opened(mine, rows(sample(30, 1), "r1")).facts.from_future == 0
+def test_an_image_is_compared_once(mine: Stored[Release]) -> None:
+    """The same answer many times is no more evidence than once."""
+    table = rows(sample(300, 1), "r1", image_sha256=[f"{i % 100:064x}" for i in range(300)])
+    facts = opened(mine, table).facts
+    assert (facts.rows, facts.judged, facts.distinct_images, facts.duplicates) == (300, 100, 100, 0)
 
 
-def test_a_large_window_is_sampled_by_ids_alone(mine: Stored[Release]) -> None:
+def test_a_large_window_is_sampled_by_images_alone(mine: Stored[Release]) -> None:
     table = rows(sample(500, 1), "r1")
     window = opened(mine, table, most=200)
     assert (window.facts.rows, window.facts.judged) == (500, 200)
