@@ -40,7 +40,7 @@ app = typer.Typer(
       visionloop serve --model NAME      answers over HTTP and gRPC; picks up a new champion by itself
       visionloop predict SOURCE          a folder, .parquet or s3:// through the champion, resumable
       visionloop predictions export      what was answered; also verify and erase
-      visionloop up | status | down      what the loop needs: Prefect server, schedules, automations, a worker
+      visionloop up | status | down      what the loop needs: Prefect server, schedules, automations, a worker; deploy
       visionloop watch | windows         does what the champion sees still look like its reference?
       visionloop alarms | sweep          drift that was seen, and what came of it
       visionloop labels import FILE      what people say that images of production show

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from components import dataversions
-from components.contracts import ConfigError, RegistryUnavailable, WorkspaceBusy
+from components.contracts import ConfigError, DataDiffers, RegistryUnavailable, StoreError, WorkspaceBusy
 from flows.config import load_recipe
 from flows.looping import Loop
 from flows.notifications import notify
@@ -81,7 +81,7 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
         # A person trains by hand, or adds data: not this run's fault, it is taken up again.
         loop.governor.give_back(request.key, holder, begun=False)
         raise
-    except (RegistryUnavailable, OSError):
+    except (RegistryUnavailable, StoreError, DataDiffers, OSError):
         # The world's fault, not the model's: taken up again, as often as a killed run is.
         loop.governor.give_back(request.key, holder)
         raise

@@ -28,17 +28,28 @@ def import_labels(
     given = [row for row in rows if row["label"]]
     if not given:
         raise DataError(f"{path} holds no label: fill the column `label`, rows without one are left out")
-    by_prediction, images = known_predictions(loop)
+    by_prediction, images, problems = known_predictions(loop)
     unknown = 0
     if skip_unknown:
         there = [row for row in given if row["image_sha256"] in images or row["prediction_id"] in by_prediction]
         unknown, given = len(given) - len(there), there
-    labels = resolve(given, by_prediction=by_prediction, images=images, classes=None if new_classes else _classes(loop))
+        if unknown and problems:
+            raise DataError(
+                f"{unknown} rows are unknown, and part of the prediction log cannot be read ({problems[0]}): "
+                f"they may be there. Nothing was imported; see `visionloop predictions verify`"
+            )
+    classes = None if new_classes else _classes(loop)
+    try:
+        labels = resolve(given, by_prediction=by_prediction, images=images, classes=classes)
+    except DataError as error:
+        for problem in problems[:1]:
+            error.add_note(f"part of the prediction log cannot be read: {problem}")
+        raise
     return loop.labels.append(loop.model, labels, source=path, skipped=len(rows) - len(given) - unknown), unknown
 
 
-def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str]]:
-    """Image digest by prediction id, and all image digests, of everything the log holds about the model."""
+def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str], tuple[str, ...]]:
+    """Image digest by prediction id, all image digests, and what cannot be read, of all that the log holds of the model."""
     from datetime import UTC, datetime, timedelta
 
     from serving.segments import read_stretch
@@ -47,15 +58,10 @@ def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str]]:
     journals = loop.workspace.state / "serving" / "journal"
     columns = ("prediction_id", "image_sha256", "model", "ingest_at")
     log = read_stretch(loop.settings.predictions_url, journals, model=loop.model, since=since, until=until, columns=columns)
-    if log.problems:
-        raise DataError(
-            f"part of the prediction log cannot be read ({log.problems[0]}), so nobody can say which predictions it knows; "
-            f"nothing was imported. See `visionloop predictions verify`"
-        )
     pairs: dict[str, str] = {}
     for table in log.tables:
         pairs |= dict(zip(table["prediction_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True))
-    return pairs, set(pairs.values())
+    return pairs, set(pairs.values()), log.problems
 
 
 def _classes(loop: Loop) -> tuple[str, ...]:

@@ -276,21 +276,34 @@ class Governor:
             connection.execute(runs.update().where(dead).values(**values))
 
     def awaiting_data(self, model: str, data_version: str) -> list[str]:
-        """The newest request that was refused for want of new data, once the data are others.
+        """The newest request that was refused for want of new data, once the data are others and it was not asked with them.
 
-        None when it was granted since, or when a training on newer data came to an end since.
+        One that had to cool down then is told again when it has. None when it was granted since, or when a training on newer
+        data came to an end since.
         """
         with self._database.transaction() as connection:
-            mine = (decisions.c.model == model) & (decisions.c.rule == "no new data")
-            last = connection.execute(sa.select(decisions).where(mine).order_by(decisions.c.seq.desc()).limit(1)).first()
+            at = _time(connection)
+            mine = decisions.c.model == model
+            newest = sa.select(decisions).order_by(decisions.c.seq.desc()).limit(1)
+            last = connection.execute(newest.where(mine & (decisions.c.rule == "no new data"))).first()
             if last is None or json.loads(last.body)["data_version"] == data_version:
                 return []
-            later = [
-                run
-                for run in _known(connection, model).runs
-                if run.key == last.key or (run.granted_at > _moment(last.at) and run.outcome in ("candidate", "rejection"))
-            ]
-            return [] if later else [last.key]
+            asked = connection.execute(newest.where(mine & (decisions.c.key == last.key))).first()
+            known = _known(connection, model)
+        assert asked is not None
+        with_these = json.loads(asked.body)["data_version"] == data_version
+        if with_these and (asked.rule != "cool-down" or not self._cool(known, at)):
+            return []
+        later = [
+            run
+            for run in known.runs
+            if run.key == last.key or (run.granted_at > _moment(last.at) and run.outcome in ("candidate", "rejection"))
+        ]
+        return [] if later else [str(last.key)]
+
+    def _cool(self, known: Known, at: datetime.datetime) -> bool:
+        drift = [run.granted_at for run in known.runs if run.cause == "drift"]
+        return not drift or at >= max(drift) + datetime.timedelta(hours=self.policy.cooldown_h)
 
     def asked(self, key: str, model: str, cause: Cause) -> bool:
         """Whether this key was ever asked for."""
@@ -313,8 +326,7 @@ class Governor:
         if any(run.state == "running" for run in known.runs) or known.stopped is not None:
             return []
         killed = [run.key for run in known.runs if run.state == "crashed" and run.attempts < self.policy.max_attempts]
-        drift = [run.granted_at for run in known.runs if run.cause == "drift"]
-        cool = not drift or at >= max(drift) + datetime.timedelta(hours=self.policy.cooldown_h)
+        cool = self._cool(known, at)
         return [*killed, *(key for key in known.queued if cool or not key.startswith("drift:"))]
 
     def history(self, model: str | None = None) -> list[dict[str, Any]]:

@@ -275,6 +275,24 @@ def test_whatever_comes_between_does_not_hide_who_waits_for_data(database: Datab
     assert governor.awaiting_data("m", "new") == ["drift:m:w1"]
 
 
+def test_who_waits_for_data_is_asked_once_with_them_and_again_when_it_has_cooled_down(
+    database: Database, clock: Callable[[datetime.timedelta], None]
+) -> None:
+    """A sweep every quarter of an hour must not tell people of the same refusal every quarter of an hour."""
+    governor = Governor(database, POLICY)
+    governor.ask(request("drift:m:w0", data_version="old", trained_on="older"), holder="h")
+    governor.end("drift:m:w0", "h", "candidate", {"version": "2"})
+    assert governor.ask(request(data_version="old"), holder="h").rule == "no new data"
+    assert governor.awaiting_data("m", "new") == ["drift:m:w1"]
+    assert governor.ask(request(), holder="h").rule == "cool-down"
+    assert governor.awaiting_data("m", "new") == []
+    clock(7 * HOUR)
+    assert governor.awaiting_data("m", "new") == ["drift:m:w1"]
+    governor.switch("stop", "m", by="ann", reason="r")
+    assert governor.ask(request(), holder="h").rule == "kill switch"
+    assert governor.awaiting_data("m", "new") == []
+
+
 def test_a_training_on_the_new_data_answers_who_waited_for_them(database: Database) -> None:
     governor = Governor(database, POLICY)
     governor.ask(request(data_version="old"), holder="h")
