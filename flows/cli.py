@@ -43,7 +43,7 @@ app = typer.Typer(
       visionloop up | status | down      what the loop needs: Prefect server, schedules, automations, a worker; deploy
       visionloop watch | windows         does what the champion sees still look like its reference?
       visionloop alarms | sweep          drift that was seen, and what came of it
-      visionloop labels import FILE      what people say that images of production show
+      visionloop labels import FILE      what people say that images of production show; data add --from-predictions
       visionloop governor history        what may train without a person, and why or why not; stop, start, reset
       visionloop history | who-served    what was decided, and what served at any moment
       visionloop runs                    what was run, and what came of it
@@ -52,7 +52,7 @@ app = typer.Typer(
       visionloop demo                    all of it on real digits, in a scratch workspace
 
     Every command that answers takes --json and then prints one JSON object as its last line.
-    Exit status: 0 done, 1 the model was rejected, 2 an error that says what to do.""",
+    Exit status: 0 done, 1 the answer is no (rejected, drifted, not as it should be), 2 an error that says what to do.""",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Images and their pinned versions.", rich_markup_mode=None)
 recipe_app = typer.Typer(no_args_is_help=True, help="What can be trained, and how.", rich_markup_mode=None)

@@ -17,6 +17,7 @@ from shapes import visionloop
 from components.objects import open_objects
 from components.store import seal, unseal
 from flows import alarming, watching
+from flows.alarming import announce
 from flows.deciding import desk
 from monitoring import outbox as outbox_module
 from monitoring.evidently_report import Measured
@@ -342,6 +343,31 @@ def test_a_watch_that_dies_anywhere_alarms_once(root: Path, when: Any, monkeypat
         if not points.hit:
             break
     assert set(died) == {name for _, name in PLACES}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_watch_that_dies_while_it_tells_leaves_the_alarm_to_the_sweep(
+    root: Path, when: Any, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span = watching.Stretch(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
+    predict(root, 120, shift=4)
+    loop = loop_of(root)
+    judged = watching.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
+    assert judged is not None
+    assert judged.alarm is not None
+    monkeypatch.setattr(alarming, "emit", lambda *_: True)
+    with monkeypatch.context() as patch:
+        points = Failpoints([(alarming, "emit"), (Outbox, "emitted"), (alarming, "notify")], nth=nth, when=when)
+        points(patch)
+        with pytest.raises(Died):
+            announce(loop, judged.alarm, told=lambda _: None)
+    assert points.hit == ["emit", "emitted", "notify"][nth - 1]
+    assert alarming.pending(loop) == [judged.alarm.id]
+    again = watching.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
+    assert again is not None
+    assert (again.fresh, again.alarm) == (False, None)
+    assert len(loop.outbox.alarms(MODEL)) == 1
 
 
 def test_what_is_refused_or_drifts_is_told_to_people(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
