@@ -337,9 +337,16 @@ def _taken(sample: Any, picks: npt.NDArray[np.int64]) -> Any:
     )
 
 
+def _one_thread() -> None:
+    """Two processes on two cores: more threads would be in each other's way."""
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(1)
+
+
 def _all(tasks: Sequence[tuple[Any, Any, int, int]]) -> list[tuple[str, tuple[str, ...]]]:
     found = []
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, initializer=_one_thread) as pool:
         for index, judged in enumerate(pool.map(_judged, tasks, chunksize=5), start=1):
             found.append(judged)
             if index % 100 == 0:

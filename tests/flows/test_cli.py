@@ -49,7 +49,7 @@ def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:
         (["train", "-r", "smoke", "--set", "export.targets=[{target: onnx}]"], "serving names"),
         (["train", "-r", "smoke", "--set", "gating.gates=[{gate: luck}]"], "unknown gate 'luck'; valid:"),
         (["data", "add", "nowhere"], "is not a folder"),
-        (["data", "add", "x", "--source", "digits"], "not both"),
+        (["data", "add", "x", "--source", "digits"], "one of them"),
         (["recipe", "show", "nothing"], "unknown recipe"),
     ],
 )
@@ -133,6 +133,6 @@ def test_the_demo_never_overwrites_the_pin_of_another_workspace(workspace: Path)
     from flows.demo import prepare
 
     before = [(workspace / name).read_bytes() for name in ("data.dvc", "data.test-ledger.csv")]
-    with pytest.raises(ConfigError, match="pins other data than the demo's"):
+    with pytest.raises(ConfigError, match="began with other data than this demo's"):
         prepare(workspace)
     assert [(workspace / name).read_bytes() for name in ("data.dvc", "data.test-ledger.csv")] == before
