@@ -1,7 +1,6 @@
 """Journals to Parquet segments, and what can be asked of them.
 
-`python -m serving.segments JOURNALS LOG` seals, in a process of
-its own at low priority: serving never waits for it.
+`serving/sealing.py` seals, in a process of its own.
 
     log/date=2026-03-01/<journal>.parquet   rows, schema version in the file's metadata
     log/date=2026-03-01/<journal>.json      written last: digest, rows, gaps; sealed
@@ -12,12 +11,10 @@ only when the segment was read back. LOG is a folder or s3://bucket/prefix.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import fcntl
 import os
 import struct
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -451,31 +448,3 @@ def verify(log_url: str, journals: Path) -> Checked:
             duplicates += identifier in seen
             seen.add(identifier)
     return Checked(len(found), rows, lost, duplicates, tuple(broken), unsealed(journals))
-
-
-def _step_back() -> None:
-    """Take only the time that nobody wants. Where sessions share the processors as groups, niceness is the group's."""
-    os.nice(19)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text("19")
-
-
-def main(arguments: list[str]) -> None:
-    """Entry point of the sealing process."""
-    _step_back()
-    journals, log_url = arguments
-    try:
-        count = seal_all(Path(journals), log_url)
-    except Exception as error:
-        # The journal is kept; the next sealing takes it up.
-        print(
-            orjson.dumps({"event": "sealing failed", "problem": f"{type(error).__name__}: {error}"}).decode(),
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    if count:
-        print(orjson.dumps({"event": "journals sealed", "count": count}).decode(), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -104,7 +104,7 @@ class _Sealer:
     """Seals journals in a process of its own, one at a time, whenever there may be something to seal."""
 
     def __init__(self, journals: Path, log_url: str) -> None:
-        self._arguments = [sys.executable, "-m", "serving.segments", str(journals), log_url]
+        self._arguments = [sys.executable, "-m", "serving.sealing", str(journals), log_url]
         self._wanted = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
