@@ -196,6 +196,8 @@ class Journal:
             if self._num_rows and time.monotonic() - self._opened > self.config.rotate_s:
                 self._rotate()
             if self._stopping and not self._rows:
+                if self._gap:
+                    self._append([])  # the last chance to tell it: what failed a moment ago may go now
                 self._rotate()
                 return
 
