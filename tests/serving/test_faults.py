@@ -69,7 +69,13 @@ class Clients:
 def log_rows(workspace: Path) -> list[dict[str, Any]]:
     """Every row of the prediction log, what lies in journals included."""
     state = workspace / ".visionloop"
-    segments.seal_all(state / "serving" / "journal", str(state / "predictions"))
+    deadline = time.monotonic() + 30
+    while True:
+        segments.seal_all(state / "serving" / "journal", str(state / "predictions"))
+        # A sealing process of the server's own may be at one of them: it takes only time that nobody wants.
+        if not segments.unsealed(state / "serving" / "journal") or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     tables = list(segments.read_log(str(state / "predictions")))
     return pa.concat_tables(tables).to_pylist() if tables else []
 
