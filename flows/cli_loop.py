@@ -429,7 +429,7 @@ def deploy(
 
 def _shown_up(answer: dict[str, Any]) -> str:
     lines = [f"{name:9} {address}" for name, address in answer["pages"].items()]
-    lines.append(f"They ask for the user and password in {answer['credential_file']}.")
+    lines.append(f"Prefect and MLflow ask for the user and password in {answer['credential_file']}.")
     for model, facts in answer["models"].items():
         lines.append(f"{model}: {', '.join(facts['deployments'])}; {len(facts['automations'])} automations")
     if not answer["models"]:

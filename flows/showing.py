@@ -190,7 +190,7 @@ class Show:
             shown = ", ".join(f"{name} {address}" for name, address in answer["pages"].items())
             lines += [
                 f"pages   {shown}",
-                f"        they ask for the user and password in {self.workspace.state / 'up' / 'auth'}",
+                f"        Prefect and MLflow ask for the user and password in {self.workspace.state / 'up' / 'auth'}",
                 f"stop    visionloop down -w {self.workspace.root}",
             ]
         return "\n".join(lines)
