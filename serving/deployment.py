@@ -36,8 +36,8 @@ _MARGIN = 0.8
 """Of the bound on waiting; the rest is for what an expectation misses, so that the slowest answers stay inside it."""
 _YIELD_WAIT_S = 0.04
 """A release that is loading stands still while a picture of those that are served would wait longer than this."""
-_YIELD_S, _LOAD_S = 0.03, 0.01
-"""How long it stands still at a time, and how long it may go on in between: also under full load it comes up."""
+_YIELD_S, _LOAD_S = 0.3, 0.01
+"""How long it stands still at most at a time, and how long it goes on then: also under full load it comes up."""
 _MAX_FAILURES = 5
 """Batches in a row of which nothing was answered, after which the engine's process is replaced."""
 
@@ -187,16 +187,20 @@ class Deployment:
             "max_pixels": self._limits.max_pixels,
         }
         link.transport.write(frame(Kind.LOAD, json.dumps(order).encode()))
-        yielding = loop.create_task(_yield_to(beside, process)) if beside is not None else None
+        yielding = _Yielding(process, beside) if beside is not None else None
         try:
-            await asyncio.wait_for(asyncio.shield(loading), self._limits.load_timeout_s)
-        except TimeoutError:
-            raise ReleaseRefused(f"the engine was not ready within {self._limits.load_timeout_s:g} s") from None
+            deadline = loop.time() + self._limits.load_timeout_s
+            while not loading.done():
+                # What it stood still does not count: it is not the release's fault.
+                left = deadline + (yielding.stood_still_s if yielding is not None else 0.0) - loop.time()
+                if left <= 0:
+                    raise ReleaseRefused(f"the engine was not ready within {self._limits.load_timeout_s:g} s")
+                await asyncio.wait({loading}, timeout=left)
+            loading.result()
         finally:
             self._loading = None
             if yielding is not None:
-                yielding.cancel()
-                _signal(process, signal.SIGCONT)
+                yielding.end()
             if loading.cancelled() or not loading.done() or loading.exception() is not None:
                 self._end(link)
         if self._closed:
@@ -432,17 +436,34 @@ class Deployment:
             self._end(link)
 
 
-async def _yield_to(served: Deployment, process: subprocess.Popen[bytes]) -> None:
-    """Let a process that loads a release stand still while pictures of the served one wait.
+class _Yielding:
+    """Lets a process that loads a release stand still while pictures of the served one wait.
 
     Priorities would do the same, but one that was lowered cannot be raised again without privileges.
     """
-    while True:
-        if served.expected_wait_s() > _YIELD_WAIT_S:
-            _signal(process, signal.SIGSTOP)
-            await asyncio.sleep(_YIELD_S)
-            _signal(process, signal.SIGCONT)
-        await asyncio.sleep(_LOAD_S)
+
+    def __init__(self, process: subprocess.Popen[bytes], served: Deployment) -> None:
+        self.stood_still_s = 0.0
+        self._process, self._served = process, served
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_LOAD_S)
+            if self._served.expected_wait_s() <= _YIELD_WAIT_S:
+                continue
+            stopped_at = loop.time()
+            _signal(self._process, signal.SIGSTOP)
+            while self._served.expected_wait_s() > _YIELD_WAIT_S and loop.time() < stopped_at + _YIELD_S:
+                await asyncio.sleep(_LOAD_S)
+            _signal(self._process, signal.SIGCONT)
+            self.stood_still_s += loop.time() - stopped_at
+
+    def end(self) -> None:
+        """Let it go on for good."""
+        self._task.cancel()
+        _signal(self._process, signal.SIGCONT)
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -244,6 +246,17 @@ def test_sealing_at_once_by_many_keeps_every_row_once(journals: Path, tmp_path: 
     for thread in threads:
         thread.join()
     assert segments.verify(url, journals).rows == 5
+
+
+def test_the_sealing_process_seals_and_imports_no_pandas(journals: Path, tmp_path: Path) -> None:
+    """Importing it costs more than sealing, and pyarrow does so unasked."""
+    url = str(tmp_path / "log")
+    command = [sys.executable, "-X", "importtime", "-m", "serving.sealing", str(journals), url]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, check=True)
+    assert "pyarrow.parquet" in done.stderr
+    assert "pandas" not in done.stderr
+    checked = segments.verify(url, journals)
+    assert (checked.rows, checked.broken, checked.unsealed) == (5, (), 0)
 
 
 def test_a_changed_segment_is_refused_and_reported(journals: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from shapes import KINDS
 
 from components.contracts import Release, Stored
 from components.releases import ReleaseStore
-from serving.deployment import _yield_to
+from serving.deployment import _Yielding
 
 CODE = Path(__file__).resolve().parents[2]
 
@@ -44,24 +44,60 @@ def test_a_loading_process_stands_still_while_pictures_wait_and_goes_on_after() 
             found.append(psutil.Process(process.pid).status())
         return found
 
-    async def act() -> tuple[list[str], list[str]]:
-        task = asyncio.create_task(_yield_to(served, process))
+    async def act() -> tuple[list[str], list[str], float, list[str]]:
+        yielding = _Yielding(process, served)
         served.wait = 1.0
-        busy = await states(60)
+        busy = await states(140)
         served.wait = 0.0
         await asyncio.sleep(0.1)
         idle = await states(30)
-        task.cancel()
-        return busy, idle
+        stood_still_s = yielding.stood_still_s
+        served.wait = 1.0
+        await asyncio.sleep(0.1)
+        yielding.end()
+        return busy, idle, stood_still_s, await states(30)
 
     try:
-        busy, idle = asyncio.run(act())
+        busy, idle, stood_still_s, ended = asyncio.run(act())
     finally:
         process.kill()
         process.wait()
     stopped = busy.count(psutil.STATUS_STOPPED)
-    assert 20 <= stopped < 60  # it stands still most of the time, and also then it goes on a little
+    assert 100 <= stopped < 140  # it stands still most of the time, and also then it goes on a little
     assert psutil.STATUS_STOPPED not in idle
+    assert 0.5 < stood_still_s < 1.5
+    assert psutil.STATUS_STOPPED not in ended
+
+
+def test_the_time_that_a_release_stands_still_is_not_held_against_it(
+    stage: Path, smoke: Stored[Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Served pictures wait for longer than loading may take; the release comes up when they are through."""
+    from dataclasses import replace
+
+    from serving.deployment import Deployment, Limits
+    from serving.metrics import Metrics
+
+    served: Any = Served()
+    served.wait = 1.0
+
+    async def act() -> bool:
+        limits = replace(Limits(), load_timeout_s=6.0)
+        made = Deployment(smoke, version="2", generation=2, limits=limits, metrics=Metrics(), plugins=None)
+        starting = asyncio.create_task(made.start(beside=served))
+        await asyncio.sleep(8)
+        assert not starting.done()
+        served.wait = 0.0
+        try:
+            await starting
+            return made.ready
+        finally:
+            await made.close()
+
+    # It hardly goes on in between, so that it certainly is not up within its time.
+    monkeypatch.setattr("serving.deployment._LOAD_S", 0.001)
+    monkeypatch.setattr("serving.deployment._YIELD_S", 5.0)
+    assert asyncio.run(act())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel ends a child with its parent on Linux alone")
