@@ -173,7 +173,7 @@ class Deployment:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             cwd=_CODE,
-            start_new_session=True,  # a Ctrl-C is for the server
+            process_group=0,  # a Ctrl-C is for the server
         )
         theirs.close()
         loading: asyncio.Future[None] = loop.create_future()

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 
 
 def _step_back() -> None:
-    """Take only the time that nobody wants. Where sessions share the processors as groups, niceness is the group's."""
+    """Run when nobody else of the session wants a processor, and give it back at once when somebody does.
+
+    Low priority alone is not enough: a process that woke up waits until the one that runs has used up its slice.
+    """
     os.nice(19)
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:  # noqa: PTH123  (pathlib is an import)
-        group.write("19")
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class _NoPandas:
@@ -49,5 +54,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     _step_back()
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in the terminal's background: what it says there must not stop it
     sys.meta_path.insert(0, _NoPandas)
     main(sys.argv[1:])

@@ -118,8 +118,9 @@ class _Sealer:
             # Also from time to time: what a server that was killed left behind, or a store that was away.
             self._wanted.wait(timeout=120.0)
             self._wanted.clear()
-            # In a session of its own: Linux shares the processors between sessions first, so its niceness counts there.
-            done = subprocess.run(self._arguments, cwd=_CODE, check=False, stdin=subprocess.DEVNULL, start_new_session=True)
+            # In the session of the server and its engines: Linux shares the processors between sessions first, and only
+            # within one does it matter that sealing is less urgent. A group of its own: a Ctrl-C is for the server.
+            done = subprocess.run(self._arguments, cwd=_CODE, check=False, stdin=subprocess.DEVNULL, process_group=0)
             if done.returncode:
                 log("sealing failed; the journals are kept", level=logging.ERROR, status=done.returncode)
             if self._stopping and not self._wanted.is_set():

@@ -227,8 +227,9 @@ def _end_with_parent() -> None:
 def main(arguments: list[str]) -> Any:
     """Entry point of the process."""
     _end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Meant for the server, which drains first; this process ends with the server's socket.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
+        # Meant for the server, which drains first; this process ends with the server's socket. It is in the terminal's
+        # background: what it says there must not stop it.
         signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(arguments[0])))
 

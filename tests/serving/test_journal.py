@@ -252,7 +252,7 @@ def test_the_sealing_process_seals_and_imports_no_pandas(journals: Path, tmp_pat
     """Importing it costs more than sealing, and pyarrow does so unasked."""
     url = str(tmp_path / "log")
     command = [sys.executable, "-X", "importtime", "-m", "serving.sealing", str(journals), url]
-    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "pyarrow.parquet" in done.stderr
     assert "pandas.core" not in done.stderr
     checked = segments.verify(url, journals)

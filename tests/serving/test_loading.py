@@ -105,7 +105,7 @@ def test_an_engine_that_stands_still_ends_with_its_server() -> None:
     code = """
 import os, signal, socket, subprocess, sys, time
 ours, theirs = socket.socketpair()
-child = subprocess.Popen([sys.executable, "-m", "serving.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True)
+child = subprocess.Popen([sys.executable, "-m", "serving.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()], process_group=0)
 time.sleep(2)
 os.kill(child.pid, signal.SIGSTOP)
 print(child.pid, flush=True)
