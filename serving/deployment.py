@@ -36,7 +36,7 @@ _MARGIN = 0.8
 """Of the bound on waiting; the rest is for what an expectation misses, so that the slowest answers stay inside it."""
 _YIELD_WAIT_S = 0.04
 """A release that is loading stands still while a picture of those that are served would wait longer than this."""
-_YIELD_S, _LOAD_S = 0.3, 0.01
+_YIELD_S, _LOAD_S = 1.0, 0.01
 """How long it stands still at most at a time, and how long it goes on then: also under full load it comes up."""
 _MAX_FAILURES = 5
 """Batches in a row of which nothing was answered, after which the engine's process is replaced."""
