@@ -34,6 +34,10 @@ _MAX_BLOCKED = 1000
 _MAX_BACKOFF_S = 10.0
 _MARGIN = 0.8
 """Of the bound on waiting; the rest is for what an expectation misses, so that the slowest answers stay inside it."""
+_SWITCH_PATIENCE = 2.0
+"""Of the bound on waiting while releases change, instead of `_MARGIN`: a change is ours, and must cost nobody an answer."""
+_SETTLE_S = 5.0
+"""How long a change is felt after it: the old engine finishes and ends, the new one runs in."""
 _YIELD_WAIT_S = 0.04
 """A release that is loading stands still while a picture of those that are served would wait longer than this."""
 _YIELD_S, _LOAD_S = 1.0, 0.01
@@ -55,7 +59,8 @@ class Limits:
     max_queue: int = 256
     """Most pictures that wait."""
     max_wait_ms: float = 500.0
-    """What an accepted picture should wait at most; it is taken while the expected wait is under `_MARGIN` of this."""
+    """What an accepted picture should wait at most; it is taken while the expected wait is under `_MARGIN` of this, while
+    releases change under twice this."""
     max_pixels: int = 25_000_000
     load_timeout_s: float = 120.0
     batch_timeout_s: float = 30.0
@@ -131,6 +136,7 @@ class Deployment:
         self._blocked: OrderedDict[str, None] = OrderedDict()
         self._next_batch = 0
         self._picture_ms = 5.0
+        self._patient_until = 0.0
         self._closed = False
         self._deaths = 0
         self._failures = 0
@@ -225,12 +231,18 @@ class Deployment:
         flying = sum(len(jobs) for _, jobs in self._flying.values())
         return (len(self._waiting) + len(self._suspects) + flying) * self._picture_ms / 1e3
 
+    def be_patient(self, seconds: float = _SETTLE_S) -> None:
+        """Releases change from now on, or did a moment ago: better late than refused, for so long."""
+        self._patient_until = asyncio.get_running_loop().time() + seconds
+
     @property
     def full(self) -> bool:
         """Whether one more picture would be refused."""
-        return (
-            len(self._waiting) >= self._limits.max_queue or self.expected_wait_s() * 1e3 > _MARGIN * self._limits.max_wait_ms
-        )
+        if len(self._waiting) >= self._limits.max_queue:
+            return True
+        changing = asyncio.get_running_loop().time() < self._patient_until
+        share = _SWITCH_PATIENCE if changing else _MARGIN
+        return self.expected_wait_s() * 1e3 > share * self._limits.max_wait_ms
 
     def submit(self, pictures: Sequence[tuple[Form, bytes]]) -> list[asyncio.Future[Facts | Refusal]]:
         """Queue pictures that belong to one request, all or none; raises Overloaded or NotServing.
@@ -450,6 +462,7 @@ class _Yielding:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            self._served.be_patient()
             await asyncio.sleep(_LOAD_S)
             if self._served.expected_wait_s() <= _YIELD_WAIT_S:
                 continue

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from shapes import KINDS
 
 from components.contracts import Release, Stored
 from components.releases import ReleaseStore
-from serving.deployment import _Yielding
+from serving.deployment import Deployment, Limits, _Yielding
+from serving.metrics import Metrics
 
 CODE = Path(__file__).resolve().parents[2]
 
@@ -28,6 +30,10 @@ class Served:
 
     def __init__(self) -> None:
         self.wait = 0.0
+        self.patient = 0
+
+    def be_patient(self) -> None:
+        self.patient += 1
 
     def expected_wait_s(self) -> float:
         return self.wait
@@ -66,6 +72,7 @@ def test_a_loading_process_stands_still_while_pictures_wait_and_goes_on_after() 
     assert 100 <= stopped < 140  # it stands still most of the time, and also then it goes on a little
     assert psutil.STATUS_STOPPED not in idle
     assert 0.5 < stood_still_s < 1.5
+    assert served.patient > 1
     assert psutil.STATUS_STOPPED not in ended
 
 
@@ -73,11 +80,6 @@ def test_the_time_that_a_release_stands_still_is_not_held_against_it(
     stage: Path, smoke: Stored[Release], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Served pictures wait for longer than loading may take; the release comes up when they are through."""
-    from dataclasses import replace
-
-    from serving.deployment import Deployment, Limits
-    from serving.metrics import Metrics
-
     served: Any = Served()
     served.wait = 1.0
 
@@ -98,6 +100,24 @@ def test_the_time_that_a_release_stands_still_is_not_held_against_it(
     monkeypatch.setattr("serving.deployment._LOAD_S", 0.001)
     monkeypatch.setattr("serving.deployment._YIELD_S", 5.0)
     assert asyncio.run(act())
+
+
+def test_a_change_of_releases_makes_late_what_would_else_be_refused(smoke: Stored[Release]) -> None:
+    """The bound on waiting is doubled while releases change and a moment longer, and there is one all the same."""
+
+    async def act() -> list[bool]:
+        made = Deployment(smoke, version="1", generation=1, limits=Limits(), metrics=Metrics(), plugins=None)
+        made._flying[0] = (0.0, [None] * 10)  # type: ignore[list-item]
+        found = []
+        for picture_ms in (30.0, 60.0, 110.0):  # 10 pictures: 0.3, 0.6 and 1.1 s
+            made._picture_ms = picture_ms
+            made.be_patient(-1)
+            found.append(made.full)
+            made.be_patient()
+            found.append(made.full)
+        return found
+
+    assert asyncio.run(act()) == [False, False, True, False, True, True]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel ends a child with its parent on Linux alone")
