@@ -373,3 +373,49 @@ def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
     assert standing(workspace.state) == {}
     assert (up.folder / "auth").stat().st_mode & 0o777 == 0o600
     assert up.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_process_is_known_by_its_beginning(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    from flows.settings import began
+
+    first = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    time.sleep(0.05)  # the kernel counts the beginning in hundredths of a second
+    second = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        told = began(first.pid)
+        assert told is not None
+        assert told != began(second.pid)
+        assert told == began(first.pid)
+        first.kill()
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+        assert began(first.pid) is None  # ended, though nobody has asked how
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert began(first.pid) is None
+
+
+def test_status_tells_when_nobody_watches() -> None:
+    from types import SimpleNamespace
+
+    from flows.keeping import _unwatched
+
+    loop: Any = SimpleNamespace(model="m", config=SimpleNamespace(every_minutes=10))
+
+    def ago(minutes: float) -> Any:
+        moment = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=minutes)).isoformat()
+        return SimpleNamespace(at=moment, window=SimpleNamespace(until=moment))
+
+    assert _unwatched(loop, None, ago(1000)) == ""
+    assert _unwatched(loop, ago(29), None) == ""
+    assert _unwatched(loop, ago(1000), ago(29)) == ""
+    assert _unwatched(loop, ago(29), ago(1000)) == ""  # a new champion has to gather traffic first
+    for champion, last in ((ago(31), None), (ago(1000), ago(31))):
+        told = _unwatched(loop, champion, last)
+        assert "no window was judged since" in told
+        assert "one is due every 10 minutes" in told
+        assert "visionloop watch" in told

@@ -239,6 +239,42 @@ def states(root: Path, identifier: str, name: str) -> Any:
     return _asked(root, code, identifier, name)
 
 
+def test_mlflow_s_pages_ask_for_the_credential(tmp_path: Path) -> None:
+    import base64
+    import urllib.error
+    import urllib.request
+
+    from flows.run import Workspace
+    from flows.settings import read_settings
+    from flows.standing import Up
+
+    workspace = Workspace.create(tmp_path / "workspace")
+    up = Up(workspace, read_settings(workspace.state))
+
+    def status(address: str, credential: str = "") -> int:
+        head = {"Authorization": "Basic " + base64.b64encode(credential.encode()).decode()} if credential else {}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(address, headers=head), timeout=30) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return 0  # not yet
+
+    try:
+        address = up.start_pages(told=lambda _: None)["MLflow"]
+        deadline = time.monotonic() + 90
+        while not status(address):
+            assert time.monotonic() < deadline, (up.folder / "mlflow.log").read_text()[-2000:]
+            time.sleep(0.5)
+        assert status(address) == 401
+        assert status(address, "visionloop:guess") == 401
+        assert status(address, up.credential) == 200
+        assert up.start_pages(told=lambda _: None)["MLflow"] == address  # still the same process
+    finally:
+        assert set(up.stop(told=lambda _: None)) == {"mlflow", "evidently"}
+
+
 def test_the_demo_closes_the_loop(tmp_path: Path) -> None:
     """All of it on the embedded digits, and a second time: nothing is done twice."""
     folder = tmp_path / "demo"
