@@ -24,6 +24,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -384,7 +385,7 @@ def switching(
         offered_per_s.append(round(rate, 1))
         time.sleep(1)
         quiet.append(offered(server, port, files, rate=rate, seconds=10, seed=1000 + ten))
-        with _asked(server, port, files, rate, loads):
+        with _asked(server, port, files, rate, loads, seconds=25 if ten < 70 else 45):
             for index in order[ten : ten + 10]:
                 generation += 1
                 route = Route(release=digests[index], version=f"{index + 1}", role="champion", weight=1.0)
@@ -412,6 +413,7 @@ def switching(
         "without_a_switch": {
             "requests": sum(told["sent"] for told in quiet),
             "statuses": dict(_statuses(quiet)),
+            "broken": sum(told["broken"] + told["no_connection"] for told in quiet),
             "accepted_p99_ms": [told["accepted_ms"].get("p99") for told in quiet],
         },
         "median_s_until_it_serves": {
@@ -422,21 +424,24 @@ def switching(
 
 
 @contextlib.contextmanager
-def _asked(server: Server, port: int, files: Sequence[Path], rate: float, loads: list[dict[str, Any]]) -> Iterator[None]:
-    """A constant load for as long as the block lasts; what came of it is added to `loads`."""
+def _asked(
+    server: Server, port: int, files: Sequence[Path], rate: float, loads: list[dict[str, Any]], *, seconds: float
+) -> Iterator[None]:
+    """A constant load for as long as the block lasts, in stretches of `seconds`; what came of it is added to `loads`."""
     stop = threading.Event()
 
     def keep_asking() -> None:
         while not stop.is_set():
-            loads.append(offered(server, port, files, rate=rate, seconds=10, seed=len(loads), count_by='"release":"'))
+            loads.append(offered(server, port, files, rate=rate, seconds=seconds, seed=len(loads), count_by='"release":"'))
 
-    asking = threading.Thread(target=keep_asking)
-    asking.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        asking.join()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(keep_asking)
+        time.sleep(3)  # the first of it is under way
+        try:
+            yield
+        finally:
+            stop.set()
+            asking.result()  # a load that broke off is no load: it raises
 
 
 def _statuses(loads: Sequence[dict[str, Any]]) -> Counter[str]:

@@ -41,7 +41,9 @@ _SETTLE_S = 5.0
 _YIELD_WAIT_S = 0.04
 """A release that is loading stands still while a picture of those that are served would wait longer than this."""
 _YIELD_S, _LOAD_S = 1.0, 0.01
-"""How long it stands still at most at a time, and how long it goes on then: also under full load it comes up."""
+"""How long it stands still at most at a time, and how long it goes on then."""
+_MOST_STILL_S = 60.0
+"""How long it stands still in all: then it goes on whatever waits, so that also under full load a release comes up."""
 _MAX_FAILURES = 5
 """Batches in a row of which nothing was answered, after which the engine's process is replaced."""
 
@@ -60,7 +62,7 @@ class Limits:
     """Most pictures that wait."""
     max_wait_ms: float = 500.0
     """What an accepted picture should wait at most; it is taken while the expected wait is under `_MARGIN` of this, while
-    releases change under twice this."""
+    releases change under twice this, as far as `max_queue` allows."""
     max_pixels: int = 25_000_000
     load_timeout_s: float = 120.0
     batch_timeout_s: float = 30.0
@@ -136,7 +138,7 @@ class Deployment:
         self._blocked: OrderedDict[str, None] = OrderedDict()
         self._next_batch = 0
         self._picture_ms = 5.0
-        self._patient_until = 0.0
+        self._patient_until = -math.inf
         self._closed = False
         self._deaths = 0
         self._failures = 0
@@ -162,7 +164,7 @@ class Deployment:
     def num_waiting(self) -> int:
         return len(self._waiting) + len(self._suspects)
 
-    async def start(self, *, beside: Deployment | None = None) -> None:
+    async def start(self, *, beside: Sequence[Deployment] = ()) -> None:
         """Start the engine's process and wait until it is warm and golden; raises ReleaseRefused.
 
         Loading leaves the processors to what is served `beside` it, as far as that needs them.
@@ -170,11 +172,11 @@ class Deployment:
         await self._spawn(beside)
         self._task(self._watch())
 
-    async def _spawn(self, beside: Deployment | None = None) -> None:
+    async def _spawn(self, beside: Sequence[Deployment] = ()) -> None:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         process = subprocess.Popen(
-            [sys.executable, "-m", "serving.worker", str(theirs.fileno())],
+            [sys.executable, "-m", "serving.engine", str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -193,26 +195,24 @@ class Deployment:
             "max_pixels": self._limits.max_pixels,
         }
         link.transport.write(frame(Kind.LOAD, json.dumps(order).encode()))
-        yielding = _Yielding(process, beside) if beside is not None else None
+        yielding = _Yielding(process, beside)
         try:
             deadline = loop.time() + self._limits.load_timeout_s
             while not loading.done():
                 # What it stood still does not count: it is not the release's fault.
-                left = deadline + (yielding.stood_still_s if yielding is not None else 0.0) - loop.time()
+                left = deadline + yielding.stood_still_s - loop.time()
                 if left <= 0:
                     raise ReleaseRefused(f"the engine was not ready within {self._limits.load_timeout_s:g} s")
                 await asyncio.wait({loading}, timeout=left)
             loading.result()
+            if self._closed:
+                raise ReleaseRefused("the server is stopping")
+            self._link = link
         finally:
             self._loading = None
-            if yielding is not None:
-                yielding.end()
-            if loading.cancelled() or not loading.done() or loading.exception() is not None:
+            yielding.end()
+            if self._link is not link:
                 self._end(link)
-        if self._closed:
-            self._end(link)
-            raise ReleaseRefused("the server is stopping")
-        self._link = link
         self._pump()
 
     def _end(self, link: _Link) -> None:
@@ -231,17 +231,24 @@ class Deployment:
         flying = sum(len(jobs) for _, jobs in self._flying.values())
         return (len(self._waiting) + len(self._suspects) + flying) * self._picture_ms / 1e3
 
-    def be_patient(self, seconds: float = _SETTLE_S) -> None:
-        """Releases change from now on, or did a moment ago: better late than refused, for so long."""
-        self._patient_until = asyncio.get_running_loop().time() + seconds
+    @property
+    def behind(self) -> bool:
+        """Whether pictures wait that an idle processor could be at; an engine that is away or hangs needs none."""
+        needed = max(_YIELD_WAIT_S, (self._limits.lanes + 1) * self._picture_ms / 1e3)
+        return self.ready and self.expected_wait_s() > needed
+
+    def be_patient(self) -> None:
+        """Releases change now, or did a moment ago: better late than refused."""
+        self._patient_until = asyncio.get_running_loop().time() + _SETTLE_S
 
     @property
     def full(self) -> bool:
         """Whether one more picture would be refused."""
         if len(self._waiting) >= self._limits.max_queue:
             return True
-        changing = asyncio.get_running_loop().time() < self._patient_until
-        share = _SWITCH_PATIENCE if changing else _MARGIN
+        # Little by little back to what is usual: else all that waits at that moment would be too much at once.
+        rest = max(0.0, self._patient_until - asyncio.get_running_loop().time()) / _SETTLE_S
+        share = _MARGIN + (_SWITCH_PATIENCE - _MARGIN) * rest
         return self.expected_wait_s() * 1e3 > share * self._limits.max_wait_ms
 
     def submit(self, pictures: Sequence[tuple[Form, bytes]]) -> list[asyncio.Future[Facts | Refusal]]:
@@ -449,34 +456,48 @@ class Deployment:
 
 
 class _Yielding:
-    """Lets a process that loads a release stand still while pictures of the served one wait.
+    """Lets a process that loads a release stand still while pictures of those that are served wait.
 
     Priorities would do the same, but one that was lowered cannot be raised again without privileges.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], served: Deployment) -> None:
-        self.stood_still_s = 0.0
+    def __init__(self, process: subprocess.Popen[bytes], served: Sequence[Deployment]) -> None:
         self._process, self._served = process, served
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._loop = asyncio.get_running_loop()
+        self._stood_still_s = 0.0
+        self._stopped_at: float | None = None
+        self._task = self._loop.create_task(self._run())
+
+    @property
+    def stood_still_s(self) -> float:
+        """In all, until now."""
+        return self._stood_still_s + (self._loop.time() - self._stopped_at if self._stopped_at is not None else 0.0)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            self._served.be_patient()
+        while self._served and self._stood_still_s < _MOST_STILL_S:
+            for deployment in self._served:
+                deployment.be_patient()
             await asyncio.sleep(_LOAD_S)
-            if self._served.expected_wait_s() <= _YIELD_WAIT_S:
+            if not self._behind():
                 continue
-            stopped_at = loop.time()
+            self._stopped_at = stopped_at = self._loop.time()
             _signal(self._process, signal.SIGSTOP)
-            while self._served.expected_wait_s() > _YIELD_WAIT_S and loop.time() < stopped_at + _YIELD_S:
+            while self._behind() and self._loop.time() < stopped_at + _YIELD_S:
                 await asyncio.sleep(_LOAD_S)
-            _signal(self._process, signal.SIGCONT)
-            self.stood_still_s += loop.time() - stopped_at
+            self._go_on()
+
+    def _behind(self) -> bool:
+        return any(deployment.behind for deployment in self._served)
+
+    def _go_on(self) -> None:
+        if self._stopped_at is not None:
+            self._stood_still_s, self._stopped_at = self.stood_still_s, None
+        _signal(self._process, signal.SIGCONT)
 
     def end(self) -> None:
         """Let it go on for good."""
         self._task.cancel()
-        _signal(self._process, signal.SIGCONT)
+        self._go_on()
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class Routed:
         """Why the routes are not followed at the moment; None when they are."""
         self._store, self._state = store, state
         self._limits, self._following, self._metrics, self._plugins = limits, following, metrics, plugins
+        self.beside: Sequence[Routed] = (self,)
+        """Models of this server, this one among them: a release that loads leaves the processors to all of them."""
         self._current: Deployment | None = None
         self._standby: Deployment | None = None
         self._standby_until = 0.0
@@ -157,7 +160,7 @@ class Routed:
                 plugins=self._plugins,
             )
             try:
-                await new.start(beside=old)
+                await new.start(beside=[r.deployment for r in self.beside if r.deployment is not None])
             except BaseException:
                 await new.close()
                 raise

@@ -120,7 +120,10 @@ class _Sealer:
             self._wanted.clear()
             # In the session of the server and its engines: Linux shares the processors between sessions first, and only
             # within one does it matter that sealing is less urgent. A group of its own: a Ctrl-C is for the server.
-            done = subprocess.run(self._arguments, cwd=_CODE, check=False, stdin=subprocess.DEVNULL, process_group=0)
+            urgency = "now" if self._stopping else "at-leisure"
+            done = subprocess.run(
+                [*self._arguments, urgency], cwd=_CODE, check=False, stdin=subprocess.DEVNULL, process_group=0
+            )
             if done.returncode:
                 log("sealing failed; the journals are kept", level=logging.ERROR, status=done.returncode)
             if self._stopping and not self._wanted.is_set():
@@ -164,6 +167,8 @@ class _Server:
             )
             for model in config.models
         }
+        for routed in self._routed.values():
+            routed.beside = tuple(self._routed.values())
         self._inference = Inference(self._routed, self._journal, captures, metrics)
         http = self._http(ports)
         serving = loop.create_task(http._serve([sockets[0]]))

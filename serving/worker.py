@@ -1,4 +1,4 @@
-"""The engine's own process: decodes pictures, runs the engine, answers batches. `python -m serving.worker FD`.
+"""The engine's own process: decodes pictures, runs the engine, answers batches. serving/engine.py starts it.
 
 Untrusted bytes meet decoders here and nowhere else in the server, so whatever they do to a native library costs a restart of
 this process. It works in lanes: each takes a batch through decoding and inference on one thread and one stream of the engine
@@ -11,15 +11,12 @@ import hashlib
 import json
 import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -212,27 +209,3 @@ def serve(connection: socket.socket) -> None:
         work.put(received[1])
     # The server is gone; lanes may be in native code.
     os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """Linux: be killed when the server is, also while it has made this process stand still."""
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def main(arguments: list[str]) -> Any:
-    """Entry point of the process."""
-    _end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
-        # Meant for the server, which drains first; this process ends with the server's socket. It is in the terminal's
-        # background: what it says there must not stop it.
-        signal.signal(number, signal.SIG_IGN)
-    serve(socket.socket(fileno=int(arguments[0])))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

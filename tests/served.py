@@ -137,7 +137,7 @@ class Server:
         """Processes of engines, from the kernel's list of children."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         children = [int(pid) for pid in path.read_text().split()]
-        return [pid for pid in children if b"serving.worker" in _command(pid)]
+        return [pid for pid in children if b"serving.engine" in _command(pid)]
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 30) -> None:
         deadline = time.monotonic() + timeout_s
