@@ -48,7 +48,7 @@ def serve(
     capture_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the images whose bytes are kept.")] = 0.0,
     retain_days: Annotated[float, typer.Option(min=0, help="How long kept images stay.")] = 30.0,
     request_timeout_s: Annotated[float, typer.Option(min=0.1, help="How long a request may take to arrive.")] = 15.0,
-    load_timeout_s: Annotated[float, typer.Option(min=1, help="How long a release may take to load, at work.")] = 120.0,
+    load_timeout_s: Annotated[float, typer.Option(min=1, help="How long a release may work on being ready.")] = 120.0,
     refresh_s: Annotated[float, typer.Option(min=0.05, help="How often the routes are looked at.")] = 2.0,
     seal_s: Annotated[float, typer.Option(min=1, help="Age at which the journal becomes a segment of the log.")] = 300.0,
     workspace: InWorkspace = HERE,

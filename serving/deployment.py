@@ -207,6 +207,9 @@ class Deployment:
             loading.result()
             if self._closed:
                 raise ReleaseRefused("the server is stopping")
+            if link.transport.is_closing():
+                # After it said that it is ready: nobody would be told a second time.
+                raise ReleaseRefused("the engine's process died as soon as it was ready")
             self._link = link
         finally:
             self._loading = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,14 +47,15 @@ class Routed:
         following: Following,
         metrics: Metrics,
         plugins: Path | None,
+        served: Callable[[], Sequence[Deployment]],
     ) -> None:
         self.model = model
         self.problem: str | None = None
         """Why the routes are not followed at the moment; None when they are."""
         self._store, self._state = store, state
         self._limits, self._following, self._metrics, self._plugins = limits, following, metrics, plugins
-        self.beside: Sequence[Routed] = (self,)
-        """Models of this server, this one among them: a release that loads leaves the processors to all of them."""
+        self._served = served
+        """What this server answers with now, of every model: a release that loads leaves the processors to it."""
         self._current: Deployment | None = None
         self._standby: Deployment | None = None
         self._standby_until = 0.0
@@ -160,7 +161,7 @@ class Routed:
                 plugins=self._plugins,
             )
             try:
-                await new.start(beside=[r.deployment for r in self.beside if r.deployment is not None])
+                await new.start(beside=self._served())
             except BaseException:
                 await new.close()
                 raise

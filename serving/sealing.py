@@ -1,4 +1,4 @@
-"""The sealing process: `python -m serving.sealing JOURNALS LOG now|at-leisure`. Serving does not wait for it.
+"""The sealing process: `python -m serving.sealing JOURNALS LOG idle|low`. No answer waits for it.
 
 It steps back before it imports anything: half a second of imports at full weight is half a second of one of two cores.
 """
@@ -10,18 +10,14 @@ import os
 import signal
 import sys
 
-_MANY = 4
-"""Journals that wait; more of them, and sealing has fallen behind what is served: it takes a small share then."""
 
+def _step_back(priority: str) -> None:
+    """Give way: `low` takes a small share of a busy machine, `idle` what nobody else of the session wants.
 
-def _step_back(journals: str) -> None:
-    """Run when nobody else of the session wants a processor, and give it back at once when somebody does.
-
-    Low priority alone is not enough: a process that woke up waits until the one that runs has used up its slice.
+    Low alone is not enough beside an engine: a lane that wakes up waits until the process that runs has used up its slice.
     """
     os.nice(19)
-    waiting = sum(name.endswith(".journal") for name in os.listdir(journals)) if os.path.isdir(journals) else 0  # noqa: PTH112
-    if sys.platform == "linux" and waiting <= _MANY:
+    if priority == "idle" and sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
@@ -44,7 +40,7 @@ def main(arguments: list[str]) -> None:
 
     from serving.segments import seal_all
 
-    journals, log_url, _ = arguments
+    journals, log_url = arguments
     try:
         count = seal_all(Path(journals), log_url)
     except Exception as error:
@@ -57,8 +53,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[3] != "now":
-        _step_back(sys.argv[1])
+    _step_back(sys.argv[3])
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in the terminal's background: what it says there must not stop it
     sys.meta_path.insert(0, _NoPandas)
-    main(sys.argv[1:])
+    main(sys.argv[1:3])

@@ -24,11 +24,12 @@ from serving.app import Access, Http, HttpGate
 from serving.auth import Tokens, is_loopback
 from serving.captures import CaptureConfig, Captures
 from serving.connections import BoundedHttp
-from serving.deployment import Limits
+from serving.deployment import Deployment, Limits
 from serving.inference import Inference
 from serving.journal import Journal, JournalConfig
 from serving.metrics import Metrics, log, log_to_stderr
 from serving.routing import Following, Routed
+from serving.segments import unsealed
 
 _CODE = Path(__file__).resolve().parent.parent
 
@@ -100,10 +101,15 @@ def _bound(host: str, port: int) -> socket.socket:
     return found
 
 
+_MANY_JOURNALS = 4
+"""More of them that are not sealed, and sealing has fallen behind what is served."""
+
+
 class _Sealer:
     """Seals journals in a process of its own, one at a time, whenever there may be something to seal."""
 
     def __init__(self, journals: Path, log_url: str) -> None:
+        self._journals = journals
         self._arguments = [sys.executable, "-m", "serving.sealing", str(journals), log_url]
         self._wanted = threading.Event()
         self._stopping = False
@@ -120,9 +126,13 @@ class _Sealer:
             self._wanted.clear()
             # In the session of the server and its engines: Linux shares the processors between sessions first, and only
             # within one does it matter that sealing is less urgent. A group of its own: a Ctrl-C is for the server.
-            urgency = "now" if self._stopping else "at-leisure"
+            urgent = self._stopping or unsealed(self._journals) > _MANY_JOURNALS
             done = subprocess.run(
-                [*self._arguments, urgency], cwd=_CODE, check=False, stdin=subprocess.DEVNULL, process_group=0
+                [*self._arguments, "low" if urgent else "idle"],
+                cwd=_CODE,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                process_group=0,
             )
             if done.returncode:
                 log("sealing failed; the journals are kept", level=logging.ERROR, status=done.returncode)
@@ -140,6 +150,10 @@ class _Server:
         self._config, self._access, self._announce = config, access, announce
         self._started = time.monotonic()
         self._stop: asyncio.Event | None = None
+        self._routed: dict[str, Routed] = {}
+
+    def _served(self) -> list[Deployment]:
+        return [routed.deployment for routed in self._routed.values() if routed.deployment is not None]
 
     async def run(self, sockets: list[socket.socket], ports: list[int]) -> int:
         config = self._config
@@ -164,11 +178,10 @@ class _Server:
                 following=config.following,
                 metrics=metrics,
                 plugins=config.plugins,
+                served=self._served,
             )
             for model in config.models
         }
-        for routed in self._routed.values():
-            routed.beside = tuple(self._routed.values())
         self._inference = Inference(self._routed, self._journal, captures, metrics)
         http = self._http(ports)
         serving = loop.create_task(http._serve([sockets[0]]))

@@ -6,8 +6,10 @@ import asyncio
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +17,15 @@ from typing import Any
 
 import psutil
 import pytest
-from served import MODEL, png, publish, server, variant
+from served import MODEL, png, publish, route, server, variant
 from shapes import KINDS
 
 from components.contracts import Release, Stored
 from components.releases import ReleaseStore
-from serving.deployment import Deployment, Limits, _Yielding
+from serving.deployment import Deployment, Limits, ReleaseRefused, _Yielding
 from serving.metrics import Metrics
+from serving.routing import Following, Routed
+from serving.server import _Sealer
 
 CODE = Path(__file__).resolve().parents[2]
 
@@ -133,9 +137,140 @@ def test_the_time_that_a_release_stands_still_is_not_held_against_it(
     assert asyncio.run(act())
 
 
-def test_a_change_of_releases_makes_late_what_would_else_be_refused(
+def test_a_release_comes_up_though_pictures_never_stop_waiting(
     smoke: Stored[Release], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("serving.deployment._LOAD_S", 0.001)
+    monkeypatch.setattr("serving.deployment._YIELD_S", 0.5)
+    monkeypatch.setattr("serving.deployment._MOST_STILL_S", 3.0)
+    served: Any = Served()
+    served.behind = True
+
+    async def act() -> tuple[bool, float]:
+        made = Deployment(smoke, version="2", generation=2, limits=Limits(), metrics=Metrics(), plugins=None)
+        since = time.monotonic()
+        try:
+            await made.start(beside=[served])
+            return made.ready, time.monotonic() - since
+        finally:
+            await made.close()
+
+    ready, took_s = asyncio.run(act())
+    assert ready
+    assert took_s >= 3.0  # all that it may be made to stand still, it was
+
+
+def test_an_engine_that_dies_as_it_says_it_is_ready_does_not_serve(
+    smoke: Stored[Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = Deployment._received
+
+    def die(self: Deployment, link: Any, kind: Any, payload: bytes) -> None:
+        receive(self, link, kind, payload)
+        link.process.kill()
+        link.transport.abort()
+
+    monkeypatch.setattr(Deployment, "_received", die)
+
+    async def act() -> bool:
+        made = Deployment(smoke, version="2", generation=2, limits=Limits(), metrics=Metrics(), plugins=None)
+        try:
+            with pytest.raises(ReleaseRefused, match="died as soon as it was ready"):
+                await made.start()
+            return made.ready
+        finally:
+            await made.close()
+
+    assert asyncio.run(act()) is False
+
+
+def test_a_release_loads_beside_all_that_is_served_and_is_patient_when_it_takes_over(
+    stage: Path, smoke: Stored[Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded_beside: list[Any] = []
+
+    async def start(_: Deployment, *, beside: Any = ()) -> None:
+        loaded_beside.append(beside)
+
+    monkeypatch.setattr(Deployment, "start", start)
+    neighbour: Any = Served()
+    store = ReleaseStore(str(stage / ".visionloop" / "releases"))
+
+    async def act() -> list[float]:
+        routed = Routed(
+            MODEL,
+            store=store,
+            state=tmp_path,
+            limits=Limits(),
+            following=Following(),
+            metrics=Metrics(),
+            plugins=None,
+            served=lambda: [neighbour],
+        )
+        now = asyncio.get_running_loop().time()
+        await routed.refresh()
+        publish(store, variant(smoke, tmp_path / "next", threshold=0.93), 2, "2")
+        await routed.refresh()
+        assert routed.current.version == "2"
+        patient = [routed.current._patient_until - now]
+        monkeypatch.setattr(Deployment, "ready", True)
+        route(store, smoke.record.digest(), 3, "1")  # back to the one before, which is warm
+        assert routed._standby is not None
+        routed._standby._patient_until = -math.inf
+        await routed.refresh()
+        assert routed.current.version == "1"
+        patient.append(routed.current._patient_until - now)
+        await routed.close(drain_s=1)
+        return patient
+
+    assert min(asyncio.run(act())) >= 5.0
+    assert loaded_beside == [[neighbour], [neighbour]]
+
+
+def test_sealing_gives_way_and_takes_a_share_only_when_it_has_fallen_behind_or_the_server_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    done = threading.Event()
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        calls.append(command[-1])
+        done.set()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("serving.server.subprocess.run", run)
+    sealer = _Sealer(tmp_path, "log")
+
+    def sealed() -> str:
+        done.clear()
+        sealer.wake()
+        assert done.wait(10)
+        return calls[-1]
+
+    try:
+        for number in range(4):
+            (tmp_path / f"{number}.journal").touch()
+        assert sealed() == "idle"
+        (tmp_path / "4.journal").touch()
+        assert sealed() == "low"
+        (tmp_path / "4.journal").unlink()
+        assert sealed() == "idle"
+    finally:
+        sealer.close(10)
+    assert calls[-1] == "low"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other kernels have no idle class")
+def test_sealing_is_of_the_idle_class_when_it_gives_way() -> None:
+    code = (
+        "import os, sys; from serving.sealing import _step_back; _step_back(sys.argv[1]);"
+        "print(os.sched_getscheduler(0) == os.SCHED_IDLE, os.nice(0))"
+    )
+    told = [subprocess.check_output([sys.executable, "-c", code, how], cwd=CODE, text=True) for how in ("idle", "low")]
+    assert told == ["True 19\n", "False 19\n"]
+
+
+def test_a_change_of_releases_makes_late_what_would_else_be_refused(smoke: Stored[Release]) -> None:
     """The bound on waiting is doubled while releases change, comes back little by little, and there is one all the same."""
 
     async def act() -> list[tuple[bool, bool, bool, bool]]:
@@ -206,10 +341,17 @@ time.sleep(60)
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel ends a child with its parent on Linux alone")
+def test_an_engine_whose_server_is_gone_already_does_not_begin() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-m", "serving.engine", str(theirs.fileno()), str(os.getppid())]
+        done = subprocess.run(command, pass_fds=[theirs.fileno()], cwd=CODE, timeout=30, check=False)
+    assert done.returncode == 1
+
+
 def test_a_release_comes_up_under_full_load(stage: Path, smoke: Stored[Release], tmp_path: Path) -> None:
     """With the queue never empty the next release takes over all the same."""
-    import threading
-
     store = ReleaseStore(str(stage / ".visionloop" / "releases"))
     stop = threading.Event()
     statuses: list[int] = []
