@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -314,31 +315,41 @@ def test_only_an_engine_that_works_can_be_behind(smoke: Stored[Release]) -> None
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel ends a child with its parent on Linux alone")
-def test_an_engine_that_stands_still_ends_with_its_server() -> None:
+def test_an_engine_that_hears_of_nothing_ends_with_its_server() -> None:
     code = """
-import os, signal, socket, subprocess, sys, time
-ours, theirs = socket.socketpair()
-command = [sys.executable, "-m", "serving.engine", str(theirs.fileno()), str(os.getpid())]
-child = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0)
-time.sleep(2)
-os.kill(child.pid, signal.SIGSTOP)
-print(child.pid, flush=True)
+import os, signal, subprocess, sys, time
+theirs = int(sys.argv[1])
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+command = [sys.executable, "-m", "serving.engine", str(theirs), str(os.getpid())]
+print(subprocess.Popen(command, pass_fds=[theirs], process_group=0).pid, flush=True)
 time.sleep(60)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=CODE, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    deadline = time.monotonic() + 10
-    while psutil.Process(child).status() != psutil.STATUS_STOPPED:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
-    parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    ours, theirs = socket.socketpair()  # our end stays open: the engine never reads that nobody is there
+    with ours, theirs:
+        command = [sys.executable, "-c", code, str(theirs.fileno())]
+        parent = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=CODE, stdout=subprocess.PIPE, text=True)
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        deadline = time.monotonic() + 30
+        while not _ignores(child.pid, signal.SIGTTOU):  # what it does once it is bound to its server
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        deadline = time.monotonic() + 10
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while child.status() != psutil.STATUS_ZOMBIE:
+                if time.monotonic() > deadline:
+                    child.kill()
+                    pytest.fail("the engine outlived its server")
+                time.sleep(0.05)
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line for line in status.splitlines() if line.startswith("SigIgn:")).split()[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel ends a child with its parent on Linux alone")
