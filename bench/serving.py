@@ -36,6 +36,7 @@ from PIL import Image
 from bench.peers.answering import Answering
 from components.contracts import Route, Routes, Stored
 from components.releases import ReleaseStore
+from flows.standing import give_way
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-bench"
@@ -358,6 +359,24 @@ def overload(
     return told
 
 
+def beside_training(server: Server, port: int, files: Sequence[Path], peak: float) -> dict[str, Any]:
+    """60 % of the peak alone, beside a process that computes without pause as the worker of `visionloop up` does, and beside
+    one that does not give way."""
+    busy = "import torch\ntorch.set_num_threads(2)\na = torch.randn(600, 600)\nwhile True: a = a @ a / a.norm()\n"
+    found = {"alone": offered(server, port, files, rate=peak * 0.6, seconds=12)}
+    for name in ("gives way", "does not"):
+        process = subprocess.Popen([sys.executable, "-c", busy], start_new_session=True)
+        try:
+            if name == "gives way":
+                give_way(process.pid)
+            time.sleep(5)  # imports
+            found[name] = offered(server, port, files, rate=peak * 0.6, seconds=12)
+        finally:
+            process.kill()
+            process.wait()
+    return found
+
+
 def switching(
     server: Server, port: int, files: Sequence[Path], top: float, workspace: Path, model: str, scratch: Path
 ) -> dict[str, Any]:
@@ -496,6 +515,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
                     peak = offered(server, port, files, rate=top * 1.3, seconds=10)
                     details["goodput"] = peak
                     details["overload"] = overload(server, port, files, peak["goodput_per_s"], process)
+                    details["beside_training"] = beside_training(server, port, files, peak["goodput_per_s"])
                     details["switching"] = switching(server, port, files, top, workspace, model, scratch)
             say(f"  {label}: {rate:.0f}/s within p99 {BOUND_MS:g} ms ({details[label]})")
         except (RuntimeError, subprocess.CalledProcessError) as error:

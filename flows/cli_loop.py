@@ -81,12 +81,15 @@ def watch(
 
 
 def _shown_windows(found: dict[str, Any]) -> str:
+    from flows.watching import PAGE, TO_LABEL
+
     lines = []
     for told in found["windows"]:
         lines.append(_line(told))
         lines += [f"    {reason}" for reason in told["reasons"]]
         if told["status"] == "drift":
-            lines += [f"    page    {told['folder']}/report.html", f"    label   {told['folder']}/to-label.csv"]
+            kept = {"page": Path(told["folder"], PAGE), "label": Path(told["folder"], TO_LABEL)}
+            lines += [f"    {name:7} {path}" for name, path in kept.items() if path.is_file()]
     lines += [f"alarm {alarm}" for alarm in found["alarms"]]
     lines += [f"training of {run['key']} started: flow run {run['flow_run']}" for run in found["started"]]
     return "\n".join(lines) or f"{found['model']}: no window has ended since it has a champion"
@@ -382,7 +385,7 @@ def up(
     """Start what the loop needs on this machine.
 
     A Prefect server with a credential of its own, deployments, schedules, automations, and a worker. Running it again starts
-    what is missing and changes nothing else.
+    what is missing, brings the deployments up to date, and takes up trainings that were stopped.
     """
 
     def action() -> None:
@@ -460,7 +463,9 @@ def status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
 
 def _shown_status(answer: dict[str, Any]) -> str:
     lines = []
-    for name in ("server", "worker"):
+    if answer["team"]:
+        lines.append(f"server    {answer['team']}, which PREFECT_API_URL names")
+    for name in ("server", "worker") if not answer["team"] else ():
         running = answer[name]
         lines.append(f"{name:9} " + (f"runs (pid {running['pid']}, {running['api']})" if running else "does not run"))
     for model, facts in answer["models"].items():
@@ -482,7 +487,7 @@ def _shown_status(answer: dict[str, Any]) -> str:
 
 
 def down(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
-    """Stop what `visionloop up` started. A training that runs is stopped too; the next `up` takes it up again."""
+    """Stop what `visionloop up` started. A training that runs is stopped too; the next `up` or watch takes it up again."""
 
     def action() -> None:
         from flows.run import Workspace

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -21,7 +22,11 @@ HEARTBEAT_S = 30
 
 
 def deploy(loop: Loop) -> list[str]:
-    """The deployments of one model; returns their names. Raises what Prefect's client raises."""
+    """The deployments of one model; returns their names. Raises what Prefect's client raises.
+
+    A schedule that a person paused in Prefect stays paused; one that the loop no longer has goes.
+    """
+    from prefect.client.orchestration import get_client
     from prefect.schedules import Cron, Interval
     from prefect.types.entrypoint import EntrypointType
 
@@ -56,17 +61,36 @@ def deploy(loop: Loop) -> list[str]:
         (promote, "promote", own | {"model": model}, []),
     ]
     for flow, name, parameters, schedules in planned:
+        there = _schedules(f"{name}/{model}")
+        active = {schedule.slug: schedule.active for schedule in there}
         deployment = flow.to_deployment(
             name=model,
             parameters=parameters,
-            schedules=schedules,
+            schedules=[dataclasses.replace(planned, active=active.get(planned.slug, True)) for planned in schedules],
             tags=["visionloop"],
             work_pool_name=POOL,
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
-        deployment.apply()
+        made = deployment.apply()
+        # Prefect takes an empty list of schedules for "as they are".
+        with get_client(sync_client=True) as client:
+            for schedule in there:
+                if schedule.slug not in {planned.slug for planned in schedules}:
+                    client.delete_deployment_schedule(made, schedule.id)
         found.append(f"{name}/{model}")
     return found
+
+
+def _schedules(deployment: str) -> list[Any]:
+    """The schedules that a deployment has on the server; none when it is not there yet."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        try:
+            return list(client.read_deployment_by_name(deployment).schedules)
+        except ObjectNotFound:
+            return []
 
 
 def make_pool() -> None:

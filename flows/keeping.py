@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from components.contracts import ConfigError, DriftVerdict, VisionloopError
-from flows.alarming import pending
+from flows.alarming import pending, sweep
 from flows.looping import Loop, configured
 from flows.settings import read_settings
 from flows.standing import Standing, Up, healthy
@@ -50,7 +50,7 @@ def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
 
 
 def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> dict[str, Any]:
-    """Server, pool, deployments, automations, worker; what is there already stays as it is."""
+    """Server, pool, deployments, automations, worker; a training that was stopped is taken up again."""
     models = models_of(up, named)
     # A loop that is not valid should be said before anything is started.
     loops = [Loop(up.workspace, read_settings(up.workspace.state), model) for model in models]
@@ -59,6 +59,9 @@ def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> di
 
     found = _deployed(loops, told)
     worker = up.start_worker(server, POOL, told=told)
+    for loop in loops:
+        for started in sweep(loop, told=told):
+            told(f"{loop.model}: the training of {started.key} is taken up again (flow run {started.flow_run_id})")
     return {
         "server": _process(server),
         "worker": _process(worker),
@@ -75,14 +78,18 @@ def _process(standing: Standing | None) -> dict[str, Any] | None:
 def state_of(up: Up) -> dict[str, Any]:
     """Everything a person wants to know at one look."""
     server, worker = up.process("server"), up.process("worker")
-    problems = []
-    answers = server is not None and healthy(server.api, up.credential)
-    if server is None:
-        problems.append("the Prefect server does not run: visionloop up")
-    elif not answers:
-        problems.append(f"the Prefect server does not answer; its log is {up.folder / 'server.log'}")
-    if worker is None:
-        problems.append("no worker runs here, so nothing that is scheduled happens: visionloop up")
+    team = read_settings(up.workspace.state).prefect_api_url
+    if team and (server is None or team != server.api):
+        answers, problems = _of_a_team(team)
+    else:
+        team = ""
+        answers, problems = server is not None and healthy(server.api, up.credential), []
+        if server is None:
+            problems.append("the Prefect server does not run: visionloop up")
+        elif not answers:
+            problems.append(f"the Prefect server does not answer; its log is {up.folder / 'server.log'}")
+        if worker is None:
+            problems.append("no worker runs here, so nothing that is scheduled happens: visionloop up")
     models: dict[str, Any] = {}
     for model in models_of(up, []):
         try:
@@ -91,7 +98,31 @@ def state_of(up: Up) -> dict[str, Any]:
                 problems.append(f"{model}: {models[model]['unwatched']}")
         except VisionloopError as error:
             problems.append(f"{model}: {error}")
-    return {"server": _process(server), "worker": _process(worker), "models": models, "problems": problems}
+    return {"server": _process(server), "worker": _process(worker), "team": team, "models": models, "problems": problems}
+
+
+def _of_a_team(api: str) -> tuple[bool, list[str]]:
+    """Whether a server that others keep answers, and what is missing there."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    from flows.deploying import POOL
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.read_work_pool(POOL)
+            workers = client.read_workers_for_work_pool(POOL)
+    except ObjectNotFound:
+        return True, [f"the Prefect server {api} has no work pool {POOL!r}: visionloop deploy"]
+    except Exception as error:
+        # httpx and Prefect raise many things for a server that is away, or wants another credential.
+        why = str(error).splitlines()[0][:160] if str(error) else ""
+        named = f"the Prefect server {api}, which PREFECT_API_URL names"
+        return False, [f"{named}, does not answer ({type(error).__name__}: {why})"]
+    if not any(getattr(worker.status, "value", worker.status) == "ONLINE" for worker in workers):
+        nobody = f"no worker of the pool {POOL!r} is online on {api}, so nothing that is scheduled happens"
+        return True, [f"{nobody}: prefect worker start --pool {POOL}"]
+    return True, []
 
 
 def _model(up: Up, model: str, *, answers: bool) -> dict[str, Any]:

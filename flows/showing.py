@@ -36,6 +36,7 @@ from components import plugins
 from components.contracts import VisionloopError
 from components.store import write_atomically
 from components.tasks.classification import wilson
+from flows.alarming import sweep
 from flows.deciding import desk
 from flows.demo import MODEL, commit
 from flows.evidence import estimate_json
@@ -383,7 +384,11 @@ class Show:
                     if run["state"] == "Completed":
                         return run
             dead = [run for run in runs if run["state"] in ("Failed", "Crashed")]
-            _expect(not dead, "the training run failed", [dead[:1], _tail(self._worker_log)])
+            if dead and all(run["final"] for run in runs):
+                # Stopped with its worker, when the demo was: taken up again as every watch would do it.
+                over = len(dead) > 2 or (bool(granted) and granted[0].state == "finished")
+                _expect(not over, "the training run failed", [dead[:1], _tail(self._worker_log)])
+                sweep(self.loop, told=self._told)
             _expect(
                 time.monotonic() < deadline, f"the retraining did not end within {_RETRAIN_S:g} s", _tail(self._worker_log)
             )

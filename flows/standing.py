@@ -22,6 +22,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
@@ -143,6 +144,7 @@ class Up:
         # A training, and a watch or a promotion beside it; what is late waits its turn.
         command += ["--limit", "2", "--name", f"visionloop-{socket.gethostname()}"]
         started = self._spawn("worker", command, own, server.api)
+        give_way(started.pid)
         told(f"starting a worker (pid {started.pid}, log {self.folder / 'worker.log'})")
         return started
 
@@ -250,6 +252,15 @@ class Up:
                 ended.append(name)
             (self.folder / f"{name}.json").unlink(missing_ok=True)
         return ended
+
+
+def give_way(pid: int) -> None:
+    """Answers to people come before trainings and watches: a lower priority, which what the process starts inherits."""
+    with contextlib.suppress(psutil.Error, OSError):
+        psutil.Process(pid).nice(10)
+    # Linux shares the processors between sessions first (sched_autogroup), so the worker's own session has to give way too.
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text("10")
 
 
 def _end(running: Standing, told: Told) -> None:

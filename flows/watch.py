@@ -10,11 +10,13 @@ from typing import Any
 from prefect import flow, task
 from prefect.states import Completed
 
-from components.contracts import VisionloopError
+from components.contracts import RegistryUnavailable, VisionloopError
 from flows.alarming import Started, announce, sweep
 from flows.governing import overdue
 from flows.looping import Loop
 from flows.notifications import notify
+from flows.run import Workspace
+from flows.settings import read_settings
 from flows.steps import REGISTRY_POLICY
 from flows.watching import Judged, Stretch, Told, expect_reigning, judge_window, open_loop, prune, stretches
 from monitoring.drift import as_json
@@ -57,7 +59,12 @@ def watch(
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
-    loop = open_loop(Path(workspace), model)
+    try:
+        loop = open_loop(Path(workspace), model)
+    except RegistryUnavailable as error:
+        settings = read_settings(Workspace.find(Path(workspace)).state)
+        notify(settings, "unwatched", model or "a model", {"by": "visionloop watch", "reason": str(error)}, told=told)
+        raise
     now = datetime.datetime.now(datetime.UTC)
     scheduled = minutes is None and since is None and until is None
     if scheduled and (why := overdue(datetime.timedelta(minutes=loop.config.every_minutes))):
@@ -78,9 +85,13 @@ def watch(
         if judged.problem:
             told(f"note: {judged.problem}")
         found.append(judged)
-    started = sweeping(loop, told, None)
+    started: list[Started] = []
+    try:
+        started = sweeping(loop, told, None)
+    except VisionloopError as error:
+        problems.append(error)
     if problems:
-        facts = {"by": "visionloop watch", "reason": f"{len(problems)} windows could not be judged: {problems[-1]}"}
+        facts = {"by": "visionloop watch", "reason": f"{len(problems)} problems, the last: {problems[-1]}"}
         notify(loop.settings, "unwatched", loop.model, facts, told=told)
         raise problems[-1]
     expect_reigning(loop, found)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.contracts import ConfigError, DriftVerdict, MonitoringError, Release, Stored, StoreError
+from components.contracts import ConfigError, DriftVerdict, MonitoringError, Release, Sample, Stored, StoreError
 from components.releases import ReleaseStore
 from components.store import explained, seal, unseal, write_atomically
 from flows.deciding import desk
@@ -180,14 +180,22 @@ def _judge(loop: Loop, window: Window, release: Stored[Release], name: str, fold
         _write_rows(window, folder / ROWS)
         if verdict.status == "drift":
             _write_to_label(loop, reference, window, folder / TO_LABEL)
-        problem = _keep_report(loop, measured, verdict, name, folder) if measured is not None else ""
+        problem = _keep_report(loop, (reference, window), measured, verdict, name, folder)
         write_atomically(folder / VERDICT, seal(verdict.to_json()))
     return Judged(name, verdict, folder, True, alarm, problem)
 
 
-def _keep_report(loop: Loop, measured: Measured, verdict: DriftVerdict, name: str, folder: Path) -> str:
+def _keep_report(
+    loop: Loop, compared: tuple[Sample, Window], measured: Measured | None, verdict: DriftVerdict, name: str, folder: Path
+) -> str:
     """Evidently's page and history: for people, never needed for the verdict; returns what went wrong."""
+    from monitoring.drift import picture
+
     try:
+        if measured is None and verdict.status == "drift":
+            measured = picture(*compared)
+        if measured is None:
+            return ""
         if verdict.status == "drift":
             measured.save_page(folder / PAGE)
         measured.keep(evidently_workspace(loop.workspace), loop.model, name, [verdict.status, verdict.diagnosis])

@@ -120,9 +120,7 @@ def judge(
         small = f"the reference holds {len(reference)} images, at least {policy.min_reference} are needed: add test images"
         return verdict("inconclusive", [small, *holes]), None
     members: list[Detector] = [plugins.load("detectors", c.detector, dict(c.settings)) for c in policy.detectors]
-    methods = {column: method for member in members for column, method in member.columns.items()}
-    at = datetime.datetime.fromisoformat(facts.until)
-    measured = measure(reference, window.sample, methods, name=f"{facts.model} {facts.since}", at=at) if methods else None
+    measured = _measured(reference, window, members)
     values = measured.values if measured is not None else {}
     seed = int(sha256_text(f"{reference_sha256}/{facts.content}")[:12], 16)
     shifts = [
@@ -138,6 +136,22 @@ def judge(
         reasons = [f"{shift.detector}: {shift.message}" for shift in unsure]
         return verdict("inconclusive", [*reasons, *holes], shifts), measured
     return verdict("pass", ["every detector is quiet, and would have shown what matters"], shifts), measured
+
+
+def _measured(reference: Sample, window: Window, members: Sequence[Detector]) -> Measured | None:
+    facts = window.facts
+    methods = {column: method for member in members for column, method in member.columns.items()}
+    at = datetime.datetime.fromisoformat(facts.until)
+    return measure(reference, window.sample, methods, name=f"{facts.model} {facts.since}", at=at) if methods else None
+
+
+def picture(reference: Sample, window: Window) -> Measured | None:
+    """Evidently's report of every column, for a person: where the verdict needed none of them.
+
+    Raises what Evidently raises.
+    """
+    columns = ("image_statistics", "confidence", "predicted_classes")
+    return _measured(reference, window, [plugins.load("detectors", name, {}) for name in columns])
 
 
 def _holes(facts: WindowFacts, policy: DriftPolicy) -> list[str]:

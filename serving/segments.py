@@ -255,6 +255,7 @@ def read_stretch(
         table = _between(table, model, since, until)
         tables.append(table.select(list(columns)) if columns is not None else table)
         gaps += [gap for gap in told if gap["until"]]
+    problems += [f"{path.name} cannot be read as a journal" for path in _set_aside(journals, since, until)]
     for name in _manifests(objects, since, until, late):
         try:
             segment = _segment(objects, name)
@@ -283,6 +284,26 @@ def _latest(table: pa.Table) -> datetime.datetime:
     import pyarrow.compute as pc
 
     found: datetime.datetime = pc.max(table["ingest_at"]).as_py()
+    return found
+
+
+def _set_aside(journals: Path | None, since: datetime.datetime, until: datetime.datetime) -> list[Path]:
+    """Journals that nobody can read, of which predictions of this time may be missing.
+
+    Such a file was written until it was last changed, and from the moment that its name begins with.
+    """
+    found = []
+    for path in sorted(journals.glob(f"*{DAMAGED}")) if journals is not None and journals.is_dir() else []:
+        try:
+            changed = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+        except FileNotFoundError:
+            continue  # looked at, and removed
+        try:
+            begun = datetime.datetime.strptime(path.name.split("-")[0], "%Y%m%dT%H%M%S").replace(tzinfo=datetime.UTC)
+        except ValueError:
+            begun = changed
+        if begun < until and changed >= since:
+            found.append(path)
     return found
 
 

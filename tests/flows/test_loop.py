@@ -80,6 +80,17 @@ def test_deploying_again_changes_nothing(deployed: Path) -> None:
     assert [slug for slug, _ in before[0]["train"][1]] == ["nightly"]
     assert [slug for slug, _ in before[0]["watch"][1]] == ["every-window"]
     assert len(before[1]) == 2
+    # A schedule that a person paused stays paused; one that the loop no longer has goes, and comes back.
+    with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name(f"train/{MODEL}")
+        client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=False)
+    deploy(loop)
+    assert state()[0]["train"][1] == [("nightly", False)]
+    loop.config = loop.config.model_copy(update={"nightly": None})
+    deploy(loop)
+    assert state()[0]["train"][1] == []
+    deploy(loop_of(deployed))
+    assert state()[0]["train"][1] == [("nightly", True)]
     # Made twice by somebody, it is made single again; one that a person switched off stays off.
     drift: Any = Automation.read(name=f"visionloop: drift retrains {MODEL}")
     drift.id = None
@@ -299,12 +310,14 @@ def test_what_the_governor_said_is_shown(deployed: Path) -> None:
     assert "drift:shapes:" in alarms
 
 
-def test_status_without_processes_says_what_is_missing(deployed: Path) -> None:
+def test_status_without_processes_says_what_is_missing(deployed: Path, prefect_server: str) -> None:
     done = visionloop("status", "--json", cwd=deployed)
     assert done.returncode == 1
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["models"][MODEL]["champion"] == "1"
-    assert any("no worker runs here" in problem for problem in found["problems"])
+    assert found["team"] == prefect_server
+    assert any("no worker of the pool 'visionloop' is online" in problem for problem in found["problems"])
+    assert f"server    {prefect_server}, which PREFECT_API_URL names" in visionloop("status", cwd=deployed).stdout
     assert visionloop("down", cwd=deployed).stdout.strip() == "Stopped: nothing ran."
 
 
@@ -373,6 +386,37 @@ def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
     assert standing(workspace.state) == {}
     assert (up.folder / "auth").stat().st_mode & 0o777 == 0o600
     assert up.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_trains_gives_way_to_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+
+    import psutil
+
+    from flows import standing
+    from flows.run import Workspace
+    from flows.settings import read_settings
+
+    workspace = Workspace.create(tmp_path / "workspace")
+    up = standing.Up(workspace, read_settings(workspace.state))
+    spawn = subprocess.Popen
+    made: list[Any] = []
+
+    def sleeper(_: Any, **options: Any) -> Any:
+        made.append(spawn([sys.executable, "-c", "import time; time.sleep(60)"], **options))
+        return made[-1]
+
+    monkeypatch.setattr("flows.standing.subprocess.Popen", sleeper)
+    server = standing.Standing("server", os.getpid(), "http://127.0.0.1:9/api")
+    worker = up.start_worker(server, "pool", told=lambda _: None)
+    try:
+        assert psutil.Process(worker.pid).nice() == 10
+        group = Path(f"/proc/{worker.pid}/autogroup")  # kernels without it have no sessions that compete
+        assert not group.exists() or group.read_text().strip().endswith("nice 10")
+    finally:
+        made[0].kill()
+        made[0].wait()
 
 
 def test_a_process_is_known_by_its_beginning(tmp_path: Path) -> None:

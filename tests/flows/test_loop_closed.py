@@ -113,6 +113,7 @@ def test_an_alarm_trains_once_and_a_killed_training_is_taken_up_once(up: Path) -
     assert status["problems"] == []
     # Prefect's scheduler makes the next runs once a minute.
     wait_for(lambda: {"train", "watch"} <= set(command("status", cwd=up)["models"][MODEL]["scheduled"]), "a schedule", up)
+    assert psutil.Process(status["worker"]["pid"]).nice() == 10
     # The server asks for its credential.
     port = int(status["server"]["api"].split(":")[2].split("/")[0])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)

@@ -16,6 +16,8 @@ from shapes import visionloop
 from flows.notifications import notify
 from flows.settings import Settings
 
+LENIENT = "[{gate: accuracy, settings: {floor: 0.6}}, {gate: no_regression, settings: {margin: 0.3}}]"
+
 
 @pytest.fixture(scope="module")
 def decided(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -139,8 +141,7 @@ def test_an_alias_moved_by_hand_is_reported_and_repaired(decided: Path) -> None:
 
 def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     """The same recipe again: all from the store, but the evidence is new, for it names the champion."""
-    gates = "[{gate: accuracy, settings: {floor: 0.6}}, {gate: no_regression, settings: {margin: 0.3}}]"
-    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={gates}", "--json", cwd=decided)
+    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", "--json", cwd=decided)
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert summary["version"] == "2", summary["reasons"]
     assert summary["seconds"]["training"]["cached"]
@@ -201,6 +202,28 @@ def test_people_are_told(inbox: Any, waiting: Path) -> None:
     done = visionloop("approve", "1", "--as", "ann", "--reason", "good", cwd=waiting, VISIONLOOP_NOTIFY=url)
     assert done.returncode == 0
     assert received[0]["message"] == "shapes version 1 was approved by ann: good"
+
+
+def test_people_are_told_of_every_step(inbox: Any, waiting: Path) -> None:
+    url, received = inbox
+    for arguments in (
+        ["approve", "1", "--as", "ann", "--reason", "good"],
+        ["promote", "1"],
+        ["train", "-r", "smoke", "--set", f"gating.gates={LENIENT}"],  # compared with a champion now: another version
+        ["approve", "2", "--as", "ann", "--reason", "equal"],
+        ["promote", "2"],
+        ["rollback", "--as", "bob", "--reason", "complaints"],
+    ):
+        done = visionloop(*arguments, cwd=waiting, VISIONLOOP_NOTIFY=url)
+        assert done.returncode == 0, done.stderr
+    assert [str(message["message"]).partition(" by ")[0] for message in received] == [
+        "shapes version 1 was approved",
+        "shapes version 1 is champion now, promoted",
+        "shapes version 2 waits for approval, requested",
+        "shapes version 2 was approved",
+        "shapes version 2 is champion now, promoted",
+        "shapes version 1 is champion again, rolled back",
+    ]
 
 
 def test_a_destination_that_is_down_costs_a_line_and_tells_no_secret(inbox: Any) -> None:

@@ -14,14 +14,17 @@ from failpoints import Died, Failpoints
 from looped import MODEL, champion, loop_of, now, predict, promoted
 from shapes import visionloop
 
+from components.contracts import RegistryUnavailable
 from components.objects import open_objects
 from components.store import seal, unseal
 from flows import alarming, watching
 from flows.alarming import announce
 from flows.deciding import desk
+from flows.watch import watch as watch_flow
 from monitoring import outbox as outbox_module
 from monitoring.evidently_report import Measured
 from monitoring.outbox import Outbox
+from serving.segments import read_stretch, seal_all
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,17 @@ def test_drift_is_an_alarm_with_its_evidence(root: Path) -> None:
     assert late["alarms"] == []
     assert [a["alarm"] for a in told("alarms", cwd=root)["alarms"]] == [alarm]
     assert "visionloop up" in late["stderr"] or told("sweep", cwd=root)["started"] == []
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_camera_that_is_stuck_is_an_alarm_with_a_page(root: Path) -> None:
+    since = now()
+    predict(root, 120, image_sha256="ab" * 32)
+    done = visionloop("watch", "--since", since, cwd=root)
+    assert done.returncode == 1
+    assert "120 predictions are about 1 images" in done.stdout
+    (page,) = [line.split()[-1] for line in done.stdout.splitlines() if line.strip().startswith("page ")]
+    assert "<html" in Path(page).read_text()[:2000]
 
 
 @pytest.mark.usefixtures("alone")
@@ -239,6 +253,46 @@ def test_a_reference_that_is_gone_is_no_pass_and_hides_no_other_window(root: Pat
     assert swept == [1]  # what waits is started all the same
 
 
+@pytest.mark.parametrize("where", ["flows.watch.sweep", "flows.watch.open_loop"])
+def test_people_are_told_when_the_loop_s_database_is_away(root: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told_of: list[Any] = []
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise RegistryUnavailable("the loop's database does not answer")
+
+    monkeypatch.setattr(where, away)
+    monkeypatch.setattr("flows.watch.notify", lambda *facts, **_: told_of.append(facts))
+    call: Any = watch_flow
+    with pytest.raises(RegistryUnavailable):
+        call(MODEL, str(root))
+    ((_, event, model, facts),) = told_of
+    assert (event, model) == ("unwatched", MODEL)
+    assert "the loop's database does not answer" in facts["reason"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_journal_that_nobody_can_read_is_no_pass_before_and_after_it_is_set_aside(root: Path) -> None:
+    since = now()
+    predict(root, 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("looped.seal_all", lambda *_: 0)
+        predict(root, 100, name="open")
+    (journal,) = (root / ".visionloop" / "serving" / "journal").glob("*.journal")
+    journal.write_bytes(b"\0" * 8 + journal.read_bytes()[8:])
+    for _ in range(2):
+        window = watch(root, since)["window"]
+        assert window["status"] == "inconclusive"
+        assert any("cannot be read as a journal" in reason for reason in window["reasons"])
+        seal_all(journal.parent, str(root / ".visionloop" / "predictions"))
+    assert not journal.exists()
+    # It says nothing about another time.
+    hour = datetime.timedelta(hours=1)
+    ended = datetime.datetime.fromisoformat(since) - hour
+    log, folder = str(root / ".visionloop" / "predictions"), journal.parent
+    assert read_stretch(log, folder, model=MODEL, since=ended - hour, until=ended).problems == ()
+    assert read_stretch(log, folder, model=MODEL, since=ended + 2 * hour, until=ended + 3 * hour).problems == ()
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_damaged_journal_is_no_pass(root: Path) -> None:
     """Damage in the middle: the rows around it are read, and nobody can say how many were lost."""
@@ -255,8 +309,6 @@ def test_a_damaged_journal_is_no_pass(root: Path) -> None:
         window = watch(root, since)["window"]
         assert window["status"] == "inconclusive"
         assert any("damaged at byte" in reason for reason in window["reasons"])
-        from serving.segments import seal_all
-
         seal_all(journal.parent, str(root / ".visionloop" / "predictions"))
 
 
