@@ -43,7 +43,7 @@ class Result:
             found = np.percentile(values, [50, 90, 99])
             return {name: round(float(value), 2) for name, value in zip(("p50", "p90", "p99"), found, strict=True)}
 
-        good = len(self.accepted_ms)
+        good = sum(at <= self.seconds for at in self.finished_at)  # not what was still queued when the load ended
         return {
             "offered_per_s": round(self.rate, 1),
             "seconds": self.seconds,

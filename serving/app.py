@@ -181,6 +181,7 @@ class Http:
             exception_handlers={HTTPException: _http_exception},
         )
         # Public files of a package, the same on every server: they need no token.
+        application.router.redirect_slashes = False  # an answer, never a redirect to what the client says its host is
         application.mount("/docs/assets", StaticFiles(directory=assets))
         return application
 

@@ -297,7 +297,9 @@ class Deployment:
         window = self._limits.lanes + 1
         while self._waiting and len(self._flying) < window:
             free = window - len(self._flying)
-            size = min(self._limits.max_batch, math.ceil(len(self._waiting) / free))
+            # Who waits for fuller batches gets them; else no lane is left idle.
+            share = len(self._waiting) if self._limits.batch_delay_ms else math.ceil(len(self._waiting) / free)
+            size = min(self._limits.max_batch, share)
             wait = self._waiting[0].queued_at + self._limits.batch_delay_ms / 1e3 - now
             if wait > 0 and len(self._waiting) < self._limits.max_batch:
                 if self._delay is None:

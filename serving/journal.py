@@ -287,17 +287,18 @@ class Journal:
         synced = 0
         while not self._stopping:
             time.sleep(self.config.sync_s)
-            with self._sync_lock:
-                if self._file is None or self._size == synced:
-                    continue
-                synced = self._size
-                descriptor = os.dup(self._file)
             try:
-                os.fdatasync(descriptor)
+                with self._sync_lock:
+                    if self._file is None or self._size == synced:
+                        continue
+                    size, descriptor = self._size, os.dup(self._file)
+                try:
+                    os.fdatasync(descriptor)
+                finally:
+                    os.close(descriptor)
+                synced = size
             except OSError as error:
                 log("journal cannot be synced", level=logging.ERROR, problem=str(error))
-            finally:
-                os.close(descriptor)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Write what is queued and release the file; call when no answer is under way any more."""

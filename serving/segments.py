@@ -255,7 +255,7 @@ def read_stretch(
         table = _between(table, model, since, until)
         tables.append(table.select(list(columns)) if columns is not None else table)
         gaps += [gap for gap in told if gap["until"]]
-    problems += [f"{path.name} cannot be read as a journal" for path in _set_aside(journals, since, until)]
+    problems += [f"{aside.name} cannot be read as a journal" for aside in _set_aside(journals, since, until)]
     for name in _manifests(objects, since, until, late):
         try:
             segment = _segment(objects, name)
@@ -332,6 +332,19 @@ def _overlaps(segment: Segment, since: datetime.datetime, until: datetime.dateti
     return datetime.datetime.fromisoformat(segment.first) < until and datetime.datetime.fromisoformat(segment.last) >= since
 
 
+def _told_of(
+    gap: dict[str, Any], segment: Segment, since: datetime.datetime | None, until: datetime.datetime | None
+) -> bool:
+    """Whether what was lost may belong to [since, until); of which model it was, nobody knows."""
+    if gap["until"]:
+        begun, ended = (datetime.datetime.fromtimestamp(gap[name], datetime.UTC) for name in ("since", "until"))
+    elif segment.first:
+        begun, ended = datetime.datetime.fromisoformat(segment.first), datetime.datetime.fromisoformat(segment.last)
+    else:
+        return True
+    return (until is None or begun < until) and (since is None or ended >= since)
+
+
 def _between(
     table: pa.Table, model: str | None, since: datetime.datetime | None, until: datetime.datetime | None
 ) -> pa.Table:
@@ -398,7 +411,8 @@ def export(
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
-    lost = sum(gap["gap"] for segment in segments(open_objects(log_url)) for gap in segment.gaps)
+    found = segments(open_objects(log_url))
+    lost = sum(gap["gap"] for segment in found for gap in segment.gaps if _told_of(gap, segment, since, until))
     return Exported(len(table), lost)
 
 

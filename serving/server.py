@@ -126,16 +126,20 @@ class _Sealer:
             self._wanted.clear()
             # In the session of the server and its engines: Linux shares the processors between sessions first, and only
             # within one does it matter that sealing is less urgent. A group of its own: a Ctrl-C is for the server.
-            urgent = self._stopping or unsealed(self._journals) > _MANY_JOURNALS
-            done = subprocess.run(
-                [*self._arguments, "low" if urgent else "idle"],
-                cwd=_CODE,
-                check=False,
-                stdin=subprocess.DEVNULL,
-                process_group=0,
-            )
-            if done.returncode:
-                log("sealing failed; the journals are kept", level=logging.ERROR, status=done.returncode)
+            try:
+                urgent = self._stopping or unsealed(self._journals) > _MANY_JOURNALS
+                done = subprocess.run(
+                    [*self._arguments, "low" if urgent else "idle"],
+                    cwd=_CODE,
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,
+                )
+                if done.returncode:
+                    log("sealing failed; the journals are kept", level=logging.ERROR, status=done.returncode)
+            except OSError as error:
+                # No memory or no descriptor for a process now: the next time is soon.
+                log("sealing did not start; the journals are kept", level=logging.ERROR, problem=str(error))
             if self._stopping and not self._wanted.is_set():
                 return
 

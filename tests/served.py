@@ -235,7 +235,7 @@ def mutated(data: bytes, seed: int) -> bytes:
     found = bytearray(data)
     for _ in range(int(rng.integers(1, 12))):
         found[int(rng.integers(0, len(found)))] = int(rng.integers(0, 256))
-    kind = seed % 4
+    kind = seed // 4 % 4  # so that each of four originals meets each of them
     if kind == 1:
         return bytes(found[: int(rng.integers(1, len(found)))])
     if kind == 2:

@@ -186,8 +186,7 @@ def test_the_server_killed_at_the_alarm_costs_nothing(up: Path) -> None:
     predict(up, 120, shift=4, name="dark")
     (identifier,) = command("watch", "--since", since, cwd=up, accepted=(1,))["alarms"]
     assert granted(up) is None
-    command("up", cwd=up)
-    assert command("sweep", cwd=up)["started"][0]["key"] == identifier
+    command("up", cwd=up)  # which sweeps
     wait_for(lambda: granted(up) and granted(up).state == "finished", "the training", up, 400)
     assert granted(up).key == identifier
     assert command("sweep", cwd=up)["started"] == []
@@ -195,7 +194,7 @@ def test_the_server_killed_at_the_alarm_costs_nothing(up: Path) -> None:
 
 @default
 def test_a_run_whose_worker_died_is_marked_as_crashed(up: Path) -> None:
-    """Worker and training are killed together: the heartbeat automation says so in Prefect, the sweep takes it up once."""
+    """Worker and training are killed together: the heartbeat automation says so in Prefect, the next `up` takes it up once."""
     new_data(up, 9400)
     identifier = alarm(up)
     wait_for(lambda: granted(up), "the grant", up)
@@ -208,8 +207,7 @@ def test_a_run_whose_worker_died_is_marked_as_crashed(up: Path) -> None:
             process.kill()
     found = wait_for(lambda: states(up, identifier, "Crashed"), "the mark", up, 300)
     assert found
-    command("up", cwd=up)
-    command("sweep", cwd=up)
+    command("up", cwd=up)  # which sweeps
     wait_for(lambda: granted(up).state == "finished", "the second attempt", up, 400)
     assert granted(up).attempts == 2
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import datetime
+import hashlib
+import io
 import os
 import resource
 import shutil
@@ -16,8 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from served import MODEL, Reply, Server, jpeg, png, publish, route, server, variant
 from shapes import KINDS, free_port, visionloop_process
 
@@ -27,6 +33,9 @@ from components.releases import ReleaseStore
 from components.store import seal, unseal
 from serving import segments
 from serving.auth import ROLES, Tokens
+from serving.deployment import Deployment, Limits
+from serving.frames import Facts, Form
+from serving.metrics import Metrics
 
 
 def releases(workspace: Path) -> ReleaseStore:
@@ -154,6 +163,81 @@ def test_a_picture_that_kills_the_engine_is_found_and_blocked_and_its_neighbours
         assert mine.figure("worker_restarts_total") == restarts
         assert mine.figure("blocked_pictures_total") == 2
         assert mine.predict(png("cross", 1)).status == 200
+
+
+def test_an_engine_that_hangs_is_replaced_and_nobody_waits_for_it_for_ever(smoke: Stored[Release]) -> None:
+    async def act() -> tuple[int, float]:
+        limits = Limits(batch_timeout_s=2.0)
+        made = Deployment(smoke, version="1", generation=1, limits=limits, metrics=Metrics(), plugins=None)
+        await made.start()
+        try:
+            assert made._link is not None
+            hung = made._link.process.pid
+            os.kill(hung, signal.SIGSTOP)
+            since = time.monotonic()
+            # The process that follows gets the picture once more: one death is not its fault yet.
+            (answer,) = made.submit([(Form.ENCODED, png("disc", 1))])
+            facts = await answer
+            assert isinstance(facts, Facts)
+            assert made._link.process.pid != hung
+            return len(facts.probabilities), time.monotonic() - since
+        finally:
+            await made.close()
+
+    classes, took_s = asyncio.run(act())
+    assert classes == 3
+    assert 2.0 <= took_s < 30
+
+
+def test_a_delay_makes_one_batch_of_what_comes_within_it(stage: Path) -> None:
+    with server(stage, "--batch-delay-ms", "1000", "--max-wait-ms", "5000") as mine:
+        batches, pictures = mine.figure("batch_size_count"), mine.figure("batch_size_sum")
+        with ThreadPoolExecutor(4) as pool:
+            since = time.monotonic()
+            four = [pool.submit(mine.predict, png("disc", seed)) for seed in range(4)]
+            assert {future.result().status for future in four} == {200}
+            full_s = time.monotonic() - since
+        assert mine.figure("batch_size_sum") - pictures == 4
+        assert mine.figure("batch_size_count") - batches == 1
+        since = time.monotonic()
+        assert mine.predict(png("disc", 9)).status == 200  # alone: it waits for the delay, and no longer
+        alone_s = time.monotonic() - since
+        assert full_s < 1.0 <= alone_s < 4.0
+
+
+def test_a_row_of_the_log_says_what_was_answered(stage: Path) -> None:
+    data = jpeg("cross", 77)
+    with server(stage) as mine:
+        known = {row["prediction_id"] for row in log_rows(stage)}
+        headers = {"idempotency_key": "order-1", "x_event_time": "2026-01-02T03:04:05Z"}
+        before = datetime.datetime.now(datetime.UTC)
+        told = mine.predict(data, kind="image/jpeg", **headers).json
+        after = datetime.datetime.now(datetime.UTC)
+        mine.stop()
+    (row,) = [row for row in log_rows(stage) if row["prediction_id"] not in known]
+    release = ReleaseStore(str(stage / ".visionloop" / "releases")).fetch(MODEL, told["release"], cache=stage / "fetched")
+    engine = release.record.engine
+    assert row["prediction_id"] == told["prediction_id"]
+    assert (row["idempotency_key"], row["image_sha256"]) == ("order-1", hashlib.sha256(data).hexdigest())
+    assert row["event_at"] == datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    assert before <= row["ingest_at"] <= after
+    assert (row["release"], row["engine_digest"], row["version"]) == (
+        told["release"],
+        engine.digest(),
+        told["model_version"],
+    )
+    assert (row["model"], row["role"], row["protocol"], row["form"]) == (MODEL, "champion", "http", "encoded")
+    assert dict(zip(engine.classes, row["probabilities"], strict=True)) == pytest.approx(told["probabilities"])
+    assert (row["predicted"], row["confidence"]) == (told["label"], pytest.approx(max(told["probabilities"].values())))
+    image = Image.open(io.BytesIO(data))
+    assert (row["width"], row["height"], row["bytes"]) == (*image.size, len(data))
+    grey = np.asarray(image.convert("RGB"), np.float64).mean() / 255
+    assert row["brightness"] == pytest.approx(grey, abs=0.1)
+    embedding = np.asarray(row["embedding"], np.float32)
+    assert embedding.shape == (engine.embedding_dim,)
+    assert np.isfinite(embedding).all()
+    assert embedding.std() > 0
+    assert 0 < row["latency_ms"] < 30_000
 
 
 def test_what_was_answered_before_a_kill_is_in_the_log(stage: Path) -> None:

@@ -187,6 +187,7 @@ def test_what_is_asked_wrongly_is_refused(running: Server) -> None:
         ("/predict", {"content-type": "multipart/form-data"}, 400),
         ("/predict", {"content-type": "multipart/form-data; boundary=a"}, 400),
         ("/nothing", {}, 404),
+        ("/predict/", {"content-type": "image/png"}, 404),
         ("/v2/models/%2e%2e%2fx/infer", {}, 404),
         ("/v2/models/UPPER/infer", {}, 400),
         ("/v2/models/other/infer", {}, 404),

@@ -173,6 +173,25 @@ def test_a_backlog_that_is_full_drops_and_counts(tmp_path: Path, monkeypatch: py
     assert sum(f.get("gap", 0) for f in rows) in (0, lost)  # told with the next row, if one came
 
 
+def test_a_sync_that_fails_once_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor is free for a moment: the thread lives on, and what was not synced then is synced later."""
+    failures, synced, real = [1], threading.Event(), os.dup
+
+    def dup(descriptor: int) -> int:
+        if failures:
+            failures.pop()
+            raise OSError(errno.EMFILE, "too many open files")
+        return real(descriptor)
+
+    monkeypatch.setattr("serving.journal.os.dup", dup)
+    monkeypatch.setattr("serving.journal.os.fdatasync", lambda _: synced.set())
+    desk = Desk(tmp_path, sync_s=0.05)
+    desk.run([row(1)], close=False)
+    assert synced.wait(10)
+    assert not failures
+    desk.journal.close()
+
+
 def test_a_journal_is_rotated_by_size_and_sealed_ones_hold_every_row(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "j", rotate_bytes=len(row(1)) * 2)
     desk.run(*[[row(n)] for n in range(10)])
@@ -300,6 +319,23 @@ def test_the_log_is_read_by_model_and_time(tmp_path: Path) -> None:
     assert found(model="a") == [1, 3, 5, 7, 9]
     assert found(since=at(4), until=at(7)) == [4, 5, 6]
     assert found(since=at(100)) == []
+
+
+def test_an_export_tells_of_the_losses_of_its_own_time(tmp_path: Path) -> None:
+    import datetime
+
+    journals, url, start = tmp_path / "j", str(tmp_path / "log"), 1_770_000_000.0
+    gap = {"gap": 7, "since": start + 100, "until": start + 200, "reason": "disk"}
+    journals.mkdir()
+    (journals / "a.journal").write_bytes(MAGIC + row(1, at=start) + encode_row(gap) + row(2, at=start + 1000))
+    assert segments.seal_all(journals, url) == 1
+
+    def lost(since: float, until: float) -> int:
+        moments = [datetime.datetime.fromtimestamp(start + at, datetime.UTC) for at in (since, until)]
+        return segments.export(url, tmp_path / "out.csv", since=moments[0], until=moments[1]).lost
+
+    assert segments.export(url, tmp_path / "out.csv").lost == 7
+    assert [lost(0, 150), lost(150, 400), lost(0, 100), lost(201, 2000)] == [7, 7, 0, 0]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
