@@ -177,7 +177,7 @@ def test_an_engine_that_hangs_is_replaced_and_nobody_waits_for_it_for_ever(smoke
             since = time.monotonic()
             # The process that follows gets the picture once more: one death is not its fault yet.
             (answer,) = made.submit([(Form.ENCODED, png("disc", 1))])
-            facts = await answer
+            facts = await asyncio.wait_for(answer, 60)
             assert isinstance(facts, Facts)
             assert made._link.process.pid != hung
             return len(facts.probabilities), time.monotonic() - since
