@@ -66,7 +66,7 @@ def deploy(loop: Loop) -> list[str]:
         deployment = flow.to_deployment(
             name=model,
             parameters=parameters,
-            schedules=[dataclasses.replace(planned, active=active.get(planned.slug, True)) for planned in schedules],
+            schedules=[dataclasses.replace(one, active=active.get(one.slug, True)) for one in schedules],
             tags=["visionloop"],
             work_pool_name=POOL,
             entrypoint_type=EntrypointType.MODULE_PATH,
@@ -75,7 +75,7 @@ def deploy(loop: Loop) -> list[str]:
         # Prefect takes an empty list of schedules for "as they are".
         with get_client(sync_client=True) as client:
             for schedule in there:
-                if schedule.slug not in {planned.slug for planned in schedules}:
+                if schedule.slug not in {one.slug for one in schedules}:
                     client.delete_deployment_schedule(made, schedule.id)
         found.append(f"{name}/{model}")
     return found

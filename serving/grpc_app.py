@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from components.contracts import Release
 from serving import open_inference_pb2 as pb
@@ -48,13 +49,17 @@ class _Caller:
 class Grpc:
     """The service's methods."""
 
-    def __init__(self, inference: Inference, access: Access) -> None:
-        self._inference, self._access = inference, access
+    def __init__(self, inference: Inference, access: Access, *, request_timeout_s: float) -> None:
+        self._inference, self._access, self._request_timeout_s = inference, access, request_timeout_s
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """What a server registers."""
+        """What a server registers.
+
+        As streams of one message, which is the same on the wire: who asks is then known before the message is there, and a
+        message that does not come is not waited for.
+        """
         methods = {
-            name: grpc.unary_unary_rpc_method_handler(
+            name: grpc.stream_unary_rpc_method_handler(
                 self._guarded(name, getattr(self, f"_{_snake(name)}")),
                 request_deserializer=getattr(pb, f"{name}Request").FromString,
                 response_serializer=getattr(pb, f"{name}Response").SerializeToString,
@@ -66,13 +71,20 @@ class Grpc:
     def _guarded(self, name: str, method: Callable[[Any, _Caller], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         needed = _NEEDS[name]
 
-        async def call(request: Any, context: Any) -> Any:
-            code, message, retry = grpc.StatusCode.OK, "", None
+        async def call(messages: AsyncIterator[Any], context: Any) -> Any:
+            code, message, retry, request = grpc.StatusCode.OK, "", None, None
             try:
                 given = dict(context.invocation_metadata() or ())
                 # A browser cannot speak gRPC: there is no page to keep out.
                 caller = "" if needed is None else self._access.check(given.get("authorization"), needed)
+                request = await asyncio.wait_for(anext(messages), self._request_timeout_s)
                 response = await method(request, _Caller(caller, given.get("idempotency-key", "")))
+            except TimeoutError:
+                code, message = grpc.StatusCode.DEADLINE_EXCEEDED, f"no request came within {self._request_timeout_s:g} s"
+            except DecodeError:
+                code, message = grpc.StatusCode.INVALID_ARGUMENT, "the message is not one of this method"
+            except StopAsyncIteration:
+                code, message = grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a request"
             except Rejected as error:
                 # "Full" is RESOURCE_EXHAUSTED, "not able to answer" is UNAVAILABLE; both are 503 over HTTP.
                 full = error.status == 503 and "full" in error.message
@@ -84,7 +96,7 @@ class Grpc:
                 log("request crashed", level=logging.ERROR, problem=f"{type(error).__name__}: {error}")
                 code, message = grpc.StatusCode.UNAVAILABLE, "the server failed on this request"
             if name == "ModelInfer":
-                model = request.model_name if request.model_name in self._inference.routed else ""
+                model = request.model_name if request and request.model_name in self._inference.routed else ""
                 self._inference.metrics.requests.labels(model, "grpc", code.name).inc()
             if code is not grpc.StatusCode.OK:
                 trailing = (("retry-after", str(max(1, round(retry)))),) if retry is not None else ()

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -445,6 +446,43 @@ def test_a_slow_client_is_hung_up_on_and_nobody_waits_for_it(stage: Path) -> Non
                 with contextlib.suppress(OSError):
                     while raw.recv(4096):
                         pass
+
+
+def test_calls_whose_message_does_not_come_are_ended_and_block_nobody_for_long(stage: Path) -> None:
+    """gRPC takes 128 calls at once: that many which only begin would otherwise be the end of it."""
+    live = "/inference.GRPCInferenceService/ServerLive"
+
+    async def act(port: int) -> tuple[set[Any], Any, Any]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            begin: Any = channel.stream_unary(live)
+            begun = [begin() for _ in range(128)]
+            # gRPC's core reads no message that nobody asks for: these calls have a head and no body.
+            told = await asyncio.gather(*(call.code() for call in begun))
+            answer = await channel.unary_unary(live)(b"", timeout=10)
+            empty: Any = begin()
+            await empty.done_writing()
+            garbled = channel.unary_unary("/inference.GRPCInferenceService/ModelReady")(b"\x0a\xff", timeout=10)
+            return set(told), answer, (await empty.code(), await garbled.code())
+
+    with server(stage, "--request-timeout-s", "2") as mine:
+        assert mine.grpc_port is not None
+        codes, answer, others = asyncio.run(asyncio.wait_for(act(mine.grpc_port), 60))
+        assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert answer == b"\x08\x01"
+        assert others == (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INVALID_ARGUMENT)
+        assert mine.predict(png("disc", 1)).status == 200
+
+
+def test_who_asks_is_known_before_a_message_is_waited_for(stage: Path) -> None:
+    async def act(port: int) -> Any:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            begin: Any = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+            return await begin().code()
+
+    Tokens(stage / ".visionloop" / "serving" / "tokens.json").issue("somebody", "viewer")
+    with server(stage, "--require-token", "--request-timeout-s", "60") as mine:
+        code = asyncio.run(asyncio.wait_for(act(mine.grpc_port), 20))
+        assert code is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_overload_is_refused_at_once_and_what_is_taken_is_answered(stage: Path, smoke: Stored[Release]) -> None:
