@@ -6,14 +6,14 @@ members; it may not shadow a shipped one.
 
 from __future__ import annotations
 
-import ast
+import dis
 import functools
 import hashlib
 import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from pydantic import ValidationError
@@ -101,16 +101,24 @@ def member_digest(family: str, name: str) -> str:
     return source_digest(members[name])
 
 
+def imported(code: CodeType) -> set[str]:
+    """Dotted names that a compiled module imports, with what it takes from them; relative imports are left out.
+
+    Of compiled code and not of a syntax tree: Python before 3.11.8 and 3.12.2 fails now and then when several threads make
+    trees (python/cpython#106905), and exports are keyed in threads.
+    """
+    found: set[str] = set()
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    for level, names, step in zip(steps, steps[1:], steps[2:], strict=False):
+        if step.opname == "IMPORT_NAME" and level.argval == 0:
+            found |= {step.argval, *(f"{step.argval}.{name}" for name in names.argval or ())}
+    return found.union(*(imported(constant) for constant in code.co_consts if isinstance(constant, CodeType)))
+
+
 def _imports(path: Path) -> set[Path]:
     root = _ROOT.parent
-    dotted: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            dotted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            dotted |= {alias.name for alias in node.names}
     found: set[Path] = set()
-    for name in dotted:
+    for name in imported(compile(path.read_bytes(), str(path), "exec", dont_inherit=True, optimize=0)):
         if name.split(".")[0] not in ("components", "registry", "monitoring"):
             continue
         base = root.joinpath(*name.split("."))
