@@ -23,6 +23,12 @@ prepare_environment(_STATE)
 os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
 
 
+def pytest_collection_finish() -> None:
+    """Prefect reads its settings once: imported before the session's server is there, it would talk to one of its own."""
+    if "prefect" in sys.modules:
+        raise pytest.UsageError("a test module imports Prefect while it is collected; import it inside the test")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_up() -> Iterator[None]:
     before = sorted(path.name for path in Path.cwd().iterdir())

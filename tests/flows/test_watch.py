@@ -20,7 +20,6 @@ from components.store import seal, unseal
 from flows import alarming, watching
 from flows.alarming import announce
 from flows.deciding import desk
-from flows.watch import watch as watch_flow
 from monitoring import outbox as outbox_module
 from monitoring.evidently_report import Measured
 from monitoring.outbox import Outbox
@@ -262,7 +261,9 @@ def test_people_are_told_when_the_loop_s_database_is_away(root: Path, where: str
 
     monkeypatch.setattr(where, away)
     monkeypatch.setattr("flows.watch.notify", lambda *facts, **_: told_of.append(facts))
-    call: Any = watch_flow
+    from flows.watch import watch as flow
+
+    call: Any = flow
     with pytest.raises(RegistryUnavailable):
         call(MODEL, str(root))
     ((_, event, model, facts),) = told_of
