@@ -47,7 +47,7 @@ default = pytest.mark.parametrize("up", ["sqlite"], indirect=True)
 
 @pytest.fixture
 def up(request: pytest.FixtureRequest, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A workspace whose loop is up: Prefect, the ledger and the loop on SQLite, or on PostgreSQL."""
+    """A workspace whose loop is up: Prefect and the loop's tables on SQLite, or on PostgreSQL."""
     if request.param == "postgresql":
         server, name = request.getfixturevalue("postgres"), f"loop_{uuid.uuid4().hex[:8]}"
         engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")

@@ -136,7 +136,7 @@ def test_rollback_to_a_release_that_was_tampered_with_moves_nothing(desk: Desk, 
     ],
 )
 def test_any_change_after_the_approval_voids_it(desk: Desk, tmp_path: Path, uri: str, name: str, what: str) -> None:
-    """Also when whoever changed a file made a fitting manifest: the ledger's digest decides."""
+    """Data version, evidence, golden vectors and release, each changed in MLflow's own artefacts."""
     mine = desk(f"void-{what}")
     version = candidate(mine, tmp_path, "a")
     found = MlflowClient(uri).get_model_version(mine.model, version)
