@@ -34,7 +34,12 @@ def deploy_all(up: Up, named: Sequence[str], *, told: Told) -> dict[str, Any]:
     settings = read_settings(up.workspace.state)
     if not settings.prefect_api_url:
         raise ConfigError("no Prefect server is known here: set PREFECT_API_URL, or start one with `visionloop up`")
-    return _deployed([Loop(up.workspace, settings, model) for model in models_of(up, named)], told)
+    return _deployed(_loops(up, models_of(up, named)), told)
+
+
+def _loops(up: Up, models: Sequence[str]) -> list[Loop]:
+    settings = read_settings(up.workspace.state)
+    return [Loop(up.workspace, settings, model) for model in models]
 
 
 def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
@@ -52,11 +57,11 @@ def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
 def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> dict[str, Any]:
     """Server, pool, deployments, automations, worker; a training that was stopped is taken up again."""
     models = models_of(up, named)
-    # A loop that is not valid should be said before anything is started.
-    loops = [Loop(up.workspace, read_settings(up.workspace.state), model) for model in models]
+    _loops(up, models)  # one that is not valid should be said before anything is started
     server = up.start(port=port, told=told)
     from flows.deploying import POOL
 
+    loops = _loops(up, models)  # which know the server now
     found = _deployed(loops, told)
     worker = up.start_worker(server, POOL, told=told)
     for loop in loops:

@@ -2,7 +2,8 @@
 
 Of the 1,000 digits outside the data set one half is traffic (A) and the other half is asked before and after (B); labels
 come for images of A alone. The demo plays the world, the second person and the person who labels: it changes how pictures
-look, approves, and fills in labels that it knows. It never starts the retraining; the alarm's event does.
+look, approves, and fills in labels that it knows. It never starts the
+retraining; the alarm's event does, or the sweep when the demo was stopped in the middle of it.
 
 Each phase is remembered when it is done, so a demo that was stopped goes on with the one it was in.
 """

@@ -27,6 +27,7 @@ _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     422: grpc.StatusCode.INVALID_ARGUMENT,
 }
@@ -77,14 +78,8 @@ class Grpc:
                 given = dict(context.invocation_metadata() or ())
                 # A browser cannot speak gRPC: there is no page to keep out.
                 caller = "" if needed is None else self._access.check(given.get("authorization"), needed)
-                request = await asyncio.wait_for(anext(messages), self._request_timeout_s)
+                request = await self._first(messages)
                 response = await method(request, _Caller(caller, given.get("idempotency-key", "")))
-            except TimeoutError:
-                code, message = grpc.StatusCode.DEADLINE_EXCEEDED, f"no request came within {self._request_timeout_s:g} s"
-            except DecodeError:
-                code, message = grpc.StatusCode.INVALID_ARGUMENT, "the message is not one of this method"
-            except StopAsyncIteration:
-                code, message = grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a request"
             except Rejected as error:
                 # "Full" is RESOURCE_EXHAUSTED, "not able to answer" is UNAVAILABLE; both are 503 over HTTP.
                 full = error.status == 503 and "full" in error.message
@@ -104,6 +99,16 @@ class Grpc:
             return response
 
         return call
+
+    async def _first(self, messages: AsyncIterator[Any]) -> Any:
+        try:
+            return await asyncio.wait_for(anext(messages), self._request_timeout_s)
+        except TimeoutError:
+            raise Rejected(408, "the request took too long to arrive") from None
+        except DecodeError:
+            raise Rejected(400, "the message is not one of this method") from None
+        except StopAsyncIteration:
+            raise Rejected(400, "the call ended without a request") from None
 
     async def _server_live(self, _: Any, __: _Caller) -> Any:
         return pb.ServerLiveResponse(live=True)

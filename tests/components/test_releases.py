@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from bundles import evidence
+from stores import s3_bucket
 
 from components import releases
 from components.contracts import (
@@ -29,25 +30,9 @@ from components.store import MANIFEST, seal, unseal
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
-    """Address of an S3 server with conditional writes."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    kept = dict(os.environ)
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    boto3.client("s3").create_bucket(Bucket="releases")
-    yield "s3://releases"
-    server.stop()
-    os.environ.clear()
-    os.environ.update(kept)
+    """Address of a bucket with conditional writes."""
+    with s3_bucket("releases") as url:
+        yield url
 
 
 @pytest.fixture(params=["folder", "s3"])

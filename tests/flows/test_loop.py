@@ -80,17 +80,6 @@ def test_deploying_again_changes_nothing(deployed: Path) -> None:
     assert [slug for slug, _ in before[0]["train"][1]] == ["nightly"]
     assert [slug for slug, _ in before[0]["watch"][1]] == ["every-window"]
     assert len(before[1]) == 2
-    # A schedule that a person paused stays paused; one that the loop no longer has goes, and comes back.
-    with get_client(sync_client=True) as client:
-        nightly = client.read_deployment_by_name(f"train/{MODEL}")
-        client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=False)
-    deploy(loop)
-    assert state()[0]["train"][1] == [("nightly", False)]
-    loop.config = loop.config.model_copy(update={"nightly": None})
-    deploy(loop)
-    assert state()[0]["train"][1] == []
-    deploy(loop_of(deployed))
-    assert state()[0]["train"][1] == [("nightly", True)]
     # Made twice by somebody, it is made single again; one that a person switched off stays off.
     drift: Any = Automation.read(name=f"visionloop: drift retrains {MODEL}")
     drift.id = None
@@ -104,6 +93,26 @@ def test_deploying_again_changes_nothing(deployed: Path) -> None:
     again: Any = Automation.read(name=f"visionloop: drift retrains {MODEL}")
     assert not again.enabled
     again.enable()
+
+
+def test_a_schedule_that_was_paused_stays_paused_and_one_that_the_loop_no_longer_has_goes(deployed: Path) -> None:
+    from prefect.client.orchestration import get_client
+
+    loop = loop_of(deployed)
+    with get_client(sync_client=True) as client:
+
+        def nightly() -> list[tuple[str | None, bool]]:
+            return [(s.slug, s.active) for s in client.read_deployment_by_name(f"train/{MODEL}").schedules]
+
+        found = client.read_deployment_by_name(f"train/{MODEL}")
+        client.update_deployment_schedule(found.id, found.schedules[0].id, active=False)
+        deploy(loop)
+        assert nightly() == [("nightly", False)]
+        loop.config = loop.config.model_copy(update={"nightly": None})
+        deploy(loop)
+        assert nightly() == []
+        deploy(loop_of(deployed))
+        assert nightly() == [("nightly", True)]
 
 
 def test_an_event_makes_the_automation_start_the_training_deployment(deployed: Path) -> None:

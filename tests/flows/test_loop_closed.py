@@ -10,16 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import sqlalchemy as sa
 from looped import MODEL, loop_of, now, predict, promoted
 from shapes import commit, free_port, visionloop_process, write_pictures
+from stores import fresh_database
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -49,12 +48,7 @@ default = pytest.mark.parametrize("up", ["sqlite"], indirect=True)
 def up(request: pytest.FixtureRequest, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A workspace whose loop is up: Prefect and the loop's tables on SQLite, or on PostgreSQL."""
     if request.param == "postgresql":
-        server, name = request.getfixturevalue("postgres"), f"loop_{uuid.uuid4().hex[:8]}"
-        engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(sa.text(f"CREATE DATABASE {name}"))
-        engine.dispose()
-        url = server.rsplit("/", 1)[0] + f"/{name}"
+        url = fresh_database(request.getfixturevalue("postgres"))
         monkeypatch.setenv("VISIONLOOP_PREFECT_DB", url.replace("+psycopg2", "+asyncpg"))
         monkeypatch.setenv("VISIONLOOP_LOOP_URL", url)
     root = promoted(trained, tmp_path / "workspace")

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from shapes import visionloop
+from shapes import LENIENT, visionloop
 
 from flows.notifications import notify
 from flows.settings import Settings
-
-LENIENT = "[{gate: accuracy, settings: {floor: 0.6}}, {gate: no_regression, settings: {margin: 0.3}}]"
 
 
 @pytest.fixture(scope="module")

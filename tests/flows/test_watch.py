@@ -63,6 +63,15 @@ def watch(root: Path, since: str) -> dict[str, Any]:
     return {**found, "window": found["windows"][0]}
 
 
+def open_journal(root: Path) -> Path:
+    """A journal of a hundred predictions that nobody has sealed yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("looped.seal_all", lambda *_: 0)
+        predict(root, 100, name="open")
+    (journal,) = (root / ".visionloop" / "serving" / "journal").glob("*.journal")
+    return journal
+
+
 @pytest.mark.usefixtures("alone")
 def test_clean_traffic_is_a_pass_and_is_judged_once(root: Path) -> None:
     since, until = now(), (datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)).isoformat()
@@ -275,10 +284,7 @@ def test_people_are_told_when_the_loop_s_database_is_away(root: Path, where: str
 def test_a_journal_that_nobody_can_read_is_no_pass_before_and_after_it_is_set_aside(root: Path) -> None:
     since = now()
     predict(root, 300)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("looped.seal_all", lambda *_: 0)
-        predict(root, 100, name="open")
-    (journal,) = (root / ".visionloop" / "serving" / "journal").glob("*.journal")
+    journal = open_journal(root)
     journal.write_bytes(b"\0" * 8 + journal.read_bytes()[8:])
     for _ in range(2):
         window = watch(root, since)["window"]
@@ -299,10 +305,7 @@ def test_a_damaged_journal_is_no_pass(root: Path) -> None:
     """Damage in the middle: the rows around it are read, and nobody can say how many were lost."""
     since = now()
     predict(root, 300)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("looped.seal_all", lambda *_: 0)
-        predict(root, 100, name="open")
-    (journal,) = (root / ".visionloop" / "serving" / "journal").glob("*.journal")
+    journal = open_journal(root)
     data = bytearray(journal.read_bytes())
     data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
     journal.write_bytes(data)

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from served import MODEL, jpeg, png
 from shapes import KINDS, visionloop, write_pictures
+from stores import s3_bucket
 
 COUNT = 90
 
@@ -104,28 +105,15 @@ def test_a_table_of_bytes_or_paths_is_answered(stage: Path, photos: Path, tmp_pa
 
 def test_a_bucket_is_answered_into_a_bucket(stage: Path, photos: Path, tmp_path: Path) -> None:
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
-    names["AWS_DEFAULT_REGION"] = "us-east-1"
-    kept = dict(os.environ)
-    os.environ |= names
-    try:
+    with s3_bucket("photos"):
         client = boto3.client("s3")
-        client.create_bucket(Bucket="photos")
         for path in sorted(photos.rglob("*.png"))[:6]:
             client.put_object(Bucket="photos", Key=f"new/{path.parent.name}/{path.name}", Body=path.read_bytes())
         status, told = predict(stage, "s3://photos/new", "s3://photos/answers")  # type: ignore[arg-type]
         assert (status, told["rows"], told["errors"]) == (0, 6, 0)
         keys = {item["Key"] for item in client.list_objects_v2(Bucket="photos", Prefix="answers/")["Contents"]}
         assert keys == {"answers/plan.json", "answers/part-00000.parquet", "answers/part-00000.json"}
-    finally:
-        server.stop()
-        os.environ.clear()
-        os.environ.update(kept)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import fcntl
 import json
@@ -9,13 +8,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from failpoints import Died, Failpoints
+from stores import s3_bucket
 
 from components import objects as objects_module
 from components.contracts import ConfigError, SchemaTooNew, TamperedArtefact
@@ -356,28 +355,11 @@ def test_an_export_holds_every_row(journals: Path, tmp_path: Path, suffix: str) 
         segments.export(url, tmp_path / "out.xlsx")
 
 
-@contextlib.contextmanager
-def s3() -> Iterator[str]:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    kept = dict(os.environ)
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
-    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
-    boto3.client("s3").create_bucket(Bucket="log")
-    yield "s3://log/predictions"
-    server.stop()
-    os.environ.clear()
-    os.environ.update(kept)
-
-
 def test_segments_go_to_s3_and_wait_when_it_is_away(tmp_path: Path, journals: Path) -> None:
     from components.contracts import RegistryUnavailable
 
-    with s3() as url:
+    with s3_bucket("log") as bucket:
+        url = f"{bucket}/predictions"
         there = os.environ["AWS_ENDPOINT_URL"]
         os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
         with pytest.raises(RegistryUnavailable, match="does not answer"):

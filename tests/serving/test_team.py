@@ -5,47 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 from served import png, server
-from shapes import visionloop_process
+from shapes import LENIENT, visionloop_process
+from stores import fresh_database, s3_bucket
 
 from serving import segments
 
 pytestmark = pytest.mark.slow
-LENIENT = "[{gate: accuracy, settings: {floor: 0.6}}, {gate: no_regression, settings: {margin: 0.3}}]"
 
 
 @pytest.fixture
 def team(postgres: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A fresh database and bucket, named by the environment as a team does it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    database, engine = f"team_{uuid.uuid4().hex[:8]}", sa.create_engine(postgres, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {database}"))
-    engine.dispose()
-    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    store.start()
-    host, port = store.get_host_and_port()
-    for name, value in {
-        "VISIONLOOP_LEDGER_URL": postgres.rsplit("/", 1)[0] + f"/{database}",
-        "VISIONLOOP_RELEASES": "s3://team/releases",
-        "VISIONLOOP_PREDICTIONS": "s3://team/predictions",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "k",
-        "AWS_SECRET_ACCESS_KEY": "s",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="team")
-    yield
-    store.stop()
+    with s3_bucket("team") as bucket:
+        monkeypatch.setenv("VISIONLOOP_LEDGER_URL", fresh_database(postgres))
+        monkeypatch.setenv("VISIONLOOP_RELEASES", f"{bucket}/releases")
+        monkeypatch.setenv("VISIONLOOP_PREDICTIONS", f"{bucket}/predictions")
+        yield
 
 
 @pytest.mark.usefixtures("team")
