@@ -18,7 +18,8 @@ setup: .venv/.ready ## install the locked versions into .venv
 .venv/.ready: requirements.lock pyproject.toml | $(filter .uv/bin/uv,$(UV))
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else "visionloop needs Python 3.11, 3.12 or 3.13, $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
-	$(UV) pip sync --python $(BIN)/python requirements.lock
+	@# Compiled once: every command is a process of its own, and spends more on its imports than on anything else.
+	$(UV) pip sync --compile-bytecode --python $(BIN)/python requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -75,21 +75,28 @@ def prepared(data: Path | None, scratch: Path) -> tuple[Path, str]:
     """A workspace with a promoted champion; its model's name."""
     workspace = scratch / "workspace"
     visionloop("init", str(workspace), cwd=scratch)
-    recipe, model = ("transfer", "photographs") if data is not None else ("digits", "digits")
-    if data is not None:
-        visionloop("data", "add", str(data.resolve()), cwd=workspace)
-        targets = "[{target: openvino, precision: int8}]"
-        sets = ["--set", f"export.targets={targets}"]
-    else:
-        visionloop("data", "add", "--source", "digits", cwd=workspace)
-        sets = ["--set", "training.fit.epochs=8", "--set", "gating.gates=[{gate: accuracy, settings: {floor: 0.8}}]"]
+    source = [str(data.resolve())] if data is not None else ["--source", "digits"]
+    visionloop("data", "add", *source, cwd=workspace)
     identity = ["-c", "user.name=bench", "-c", "user.email=bench@bench.invalid", "-c", "commit.gpgsign=false"]
     subprocess.run(["git", *identity, "commit", "--quiet", "-m", "bench"], cwd=workspace, check=True)
     say("training the engine that every server runs")
-    version = visionloop("train", "-r", recipe, *sets, cwd=workspace)["version"]
-    visionloop("approve", str(version), "--as", "bench", "--reason", "benchmark", cwd=workspace)
-    visionloop("promote", str(version), cwd=workspace)
-    return workspace, model
+    promoted(data, workspace)
+    return workspace, "photographs" if data is not None else "digits"
+
+
+def promoted(data: Path | None, workspace: Path, *settings: str) -> str:
+    """Train with these settings beside the bench's own, approve and promote; the version."""
+    if data is not None:
+        arguments = ["-r", "transfer", "--set", "export.targets=[{target: openvino, precision: int8}]"]
+    else:
+        gates = "gating.gates=[{gate: accuracy, settings: {floor: 0.8}}]"
+        arguments = ["-r", "digits", "--set", "training.fit.epochs=8", "--set", gates]
+    for setting in settings:
+        arguments += ["--set", setting]
+    version = str(visionloop("train", *arguments, cwd=workspace)["version"])
+    visionloop("approve", version, "--as", "bench", "--reason", "benchmark", cwd=workspace)
+    visionloop("promote", version, cwd=workspace)
+    return version
 
 
 def pictures(data: Path | None, workspace: Path, scratch: Path) -> list[Path]:

@@ -51,9 +51,6 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
     if cause == "manual":
         yield Permit(True)
         return
-    if cause == "schedule" and not key and (why := overdue(_NIGHT)):
-        yield Permit(False, told={"outcome": "refused", "rule": "overdue", "reason": why})
-        return
     if cause not in ("drift", "schedule"):
         raise ConfigError(f"unknown cause {cause!r}; valid: drift, manual, schedule")
     workspace = Workspace.find(folder)
@@ -127,6 +124,7 @@ def _request(loop: Loop, recipe: str, cause: Literal["drift", "schedule"], raise
         seen_by=raised.version if raised is not None else "",
         champion=str(reigning.body["version"]) if reigning is not None else "",
         failed_versions=_failed(entries),
+        overdue=overdue(_NIGHT) if cause == "schedule" and not key else "",
     )
 
 
@@ -166,7 +164,8 @@ def _list_of(loop: Loop, request: Request) -> str | None:
 
 
 def _tell(loop: Loop, request: Request, decision: Decision) -> None:
-    if decision.answer == "refused" and decision.rule != "duplicate":
+    # Nobody would act upon the others: another run stands for it, or there is nothing to do tonight.
+    if decision.answer == "refused" and decision.rule not in ("duplicate", "overdue", "nothing changed"):
         found = _list_of(loop, request) if decision.rule == "no new data" else None
         facts = {"by": decision.rule, "reason": decision.reason + (f" [{found}]" if found else "")}
         notify(loop.settings, "refused", request.model, facts)

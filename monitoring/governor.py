@@ -28,6 +28,7 @@ Rule = Literal[
     "duplicate",
     "given up",
     "kill switch",
+    "overdue",
     "stale",
     "broken input",
     "no new data",
@@ -76,6 +77,8 @@ class Request:
     """Version that reigns now."""
     failed_versions: frozenset[str] = frozenset()
     """Versions that a person rejected or rolled back."""
+    overdue: str = ""
+    """Why a scheduled run comes too late to be worth anything; empty when it does not."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,8 @@ def _drift(request: Request, known: Known) -> Decision | None:
 
 
 def _schedule(request: Request) -> Decision | None:
+    if request.overdue:
+        return Decision("refused", "overdue", request.overdue)
     if request.changed:
         return None
     return Decision("refused", "nothing changed", "data, recipe and code are those of the latest run: it would say the same")

@@ -12,11 +12,25 @@ class Died(BaseException):
     """What a killed process would not even see; no handler of ours may swallow it."""
 
 
-class Failpoints:
-    """Counts calls of the named functions and dies at the `nth`, before or after it did its work."""
+def die(_: str) -> None:
+    raise Died
 
-    def __init__(self, places: Sequence[tuple[Any, str]], *, nth: int, when: Literal["before", "after"]) -> None:
-        self.places, self.nth, self.when = places, nth, when
+
+class Failpoints:
+    """Counts calls of the named functions and fails at the `nth`, before or after it did its work.
+
+    How it fails is `fail`'s affair: it is given the function's name, and raises.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[tuple[Any, str]],
+        *,
+        nth: int,
+        when: Literal["before", "after"],
+        fail: Callable[[str], None] = die,
+    ) -> None:
+        self.places, self.nth, self.when, self.fail = places, nth, when, fail
         self.calls = 0
         self.hit = ""
 
@@ -31,10 +45,10 @@ class Failpoints:
             if mine:
                 self.hit = name
                 if self.when == "before":
-                    raise Died
+                    self.fail(name)
             result = real(*args, **kwargs)
             if mine:
-                raise Died
+                self.fail(name)
             return result
 
         return counting

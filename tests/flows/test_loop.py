@@ -204,8 +204,12 @@ def test_forged_and_foreign_alarms_start_nothing(deployed: Path) -> None:
         train(deployed, cause="schedule", request="schedule:x")
 
 
-def test_the_loop_trains_when_there_are_new_data_and_only_then(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+def test_the_loop_trains_when_there_are_new_data_and_only_then(
+    trained: Path, tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Refused without data, granted with, refused again as a duplicate; the schedule is skipped when nothing changed."""
+    people: list[str] = []
+    monkeypatch.setattr("flows.governing.notify", lambda *given: people.append(given[3]["by"]))
     root = promoted(trained, tmp_path / "workspace")
     deploy(loop_of(root))
     identifier = alarm(root, "data")
@@ -225,6 +229,7 @@ def test_the_loop_trains_when_there_are_new_data_and_only_then(trained: Path, tm
     assert tell_of_data(loop, told=lambda _: None) == []
     rules = [row["rule"] for row in loop.governor.history(MODEL)]
     assert rules == ["no new data", "nothing changed", "granted", "duplicate"]
+    assert people == ["no new data"]  # nobody would act upon the others
     if done["outcome"] == "candidate":
         shown = visionloop("show", done["version"], cwd=root).stdout
         assert "Asked for: drift in a window." in shown
@@ -354,6 +359,13 @@ def test_a_run_that_comes_after_the_next_one_is_skipped(deployed: Path, monkeypa
     skipped = train(deployed, cause="schedule")
     assert skipped["rule"] == "overdue"
     assert "a later one stands for it" in skipped["reason"]
+    row = loop_of(deployed).governor.history(MODEL)[-1]
+    assert (row["seq"], row["decision"], row["rule"], row["reason"]) == (
+        skipped["decision"],
+        "refused",
+        "overdue",
+        skipped["reason"],
+    )
     call: Any = watch
     assert "a later one stands for it" in call(MODEL, str(deployed))["skipped"]
     monkeypatch.setattr(flow_run, "scheduled_start_time", datetime.datetime.now(datetime.UTC), raising=False)

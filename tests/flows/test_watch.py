@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +405,60 @@ def test_a_watch_that_dies_anywhere_alarms_once(root: Path, when: Any, monkeypat
     assert set(died) == {name for _, name in PLACES}
 
 
+TELLING = [(alarming, "emit"), (Outbox, "emitted"), (alarming, "notify")]
+_KILLED = """
+import os, signal, sys
+import pytest
+from failpoints import Failpoints
+from test_watch import PLACES, TELLING
+
+def kill(name):
+    print(name, file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Failpoints([*PLACES, *TELLING], nth=int(sys.argv.pop(1)), when="after", fail=kill)(pytest.MonkeyPatch())
+from flows.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_a_watch_killed_after_any_step_alarms_once(champions: Path, tmp_path: Path) -> None:
+    """kill -9 of the command's own process after each thing that it does, and the command again: one alarm, one verdict."""
+    since, until = now(), (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)).isoformat()
+    predicted = Path(shutil.copytree(champions, tmp_path / "predicted", symlinks=True))
+    predict(predicted, 200, shift=4, capture=True)
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    died: list[str] = []
+    while True:
+        root = Path(shutil.copytree(predicted, tmp_path / f"{len(died)}", symlinks=True))
+        arguments = ["watch", "--since", since, "--until", until, "--json"]
+        command = [sys.executable, "-c", _KILLED, str(len(died) + 1), *arguments]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        if done.returncode == 1:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        died.append(done.stderr.strip().splitlines()[-1])
+        found = told(*arguments, cwd=root)
+        (window,) = found["windows"]
+        assert (found["exit"], window["status"]) == (1, "drift")
+        assert {path.name for path in Path(window["folder"]).iterdir()} == {
+            "report.html",
+            "rows.parquet",
+            "to-label.csv",
+            "verdict.json",
+        }
+        alarm = f"drift:{MODEL}:{window['id']}"
+        assert [a["alarm"] for a in told("alarms", cwd=root)["alarms"]] == [alarm]
+        # However far the first one had come in telling, the sweep has it until a training asked the governor.
+        assert alarming.pending(loop_of(root)) == [alarm]
+        shutil.rmtree(root)
+    assert set(died) == {name for _, name in [*PLACES, *TELLING]}
+    assert died.index("raise_alarm") < died.index("_write_rows") < died.index("emit") < died.index("notify")
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("nth", [1, 2, 3])
 def test_a_watch_that_dies_while_it_tells_leaves_the_alarm_to_the_sweep(
@@ -414,7 +472,7 @@ def test_a_watch_that_dies_while_it_tells_leaves_the_alarm_to_the_sweep(
     assert judged.alarm is not None
     monkeypatch.setattr(alarming, "emit", lambda *_: True)
     with monkeypatch.context() as patch:
-        points = Failpoints([(alarming, "emit"), (Outbox, "emitted"), (alarming, "notify")], nth=nth, when=when)
+        points = Failpoints(TELLING, nth=nth, when=when)
         points(patch)
         with pytest.raises(Died):
             announce(loop, judged.alarm, told=lambda _: None)
@@ -535,8 +593,6 @@ def test_the_page_of_the_loop_shows_it_all(labelled: tuple[Path, str]) -> None:
 
 
 def test_the_page_of_the_loop_opens_in_a_real_browser(labelled: tuple[Path, str], tmp_path: Path) -> None:
-    import subprocess
-
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no Chromium on this machine to open the page in")

@@ -104,6 +104,11 @@ def test_a_schedule_without_a_change_is_skipped() -> None:
     assert answer(request("schedule:m:1", cause="schedule", data_version="old", changed=True)).answer == "granted"
 
 
+def test_a_schedule_that_comes_too_late_is_skipped_with_its_reason() -> None:
+    late = request("schedule:m:1", cause="schedule", overdue="it was planned for last week")
+    assert answer(late) == Decision("refused", "overdue", "it was planned for last week")
+
+
 def test_one_at_a_time_and_one_behind_it() -> None:
     busy = run("drift:m:w0", state="running", outcome=None, granted_at=AT - 12 * HOUR)
     found = answer(request(), busy)

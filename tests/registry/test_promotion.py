@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 from bundles import evidence
 from failpoints import Died, Failpoints
 from mlflow import MlflowClient
+from stores import s3_bucket
 
 from components import releases as releases_module
 from components.contracts import DecisionRefused, RegistryUnavailable, TamperedArtefact, VisionloopError
@@ -262,15 +264,21 @@ def places() -> list[tuple[Any, str]]:
     ]
 
 
-@pytest.mark.parametrize("what", ["promote", "rollback"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_death_at_any_call_leaves_a_truth_and_running_again_ends_the_same(
-    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, when: Literal["before", "after"]
-) -> None:
-    hits, nth = [], 0
-    while True:
-        nth += 1
-        mine = desk(f"{what}-{when}-{nth}")
+def fail_at_every_call(
+    desk: Desk,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    name: str,
+    failing: Callable[[int], Failpoints],
+) -> list[str]:
+    """Promote or roll back, failing at the first call, at the second, and so on until all succeed; where it failed.
+
+    After each failure what is served is approved and whole, and running again ends the same.
+    """
+    hits: list[str] = []
+    while not hits or hits[-1]:
+        mine = desk(f"{name}-{len(hits) + 1}")
         first = candidate(mine, tmp_path, "a")
         if what == "rollback":
             mine.promote(first)
@@ -284,14 +292,11 @@ def test_a_death_at_any_call_leaves_a_truth_and_running_again_ends_the_same(
                 return target.reconcile(repair=True)
             return target.rollback(version, BOB, "complaints")
 
-        points = Failpoints(places(), nth=nth, when=when)
+        points = failing(len(hits) + 1)
         with monkeypatch.context() as patched:
             points(patched)
-            try:
+            with contextlib.suppress(Died, RegistryUnavailable):
                 act(mine)
-                died = False
-            except Died:
-                died = True
         hits.append(points.hit)
         survivor = desk(mine.model)
         assert_invariants(survivor)
@@ -303,10 +308,49 @@ def test_a_death_at_any_call_leaves_a_truth_and_running_again_ends_the_same(
         champion = survivor.ledger.champion(survivor.model)
         assert champion is not None
         assert champion.body["version"] == first
-        if not died:
-            break
-    assert nth > 15
+    return hits
+
+
+@pytest.mark.parametrize("what", ["promote", "rollback"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_death_at_any_call_leaves_a_truth_and_running_again_ends_the_same(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, when: Literal["before", "after"]
+) -> None:
+    hits = fail_at_every_call(
+        desk, tmp_path, monkeypatch, what, f"{what}-{when}", lambda nth: Failpoints(places(), nth=nth, when=when)
+    )
+    assert len(hits) > 15
     assert {"replace", "fsync", "_append", "set_registered_model_alias", "move"} <= set(hits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["promote", "rollback"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_any_request_to_s3_that_fails_leaves_a_truth_and_running_again_ends_the_same(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, when: Literal["before", "after"]
+) -> None:
+    """Every request of a promotion in turn does not arrive, or arrives and its answer is lost."""
+    from botocore.client import BaseClient
+    from botocore.exceptions import EndpointConnectionError
+
+    def lost(_: str) -> None:
+        raise EndpointConnectionError(endpoint_url="https://s3.invalid")
+
+    with s3_bucket("releases") as url:
+
+        def on_s3(model: str) -> Promotion:
+            registry = Registry(uri, Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), artifacts=tmp_path / "artifacts")
+            return Promotion(registry, ReleaseStore(f"{url}/{what}-{when}"), model)
+
+        hits = fail_at_every_call(
+            on_s3,
+            tmp_path,
+            monkeypatch,
+            what,
+            f"s3-{what}-{when}",
+            lambda nth: Failpoints([(BaseClient, "_make_api_call")], nth=nth, when=when, fail=lost),
+        )
+    assert len(hits) > (20 if what == "promote" else 8)
 
 
 def test_the_same_rollback_again_goes_no_further_back(desk: Desk, tmp_path: Path) -> None:

@@ -122,13 +122,28 @@ from registry.models import Registry
 from registry.promotion import Promotion
 from components.releases import ReleaseStore
 from pathlib import Path
-uri, root, what = sys.argv[1:]
+uri, root, act, version = sys.argv[1:]
 registry = Registry(uri, Ledger(f"sqlite:///{root}/ledger.db"), artifacts=Path(root) / "artifacts")
 promotion = Promotion(registry, ReleaseStore(f"{root}/releases"), "m")
 promotion.registry.alias("m")
 print("begin", flush=True)
-promotion.promote(what)
+if act == "promote":
+    promotion.promote(version)
+else:
+    from registry.approval import person
+    promotion.rollback(version, person("bob"), act)
 """
+
+
+def kill_at_random(rng: random.Random, *arguments: str) -> None:
+    """Promote or roll back in a process of its own, and kill -9 it within half a second."""
+    job = subprocess.Popen([sys.executable, "-c", _PROMOTE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert job.stdout is not None
+    assert job.stdout.readline() == b"begin\n"
+    time.sleep(rng.uniform(0, 0.5))
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    job.stdout.close()
 
 
 def test_promotions_killed_at_random_leave_the_truth(tmp_path: Path) -> None:
@@ -146,15 +161,7 @@ def test_promotions_killed_at_random_leave_the_truth(tmp_path: Path) -> None:
         given = evidence(tmp_path, "m", digest=f"d{attempt}", champion_engine=champion.body["engine"] if champion else None)
         version = mine.registry.register(given).version  # type: ignore[union-attr]
         mine.ledger.decide(model="m", actor=ann, rule=approval.approve(version, ann, "good"))
-        job = subprocess.Popen(
-            [sys.executable, "-c", _PROMOTE, uri, str(tmp_path), version], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        assert job.stdout is not None
-        assert job.stdout.readline() == b"begin\n"
-        time.sleep(rng.uniform(0, 0.5))
-        os.kill(job.pid, signal.SIGKILL)
-        job.wait()
-        job.stdout.close()
+        kill_at_random(rng, uri, str(tmp_path), "promote", version)
         survivor = fresh()
         routes = survivor.releases.routes("m")
         entries = survivor.ledger.entries("m")
@@ -169,3 +176,18 @@ def test_promotions_killed_at_random_leave_the_truth(tmp_path: Path) -> None:
         assert current.body["version"] == version
     promoted = [e.body["version"] for e in fresh().ledger.entries("m") if e.kind == "promoted"]
     assert len(promoted) == len(set(promoted)) == 10
+    # And back and forth between the last two, each command killed and given again.
+    for attempt in range(8):
+        target = promoted[-2 - attempt % 2]
+        kill_at_random(rng, uri, str(tmp_path), f"complaint {attempt}", target)
+        survivor = fresh()
+        routes = survivor.releases.routes("m")
+        assert routes is not None
+        served = next(entry for entry in survivor.ledger.entries("m") if entry.seq == routes.generation)
+        assert (served.body["version"], served.body["release"]) == (routes.routes[0].version, routes.routes[0].release)
+        survivor.rollback(target, person("bob"), f"complaint {attempt}")
+        assert survivor.differences() == []
+        current = survivor.ledger.champion("m")
+        assert current is not None
+        assert current.body["version"] == target
+        assert [e.kind for e in survivor.ledger.entries("m")].count("rolled_back") == attempt + 1

@@ -1,0 +1,52 @@
+"""`visionloop rollback`, the whole command, against a bare script that moves nothing but MLflow's alias.
+
+Ours verifies every byte of the release, appends to the ledger, moves the routes and the alias, and reads all back. Both
+sides are processes of their own, imports included, in turns; the champion goes back and forth between two versions. With
+DATA its releases are of photographs, without it of the embedded digits.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.serving import prepared, promoted, visionloop
+
+RUNS = 7
+_ALIAS = """
+import sys
+from mlflow import MlflowClient
+uri, model, version = sys.argv[1:]
+MlflowClient(uri).set_registered_model_alias(model, "bench", version)
+"""
+
+
+def run(data: Path | None, scratch: Path) -> dict[str, Any]:
+    """Seconds of a rollback on SQLite and a folder, median of 7."""
+    workspace, model = prepared(data, scratch)
+    versions = ["1", promoted(data, workspace, "training.fit.epochs=10")]
+    uri = f"sqlite:///{workspace / '.visionloop' / 'mlflow.db'}"
+    ours, bare = [], []
+    for number in range(RUNS + 1):
+        target = versions[number % 2]
+        arguments = ["rollback", "--to", target, "--as", "bench", "--reason", f"benchmark {number}"]
+        since = time.perf_counter()
+        visionloop(*arguments, cwd=workspace)
+        ours.append(time.perf_counter() - since)
+        since = time.perf_counter()
+        subprocess.run([sys.executable, "-c", _ALIAS, uri, model, target], check=True, capture_output=True)
+        bare.append(time.perf_counter() - since)
+    # The first of each still fills caches.
+    ours, bare = ours[1:], bare[1:]
+    return {
+        "ours": round(statistics.median(ours), 2),
+        "peers": {"MLflow's alias alone": round(statistics.median(bare), 2)},
+        "ratio": round(statistics.median(bare) / statistics.median(ours), 2),
+        "spread": {"ours": [round(min(ours), 2), round(max(ours), 2)], "peer": [round(min(bare), 2), round(max(bare), 2)]},
+        "n": RUNS,
+        "unit": "seconds of wall time, whole command",
+    }
