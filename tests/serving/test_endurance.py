@@ -42,7 +42,7 @@ def test_a_hundred_switches_under_load_fail_no_request(stage: Path, smoke: Store
     for number, factor in (("2", 2.0), ("3", 4.0)):
         # The temperature is the engine process's business: a batch that met another release would show in its answers.
         engine = smoke.record.engine.model_copy(update={"temperature": smoke.record.engine.temperature * factor})
-        made = variant(smoke, tmp_path / number, engine=engine, golden_tolerance=1.0)
+        made = variant(smoke, tmp_path / number, engine=engine, golden_tolerance=0.99)
         releases[number] = publish(store, made, int(number), number)
     # Back and forth: the release before is warm. Then round and round: every one is loaded anew.
     order = ["1", "2"] * 35 + ["3", "1", "2"] * 10
