@@ -44,6 +44,7 @@ PEERS = ROOT / ".venv-bench"
 BOUND_MS = 150.0
 _SECONDS = 4.0
 _PICTURES = 300
+_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -351,20 +352,30 @@ def _descends(pid: str, ancestor: int) -> bool:
 
 
 def overload(
-    server: Server, port: int, files: Sequence[Path], peak: float, process: subprocess.Popen[bytes]
+    server: Server, port: int, files: Sequence[Path], top: float, process: subprocess.Popen[bytes]
 ) -> dict[str, Any]:
-    """Ten times the peak: what is still answered, how fast the rest is refused, what memory does, and the recovery."""
+    """Ten times the peak: what is still answered, how fast the rest is refused, what memory does, and the recovery.
+
+    What a machine can do drifts within minutes, so the peak is measured anew before each of the rounds.
+    """
     before = memory_mb(process)
-    told = {f"{factor}x": offered(server, port, files, rate=peak * factor, seconds=8) for factor in (2, 10)}
+    rounds = []
+    for seed in range(_ROUNDS):
+        peak = offered(server, port, files, rate=top * 1.3, seconds=6, seed=seed)["goodput_per_s"]
+        told = {f"{factor}x": offered(server, port, files, rate=peak * factor, seconds=8, seed=seed) for factor in (2, 10)}
+        rounds.append({"peak_per_s": peak, "10x_of_peak": round(told["10x"]["goodput_per_s"] / peak, 3), **told})
+        say(f"    overload: {rounds[-1]}")
     after = memory_mb(process)
     started_at, recovered = time.monotonic(), None
     while time.monotonic() - started_at < 15:
         if within_bound(offered(server, port, files, rate=peak * 0.5, seconds=1)):
             recovered = time.monotonic() - started_at
             break
-    told["10x"]["memory_mb_before_and_after"] = [round(before, 1), round(after, 1)]
-    told["10x"]["recovered_within_s"] = None if recovered is None else round(recovered, 1)
-    return told
+    return {
+        "rounds": rounds,
+        "memory_mb_before_and_after": [round(before, 1), round(after, 1)],
+        "recovered_within_s": None if recovered is None else round(recovered, 1),
+    }
 
 
 def beside_training(server: Server, port: int, files: Sequence[Path], peak: float) -> dict[str, Any]:
@@ -522,7 +533,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
                 if server.ours and server.setting == "defaults":
                     peak = offered(server, port, files, rate=top * 1.3, seconds=10)
                     details["goodput"] = peak
-                    details["overload"] = overload(server, port, files, peak["goodput_per_s"], process)
+                    details["overload"] = overload(server, port, files, top, process)
                     details["beside_training"] = beside_training(server, port, files, peak["goodput_per_s"])
                     details["switching"] = switching(server, port, files, top, workspace, model, scratch)
             say(f"  {label}: {rate:.0f}/s within p99 {BOUND_MS:g} ms ({details[label]})")
@@ -546,7 +557,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
         "ceiling_layouts": {name: round(rate, 1) for name, rate in layouts.items()},
         "goodput_of_ceiling": round(details["goodput"]["goodput_per_s"] / top, 3) if "goodput" in details else None,
         "settings": rates,
-        "goodput_at_10x_of_peak": round(details["overload"]["10x"]["goodput_per_s"] / details["goodput"]["goodput_per_s"], 3)
+        "goodput_at_10x_of_peak": statistics.median(told["10x_of_peak"] for told in details["overload"]["rounds"])
         if "overload" in details
         else None,
         "details": details,
