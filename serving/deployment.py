@@ -32,10 +32,8 @@ from serving.metrics import Metrics, log
 _CODE = Path(__file__).resolve().parent.parent
 _MAX_BLOCKED = 1000
 _MAX_BACKOFF_S = 10.0
-_MARGIN = 0.8
-"""Of the bound on waiting; the rest is for what an expectation misses, so that the slowest answers stay inside it."""
 _SWITCH_PATIENCE = 2.0
-"""Of the bound on waiting while releases change, instead of `_MARGIN`: a change is ours, and must cost nobody an answer."""
+"""Of the bound on waiting while releases change, instead of `_Margin`: a change is ours, and must cost nobody an answer."""
 _SETTLE_S = 5.0
 """How long a change is felt after it: the old engine finishes and ends, the new one runs in."""
 _YIELD_WAIT_S = 0.04
@@ -61,8 +59,8 @@ class Limits:
     max_queue: int = 256
     """Most pictures that wait."""
     max_wait_ms: float = 500.0
-    """What an accepted picture should wait at most; it is taken while the expected wait is under `_MARGIN` of this, while
-    releases change under twice this, as far as `max_queue` allows."""
+    """What 99 % of the accepted pictures wait at most; one is taken while the expected wait is under the share of this that
+    `_Margin` holds, while releases change under twice this, as far as `max_queue` allows."""
     max_pixels: int = 25_000_000
     load_timeout_s: float = 120.0
     batch_timeout_s: float = 30.0
@@ -92,6 +90,35 @@ class _Job:
         self.form, self.data, self.queued_at, self.deadline, self.future = form, data, now, deadline, future
         self.strikes = 0
         self.digest = ""
+
+
+class _Margin:
+    """Share of the bound on waiting up to which pictures are taken; the rest is for what the expectation misses.
+
+    How much it misses is the machine's: steady processors keep what is expected of them, shared ones stall. So the share is
+    the largest that keeps `_IN_TIME` of what is accepted inside the bound, found as a quantile is by stochastic
+    approximation (Robbins and Monro, 1951): down with what is late, up with what is in time, in balance at that ratio. Steps
+    are in proportion to the work, so that a second's stall counts the same at ten pictures a second and at a thousand.
+    """
+
+    _IN_TIME = 0.995
+    _LATE = 0.95
+    """Of the bound; the rest is the way to the client."""
+    _LEAST, _MOST = 0.4, 0.8
+    _PER_WORK_S = 0.5
+
+    def __init__(self) -> None:
+        self.share = 0.7
+
+    def learn(self, waited: float, work_s: float) -> None:
+        """Of a picture that was answered: what it waited, as a share of the bound, and what it cost the engine."""
+        if waited > self._LATE:
+            step = -self._IN_TIME
+        elif waited > self.share / 2:
+            step = 1 - self._IN_TIME
+        else:
+            return  # in time, but nothing was in its way
+        self.share = min(self._MOST, max(self._LEAST, self.share + self._PER_WORK_S * work_s * step))
 
 
 class _Link(asyncio.Protocol):
@@ -138,6 +165,7 @@ class Deployment:
         self._blocked: OrderedDict[str, None] = OrderedDict()
         self._next_batch = 0
         self._picture_ms = 5.0
+        self._margin = _Margin()
         self._patient_until = -math.inf
         self._closed = False
         self._deaths = 0
@@ -251,7 +279,8 @@ class Deployment:
             return True
         # Little by little back to what is usual: else all that waits at that moment would be too much at once.
         rest = max(0.0, self._patient_until - asyncio.get_running_loop().time()) / _SETTLE_S
-        share = _MARGIN + (_SWITCH_PATIENCE - _MARGIN) * rest
+        usual = self._margin.share
+        share = usual + (_SWITCH_PATIENCE - usual) * rest
         return self.expected_wait_s() * 1e3 > share * self._limits.max_wait_ms
 
     def submit(self, pictures: Sequence[tuple[Form, bytes]]) -> list[asyncio.Future[Facts | Refusal]]:
@@ -354,7 +383,10 @@ class Deployment:
                     self._kill()
             else:
                 self._failures = self._deaths = 0
+            now = asyncio.get_running_loop().time()
             for job, result in zip(jobs, results, strict=True):
+                if job.queued_at > self._patient_until:  # what came while releases change may be late
+                    self._margin.learn((now - job.queued_at) * 1e3 / self._limits.max_wait_ms, self._picture_ms / 1e3)
                 if not job.future.done():
                     job.future.set_result(result)
             self._pump()

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from served import MODEL, png, publish, route, server, variant
@@ -24,7 +25,8 @@ from shapes import KINDS
 
 from components.contracts import Release, Stored
 from components.releases import ReleaseStore
-from serving.deployment import Deployment, Limits, ReleaseRefused, _Yielding
+from serving.deployment import Deployment, Limits, ReleaseRefused, _Job, _Margin, _Yielding
+from serving.frames import Form, Outcome, Refusal, Splitter, encode_answer
 from serving.metrics import Metrics
 from serving.routing import Following, Routed
 from serving.server import _Sealer
@@ -302,6 +304,45 @@ def test_a_change_of_releases_makes_late_what_would_else_be_refused(smoke: Store
         (True, False, True, True),
         (True, True, True, True),
     ]
+
+
+@pytest.mark.parametrize(("noise", "least", "most"), [(0.02, 0.79, 0.81), (0.15, 0.6, 0.7), (1.0, 0.4, 0.42)])
+def test_the_margin_is_what_the_machine_needs(noise: float, least: float, most: float) -> None:
+    """Waits that miss the expectation by a log-normal factor: 99 % end inside the bound, and no more is given away for it."""
+    rng = np.random.default_rng(7)
+    margin = _Margin()
+    shares, waits = [], []
+    for factor in np.exp(noise * rng.standard_normal(40_000)):
+        shares.append(margin.share)
+        waits.append(margin.share * factor)
+        margin.learn(waits[-1], work_s=0.01)
+    settled = slice(20_000, None)
+    assert least <= np.mean(shares[settled]) <= most
+    assert np.mean(np.array(waits[settled]) <= 1) >= 0.99 or noise == 1.0  # it gives no more than it has
+
+
+def test_the_margin_learns_from_what_waited_and_not_while_releases_change(smoke: Stored[Release]) -> None:
+    async def act() -> list[float]:
+        loop = asyncio.get_running_loop()
+        found = []
+        for waited_s, changing in ((0.0, False), (0.4, False), (0.9, False), (0.9, True)):
+            made = Deployment(smoke, version="1", generation=1, limits=Limits(), metrics=Metrics(), plugins=None)
+            made._link = link = object()  # type: ignore[assignment]
+            if changing:
+                made.be_patient()
+            job = _Job(Form.ENCODED, b"", loop.time() - waited_s, math.inf, loop.create_future())
+            made._flying[1] = (0.0, [job])
+            answer = encode_answer(1, [Refusal(Outcome.UNDECODABLE, "damaged")], decode_ms=10.0, infer_ms=10.0)
+            for kind, payload in Splitter().feed(answer):
+                made._received(link, kind, payload)  # type: ignore[arg-type]
+            assert job.future.done()
+            found.append(made._margin.share - _Margin().share)
+        return found
+
+    at_once, in_time, late, changing = asyncio.run(act())
+    assert late < 0 < in_time
+    assert late == pytest.approx(-199 * in_time)
+    assert at_once == changing == 0
 
 
 def test_only_an_engine_that_works_can_be_behind(smoke: Stored[Release]) -> None:
