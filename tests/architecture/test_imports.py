@@ -67,6 +67,7 @@ assert logits.shape == (1, 3) and embedding.shape == (1, 16)
     assert loaded_by(code, trained) & (set(HEAVY) | {"dvc", "sqlalchemy"}) == set()
 
 
+@pytest.mark.slow
 def test_every_library_imports_beside_the_others() -> None:
     """uv resolves versions that do not work together; this set does (pyproject.toml says which caps it needs)."""
     names = (

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,6 +211,21 @@ def test_a_backbone_of_the_workspace_goes_all_the_way(workspace: Path, prefect_s
     assert json.loads(shown.stdout)["training"]["backbone"] == "own_net"
 
 
+def test_other_bytes_under_the_same_weights_file_are_another_training(workspace: Path, prefect_server: str) -> None:
+    from flows.opening import opened
+    from flows.steps import training_key
+
+    splits: Any = SimpleNamespace(record=SimpleNamespace(digest=lambda: "splits"))
+    keys = []
+    for content in (b"some", b"some", b"other"):
+        (workspace / "start.safetensors").write_bytes(content)
+        overrides = ["training.weights=start.safetensors"]
+        with opened("smoke", workspace, overrides, "manual", requested_by="", quiet=True) as run:
+            keys.append(training_key(run, splits))
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.slow
 def test_other_bytes_under_the_same_weights_file_train_anew(workspace: Path, prefect_server: str) -> None:
     import torch
     from safetensors.torch import save_file
@@ -222,6 +238,7 @@ def test_other_bytes_under_the_same_weights_file_train_anew(workspace: Path, pre
         torch.manual_seed(seed)
         save_file(plugins.load("backbones", "small_cnn", settings).build().state_dict(), workspace / "start.safetensors")
         local = ["--set", "training.weights=start.safetensors", "--set", "training.fit.epochs=1"]
+        local += ["--set", "export.targets=[{target: onnxruntime}]", "--set", "export.serving=onnxruntime-fp32"]
         done = visionloop("train", "-r", "smoke", *local, "--json", cwd=workspace)
         assert done.returncode in (0, 1), done.stderr
         digests.append(json.loads(done.stdout.strip().splitlines()[-1])["candidate_digest"])
@@ -284,13 +301,6 @@ def finish_and_compare(root: Path, api: str, whole: dict[str, Any]) -> None:
     assert versions(root) == ["1"]
     assert ledger_kinds(root) == ["requested"]
     assert list((root / ".visionloop" / "store" / ".partial").iterdir()) == []
-
-
-def test_a_run_killed_in_training_ends_like_one_that_was_not(
-    workspace: Path, summary: dict[str, Any], prefect_server: str
-) -> None:
-    start_and_kill(workspace, prefect_server, "training")
-    finish_and_compare(workspace, prefect_server, summary)
 
 
 def test_a_run_killed_in_registration_registers_once(

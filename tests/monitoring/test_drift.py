@@ -247,6 +247,7 @@ def test_a_threshold_needs_enough_draws() -> None:
     assert calibration.p_value(np.arange(99.0), 98.0) == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [250, 1000])
 def test_a_shift_of_the_size_that_is_said_to_show_does(size: int) -> None:
     """In about 80 % of the windows or more, in the direction that shows least; the verdict, not the threshold alone."""
