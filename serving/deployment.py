@@ -108,7 +108,7 @@ class _Margin:
     _PER_WORK_S = 0.5
 
     def __init__(self) -> None:
-        self.share = 0.7
+        self.share = 0.6
 
     def learn(self, waited: float, work_s: float) -> None:
         """Of a picture that was answered: what it waited, as a share of the bound, and what it cost the engine."""
@@ -362,6 +362,7 @@ class Deployment:
 
     def _received(self, link: _Link, kind: Kind, payload: bytes) -> None:
         if kind is Kind.READY and self._loading is not None and not self._loading.done():
+            self._picture_ms = json.loads(payload)["picture_ms"]
             self._loading.set_result(None)
         elif kind is Kind.FAILED and self._loading is not None and not self._loading.done():
             self._loading.set_exception(ReleaseRefused(json.loads(payload)["message"]))
@@ -371,8 +372,10 @@ class Deployment:
                 payload, num_classes=len(engine.classes), embedding_dim=engine.embedding_dim
             )
             _, jobs = self._flying.pop(batch_id)
-            share = (decode_ms + infer_ms) / len(jobs) / self._limits.lanes
-            self._picture_ms += 0.1 * (share - self._picture_ms)
+            if len(self._flying) >= self._limits.lanes - 1:
+                # One that has the processors to itself is faster: it says nothing of what a queue would wait.
+                share = (decode_ms + infer_ms) / len(jobs) / self._limits.lanes
+                self._picture_ms += 0.1 * (share - self._picture_ms)
             self._decode_seconds.inc(decode_ms / 1e3)
             self._infer_seconds.inc(infer_ms / 1e3)
             if all(isinstance(result, Refusal) and result.outcome is Outcome.FAILED for result in results):

@@ -166,7 +166,8 @@ class Routed:
                 await new.close()
                 raise
         self._routes = routes
-        new.be_patient()
+        if old is not None:
+            new.be_patient()
         self._current = new  # requests that come from here on are the new release's
         self._metrics.switches.labels(self.model).inc()
         self._metrics.generation.labels(self.model).set(routes.generation)

@@ -67,17 +67,25 @@ class Loaded:
             Stored(engine, order.folder / ENGINE), num_threads=order.lanes, num_streams=order.lanes
         )
         self._task = plugins.load("tasks", self.release.task, self.release.task_settings)
-        self._check_golden()
-        self._warm_up()
+        decode_ms = self._check_golden()
+        self.picture_ms = decode_ms / order.lanes + self._warm_up()
+        """What a picture costs while every lane is at work: the server's expectation until it has seen more.
 
-    def _check_golden(self) -> None:
+        In time of the processor: the server may have let this process stand still meanwhile.
+        """
+
+    def _check_golden(self) -> float:
+        """Refuse an engine that answers wrongly; the milliseconds that decoding one of the pictures took."""
         from safetensors.numpy import load
 
         golden = load((self.order.folder / GOLDEN).read_bytes())
         pixels, expected = golden["pixels"], golden["probabilities"]
+        decode_s = 0.0
         for index in range(len(pixels)):
             raw = golden[f"encoded.{index:03d}"].tobytes()
+            start = time.process_time()
             decoded = prepare(decode(raw), self.release.engine.preprocessing)
+            decode_s += time.process_time() - start
             difference = float(np.abs(decoded.astype(np.float32) - pixels[index].astype(np.float32)).mean())
             if difference > _PIXEL_TOLERANCE:
                 raise EngineUnavailable(
@@ -91,15 +99,19 @@ class Loaded:
                 f"the engine answers its golden vectors wrongly here: a probability differs by {worst:.3f}, "
                 f"accepted are {tolerance:g}"
             )
+        return decode_s * 1e3 / len(pixels)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self) -> float:
+        """Run every lane at once; the milliseconds of inference that a picture of a whole batch took of them all."""
         size = self.release.engine.preprocessing
-        blank = np.zeros((self.order.max_batch, size.height, size.width, size.channels), dtype=np.uint8)
-        with ThreadPoolExecutor(self.order.lanes) as pool:
+        lanes, most = self.order.lanes, self.order.max_batch
+        blank = np.zeros((most, size.height, size.width, size.channels), dtype=np.uint8)
+        with ThreadPoolExecutor(lanes) as pool:
             # A failure of any of them is a release that is not ready.
-            list(
-                pool.map(lambda _: [self._predict(blank[:n]) for n in (1, self.order.max_batch, 1)], range(self.order.lanes))
-            )
+            list(pool.map(lambda _: [self._predict(blank[:n]) for n in (1, most, 1)], range(lanes)))
+            start = time.process_time()
+            list(pool.map(lambda _: self._predict(blank), range(lanes)))
+        return (time.process_time() - start) * 1e3 / (lanes * most) / lanes
 
     def _predict(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         logits, embedding = self._predictor.predict(pixels)
@@ -191,7 +203,7 @@ def serve(connection: socket.socket) -> None:
         problem = {"error": type(error).__name__, "message": str(error) if known else f"{type(error).__name__}: {error}"}
         channel.send(frame(Kind.FAILED, json.dumps(problem | {"tampered": isinstance(error, TamperedArtefact)}).encode()))
         return
-    channel.send(frame(Kind.READY, json.dumps({"pid": os.getpid()}).encode()))
+    channel.send(frame(Kind.READY, json.dumps({"pid": os.getpid(), "picture_ms": loaded.picture_ms}).encode()))
     work: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def lane() -> None:

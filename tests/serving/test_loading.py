@@ -287,7 +287,7 @@ def test_a_change_of_releases_makes_late_what_would_else_be_refused(smoke: Store
         made = Deployment(smoke, version="1", generation=1, limits=Limits(), metrics=Metrics(), plugins=None)
         made._flying[0] = (0.0, [None] * 10)  # type: ignore[list-item]
         found = []
-        for picture_ms in (30.0, 50.0, 90.0, 110.0):  # 10 pictures: 0.3, 0.5, 0.9 and 1.1 s
+        for picture_ms in (20.0, 50.0, 90.0, 110.0):  # 10 pictures: 0.2, 0.5, 0.9 and 1.1 s
             made._picture_ms, made._patient_until = picture_ms, -math.inf
             usual = made.full
             made.be_patient()
@@ -343,6 +343,38 @@ def test_the_margin_learns_from_what_waited_and_not_while_releases_change(smoke:
     assert late < 0 < in_time
     assert late == pytest.approx(-199 * in_time)
     assert at_once == changing == 0
+
+
+def test_the_cost_of_a_picture_is_that_of_a_busy_machine(smoke: Stored[Release]) -> None:
+    """Measured before the first request, and learnt only while every lane is at work."""
+
+    async def act() -> tuple[float, float, float]:
+        made = Deployment(smoke, version="1", generation=1, limits=Limits(), metrics=Metrics(), plugins=None)
+        made._picture_ms = math.nan
+        await made.start()
+        try:
+            measured = made._picture_ms
+            answer = encode_answer(7, [Refusal(Outcome.UNDECODABLE, "damaged")], decode_ms=100.0, infer_ms=100.0)
+            ((kind, payload),) = Splitter().feed(answer)
+            found = [measured]
+            flights: list[dict[int, tuple[float, list[_Job]]]] = [{}, {8: (0.0, [])}]
+            for others in flights:
+                made._flying = {
+                    7: (0.0, [_Job(Form.ENCODED, b"", 0.0, math.inf, asyncio.get_running_loop().create_future())])
+                }
+                made._flying |= others
+                assert made._link is not None
+                made._received(made._link, kind, payload)
+                made._flying.clear()
+                found.append(made._picture_ms)
+            return found[0], found[1], found[2]
+        finally:
+            await made.close()
+
+    measured, alone, busy = asyncio.run(act())
+    assert 0 < measured < 100
+    assert alone == measured
+    assert busy == pytest.approx(measured + 0.1 * (100 - measured))
 
 
 def test_only_an_engine_that_works_can_be_behind(smoke: Stored[Release]) -> None:
