@@ -59,8 +59,8 @@ class Limits:
     max_queue: int = 256
     """Most pictures that wait."""
     max_wait_ms: float = 500.0
-    """What 99 % of the accepted pictures wait at most; one is taken while the expected wait is under the share of this that
-    `_Margin` holds, while releases change under twice this, as far as `max_queue` allows."""
+    """What 99 % of the accepted pictures should wait at most; one is taken while a lane is free or the expected wait is
+    within the share of this that `_Margin` holds, while releases change within twice this, as far as `max_queue` allows."""
     max_pixels: int = 25_000_000
     load_timeout_s: float = 120.0
     batch_timeout_s: float = 30.0
@@ -84,10 +84,14 @@ class ReleaseRefused(VisionloopError):
 
 
 class _Job:
-    __slots__ = ("data", "deadline", "digest", "form", "future", "queued_at", "strikes")
+    __slots__ = ("data", "deadline", "digest", "form", "future", "lone", "queued_at", "strikes")
 
-    def __init__(self, form: Form, data: bytes, now: float, deadline: float, future: asyncio.Future[Any]) -> None:
+    def __init__(
+        self, form: Form, data: bytes, now: float, deadline: float, future: asyncio.Future[Any], *, lone: bool = True
+    ) -> None:
         self.form, self.data, self.queued_at, self.deadline, self.future = form, data, now, deadline, future
+        self.lone = lone
+        """The only picture of its request; others wait for their own neighbours too."""
         self.strikes = 0
         self.digest = ""
 
@@ -96,9 +100,10 @@ class _Margin:
     """Share of the bound on waiting up to which pictures are taken; the rest is for what the expectation misses.
 
     How much it misses is the machine's: steady processors keep what is expected of them, shared ones stall. So the share is
-    the largest that keeps `_IN_TIME` of what is accepted inside the bound, found as a quantile is by stochastic
-    approximation (Robbins and Monro, 1951): down with what is late, up with what is in time, in balance at that ratio. Steps
-    are in proportion to the work, so that a second's stall counts the same at ten pictures a second and at a thousand.
+    the largest that keeps `_IN_TIME` of what had to wait inside the bound, between `_LEAST` and `_MOST`, found as a quantile
+    is by stochastic approximation (Robbins and Monro, 1951): down with what is late, up with what is in time, in balance at
+    that ratio. Steps are in proportion to the work, so that a second's stall counts the same at ten pictures a second and at
+    a thousand.
     """
 
     _IN_TIME = 0.995
@@ -164,7 +169,9 @@ class Deployment:
         self._loading: asyncio.Future[None] | None = None
         self._blocked: OrderedDict[str, None] = OrderedDict()
         self._next_batch = 0
-        self._picture_ms = 5.0
+        self._picture_ms = 0.0
+        """What a picture costs while every lane is at work."""
+        self._up_since = -math.inf
         self._margin = _Margin()
         self._patient_until = -math.inf
         self._closed = False
@@ -239,6 +246,7 @@ class Deployment:
                 # After it said that it is ready: nobody would be told a second time.
                 raise ReleaseRefused("the engine's process died as soon as it was ready")
             self._link = link
+            self._up_since = loop.time()
         finally:
             self._loading = None
             yielding.end()
@@ -272,11 +280,18 @@ class Deployment:
         """Releases change now, or did a moment ago: better late than refused."""
         self._patient_until = asyncio.get_running_loop().time() + _SETTLE_S
 
+    def succeed(self, old: Deployment) -> None:
+        """Take over from another release: the machine is the same, and releases change now."""
+        self._margin = old._margin
+        self.be_patient()
+
     @property
     def full(self) -> bool:
         """Whether one more picture would be refused."""
         if len(self._waiting) >= self._limits.max_queue:
             return True
+        if not self._waiting and not self._suspects and len(self._flying) < self._limits.lanes:
+            return False  # whatever is expected: only lanes that are all at work show what a picture costs
         # Little by little back to what is usual: else all that waits at that moment would be too much at once.
         rest = max(0.0, self._patient_until - asyncio.get_running_loop().time()) / _SETTLE_S
         usual = self._margin.share
@@ -305,7 +320,7 @@ class Deployment:
                 self._metrics.blocked.labels(self.model).inc()
                 future.set_result(Refusal(Outcome.UNDECODABLE, "this picture killed a decoder before and is blocked"))
                 continue
-            self._waiting.append(_Job(form, data, now, deadline, future))
+            self._waiting.append(_Job(form, data, now, deadline, future, lone=len(pictures) == 1))
         self._pump()
         return futures
 
@@ -362,7 +377,7 @@ class Deployment:
 
     def _received(self, link: _Link, kind: Kind, payload: bytes) -> None:
         if kind is Kind.READY and self._loading is not None and not self._loading.done():
-            self._picture_ms = json.loads(payload)["picture_ms"]
+            self._picture_ms = max(self._picture_ms, json.loads(payload)["picture_ms"])
             self._loading.set_result(None)
         elif kind is Kind.FAILED and self._loading is not None and not self._loading.done():
             self._loading.set_exception(ReleaseRefused(json.loads(payload)["message"]))
@@ -372,8 +387,10 @@ class Deployment:
                 payload, num_classes=len(engine.classes), embedding_dim=engine.embedding_dim
             )
             _, jobs = self._flying.pop(batch_id)
-            if len(self._flying) >= self._limits.lanes - 1:
-                # One that has the processors to itself is faster: it says nothing of what a queue would wait.
+            answered = any(isinstance(result, Facts) for result in results)
+            if answered and len(self._flying) >= self._limits.lanes - 1:
+                # One that has the processors to itself is faster, and one that is refused costs nothing: neither says what a
+                # queue would wait.
                 share = (decode_ms + infer_ms) / len(jobs) / self._limits.lanes
                 self._picture_ms += 0.1 * (share - self._picture_ms)
             self._decode_seconds.inc(decode_ms / 1e3)
@@ -387,8 +404,10 @@ class Deployment:
             else:
                 self._failures = self._deaths = 0
             now = asyncio.get_running_loop().time()
+            # What came while releases change may be late, and what waited for a new process is: the margin is not at fault.
+            usual_since = max(self._patient_until, self._up_since)
             for job, result in zip(jobs, results, strict=True):
-                if job.queued_at > self._patient_until:  # what came while releases change may be late
+                if job.lone and job.queued_at > usual_since:
                     self._margin.learn((now - job.queued_at) * 1e3 / self._limits.max_wait_ms, self._picture_ms / 1e3)
                 if not job.future.done():
                     job.future.set_result(result)

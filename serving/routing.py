@@ -167,7 +167,7 @@ class Routed:
                 raise
         self._routes = routes
         if old is not None:
-            new.be_patient()
+            new.succeed(old)
         self._current = new  # requests that come from here on are the new release's
         self._metrics.switches.labels(self.model).inc()
         self._metrics.generation.labels(self.model).set(routes.generation)

@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import socket
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,8 @@ class Loaded:
         self.picture_ms = decode_ms / order.lanes + self._warm_up()
         """What a picture costs while every lane is at work: the server's expectation until it has seen more.
 
-        In time of the processor: the server may have let this process stand still meanwhile.
+        In time of the processor: the server may have let this process stand still meanwhile. What an accelerator takes is
+        learnt from answers alone.
         """
 
     def _check_golden(self) -> float:
@@ -80,12 +82,12 @@ class Loaded:
 
         golden = load((self.order.folder / GOLDEN).read_bytes())
         pixels, expected = golden["pixels"], golden["probabilities"]
-        decode_s = 0.0
+        decode_ms = []
         for index in range(len(pixels)):
             raw = golden[f"encoded.{index:03d}"].tobytes()
             start = time.process_time()
             decoded = prepare(decode(raw), self.release.engine.preprocessing)
-            decode_s += time.process_time() - start
+            decode_ms.append((time.process_time() - start) * 1e3)
             difference = float(np.abs(decoded.astype(np.float32) - pixels[index].astype(np.float32)).mean())
             if difference > _PIXEL_TOLERANCE:
                 raise EngineUnavailable(
@@ -99,7 +101,7 @@ class Loaded:
                 f"the engine answers its golden vectors wrongly here: a probability differs by {worst:.3f}, "
                 f"accepted are {tolerance:g}"
             )
-        return decode_s * 1e3 / len(pixels)
+        return statistics.median(decode_ms)  # the first one loads the decoder
 
     def _warm_up(self) -> float:
         """Run every lane at once; the milliseconds of inference that a picture of a whole batch took of them all."""
