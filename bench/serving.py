@@ -365,7 +365,7 @@ def _descends(pid: str, ancestor: int) -> bool:
 def overload(
     server: Server, port: int, files: Sequence[Path], top: float, process: subprocess.Popen[bytes]
 ) -> dict[str, Any]:
-    """Ten times the peak: what is still answered, how fast the rest is refused, what memory does, and the recovery.
+    """Ten times the ceiling `top`: what is still answered, how fast the rest is refused, what memory does, and the recovery.
 
     What a machine can do drifts within seconds, so the peak is measured before and after each of the rounds.
     """

@@ -41,7 +41,7 @@ def serve(
         float, typer.Option(min=0, max=1000, help="Wait for a fuller batch while a lane is free.")
     ] = 0,
     max_wait_ms: Annotated[
-        float, typer.Option(min=1, help="How long a picture may be expected to wait; longer queues are refused.")
+        float, typer.Option(min=1, help="How long 99 % of the pictures should wait at most; longer queues are refused.")
     ] = 500,
     max_queue: Annotated[int, typer.Option(min=1, help="Most pictures that wait.")] = 256,
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Largest request.")] = 16,

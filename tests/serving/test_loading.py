@@ -325,7 +325,7 @@ def test_the_margin_is_what_the_machine_needs(noise: float, least: float, most: 
     assert np.mean(np.array(waits[settled]) <= 1) >= 0.99 or noise == 1.0  # it gives no more than it has
 
 
-def test_the_margin_learns_from_what_waited_and_not_while_releases_change(smoke: Stored[Release]) -> None:
+def test_the_margin_learns_only_from_what_had_to_wait_as_usual(smoke: Stored[Release]) -> None:
     async def act() -> list[float]:
         loop = asyncio.get_running_loop()
         found = []
