@@ -108,6 +108,10 @@ class HttpGate:
     def __init__(self, inference: Inference, *, max_body: int, request_timeout_s: float) -> None:
         self._inference, self.max_body = inference, max_body
         self.request_timeout_s = request_timeout_s
+        self._refused = {
+            model: (inference.metrics.shed.labels(model, "http"), inference.metrics.requests.labels(model, "http", "503"))
+            for model in inference.routed
+        }
 
     def refusal(self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, str, float | None] | None:
         if method != b"POST":
@@ -128,9 +132,8 @@ class HttpGate:
         deployment = routed.deployment
         if deployment is None or not deployment.full:
             return None
-        metrics = self._inference.metrics
-        metrics.shed.labels(routed.model, "http").inc()
-        metrics.requests.labels(routed.model, "http", "503").inc()
+        for counter in self._refused[routed.model]:
+            counter.inc()
         return 503, "the server is full; try again later", deployment.expected_wait_s()
 
 

@@ -7,6 +7,8 @@ there, without a task, an application or its body; that keeps the processors for
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
 from typing import Any, Protocol
 
 import orjson
@@ -30,10 +32,15 @@ class Gate(Protocol):
 
 def plain_response(status: int, message: str, retry_after_s: float | None = None, *, close: bool = False) -> bytes:
     """A whole HTTP response with an error of ours."""
+    return _response(status, message, None if retry_after_s is None else max(1, round(retry_after_s)), close)
+
+
+@functools.lru_cache(maxsize=64)
+def _response(status: int, message: str, retry_after_s: int | None, close: bool) -> bytes:
     body = orjson.dumps({"error": message})
     parts = [STATUS_LINE[status], b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)]
     if retry_after_s is not None:
-        parts.append(b"retry-after: %d\r\n" % max(1, round(retry_after_s)))
+        parts.append(b"retry-after: %d\r\n" % retry_after_s)
     if close:
         parts.append(b"connection: close\r\n")
     return b"".join((*parts, b"\r\n", body))
@@ -50,21 +57,23 @@ class BoundedHttp(HttpToolsProtocol):
         self._close_after = False
         self._skipped = 0
         self._header_bytes = 0
-        self._clock: asyncio.TimerHandle | None = None
+        self._due = math.inf
+        """When the client must have acted; infinite while it is not the one to act."""
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._start_clock(self.gate.request_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_clock()
+        self._end_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         # uvicorn's keep-alive clock ends with the first byte; what follows may be no request, or the rest of a body that was
         # answered early. Whatever it is, a connection without a running request has a clock.
-        if self._idle and self._clock is None and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+        if self._due == math.inf and self._idle and self.timeout_keep_alive_task is None and not self.transport.is_closing():
             self._start_clock(self.timeout_keep_alive)
 
     @property
@@ -73,18 +82,32 @@ class BoundedHttp(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _start_clock(self, seconds: float) -> None:
-        self._stop_clock()
-        self._clock = self.loop.call_later(seconds, self._too_slow)
+        # A timer that rings too early looks again and is set anew: starting and stopping the clock, twice a request, is then
+        # no more than an assignment.
+        self._due = self.loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._due:
+            self._set_timer()
 
     def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+        self._due = math.inf
 
-    def _too_slow(self) -> None:
-        self._clock = None
-        if self.transport.is_closing():
+    def _set_timer(self) -> None:
+        self._end_timer()
+        self._timer = self.loop.call_at(self._due, self._ring)
+
+    def _end_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._due == math.inf or self.transport.is_closing():
             return
+        if self.loop.time() < self._due:
+            self._set_timer()
+            return
+        self._due = math.inf
         if not self._skipping and (self._idle or not self.cycle.response_started):
             self.transport.write(plain_response(408, "the request took too long to arrive", close=True))
         self.transport.close()
@@ -96,22 +119,22 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         self._header_bytes += len(url)
-        if self._within_bounds():
+        if self._header_bytes > _MAX_HEADER_BYTES:
+            self._refuse_headers()
+        elif not self._skipping:
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_bytes += len(name) + len(value) + 4
-        if self._within_bounds():
+        if self._header_bytes > _MAX_HEADER_BYTES or len(self.headers) >= _MAX_HEADERS:
+            self._refuse_headers()
+        elif not self._skipping:
             super().on_header(name, value)
 
-    def _within_bounds(self) -> bool:
-        if self._skipping:
-            return False
-        if self._header_bytes > _MAX_HEADER_BYTES or len(self.headers) >= _MAX_HEADERS:
+    def _refuse_headers(self) -> None:
+        if not self._skipping:
             self._refuse(431, f"more than {_MAX_HEADERS} headers or {_MAX_HEADER_BYTES} bytes of them", None, close=True)
             self.transport.close()
-            return False
-        return True
 
     def on_headers_complete(self) -> None:
         if self._skipping:
