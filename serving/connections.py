@@ -57,6 +57,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._close_after = False
         self._skipped = 0
         self._header_bytes = 0
+        self._begun = False
+        """Whether a part of a request is there, and not all of it."""
         self._due = math.inf
         """When the client must have acted; infinite while it is not the one to act."""
         self._timer: asyncio.TimerHandle | None = None
@@ -108,12 +110,13 @@ class BoundedHttp(HttpToolsProtocol):
             self._set_timer()
             return
         self._due = math.inf
-        if not self._skipping and (self._idle or not self.cycle.response_started):
+        # Who has not begun to ask is told nothing: an answer without a request would be taken for that of the next one.
+        if self._begun and not self._skipping and (self._idle or not self.cycle.response_started):
             self.transport.write(plain_response(408, "the request took too long to arrive", close=True))
         self.transport.close()
 
     def on_message_begin(self) -> None:
-        self._header_bytes = 0
+        self._header_bytes, self._begun = 0, True
         self._start_clock(self.gate.request_timeout_s)
         super().on_message_begin()
 
@@ -140,12 +143,17 @@ class BoundedHttp(HttpToolsProtocol):
         if self._skipping:
             return
         # A pipelined request waits for its turn: only what is next in line can be answered here.
-        refused = self.gate.refusal(self.parser.get_method(), self.url, self.headers) if self._idle else None
+        crowded = self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency
+        refused: tuple[int, str, float | None] | None = None
+        if self._idle and crowded:
+            refused = 503, "the server has too many connections; try again later", 1.0
+        elif self._idle:
+            refused = self.gate.refusal(self.parser.get_method(), self.url, self.headers)
         if refused is None:
             super().on_headers_complete()
             return
         status, message, retry_after_s = refused
-        self._refuse(status, message, retry_after_s, close=self.expect_100_continue or status == 413)
+        self._refuse(status, message, retry_after_s, close=self.expect_100_continue or crowded or status == 413)
         if self.expect_100_continue:
             # Who waits for "100 continue" will not send the body that the parser expects.
             self.transport.close()
@@ -171,6 +179,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._stop_clock()
+        self._begun = False
         if not self._skipping:
             super().on_message_complete()
             return

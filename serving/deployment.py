@@ -107,8 +107,8 @@ class _Margin:
     """
 
     _IN_TIME = 0.995
-    _LATE = 0.95
-    """Of the bound; the rest is the way to the client."""
+    _LATE = 0.9
+    """Of the bound; the rest is the way to the client, which shares the processors with everything else."""
     _LEAST, _MOST = 0.4, 0.8
     _PER_WORK_S = 0.5
 
