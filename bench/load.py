@@ -3,7 +3,8 @@
 Arrivals are Poisson with a fixed seed. Latency counts from the moment a request was due, so a server that stalls cannot
 hide it (no coordinated omission). Connections are kept alive and opened as needed; a request that finds none free below the
 cap is not sent, which the result says. Server and generator share the processors, so it costs as little as Python can: one
-thread, plain sockets and epoll. What it took is in the result.
+thread, plain sockets and epoll, which counts in whole milliseconds: each latency is up to one too long. How late requests
+left, and what the generator took of the processors, is in the result.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class Result:
     broken: int = 0
     finished_at: list[float] = field(default_factory=list)
     """When each accepted answer came, in seconds from the start."""
+    late_ms: list[float] = field(default_factory=list)
+    """How long after it was due each request left."""
+    sent_in_time: int = 0
+    """Requests that left before the load ended."""
     processor_s: float = 0.0
     """What the generator took of the processors between the start and the end of the load."""
 
@@ -51,6 +56,8 @@ class Result:
         good = sum(at <= self.seconds for at in self.finished_at)  # not what was still queued when the load ended
         return {
             "offered_per_s": round(self.rate, 1),
+            "delivered_per_s": round(self.sent_in_time / self.seconds, 1),
+            "late_ms": percentiles(self.late_ms),
             "seconds": self.seconds,
             "sent": self.sent,
             "goodput_per_s": round(good / self.seconds, 1),
@@ -98,17 +105,24 @@ class _Connection:
         self.unsent = memoryview(request)
 
     def flush(self) -> bool:
-        """Send what can be sent now; whether that was all. Raises OSError."""
+        """Send what can be sent now; whether there is no more to send."""
         try:
             while self.unsent:
                 self.unsent = self.unsent[self.socket.send(self.unsent) :]
         except BlockingIOError:
             return False
+        except OSError:
+            # Nobody takes the rest; the answer to the beginning may be there, and `take` knows.
+            self.unsent, self.close_after = memoryview(b""), True
         return True
 
     def take(self) -> bool:
-        """Read what there is; whether the answer is whole. Raises OSError where there will be none."""
-        data = self.socket.recv(1 << 16)
+        """Read what there is; whether the answer is whole. Raises OSError where there will be none, ValueError where it is
+        not one answer to one request."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except BlockingIOError:
+            return False
         if not data or not self.busy:
             raise ConnectionResetError
         self.buffer = self.buffer + data if self.buffer else data
@@ -116,18 +130,22 @@ class _Connection:
             end = self.buffer.find(b"\r\n\r\n")
             if end < 0:
                 return False
-            head = self.buffer[:end].lower()
+            head = self.buffer[: end + 2].lower()
             self.status = int(head[9:12])
-            self.close_after = b"connection: close" in head
-            start = head.find(b"content-length:")
+            self.close_after |= b"connection: close" in head
+            start = head.find(b"\r\ncontent-length:")
             self.chunked = start < 0 and b"transfer-encoding: chunked" in head
             if start >= 0:
-                self.wanted = end + 4 + int(head[start + 15 :].split(b"\r\n", 1)[0])
+                self.wanted = end + 4 + int(head[start + 17 :].split(b"\r\n", 1)[0])
             elif self.chunked:
                 self.wanted = 0
             else:
-                raise ConnectionError("an answer without a length")
-        return len(self.buffer) >= self.wanted and (not self.chunked or self.buffer.endswith(b"\r\n0\r\n\r\n"))
+                raise ValueError("an answer without a length")
+        if self.chunked:
+            return self.buffer.endswith(b"\r\n0\r\n\r\n")
+        if len(self.buffer) > self.wanted:
+            raise ValueError("more than one answer")
+        return len(self.buffer) == self.wanted
 
 
 class Load:
@@ -201,11 +219,11 @@ class Load:
             return
         self._waiting += 1
         connection.ask(due, request)
-        try:
-            if not connection.flush():
-                self._epoll.modify(connection.socket, select.EPOLLIN | select.EPOLLOUT)
-        except OSError:
-            self._broke(connection)
+        if not connection.flush():
+            self._epoll.modify(connection.socket, select.EPOLLIN | select.EPOLLOUT)
+        now = time.perf_counter()
+        self.result.late_ms.append((now - due) * 1e3)
+        self.result.sent_in_time += now < self._start + self.result.seconds
 
     def _answers(self, timeout_s: float) -> None:
         """Wait for what the sockets have to say, at most so long."""
@@ -214,11 +232,12 @@ class Load:
             if connection is None:
                 continue
             try:
-                if events & select.EPOLLOUT and connection.flush():
-                    self._epoll.modify(connection.socket, select.EPOLLIN)
+                # First what it says: who answers early and closes would else be taken for one that broke.
                 if events & ~select.EPOLLOUT and connection.take():
                     self._answered(connection)
-            except OSError:
+                elif events & select.EPOLLOUT and connection.flush():
+                    self._epoll.modify(connection.socket, select.EPOLLIN)
+            except (OSError, ValueError):
                 self._broke(connection)
 
     def _answered(self, connection: _Connection) -> None:
@@ -235,7 +254,7 @@ class Load:
                 place = connection.buffer.find(self._key)
                 if place >= 0:
                     shown = connection.buffer[place + len(self._key) :].split(b'"', 1)[0]
-                    result.versions[shown.decode()] += 1
+                    result.versions[shown.decode(errors="replace")] += 1
         else:
             result.refused_ms.append(elapsed)
         if connection.close_after or connection.unsent:

@@ -386,12 +386,16 @@ def overload(
                 accepted += samples["accepted_ms"]
                 refused += samples["refused_ms"]
         peak = (before_it["goodput_per_s"] + after_it["goodput_per_s"]) / 2
+        if not peak:
+            raise RuntimeError(f"nothing was answered at the peak: {before_it}, {after_it}")
         usual_s = (before_it["generator_cpu_s"] + after_it["generator_cpu_s"]) / 2
-        more = (tenfold["generator_cpu_s"] - usual_s) / tenfold["seconds"] / (os.cpu_count() or 1)
+        more = (tenfold["generator_cpu_s"] - usual_s) / tenfold["seconds"] / len(os.sched_getaffinity(0))
         rounds.append(
             {
                 "peak_per_s": peak,
                 "10x_of_peak": round(tenfold["goodput_per_s"] / peak, 3),
+                "10x_delivered": round(tenfold["delivered_per_s"] / (top * 10), 3),
+                "peak_was_saturated": all(told["refused_ms"] for told in (before_it, after_it)),
                 "processors_the_generator_took_more_at_10x": round(more, 3),
                 "2x": twice,
                 "10x": tenfold,
@@ -408,6 +412,8 @@ def overload(
     return {
         "n": _ROUNDS,
         "10x_of_peak": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "10x_delivered_least": min(told["10x_delivered"] for told in rounds),
+        "peaks_saturated": all(told["peak_was_saturated"] for told in rounds),
         "all_10x_of_all_peaks": round(
             sum(told["10x"]["goodput_per_s"] for told in rounds) / sum(told["peak_per_s"] for told in rounds), 3
         ),

@@ -36,6 +36,7 @@ from serving.auth import Role, Tokens, allows, bearer, digest_of, is_loopback
 from serving.frames import Form
 from serving.inference import Answer, Answered, Inference, Rejected, moment
 from serving.metrics import log
+from serving.routing import Routed
 
 Handler = Callable[[Request], Awaitable[Response]]
 _TOP = 10
@@ -103,38 +104,46 @@ class Budget:
 
 
 class HttpGate:
-    """Refuses at the headers what would be refused anyway: bodies over the limit, and predictions when the queue is full."""
+    """Refuses at the headers what would be refused anyway: bodies over the limit, predictions when the queue is full, and
+    everything but the probes and the metrics when there are too many connections."""
 
     def __init__(self, inference: Inference, *, max_body: int, request_timeout_s: float) -> None:
         self._inference, self.max_body = inference, max_body
         self.request_timeout_s = request_timeout_s
+        metrics = inference.metrics
         self._refused = {
-            model: (inference.metrics.shed.labels(model, "http"), inference.metrics.requests.labels(model, "http", "503"))
-            for model in inference.routed
+            model: (metrics.shed.labels(model, "http"), metrics.requests.labels(model, "http", "503"))
+            for model in ("", *inference.routed)
         }
 
-    def refusal(self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, str, float | None] | None:
-        if method != b"POST":
-            return None
-        for name, value in headers:
-            if name == b"content-length" and (not value.isdigit() or len(value) > 15 or int(value) > self.max_body):
-                return 413, f"the body is larger than {self.max_body} bytes", None
+    def refusal(
+        self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]], *, crowded: bool
+    ) -> tuple[int, str, float | None] | None:
         path = url.partition(b"?")[0]
+        if method == b"POST":
+            for name, value in headers:
+                if name == b"content-length" and (not value.isdigit() or len(value) > 15 or int(value) > self.max_body):
+                    return 413, f"the body is larger than {self.max_body} bytes", None
+            routed = self._asked(path)
+            if routed is not None and routed.deployment is not None and routed.deployment.full:
+                self._count(routed.model)
+                return 503, "the server is full; try again later", routed.deployment.expected_wait_s()
+        if crowded and not path.startswith(b"/v2/health/") and path != b"/metrics":
+            self._count("")
+            return 503, "the server has too many connections; try again later", 1.0
+        return None
+
+    def _asked(self, path: bytes) -> Routed | None:
+        """Whom a prediction is asked of, where the path alone says so."""
         if path == b"/predict" and len(self._inference.routed) == 1:
-            routed = next(iter(self._inference.routed.values()))
-        elif path.startswith(b"/v2/models/") and path.endswith(b"/infer"):
-            found = self._inference.routed.get(path[11:].partition(b"/")[0].decode("latin-1"))
-            if found is None:
-                return None
-            routed = found
-        else:
-            return None
-        deployment = routed.deployment
-        if deployment is None or not deployment.full:
-            return None
-        for counter in self._refused[routed.model]:
+            return next(iter(self._inference.routed.values()))
+        if path.startswith(b"/v2/models/") and path.endswith(b"/infer"):
+            return self._inference.routed.get(path[11:].partition(b"/")[0].decode("latin-1"))
+        return None
+
+    def _count(self, model: str) -> None:
+        for counter in self._refused[model]:
             counter.inc()
-        return 503, "the server is full; try again later", deployment.expected_wait_s()
 
 
 class Http:

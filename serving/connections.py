@@ -25,8 +25,10 @@ class Gate(Protocol):
     request_timeout_s: float
     max_body: int
 
-    def refusal(self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, str, float | None] | None:
-        """Status, message and retry-after seconds of a refusal, None to go on."""
+    def refusal(
+        self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]], *, crowded: bool
+    ) -> tuple[int, str, float | None] | None:
+        """Status, message and retry-after seconds of a refusal, None to go on; `crowded` by too many connections."""
         ...
 
 
@@ -53,15 +55,21 @@ class BoundedHttp(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # uvicorn would refuse everybody, probes too, and not say when to come back.
+        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._skipping = False
         self._close_after = False
         self._skipped = 0
         self._header_bytes = 0
         self._begun = False
         """Whether a part of a request is there, and not all of it."""
+        self._at_body = False
+        """Whether the headers of the last request are all there: then `cycle` is its, else that of the one before."""
+        self._writing_paused = False
         self._due = math.inf
         """When the client must have acted; infinite while it is not the one to act."""
         self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = math.inf
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -75,8 +83,8 @@ class BoundedHttp(HttpToolsProtocol):
         super().data_received(data)
         # uvicorn's keep-alive clock ends with the first byte; what follows may be no request, or the rest of a body that was
         # answered early. Whatever it is, a connection without a running request has a clock.
-        if self._due == math.inf and self._idle and self.timeout_keep_alive_task is None and not self.transport.is_closing():
-            self._start_clock(self.timeout_keep_alive)
+        if self._due == math.inf and self._idle and self.timeout_keep_alive_task is None:
+            self._start_clock(_LINGER_S if self.transport.is_closing() else self.timeout_keep_alive)
 
     @property
     def _idle(self) -> bool:
@@ -87,7 +95,7 @@ class BoundedHttp(HttpToolsProtocol):
         # A timer that rings too early looks again and is set anew: starting and stopping the clock, twice a request, is then
         # no more than an assignment.
         self._due = self.loop.time() + seconds
-        if self._timer is None or self._timer.when() > self._due:
+        if self._rings_at > self._due:
             self._set_timer()
 
     def _stop_clock(self) -> None:
@@ -95,28 +103,72 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _set_timer(self) -> None:
         self._end_timer()
-        self._timer = self.loop.call_at(self._due, self._ring)
+        # uvloop counts in whole milliseconds: what is due in less would ring at once, again and again.
+        self._rings_at = max(self._due, self.loop.time() + 0.001)
+        self._timer = self.loop.call_at(self._rings_at, self._ring)
 
     def _end_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer, self._rings_at = None, math.inf
 
     def _ring(self) -> None:
-        self._timer = None
-        if self._due == math.inf or self.transport.is_closing():
+        self._timer, self._rings_at = None, math.inf
+        if self._due == math.inf:
             return
         if self.loop.time() < self._due:
             self._set_timer()
             return
-        self._due = math.inf
-        # Who has not begun to ask is told nothing: an answer without a request would be taken for that of the next one.
-        if self._begun and not self._skipping and (self._idle or not self.cycle.response_started):
-            self.transport.write(plain_response(408, "the request took too long to arrive", close=True))
+        if self._writing_paused or self.transport.is_closing():
+            # It does not read what it asked for: waiting until that is sent would be for ever.
+            self._due = math.inf
+            self.transport.abort()
+        elif self.pipeline or not (self._at_body or self._idle):
+            # The rest of a request that is not next in line; the one before is ours to answer.
+            self._start_clock(self.gate.request_timeout_s)
+        else:
+            # An answer that nobody asked for, or a second one, would be taken for that of the next request.
+            if self._begun and not self._skipping and not (self._at_body and self.cycle.response_started):
+                self.transport.write(plain_response(408, "the request took too long to arrive", close=True))
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close as soon as everything is sent; `_ring` ends what is not."""
         self.transport.close()
+        self._start_clock(_LINGER_S)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing_paused = True
+        self._start_clock(self.gate.request_timeout_s)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._writing_paused = False
+        if self.transport.is_closing():
+            self._start_clock(_LINGER_S)
+        elif self._begun:
+            self._start_clock(self.gate.request_timeout_s)
+        elif self._idle and self.timeout_keep_alive_task is None:
+            self._start_clock(self.timeout_keep_alive)
+        else:
+            self._stop_clock()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._start_clock(_LINGER_S)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._hang_up()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():
+            self._start_clock(_LINGER_S)
 
     def on_message_begin(self) -> None:
-        self._header_bytes, self._begun = 0, True
+        self._header_bytes, self._begun, self._at_body = 0, True, False
         self._start_clock(self.gate.request_timeout_s)
         super().on_message_begin()
 
@@ -131,32 +183,34 @@ class BoundedHttp(HttpToolsProtocol):
         self._header_bytes += len(name) + len(value) + 4
         if self._header_bytes > _MAX_HEADER_BYTES or len(self.headers) >= _MAX_HEADERS:
             self._refuse_headers()
-        elif not self._skipping:
+        elif not self._skipping and not self._at_body:  # what follows a body in chunks is no header
             super().on_header(name, value)
 
     def _refuse_headers(self) -> None:
-        if not self._skipping:
+        if self._at_body or not self._idle:
+            # The request is being answered, or the one before it is: no place for another answer.
+            self.transport.abort()
+        elif not self._skipping:
             self._refuse(431, f"more than {_MAX_HEADERS} headers or {_MAX_HEADER_BYTES} bytes of them", None, close=True)
-            self.transport.close()
+            self._hang_up()
 
     def on_headers_complete(self) -> None:
         if self._skipping:
             return
         # A pipelined request waits for its turn: only what is next in line can be answered here.
-        crowded = self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency
-        refused: tuple[int, str, float | None] | None = None
-        if self._idle and crowded:
-            refused = 503, "the server has too many connections; try again later", 1.0
-        elif self._idle:
-            refused = self.gate.refusal(self.parser.get_method(), self.url, self.headers)
+        refused = None
+        if self._idle:
+            crowded = self._max_connections is not None and len(self.connections) > self._max_connections
+            refused = self.gate.refusal(self.parser.get_method(), self.url, self.headers, crowded=crowded)
+        self._at_body = True
         if refused is None:
             super().on_headers_complete()
             return
         status, message, retry_after_s = refused
-        self._refuse(status, message, retry_after_s, close=self.expect_100_continue or crowded or status == 413)
+        self._refuse(status, message, retry_after_s, close=self.expect_100_continue or status == 413)
         if self.expect_100_continue:
             # Who waits for "100 continue" will not send the body that the parser expects.
-            self.transport.close()
+            self._hang_up()
         elif self._close_after:
             # Closing at once would reset the connection before the client has read why.
             self._start_clock(_LINGER_S)
@@ -167,7 +221,10 @@ class BoundedHttp(HttpToolsProtocol):
             # It asks and does not read the answers.
             self.transport.abort()
             return
-        self.transport.write(plain_response(status, message, retry_after_s, close=close))
+        answer = plain_response(status, message, retry_after_s, close=close)
+        if self.parser.get_method() == b"HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        self.transport.write(answer)
 
     def on_body(self, body: bytes) -> None:
         if not self._skipping:
@@ -178,11 +235,12 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.abort()
 
     def on_message_complete(self) -> None:
-        self._stop_clock()
         self._begun = False
+        if not self._writing_paused and not self.transport.is_closing():
+            self._stop_clock()
         if not self._skipping:
             super().on_message_complete()
             return
         self._skipping = False
         if self._close_after or not self.parser.should_keep_alive():
-            self.transport.close()
+            self._hang_up()

@@ -4,7 +4,7 @@ import asyncio
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -17,6 +17,14 @@ from serving.metrics import Metrics
 
 REQUEST_TIMEOUT_S, KEEP_ALIVE_S = 15.0, 60.0
 PICTURE = b"POST /predict HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc"
+STATUS = b"GET /status HTTP/1.1\r\nhost: a\r\n\r\n"
+LONG = b"POST /admin/refresh HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nabc"
+
+
+class _Task:
+    """Of an application that has not answered yet."""
+
+    def add_done_callback(self, _: Callable[..., None]) -> None: ...
 
 
 class Loop:
@@ -38,8 +46,15 @@ class Loop:
     def call_later(self, delay: float, callback: Callable[..., None], *args: Any) -> asyncio.TimerHandle:
         return self.call_at(self.now + delay, callback, *args)
 
+    def create_task(self, coroutine: Coroutine[Any, Any, None]) -> _Task:
+        coroutine.close()
+        return _Task()
+
     def get_debug(self) -> bool:
         return False
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        raise context["exception"]
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None: ...
 
@@ -55,22 +70,31 @@ class Loop:
 
 
 class Transport(asyncio.Transport):
-    """Keeps what is written."""
+    """Keeps what is written; one that is stuck never gets rid of it, because its client does not read."""
 
     def __init__(self, loop: Loop) -> None:
         super().__init__()
-        self.loop, self.written, self.closed_at = loop, b"", math.inf
+        self.loop, self.written, self.stuck, self.closing, self.gone_at = loop, b"", False, False, math.inf
 
     def write(self, data: Any) -> None:
+        assert not self.closing
         self.written += data
 
     def is_closing(self) -> bool:
-        return self.closed_at < math.inf
+        return self.closing
 
     def close(self) -> None:
-        self.closed_at = min(self.closed_at, self.loop.now)
+        self.closing = True
+        if not self.stuck:
+            self.abort()
 
-    abort = close
+    def abort(self) -> None:
+        self.closing = True
+        self.gone_at = min(self.gone_at, self.loop.now)
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
 
 
 class _Deployment:
@@ -82,7 +106,9 @@ class _Deployment:
 
 class _Routed:
     model = "photographs"
-    deployment = _Deployment()
+
+    def __init__(self) -> None:
+        self.deployment = _Deployment()
 
 
 class _Inference:
@@ -91,7 +117,7 @@ class _Inference:
 
 
 class Client:
-    """One connection to a server that is full."""
+    """One connection to a server, which is full for predictions and has work to do with everything else."""
 
     def __init__(self, *, connections: int = 0, most: int | None = None) -> None:
         config = uvicorn.Config(
@@ -119,7 +145,18 @@ class Client:
 
     @property
     def hung_up_after_s(self) -> float:
-        return self.transport.closed_at - self.since
+        return self.transport.gone_at - self.since
+
+    @property
+    def running(self) -> Any:
+        """The request that is being answered, the last that was asked."""
+        return self.protocol.cycle
+
+    def answered(self) -> None:
+        """The application has answered it."""
+        cycle = self.running
+        cycle.response_started = cycle.response_complete = True
+        self.protocol.on_response_complete()
 
 
 async def _nobody(scope: Any, receive: Any, send: Any) -> None:
@@ -184,13 +221,157 @@ def test_a_connection_without_a_request_is_closed_without_an_answer_to_one(asked
     assert client.transport.written == answered
 
 
-def test_a_connection_too_many_is_told_when_to_come_back() -> None:
-    client = Client(connections=9, most=10)
-    answer = client.ask(b"GET /v2/health/live HTTP/1.1\r\nhost: a\r\n\r\n")
+def test_the_time_of_a_request_ends_with_it_and_an_answer_may_take_longer() -> None:
+    client = Client()
+    client.ask(STATUS)
+    client.loop.pass_s(10 * REQUEST_TIMEOUT_S)
+    assert not client.transport.is_closing()
+    client.answered()
+    client.loop.pass_s(KEEP_ALIVE_S - 1)
+    assert not client.transport.is_closing()
+    client.loop.pass_s(1)
+    assert client.transport.gone_at == client.loop.now
+    assert client.transport.written == b""
+
+
+def test_a_body_that_does_not_come_is_answered_408_unless_its_request_is_answered_already() -> None:
+    for early in (False, True):
+        client = Client()
+        client.ask(LONG)
+        if early:
+            client.answered()  # 401, say, at its headers
+        client.loop.pass_s(REQUEST_TIMEOUT_S)
+        assert client.hung_up_after_s == pytest.approx(REQUEST_TIMEOUT_S)
+        assert client.transport.written.startswith(b"" if early else b"HTTP/1.1 408 ")
+        assert bool(client.transport.written) is not early
+
+
+@pytest.mark.parametrize("more", [b"G", b"GET /v2 HTT", LONG])
+def test_the_beginning_of_a_next_request_ends_no_answer_that_is_under_way(more: bytes) -> None:
+    client = Client()
+    client.ask(STATUS)
+    first = client.running
+    client.loop.pass_s(5)
+    client.ask(more)
+    client.loop.pass_s(10 * REQUEST_TIMEOUT_S)
+    assert not client.transport.is_closing()
+    assert client.transport.written == b""
+    # Once it is its turn, the next one has as long as every other.
+    first.response_started = first.response_complete = True
+    client.protocol.on_response_complete()
+    client.loop.pass_s(REQUEST_TIMEOUT_S)
+    assert client.transport.written.startswith(b"HTTP/1.1 408 ")
+    assert client.transport.is_closing()
+
+
+@pytest.mark.parametrize(
+    ("then", "bound_s"),
+    [
+        ("while it is answered", REQUEST_TIMEOUT_S),
+        ("after it was answered", REQUEST_TIMEOUT_S),
+        ("and asks on", REQUEST_TIMEOUT_S),
+        ("until the time of an idle connection is over", KEEP_ALIVE_S + 5),
+        ("and its last answer is sent", 5),
+        ("and the server ends", 5),
+    ],
+)
+def test_who_does_not_read_is_hung_up_on(then: str, bound_s: float) -> None:
+    client = Client()
+    client.ask(STATUS)
+    client.transport.stuck = True
+    if then == "while it is answered":
+        client.protocol.pause_writing()
+    elif then == "after it was answered":
+        client.protocol.pause_writing()
+        client.answered()
+    elif then == "and asks on":
+        client.answered()
+        client.protocol.pause_writing()
+        client.ask(STATUS)
+    elif then == "until the time of an idle connection is over":
+        client.answered()
+    elif then == "and its last answer is sent":
+        client.transport.close()
+        client.answered()
+    else:
+        client.answered()
+        client.protocol.shutdown()
+    client.loop.pass_s(bound_s - 0.5)
+    assert client.transport.gone_at == math.inf
+    client.loop.pass_s(1)
+    assert client.transport.gone_at < math.inf
+
+
+def test_who_reads_slowly_is_waited_for_and_asks_on() -> None:
+    client = Client()
+    client.ask(STATUS)
+    for _ in range(5):
+        client.protocol.pause_writing()
+        client.loop.pass_s(REQUEST_TIMEOUT_S - 1)
+        client.protocol.resume_writing()
+        client.loop.pass_s(10 * REQUEST_TIMEOUT_S)
+    assert not client.transport.is_closing()
+    client.answered()
+    assert client.ask(PICTURE).startswith(b"HTTP/1.1 503 ")
+    client.ask(LONG)
+    client.loop.pass_s(REQUEST_TIMEOUT_S)
+    assert b"HTTP/1.1 408 " in client.transport.written
+
+
+def test_refusals_that_are_read_in_the_end_leave_an_idle_connection() -> None:
+    client = Client()
+    client.ask(PICTURE)
+    client.protocol.pause_writing()
+    client.loop.pass_s(REQUEST_TIMEOUT_S - 1)
+    client.protocol.resume_writing()
+    client.loop.pass_s(KEEP_ALIVE_S - 1)
+    assert not client.transport.is_closing()
+    client.loop.pass_s(1)
+    assert client.transport.gone_at == client.loop.now
+
+
+def test_trailers_are_no_headers_and_bounded() -> None:
+    client = Client()
+    client.ask(STATUS.replace(b"\r\n\r\n", b"\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-a: b\r\nx-b: c\r\n"))
+    assert b"x-a" not in dict(client.running.scope["headers"])
+    client.ask(b"x-c: %s\r\nx-d: e\r\n" % (b"c" * (40 << 10)))
+    assert client.transport.is_closing()
+    assert client.transport.written == b""
+
+
+def test_too_much_of_headers_is_answered_431() -> None:
+    for many in (b"x: y\r\n" * 101, b"x: %s\r\n" % (b"y" * (33 << 10)), None):
+        client = Client()
+        client.ask(b"GET /%s HTTP/1.1\r\n%s\r\n" % (b"a" * (33 << 10) if many is None else b"v2", many or b""))
+        assert client.transport.written.startswith(b"HTTP/1.1 431 ")
+        assert client.transport.written.count(b"HTTP/1.1") == 1
+        assert client.transport.is_closing()
+
+
+def test_a_body_too_large_is_told_so_and_its_rest_has_a_moment() -> None:
+    client = Client()
+    answer = client.ask(LONG.replace(b"content-length: 9", b"content-length: 101"))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"\r\nconnection: close\r\n" in answer
+    assert not client.transport.is_closing()
+    client.loop.pass_s(5)
+    assert client.hung_up_after_s == pytest.approx(5)
+
+
+def test_a_connection_too_many_is_told_when_to_come_back_and_probes_are_answered() -> None:
+    client = Client(connections=10, most=10)
+    answer = client.ask(STATUS)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"\r\nretry-after: 1\r\n" in answer
-    assert b"\r\nconnection: close\r\n" in answer
-    assert client.transport.is_closing()
+    assert client.ask(STATUS.replace(b"GET", b"HEAD")) == answer[: answer.index(b"\r\n\r\n") + 4]
+    text = client.inference.metrics.text().decode()
+    assert 'visionloop_shed_total{model="",protocol="http"} 2.0' in text
+    for path in (b"/v2/health/live", b"/v2/models/photographs/ready", b"/metrics"):
+        asked = client.ask(STATUS.replace(b"/status", path))
+        assert asked == (b"" if b"models" not in path else answer)
+        if not asked:
+            client.answered()
+    assert not Client(connections=9, most=10).ask(STATUS)
 
 
 def test_a_lost_connection_leaves_no_timer() -> None:
