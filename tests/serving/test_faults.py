@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import hashlib
+import http.client
 import io
 import os
 import resource
@@ -58,7 +59,7 @@ class Clients:
             index += 1
             try:
                 self.replies.append(self.target.predict(png(KINDS[index % 3], number * 1000 + index % 50)))
-            except OSError:
+            except (OSError, http.client.HTTPException):  # the connection, or an answer that ended in its middle
                 self.broken += 1
                 time.sleep(0.05)
 
