@@ -41,6 +41,15 @@ def root(champions: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(champions, tmp_path / "workspace", symlinks=True))
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried at once: the seconds between are Prefect's."""
+    from flows import watch as flow
+
+    for task in (flow.judging, flow.announcing, flow.sweeping):
+        monkeypatch.setattr(task, "retry_delay_seconds", [0, 0])
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Prefect server is known to our own code: nothing is started, alarms wait."""
