@@ -65,7 +65,6 @@ class BoundedHttp(HttpToolsProtocol):
         """Whether a part of a request is there, and not all of it."""
         self._at_body = False
         """Whether the headers of the last request are all there: then `cycle` is its, else that of the one before."""
-        self._writing_paused = False
         self._due = math.inf
         """When the client must have acted; infinite while it is not the one to act."""
         self._timer: asyncio.TimerHandle | None = None
@@ -119,7 +118,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self.loop.time() < self._due:
             self._set_timer()
             return
-        if self._writing_paused or self.transport.is_closing():
+        if self.flow.write_paused or self.transport.is_closing():
             # It does not read what it asked for: waiting until that is sent would be for ever.
             self._due = math.inf
             self.transport.abort()
@@ -139,12 +138,10 @@ class BoundedHttp(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._writing_paused = True
         self._start_clock(self.gate.request_timeout_s)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._writing_paused = False
         if self.transport.is_closing():
             self._start_clock(_LINGER_S)
         elif self._begun:
@@ -236,7 +233,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._begun = False
-        if not self._writing_paused and not self.transport.is_closing():
+        if not self.flow.write_paused and not self.transport.is_closing():
             self._stop_clock()
         if not self._skipping:
             super().on_message_complete()

@@ -330,7 +330,7 @@ def test_thresholds_hold_their_share_of_alpha() -> None:
 
 def test_windows_without_drift_seldom_alarm(mine: Stored[Release]) -> None:
     """A smoke test of the calibration; `make bench NAME=watch` counts over 500 windows."""
-    statuses = [verdict(mine, sample(200, 1000 + seed)).status for seed in range(6)]
+    statuses = [verdict(mine, sample(200, 1000 + seed)).status for seed in range(12)]
     assert "drift" not in statuses
 
 
