@@ -32,7 +32,7 @@ from serving.metrics import Metrics, log
 _CODE = Path(__file__).resolve().parent.parent
 _MAX_BLOCKED = 1000
 _MAX_BACKOFF_S = 10.0
-_SWITCH_PATIENCE = 2.0
+_SWITCH_PATIENCE = 4.0
 """Of the bound on waiting while releases change, instead of `_Margin`: a change is ours, and must cost nobody an answer."""
 _SETTLE_S = 5.0
 """How long a change is felt after it: the old engine finishes and ends, the new one runs in."""
@@ -60,7 +60,8 @@ class Limits:
     """Most pictures that wait."""
     max_wait_ms: float = 500.0
     """What 99 % of the accepted pictures should wait at most; one is taken while a lane is free or the expected wait is
-    within the share of this that `_Margin` holds, while releases change within twice this, as far as `max_queue` allows."""
+    within the share of this that `_Margin` holds, while releases change within `_SWITCH_PATIENCE` of it, as far as
+    `max_queue` allows."""
     max_pixels: int = 25_000_000
     load_timeout_s: float = 120.0
     batch_timeout_s: float = 30.0
@@ -310,8 +311,8 @@ class Deployment:
             raise Overloaded(max(0.05, self.expected_wait_s()))
         loop = asyncio.get_running_loop()
         now = loop.time()
-        # Twice the bound and a restart of the engine's process: what waits longer, nobody waits for any more.
-        deadline = now + 2 * self._limits.max_wait_ms / 1e3 + 10.0
+        # The longest wait and a restart of the engine's process: what waits longer, nobody waits for any more.
+        deadline = now + _SWITCH_PATIENCE * self._limits.max_wait_ms / 1e3 + 10.0
         futures: list[asyncio.Future[Facts | Refusal]] = []
         for form, data in pictures:
             future: asyncio.Future[Facts | Refusal] = loop.create_future()
@@ -533,17 +534,20 @@ class _Yielding:
         return self._stood_still_s + (self._loop.time() - self._stopped_at if self._stopped_at is not None else 0.0)
 
     async def _run(self) -> None:
-        while self._served and self._stood_still_s < _MOST_STILL_S:
-            for deployment in self._served:
-                deployment.be_patient()
-            await asyncio.sleep(_LOAD_S)
-            if not self._behind():
+        while self._served:
+            await self._a_moment()
+            if not self._behind() or self._stood_still_s >= _MOST_STILL_S:
                 continue
             self._stopped_at = stopped_at = self._loop.time()
             _signal(self._process, signal.SIGSTOP)
             while self._behind() and self._loop.time() < stopped_at + _YIELD_S:
-                await asyncio.sleep(_LOAD_S)
+                await self._a_moment()
             self._go_on()
+
+    async def _a_moment(self) -> None:
+        for deployment in self._served:
+            deployment.be_patient()
+        await asyncio.sleep(_LOAD_S)
 
     def _behind(self) -> bool:
         return any(deployment.behind for deployment in self._served)
