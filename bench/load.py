@@ -48,6 +48,10 @@ class Result:
     """How long after it was due each request left."""
     sent_in_time: int = 0
     """Requests that left before the load ended."""
+    asked_at: list[float] = field(default_factory=list)
+    failed_at: list[float] = field(default_factory=list)
+    """When every request, and every one that was not answered with 200, was due: of `time.monotonic`, the same for all
+    processes."""
     processor_s: float = 0.0
     """What the generator took of the processors between the start and the end of the load."""
 
@@ -181,6 +185,8 @@ class Load:
         picks = self._rng.integers(0, len(self._requests), size=len(offsets)).tolist()
         self._start = time.perf_counter() + 0.05
         due = (self._start + offsets).tolist()
+        since = time.monotonic() + self._start - time.perf_counter()
+        result.asked_at = (since + offsets).tolist()
         over, last = self._start + result.seconds, self._start + result.seconds + _PATIENCE_S
         processor, ended = time.process_time(), False
         index = 0
@@ -198,8 +204,11 @@ class Load:
             self._answers(max(0.0, following - time.perf_counter()))
         result.broken += self._waiting
         for connection in self._connections.values():
+            if connection.busy:
+                result.failed_at.append(connection.due)
             connection.socket.close()
         self._epoll.close()
+        result.failed_at = [since + failed - self._start for failed in result.failed_at]
         return result
 
     def _send(self, due: float, request: bytes) -> None:
@@ -211,11 +220,13 @@ class Load:
                 connection = _Connection(self._address)
             except OSError:
                 self.result.broken += 1
+                self.result.failed_at.append(due)
                 return
             self._connections[connection.socket.fileno()] = connection
             self._epoll.register(connection.socket, select.EPOLLIN)
         else:
             self.result.no_connection += 1
+            self.result.failed_at.append(due)
             return
         self._waiting += 1
         connection.ask(due, request)
@@ -257,6 +268,7 @@ class Load:
                     result.versions[shown.decode(errors="replace")] += 1
         else:
             result.refused_ms.append(elapsed)
+            result.failed_at.append(connection.due)
         if connection.close_after or connection.unsent:
             self._end(connection)
         else:
@@ -266,6 +278,7 @@ class Load:
         if connection.busy:
             self._waiting -= 1
             self.result.broken += 1
+            self.result.failed_at.append(connection.due)
         else:
             self._free.remove(connection)  # the server ended what was idle
         self._end(connection)
@@ -297,7 +310,7 @@ def request_body(form: str, data: bytes) -> tuple[str, bytes]:
 def offer(order: dict[str, Any]) -> dict[str, Any]:
     """Run one load in this process; `order` is what `Load` takes, with pictures as file names.
 
-    With `samples` the report has every latency, so that loads can be pooled.
+    With `samples` the report has every latency, so that loads can be pooled, and when requests were due and failed.
     """
     requests = []
     for name in order["pictures"]:
@@ -315,7 +328,7 @@ def offer(order: dict[str, Any]) -> dict[str, Any]:
     ).run()
     found = result.told()
     if order.get("samples"):
-        found["samples"] = {"accepted_ms": result.accepted_ms, "refused_ms": result.refused_ms}
+        found["samples"] = {name: getattr(result, name) for name in ("accepted_ms", "refused_ms", "asked_at", "failed_at")}
     return found
 
 

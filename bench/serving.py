@@ -46,6 +46,8 @@ BOUND_MS = 150.0
 _SECONDS = 4.0
 _PICTURES = 300
 _ROUNDS = 8
+_AFTER_S = 5.0
+"""How long after a release serves its change is felt."""
 
 
 @dataclass(frozen=True)
@@ -451,7 +453,8 @@ def switching(
     """A hundred changes of champion at 70 % of the peak: 70 to a release that is warm, 30 to one that is loaded anew.
 
     What a machine can do drifts within minutes, so the peak is measured anew before every tenth change. The same load with
-    no change at all, between the tens, tells what the machine alone does to it.
+    no change at all tells what the machine alone does to it: between the tens, and before the first of ten and after the
+    last. A request is one of a change from the moment it is ordered until `_AFTER_S` after it serves.
     """
     store = ReleaseStore(str(workspace / ".visionloop" / "releases"))
     routes = store.routes(model)
@@ -480,6 +483,7 @@ def switching(
     change(1)  # so that the release before is warm; not counted
     order = [0, 1] * 35 + [2, 0, 1] * 10
     seconds: list[float] = []
+    changing: list[tuple[float, float]] = []
     loads: list[dict[str, Any]] = []
     quiet: list[dict[str, Any]] = []
     offered_per_s = []
@@ -489,9 +493,13 @@ def switching(
         time.sleep(1)
         quiet.append(offered(server, port, files, rate=rate, seconds=10, seed=1000 + ten))
         with _asked(server, port, files, rate, loads, seconds=25 if ten < 70 else 45):
+            since = time.monotonic()
             seconds += [change(index) for index in order[ten : ten + 10]]
+            changing.append((since, time.monotonic() + _AFTER_S))
+        failed = _within(changing, loads, "failed_at")
         say(
-            f"    {len(seconds)} changes at {rate:.0f}/s: {dict(_statuses(loads))}; without changes {dict(_statuses(quiet))}"
+            f"    {len(seconds)} changes at {rate:.0f}/s: {dict(_statuses(loads))}, {failed} failed while releases changed; "
+            f"without changes {dict(_statuses(quiet))}"
         )
     answered: Counter[str] = Counter()
     for told in loads:
@@ -504,6 +512,10 @@ def switching(
         "broken": sum(told["broken"] + told["no_connection"] for told in loads),
         "answers_by_release": {f"release {digests.index(name) + 1}": count for name, count in answered.items()},
         "accepted_p99_ms": [told["accepted_ms"].get("p99") for told in loads],
+        "while_releases_changed": {
+            "requests": _within(changing, loads, "asked_at"),
+            "failed": _within(changing, loads, "failed_at"),
+        },
         "without_a_switch": {
             "requests": sum(told["sent"] for told in quiet),
             "statuses": dict(_statuses(quiet)),
@@ -526,7 +538,10 @@ def _asked(
 
     def keep_asking() -> None:
         while not stop.is_set():
-            loads.append(offered(server, port, files, rate=rate, seconds=seconds, seed=len(loads), count_by='"release":"'))
+            seed = len(loads)
+            loads.append(
+                offered(server, port, files, rate=rate, seconds=seconds, seed=seed, count_by='"release":"', samples=True)
+            )
 
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(keep_asking)
@@ -536,6 +551,11 @@ def _asked(
         finally:
             stop.set()
             asking.result()  # a load that broke off is no load: it raises
+
+
+def _within(periods: Sequence[tuple[float, float]], loads: Sequence[dict[str, Any]], what: str) -> int:
+    """How many of the moments `what` of the loads are within one of the periods."""
+    return sum(any(since <= at < until for since, until in periods) for told in loads for at in told["samples"][what])
 
 
 def _statuses(loads: Sequence[dict[str, Any]]) -> Counter[str]:

@@ -68,7 +68,9 @@ def test_every_request_is_counted_as_what_it_came_to() -> None:
         (TWICE, False),
     ]
     with answering(lambda index: turns[index % len(turns)]) as port:
+        since = time.monotonic()
         result = Load("127.0.0.1", port, [REQUEST], rate=120, seconds=1, version_key=b'"v":"').run()
+        until = time.monotonic()
     assert 80 < result.sent < 160
     assert sum(result.statuses.values()) + result.broken == result.sent
     rounds, rest = divmod(result.sent, len(turns))
@@ -79,6 +81,9 @@ def test_every_request_is_counted_as_what_it_came_to() -> None:
     assert len(result.accepted_ms) == result.statuses[200]
     assert len(result.refused_ms) == result.statuses[503]
     assert result.no_connection == 0
+    assert len(result.asked_at) == result.sent
+    assert since < min(result.asked_at) <= max(result.asked_at) < until
+    assert len(result.failed_at) == result.sent - result.statuses[200]
 
 
 def test_latency_counts_from_when_a_request_was_due_whoever_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +153,15 @@ def test_what_finds_no_connection_is_not_sent_and_said() -> None:
         result = Load("127.0.0.1", port, [REQUEST], rate=100, seconds=1, max_connections=3).run()
     assert result.no_connection > 0
     assert result.statuses[200] + result.no_connection == result.sent
+    assert len(result.failed_at) == result.no_connection
+
+
+def test_what_is_never_answered_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.load._PATIENCE_S", 0.3)
+    with answering(lambda index: (OK if index % 2 else b"", False)) as port:
+        result = Load("127.0.0.1", port, [REQUEST], rate=50, seconds=0.5).run()
+    assert result.statuses == {200: result.sent // 2}
+    assert result.broken == len(result.failed_at) == result.sent - result.sent // 2 > 5
 
 
 def test_nobody_there_is_broken_not_an_error() -> None:
@@ -155,6 +169,7 @@ def test_nobody_there_is_broken_not_an_error() -> None:
         held.bind(("127.0.0.1", 0))
         result = Load("127.0.0.1", held.getsockname()[1], [REQUEST], rate=50, seconds=0.5).run()
     assert result.broken == result.sent > 5
+    assert sorted(result.failed_at) == pytest.approx(result.asked_at)
 
 
 def test_the_same_seed_is_the_same_load(monkeypatch: pytest.MonkeyPatch) -> None:
