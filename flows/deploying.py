@@ -50,8 +50,9 @@ def deploy(loop: Loop) -> list[str]:
     )
     every = Interval(
         datetime.timedelta(minutes=config.every_minutes),
-        # A little after a window has ended: its last rows are in the log then.
-        anchor_date=datetime.datetime(2026, 1, 1, 0, 0, 30, tzinfo=datetime.UTC),
+        # A little after a window has ended: its last rows are in the log then. Counted from 1970, as windows are: from
+        # another day, one whose length divides no day would be looked at long after its end.
+        anchor_date=datetime.datetime(1970, 1, 1, 0, 0, 30, tzinfo=datetime.UTC),
         slug="every-window",
     )
     found = []

@@ -115,4 +115,4 @@ def test_prefect_takes_the_deployments(prefect_server: str, tmp_path: Path) -> N
     assert "event.payload.alarm" in str(action.parameters)
     (every,) = watch.schedules
     assert (every.slug, every.schedule.interval.total_seconds()) == ("every-window", 900)  # type: ignore[union-attr]
-    assert every.schedule.anchor_date.second == 30  # type: ignore[union-attr]
+    assert every.schedule.anchor_date.timestamp() == 30  # type: ignore[union-attr]

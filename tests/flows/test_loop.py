@@ -79,6 +79,10 @@ def test_deploying_again_changes_nothing(deployed: Path) -> None:
     assert state() == before
     assert [slug for slug, _ in before[0]["train"][1]] == ["nightly"]
     assert [slug for slug, _ in before[0]["watch"][1]] == ["every-window"]
+    with get_client(sync_client=True) as client:
+        (every,) = client.read_deployment_by_name(f"watch/{MODEL}").schedules
+    schedule: Any = every.schedule
+    assert schedule.anchor_date.timestamp() == 30  # as windows are counted, whatever their length
     assert len(before[1]) == 2
     # Made twice by somebody, it is made single again; one that a person switched off stays off.
     drift: Any = Automation.read(name=f"visionloop: drift retrains {MODEL}")
