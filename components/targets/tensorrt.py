@@ -2,13 +2,17 @@
 
 Where a GPU and the `tensorrt` extra exist, full TensorRT builds for that GPU instead. Networks are strongly typed: the
 precision is the graph's. An engine is bound to the GPU generations it was built for and to the library's version.
+TensorRT-RTX is for GeForce and workstation cards: an H100 or H200 (compute capability 9.0) refuses its engines and needs
+full TensorRT.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +46,7 @@ class Target(BaseModel):
     def export(self, request: ExportRequest, *, out: Path) -> Built:
         full = _chosen() == "tensorrt"
         trt = _library(_chosen(), ExportError)
-        logger = trt.Logger(trt.Logger.ERROR)
+        logger = _logger(trt)
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
@@ -58,7 +62,7 @@ class Target(BaseModel):
         config.add_optimization_profile(profile)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise ExportError("TensorRT built no engine; its own messages above say why")
+            raise ExportError(f"TensorRT built no engine: {logger.errors()}")
         (out / _ENTRY).write_bytes(bytes(plan))
         return Built(entry=_ENTRY, runtime=f"{trt.__name__} {trt.__version__}", built_for=built_for)
 
@@ -81,12 +85,13 @@ class Target(BaseModel):
         if not _has_gpu():
             raise EngineUnavailable("built, not executed here: TensorRT needs an NVIDIA GPU and its driver")
         trt = _library(engine.record.runtime.split()[0], EngineUnavailable)
-        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        logger = _logger(trt)
+        runtime = trt.Runtime(logger)
         plan = runtime.deserialize_cuda_engine((engine.folder / engine.record.entry).read_bytes())
         if plan is None:
             raise EngineUnavailable(
-                f"built, not executed here: this GPU or {trt.__name__} {trt.__version__} does not accept an engine built by "
-                f"{engine.record.runtime} for {', '.join(engine.record.built_for)}"
+                f"built, not executed here: {trt.__name__} {trt.__version__} does not accept an engine built by "
+                f"{engine.record.runtime} for {', '.join(engine.record.built_for)} on this GPU: {logger.errors()}"
             )
         return _Predictor(plan, max_batch=self.max_batch)
 
@@ -103,6 +108,28 @@ def _library(name: str, error: type[ExportError] | type[EngineUnavailable]) -> A
         return importlib.import_module(name)
     except ImportError as cause:
         raise error(f"{name or 'TensorRT'} is not installed ({cause}); it exists for Linux on x86-64") from cause
+
+
+@functools.cache
+def _logger(trt: Any) -> Any:
+    """The library's logger of this process: TensorRT keeps the first one it is given and gives reasons to nothing else."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._errors: deque[str] = deque(maxlen=3)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (self.INTERNAL_ERROR, self.ERROR):
+                self._errors.append(message)
+
+        def errors(self) -> str:
+            """The last errors, once."""
+            told = "; ".join(self._errors) or "it gave no reason"
+            self._errors.clear()
+            return told
+
+    return Logger()
 
 
 def _has_gpu() -> bool:

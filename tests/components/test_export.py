@@ -54,6 +54,12 @@ def test_an_unknown_gpu_generation_lists_the_valid_ones(trained: Path, tmp_path:
         build(trained, tmp_path / "out", target="tensorrt", settings={"compute_capabilities": ["SM1"]})
 
 
+def test_what_tensorrt_refuses_to_build_is_told_in_its_own_words(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX exists for Linux on x86-64 only")
+    with pytest.raises(ExportError, match=r"built no engine: .*Turing \(SM75\): FP32 GEMM is not supported"):
+        build(trained, tmp_path / "out", target="tensorrt", settings={"compute_capabilities": ["SM75"]})
+
+
 def test_int8_without_enough_calibration_images_is_refused(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
