@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,7 +87,7 @@ class ReleaseStore:
         """Read every byte of a published release; raises TamperedArtefact or StoreError."""
         record = self.manifest(model, digest)
         if record is None:
-            raise StoreError(f"release {digest} of {model} is not in {self.url}; publish it again (visionloop reconcile)")
+            raise StoreError(f"release {digest} of {model} is not in {self.url}")
         for file in record.files:
             if self._objects.digest(f"{_place(model, digest)}/{file.name}") != file.sha256:
                 raise TamperedArtefact(f"{file.name} of release {digest} in {self.url} is missing or was changed")
@@ -150,10 +151,11 @@ class ReleaseStore:
         """What is to be served, None before the first promotion; raises TamperedArtefact or RegistryUnavailable."""
         return _routes(self._objects.read(_routes_name(model), most=_MAX_MANIFEST_BYTES), model, self.url)
 
-    def move(self, routes: Routes, *, newest: int | None = None, force: bool = False) -> Routes:
+    def move(self, routes: Routes, *, newest: Callable[[], int] | None = None, force: bool = False) -> Routes:
         """Make `routes` what is served, unless a later generation already is; returns what is served now.
 
-        A generation beyond `newest` does not count as later, and with `force` none does.
+        A generation beyond `newest` does not count as later, and with `force` none does. `newest` is asked after what is
+        served was read: asked before, a generation that came in between would seem to lie beyond it.
         """
         result: list[Routes] = []
 
@@ -162,8 +164,8 @@ class ReleaseStore:
                 present = _routes(current, routes.model, self.url)
             except TamperedArtefact:
                 present = None  # the ledger's word replaces it
-            later = present is not None and routes.generation < present.generation <= (newest or present.generation)
-            if present is not None and later and not force:
+            ahead = present is not None and present.generation > routes.generation and not force
+            if present is not None and ahead and (newest is None or present.generation <= newest()):
                 result[:] = [present]
                 return None
             result[:] = [routes]

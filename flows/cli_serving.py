@@ -257,11 +257,15 @@ def predictions_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> 
 
         url, state = _log_of(workspace)
         found = segments.verify(url, state / "journal")
-        captures = Captures(state / "captures").verify()
+        kept = Captures(state / "captures")
+        captures = kept.verify()
+        erased, head = kept.erasures()
         lines = [f"{found.segments} segments, {found.rows} predictions, {found.duplicates} twice, {found.lost_rows} lost"]
         lines += [f"{found.unsealed} journals are still written or wait to be sealed"] if found.unsealed else []
+        lines += [f"{erased} images erased, the last record is {head[:16]}"] if erased else []
         lines += [*found.broken, *captures]
-        finish(dataclasses.asdict(found) | {"captures": captures}, json_, lambda: "\n".join(lines))
+        told = {"captures": captures, "erasures": {"count": erased, "head": head}}
+        finish(dataclasses.asdict(found) | told, json_, lambda: "\n".join(lines))
         if found.broken or found.duplicates or captures:
             raise typer.Exit(1)
 
@@ -276,13 +280,25 @@ def predictions_erase(
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
-    """Remove a kept image for good; it is never kept again. The predictions about it stay, without its bytes."""
+    """Remove a kept image for good; it is never kept again. The predictions about it stay, without its bytes.
+
+    Copies that became training data are named, not removed: data versions and the models of them rest on them.
+    """
 
     def action() -> None:
+        from flows.labelling import training_copies
+        from flows.run import Workspace
         from serving.captures import Captures
 
         record = Captures(_log_of(workspace)[1] / "captures").erase(image_sha256, by=as_, reason=reason)
+        copies = training_copies(Workspace.find(workspace), image_sha256)
         was = "It was kept and is removed" if record["found"] else "It was not kept, and will not be"
-        finish(record, json_, lambda: f"{was}; recorded at {record['at']} as {record['hash'][:16]}.")
+        lines = [f"{was}; recorded at {record['at']} as {record['hash'][:16]}."]
+        lines += [
+            f"It is training data as well: {copy}. Remove the file and run `visionloop data add`, for a version without it; "
+            f"earlier versions keep it"
+            for copy in copies
+        ]
+        finish(record | {"training_copies": copies}, json_, lambda: "\n".join(lines))
 
     guarded(action, json_)

@@ -13,6 +13,7 @@ from components.contracts import DataError, UndecodableImage
 from components.images import decode
 from components.store import sha256_file
 from flows.looping import Loop
+from flows.run import Workspace
 from flows.watching import capture_path, captured, champion_at, release_of
 from monitoring.labels import Imported, read_file, resolve
 
@@ -86,6 +87,12 @@ class Gathered:
     not_kept: int
     """Labelled images whose bytes were not captured, or were erased or outdated since."""
     damaged: int
+
+
+def training_copies(workspace: Workspace, sha: str) -> list[str]:
+    """Files of data/ that are the image of this sha256, as `gathered` names them."""
+    found = [path for path in workspace.data.glob(f"*/{sha[:_NAME]}.*") if sha256_file(path) == sha]
+    return sorted(str(path.relative_to(workspace.root)) for path in found)
 
 
 def move_relabelled(loop: Loop) -> int:

@@ -236,13 +236,22 @@ def rollback_target(entries: Sequence[Entry], to: str | None) -> Entry:
         known = sorted({str(entry.body["version"]) for entry in promotions}, key=_number)
         what = "no earlier champion" if to is None else f"no version {to} among the earlier champions"
         raise DecisionRefused(f"there is {what} to go back to; promoted so far: {', '.join(known) or '(none)'}")
-    if to is None and current is not None and current.kind == "rolled_back":
-        # Back from a rollback is further back, not forward to what was just left.
-        earlier = [entry for entry in before if entry.seq < current.body["promoted_seq"]]
-        if not earlier:
-            raise DecisionRefused("there is no champion before this one; name one that was promoted with --to")
-        return earlier[-1]
-    return before[-1]
+    if to is not None or current is None:
+        return before[-1]
+    # What the champion's own promotion replaced: no rollback goes to a version that another one has left.
+    replaced = _promotion_of(entries, current).body["previous"]
+    if replaced is None:
+        raise DecisionRefused("there is no champion before this one; name one that was promoted with --to")
+    (move,) = [entry for entry in entries if entry.seq == replaced["seq"]]
+    return _promotion_of(entries, move)
+
+
+def _promotion_of(entries: Sequence[Entry], move: Entry) -> Entry:
+    """The row that promoted what `move` made champion."""
+    if move.kind == "promoted":
+        return move
+    (promoted,) = [entry for entry in entries if entry.seq == move.body["promoted_seq"]]
+    return promoted
 
 
 def _number(version: str) -> tuple[int, str]:

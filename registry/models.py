@@ -102,6 +102,7 @@ class Registry:
             }
             if evidence.verdict.status == "pass":
                 version = self._version(mlflow, evidence, experiment, run_id)
+                self._expect_new(evidence.model, str(version.version))
                 body |= {"version": str(version.version), "manifest_sha256": version.tags[_MANIFEST_TAG]}
             else:
                 with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
@@ -155,6 +156,16 @@ class Registry:
             description=f"Verdict: {evidence.verdict.status}. Serving engine: {evidence.verdict.serving_engine}. "
             f"Waits for approval; see report.html and model-card.md.",
         )
+
+    def _expect_new(self, model: str, version: str) -> None:
+        """Raise RegistryUnavailable when MLflow gave a number that the ledger has for another candidate: it forgot some."""
+        known = [e for e in self.ledger.entries(model) if e.kind == "requested" and e.body["version"] == version]
+        if known:
+            raise RegistryUnavailable(
+                f"MLflow calls this candidate version {version} of {model!r}, but the ledger's row {known[0].seq} requested "
+                f"another one under that number: MLflow's model was deleted, or an older backup of it was restored. "
+                f"Restore a backup of MLflow that has all its versions, delete version {version} there, and run again"
+            )
 
     def champion(self, model: str) -> Entry | None:
         """The ledger's champion row; None proves that there never was one.

@@ -122,7 +122,7 @@ class Promotion:
             entry = current
         else:
             target = approval.rollback_target(entries, to)
-            self.releases.verify(self.model, target.body["release"])
+            self._expect_published(target, told)
             rule = approval.rollback(target.body["version"], by, reason, leaving=current.seq)
             entry = self.ledger.decide(model=self.model, actor=by, rule=rule)
         version = entry.body["version"]
@@ -191,21 +191,36 @@ class Promotion:
             # Somebody pointed at a version that nobody approved: nothing may be served from that.
             return found
         if any(difference.what == "the release" for difference in found):
-            self._publish_again(entry)
+            with suppress(VisionloopError):  # what is left is reported
+                self._publish_again(entry)
         # Whatever generation somebody wrote there: the ledger's word replaces it.
         self.releases.move(_routes_of(self.model, entry), force=True)
         self.project()
         left = {difference.what for difference in self.differences()}
         return [d.model_copy(update={"repaired": d.what not in left}) for d in found]
 
+    def _expect_published(self, entry: Entry, told: Callable[[str], None]) -> None:
+        """Verify the release of an earlier champion; where the store lost or changed it, publish it again from MLflow."""
+        try:
+            self.releases.verify(self.model, entry.body["release"])
+        except StoreError as lost:
+            try:
+                self._publish_again(entry)
+                self.releases.verify(self.model, entry.body["release"])
+                told(f"{lost}; it was published again from version {entry.body['version']} in MLflow")
+            except VisionloopError as error:
+                raise StoreError(
+                    f"{lost}. It could not be published again from version {entry.body['version']} in MLflow: {error}. "
+                    f"Nothing was moved"
+                ) from error
+
     def _publish_again(self, entry: Entry) -> None:
-        with suppress(VisionloopError):  # what is left is reported
-            version, manifest = entry.body["version"], entry.body["manifest_sha256"]
-            with self.registry.bundle(self.model, version, manifest) as (bundle, _):
-                with tempfile.TemporaryDirectory(prefix="visionloop-release-") as scratch:
-                    release = release_in(bundle, out=Path(scratch))
-                    if release.record.digest() == entry.body["release"]:
-                        self.releases.publish(release)
+        version, manifest = entry.body["version"], entry.body["manifest_sha256"]
+        with self.registry.bundle(self.model, version, manifest) as (bundle, _):
+            with tempfile.TemporaryDirectory(prefix="visionloop-release-") as scratch:
+                release = release_in(bundle, out=Path(scratch))
+                if release.record.digest() == entry.body["release"]:
+                    self.releases.publish(release)
 
     def _champion(self) -> Entry:
         entry = approval.champion(self.ledger.entries(self.model))
@@ -215,7 +230,7 @@ class Promotion:
 
     def _route(self, entry: Entry) -> None:
         # A generation is the number of a ledger row: one that the ledger has not reached was not written by it.
-        self.releases.move(_routes_of(self.model, entry), newest=self.ledger.entries()[-1].seq)
+        self.releases.move(_routes_of(self.model, entry), newest=lambda: self.ledger.entries()[-1].seq)
 
 
 def _routes_of(model: str, entry: Entry) -> Routes:

@@ -17,7 +17,7 @@ import asyncio
 import functools
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 _TOP = 10
 _LARGE = 1 << 20
 _RAW_TYPES = ("application/octet-stream", "image/jpeg", "image/png", "image/webp", "image/jpg")
+_PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 _SPECIFICATION = Path(__file__).resolve().parent / "openapi.json"
 
 
@@ -65,13 +66,17 @@ class Access:
             raise Rejected(403, f"this token's role is {role}; this needs {needed}")
         return digest_of(token)
 
-    def check_browser(self, host: str | None, origin: str | None, site: str | None) -> None:
-        """Raise Rejected when a page of another site speaks for the person before the browser.
+    def check_origin(self, headers: Mapping[str, str]) -> None:
+        """Raise Rejected when a page of another site speaks for the person before the browser, or a proxy for somebody else.
 
-        Where no token is needed, only this machine can ask; but every page that is open on it runs there as well.
+        Where no token is needed, only this machine can ask; but every page that is open on it runs there as well, and a
+        proxy on it lets the world in.
         """
         if self.required:
             return
+        if any(name in headers for name in _PROXIED):
+            raise Rejected(403, "this came through a proxy; behind one, start the server with --require-token")
+        host, origin, site = headers.get("host"), headers.get("origin"), headers.get("sec-fetch-site")
         foreign = site in ("cross-site", "same-site")
         if origin is not None and not is_loopback(_hostname(origin.partition("://")[2])):
             foreign = True
@@ -101,6 +106,30 @@ class Budget:
     def release(self, count: int) -> None:
         """Give back what was taken."""
         self._left += count
+
+
+class Room:
+    """Bytes of all messages held at once. One tells its size only when it is there: until then it counts as the largest."""
+
+    def __init__(self, most: int, largest: int) -> None:
+        self._left, self.largest = max(most, largest), largest
+        self._freed = asyncio.Event()
+
+    async def take(self) -> int:
+        """Hold room for the largest message, as soon as there is some; returns how much."""
+        while self._left < self.largest:
+            self._freed.clear()
+            await self._freed.wait()
+        self._left -= self.largest
+        return self.largest
+
+    def settle(self, taken: int, needed: int) -> int:
+        """Hold `needed` in place of `taken`; raises Rejected, and changes nothing, when there is no room for it."""
+        if needed - taken > self._left:
+            raise Rejected(503, "the server is full; try again later", retry_after_s=1.0)
+        self._left += taken - needed
+        self._freed.set()
+        return needed
 
 
 class HttpGate:
@@ -202,7 +231,7 @@ class Http:
             try:
                 headers = request.headers
                 if needed is not None:
-                    self._access.check_browser(headers.get("host"), headers.get("origin"), headers.get("sec-fetch-site"))
+                    self._access.check_origin(headers)
                     request.state.caller = self._access.check(headers.get("authorization"), needed)
                 response = await handler(request)
             except Rejected as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import ipaddress
 import json
 import re
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -45,19 +48,21 @@ class Tokens:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{name!r} is not a name for a token; use letters, digits, '.', '_' and '-', at most 63")
         token = f"vl_{secrets.token_urlsafe(32)}"
-        entries = [entry for entry in self._entries() if entry["name"] != name]
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        entries.append({"name": name, "role": role, "sha256": digest_of(token), "created_at": made})
-        self._write(entries)
+        with self._alone():
+            entries = [entry for entry in self._entries() if entry["name"] != name]
+            entries.append({"name": name, "role": role, "sha256": digest_of(token), "created_at": made})
+            self._write(entries)
         return token
 
     def revoke(self, name: str) -> None:
         """Make a token useless; raises UnknownName."""
-        entries = self._entries()
-        left = [entry for entry in entries if entry["name"] != name]
-        if len(left) == len(entries):
-            raise UnknownName("token", name, [str(entry["name"]) for entry in entries])
-        self._write(left)
+        with self._alone():
+            entries = self._entries()
+            left = [entry for entry in entries if entry["name"] != name]
+            if len(left) == len(entries):
+                raise UnknownName("token", name, [str(entry["name"]) for entry in entries])
+            self._write(left)
 
     def names(self) -> dict[str, str]:
         """Roles by name."""
@@ -88,8 +93,15 @@ class Tokens:
             raise StoreError(f"{self.path} is not a token file; remove it and issue the tokens again") from error
         return found
 
-    def _write(self, entries: list[dict[str, str]]) -> None:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One change at a time: of two at once, the later would write back what the earlier took away."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.path.parent / f".{self.path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _write(self, entries: list[dict[str, str]]) -> None:
         write_atomically(self.path, json.dumps({"tokens": entries}, indent=1).encode())
         self.path.chmod(0o600)
 

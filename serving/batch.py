@@ -92,6 +92,10 @@ class _Table:
         else:
             self.names = [f"row {index}" for index in range(len(table))]
         self._paths = table["path"].to_pylist() if self._images is None else []
+        if self._images is None:
+            # The table names its images and does not hold them: another image under a name is another input.
+            stamps = [_stamp(self._folder / str(path)) for path in self._paths]
+            self.fingerprint = sha256_text(canonical_json([self.fingerprint, stamps]))
 
     def read(self, index: int) -> bytes:
         if self._images is not None:
@@ -103,6 +107,14 @@ class _Table:
         if path.stat().st_size > MAX_IMAGE_BYTES:
             raise StoreError(f"the file is larger than {MAX_IMAGE_BYTES} bytes")
         return path.read_bytes()
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return []  # an error row, told by `read`
+    return [status.st_size, status.st_mtime_ns]
 
 
 def open_inputs(source: str) -> Inputs:

@@ -195,6 +195,14 @@ class Captures:
             found.append(record)
         return found
 
+    def erasures(self) -> tuple[int, str]:
+        """How many images were erased, and the hash of the last record.
+
+        The chain shows records that were changed or left out, not that its end was cut off: who kept this figure sees that.
+        """
+        lines = self._lines()
+        return len(lines), lines[-1]["hash"] if lines else "0" * 64
+
     def verify(self) -> list[str]:
         """What is wrong: erased images that are there, and files that are not the image they are named after."""
         erased = {line["image_sha256"] for line in self._lines()}

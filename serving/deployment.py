@@ -473,10 +473,11 @@ class Deployment:
             if self._link is not None and now - oldest > self._limits.batch_timeout_s:
                 log("engine hangs", level=logging.ERROR, model=self.model, seconds=round(now - oldest, 1))
                 self._kill()
-            while self._waiting and self._waiting[0].deadline < now:
-                job = self._waiting.popleft()
-                if not job.future.done():
-                    job.future.set_exception(NotServing())
+            for jobs in (self._waiting, self._suspects):
+                while jobs and jobs[0].deadline < now:
+                    job = jobs.popleft()
+                    if not job.future.done():
+                        job.future.set_exception(NotServing())
 
     def _kill(self) -> None:
         """End the engine's process; `_lost` does the rest."""

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from components.contracts import Release
 from serving import open_inference_pb2 as pb
 from serving import tensors
-from serving.app import Access, model_ready
+from serving.app import Access, Room, model_ready
 from serving.auth import Role
 from serving.frames import Form
 from serving.inference import Inference, Rejected
@@ -50,8 +50,17 @@ class _Caller:
 class Grpc:
     """The service's methods."""
 
-    def __init__(self, inference: Inference, access: Access, *, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        inference: Inference,
+        access: Access,
+        *,
+        request_timeout_s: float,
+        max_body: int,
+        max_bytes: int = 512 << 20,
+    ) -> None:
         self._inference, self._access, self._request_timeout_s = inference, access, request_timeout_s
+        self._room = Room(max_bytes, max_body)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a server registers.
@@ -73,12 +82,15 @@ class Grpc:
         needed = _NEEDS[name]
 
         async def call(messages: AsyncIterator[Any], context: Any) -> Any:
-            code, message, retry, request = grpc.StatusCode.OK, "", None, None
+            code, message, retry, request, held = grpc.StatusCode.OK, "", None, None, 0
             try:
                 given = dict(context.invocation_metadata() or ())
                 # A browser cannot speak gRPC: there is no page to keep out.
                 caller = "" if needed is None else self._access.check(given.get("authorization"), needed)
+                if name == "ModelInfer":  # what is asked otherwise is answered at once, whatever its size
+                    held = await self._room_for_one()
                 request = await self._first(messages)
+                held = self._room.settle(held, _size_of(request)) if held else 0
                 response = await method(request, _Caller(caller, given.get("idempotency-key", "")))
             except Rejected as error:
                 # "Full" is RESOURCE_EXHAUSTED, "not able to answer" is UNAVAILABLE; both are 503 over HTTP.
@@ -90,6 +102,8 @@ class Grpc:
             except Exception as error:
                 log("request crashed", level=logging.ERROR, problem=f"{type(error).__name__}: {error}")
                 code, message = grpc.StatusCode.UNAVAILABLE, "the server failed on this request"
+            finally:
+                self._room.settle(held, 0)
             if name == "ModelInfer":
                 model = request.model_name if request and request.model_name in self._inference.routed else ""
                 self._inference.metrics.requests.labels(model, "grpc", code.name).inc()
@@ -99,6 +113,12 @@ class Grpc:
             return response
 
         return call
+
+    async def _room_for_one(self) -> int:
+        try:
+            return await asyncio.wait_for(self._room.take(), self._request_timeout_s)
+        except TimeoutError:
+            raise Rejected(503, "the server is full; try again later", retry_after_s=1.0) from None
 
     async def _first(self, messages: AsyncIterator[Any]) -> Any:
         try:
@@ -163,6 +183,11 @@ class Grpc:
         )
 
 
+def _size_of(request: Any) -> int:
+    """About the bytes a message takes: each value of a typed field takes up to eight times what it took on its way."""
+    return int(request.ByteSize()) * (1 if request.raw_input_contents else 8)
+
+
 def _pictures(release: Release, request: Any) -> list[tuple[Form, bytes]]:
     return tensors.pictures(release, _inputs(request))
 
@@ -171,6 +196,7 @@ def _inputs(request: Any) -> list[tensors.Given]:
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise Rejected(400, f"{len(raw)} raw contents for {len(request.inputs)} inputs; expected one each")
+    # The fields themselves, not lists of them: what is wrong with them is seen without a copy.
     found = []
     for index, tensor in enumerate(request.inputs):
         if any(not 0 <= n < 1 << 31 for n in tensor.shape):
@@ -178,9 +204,9 @@ def _inputs(request: Any) -> list[tensors.Given]:
         if raw:
             data: Any = raw[index]
         elif tensor.datatype == "BYTES":
-            data = list(tensor.contents.bytes_contents)
+            data = tensor.contents.bytes_contents
         else:
-            data = list(tensor.contents.uint_contents)
+            data = tensor.contents.uint_contents
         found.append(tensors.Given(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     return found
 

@@ -27,6 +27,7 @@ from serving.routing import Routed
 UNSURE = "unsure"
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _REMEMBERED = 4000
+"""Pictures, not keys: an answer keeps its probabilities and embedding."""
 _REMEMBER_S = 600.0
 _NAMES = tuple(STATISTICS)
 
@@ -65,13 +66,24 @@ class Answered:
     answers: tuple[Answer, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A request with an idempotency key: what it was for, and its answer."""
+
+    digest: str
+    pictures: int
+    since: float
+    task: asyncio.Task[Answered]
+
+
 class Inference:
     """Answers for the models of one server."""
 
     def __init__(self, routed: Mapping[str, Routed], journal: Journal, captures: Captures, metrics: Metrics) -> None:
         self.routed, self.metrics = routed, metrics
         self._journal, self._captures = journal, captures
-        self._remembered: OrderedDict[tuple[str, str, str], tuple[str, float, asyncio.Task[Answered]]] = OrderedDict()
+        self._remembered: OrderedDict[tuple[str, str, str], _Known] = OrderedDict()
+        self._remembered_pictures = 0
         self.draining = False
 
     def model(self, name: str | None) -> Routed:
@@ -116,7 +128,7 @@ class Inference:
         """Answer all pictures or none; raises Rejected.
 
         The same `key` of the same `caller` again is answered the same, without a new row in the log, for as long as it is
-        remembered (ten minutes, and the last few thousand keys).
+        remembered (ten minutes, and the last few thousand pictures).
         """
         deployment = self.deployment(name, version)
         if not key:
@@ -130,27 +142,31 @@ class Inference:
         if known is None:
             # In a task of its own: a client that hangs up takes neither the answer nor the key with it.
             work = self._answer(deployment, pictures, protocol=protocol, key=key, event_at=event_at)
-            known = (digest, time.monotonic(), asyncio.get_running_loop().create_task(work))
-            self._remembered[place] = known
-        elif known[0] != digest:
+            task = asyncio.get_running_loop().create_task(work)
+            known = self._remembered[place] = _Known(digest, len(pictures), time.monotonic(), task)
+            self._remembered_pictures += known.pictures
+        elif known.digest != digest:
             raise Rejected(422, "this idempotency key was used for another picture; use a new one")
         try:
-            return await asyncio.shield(known[2])
+            return await asyncio.shield(known.task)
         except Exception:
             # A refusal, or a failure of ours, is not an answer: the same key may be tried again.
             if self._remembered.get(place) is known:
-                del self._remembered[place]
+                self._forget_one(place)
             raise
 
     def _forget(self) -> None:
         oldest = time.monotonic() - _REMEMBER_S
         while self._remembered:
-            place, (_, since, task) = next(iter(self._remembered.items()))
-            if not task.done() or (since > oldest and len(self._remembered) <= _REMEMBERED):
+            place, known = next(iter(self._remembered.items()))
+            if not known.task.done() or (known.since > oldest and self._remembered_pictures <= _REMEMBERED):
                 return
-            if not task.cancelled():
-                task.exception()
-            del self._remembered[place]
+            if not known.task.cancelled():
+                known.task.exception()
+            self._forget_one(place)
+
+    def _forget_one(self, place: tuple[str, str, str]) -> None:
+        self._remembered_pictures -= self._remembered.pop(place).pictures
 
     async def _answer(
         self,

@@ -101,7 +101,7 @@ class Routed:
                 await self._refresh()
             except Exception as error:
                 # Whatever a store or a file does to us, the routes are looked at again, and what serves goes on.
-                self._note(str(error) if isinstance(error, VisionloopError) else f"{type(error).__name__}: {error}")
+                self._note(_told(error))
 
     def _note(self, problem: str | None) -> None:
         if problem is not None and problem != self.problem:
@@ -131,16 +131,25 @@ class Routed:
         try:
             await self._switch(routes)
             self._note(problem)
-        except VisionloopError as error:
+        except Exception as error:
             self._refused[route.release] = time.monotonic() + _RETRY_S
             self._metrics.load_failures.labels(self.model).inc()
-            self._note(f"release {route.release[:12]} (version {route.version}) was not taken: {error}")
+            self._note(f"release {route.release[:12]} (version {route.version}) was not taken: {_told(error)}")
+            await self._fall_back(route.release)
+
+    async def _fall_back(self, refused: str) -> None:
+        """Serve what was served before a restart, when what is routed now cannot be and nothing else answers."""
+        remembered = self._remembered() if self._current is None else None
+        if remembered is not None and remembered.routes[0].release != refused:
+            await self._switch(remembered)
+            self._note(f"{self.problem}. Version {remembered.routes[0].version}, which was served before, goes on")
 
     async def _switch(self, routes: Routes) -> None:
         route = routes.routes[0]
         old, standby = self._current, self._standby
         if old is not None and old.digest == route.release:
             old.version, old.generation = route.version, routes.generation
+            self._metrics.generation.labels(self.model).set(routes.generation)
             self._routes = routes
             await asyncio.to_thread(self._remember, routes)
             return
@@ -227,3 +236,7 @@ class Routed:
                 await deployment.close()
         for task in list(self._retiring):
             task.cancel()
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, VisionloopError) else f"{type(error).__name__}: {error}"

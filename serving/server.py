@@ -233,7 +233,12 @@ class _Server:
             # Each may hold a whole message before anything of ours sees it.
             maximum_concurrent_rpcs=128,
         )
-        answers = Grpc(self._inference, self._access, request_timeout_s=self._config.request_timeout_s)
+        answers = Grpc(
+            self._inference,
+            self._access,
+            request_timeout_s=self._config.request_timeout_s,
+            max_body=self._config.max_body,
+        )
         server.add_generic_rpc_handlers((answers.handlers(),))
         host, port = bound.getsockname()[:2]
         bound.close()  # gRPC binds by itself; until here the socket proved that the port is free

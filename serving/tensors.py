@@ -49,10 +49,10 @@ def pictures(release: Release, inputs: Sequence[Given]) -> list[tuple[Form, byte
         if len(given.shape) not in (1, 2) or (len(given.shape) == 2 and given.shape[1] != 1):
             raise Rejected(400, f"shape {_shown(given.shape)} of BYTES; expected [n] or [n, 1] encoded pictures")
         count = _count(given.shape)
-        data = _split_bytes(given.data) if isinstance(given.data, bytes) else _encoded(given.data)
+        data = _split_bytes(given.data) if isinstance(given.data, bytes) else given.data
         if len(data) != count:
             raise Rejected(400, f"shape {_shown(given.shape)} says {count} pictures, the data hold {len(data)}")
-        return [(Form.ENCODED, picture) for picture in data]
+        return [(Form.ENCODED, picture) for picture in _encoded(data)]
     if given.datatype != "UINT8":
         raise Rejected(400, f"datatype {given.datatype[:16]!r}; expected UINT8 pixels or BYTES of encoded pictures")
     if len(given.shape) != 4 or given.shape[1:] != wanted:

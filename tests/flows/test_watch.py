@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import json
 import os
 import shutil
@@ -583,7 +584,11 @@ def test_labels_come_back_and_become_data(labelled: tuple[Path, str]) -> None:
     assert "1 images moved to the class that they are said to show now" in again["notes"]
     assert [path.parent.name for path in (root / "data").glob(f"*/{shas[1][:24]}.*")] == ["cross"]
     assert (root / "data.test-ledger.csv").read_text().splitlines() == after
-    assert told("predictions", "erase", shas[0], "--as", "ann", "--reason", "asked for", cwd=root)["found"]
+    erased = told("predictions", "erase", shas[0], "--as", "ann", "--reason", "asked for", cwd=root)
+    assert erased["found"]
+    (copy,) = erased["training_copies"]
+    assert hashlib.sha256((root / copy).read_bytes()).hexdigest() == shas[0]
+    assert told("predictions", "verify", cwd=root)["erasures"] == {"count": 1, "head": erased["hash"]}
     again = told("data", "add", "--from-predictions", MODEL, cwd=root)
     assert any("1 labelled images were not captured" in note for note in again["notes"])
 

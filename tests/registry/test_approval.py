@@ -222,6 +222,18 @@ def test_rolling_back_goes_back_and_not_forth(ledger: Ledger) -> None:
     assert ledger.champion("m").body["release"] == "release 3"  # type: ignore[union-attr]
 
 
+def test_what_was_rolled_back_from_is_never_what_a_rollback_goes_to(ledger: Ledger) -> None:
+    reign(ledger, "1", "2", "3")
+    assert rollback(ledger).body["version"] == "2"
+    reign(ledger, "4")
+    assert rollback(ledger).body["version"] == "2"  # not 3, the last one promoted before 4
+    assert rollback(ledger).body["version"] == "1"
+    reign(ledger, "5")
+    assert rollback(ledger).body["version"] == "1"
+    with pytest.raises(DecisionRefused, match="no champion before this one"):
+        rollback(ledger)
+
+
 def test_of_two_rollbacks_at_once_one_happens(ledger: Ledger) -> None:
     reign(ledger, "1", "2", "3")
     seen = ledger.champion("m")

@@ -61,6 +61,12 @@ def test_the_database_refuses_updates_and_deletes(url: str) -> None:
     statements = ["UPDATE visionloop_ledger SET actor = 'x'", "DELETE FROM visionloop_ledger"]
     if url.startswith("sqlite"):
         statements += ["INSERT OR REPLACE INTO visionloop_ledger SELECT * FROM visionloop_ledger"]
+        # One unique column is enough to take the place of a row.
+        columns = ["seq", "at", "kind", "model", "subject", "actor", "actor_method", "body", "key", "previous", "hash"]
+        for same in ("seq", "key", "previous", "hash"):
+            others = {"seq": "9", "key": "'9'", "previous": "'9'", "hash": "'9'"}
+            values = ", ".join(others[name] if name in others and name != same else name for name in columns)
+            statements += [f"INSERT OR REPLACE INTO visionloop_ledger SELECT {values} FROM visionloop_ledger"]
     else:
         statements += ["TRUNCATE visionloop_ledger"]
     for statement in statements:

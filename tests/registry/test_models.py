@@ -205,6 +205,17 @@ def test_a_lost_ledger_is_no_proof_that_there_was_no_champion(registry: Registry
         fresh.champion("lost")
 
 
+def test_a_number_that_mlflow_gives_again_is_refused(registry: Registry, uri: str, tmp_path: Path) -> None:
+    registry.register(evidence(tmp_path, "again", digest="a"))
+    MlflowClient(uri).delete_registered_model("again")
+    for _ in range(2):
+        with pytest.raises(RegistryUnavailable, match="version 1 of 'again', but the ledger's row 1 requested another one"):
+            registry.register(evidence(tmp_path, "again", digest="b"))
+    assert [entry.subject for entry in registry.ledger.entries("again")] == [
+        evidence(tmp_path, "again", digest="a").candidate_digest
+    ]
+
+
 def test_a_champion_whose_files_and_tags_were_both_changed_is_refused(registry: Registry, uri: str, tmp_path: Path) -> None:
     """Whoever can edit MLflow can edit tags as well; the ledger's digest decides."""
     from components.store import seal, sha256_file, unseal

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from stores import s3_bucket
 
 from components import releases as releases_module
-from components.contracts import DecisionRefused, RegistryUnavailable, TamperedArtefact, VisionloopError
+from components.contracts import DecisionRefused, RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError
 from components.databases import now
 from components.releases import ReleaseStore
 from registry import approval, models, promotion
@@ -114,14 +114,39 @@ def test_rollback_moves_everything_back(desk: Desk, tmp_path: Path) -> None:
     assert_invariants(mine)
 
 
-def test_rollback_to_a_release_that_was_tampered_with_moves_nothing(desk: Desk, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["changed", "lost"])
+def test_rollback_publishes_a_release_again_that_the_store_does_not_have(desk: Desk, tmp_path: Path, what: str) -> None:
+    model = f"store-{what}"
+    mine = desk(model)
+    first = mine.promote(candidate(mine, tmp_path, "a"))
+    second = mine.promote(candidate(mine, tmp_path, "b"))
+    folder = tmp_path / "releases" / "releases" / model / first.body["release"]
+    if what == "lost":
+        shutil.rmtree(folder)
+    else:
+        (folder / "engine" / "model.bin").write_bytes(b"x")
+    away = Promotion(Registry("http://127.0.0.1:9", mine.ledger, artifacts=None), mine.releases, model)
+    with pytest.raises(StoreError, match="could not be published again from version 1 in MLflow: .*Nothing was moved"):
+        away.rollback(None, BOB, "complaints")
+    assert mine.ledger.champion(model) == second
+    lines: list[str] = []
+    assert mine.rollback(None, BOB, "complaints", told=lines.append).body["version"] == first.body["version"]
+    assert "it was published again from version 1 in MLflow" in lines[0]
+    assert_invariants(mine)
+
+
+def test_rollback_to_a_release_whose_every_copy_was_tampered_with_moves_nothing(desk: Desk, tmp_path: Path) -> None:
     mine = desk("damaged")
     first = mine.promote(candidate(mine, tmp_path, "a"))
     second = mine.promote(candidate(mine, tmp_path, "b"))
-    (tmp_path / "releases" / "releases" / "damaged" / first.body["release"] / "engine" / "model.bin").write_bytes(b"x")
-    with pytest.raises(TamperedArtefact, match=r"engine/model.bin of release .* is missing or was changed"):
+    changed = [path for path in tmp_path.rglob("model.bin") if path.read_bytes() == b"engine of a"]
+    assert len(changed) > 1
+    for path in changed:
+        path.write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"engine/model.bin of release .* is missing or was changed.*Nothing was moved"):
         mine.rollback(None, BOB, "complaints")
     assert mine.ledger.champion("damaged") == second
+    assert first.body["version"] != second.body["version"]
 
 
 @pytest.mark.parametrize(
@@ -390,6 +415,27 @@ def test_routes_forged_with_a_later_generation_are_replaced(desk: Desk, tmp_path
     moved = mine.releases.routes("forged")
     assert moved is not None
     assert moved.generation == later.seq
+
+
+def test_a_promotion_that_is_overtaken_does_not_write_its_routes_over_the_later_ones(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = desk("raced"), desk("raced")
+    version = candidate(mine, tmp_path, "a")
+    move = mine.releases.move
+    seen: list[int] = []
+
+    def overtaken(*given: Any, **options: Any) -> Any:
+        if not seen:
+            seen.append(other.promote(candidate(other, tmp_path, "b")).seq)
+        moved = move(*given, **options)
+        seen.append(moved.generation)
+        return moved
+
+    monkeypatch.setattr(mine.releases, "move", overtaken)
+    mine.promote(version)
+    assert seen == [seen[0]] * len(seen)
+    assert mine.differences() == []
 
 
 def test_a_ledger_that_was_cut_promotes_nothing(desk: Desk, tmp_path: Path) -> None:

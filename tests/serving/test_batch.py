@@ -101,6 +101,12 @@ def test_a_table_of_bytes_or_paths_is_answered(stage: Path, photos: Path, tmp_pa
     pd.DataFrame({"path": [str(path.relative_to(tmp_path)) for path in files] + ["photos/none.png"]}).to_parquet(table)
     _, told = predict(stage, table, tmp_path / "out2")
     assert (told["rows"], told["errors"]) == (6, 1)
+    assert predict(stage, table, tmp_path / "out2")[1]["resumed"] == 1
+    # The table is the same; an image that it names is not.
+    files[0].write_bytes(files[1].read_bytes())
+    status, told = predict(stage, table, tmp_path / "out2")
+    assert status == 2
+    assert "holds another batch (inputs differ)" in str(told["message"])
 
 
 def test_a_bucket_is_answered_into_a_bucket(stage: Path, photos: Path, tmp_path: Path) -> None:

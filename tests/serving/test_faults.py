@@ -398,6 +398,48 @@ def test_a_tampered_release_leaves_the_old_one_serving(
             assert mine.version == "2"
 
 
+@pytest.mark.parametrize("what", ["flipped byte", "missing", "hanging"])
+def test_a_restart_beside_a_release_that_cannot_serve_serves_what_was_served_before(
+    stage: Path, smoke: Stored[Release], tmp_path: Path, what: str
+) -> None:
+    with server(stage) as mine:
+        assert mine.version == "1"
+    if what == "hanging":
+        with_target(stage, smoke, HANGING, 2)
+    else:
+        store, other = releases(stage), variant(smoke, tmp_path / "other", threshold=0.9)
+        digest = store.publish(other)
+        route(store, digest, 2, "2")
+        folder = stage / ".visionloop" / "releases" / "releases" / MODEL / digest
+        if what == "missing":
+            shutil.rmtree(folder)
+        else:
+            path = next(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+            path.write_bytes(path.read_bytes()[:-1] + b"\x00\xff")
+    with server(stage, "--load-timeout-s", "2") as again:
+        assert again.predict(png("disc", 1)).json["model_version"] == "1"
+        problem = again.status()["models"][MODEL]["problem"]
+        assert "(version 2) was not taken" in problem
+        assert "Version 1, which was served before, goes on" in problem
+        assert again.figure("load_failures_total") == 1
+        if what == "missing":
+            # As soon as it can be taken, it is.
+            store.publish(other)
+            again.ask("POST", "/admin/refresh")
+            assert again.version == "2"
+            assert again.status()["models"][MODEL]["problem"] is None
+
+
+def test_a_move_there_and_back_between_two_looks_is_told_by_its_row(stage: Path) -> None:
+    with server(stage) as mine:
+        served = mine.status()["models"][MODEL]
+        assert mine.figure("generation") == served["generation"] == 1
+        route(releases(stage), served["release"], 3, "1")
+        mine.wait_for(lambda: mine.status()["models"][MODEL]["generation"] == 3)
+        assert mine.figure("generation") == 3
+        assert mine.figure("switches_total") == 1
+
+
 def test_with_everything_else_gone_a_server_goes_on_and_even_starts_again(stage: Path) -> None:
     with server(stage) as mine:
         for path in (stage / ".visionloop").iterdir():
@@ -583,16 +625,40 @@ ROUTES = {
     ("GET", "/v2/health/live"): None,
     ("GET", "/v2/health/ready"): None,
     ("GET", f"/v2/models/{MODEL}/ready"): None,
+    ("GET", f"/v2/models/{MODEL}/versions/1/ready"): None,
     ("GET", "/v2"): "viewer",
     ("GET", f"/v2/models/{MODEL}"): "viewer",
+    ("GET", f"/v2/models/{MODEL}/versions/1"): "viewer",
     ("GET", "/status"): "viewer",
     ("GET", "/metrics"): "viewer",
     ("GET", "/docs"): None,
     ("GET", "/openapi.json"): None,
     ("POST", "/predict"): "predictor",
     ("POST", f"/v2/models/{MODEL}/infer"): "predictor",
+    ("POST", f"/v2/models/{MODEL}/versions/1/infer"): "predictor",
     ("POST", "/admin/refresh"): "admin",
 }
+
+
+def test_every_route_is_among_those_whose_role_is_tested() -> None:
+    from serving.app import specification
+
+    named = {(method.upper(), path) for path, item in specification()["paths"].items() for method in item}
+    tested = {
+        (method, path.replace(MODEL, "{model}").replace("versions/1", "versions/{version}")) for method, path in ROUTES
+    }
+    assert tested == named
+
+
+def test_tokens_that_change_at_once_neither_get_lost_nor_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    names = [f"t{number}" for number in range(24)]
+    for name in names[:12]:
+        Tokens(path).issue(name, "viewer")
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(lambda name: Tokens(path).issue(name, "viewer"), names[12:]))
+        list(pool.map(lambda n: Tokens(path).revoke(n) if n in names[:12] else Tokens(path).issue(f"{n}x", "admin"), names))
+    assert sorted(Tokens(path).names()) == sorted([*names[12:], *(f"{name}x" for name in names[12:])])
 
 
 def test_every_route_asks_for_the_role_it_needs(stage: Path) -> None:
@@ -626,6 +692,12 @@ def test_every_route_asks_for_the_role_it_needs(stage: Path) -> None:
                     client.infer(MODEL, [given], headers=sent)
             else:
                 client.infer(MODEL, [given], headers=sent)
+        assert client.is_server_ready()
+        assert client.is_model_ready(MODEL)
+        for look in (client.get_server_metadata, lambda headers: client.get_model_metadata(MODEL, headers=headers)):
+            with pytest.raises(triton.InferenceServerException, match="UNAUTHENTICATED"):
+                look(headers={})
+            look(headers={"authorization": f"Bearer {known['viewer']}"})
         tokens.revoke("a-admin")
         headers = {"authorization": f"Bearer {known['admin']}"}
         assert mine.ask("GET", "/status", headers=headers).status == 401

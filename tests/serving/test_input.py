@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,6 +260,46 @@ def test_the_same_key_is_answered_the_same_and_once(running: Server) -> None:
     assert running.predict(data, idempotency_key="order-2").status == 200
 
 
+def test_answers_are_remembered_by_the_pictures_that_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pictures a request with a key has: memory is bounded by all of them."""
+    from serving.captures import Captures
+    from serving.frames import Form
+    from serving.inference import Answered, Inference, Rejected
+    from serving.journal import Journal, JournalConfig
+    from serving.metrics import Metrics
+
+    metrics = Metrics()
+    inference = Inference({}, Journal(Path("j"), JournalConfig(), metrics), Captures(Path("c")), metrics)
+    deployment = SimpleNamespace(model="m")
+    answered: list[int] = []
+
+    async def answer(_: object, pictures: list[tuple[Form, bytes]], **__: object) -> Answered:
+        answered.append(len(pictures))
+        if pictures[0][1] == b"refused":
+            raise Rejected(503, "full")
+        return Answered(deployment, "1", ())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(inference, "deployment", lambda *_: deployment)
+    monkeypatch.setattr(inference, "_answer", answer)
+
+    async def act() -> None:
+        many = [(Form.ENCODED, b"x")] * 64
+        for number in range(200):
+            await inference.answer("m", None, many, protocol="http", key=f"many-{number}")
+            with pytest.raises(Rejected):
+                await inference.answer("m", None, [(Form.ENCODED, b"refused")], protocol="http", key="refused")
+        assert inference._remembered_pictures == 64 * len(inference._remembered) <= 4000 + 64
+        await inference.answer("m", None, many, protocol="http", key="many-199")
+        assert len(answered) == 400  # the newest is remembered,
+        await inference.answer("m", None, many, protocol="http", key="many-0")
+        assert len(answered) == 401  # the oldest is not
+        for number in range(5000):
+            await inference.answer("m", None, many[:1], protocol="http", key=f"one-{number}")
+        assert 3900 < len(inference._remembered) <= 4001
+
+    asyncio.run(act())
+
+
 def test_a_page_in_a_browser_does_not_speak_for_the_person_before_it(running: Server) -> None:
     reply = running.ask("POST", "/predict", png("disc", 1), {"content-type": "image/png", "host": "evil.example"})
     assert reply.status == 403
@@ -326,6 +368,13 @@ def test_a_page_of_another_site_is_refused(running: Server) -> None:
         assert running.ask("POST", "/admin/refresh", headers=headers).status == 403
     own = {"origin": f"http://127.0.0.1:{running.port}", "sec-fetch-site": "same-origin", "content-type": "image/png"}
     assert running.ask("POST", "/predict", data, own).status == 200
+
+
+def test_what_came_through_a_proxy_is_refused_where_no_token_is_asked_for(running: Server) -> None:
+    for name in ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"):
+        headers = {"content-type": "image/png", name: "203.0.113.9"}
+        reply = running.ask("POST", "/predict", png("disc", 1), headers)
+        assert (reply.status, "--require-token" in reply.json["error"]) == (403, True), name
 
 
 def test_who_has_no_token_learns_no_names(running: Server) -> None:

@@ -412,6 +412,27 @@ def test_nothing_is_refused_while_a_lane_is_free(smoke: Stored[Release]) -> None
     assert asyncio.run(act()) == [False, False, True]
 
 
+def test_whoever_waits_longer_than_promised_is_told_so_suspects_too(smoke: Stored[Release]) -> None:
+    """While an engine that died does not come back, nobody waits for it longer than any other."""
+
+    async def act() -> list[str]:
+        made = Deployment(smoke, version="1", generation=1, limits=Limits(), metrics=Metrics(), plugins=None)
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Any]] = []
+        for jobs in (made._waiting, made._suspects):
+            for late_s in (-1.0, 60.0):
+                futures.append(loop.create_future())
+                jobs.append(_Job(Form.ENCODED, b"", loop.time(), loop.time() + late_s, futures[-1]))
+        watching = loop.create_task(made._watch())
+        await asyncio.wait(futures, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        watching.cancel()
+        left = [len(made._waiting), len(made._suspects)]
+        assert left == [1, 1]
+        return [type(future.exception()).__name__ if future.done() else "waits" for future in futures]
+
+    assert asyncio.run(act()) == ["NotServing", "waits", "NotServing", "waits"]
+
+
 def test_only_an_engine_that_works_can_be_behind(smoke: Stored[Release]) -> None:
     async def act() -> list[bool]:
         made = Deployment(smoke, version="1", generation=1, limits=Limits(), metrics=Metrics(), plugins=None)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,8 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from served import MODEL, Server, jpeg, png
 from shapes import KINDS, picture
+
+CODE = Path(__file__).resolve().parents[2]
 
 PIXELS = np.stack([picture(kind, 8000)[..., None] for kind in KINDS])
 
@@ -245,3 +251,41 @@ def test_nested_lists_are_taken_as_flat_ones(running: Server) -> None:
         next(output["data"] for output in answer.json["outputs"] if output["name"] == "probabilities") for answer in answers
     )
     assert first == second
+
+
+def test_the_messages_of_grpc_are_bounded_together() -> None:
+    from serving.app import Room
+    from serving.inference import Rejected
+
+    async def act() -> None:
+        room = Room(40, 16)
+        held = [await room.take(), await room.take()]
+        third = asyncio.ensure_future(room.take())
+        await asyncio.sleep(0)
+        assert not third.done()  # 8 are left, and it may need 16
+        held[0] = room.settle(held[0], 5)
+        assert await asyncio.wait_for(third, 10) == 16
+        with pytest.raises(Rejected, match="full"):
+            room.settle(held[1], 20)  # unpacked it takes more than is left
+        given_back = [room.settle(one, 0) for one in (*held, 16)]
+        assert given_back == [0, 0, 0]
+        assert [await asyncio.wait_for(room.take(), 10) for _ in range(2)] == [16, 16]
+
+    asyncio.run(act())
+
+
+def test_a_large_message_of_typed_values_counts_as_what_it_unpacks_to() -> None:
+    # In a process of its own: Triton's client, which is loaded here, registers messages of the same names.
+    code = """
+from serving import open_inference_pb2 as pb
+from serving.grpc_app import _size_of
+typed, raw = pb.ModelInferRequest(), pb.ModelInferRequest()
+typed.inputs.add().contents.uint_contents.extend([1] * 1000)
+raw.inputs.add()
+raw.raw_input_contents.append(b"x" * 1000)
+print(_size_of(typed), _size_of(raw))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CODE, capture_output=True, text=True, check=True)
+    typed, raw = map(int, done.stdout.split())
+    assert 8000 < typed < 9000
+    assert 1000 < raw < 1100
