@@ -238,20 +238,24 @@ def rollback_target(entries: Sequence[Entry], to: str | None) -> Entry:
         raise DecisionRefused(f"there is {what} to go back to; promoted so far: {', '.join(known) or '(none)'}")
     if to is not None or current is None:
         return before[-1]
-    # What the champion's own promotion replaced: no rollback goes to a version that another one has left.
-    replaced = _promotion_of(entries, current).body["previous"]
-    if replaced is None:
+    standing = _standing(entries)
+    if len(standing) < 2:
         raise DecisionRefused("there is no champion before this one; name one that was promoted with --to")
-    (move,) = [entry for entry in entries if entry.seq == replaced["seq"]]
-    return _promotion_of(entries, move)
+    return standing[-2]
 
 
-def _promotion_of(entries: Sequence[Entry], move: Entry) -> Entry:
-    """The row that promoted what `move` made champion."""
-    if move.kind == "promoted":
-        return move
-    (promoted,) = [entry for entry in entries if entry.seq == move.body["promoted_seq"]]
-    return promoted
+def _standing(entries: Sequence[Entry]) -> list[Entry]:
+    """The promotions that nobody went back behind, in the order in which they reigned; the champion's is the last."""
+    promotions = {entry.seq: entry for entry in entries if entry.kind == "promoted"}
+    standing: list[int] = []
+    for move in entries:
+        if move.kind == "promoted":
+            standing.append(move.seq)
+        elif move.kind == "rolled_back":
+            to = move.body["promoted_seq"]
+            # Back to one that stands: what came after it was left. To one that was left: it is champion after all.
+            standing = standing[: standing.index(to) + 1] if to in standing else [*standing, to]
+    return [promotions[seq] for seq in standing]
 
 
 def _number(version: str) -> tuple[int, str]:

@@ -51,7 +51,7 @@ _IMMUTABLE = {
     ]
     + [
         # INSERT OR REPLACE deletes without firing a delete trigger.
-        "CREATE TRIGGER IF NOT EXISTS visionloop_ledger_no_replace BEFORE INSERT ON visionloop_ledger "
+        "CREATE TRIGGER IF NOT EXISTS visionloop_ledger_no_replacement BEFORE INSERT ON visionloop_ledger "
         "WHEN EXISTS (SELECT 1 FROM visionloop_ledger "
         "WHERE seq = NEW.seq OR key = NEW.key OR previous = NEW.previous OR hash = NEW.hash) "
         "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"

@@ -102,7 +102,7 @@ class Registry:
             }
             if evidence.verdict.status == "pass":
                 version = self._version(mlflow, evidence, experiment, run_id)
-                self._expect_new(evidence.model, str(version.version))
+                self._expect_new(evidence, str(version.version))
                 body |= {"version": str(version.version), "manifest_sha256": version.tags[_MANIFEST_TAG]}
             else:
                 with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
@@ -157,15 +157,16 @@ class Registry:
             f"Waits for approval; see report.html and model-card.md.",
         )
 
-    def _expect_new(self, model: str, version: str) -> None:
+    def _expect_new(self, evidence: Evidence, version: str) -> None:
         """Raise RegistryUnavailable when MLflow gave a number that the ledger has for another candidate: it forgot some."""
-        known = [e for e in self.ledger.entries(model) if e.kind == "requested" and e.body["version"] == version]
-        if known:
-            raise RegistryUnavailable(
-                f"MLflow calls this candidate version {version} of {model!r}, but the ledger's row {known[0].seq} requested "
-                f"another one under that number: MLflow's model was deleted, or an older backup of it was restored. "
-                f"Restore a backup of MLflow that has all its versions, delete version {version} there, and run again"
-            )
+        for row in self.ledger.entries(evidence.model):
+            same_number = row.kind == "requested" and row.body["version"] == version
+            if same_number and row.subject != evidence.candidate_digest:
+                raise RegistryUnavailable(
+                    f"MLflow calls this candidate version {version} of {evidence.model!r}, but the ledger's row {row.seq} "
+                    f"requested another one under that number: MLflow's model was deleted, or an older backup was restored. "
+                    f"Restore MLflow as it was after row {row.seq} or later and run again, or give the model another name"
+                )
 
     def champion(self, model: str) -> Entry | None:
         """The ledger's champion row; None proves that there never was one.

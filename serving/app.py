@@ -66,16 +66,21 @@ class Access:
             raise Rejected(403, f"this token's role is {role}; this needs {needed}")
         return digest_of(token)
 
-    def check_origin(self, headers: Mapping[str, str]) -> None:
-        """Raise Rejected when a page of another site speaks for the person before the browser, or a proxy for somebody else.
+    def check_proxy(self, headers: Mapping[str, str]) -> None:
+        """Raise Rejected when a request says that it came through a proxy, and no token is needed: it may be anybody's.
 
-        Where no token is needed, only this machine can ask; but every page that is open on it runs there as well, and a
-        proxy on it lets the world in.
+        Not every proxy says so.
+        """
+        if not self.required and any(name in headers for name in _PROXIED):
+            raise Rejected(403, "this came through a proxy; behind one, start the server with --require-token")
+
+    def check_origin(self, headers: Mapping[str, str]) -> None:
+        """Raise Rejected when a page of another site speaks for the person before the browser.
+
+        Where no token is needed, only this machine can ask; but every page that is open on it runs there as well.
         """
         if self.required:
             return
-        if any(name in headers for name in _PROXIED):
-            raise Rejected(403, "this came through a proxy; behind one, start the server with --require-token")
         host, origin, site = headers.get("host"), headers.get("origin"), headers.get("sec-fetch-site")
         foreign = site in ("cross-site", "same-site")
         if origin is not None and not is_loopback(_hostname(origin.partition("://")[2])):
@@ -231,6 +236,7 @@ class Http:
             try:
                 headers = request.headers
                 if needed is not None:
+                    self._access.check_proxy(headers)
                     self._access.check_origin(headers)
                     request.state.caller = self._access.check(headers.get("authorization"), needed)
                 response = await handler(request)

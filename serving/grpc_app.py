@@ -22,6 +22,8 @@ from serving.metrics import log
 
 SERVICE = "inference.GRPCInferenceService"
 _LARGE = 1 << 20
+_UNPACKED = 8
+_NUMBERS = ("int_contents", "int64_contents", "uint_contents", "uint64_contents")
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -45,6 +47,8 @@ _NEEDS: dict[str, Role | None] = {
 class _Caller:
     name: str
     key: str
+    size: int = 0
+    """Bytes of the message, of one that infers."""
 
 
 class Grpc:
@@ -60,7 +64,8 @@ class Grpc:
         max_bytes: int = 512 << 20,
     ) -> None:
         self._inference, self._access, self._request_timeout_s = inference, access, request_timeout_s
-        self._room = Room(max_bytes, max_body)
+        # Room for several at any limit: one that comes slowly does not keep out all others.
+        self._room = Room(max(max_bytes, _UNPACKED * max_body), max_body)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a server registers.
@@ -82,16 +87,20 @@ class Grpc:
         needed = _NEEDS[name]
 
         async def call(messages: AsyncIterator[Any], context: Any) -> Any:
-            code, message, retry, request, held = grpc.StatusCode.OK, "", None, None, 0
+            code, message, retry, request, held, size = grpc.StatusCode.OK, "", None, None, 0, 0
             try:
                 given = dict(context.invocation_metadata() or ())
                 # A browser cannot speak gRPC: there is no page to keep out.
+                if needed is not None:
+                    self._access.check_proxy(given)
                 caller = "" if needed is None else self._access.check(given.get("authorization"), needed)
                 if name == "ModelInfer":  # what is asked otherwise is answered at once, whatever its size
                     held = await self._room_for_one()
                 request = await self._first(messages)
-                held = self._room.settle(held, _size_of(request)) if held else 0
-                response = await method(request, _Caller(caller, given.get("idempotency-key", "")))
+                if held:
+                    size = request.ByteSize()
+                    held = self._room.settle(held, size * _growth(request))
+                response = await method(request, _Caller(caller, given.get("idempotency-key", ""), size))
             except Rejected as error:
                 # "Full" is RESOURCE_EXHAUSTED, "not able to answer" is UNAVAILABLE; both are 503 over HTTP.
                 full = error.status == 503 and "full" in error.message
@@ -160,7 +169,7 @@ class Grpc:
         tensors.check_outputs(wanted)
         if len(request.id) > 128:
             raise Rejected(400, "the id is text of at most 128 characters")
-        if request.ByteSize() > _LARGE and not request.raw_input_contents:
+        if caller.size > _LARGE and not request.raw_input_contents:
             pictures = await asyncio.to_thread(_pictures, deployment.release, request)
         else:
             pictures = _pictures(deployment.release, request)
@@ -183,9 +192,12 @@ class Grpc:
         )
 
 
-def _size_of(request: Any) -> int:
-    """About the bytes a message takes: each value of a typed field takes up to eight times what it took on its way."""
-    return int(request.ByteSize()) * (1 if request.raw_input_contents else 8)
+def _growth(request: Any) -> int:
+    """How much more a message takes in memory than on its way: a number of a typed field may take a byte there."""
+    if len(request.inputs) != 1:
+        return 1  # refused before anything is made of it
+    contents = request.inputs[0].contents
+    return _UNPACKED if any(len(getattr(contents, name)) for name in _NUMBERS) else 1
 
 
 def _pictures(release: Release, request: Any) -> list[tuple[Form, bytes]]:
@@ -194,6 +206,9 @@ def _pictures(release: Release, request: Any) -> list[tuple[Form, bytes]]:
 
 def _inputs(request: Any) -> list[tensors.Given]:
     raw = request.raw_input_contents
+    if len(request.inputs) != 1:
+        names = ", ".join(repr(tensor.name[:64]) for tensor in request.inputs[:4]) or "none"
+        raise Rejected(400, f"expected exactly one input, {tensors.INPUT!r}; got {len(request.inputs)}: {names}")
     if raw and len(raw) != len(request.inputs):
         raise Rejected(400, f"{len(raw)} raw contents for {len(request.inputs)} inputs; expected one each")
     # The fields themselves, not lists of them: what is wrong with them is seen without a copy.

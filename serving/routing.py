@@ -134,15 +134,23 @@ class Routed:
         except Exception as error:
             self._refused[route.release] = time.monotonic() + _RETRY_S
             self._metrics.load_failures.labels(self.model).inc()
-            self._note(f"release {route.release[:12]} (version {route.version}) was not taken: {_told(error)}")
-            await self._fall_back(route.release)
+            problem = f"release {route.release[:12]} (version {route.version}) was not taken: {_told(error)}"
+            if self._current is None:
+                self._note(problem)
+                problem += await self._fall_back(route.release)
+            goes_on = f"; version {self._current.version} goes on" if self._current is not None else ""
+            self._note(problem + goes_on)
 
-    async def _fall_back(self, refused: str) -> None:
-        """Serve what was served before a restart, when what is routed now cannot be and nothing else answers."""
-        remembered = self._remembered() if self._current is None else None
-        if remembered is not None and remembered.routes[0].release != refused:
+    async def _fall_back(self, refused: str) -> str:
+        """Serve what was served before a restart, where what is routed now cannot be; returns why that did not work."""
+        remembered = self._remembered()
+        if remembered is None or remembered.routes[0].release == refused:
+            return ""
+        try:
             await self._switch(remembered)
-            self._note(f"{self.problem}. Version {remembered.routes[0].version}, which was served before, goes on")
+        except Exception as error:
+            return f"; nor was version {remembered.routes[0].version}, which was served before: {_told(error)}"
+        return ""
 
     async def _switch(self, routes: Routes) -> None:
         route = routes.routes[0]

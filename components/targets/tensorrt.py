@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import threading
 from collections import deque
 from pathlib import Path
@@ -47,6 +48,7 @@ class Target(BaseModel):
         full = _chosen() == "tensorrt"
         trt = _library(_chosen(), ExportError)
         logger = _logger(trt)
+        logger.forget()
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
@@ -86,6 +88,7 @@ class Target(BaseModel):
             raise EngineUnavailable("built, not executed here: TensorRT needs an NVIDIA GPU and its driver")
         trt = _library(engine.record.runtime.split()[0], EngineUnavailable)
         logger = _logger(trt)
+        logger.forget()
         runtime = trt.Runtime(logger)
         plan = runtime.deserialize_cuda_engine((engine.folder / engine.record.entry).read_bytes())
         if plan is None:
@@ -93,7 +96,10 @@ class Target(BaseModel):
                 f"built, not executed here: {trt.__name__} {trt.__version__} does not accept an engine built by "
                 f"{engine.record.runtime} for {', '.join(engine.record.built_for)} on this GPU: {logger.errors()}"
             )
-        return _Predictor(plan, max_batch=self.max_batch)
+        context = plan.create_execution_context()
+        if context is None:
+            raise EngineUnavailable(f"built, not executed here: TensorRT has no context for it: {logger.errors()}")
+        return _Predictor(plan, context, logger, max_batch=self.max_batch)
 
 
 def _chosen() -> str:
@@ -121,13 +127,15 @@ def _logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (self.INTERNAL_ERROR, self.ERROR):
+                logging.getLogger(__name__).error("TensorRT: %s", message)
                 self._errors.append(message)
 
-        def errors(self) -> str:
-            """The last errors, once."""
-            told = "; ".join(self._errors) or "it gave no reason"
+        def forget(self) -> None:
+            """What was heard before is no reason for what comes."""
             self._errors.clear()
-            return told
+
+        def errors(self) -> str:
+            return "; ".join(self._errors) or "it gave no reason"
 
     return Logger()
 
@@ -141,15 +149,16 @@ def _has_gpu() -> bool:
 class _Predictor:
     """Runs on the current CUDA device; device memory is held in torch tensors."""
 
-    def __init__(self, engine: Any, *, max_batch: int) -> None:
-        self._engine = engine
-        self._context = engine.create_execution_context()
+    def __init__(self, engine: Any, context: Any, logger: Any, *, max_batch: int) -> None:
+        self._engine = engine  # must live as long as its context
+        self._context, self._logger = context, logger
         self._max_batch = max_batch
         # An execution context belongs to one caller at a time.
         self._lock = threading.Lock()
 
     def predict(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         with self._lock:
+            self._logger.forget()
             pieces = [
                 self._predict(np.ascontiguousarray(images[i : i + self._max_batch]))
                 for i in range(0, len(images), self._max_batch)
@@ -163,13 +172,13 @@ class _Predictor:
         with torch.cuda.stream(stream):
             given = torch.from_numpy(images).cuda()
             if not self._context.set_input_shape("images", tuple(images.shape)):
-                raise RuntimeError(f"TensorRT refused a batch of shape {images.shape}: outside the engine's profile")
+                raise RuntimeError(f"TensorRT refused a batch of shape {images.shape}: {self._logger.errors()}")
             self._context.set_tensor_address("images", given.data_ptr())
             outputs = {}
             for name in ("logits", "embedding"):
                 outputs[name] = torch.empty(tuple(self._context.get_tensor_shape(name)), device="cuda")
                 self._context.set_tensor_address(name, outputs[name].data_ptr())
             if not self._context.execute_async_v3(stream.cuda_stream):
-                raise RuntimeError("TensorRT refused to execute")
+                raise RuntimeError(f"TensorRT refused to execute: {self._logger.errors()}")
         stream.synchronize()
         return outputs["logits"].cpu().numpy(), outputs["embedding"].cpu().numpy()

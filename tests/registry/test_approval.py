@@ -232,6 +232,12 @@ def test_what_was_rolled_back_from_is_never_what_a_rollback_goes_to(ledger: Ledg
     assert rollback(ledger).body["version"] == "1"
     with pytest.raises(DecisionRefused, match="no champion before this one"):
         rollback(ledger)
+    # Champion after all: what served before it was not left, what was left stays left.
+    assert rollback(ledger, "4").body["version"] == "4"
+    assert rollback(ledger).body["version"] == "1"
+    reign(ledger, "6", "7", "8")
+    assert rollback(ledger, "6").body["version"] == "6"
+    assert rollback(ledger).body["version"] == "1"
 
 
 def test_of_two_rollbacks_at_once_one_happens(ledger: Ledger) -> None:

@@ -278,14 +278,24 @@ def test_a_large_message_of_typed_values_counts_as_what_it_unpacks_to() -> None:
     # In a process of its own: Triton's client, which is loaded here, registers messages of the same names.
     code = """
 from serving import open_inference_pb2 as pb
-from serving.grpc_app import _size_of
-typed, raw = pb.ModelInferRequest(), pb.ModelInferRequest()
-typed.inputs.add().contents.uint_contents.extend([1] * 1000)
+from serving.grpc_app import _growth
+numbers, pictures, raw, many = (pb.ModelInferRequest() for _ in range(4))
+numbers.inputs.add().contents.uint_contents.extend([1] * 1000)
+numbers.raw_input_contents.append(b"x")
+pictures.inputs.add().contents.bytes_contents.append(b"x" * 1000)
 raw.inputs.add()
 raw.raw_input_contents.append(b"x" * 1000)
-print(_size_of(typed), _size_of(raw))
+for _ in range(3):
+    many.inputs.add().contents.uint_contents.append(1)
+print([_growth(one) for one in (numbers, pictures, raw, many)])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=CODE, capture_output=True, text=True, check=True)
-    typed, raw = map(int, done.stdout.split())
-    assert 8000 < typed < 9000
-    assert 1000 < raw < 1100
+    assert done.stdout.strip() == "[8, 1, 1, 1]"
+
+
+def test_what_came_through_a_proxy_is_refused_over_grpc_too(running: Server) -> None:
+    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{running.grpc_port}")
+    assert client.get_server_metadata().name == "visionloop"
+    with pytest.raises(triton_grpc.InferenceServerException, match=r"PERMISSION_DENIED.*--require-token"):
+        client.get_server_metadata(headers={"x-forwarded-for": "203.0.113.9"})
+    assert client.is_server_live(headers={"x-forwarded-for": "203.0.113.9"})  # a probe
