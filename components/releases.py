@@ -87,7 +87,10 @@ class ReleaseStore:
         """Read every byte of a published release; raises TamperedArtefact or StoreError."""
         record = self.manifest(model, digest)
         if record is None:
-            raise StoreError(f"release {digest} of {model} is not in {self.url}")
+            raise StoreError(
+                f"release {digest} of {model} is not in {self.url}; "
+                f"`visionloop reconcile --repair` publishes that of the champion again"
+            )
         for file in record.files:
             if self._objects.digest(f"{_place(model, digest)}/{file.name}") != file.sha256:
                 raise TamperedArtefact(f"{file.name} of release {digest} in {self.url} is missing or was changed")
