@@ -201,29 +201,25 @@ def _growth(request: Any) -> int:
 
 
 def _pictures(release: Release, request: Any) -> list[tuple[Form, bytes]]:
-    return tensors.pictures(release, _inputs(request))
+    return tensors.pictures(release, [_input(request)])
 
 
-def _inputs(request: Any) -> list[tensors.Given]:
+def _input(request: Any) -> tensors.Given:
     raw = request.raw_input_contents
     if len(request.inputs) != 1:
         names = ", ".join(repr(tensor.name[:64]) for tensor in request.inputs[:4]) or "none"
         raise Rejected(400, f"expected exactly one input, {tensors.INPUT!r}; got {len(request.inputs)}: {names}")
-    if raw and len(raw) != len(request.inputs):
-        raise Rejected(400, f"{len(raw)} raw contents for {len(request.inputs)} inputs; expected one each")
-    # The fields themselves, not lists of them: what is wrong with them is seen without a copy.
-    found = []
-    for index, tensor in enumerate(request.inputs):
-        if any(not 0 <= n < 1 << 31 for n in tensor.shape):
-            raise Rejected(400, "the shape of an input is a list of whole numbers, none negative")
-        if raw:
-            data: Any = raw[index]
-        elif tensor.datatype == "BYTES":
-            data = tensor.contents.bytes_contents
-        else:
-            data = tensor.contents.uint_contents
-        found.append(tensors.Given(tensor.name, tensor.datatype, tuple(tensor.shape), data))
-    return found
+    if len(raw) > 1:
+        raise Rejected(400, f"{len(raw)} raw contents for 1 inputs; expected one each")
+    (tensor,) = request.inputs
+    if any(not 0 <= n < 1 << 31 for n in tensor.shape):
+        raise Rejected(400, "the shape of an input is a list of whole numbers, none negative")
+    # The field itself, not a list of it: what is wrong with it is seen without a copy.
+    if raw:
+        data: Any = raw[0]
+    else:
+        data = tensor.contents.bytes_contents if tensor.datatype == "BYTES" else tensor.contents.uint_contents
+    return tensors.Given(tensor.name, tensor.datatype, tuple(tensor.shape), data)
 
 
 def _snake(name: str) -> str:

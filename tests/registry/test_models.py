@@ -216,6 +216,16 @@ def test_a_number_that_mlflow_gives_again_is_refused(registry: Registry, uri: st
     ]
 
 
+def test_two_that_register_one_candidate_at_once_get_one_row(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = evidence(tmp_path, "twins")
+    first = registry.register(given)
+    monkeypatch.setattr(registry, "recorded", lambda *_: None)  # the other asked before the first had told the ledger
+    assert registry.register(given) == first
+    assert len(registry.ledger.entries("twins")) == 1
+
+
 def test_a_champion_whose_files_and_tags_were_both_changed_is_refused(registry: Registry, uri: str, tmp_path: Path) -> None:
     """Whoever can edit MLflow can edit tags as well; the ledger's digest decides."""
     from components.store import seal, sha256_file, unseal

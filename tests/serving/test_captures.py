@@ -101,6 +101,7 @@ def test_erasures_that_were_cut_off_have_another_head(tmp_path: Path) -> None:
         captures.erase(image(number)[0], by="ann", reason="why")
         heads.append(captures.erasures())
     assert [count for count, _ in heads] == [0, 1, 2, 3]
+    assert len({head for _, head in heads}) == 4
     path = tmp_path / "erased.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     assert captures.verify() == []
