@@ -1,10 +1,11 @@
 """Requests a second of `visionloop serve` against the engine's own ceiling and against other servers, JPEG to label.
 
 One run, one machine, one engine file, the same number of engine threads. The load is open (Poisson, bench/load.py). For
-every server: the highest rate at which 99 % of what it accepts comes within the bound and at most 0.5 % is refused, found by
-bisection, for the best of its settings. The peers' environment is made on first use from bench/peers/requirements.lock. DATA
-is a folder of photographs, one sub-folder per class; without it the embedded digits are used: tiny, they measure HTTP more
-than pictures.
+every server in every setting: the highest rate at which 99 % of what it accepts comes within the bound and at most 0.5 % is
+refused, found by bisection. Then ours and the strongest peers, each in its best setting, again and in turns, because what a
+machine can do drifts within seconds: what is compared is measured side by side. The peers' environment is made on first use
+from bench/peers/requirements.lock. DATA is a folder of photographs, one sub-folder per class; without it the embedded digits
+are used: tiny, they measure HTTP more than pictures.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -24,11 +26,11 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -46,6 +48,10 @@ BOUND_MS = 150.0
 _SECONDS = 4.0
 _PICTURES = 300
 _ROUNDS = 8
+_TURNS = 5
+_STRONGEST = 2
+"""Peers that meet ours again, in turns."""
+_PORT, _PEER_PORT = 18400, 18410
 _AFTER_S = 5.0
 """How long after a release serves its change is felt."""
 
@@ -60,6 +66,21 @@ class Server:
     path: str = "/predict"
     form: str = "raw"
     ours: bool = False
+
+
+class Layout(NamedTuple):
+    """How threads share the engine, without any server."""
+
+    lanes: int
+    """Threads, each of which decodes a batch and infers it."""
+    streams: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.lanes} lanes x {self.streams} streams, batch {self.batch}"
+
+
+_LAYOUTS = (Layout(2, 2, 1), Layout(2, 2, 4), Layout(2, 2, 8), Layout(1, 1, 1), Layout(1, 1, 8))
 
 
 def say(text: str) -> None:
@@ -123,40 +144,74 @@ def pictures(data: Path | None, workspace: Path, scratch: Path) -> list[Path]:
     return found
 
 
-def ceiling(release: Path, files: Sequence[Path]) -> dict[str, float]:
-    """Pictures a second without any server: threads that decode and infer, by layout; median of three runs."""
-    data = [path.read_bytes() for path in files]
+class Engine:
+    """The engine of a release without any server, JPEG to label."""
+
+    def __init__(self, release: Path, files: Sequence[Path], layout: Layout) -> None:
+        self._data = [path.read_bytes() for path in files]
+        self._layout = layout
+        self._engine = Answering(release, num_threads=2, num_streams=layout.streams)
+
+    def rate(self, seconds: float = 2.5) -> float:
+        """Pictures a second now."""
+        counts = [0] * self._layout.lanes
+        started = time.perf_counter()
+
+        def lane(number: int) -> None:
+            place = number * 31
+            while time.perf_counter() < started + seconds:
+                batch = [self._data[(place + i) % len(self._data)] for i in range(self._layout.batch)]
+                self._engine.batch([self._engine.pixels(picture) for picture in batch])
+                place += len(batch)
+                counts[number] += len(batch)
+
+        threads = [threading.Thread(target=lane, args=(n,)) for n in range(self._layout.lanes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(counts) / (time.perf_counter() - started)
+
+
+def ceiling(release: Path, files: Sequence[Path]) -> dict[Layout, float]:
+    """Pictures a second without any server, by layout; median of three runs."""
     found = {}
-    for lanes, streams, batch in ((2, 2, 1), (2, 2, 4), (2, 2, 8), (1, 1, 1), (1, 1, 8)):
-        engine = Answering(release, num_threads=2, num_streams=streams)
-        rates = []
-        for _ in range(3):
-            counts = [0] * lanes
-            stop = time.perf_counter() + 2.5
+    for layout in _LAYOUTS:
+        engine = Engine(release, files, layout)
+        rates = [engine.rate() for _ in range(3)]
+        found[layout] = statistics.median(rates)
+        say(f"  {layout}: {found[layout]:.0f}/s ({min(rates):.0f}-{max(rates):.0f})")
+    return found
 
-            def lane(
-                number: int,
-                engine: Answering = engine,
-                stop: float = stop,
-                batch: int = batch,
-                counts: list[int] = counts,
-            ) -> None:
-                place = number * 31
-                while time.perf_counter() < stop:
-                    engine.batch([engine.pixels(data[(place + i) % len(data)]) for i in range(batch)])
-                    place += batch
-                    counts[number] += batch
 
-            started = time.perf_counter()
-            threads = [threading.Thread(target=lane, args=(n,)) for n in range(lanes)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            rates.append(sum(counts) / (time.perf_counter() - started))
-        found[f"{lanes} lanes x {streams} streams, batch {batch}"] = statistics.median(rates)
-        spread = f"{min(rates):.0f}-{max(rates):.0f}"
-        say(f"  {lanes} lanes, {streams} streams, batch {batch}: {statistics.median(rates):.0f}/s ({spread})")
+def goodput_of_ceiling(server: Server, port: int, files: Sequence[Path], engine: Engine) -> dict[str, Any]:
+    """What the server answers when it is offered more than it can, as a share of what the engine alone does before and after
+    it, while the server is idle.
+    """
+    rounds = []
+    before = engine.rate()
+    for seed in range(_ROUNDS):
+        told = offered(server, port, files, rate=before * 1.3, seconds=5, seed=seed)
+        after = engine.rate()
+        rounds.append(
+            {
+                "engine_per_s": round((before + after) / 2, 1),
+                "goodput_per_s": told["goodput_per_s"],
+                "of_ceiling": round(told["goodput_per_s"] / ((before + after) / 2), 3),
+                "saturated": bool(told["refused_ms"]),
+                "accepted_ms": told["accepted_ms"],
+            }
+        )
+        before = after
+    shares = [told["of_ceiling"] for told in rounds]
+    found = {
+        "n": len(rounds),
+        "median": statistics.median(shares),
+        "least": min(shares),
+        "most": max(shares),
+        "rounds": rounds,
+    }
+    say(f"    goodput of the ceiling: {found}")
     return found
 
 
@@ -335,6 +390,67 @@ def highest_rate(server: Server, port: int, files: Sequence[Path], top: float) -
             high = rate
             time.sleep(2)
     return low, best
+
+
+def rate_near(probe: Callable[[float, int], bool], guess: float, *, probes: int = 6) -> float:
+    """The highest rate of those tried that `probe` (rate, number of the probe) says is within the bound; 0 without one.
+
+    Begins at the guess and goes up or down by a quarter until the answer changes, then bisects.
+    """
+    low, high, rate = 0.0, math.inf, guess
+    for number in range(probes):
+        if probe(rate, number):
+            low = rate
+        else:
+            high = rate
+        if not low:
+            rate = high * 0.75
+        elif high == math.inf:
+            rate = low * 1.25
+        else:
+            rate = (low + high) / 2
+    return low
+
+
+def in_turns(ours: Server, peer: Server, guesses: dict[str, float], files: Sequence[Path], scratch: Path) -> dict[str, Any]:
+    """Both running, one of them asked at a time: the highest rate of each, again and again, and their ratios."""
+    sides = {"ours": (ours, _PORT), "peer": (peer, _PEER_PORT)}
+    found: dict[str, list[float]] = {"ours": [], "peer": []}
+
+    def measured(side: str, turn: int) -> float:
+        server, port = sides[side]
+
+        def probe(rate: float, number: int) -> bool:
+            good = within_bound(offered(server, port, files, rate=rate, seconds=_SECONDS, seed=100 * turn + number))
+            if not good:
+                time.sleep(1)  # what was refused or late leaves nothing behind
+            return good
+
+        return rate_near(probe, found[side][-1] if found[side] and found[side][-1] else guesses[side])
+
+    with (
+        started(ours, _PORT, files, scratch / "ours.log"),
+        started(peer, _PEER_PORT, files, scratch / "peer.log"),
+    ):
+        for turn in range(_TURNS):
+            for side in ("ours", "peer") if turn % 2 == 0 else ("peer", "ours"):
+                found[side].append(round(measured(side, turn), 1))
+            say(f"    in turns with {peer.name} ({peer.setting}): {found}")
+    ratios = [mine / theirs for mine, theirs in zip(found["ours"], found["peer"], strict=True) if theirs]
+    if not ratios:
+        raise RuntimeError(f"{peer.name} answered nothing within the bound: {found}")
+    return {
+        "peer": peer.name,
+        "setting": peer.setting,
+        "our_setting": ours.setting,
+        "rates": found,
+        "n": len(ratios),
+        "ratio": {
+            "median": round(statistics.median(ratios), 2),
+            "least": round(min(ratios), 2),
+            "most": round(max(ratios), 2),
+        },
+    }
 
 
 def memory_mb(process: subprocess.Popen[bytes]) -> float:
@@ -578,20 +694,20 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     say(f"{len(files)} JPEGs, {np.mean([f.stat().st_size for f in files]) / 1e3:.0f} kB on average")
     say("ceiling of the engine, without any server")
     layouts = ceiling(release, files)
-    top = max(layouts.values())
+    best_layout = max(layouts, key=lambda layout: layouts[layout])
+    top = layouts[best_layout]
     python = peers_environment()
-    port = 18400
-    rates: dict[str, dict[str, float]] = {}
+    rates: dict[tuple[str, str], float] = {}
     details: dict[str, Any] = {}
     failures: dict[str, str] = {}
-    for server in _chosen(servers(workspace, model, release, python, port)):
+    for server in _chosen(servers(workspace, model, release, python, _PORT)):
         label = f"{server.name}: {server.setting}"
         try:
             since = time.monotonic()
-            with started(server, port, files, scratch / "server.log") as process:
+            with started(server, _PORT, files, scratch / "server.log") as process:
                 ready_s = time.monotonic() - since
-                rate, told = highest_rate(server, port, files, top)
-                rates.setdefault(server.name, {})[server.setting] = round(rate, 1)
+                rate, told = highest_rate(server, _PORT, files, top)
+                rates[server.name, server.setting] = round(rate, 1)
                 details[label] = {
                     "rate": round(rate, 1),
                     "p50": told.get("accepted_ms", {}).get("p50"),
@@ -600,33 +716,60 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
                     "memory_mb": round(memory_mb(process)),
                 }
                 if server.ours and server.setting == "defaults":
-                    peak = offered(server, port, files, rate=top * 1.3, seconds=10)
-                    details["goodput"] = peak
-                    details["overload"] = overload(server, port, files, top, process)
-                    details["beside_training"] = beside_training(server, port, files, peak["goodput_per_s"])
-                    details["switching"] = switching(server, port, files, top, workspace, model, scratch)
+                    share = goodput_of_ceiling(server, _PORT, files, Engine(release, files, best_layout))
+                    details["goodput_of_ceiling"] = share
+                    details["overload"] = overload(server, _PORT, files, top, process)
+                    peak = statistics.median(told["peak_per_s"] for told in details["overload"]["rounds"])
+                    details["beside_training"] = beside_training(server, _PORT, files, peak)
+                    details["switching"] = switching(server, _PORT, files, top, workspace, model, scratch)
             say(f"  {label}: {rate:.0f}/s within p99 {BOUND_MS:g} ms ({details[label]})")
         except (RuntimeError, subprocess.CalledProcessError) as error:
             failures[label] = str(error)[-500:]
             say(f"  {label}: {str(error)[-500:]}")
-    best = {name: max(found.values()) for name, found in rates.items()}
-    mine = best.pop("visionloop", 0.0)
-    peers = {name: rate for name, rate in best.items() if name != "FastAPI + the engine"}
-    strongest = max(peers.values(), default=0.0)
+    meetings = []
+    for mine, theirs in _pairs(
+        _chosen(servers(workspace, model, release, python, _PORT)),
+        _chosen(servers(workspace, model, release, python, _PEER_PORT)),
+        rates,
+    ):
+        guesses = {"ours": rates[mine.name, mine.setting], "peer": rates[theirs.name, theirs.setting]}
+        try:
+            meetings.append(in_turns(mine, theirs, guesses, files, scratch))
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            failures[f"in turns with {theirs.name}"] = str(error)[-500:]
+            say(f"  in turns with {theirs.name}: {str(error)[-500:]}")
+    strongest = min(meetings, key=lambda met: met["ratio"]["median"], default=None)
     return {
-        "ours": mine,
-        "peers": best,
-        "ratio": round(mine / strongest, 2) if strongest else None,
-        "ratio_to_hand_written_fastapi_with_the_engine": round(mine / best["FastAPI + the engine"], 2)
-        if best.get("FastAPI + the engine")
-        else None,
-        "unit": f"requests/s at p99 <= {BOUND_MS:g} ms",
-        "n": len(files),
+        "ours": statistics.median(strongest["rates"]["ours"]) if strongest else None,
+        "peers": {met["peer"]: statistics.median(met["rates"]["peer"]) for met in meetings},
+        "ratio": strongest["ratio"]["median"] if strongest else None,
+        "unit": f"requests/s at p99 <= {BOUND_MS:g} ms, in turns; ours as beside the strongest peer",
+        "n": strongest["n"] if strongest else 0,
+        "in_turns": meetings,
+        "pictures": len(files),
         "ceiling_per_s": round(top, 1),
-        "ceiling_layouts": {name: round(rate, 1) for name, rate in layouts.items()},
-        "goodput_of_ceiling": round(details["goodput"]["goodput_per_s"] / top, 3) if "goodput" in details else None,
-        "settings": rates,
+        "ceiling_layouts": {str(layout): round(rate, 1) for layout, rate in layouts.items()},
+        "goodput_of_ceiling": details.get("goodput_of_ceiling", {}).get("median"),
+        "one_bisection_each": {f"{name}: {setting}": rate for (name, setting), rate in rates.items()},
         "goodput_at_10x_of_peak": details["overload"]["10x_of_peak"]["median"] if "overload" in details else None,
         "details": details,
         "failures": failures,
     }
+
+
+def _pairs(
+    own: Sequence[Server], others: Sequence[Server], rates: dict[tuple[str, str], float]
+) -> list[tuple[Server, Server]]:
+    """Ours and the strongest peers, each in its best setting; servers that answered nothing within the bound meet nobody."""
+
+    def rate(server: Server) -> float:
+        return rates.get((server.name, server.setting), 0.0)
+
+    mine = max((server for server in own if server.ours), key=rate, default=None)
+    best: dict[str, Server] = {}
+    for server in others:
+        # The engine behind a server written by hand is told apart: it is none of those that a user would choose between.
+        if not server.ours and server.name != "FastAPI + the engine" and rate(server):
+            best[server.name] = max(best.get(server.name, server), server, key=rate)
+    strongest = sorted(best.values(), key=rate, reverse=True)[:_STRONGEST]
+    return [(mine, server) for server in strongest] if mine is not None and rate(mine) else []

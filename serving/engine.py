@@ -10,6 +10,10 @@ import os
 import signal
 import sys
 
+_NICENESS = 5
+"""The server's loop and its journal, which share the processors with the engine, come first: a refusal or an answer takes
+them for a fraction of a millisecond, and would else wait for whole time slices of the lanes (infra/decisions/0009)."""
+
 
 def _end_with(server: int) -> None:
     """Linux: be killed when the server is; it may be gone already."""
@@ -25,6 +29,7 @@ def _end_with(server: int) -> None:
 
 if __name__ == "__main__":
     _end_with(int(sys.argv[2]))
+    os.nice(_NICENESS)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
         # Meant for the server, which drains first; this process ends with the server's socket. It is in the terminal's
         # background: what it says there must not stop it.

@@ -116,7 +116,7 @@ def children(root: Path) -> list[psutil.Process]:
 def test_an_alarm_trains_once_and_a_killed_training_is_taken_up_once(up: Path) -> None:
     status = command("status", cwd=up)
     assert status["problems"] == []
-    assert psutil.Process(status["worker"]["pid"]).nice() == 10
+    assert psutil.Process(status["worker"]["pid"]).nice() == 15
     # The server asks for its credential.
     port = int(status["server"]["api"].split(":")[2].split("/")[0])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import math
 import os
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from served import MODEL, png, publish, route, server, variant
+from served import MODEL, Server, png, publish, route, server, variant
 from shapes import KINDS
 
 from components.contracts import Release, Stored
@@ -288,6 +289,13 @@ def test_sealing_is_of_the_idle_class_when_it_gives_way() -> None:
     )
     told = [subprocess.check_output([sys.executable, "-c", code, how], cwd=CODE, text=True) for how in ("idle", "low")]
     assert told == ["True 19\n", "False 19\n"]
+
+
+def test_what_answers_and_refuses_comes_before_the_lanes_and_no_collection_looks_at_all_objects(running: Server) -> None:
+    own = psutil.Process(running.process.pid).nice()
+    assert [psutil.Process(pid).nice() for pid in running.engine_processes()] == [min(19, own + 5)]
+    (ready,) = [json.loads(line) for line in running.told if line.startswith("{") and '"event": "ready"' in line]
+    assert ready["frozen_objects"] > 10_000
 
 
 def test_a_change_of_releases_makes_late_what_would_else_be_refused(smoke: Stored[Release]) -> None:
