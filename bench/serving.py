@@ -2,8 +2,8 @@
 
 One run, one machine, one engine file, the same number of engine threads. The load is open (Poisson, bench/load.py). For
 every server in every setting: the highest rate at which 99 % of what it accepts comes within the bound and at most 0.5 % is
-refused, found by bisection. Then ours and the strongest peers, each in its best setting, again and in turns, because what a
-machine can do drifts within seconds: what is compared is measured side by side. The peers' environment is made on first use
+refused, found by bisection. Then ours and the strongest peers, each in its best setting, again and in turns of a few
+seconds, because what a machine can do drifts. The peers' environment is made on first use
 from bench/peers/requirements.lock. DATA is a folder of photographs, one sub-folder per class; without it the embedded digits
 are used: tiny, they measure HTTP more than pictures.
 """
@@ -26,7 +26,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,9 @@ BOUND_MS = 150.0
 _SECONDS = 4.0
 _PICTURES = 300
 _ROUNDS = 8
-_TURNS = 5
+_TURNS, _PROBES = 5, 6
+_BY_HAND = "FastAPI + the engine"
+"""No server that a user would choose between, so its ratio stands alone: the engine, and nothing of what a server is for."""
 _STRONGEST = 2
 """Peers that meet ours again, in turns."""
 _PORT, _PEER_PORT = 18400, 18410
@@ -184,14 +186,18 @@ def ceiling(release: Path, files: Sequence[Path]) -> dict[Layout, float]:
     return found
 
 
-def goodput_of_ceiling(server: Server, port: int, files: Sequence[Path], engine: Engine) -> dict[str, Any]:
+def goodput_of_ceiling(
+    server: Server, port: int, files: Sequence[Path], engine: Engine, process: subprocess.Popen[bytes]
+) -> dict[str, Any]:
     """What the server answers when it is offered more than it can, as a share of what the engine alone does before and after
     it, while the server is idle.
     """
     rounds = []
+    engine.rate()  # warm
     before = engine.rate()
     for seed in range(_ROUNDS):
         told = offered(server, port, files, rate=before * 1.3, seconds=5, seed=seed)
+        settle(process)
         after = engine.rate()
         rounds.append(
             {
@@ -263,7 +269,7 @@ def servers(workspace: Path, model: str, release: Path, python: str | None, port
     (reference,) = sorted((workspace / ".visionloop" / "store" / "export").glob("torch_reference-fp32/*"))[-1:]
     own: list[tuple[str, str, Path, str, str, str]] = [
         ("fastapi_torch", sys.executable, reference, "/predict", "raw", "FastAPI + torch"),
-        ("fastapi_engine", sys.executable, release, "/predict", "raw", "FastAPI + the engine"),
+        ("fastapi_engine", sys.executable, release, "/predict", "raw", _BY_HAND),
         ("mlflow_app", sys.executable, release, "/invocations", "mlflow", "MLflow models serve"),
     ]
     if python is not None:
@@ -392,58 +398,73 @@ def highest_rate(server: Server, port: int, files: Sequence[Path], top: float) -
     return low, best
 
 
-def rate_near(probe: Callable[[float, int], bool], guess: float, *, probes: int = 6) -> float:
-    """The highest rate of those tried that `probe` (rate, number of the probe) says is within the bound; 0 without one.
+class Search:
+    """The highest rate that is within the bound, from a guess: by a fifth until the answer changes, then by halves.
 
-    Begins at the guess and goes up or down by a quarter until the answer changes, then bisects.
+    A rate is too high only when it failed twice: a machine that stalls for a moment would else decide for all that follows.
     """
-    low, high, rate = 0.0, math.inf, guess
-    for number in range(probes):
-        if probe(rate, number):
-            low = rate
+
+    def __init__(self, guess: float) -> None:
+        self.rate = guess
+        """What to try next."""
+        self.highest = 0.0
+        self._too_high = math.inf
+        self._doubted = False
+
+    def learn(self, *, within: bool) -> None:
+        """Whether `rate` was within the bound."""
+        if not within and not self._doubted:
+            self._doubted = True
+            return
+        self._doubted = False
+        if within:
+            self.highest = self.rate
         else:
-            high = rate
-        if not low:
-            rate = high * 0.75
-        elif high == math.inf:
-            rate = low * 1.25
+            self._too_high = self.rate
+        if not self.highest:
+            self.rate = self._too_high * 0.8
+        elif self._too_high == math.inf:
+            self.rate = self.highest * 1.2
         else:
-            rate = (low + high) / 2
-    return low
+            self.rate = (self.highest + self._too_high) / 2
 
 
-def in_turns(ours: Server, peer: Server, guesses: dict[str, float], files: Sequence[Path], scratch: Path) -> dict[str, Any]:
-    """Both running, one of them asked at a time: the highest rate of each, again and again, and their ratios."""
-    sides = {"ours": (ours, _PORT), "peer": (peer, _PEER_PORT)}
-    found: dict[str, list[float]] = {"ours": [], "peer": []}
+def in_turns(ours: Server, peer: Server, guesses: Sequence[float], files: Sequence[Path], scratch: Path) -> dict[str, Any]:
+    """The highest rates of ours and of the peer, again and again, and their ratios.
 
-    def measured(side: str, turn: int) -> float:
-        server, port = sides[side]
-
-        def probe(rate: float, number: int) -> bool:
-            good = within_bound(offered(server, port, files, rate=rate, seconds=_SECONDS, seed=100 * turn + number))
-            if not good:
-                time.sleep(1)  # what was refused or late leaves nothing behind
-            return good
-
-        return rate_near(probe, found[side][-1] if found[side] and found[side][-1] else guesses[side])
-
+    Both are there and one of them is asked at a time, for a few seconds: what slows the machine for longer slows both.
+    """
     with (
-        started(ours, _PORT, files, scratch / "ours.log"),
-        started(peer, _PEER_PORT, files, scratch / "peer.log"),
+        started(ours, _PORT, files, scratch / "ours.log") as mine,
+        started(peer, _PEER_PORT, files, scratch / "peer.log") as theirs,
     ):
+        sides = ((ours, _PORT, mine), (peer, _PEER_PORT, theirs))
+        found: tuple[list[float], list[float]] = ([], [])
+        idle_s, seconds = [0.0, 0.0], 0.0
         for turn in range(_TURNS):
-            for side in ("ours", "peer") if turn % 2 == 0 else ("peer", "ours"):
-                found[side].append(round(measured(side, turn), 1))
-            say(f"    in turns with {peer.name} ({peer.setting}): {found}")
-    ratios = [mine / theirs for mine, theirs in zip(found["ours"], found["peer"], strict=True) if theirs]
+            searches = [Search(found[side][-1] if turn and found[side][-1] else guesses[side]) for side in (0, 1)]
+            for number in range(_PROBES):
+                for side in (0, 1) if (turn + number) % 2 == 0 else (1, 0):
+                    server, port, _ = sides[side]
+                    other = sides[1 - side][2]
+                    settle(mine)
+                    before, since = processor_s(other), time.monotonic()
+                    told = offered(server, port, files, rate=searches[side].rate, seconds=_SECONDS, seed=100 * turn + number)
+                    seconds += time.monotonic() - since
+                    idle_s[1 - side] += processor_s(other) - before
+                    searches[side].learn(within=within_bound(told))
+            for side in (0, 1):
+                found[side].append(round(searches[side].highest, 1))
+            say(f"    in turns with {peer.name} ({peer.setting}): ours {found[0][-1]}/s, the peer {found[1][-1]}/s")
+    ratios = [own / other for own, other in zip(*found, strict=True) if other]
     if not ratios:
-        raise RuntimeError(f"{peer.name} answered nothing within the bound: {found}")
+        raise RuntimeError(f"{peer.name} answered nothing within the bound")
     return {
         "peer": peer.name,
         "setting": peer.setting,
         "our_setting": ours.setting,
-        "rates": found,
+        "rates": {"ours": found[0], "peer": found[1]},
+        "processors_taken_by_the_idle_side": {"ours": round(idle_s[0] / seconds, 3), "peer": round(idle_s[1] / seconds, 3)},
         "n": len(ratios),
         "ratio": {
             "median": round(statistics.median(ratios), 2),
@@ -451,6 +472,32 @@ def in_turns(ours: Server, peer: Server, guesses: dict[str, float], files: Seque
             "most": round(max(ratios), 2),
         },
     }
+
+
+def settle(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the server has sealed what a load left it to seal: that takes a processor once the engine is idle."""
+    deadline = time.monotonic() + 20
+    time.sleep(0.2)  # a file that was full a moment ago
+    while any("serving.sealing" in command for command in _commands(process)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _commands(process: subprocess.Popen[bytes]) -> list[str]:
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(child.cmdline()))
+    return found
+
+
+def processor_s(process: subprocess.Popen[bytes]) -> float:
+    """What a server and its children have taken of the processors so far."""
+    found = 0.0
+    for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            times = one.cpu_times()
+            found += times.user + times.system
+    return found
 
 
 def memory_mb(process: subprocess.Popen[bytes]) -> float:
@@ -687,7 +734,10 @@ def _generation(port: int, model: str) -> int:
 
 
 def run(data: Path | None, scratch: Path) -> dict[str, Any]:
-    """Both sides; the ratio is ours to the best peer's rate within the bound."""
+    """Both sides; the ratio is the least of ours to the strongest peers' rates within the bound.
+
+    It is None when one of them did not come to be measured.
+    """
     workspace, model = prepared(data, scratch)
     (release,) = (workspace / ".visionloop" / "releases" / "releases" / model).iterdir()
     files = pictures(data, workspace, scratch)
@@ -716,7 +766,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
                     "memory_mb": round(memory_mb(process)),
                 }
                 if server.ours and server.setting == "defaults":
-                    share = goodput_of_ceiling(server, _PORT, files, Engine(release, files, best_layout))
+                    share = goodput_of_ceiling(server, _PORT, files, Engine(release, files, best_layout), process)
                     details["goodput_of_ceiling"] = share
                     details["overload"] = overload(server, _PORT, files, top, process)
                     peak = statistics.median(told["peak_per_s"] for told in details["overload"]["rounds"])
@@ -726,26 +776,29 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
         except (RuntimeError, subprocess.CalledProcessError) as error:
             failures[label] = str(error)[-500:]
             say(f"  {label}: {str(error)[-500:]}")
-    meetings = []
-    for mine, theirs in _pairs(
-        _chosen(servers(workspace, model, release, python, _PORT)),
-        _chosen(servers(workspace, model, release, python, _PEER_PORT)),
-        rates,
-    ):
-        guesses = {"ours": rates[mine.name, mine.setting], "peer": rates[theirs.name, theirs.setting]}
+    meetings: dict[str, dict[str, Any]] = {}
+    ours_here = _chosen(servers(workspace, model, release, python, _PORT))
+    peers_there = _chosen(servers(workspace, model, release, python, _PEER_PORT))
+    pairs = _pairs(ours_here, peers_there, rates)
+    for mine, theirs in pairs:
+        guesses = [rates[mine.name, mine.setting], rates[theirs.name, theirs.setting]]
         try:
-            meetings.append(in_turns(mine, theirs, guesses, files, scratch))
-        except (RuntimeError, subprocess.CalledProcessError) as error:
+            meetings[theirs.name] = in_turns(mine, theirs, guesses, files, scratch)
+        except (RuntimeError, subprocess.CalledProcessError, psutil.Error) as error:
             failures[f"in turns with {theirs.name}"] = str(error)[-500:]
             say(f"  in turns with {theirs.name}: {str(error)[-500:]}")
-    strongest = min(meetings, key=lambda met: met["ratio"]["median"], default=None)
+    by_hand = meetings.pop(_BY_HAND, None)
+    # Without one of them the others say nothing about the strongest.
+    whole = bool(meetings) and len(meetings) == len([peer for _, peer in pairs if peer.name != _BY_HAND])
+    strongest = min(meetings.values(), key=lambda met: met["ratio"]["median"]) if whole else None
     return {
         "ours": statistics.median(strongest["rates"]["ours"]) if strongest else None,
-        "peers": {met["peer"]: statistics.median(met["rates"]["peer"]) for met in meetings},
+        "peers": {name: statistics.median(met["rates"]["peer"]) for name, met in meetings.items()},
         "ratio": strongest["ratio"]["median"] if strongest else None,
-        "unit": f"requests/s at p99 <= {BOUND_MS:g} ms, in turns; ours as beside the strongest peer",
+        "ratio_to_hand_written_fastapi_with_the_engine": by_hand["ratio"]["median"] if by_hand else None,
+        "unit": f"requests/s at p99 <= {BOUND_MS:g} ms, in turns with the {_STRONGEST} strongest peers; the least ratio",
         "n": strongest["n"] if strongest else 0,
-        "in_turns": meetings,
+        "in_turns": [*meetings.values(), *([by_hand] if by_hand else [])],
         "pictures": len(files),
         "ceiling_per_s": round(top, 1),
         "ceiling_layouts": {str(layout): round(rate, 1) for layout, rate in layouts.items()},
@@ -760,7 +813,10 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
 def _pairs(
     own: Sequence[Server], others: Sequence[Server], rates: dict[tuple[str, str], float]
 ) -> list[tuple[Server, Server]]:
-    """Ours and the strongest peers, each in its best setting; servers that answered nothing within the bound meet nobody."""
+    """Ours and the strongest peers, then the engine behind a server written by hand; each in its best setting.
+
+    Servers that answered nothing within the bound meet nobody.
+    """
 
     def rate(server: Server) -> float:
         return rates.get((server.name, server.setting), 0.0)
@@ -768,8 +824,10 @@ def _pairs(
     mine = max((server for server in own if server.ours), key=rate, default=None)
     best: dict[str, Server] = {}
     for server in others:
-        # The engine behind a server written by hand is told apart: it is none of those that a user would choose between.
-        if not server.ours and server.name != "FastAPI + the engine" and rate(server):
+        if not server.ours and rate(server):
             best[server.name] = max(best.get(server.name, server), server, key=rate)
-    strongest = sorted(best.values(), key=rate, reverse=True)[:_STRONGEST]
-    return [(mine, server) for server in strongest] if mine is not None and rate(mine) else []
+    by_hand = best.pop(_BY_HAND, None)
+    chosen = sorted(best.values(), key=rate, reverse=True)[:_STRONGEST]
+    if by_hand is not None:
+        chosen.append(by_hand)
+    return [(mine, server) for server in chosen] if mine is not None and rate(mine) else []

@@ -184,8 +184,8 @@ def predict(
         config = batch.BatchConfig(
             shard_size=shard_size,
             embeddings=embeddings,
-            # A batch fills the engine and waits as long as it takes.
-            limits=Limits(lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9),
+            # A batch fills the engine, waits as long as it takes and has nobody to refuse.
+            limits=Limits(lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9, niceness=0),
             plugins=found.plugins,
         )
         with Console(1, quiet=json_) as console, console.stage(f"predicting {len(inputs.names)} images", 1) as (progress, _):

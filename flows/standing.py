@@ -257,7 +257,7 @@ class Up:
 def give_way(pid: int) -> None:
     """Answers to people come before trainings and watches: a lower priority, which what the process starts inherits."""
     with contextlib.suppress(psutil.Error, OSError):
-        psutil.Process(pid).nice(15)  # engines have 5
+        psutil.Process(pid).nice(15)  # ten more than an engine (serving.deployment.Limits)
     # Linux shares the processors between sessions first (sched_autogroup), so the worker's own session has to give way too.
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text("10")

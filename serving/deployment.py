@@ -66,6 +66,9 @@ class Limits:
     load_timeout_s: float = 120.0
     batch_timeout_s: float = 30.0
     """An engine that needs longer for a batch is taken for hung and replaced."""
+    niceness: int = 5
+    """Of the engine's process, over the server's: who is answered or refused takes the processors for a fraction of a
+    millisecond, and would else wait for whole time slices of the lanes (infra/decisions/0009)."""
 
 
 class Overloaded(Exception):
@@ -212,7 +215,7 @@ class Deployment:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         process = subprocess.Popen(
-            [sys.executable, "-m", "serving.engine", str(theirs.fileno()), str(os.getpid())],
+            [sys.executable, "-m", "serving.engine", str(theirs.fileno()), str(os.getpid()), str(self._limits.niceness)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Where the engine's own process begins: `python -m serving.engine FD SERVER`. See serving/worker.py.
+"""Where the engine's own process begins: `python -m serving.engine FD SERVER NICENESS`. See serving/worker.py.
 
 It is bound to its server before it imports anything that takes time: from then on it cannot be left behind, also while the
 server has made it stand still.
@@ -9,10 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-
-_NICENESS = 5
-"""The server's loop and its journal, which share the processors with the engine, come first: a refusal or an answer takes
-them for a fraction of a millisecond, and would else wait for whole time slices of the lanes (infra/decisions/0009)."""
 
 
 def _end_with(server: int) -> None:
@@ -29,7 +25,7 @@ def _end_with(server: int) -> None:
 
 if __name__ == "__main__":
     _end_with(int(sys.argv[2]))
-    os.nice(_NICENESS)
+    os.nice(int(sys.argv[3]))  # before there are threads, which inherit it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTTOU):
         # Meant for the server, which drains first; this process ends with the server's socket. It is in the terminal's
         # background: what it says there must not stop it.

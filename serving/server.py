@@ -191,6 +191,9 @@ class _Server:
         http = self._http(ports)
         serving = loop.create_task(http._serve([sockets[0]]))
         grpc_server = await self._grpc(sockets[1]) if len(sockets) > 1 else None
+        # What is there now stays: a collection would look at all of it, 60 ms in which nobody is answered or refused.
+        gc.collect()
+        gc.freeze()
         following = [loop.create_task(routed.follow()) for routed in self._routed.values()]
         announcing = loop.create_task(self._announce_ready(ports))
         stopped = loop.create_task(self._stop.wait())
@@ -259,9 +262,6 @@ class _Server:
                     told[routed.model] = routed.problem
                     self._announce(f"waiting: {routed.problem}")
             await asyncio.sleep(0.05)
-        # What is there now stays: a collection would look at all of it, 60 ms in which nobody is answered or refused.
-        gc.collect()
-        gc.freeze()
         shown = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         seconds = time.monotonic() - self._started
         for routed in self._routed.values():

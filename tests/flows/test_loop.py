@@ -19,6 +19,7 @@ from flows.alarming import DRIFT, announce, start, sweep, tell_of_data
 from flows.deploying import automate, deploy, make_pool
 from flows.tracing import trail, training_runs
 from monitoring.governor import Request
+from serving.deployment import Limits
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +437,7 @@ def test_what_trains_gives_way_to_what_answers(tmp_path: Path, monkeypatch: pyte
     server = standing.Standing("server", os.getpid(), "http://127.0.0.1:9/api")
     worker = up.start_worker(server, "pool", told=lambda _: None)
     try:
-        assert psutil.Process(worker.pid).nice() == 15
+        assert psutil.Process(worker.pid).nice() == Limits().niceness + 10
         group = Path(f"/proc/{worker.pid}/autogroup")  # kernels without it have no sessions that compete
         assert not group.exists() or group.read_text().strip().endswith("nice 10")
     finally:

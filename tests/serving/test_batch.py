@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from served import MODEL, jpeg, png
 from shapes import KINDS, visionloop, write_pictures
@@ -80,6 +81,10 @@ def test_a_job_killed_at_random_ends_with_the_same_rows(stage: Path, photos: Pat
     while len(list(out.glob("part-*.json"))) < wanted and job.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    os.killpg(job.pid, signal.SIGSTOP)
+    if psutil.Process(job.pid).status() == psutil.STATUS_STOPPED:  # not ended already
+        engines = [child for child in psutil.Process(job.pid).children() if "serving.engine" in child.cmdline()]
+        assert [engine.nice() for engine in engines] == [os.nice(0)]  # a batch has nobody to refuse
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     status, told = predict(stage, photos, out, "--shard-size", "10")
