@@ -215,6 +215,7 @@ def goodput_of_ceiling(
         "median": statistics.median(shares),
         "least": min(shares),
         "most": max(shares),
+        "all_saturated": all(told["saturated"] for told in rounds),
         "rounds": rounds,
     }
     say(f"    goodput of the ceiling: {found}")
