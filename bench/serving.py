@@ -492,7 +492,7 @@ def _commands(process: subprocess.Popen[bytes]) -> list[str]:
 
 
 def processor_s(process: subprocess.Popen[bytes]) -> float:
-    """What a server and its children have taken of the processors so far."""
+    """What a server and those of its children that live have taken of the processors so far: less when one of them ends."""
     found = 0.0
     for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
         with contextlib.suppress(psutil.Error):
