@@ -264,11 +264,15 @@ def rollback(
     """Make an earlier champion the champion again, at once: no orchestrator is needed, and no second approval."""
 
     def action() -> None:
-        from registry import approval
+        from registry.tracking import uncollected
 
-        by = approval.person(as_)
-        found = _desk(workspace, model)
-        entry = found.promotion.rollback(to, by, reason, told=(lambda _: None) if json_ else _told)
+        # Most of a rollback is importing.
+        with uncollected():
+            from registry import approval
+
+            by = approval.person(as_)
+            found = _desk(workspace, model)
+            entry = found.promotion.rollback(to, by, reason, told=(lambda _: None) if json_ else _told)
         _notify(found, entry)
         finish(
             _entry_json(entry),

@@ -6,9 +6,11 @@ written by registration, which has the whole history, so nothing is lost either 
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +22,27 @@ TRAINING_TAG = "visionloop.training"
 
 def client(tracking_uri: str) -> MlflowClient:
     """An MLflow client; importing MLflow takes seconds, so nothing imports it before it is needed."""
-    import mlflow
-    from mlflow import MlflowClient
+    with uncollected():
+        import mlflow
+        from mlflow import MlflowClient
 
-    # A client resolves models:/ addresses through the process-wide setting, whatever it was given itself.
-    mlflow.set_tracking_uri(tracking_uri)
-    mlflow.set_registry_uri(tracking_uri)
-    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+        # A client resolves models:/ addresses through the process-wide setting, whatever it was given itself.
+        mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_registry_uri(tracking_uri)
+        # Opening the store imports as much again.
+        return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile, for imports and what is short: what they make stays, and is not searched in vain."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def experiment_id(mlflow: MlflowClient, model: str, artifacts: Path | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
@@ -15,6 +16,7 @@ from shapes import LENIENT, visionloop
 
 from flows.notifications import notify
 from flows.settings import Settings
+from registry import approval
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,13 @@ def test_wrong_words_are_refused(waiting: Path) -> None:
         done = visionloop(*arguments, cwd=waiting)
         assert (done.returncode, done.stdout) == (2, ""), arguments
         assert why in done.stderr, (arguments, done.stderr)
+
+
+def test_a_rollback_stops_for_no_garbage(waiting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    during: list[bool] = []
+    monkeypatch.setattr(approval, "champion", lambda _: during.append(gc.isenabled()))
+    assert visionloop("rollback", "--as", "ann", "--reason", "r", cwd=waiting).returncode == 2
+    assert (during, gc.isenabled()) == ([False], True)
 
 
 def test_a_promoted_version_is_champion_everywhere(decided: Path) -> None:
