@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import field_validator, model_validator
 
-from components import plugins
+from components import garbage, plugins
 from components.contracts import (
     Built,
     Checkpoint,
@@ -270,6 +270,8 @@ def _die_with_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    garbage.skip_at_exit()
+    garbage.collect_seldom()
     _die_with_parent(os.getppid())
     try:
         answer = _build(json.loads(sys.stdin.read()))

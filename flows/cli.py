@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import getpass
 import json
 import sys
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from components import garbage
 from components.contracts import ConfigError
 from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
 from flows.cli_loop import add_loop_commands
@@ -116,7 +115,8 @@ def _trained(root: Path, recipe: str, overrides: list[str], by: str | None) -> d
     from registry.approval import person
 
     requester = person(by or getpass.getuser()).name
-    from flows.train import train as flow
+    with garbage.uncollected():
+        from flows.train import train as flow
 
     call: Any = flow  # its states confuse the types of Prefect's decorator
     summary: dict[str, Any] = call(recipe, str(root), overrides, requested_by=requester, quiet=False)
@@ -470,9 +470,7 @@ def store_verify(
 
 
 def main() -> None:
-    # A process that ends frees everything it holds anyway. Frozen objects are not searched for garbage once more before
-    # that, which after an import of MLflow takes as long as a third of the import. Registered first, so it runs last.
-    atexit.register(gc.freeze)
+    garbage.skip_at_exit()
     app()
 
 

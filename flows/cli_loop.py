@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.contracts import ConfigError
+from components.garbage import uncollected
 from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded, moment
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def watch(
             raise ConfigError("give --minutes, or --since and --until, not both")
         span = [moment(name, text).isoformat() if text else None for name, text in (("--since", since), ("--until", until))]
         loop = _loop(workspace, model)
-        from flows.watch import watch as flow
+        with uncollected():
+            from flows.watch import watch as flow
 
         call: Any = flow  # its states confuse the types of Prefect's decorator
         found: dict[str, Any] = call(loop.model, str(loop.workspace.root), minutes, span[0], span[1], quiet=json_)

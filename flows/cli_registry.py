@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from components.garbage import uncollected
 from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded, moment
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HE
 
     def action() -> None:
         found = _desk(workspace, model)
-        from flows.promote import promote as flow
+        with uncollected():
+            from flows.promote import promote as flow
 
         moved = flow(version, found.model, str(found.workspace.root), quiet=json_)
         finish(moved, json_, lambda: f"{found.model} serves version {version} now (release {moved['release'][:12]}).")
@@ -264,8 +266,6 @@ def rollback(
     """Make an earlier champion the champion again, at once: no orchestrator is needed, and no second approval."""
 
     def action() -> None:
-        from registry.tracking import uncollected
-
         # Most of a rollback is importing.
         with uncollected():
             from registry import approval

@@ -6,13 +6,13 @@ written by registration, which has the whole history, so nothing is lost either 
 
 from __future__ import annotations
 
-import gc
 import queue
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from components.garbage import uncollected
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,18 +31,6 @@ def client(tracking_uri: str) -> MlflowClient:
         mlflow.set_registry_uri(tracking_uri)
         # Opening the store imports as much again.
         return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile, for imports and what is short: what they make stays, and is not searched in vain."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def experiment_id(mlflow: MlflowClient, model: str, artifacts: Path | None) -> str:

@@ -128,14 +128,6 @@ def test_the_module_runs_as_visionloop(tmp_path: Path) -> None:
     assert "visionloop train" in done.stdout
 
 
-def test_a_command_ends_without_a_search_for_garbage(tmp_path: Path) -> None:
-    # Registered before the command's own, so it runs after that.
-    ended = "atexit.register(lambda: print('frozen', gc.get_freeze_count()))"
-    code = f"import atexit, gc, sys; {ended}; sys.argv[1:] = ['--help']; from flows.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert int(done.stdout.rpartition("frozen ")[2]) > 10_000
-
-
 def test_the_demo_never_overwrites_the_pin_of_another_workspace(workspace: Path) -> None:
     from components.contracts import ConfigError
     from flows.demo import prepare

@@ -198,7 +198,8 @@ def test_a_second_run_at_the_same_time_is_refused(workspace: Path, prefect_serve
         assert f"is in use by `visionloop train smoke` (pid {os.getpid()}" in done.stderr
 
 
-def test_a_backbone_of_the_workspace_goes_all_the_way(workspace: Path, prefect_server: str) -> None:
+def test_a_backbone_of_the_workspace_goes_all_the_way(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    workspace = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
     folder = workspace / "plugins" / "backbones"
     folder.mkdir(parents=True)
     shipped = (Path(__file__).resolve().parents[2] / "components" / "backbones" / "small_cnn.py").read_text()
