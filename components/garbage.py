@@ -1,4 +1,4 @@
-"""Python's garbage collector in short processes: most of what it looks through are imported modules, which stay anyway."""
+"""Python's garbage collector where nearly all objects are imported modules: they stay, and are searched in vain."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from contextlib import contextmanager
 
 
 def skip_at_exit() -> None:
-    """At the end of this process nothing is searched for garbage any more: it all goes with the process.
+    """At its end, this process is not searched for garbage once more: all of it goes anyway.
 
-    Call it first: functions for the exit run in reverse order.
+    Exit functions run in reverse order, so call it first; what later ones make is still searched.
     """
-    # Frozen objects are left out. After an import of torch or MLflow, searching them takes a third of the import's time.
     atexit.register(gc.freeze)
 
 
 def collect_seldom() -> None:
-    """For a process that ends soon: garbage in cycles is looked for every 20,000 new objects instead of 700."""
+    """For a process that does one thing and ends: garbage in cycles waits for 20,000 new objects, not for hundreds."""
     gc.set_threshold(20_000)
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage is looked for meanwhile; for imports, and for what is short."""
+def kept() -> Iterator[None]:
+    """What is made meanwhile stays: it is not searched for garbage, now or later. For imports, and commands that end.
+
+    For the main thread, and where no other thread works: the switch is the whole process's, and so is what is kept.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        # Without this the first collection would look through all that was made.
+        gc.freeze()
         if was_on:
             gc.enable()

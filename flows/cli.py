@@ -115,7 +115,7 @@ def _trained(root: Path, recipe: str, overrides: list[str], by: str | None) -> d
     from registry.approval import person
 
     requester = person(by or getpass.getuser()).name
-    with garbage.uncollected():
+    with garbage.kept():
         from flows.train import train as flow
 
     call: Any = flow  # its states confuse the types of Prefect's decorator

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from components import garbage
 from components.contracts import ConfigError
-from components.garbage import uncollected
 from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded, moment
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def watch(
             raise ConfigError("give --minutes, or --since and --until, not both")
         span = [moment(name, text).isoformat() if text else None for name, text in (("--since", since), ("--until", until))]
         loop = _loop(workspace, model)
-        with uncollected():
+        with garbage.kept():
             from flows.watch import watch as flow
 
         call: Any = flow  # its states confuse the types of Prefect's decorator

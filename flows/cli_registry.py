@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components.garbage import uncollected
+from components import garbage
 from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded, moment
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HE
 
     def action() -> None:
         found = _desk(workspace, model)
-        with uncollected():
+        with garbage.kept():
             from flows.promote import promote as flow
 
         moved = flow(version, found.model, str(found.workspace.root), quiet=json_)
@@ -266,14 +266,14 @@ def rollback(
     """Make an earlier champion the champion again, at once: no orchestrator is needed, and no second approval."""
 
     def action() -> None:
-        # Most of a rollback is importing.
-        with uncollected():
+        # Most of a rollback is importing MLflow, and with a Prefect server Prefect: nothing of that is garbage.
+        with garbage.kept():
             from registry import approval
 
             by = approval.person(as_)
             found = _desk(workspace, model)
             entry = found.promotion.rollback(to, by, reason, told=(lambda _: None) if json_ else _told)
-        _notify(found, entry)
+            _notify(found, entry)
         finish(
             _entry_json(entry),
             json_,

@@ -230,6 +230,8 @@ def rollback_target(entries: Sequence[Entry], to: str | None) -> Entry:
     current = champion(entries)
     promotions = [entry for entry in entries if entry.kind == "promoted"]
     before = [entry for entry in promotions if current is None or entry.body["version"] != current.body["version"]]
+    if current is not None and to == current.body["version"]:
+        raise DecisionRefused(f"version {to} is champion already: there is nothing to go back from")
     if to is not None:
         before = [entry for entry in before if entry.body["version"] == to]
     if not before:

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.garbage import uncollected
-
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -22,15 +20,13 @@ TRAINING_TAG = "visionloop.training"
 
 def client(tracking_uri: str) -> MlflowClient:
     """An MLflow client; importing MLflow takes seconds, so nothing imports it before it is needed."""
-    with uncollected():
-        import mlflow
-        from mlflow import MlflowClient
+    import mlflow
+    from mlflow import MlflowClient
 
-        # A client resolves models:/ addresses through the process-wide setting, whatever it was given itself.
-        mlflow.set_tracking_uri(tracking_uri)
-        mlflow.set_registry_uri(tracking_uri)
-        # Opening the store imports as much again.
-        return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    # A client resolves models:/ addresses through the process-wide setting, whatever it was given itself.
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
 def experiment_id(mlflow: MlflowClient, model: str, artifacts: Path | None) -> str:

@@ -219,6 +219,8 @@ def test_rolling_back_goes_back_and_not_forth(ledger: Ledger) -> None:
     assert rollback(ledger, "3").body["version"] == "3"
     with pytest.raises(DecisionRefused, match="no version 9 among the earlier champions.*promoted so far: 1, 2, 3"):
         rollback(ledger, "9")
+    with pytest.raises(DecisionRefused, match="version 3 is champion already"):
+        rollback(ledger, "3")
     assert ledger.champion("m").body["release"] == "release 3"  # type: ignore[union-attr]
 
 

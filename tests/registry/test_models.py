@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from components.store import sha256_file
 from registry import models
 from registry.ledger import Ledger
 from registry.models import Registry, verify_bundle
-from registry.tracking import LiveMetrics, client
+from registry.tracking import LiveMetrics
 
 
 @pytest.fixture(scope="module")
@@ -244,22 +243,3 @@ def test_a_champion_whose_files_and_tags_were_both_changed_is_refused(registry: 
     MlflowClient(uri).set_model_version_tag("swapped", "1", "visionloop.manifest_sha256", tag)
     with pytest.raises(TamperedArtefact, match="not the manifest that was registered"):
         registry.fetch_engine("swapped", promoted, out=tmp_path / "out")
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_nothing_is_collected_while_mlflow_is_opened(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
-    during: list[bool] = []
-
-    def opened(**_: Any) -> None:
-        during.append(gc.isenabled())
-        raise OSError("down")
-
-    monkeypatch.setattr(mlflow, "MlflowClient", opened)
-    if not on:
-        gc.disable()
-    try:
-        with pytest.raises(OSError, match="down"):
-            client("sqlite:///nowhere.db")
-        assert (during, gc.isenabled()) == ([False], on)
-    finally:
-        gc.enable()
