@@ -111,6 +111,7 @@ def test_the_embedded_digits_hash_to_the_committed_pin(tmp_path: Path) -> None:
     assert dataversions.git_state(workspace.root)[1] is False
 
 
+@pytest.mark.slow
 def test_the_world_outside_the_digits_shares_no_image_with_them(tmp_path: Path) -> None:
     from components.sources.digits import Source
 

@@ -309,6 +309,7 @@ def finish_and_compare(root: Path, api: str, whole: dict[str, Any]) -> None:
     assert list((root / ".visionloop" / "store" / ".partial").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_registration_registers_once(
     trained: Path, tmp_path: Path, summary: dict[str, Any], prefect_server: str
 ) -> None:
