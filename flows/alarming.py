@@ -13,6 +13,7 @@ from typing import Any
 
 from components import dataversions
 from components.contracts import DataError
+from flows import events
 from flows.looping import Loop
 from flows.notifications import notify
 from monitoring.outbox import Alarm
@@ -34,23 +35,18 @@ class Started:
 
 
 def emit(loop: Loop, event: str, alarm: Alarm) -> bool:
-    """Send the event that starts the training deployment; False when there is no server, or it took nothing."""
+    """Send the event that starts the training deployment; False when there is no server. Raises what `events.emit` does."""
     if not loop.settings.prefect_api_url:
         return False
-    from prefect.events import emit_event
-
-    emitted = emit_event(
-        event,
-        resource={"prefect.resource.id": f"visionloop.model.{loop.model}", "prefect.resource.name": loop.model},
-        payload={
-            "alarm": alarm.id,
-            "window": alarm.window,
-            "diagnosis": alarm.diagnosis,
-            "detectors": ", ".join(alarm.detectors),
-            "reason": f"drift in window {alarm.window}: {', '.join(alarm.detectors)}",
-        },
-    )
-    return emitted is not None
+    payload = {
+        "alarm": alarm.id,
+        "window": alarm.window,
+        "diagnosis": alarm.diagnosis,
+        "detectors": ", ".join(alarm.detectors),
+        "reason": f"drift in window {alarm.window}: {', '.join(alarm.detectors)}",
+    }
+    events.emit(loop.settings.prefect_api_url, event, loop.model, payload)
+    return True
 
 
 def announce(loop: Loop, alarm: Alarm, *, told: Told) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from flows.events import emit
 from flows.settings import Settings
 
 Event = Literal["requested", "rejected", "approved", "promoted", "rolled_back", "drift", "refused", "unwatched"]
@@ -26,7 +27,9 @@ def notify(
         (_shown(url), functools.partial(_send, url, sentence)) for url in settings.notify
     ]
     if settings.prefect_api_url:
-        destinations.append(("the Prefect event", lambda: _emit(event, model, facts)))
+        payload = {key: value for key, value in facts.items() if isinstance(value, (str, int, float, bool))}
+        tell = functools.partial(emit, settings.prefect_api_url, f"visionloop.model.{event}", model, payload)
+        destinations.append(("the Prefect event", tell))
     problems: list[str] = []
     threads = []
     for name, action in destinations:
@@ -90,15 +93,3 @@ def _send(destination: str, sentence: str) -> None:
 
     block: Any = Block.load(destination)
     block.notify(sentence, subject="visionloop")
-
-
-def _emit(event: Event, model: str, facts: Mapping[str, Any]) -> None:
-    from prefect.events import emit_event
-
-    emitted = emit_event(
-        f"visionloop.model.{event}",
-        resource={"prefect.resource.id": f"visionloop.model.{model}", "prefect.resource.name": model},
-        payload={key: value for key, value in facts.items() if isinstance(value, (str, int, float, bool))},
-    )
-    if emitted is None:
-        raise ValueError("Prefect's event client took nothing")

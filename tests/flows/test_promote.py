@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -156,6 +158,15 @@ def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     assert shown["bound"]["champion"] == told("show", "1", cwd=decided)["bound"]["engines"]["openvino-int8"]
     assert shown["summary"]["champion"]["accuracy"] == shown["summary"]["metrics"]["accuracy"]
     assert "champion (version 1)" in visionloop("show", "2", cwd=decided).stdout
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_decision_is_told_without_loading_prefect(waiting: Path) -> None:
+    code = "import sys\nfrom flows.cli import main\ntry:\n    main()\nfinally:\n    print('prefect' in sys.modules)"
+    command = [sys.executable, "-c", code, "approve", "1", "--as", "ann", "--reason", "good"]
+    done = subprocess.run(command, cwd=waiting, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_what_happens_is_told_to_prefect(decided: Path, prefect_server: str) -> None:
