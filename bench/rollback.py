@@ -34,8 +34,8 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     versions = ["1", promoted(data, workspace, "training.fit.epochs=10")]
     alone = _in_turns(workspace, model, versions)
     say("with a Prefect server and a worker on the same processors")
-    visionloop("up", cwd=workspace)
     try:
+        visionloop("up", cwd=workspace)
         time.sleep(_SETTLE_S)
         beside = _in_turns(workspace, model, versions)
     finally:

@@ -45,7 +45,7 @@ def emit(loop: Loop, event: str, alarm: Alarm) -> bool:
         "detectors": ", ".join(alarm.detectors),
         "reason": f"drift in window {alarm.window}: {', '.join(alarm.detectors)}",
     }
-    events.emit(loop.settings.prefect_api_url, event, loop.model, payload)
+    events.emit(loop.settings, event, loop.model, payload)
     return True
 
 

@@ -266,14 +266,14 @@ def rollback(
     """Make an earlier champion the champion again, at once: no orchestrator is needed, and no second approval."""
 
     def action() -> None:
-        # Most of a rollback is importing MLflow, and with a Prefect server Prefect: nothing of that is garbage.
+        # Most of a rollback is importing MLflow: nothing of that is garbage.
         with garbage.kept():
             from registry import approval
 
             by = approval.person(as_)
             found = _desk(workspace, model)
             entry = found.promotion.rollback(to, by, reason, told=(lambda _: None) if json_ else _told)
-            _notify(found, entry)
+        _notify(found, entry)
         finish(
             _entry_json(entry),
             json_,

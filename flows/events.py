@@ -1,68 +1,96 @@
 """Events for Prefect, sent without importing it: one message is not worth the seconds that Prefect takes to load.
 
-A process that runs a flow has Prefect loaded and sends by its client, which names the run as related. Any other sends one
-POST to the server's API and hears whether the server took it. What such a plain request cannot settle (credentials out of
-a profile, headers or certificates that only Prefect's settings know) is left to Prefect's client.
+A process that has loaded Prefect sends by its client, which names the run as related. Any other sends one POST to the
+server's API and hears whether the server took it. What only Prefect's own settings may know (a credential of a profile, a
+certificate, what a proxy wants to see) is left to Prefect's client.
 """
 
 from __future__ import annotations
 
-import os
+import asyncio
 import sys
-from base64 import b64encode
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import uuid4
+
+from flows.settings import Settings
 
 if TYPE_CHECKING:
     from requests import PreparedRequest
 
-_TIMEOUT_S = 4.0
+_TIMEOUT_S = (1.0, 3.5)
+"""To connect and to answer: together less than a notification waits (flows/notifications.py)."""
+_PREFECT_KNOWS_MORE = {
+    HTTPStatus.MOVED_PERMANENTLY,
+    HTTPStatus.FOUND,
+    HTTPStatus.SEE_OTHER,
+    HTTPStatus.TEMPORARY_REDIRECT,
+    HTTPStatus.PERMANENT_REDIRECT,
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
+}
 
 
-def emit(api: str, event: str, model: str, payload: Mapping[str, Any]) -> None:
-    """Send an event about a model to the Prefect server at `api`.
+def emit(settings: Settings, event: str, model: str, payload: Mapping[str, Any]) -> None:
+    """Send an event about a model to the Prefect server of the settings.
 
-    Raises ValueError when Prefect takes nothing, and what the transports raise (OSError of `requests`; Prefect's own share
-    no base class).
+    Raises OSError when no server answers, ValueError when it takes nothing, and what Prefect's transports raise, which
+    share no base class.
     """
     resource = {"prefect.resource.id": f"visionloop.model.{model}", "prefect.resource.name": model}
-    identifier = uuid4()
-    if "prefect" not in sys.modules:
-        sent = {"id": str(identifier), "occurred": datetime.now(UTC).isoformat(), "event": event}
-        if _posted(api, {**sent, "resource": resource, "payload": dict(payload)}):
-            return
-    from prefect.events import emit_event
+    if "prefect" in sys.modules:
+        from prefect.events import emit_event
 
-    # The same identifier: should the server have taken it after all, it is still one event.
-    if emit_event(event, resource=resource, payload=dict(payload), id=identifier) is None:
-        raise ValueError("Prefect's event client took nothing")
+        if emit_event(event, resource=resource, payload=dict(payload)) is None:
+            raise ValueError("Prefect's event client took nothing")
+        return
+    sent: dict[str, Any] = {"id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": event}
+    sent |= {"resource": resource, "payload": dict(payload)}
+    if settings.prefect_is_plain and _posted(settings, sent):
+        return
+    # With the same identifier: had the server taken it after all, it is still one event.
+    asyncio.run(_sent_by_prefect(sent))
 
 
-def _posted(api: str, event: Mapping[str, Any]) -> bool:
+def _posted(settings: Settings, event: Mapping[str, Any]) -> bool:
     """Whether the server took it; False where its answer, or its certificate, asks for more than is known here."""
     import requests
 
+    def authorised(request: PreparedRequest) -> PreparedRequest:
+        if settings.prefect_authorization:
+            request.headers["Authorization"] = settings.prefect_authorization
+        return request
+
+    address = urlsplit(settings.prefect_api_url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError("PREFECT_API_URL is no http address")
+    server = f"the Prefect server at {address.hostname}:{address.port or address.scheme}"
     try:
         answer = requests.post(
-            f"{api.rstrip('/')}/events",
+            f"{settings.prefect_api_url.rstrip('/')}/events",
             json=[event],
-            auth=_authorised,
+            auth=authorised,  # a callable, so that ~/.netrc is not read
             timeout=_TIMEOUT_S,
             allow_redirects=False,  # the credential is for this server
         )
     except requests.exceptions.SSLError:
         return False
-    return answer.status_code == HTTPStatus.NO_CONTENT
+    except requests.RequestException as error:
+        raise OSError(f"{server} does not answer ({type(error).__name__})") from None
+    if answer.status_code in _PREFECT_KNOWS_MORE:
+        return False
+    if answer.status_code != HTTPStatus.NO_CONTENT:
+        raise ValueError(f"{server} did not take it (HTTP status {answer.status_code})")
+    return True
 
 
-def _authorised(request: PreparedRequest) -> PreparedRequest:
-    """The credential that Prefect's client would send; being a callable, it keeps `requests` from reading ~/.netrc."""
-    pair, key = os.environ.get("PREFECT_API_AUTH_STRING"), os.environ.get("PREFECT_API_KEY")
-    if pair:
-        request.headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
-    elif key:
-        request.headers["Authorization"] = f"Bearer {key}"
-    return request
+async def _sent_by_prefect(event: Mapping[str, Any]) -> None:
+    """By a client of our own, not by `emit_event`: that one only queues, and nobody hears what became of it."""
+    from prefect.events import Event, get_events_client
+
+    async with get_events_client(reconnection_attempts=0, checkpoint_every=1) as client:
+        await client.emit(Event.model_validate(event))

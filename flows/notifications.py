@@ -28,7 +28,7 @@ def notify(
     ]
     if settings.prefect_api_url:
         payload = {key: value for key, value in facts.items() if isinstance(value, (str, int, float, bool))}
-        tell = functools.partial(emit, settings.prefect_api_url, f"visionloop.model.{event}", model, payload)
+        tell = functools.partial(emit, settings, f"visionloop.model.{event}", model, payload)
         destinations.append(("the Prefect event", tell))
     problems: list[str] = []
     threads = []

@@ -11,14 +11,16 @@
 | VISIONLOOP_LOOP_URL       | SQLAlchemy URL of alarms, decisions, labels   | the ledger's, else SQLite under .visionloop/ |
 | VISIONLOOP_PREFECT_DB     | database of the Prefect server of `up`        | SQLite under .visionloop/up/           |
 | PREFECT_API_URL           | Prefect server that runs are recorded by      | that of `visionloop up`, else a temporary one |
+| PREFECT_API_AUTH_STRING, PREFECT_API_KEY | its credential: user:password, or a key | that of `visionloop up`, else none |
 """
 
 from __future__ import annotations
 
 import json
 import os
+from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.contracts import ConfigError
@@ -63,8 +65,14 @@ class Settings:
     prefect_api_url: str
     loop_url: str = ""
     prefect_database_url: str = ""
+    prefect_authorization: str = field(default="", repr=False)
+    """The header that Prefect's client would send, without a profile."""
+    prefect_is_plain: bool = True
+    """Whether address and header are all that a request to the server needs."""
 
 
+_PREFECTS_OWN = ("PREFECT_CLIENT_CUSTOM_HEADERS", "PREFECT_API_SSL_CERT_FILE", "PREFECT_API_TLS_INSECURE_SKIP_VERIFY")
+"""Settings that change how a server is talked to, and that Prefect's client alone understands."""
 UP = "up"
 """Folder of the workspace's state in which `visionloop up` keeps what it started."""
 
@@ -122,6 +130,7 @@ def environment_with(values: Mapping[str, str]) -> dict[str, str]:
 def read_settings(state: Path) -> Settings:
     """Settings from the environment; `state` is the workspace's .visionloop folder. Raises ConfigError."""
     tracking = os.environ.get("VISIONLOOP_TRACKING_URI", "")
+    authorization = _prefect_authorization()
     threads = os.environ.get("VISIONLOOP_NUM_THREADS") or str(min(8, _cores()))
     if not threads.isdigit() or int(threads) < 1:
         raise ConfigError(f"VISIONLOOP_NUM_THREADS is {threads!r}; expected a whole number of at least 1")
@@ -138,7 +147,19 @@ def read_settings(state: Path) -> Settings:
         or os.environ.get("VISIONLOOP_LEDGER_URL")
         or f"sqlite:///{state / 'loop.db'}",
         prefect_database_url=os.environ.get("VISIONLOOP_PREFECT_DB", ""),
+        prefect_authorization=authorization,
+        # A header that cannot be sent would be quoted in an error, secret and all.
+        prefect_is_plain=authorization.isascii()
+        and authorization.isprintable()
+        and not any(os.environ.get(name) for name in _PREFECTS_OWN),
     )
+
+
+def _prefect_authorization() -> str:
+    pair, key = os.environ.get("PREFECT_API_AUTH_STRING"), os.environ.get("PREFECT_API_KEY")
+    if pair:
+        return "Basic " + b64encode(pair.encode()).decode()
+    return f"Bearer {key}" if key else ""
 
 
 def _cores() -> int:

@@ -160,7 +160,8 @@ def deliver(root: Path, identifier: str, count: int) -> None:
         "workspace = Workspace.find(Path('.'))\nprepare_environment(workspace.state)\n"
         "from flows.alarming import DRIFT, emit\nfrom flows.watching import open_loop\n"
         f"loop = open_loop(Path('.'), '{MODEL}')\nalarm = loop.outbox.alarm(sys.argv[1])\n"
-        f"[emit(loop, DRIFT, alarm) for _ in range({count})]\nimport time; time.sleep(3)\n"
+        f"[emit(loop, DRIFT, alarm) for _ in range({count})]\n"
+        "assert 'prefect' not in sys.modules, 'the server of `up` did not take the plain request'\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     subprocess.run([sys.executable, "-c", code, identifier], cwd=root, env=environment, check=True, capture_output=True)
