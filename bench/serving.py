@@ -95,7 +95,9 @@ def visionloop(*arguments: str, cwd: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"visionloop {' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     if "was not told" in done.stderr:
-        raise SystemExit(f"visionloop {' '.join(arguments)} did not tell what it had to, so its time says little:\n{done.stderr}")
+        raise SystemExit(
+            f"visionloop {' '.join(arguments)} did not tell what it had to, so its time says little:\n{done.stderr}"
+        )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
