@@ -216,6 +216,7 @@ def test_the_loop_trains_when_there_are_new_data_and_only_then(
     people: list[str] = []
     monkeypatch.setattr("flows.governing.notify", lambda *given: people.append(given[3]["by"]))
     root = promoted(trained, tmp_path / "workspace")
+    make_pool()
     deploy(loop_of(root))
     identifier = alarm(root, "data")
     refused = train(root, cause="drift", request=identifier)
@@ -227,6 +228,11 @@ def test_the_loop_trains_when_there_are_new_data_and_only_then(
     assert tell_of_data(loop, told=lambda _: None) == [identifier]
     done = train(root, cause="drift", request=identifier, reason="drift in a window")
     assert done["outcome"] in ("candidate", "rejection"), done
+    # Champion and candidate are two models, judged by the same images.
+    (finding,) = (f for f in done["findings"] if (f["gate"], f["engine"]) == ("no_regression", "openvino-int8"))
+    assert finding["status"] in ("pass", "fail", "inconclusive")
+    assert "candidate - champion" in finding["message"]
+    assert finding["n"] == done["data"]["splits"]["test"]
     (granted,) = loop.governor.runs(MODEL)
     assert (granted.key, granted.state, granted.outcome) == (identifier, "finished", done["outcome"])
     replayed = train(root, cause="drift", request=identifier)

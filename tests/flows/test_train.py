@@ -128,30 +128,6 @@ def test_a_model_that_is_not_good_enough_is_a_rejection(trained: Path, tmp_path:
     assert versions(root) == ["1"]
 
 
-def test_a_champion_is_evaluated_on_the_same_images(trained: Path, tmp_path: Path, prefect_server: str) -> None:
-    from registry.ledger import Ledger, Principal
-
-    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
-    ledger = Ledger(f"sqlite:///{root / '.visionloop' / 'ledger.db'}")
-    (requested,) = ledger.entries("shapes")
-    ledger.append(
-        "promoted",
-        model="shapes",
-        subject=requested.subject,
-        actor=Principal(name="ann", method="declared"),
-        body={"version": requested.body["version"]},
-        key="promotion",
-    )
-    overrides = ["--set", "training.fit.epochs=5", "--set", "training.fit.seed=2"]
-    done = visionloop("train", "-r", "smoke", *overrides, "--json", cwd=root)
-    assert done.returncode in (0, 1), done.stderr
-    summary = json.loads(done.stdout.strip().splitlines()[-1])
-    finding = next(f for f in summary["findings"] if f["gate"] == "no_regression" and f["engine"] == "openvino-int8")
-    assert finding["status"] in ("pass", "fail", "inconclusive")
-    assert "candidate - champion" in finding["message"]
-    assert finding["n"] == summary["data"]["splits"]["test"]
-
-
 def test_mlflow_down_keeps_every_stage_and_the_next_run_goes_on(trained: Path, tmp_path: Path, prefect_server: str) -> None:
     root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
     for name in ("ledger.db", "mlflow.db"):

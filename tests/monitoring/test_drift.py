@@ -328,6 +328,7 @@ def test_thresholds_hold_their_share_of_alpha() -> None:
     assert beyond <= 13  # of 120; more has a chance below 1 %
 
 
+@pytest.mark.slow
 def test_windows_without_drift_seldom_alarm(mine: Stored[Release]) -> None:
     """A smoke test of the calibration; `make bench NAME=watch` counts over 500 windows."""
     statuses = [verdict(mine, sample(200, 1000 + seed)).status for seed in range(12)]
