@@ -23,16 +23,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = (1.0, 3.5)
 """To connect and to answer: together less than a notification waits (flows/notifications.py)."""
-_PREFECT_KNOWS_MORE = {
-    HTTPStatus.MOVED_PERMANENTLY,
-    HTTPStatus.FOUND,
-    HTTPStatus.SEE_OTHER,
-    HTTPStatus.TEMPORARY_REDIRECT,
-    HTTPStatus.PERMANENT_REDIRECT,
-    HTTPStatus.UNAUTHORIZED,
-    HTTPStatus.FORBIDDEN,
-    HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
-}
+_PREFECT_KNOWS_MORE = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
 
 
 def emit(settings: Settings, event: str, model: str, payload: Mapping[str, Any]) -> None:
@@ -81,7 +72,7 @@ def _posted(settings: Settings, event: Mapping[str, Any]) -> bool:
         return False
     except requests.RequestException as error:
         raise OSError(f"{server} does not answer ({type(error).__name__})") from None
-    if answer.status_code in _PREFECT_KNOWS_MORE:
+    if answer.is_redirect or answer.status_code in _PREFECT_KNOWS_MORE:
         return False
     if answer.status_code != HTTPStatus.NO_CONTENT:
         raise ValueError(f"{server} did not take it (HTTP status {answer.status_code})")

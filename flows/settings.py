@@ -155,10 +155,15 @@ def read_settings(state: Path) -> Settings:
     )
 
 
+def basic(credential: str) -> str:
+    """The header of HTTP basic authentication for `user:password`."""
+    return "Basic " + b64encode(credential.encode()).decode()
+
+
 def _prefect_authorization() -> str:
     pair, key = os.environ.get("PREFECT_API_AUTH_STRING"), os.environ.get("PREFECT_API_KEY")
     if pair:
-        return "Basic " + b64encode(pair.encode()).decode()
+        return basic(pair)
     return f"Bearer {key}" if key else ""
 
 

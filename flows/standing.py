@@ -19,7 +19,6 @@ import socket
 import subprocess
 import sys
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ import psutil
 from components.contracts import ConfigError, VisionloopError, WorkspaceBusy
 from components.store import write_atomically
 from flows.run import Workspace
-from flows.settings import UP, Settings, began, environment_with, use_environment
+from flows.settings import UP, Settings, basic, began, environment_with, use_environment
 
 PORT = 4200
 _START_S = 180.0
@@ -285,17 +284,12 @@ def healthy(api: str, credential: str) -> bool:
     address = urlsplit(api)
     connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=3)
     try:
-        connection.request("GET", f"{address.path}/admin/version", headers=authorisation(credential))
+        connection.request("GET", f"{address.path}/admin/version", headers={"authorization": basic(credential)})
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()
-
-
-def authorisation(credential: str) -> dict[str, str]:
-    """HTTP basic authentication."""
-    return {"authorization": "Basic " + b64encode(credential.encode()).decode()}
 
 
 def _free(port: int, *, fixed: bool) -> int:
