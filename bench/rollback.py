@@ -2,12 +2,15 @@
 
 Ours verifies every byte of the release, appends to the ledger, moves the routes and the alias, and reads all back. Both
 sides are processes of their own, imports included, in turns; the champion goes back and forth between two versions. Once
-with nothing beside, and once with what `visionloop up` keeps running on the same processors, when a rollback also sends an
-event. With DATA its releases are of photographs, without it of the embedded digits.
+with nothing beside, once with what `visionloop up` keeps running on the same processors, when a rollback also sends an
+event, and once while its worker runs watches, two at a time. With DATA its releases are of photographs, without it of the
+embedded digits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -15,11 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+
 from bench.serving import prepared, promoted, say, visionloop
 
 RUNS = 7
 _SETTLE_S = 15.0
 """What `up` starts is busy with itself at first."""
+_WATCHES = 60
 _ALIAS = """
 import sys
 from mlflow import MlflowClient
@@ -35,20 +44,55 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     alone = _in_turns(workspace, model, versions)
     say("with a Prefect server and a worker on the same processors")
     try:
-        visionloop("up", cwd=workspace)
+        up = visionloop("up", cwd=workspace)
         time.sleep(_SETTLE_S)
         beside = _in_turns(workspace, model, versions)
+        say("while its worker runs watches")
+        _start_watches(up, model)
+        busy = _in_turns(workspace, model, versions, worker=up["worker"]["pid"])
     finally:
         visionloop("down", cwd=workspace)
-    return {**alone, "with_up": beside, "n": RUNS, "unit": "seconds of wall time, whole command"}
+    return {**alone, "with_up": beside, "with_watches": busy, "n": RUNS, "unit": "seconds of wall time, whole command"}
 
 
-def _in_turns(workspace: Path, model: str, versions: list[str]) -> dict[str, Any]:
+def _start_watches(up: dict[str, Any], model: str) -> None:
+    """Flow runs that are due, more than the worker gets done meanwhile: mostly the start of a process and its imports."""
+    api = f"{up['server']['api']}/deployments"
+    with requests.Session() as session:
+        user, _, password = Path(up["credential_file"]).read_text().strip().partition(":")
+        session.auth = (user, password)
+        deployment = session.get(f"{api}/name/watch/{model}", timeout=30).json()["id"]
+        # SQLite is busy now and then, and the server says so.
+        busy = Retry(total=8, backoff_factor=0.2, status_forcelist=[503], allowed_methods=None)
+        session.mount(api, HTTPAdapter(max_retries=busy))
+        for _ in range(_WATCHES):
+            made = session.post(f"{api}/{deployment}/create_flow_run", json={"state": {"type": "SCHEDULED"}}, timeout=30)
+            made.raise_for_status()
+    time.sleep(_SETTLE_S)
+
+
+def _wait_for_two(worker: int) -> None:
+    """Until the worker runs as many flows as it does at once; each leads a session of its own. Raises RuntimeError."""
+    deadline = time.monotonic() + 60
+    running = 0
+    while running < 2:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the worker does not run two flows, so a time beside them cannot be measured")
+        time.sleep(0.1)
+        running = 0
+        for child in psutil.Process(worker).children():
+            with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+                running += os.getsid(child.pid) == child.pid
+
+
+def _in_turns(workspace: Path, model: str, versions: list[str], *, worker: int | None = None) -> dict[str, Any]:
     uri = f"sqlite:///{workspace / '.visionloop' / 'mlflow.db'}"
     ours, bare = [], []
     # The first of each still fills caches. It goes to the older version: the newer one was promoted last.
     for number in range(RUNS + 1):
         target = versions[number % 2]
+        if worker is not None:
+            _wait_for_two(worker)
         arguments = ["rollback", "--to", target, "--as", "bench", "--reason", f"benchmark {number}"]
         since = time.perf_counter()
         visionloop(*arguments, cwd=workspace)

@@ -139,11 +139,11 @@ class Up:
             "PREFECT_LOGGING_LEVEL": "INFO",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
         }
-        command = ["prefect", "worker", "start", "--pool", pool, "--type", "process"]
         # A training, and a watch or a promotion beside it; what is late waits its turn.
-        command += ["--limit", "2", "--name", f"visionloop-{socket.gethostname()}"]
+        command = ["flows.worker", pool, f"visionloop-{socket.gethostname()}", "2"]
         started = self._spawn("worker", command, own, server.api)
-        give_way(started.pid)
+        if not give_way(started.pid):
+            told("the system does not let the worker give way to other programs now; they share the processors equally")
         told(f"starting a worker (pid {started.pid}, log {self.folder / 'worker.log'})")
         return started
 
@@ -151,7 +151,8 @@ class Up:
         log = self.folder / f"{name}.log"
         with log.open("ab") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                # -P: a folder of the workspace that is named as one of ours, or Prefect's, is not the one to import.
+                [sys.executable, "-P", "-m", *command],
                 cwd=self.workspace.root,
                 env=environment_with(own),
                 stdin=subprocess.DEVNULL,
@@ -253,13 +254,26 @@ class Up:
         return ended
 
 
-def give_way(pid: int) -> None:
-    """Answers to people come before trainings and watches: a lower priority, which what the process starts inherits."""
+def give_way(pid: int) -> bool:
+    """Answers to people come before trainings and watches: a lower priority for a process that leads a session.
+
+    What it starts inherits the priority; a session that is begun there does not (`flows.worker`). False where the system
+    refused it for a second.
+    """
     with contextlib.suppress(psutil.Error, OSError):
         psutil.Process(pid).nice(15)  # ten more than an engine (serving.deployment.Limits)
-    # Linux shares the processors between sessions first (sched_autogroup), so the worker's own session has to give way too.
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text("10")
+    # Linux shares the processors between sessions first (sched_autogroup), so the session has to give way too.
+    for attempt in range(10):
+        if attempt:
+            time.sleep(0.11)
+        try:
+            Path(f"/proc/{pid}/autogroup").write_text("10")
+        except BlockingIOError:
+            continue  # without CAP_SYS_ADMIN the kernel takes one in a tenth of a second, of all users together
+        except OSError:
+            pass  # no sessions that compete here, or the process has ended
+        return True
+    return False
 
 
 def _end(running: Standing, told: Told) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import psutil
 import pytest
 from looped import MODEL, loop_of, now, predict, promoted
 from shapes import commit, visionloop, write_pictures
@@ -420,12 +425,29 @@ def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
     assert up.folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_what_trains_gives_way_to_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-    import sys
+def gives_way(pid: int) -> bool:
+    group = Path(f"/proc/{pid}/autogroup")  # kernels without it have no sessions that compete
+    return psutil.Process(pid).nice() == Limits().niceness + 10 and (
+        not group.exists() or group.read_text().strip().endswith("nice 10")
+    )
 
-    import psutil
 
+@pytest.fixture
+def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that a test started, each the leader of its session."""
+    made: list[subprocess.Popen[bytes]] = []
+    yield made
+    for process in made:
+        process.kill()
+        process.wait()
+
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+def test_what_trains_gives_way_to_what_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
     from flows import standing
     from flows.run import Workspace
     from flows.settings import read_settings
@@ -433,28 +455,100 @@ def test_what_trains_gives_way_to_what_answers(tmp_path: Path, monkeypatch: pyte
     workspace = Workspace.create(tmp_path / "workspace")
     up = standing.Up(workspace, read_settings(workspace.state))
     spawn = subprocess.Popen
-    made: list[Any] = []
 
-    def sleeper(_: Any, **options: Any) -> Any:
-        made.append(spawn([sys.executable, "-c", "import time; time.sleep(60)"], **options))
-        return made[-1]
+    asked: list[list[str]] = []
+
+    def sleeper(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        sleepers.append(spawn(SLEEP, **options))
+        return sleepers[-1]
 
     monkeypatch.setattr("flows.standing.subprocess.Popen", sleeper)
     server = standing.Standing("server", os.getpid(), "http://127.0.0.1:9/api")
     worker = up.start_worker(server, "pool", told=lambda _: None)
+    assert gives_way(worker.pid)
+    assert asked[0][1:-2] == ["-P", "-m", "flows.worker", "pool"]
+    assert asked[0][-1] == "2"
+
+
+def test_a_worker_is_ours_whatever_the_workspace_calls_its_folders(prefect_server: str, tmp_path: Path) -> None:
+    """The real command, in a workspace with folders of these names."""
+    from flows import standing
+    from flows.run import Workspace
+    from flows.settings import read_settings
+
+    workspace = Workspace.create(tmp_path / "workspace")
+    for name in ("flows", "components", "prefect"):
+        (workspace.root / name).mkdir()
+        (workspace.root / name / "__init__.py").write_text("raise SystemExit('a folder of the workspace')")
+    up = standing.Up(workspace, read_settings(workspace.state))
+    up.start_worker(standing.Standing("server", os.getpid(), prefect_server), "a-pool", told=lambda _: None)
     try:
-        assert psutil.Process(worker.pid).nice() == Limits().niceness + 10
-        group = Path(f"/proc/{worker.pid}/autogroup")  # kernels without it have no sessions that compete
-        assert not group.exists() or group.read_text().strip().endswith("nice 10")
+        deadline = time.monotonic() + 60
+        while "started!" not in up.tail("worker"):
+            assert up.process("worker") is not None, up.tail("worker")
+            assert time.monotonic() < deadline, up.tail("worker")
+            time.sleep(0.1)
     finally:
-        made[0].kill()
-        made[0].wait()
+        up.stop(told=lambda _: None)
+    assert "has stopped" in up.tail("worker", 100)
+
+
+def test_a_flow_run_gives_way_in_the_session_that_prefect_gives_it(
+    prefect_server: str, monkeypatch: pytest.MonkeyPatch, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    """A real one: test_loop_closed.py."""
+    from prefect.utilities.dispatch import lookup_type
+    from prefect.workers.base import BaseWorker
+    from prefect.workers.process import ProcessWorker
+
+    from flows.worker import YieldingWorker
+
+    async def started(self: Any, flow_run: Any, configuration: Any, task_status: Any) -> int:
+        sleepers.append(subprocess.Popen(SLEEP, start_new_session=True))
+        task_status.started(sleepers[-1].pid)
+        return 0
+
+    class Heard:
+        pid = 0
+
+        def started(self, value: int) -> None:
+            self.pid = value
+
+    monkeypatch.setattr(ProcessWorker, "run", started)
+    heard, nothing = Heard(), cast("Any", None)
+    worker = YieldingWorker(work_pool_name="pool")
+    asyncio.run(worker.run(nothing, nothing, cast("Any", heard)))
+    assert heard.pid == sleepers[0].pid
+    assert gives_way(heard.pid)
+    asyncio.run(worker.run(nothing, nothing))
+    assert gives_way(sleepers[1].pid)
+    assert lookup_type(BaseWorker, YieldingWorker.type) is ProcessWorker  # Prefect's own stays what others get
+
+
+def test_two_sessions_give_way_though_the_kernel_takes_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    """Whoever is not root may write a session's niceness ten times a second."""
+    from flows import standing
+
+    sleepers.append(subprocess.Popen(SLEEP, start_new_session=True))
+    write = Path.write_text
+    refused: list[Path] = []
+
+    def busy(path: Path, text: str) -> int:
+        if path.name == "autogroup" and len(refused) < 2:
+            refused.append(path)
+            raise BlockingIOError
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", busy)
+    assert standing.give_way(sleepers[0].pid)
+    assert len(refused) == 2
+    assert gives_way(sleepers[0].pid)
 
 
 def test_a_process_is_known_by_its_beginning(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     from flows.settings import began
 
     first = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

@@ -20,6 +20,9 @@ from looped import MODEL, loop_of, now, predict, promoted
 from shapes import commit, free_port, visionloop_process, write_pictures
 from stores import fresh_database
 
+AUTOGROUP = Path("/proc/self/autogroup")
+"""Where Linux shares the processors between sessions first."""
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -112,6 +115,14 @@ def children(root: Path) -> list[psutil.Process]:
     ]
 
 
+def sessions(worker: int) -> Iterator[tuple[bool, int, str]]:
+    """Of every flow run: whether it leads a session, its niceness, and its session's (10 where Linux does not have that)."""
+    for flow_run in psutil.Process(worker).children():
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            told = Path(f"/proc/{flow_run.pid}/autogroup").read_text() if AUTOGROUP.exists() else "10"
+            yield os.getsid(flow_run.pid) == flow_run.pid, flow_run.nice(), "".join(told.split()[-1:])
+
+
 @both
 def test_an_alarm_trains_once_and_a_killed_training_is_taken_up_once(up: Path) -> None:
     status = command("status", cwd=up)
@@ -136,6 +147,8 @@ def test_an_alarm_trains_once_and_a_killed_training_is_taken_up_once(up: Path) -
     wait_for(lambda: list(partial.glob("splitting/*")) and list(partial.glob("*/*")), "the first stages", up)
     victims = children(up)
     assert victims
+    # Prefect gives each flow run a session of its own, which gives way as the worker's does as soon as the worker hears of it.
+    wait_for(lambda: set(sessions(status["worker"]["pid"])) == {(True, 15, "10")}, "a flow run that gives way", up, 30)
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
