@@ -45,7 +45,10 @@ def from_pickle(path: Path, *, sha256: str, cache: Path) -> dict[str, torch.Tens
         with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
             result = Path(scratch, "converted.safetensors")
             done = subprocess.run(
-                [sys.executable, "-c", _CONVERT, str(path), str(result)], capture_output=True, text=True, check=False
+                [sys.executable, "-P", "-c", _CONVERT, str(path), str(result)],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if done.returncode:
                 raise WeightsUnavailable(f"{path} is not a plain state dict: {done.stderr.strip().splitlines()[-1]}")
