@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import functools
 import os
 import sys
@@ -62,10 +63,9 @@ async def _work(pool: str, name: str, limit: int) -> None:
     heartbeat = int(PREFECT_WORKER_HEARTBEAT_SECONDS.value())
     worker = YieldingWorker(work_pool_name=pool, name=name, limit=limit, heartbeat_interval_seconds=heartbeat)
     setup_signal_handlers_worker(os.getpid(), "the worker", said)
-    try:
+    with contextlib.suppress(asyncio.CancelledError):  # SIGTERM
         await worker.start(printer=said)
-    except asyncio.CancelledError:  # SIGTERM
-        said(f"the worker {name} has stopped")
+    said(f"the worker {name} has stopped")
 
 
 if __name__ == "__main__":
