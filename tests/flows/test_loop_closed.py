@@ -145,10 +145,10 @@ def test_an_alarm_trains_once_and_a_killed_training_is_taken_up_once(up: Path) -
     # kill -9 of the training, in the middle of it.
     partial = up / ".visionloop" / "store"
     wait_for(lambda: list(partial.glob("splitting/*")) and list(partial.glob("*/*")), "the first stages", up)
-    victims = children(up)
-    assert victims
     # Prefect gives each flow run a session of its own, which gives way as the worker's does as soon as the worker hears of it.
     wait_for(lambda: set(sessions(status["worker"]["pid"])) == {(True, 15, "10")}, "a flow run that gives way", up, 30)
+    victims = children(up)
+    assert victims
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
