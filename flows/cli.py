@@ -12,7 +12,7 @@ import typer
 
 from components import garbage
 from components.contracts import ConfigError
-from flows.answering import HERE, AsJson, InWorkspace, finish, guarded
+from flows.answering import HERE, AsJson, Commands, InWorkspace, finish
 from flows.cli_loop import add_loop_commands
 from flows.cli_registry import add_registry_commands
 from flows.cli_serving import add_serving_commands
@@ -20,11 +20,9 @@ from flows.cli_serving import add_serving_commands
 if TYPE_CHECKING:
     from flows.data import Added
 
-app = typer.Typer(
+app = Commands(
     name="visionloop",
-    no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="""Turn labelled images into engines that are judged and approved before they are served.
 
@@ -55,9 +53,9 @@ app = typer.Typer(
     Every command that answers takes --json and then prints one JSON object as its last line.
     Exit status: 0 done, 1 the answer is no (rejected, drifted, not as it should be), 2 an error that says what to do.""",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Images and their pinned versions.", rich_markup_mode=None)
-recipe_app = typer.Typer(no_args_is_help=True, help="What can be trained, and how.", rich_markup_mode=None)
-store_app = typer.Typer(no_args_is_help=True, help="Published artefacts.", rich_markup_mode=None)
+data_app = Commands(help="Images and their pinned versions.")
+recipe_app = Commands(help="What can be trained, and how.")
+store_app = Commands(help="Published artefacts.")
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
@@ -69,18 +67,14 @@ add_loop_commands(app)
 @app.command()
 def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE, json_: AsJson = False) -> None:
     """Make a workspace: git and DVC, ready for `data add`."""
+    from flows.run import Workspace
 
-    def action() -> None:
-        from flows.run import Workspace
-
-        workspace = Workspace.create(directory)
-        finish(
-            {"workspace": str(workspace.root)},
-            json_,
-            lambda: f"Workspace {workspace.root} is ready. Next: visionloop data add FOLDER (one sub-folder per class)",
-        )
-
-    guarded(action, json_)
+    workspace = Workspace.create(directory)
+    finish(
+        {"workspace": str(workspace.root)},
+        json_,
+        lambda: f"Workspace {workspace.root} is ready. Next: visionloop data add FOLDER (one sub-folder per class)",
+    )
 
 
 @app.command()
@@ -96,19 +90,15 @@ def train(
     json_: AsJson = False,
 ) -> None:
     """Validate, split, train, export, evaluate, judge, package and register, in one run that can be resumed."""
+    from flows.config import load_recipe
+    from flows.run import Workspace
+    from flows.settings import prepare_environment
 
-    def action() -> None:
-        from flows.config import load_recipe
-        from flows.run import Workspace
-        from flows.settings import prepare_environment
-
-        found = Workspace.find(workspace)
-        # Before Prefect is even imported: a typo should cost no time.
-        load_recipe(recipe, set_ or [], workspace=found.root)
-        prepare_environment(found.state)
-        _train(found.root, recipe, set_ or [], as_, json_)
-
-    guarded(action, json_)
+    found = Workspace.find(workspace)
+    # Before Prefect is even imported: a typo should cost no time.
+    load_recipe(recipe, set_ or [], workspace=found.root)
+    prepare_environment(found.state)
+    _train(found.root, recipe, set_ or [], as_, json_)
 
 
 def _trained(root: Path, recipe: str, overrides: list[str], by: str | None) -> dict[str, Any]:
@@ -146,61 +136,53 @@ def demo(
     json_: AsJson = False,
 ) -> None:
     """The whole loop on the embedded digits, in a scratch workspace: no account, no server of yours, no download."""
+    from flows.demo import prepare
+    from flows.settings import prepare_environment, read_settings
 
-    def action() -> None:
-        from flows.demo import prepare
-        from flows.settings import prepare_environment, read_settings
+    def told(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
-        def told(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
+    workspace = prepare(directory)
+    prepare_environment(workspace.state)
+    from flows.showing import Show
+    from flows.standing import Up
 
-        workspace = prepare(directory)
-        prepare_environment(workspace.state)
-        from flows.showing import Show
-        from flows.standing import Up
-
-        show = Show(workspace, lambda: _trained(workspace.root, "digits", [], None), told, port=port)
-        up = Up(workspace, read_settings(workspace.state))
-        try:
-            phases = show.run()
-            if not stop:
-                up.start_pages(told=lambda line: told(f"  {line}"))
-            answer = show.finish({} if stop else up.addresses())
-        finally:
-            if stop:
-                up.stop(told=told)
-        finish(answer | {"phases": phases}, json_, lambda: show.text(answer))
-        if phases["train"]["outcome"] != "candidate":
-            raise typer.Exit(1)
-
-    guarded(action, json_)
+    show = Show(workspace, lambda: _trained(workspace.root, "digits", [], None), told, port=port)
+    up = Up(workspace, read_settings(workspace.state))
+    try:
+        phases = show.run()
+        if not stop:
+            up.start_pages(told=lambda line: told(f"  {line}"))
+        answer = show.finish({} if stop else up.addresses())
+    finally:
+        if stop:
+            up.stop(told=told)
+    finish(answer | {"phases": phases}, json_, lambda: show.text(answer))
+    if phases["train"]["outcome"] != "candidate":
+        raise typer.Exit(1)
 
 
 @app.command()
 def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """What was run in this workspace, and what came of it."""
+    from flows.run import Workspace
 
-    def action() -> None:
-        from flows.run import Workspace
-
-        folder = Workspace.find(workspace).runs
-        found = []
-        for path in sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
-            outcome = next(iter(path.parent.glob("*-registration/outcome.json")), None)
-            result = json.loads(outcome.read_text()) if outcome else None
-            state = "unfinished" if result is None else ("candidate" if "version" in result else "rejection")
-            version = (result or {}).get("version")
-            found.append({"run": path.parent.name, "outcome": state, "version": version, "folder": str(path.parent)})
-        finish(
-            {"runs": found},
-            json_,
-            lambda: (
-                "\n".join(f"{r['run']}  {r['outcome']}{' version ' + r['version'] if r['version'] else ''}" for r in found)
-                or "No runs yet. Next: visionloop train --recipe NAME"
-            ),
-        )
-
-    guarded(action, json_)
+    folder = Workspace.find(workspace).runs
+    found = []
+    for path in sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
+        outcome = next(iter(path.parent.glob("*-registration/outcome.json")), None)
+        result = json.loads(outcome.read_text()) if outcome else None
+        state = "unfinished" if result is None else ("candidate" if "version" in result else "rejection")
+        version = (result or {}).get("version")
+        found.append({"run": path.parent.name, "outcome": state, "version": version, "folder": str(path.parent)})
+    finish(
+        {"runs": found},
+        json_,
+        lambda: (
+            "\n".join(f"{r['run']}  {r['outcome']}{' version ' + r['version'] if r['version'] else ''}" for r in found)
+            or "No runs yet. Next: visionloop train --recipe NAME"
+        ),
+    )
 
 
 @data_app.command("add")
@@ -217,28 +199,24 @@ def data_add(
     json_: AsJson = False,
 ) -> None:
     """Copy images into data/, freeze which of them are test, and pin the result as a new data version."""
+    from flows import data
+    from flows.console import Console
+    from flows.run import Workspace
 
-    def action() -> None:
-        from flows import data
-        from flows.console import Console
-        from flows.run import Workspace
-
-        if sum(given is not None for given in (folder, source, from_predictions)) > 1:
-            raise ConfigError("give a folder, --source or --from-predictions, one of them")
-        if from_predictions is not None:
-            _add_from_predictions(workspace, from_predictions, json_)
-            return
-        found = Workspace.find(workspace)
-        with found.locked("visionloop data add"), Console(1, quiet=json_) as console:
-            if source is not None:
-                if found.data.exists():
-                    raise ConfigError(f"{found.data} exists already; --source fills an empty workspace")
-                data.fetch(found, source)
-            with console.stage("looking at images", 1) as (progress, _):
-                added = data.add(found, folder, test_share=test_share, progress=progress)
-        _finish_added(added, [], "then visionloop train --recipe NAME", json_)
-
-    guarded(action, json_)
+    if sum(given is not None for given in (folder, source, from_predictions)) > 1:
+        raise ConfigError("give a folder, --source or --from-predictions, one of them")
+    if from_predictions is not None:
+        _add_from_predictions(workspace, from_predictions, json_)
+        return
+    found = Workspace.find(workspace)
+    with found.locked("visionloop data add"), Console(1, quiet=json_) as console:
+        if source is not None:
+            if found.data.exists():
+                raise ConfigError(f"{found.data} exists already; --source fills an empty workspace")
+            data.fetch(found, source)
+        with console.stage("looking at images", 1) as (progress, _):
+            added = data.add(found, folder, test_share=test_share, progress=progress)
+    _finish_added(added, [], "then visionloop train --recipe NAME", json_)
 
 
 def _finish_added(added: Added, notes: list[str], following: str, as_json: bool) -> None:
@@ -300,27 +278,23 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
 @data_app.command("status")
 def data_status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Compare data/ with the pinned version. Exit status 1 when they differ."""
+    from components import dataversions
+    from flows.run import Workspace
 
-    def action() -> None:
-        from components import dataversions
-        from flows.run import Workspace
-
-        root = Workspace.find(workspace).root
-        version = dataversions.pinned(root)
-        present = (root / dataversions.DATA).is_dir()
-        changes = dataversions.changes(root) if present else {"deleted": [f"{dataversions.DATA}/ (all of it)"]}
-        lines = [f"Pinned: {version.dvc_hash}, {version.num_files} files, {version.bytes} bytes"]
-        lines += [f"{kind}: {len(files)} ({', '.join(files[:5])})" for kind, files in changes.items()]
-        lines += [] if changes else ["data/ is exactly that version."]
-        finish(
-            {"data_version": version.dvc_hash, "files": version.num_files, "changes": changes},
-            json_,
-            lambda: "\n".join(lines),
-        )
-        if changes:
-            raise typer.Exit(1)
-
-    guarded(action, json_)
+    root = Workspace.find(workspace).root
+    version = dataversions.pinned(root)
+    present = (root / dataversions.DATA).is_dir()
+    changes = dataversions.changes(root) if present else {"deleted": [f"{dataversions.DATA}/ (all of it)"]}
+    lines = [f"Pinned: {version.dvc_hash}, {version.num_files} files, {version.bytes} bytes"]
+    lines += [f"{kind}: {len(files)} ({', '.join(files[:5])})" for kind, files in changes.items()]
+    lines += [] if changes else ["data/ is exactly that version."]
+    finish(
+        {"data_version": version.dvc_hash, "files": version.num_files, "changes": changes},
+        json_,
+        lambda: "\n".join(lines),
+    )
+    if changes:
+        raise typer.Exit(1)
 
 
 @data_app.command("remote")
@@ -331,29 +305,21 @@ def data_remote(
     json_: AsJson = False,
 ) -> None:
     """Choose where push and pull go. S3 credentials come from the AWS environment, they are not stored."""
+    from components import dataversions
+    from flows.run import Workspace
 
-    def action() -> None:
-        from components import dataversions
-        from flows.run import Workspace
-
-        dataversions.set_remote(Workspace.find(workspace).root, url, endpoint_url=endpoint_url)
-        finish({"remote": url}, json_, lambda: f"Remote: {url}")
-
-    guarded(action, json_)
+    dataversions.set_remote(Workspace.find(workspace).root, url, endpoint_url=endpoint_url)
+    finish({"remote": url}, json_, lambda: f"Remote: {url}")
 
 
 @data_app.command("push")
 def data_push(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Send the pinned data version to the remote."""
+    from components import dataversions
+    from flows.run import Workspace
 
-    def action() -> None:
-        from components import dataversions
-        from flows.run import Workspace
-
-        sent = dataversions.push(Workspace.find(workspace).root)
-        finish({"sent": sent}, json_, lambda: f"{sent} objects sent")
-
-    guarded(action, json_)
+    sent = dataversions.push(Workspace.find(workspace).root)
+    finish({"sent": sent}, json_, lambda: f"{sent} objects sent")
 
 
 @data_app.command("pull")
@@ -363,22 +329,18 @@ def data_pull(
     json_: AsJson = False,
 ) -> None:
     """Bring the pinned data version from the remote into data/."""
+    from components import dataversions
+    from flows.run import Workspace
 
-    def action() -> None:
-        from components import dataversions
-        from flows.run import Workspace
-
-        found = Workspace.find(workspace)
-        with found.locked("visionloop data pull"):
-            changed = dataversions.pull(found.root, force=force)
-            version = dataversions.verify(found.root)
-        finish(
-            {"changed": changed, "data_version": version.dvc_hash},
-            json_,
-            lambda: f"data/ is version {version.dvc_hash}, {version.num_files} files",
-        )
-
-    guarded(action, json_)
+    found = Workspace.find(workspace)
+    with found.locked("visionloop data pull"):
+        changed = dataversions.pull(found.root, force=force)
+        version = dataversions.verify(found.root)
+    finish(
+        {"changed": changed, "data_version": version.dvc_hash},
+        json_,
+        lambda: f"data/ is version {version.dvc_hash}, {version.num_files} files",
+    )
 
 
 def _root_of(folder: Path) -> Path | None:
@@ -394,17 +356,13 @@ def _root_of(folder: Path) -> Path | None:
 @recipe_app.command("list")
 def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """The shipped recipes and the workspace's own."""
+    import yaml
 
-    def action() -> None:
-        import yaml
+    from flows.config import recipe_files
 
-        from flows.config import recipe_files
-
-        files = recipe_files(_root_of(workspace))
-        found = {name: str((yaml.safe_load(path.read_text()) or {}).get("description", "")) for name, path in files.items()}
-        finish({"recipes": found}, json_, lambda: "\n".join(f"{name:16} {text}" for name, text in sorted(found.items())))
-
-    guarded(action, json_)
+    files = recipe_files(_root_of(workspace))
+    found = {name: str((yaml.safe_load(path.read_text()) or {}).get("description", "")) for name, path in files.items()}
+    finish({"recipes": found}, json_, lambda: "\n".join(f"{name:16} {text}" for name, text in sorted(found.items())))
 
 
 @recipe_app.command("show")
@@ -415,16 +373,12 @@ def recipe_show(
     json_: AsJson = False,
 ) -> None:
     """A recipe with every default written out."""
+    import yaml
 
-    def action() -> None:
-        import yaml
+    from flows.config import load_recipe
 
-        from flows.config import load_recipe
-
-        values = load_recipe(recipe, set_ or [], workspace=_root_of(workspace)).to_json()
-        finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
-
-    guarded(action, json_)
+    values = load_recipe(recipe, set_ or [], workspace=_root_of(workspace)).to_json()
+    finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
 
 
 @recipe_app.command("schema")
@@ -445,28 +399,24 @@ def store_verify(
     json_: AsJson = False,
 ) -> None:
     """Check every published artefact against its manifest. Exit status 1 when one does not verify."""
+    from components.contracts import TamperedArtefact
+    from components.store import read_manifest
+    from flows.run import Workspace
 
-    def action() -> None:
-        from components.contracts import TamperedArtefact
-        from components.store import read_manifest
-        from flows.run import Workspace
-
-        found = Workspace.find(workspace)
-        store, broken, intact = found.store, [], 0
-        for folder in store.artefacts():
-            try:
-                read_manifest(folder)
-                intact += 1
-            except TamperedArtefact as error:
-                moved = str(store.discard(folder)) if discard else None
-                broken.append({"folder": str(folder), "problem": str(error), "moved_to": moved})
-        lines = [f"{intact} artefacts verify, {len(broken)} do not"]
-        lines += [f"{b['problem']}" + (f" Moved to {b['moved_to']}" if b["moved_to"] else "") for b in broken]
-        finish({"intact": intact, "broken": broken}, json_, lambda: "\n".join(lines))
-        if broken and not discard:
-            raise typer.Exit(1)
-
-    guarded(action, json_)
+    found = Workspace.find(workspace)
+    store, broken, intact = found.store, [], 0
+    for folder in store.artefacts():
+        try:
+            read_manifest(folder)
+            intact += 1
+        except TamperedArtefact as error:
+            moved = str(store.discard(folder)) if discard else None
+            broken.append({"folder": str(folder), "problem": str(error), "moved_to": moved})
+    lines = [f"{intact} artefacts verify, {len(broken)} do not"]
+    lines += [f"{b['problem']}" + (f" Moved to {b['moved_to']}" if b["moved_to"] else "") for b in broken]
+    finish({"intact": intact, "broken": broken}, json_, lambda: "\n".join(lines))
+    if broken and not discard:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import typer
 
 from components import garbage
 from components.contracts import ConfigError
-from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded, moment
+from flows.answering import HERE, AsJson, Commands, InWorkspace, figure, finish, moment
 
 if TYPE_CHECKING:
     from flows.looping import Loop
@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
 By = Annotated[str, typer.Option("--as", help="Who decides; recorded as declared.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.")]
-labels_app = typer.Typer(no_args_is_help=True, help="What people say about images of production.", rich_markup_mode=None)
-governor_app = typer.Typer(
-    no_args_is_help=True, help="What may train without a person, and what was decided.", rich_markup_mode=None
-)
+labels_app = Commands(help="What people say about images of production.")
+governor_app = Commands(help="What may train without a person, and what was decided.")
 
 
-def add_loop_commands(app: typer.Typer) -> None:
+def add_loop_commands(app: Commands) -> None:
     """Put the loop's commands on the command line."""
     for command in (watch, windows, alarms, sweep, report, up, deploy, status, down):
         app.command()(command)
@@ -64,22 +62,18 @@ def watch(
     json_: AsJson = False,
 ) -> None:
     """Compare what the champion answered with its reference sample. Exit status 1 when a window drifted."""
+    if minutes is not None and (since or until):
+        raise ConfigError("give --minutes, or --since and --until, not both")
+    span = [moment(name, text).isoformat() if text else None for name, text in (("--since", since), ("--until", until))]
+    loop = _loop(workspace, model)
+    with garbage.kept():
+        from flows.watch import watch as flow
 
-    def action() -> None:
-        if minutes is not None and (since or until):
-            raise ConfigError("give --minutes, or --since and --until, not both")
-        span = [moment(name, text).isoformat() if text else None for name, text in (("--since", since), ("--until", until))]
-        loop = _loop(workspace, model)
-        with garbage.kept():
-            from flows.watch import watch as flow
-
-        call: Any = flow  # its states confuse the types of Prefect's decorator
-        found: dict[str, Any] = call(loop.model, str(loop.workspace.root), minutes, span[0], span[1], quiet=json_)
-        finish(found, json_, lambda: _shown_windows(found))
-        if any(window["status"] == "drift" for window in found["windows"]):
-            raise typer.Exit(1)
-
-    guarded(action, json_)
+    call: Any = flow  # its states confuse the types of Prefect's decorator
+    found: dict[str, Any] = call(loop.model, str(loop.workspace.root), minutes, span[0], span[1], quiet=json_)
+    finish(found, json_, lambda: _shown_windows(found))
+    if any(window["status"] == "drift" for window in found["windows"]):
+        raise typer.Exit(1)
 
 
 def _shown_windows(found: dict[str, Any]) -> str:
@@ -112,87 +106,73 @@ def windows(
     json_: AsJson = False,
 ) -> None:
     """What was found in the windows so far, and the accuracy that labels showed since."""
+    from flows.watching import realised_accuracy
+    from flows.watching import windows as judged
+    from monitoring.drift import as_json
 
-    def action() -> None:
-        from flows.watching import realised_accuracy
-        from flows.watching import windows as judged
-        from monitoring.drift import as_json
+    loop = _loop(workspace, model)
+    found = [
+        {"id": name, **as_json(verdict), "realised_accuracy": realised_accuracy(loop, name)}
+        for name, verdict in judged(loop, last)
+    ]
 
-        loop = _loop(workspace, model)
-        found = [
-            {"id": name, **as_json(verdict), "realised_accuracy": realised_accuracy(loop, name)}
-            for name, verdict in judged(loop, last)
-        ]
+    def text() -> str:
+        lines = []
+        for told in found:
+            accuracy = told["realised_accuracy"]
+            shown = f"  accuracy on labelled {figure(accuracy)}" if accuracy else ""
+            lines.append(_line(told) + shown)
+        return "\n".join(lines) or f"{loop.model}: no window was judged yet (visionloop watch)"
 
-        def text() -> str:
-            lines = []
-            for told in found:
-                accuracy = told["realised_accuracy"]
-                shown = f"  accuracy on labelled {figure(accuracy)}" if accuracy else ""
-                lines.append(_line(told) + shown)
-            return "\n".join(lines) or f"{loop.model}: no window was judged yet (visionloop watch)"
-
-        finish({"model": loop.model, "windows": found}, json_, text)
-
-    guarded(action, json_)
+    finish({"model": loop.model, "windows": found}, json_, text)
 
 
 def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Alarms, and what the governor answered to each."""
+    loop = _loop(workspace, model)
+    history = loop.governor.history(loop.model)
+    found: list[dict[str, Any]] = []
+    for alarm in loop.outbox.alarms(loop.model):
+        answers = [row for row in history if row["key"] == alarm.id]
+        found.append(
+            {
+                "alarm": alarm.id,
+                "at": alarm.at.isoformat(),
+                "version": alarm.version,
+                "detectors": list(alarm.detectors),
+                "diagnosis": alarm.diagnosis,
+                "emissions": alarm.emissions,
+                "answers": [{k: row[k] for k in ("seq", "at", "decision", "rule", "reason")} for row in answers],
+            }
+        )
 
-    def action() -> None:
-        loop = _loop(workspace, model)
-        history = loop.governor.history(loop.model)
-        found: list[dict[str, Any]] = []
-        for alarm in loop.outbox.alarms(loop.model):
-            answers = [row for row in history if row["key"] == alarm.id]
-            found.append(
-                {
-                    "alarm": alarm.id,
-                    "at": alarm.at.isoformat(),
-                    "version": alarm.version,
-                    "detectors": list(alarm.detectors),
-                    "diagnosis": alarm.diagnosis,
-                    "emissions": alarm.emissions,
-                    "answers": [{k: row[k] for k in ("seq", "at", "decision", "rule", "reason")} for row in answers],
-                }
+    def text() -> str:
+        lines = []
+        for told in found:
+            lines.append(f"{told['at'][:19]}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
+            lines += [f"    {a['at'][:19]}  {a['decision']} ({a['rule']}): {a['reason']}" for a in told["answers"]]
+            lines += (
+                [] if told["answers"] else ["    nobody was asked about it: a later alarm spoke for it, or the sweep will"]
             )
+        return "\n".join(lines) or f"{loop.model}: no alarm so far"
 
-        def text() -> str:
-            lines = []
-            for told in found:
-                lines.append(f"{told['at'][:19]}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
-                lines += [f"    {a['at'][:19]}  {a['decision']} ({a['rule']}): {a['reason']}" for a in told["answers"]]
-                lines += (
-                    []
-                    if told["answers"]
-                    else ["    nobody was asked about it: a later alarm spoke for it, or the sweep will"]
-                )
-            return "\n".join(lines) or f"{loop.model}: no alarm so far"
-
-        finish({"model": loop.model, "alarms": found}, json_, text)
-
-    guarded(action, json_)
+    finish({"model": loop.model, "alarms": found}, json_, text)
 
 
 def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Start what waits: alarms whose event was lost, trainings that were killed, queued, or waited for data."""
+    from flows.alarming import sweep as start_all
 
-    def action() -> None:
-        from flows.alarming import sweep as start_all
-
-        loop = _loop(workspace, model)
-        lines: list[str] = []
-        started = start_all(loop, told=lines.append, grace_s=0)
-        answer = {
-            "model": loop.model,
-            "started": [{"key": s.key, "flow_run": s.flow_run_id} for s in started],
-            "notes": lines,
-        }
-        text = [f"{s.key}: flow run {s.flow_run_id}" for s in started] + lines
-        finish(answer, json_, lambda: "\n".join(text) or f"{loop.model}: nothing waits")
-
-    guarded(action, json_)
+    loop = _loop(workspace, model)
+    lines: list[str] = []
+    started = start_all(loop, told=lines.append, grace_s=0)
+    answer = {
+        "model": loop.model,
+        "started": [{"key": s.key, "flow_run": s.flow_run_id} for s in started],
+        "notes": lines,
+    }
+    text = [f"{s.key}: flow run {s.flow_run_id}" for s in started] + lines
+    finish(answer, json_, lambda: "\n".join(text) or f"{loop.model}: nothing waits")
 
 
 def report(
@@ -202,17 +182,13 @@ def report(
     json_: AsJson = False,
 ) -> None:
     """Draw the page of the loop: versions, windows, alarms, decisions, labels, and when each of it happened."""
+    loop = _loop(workspace, model)
+    from flows.loop_report import write_loop_report
+    from flows.standing import Up
 
-    def action() -> None:
-        loop = _loop(workspace, model)
-        from flows.loop_report import write_loop_report
-        from flows.standing import Up
-
-        place = out or loop.workspace.state / f"loop-{loop.model}.html"
-        written = write_loop_report(loop, place.resolve(), pages=Up(loop.workspace, loop.settings).addresses())
-        finish({"model": loop.model, "report": str(written)}, json_, lambda: f"Report: {written}")
-
-    guarded(action, json_)
+    place = out or loop.workspace.state / f"loop-{loop.model}.html"
+    written = write_loop_report(loop, place.resolve(), pages=Up(loop.workspace, loop.settings).addresses())
+    finish({"model": loop.model, "report": str(written)}, json_, lambda: f"Report: {written}")
 
 
 @labels_app.command("import")
@@ -226,109 +202,93 @@ def labels_import(
     json_: AsJson = False,
 ) -> None:
     """Take labels of images of production, whole or not at all. The newest label of an image counts."""
+    from flows.labelling import import_labels
 
-    def action() -> None:
-        from flows.labelling import import_labels
-
-        loop = _loop(workspace, model)
-        done, unknown = import_labels(loop, file, by=as_, skip_unknown=skip_unknown, new_classes=new_classes)
-        answer = {
-            "model": loop.model,
-            "new": done.new,
-            "known": done.known,
-            "changed": done.changed,
-            "without_label": done.skipped,
-            "unknown": unknown,
-            "labelled_images": len(loop.labels.latest(loop.model)),
-        }
-        notes = [
-            f"{done.known} were there already" if done.known else "",
-            f"{done.changed} images had another label before" if done.changed else "",
-            f"{done.skipped} rows had no label" if done.skipped else "",
-            f"{unknown} rows were unknown and left out" if unknown else "",
-        ]
-        finish(
-            answer,
-            json_,
-            lambda: (
-                f"{done.new} labels of {loop.model} imported ({'; '.join(filter(None, notes)) or 'all new'}).\n"
-                f"Next: visionloop data add --from-predictions {loop.model}"
-            ),
-        )
-
-    guarded(action, json_)
+    loop = _loop(workspace, model)
+    done, unknown = import_labels(loop, file, by=as_, skip_unknown=skip_unknown, new_classes=new_classes)
+    answer = {
+        "model": loop.model,
+        "new": done.new,
+        "known": done.known,
+        "changed": done.changed,
+        "without_label": done.skipped,
+        "unknown": unknown,
+        "labelled_images": len(loop.labels.latest(loop.model)),
+    }
+    notes = [
+        f"{done.known} were there already" if done.known else "",
+        f"{done.changed} images had another label before" if done.changed else "",
+        f"{done.skipped} rows had no label" if done.skipped else "",
+        f"{unknown} rows were unknown and left out" if unknown else "",
+    ]
+    finish(
+        answer,
+        json_,
+        lambda: (
+            f"{done.new} labels of {loop.model} imported ({'; '.join(filter(None, notes)) or 'all new'}).\n"
+            f"Next: visionloop data add --from-predictions {loop.model}"
+        ),
+    )
 
 
 @labels_app.command("list")
 def labels_list(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """The labels that count, by class."""
+    from collections import Counter
 
-    def action() -> None:
-        from collections import Counter
-
-        loop = _loop(workspace, model)
-        said = loop.labels.latest(loop.model)
-        counts = dict(sorted(Counter(label.label for label in said.values()).items()))
-        people = dict(sorted(Counter(label.by for label in said.values()).items()))
-        finish(
-            {"model": loop.model, "images": len(said), "classes": counts, "labelled_by": people},
-            json_,
-            lambda: (
-                "\n".join(
-                    [f"{name:24} {count}" for name, count in counts.items()]
-                    + [f"by {who}: {n}" for who, n in people.items()]
-                )
-                or f"{loop.model}: no label so far"
-            ),
-        )
-
-    guarded(action, json_)
+    loop = _loop(workspace, model)
+    said = loop.labels.latest(loop.model)
+    counts = dict(sorted(Counter(label.label for label in said.values()).items()))
+    people = dict(sorted(Counter(label.by for label in said.values()).items()))
+    finish(
+        {"model": loop.model, "images": len(said), "classes": counts, "labelled_by": people},
+        json_,
+        lambda: (
+            "\n".join(
+                [f"{name:24} {count}" for name, count in counts.items()] + [f"by {who}: {n}" for who, n in people.items()]
+            )
+            or f"{loop.model}: no label so far"
+        ),
+    )
 
 
 @governor_app.command("history")
 def governor_history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Every decision with its rule and its reason, and the runs that were granted."""
-
-    def action() -> None:
-        loop = _loop(workspace, model)
-        rows = loop.governor.history(loop.model)
-        runs = [
-            {
-                "key": run.key,
-                "cause": run.cause,
-                "granted_at": run.granted_at.isoformat(),
-                "attempts": run.attempts,
-                "state": run.state,
-                "outcome": run.outcome,
-                "version": run.body.get("version"),
-            }
-            for run in loop.governor.runs(loop.model)
-        ]
-        lines = [f"{r['seq']:>5}  {r['at'][:19]}  {r['decision']:8} {r['rule']:14} {r['key']}: {r['reason']}" for r in rows]
-        lines += [f"run {r['key']}: {r['state']}, {r['outcome'] or 'no outcome yet'}, attempt {r['attempts']}" for r in runs]
-        answer = {"model": loop.model, "decisions": rows, "runs": runs, "stopped": loop.governor.stopped(loop.model)}
-        finish(answer, json_, lambda: "\n".join(lines) or f"{loop.model}: nothing was asked of the governor so far")
-
-    guarded(action, json_)
+    loop = _loop(workspace, model)
+    rows = loop.governor.history(loop.model)
+    runs = [
+        {
+            "key": run.key,
+            "cause": run.cause,
+            "granted_at": run.granted_at.isoformat(),
+            "attempts": run.attempts,
+            "state": run.state,
+            "outcome": run.outcome,
+            "version": run.body.get("version"),
+        }
+        for run in loop.governor.runs(loop.model)
+    ]
+    lines = [f"{r['seq']:>5}  {r['at'][:19]}  {r['decision']:8} {r['rule']:14} {r['key']}: {r['reason']}" for r in rows]
+    lines += [f"run {r['key']}: {r['state']}, {r['outcome'] or 'no outcome yet'}, attempt {r['attempts']}" for r in runs]
+    answer = {"model": loop.model, "decisions": rows, "runs": runs, "stopped": loop.governor.stopped(loop.model)}
+    finish(answer, json_, lambda: "\n".join(lines) or f"{loop.model}: nothing was asked of the governor so far")
 
 
 def _switch(kind: Any, as_: str, reason: str, every: bool, model: str | None, workspace: Path, json_: bool) -> None:
-    def action() -> None:
-        from registry.approval import person
+    from registry.approval import person
 
-        loop = _loop(workspace, model)
-        by = person(as_).name
-        of = "*" if every else loop.model
-        loop.governor.switch(kind, of, by=by, reason=reason)
-        words = {
-            "stop": "start no training by themselves any more",
-            "start": "may start trainings again",
-            "reset": "may go on after a training that did not help",
-        }[kind]
-        shown = "all models" if every else loop.model
-        finish({"model": of, "kind": kind, "by": by}, json_, lambda: f"Drift and schedule of {shown} {words} ({by}).")
-
-    guarded(action, json_)
+    loop = _loop(workspace, model)
+    by = person(as_).name
+    of = "*" if every else loop.model
+    loop.governor.switch(kind, of, by=by, reason=reason)
+    words = {
+        "stop": "start no training by themselves any more",
+        "start": "may start trainings again",
+        "reset": "may go on after a training that did not help",
+    }[kind]
+    shown = "all models" if every else loop.model
+    finish({"model": of, "kind": kind, "by": by}, json_, lambda: f"Drift and schedule of {shown} {words} ({by}).")
 
 
 Every = Annotated[bool, typer.Option("--all", help="Of every model.")]
@@ -389,25 +349,21 @@ def up(
     A Prefect server with a credential of its own, deployments, schedules, automations, and a worker. Running it again starts
     what is missing, brings the deployments up to date, and takes up trainings that were stopped.
     """
+    from flows.run import Workspace
+    from flows.settings import prepare_environment, read_settings
+    from flows.standing import Up
 
-    def action() -> None:
-        from flows.run import Workspace
-        from flows.settings import prepare_environment, read_settings
-        from flows.standing import Up
+    found = Workspace.find(workspace)
+    prepare_environment(found.state)
+    told = _silent if json_ else _told
+    standing = Up(found, read_settings(found.state))
+    with standing.locked():
+        from flows.keeping import keep_up
 
-        found = Workspace.find(workspace)
-        prepare_environment(found.state)
-        told = _silent if json_ else _told
-        standing = Up(found, read_settings(found.state))
-        with standing.locked():
-            from flows.keeping import keep_up
-
-            answer = keep_up(standing, model or [], port=port, told=told)
-            if pages:
-                answer["pages"] |= standing.start_pages(told=told)
-        finish(answer, json_, lambda: _shown_up(answer))
-
-    guarded(action, json_)
+        answer = keep_up(standing, model or [], port=port, told=told)
+        if pages:
+            answer["pages"] |= standing.start_pages(told=told)
+    finish(answer, json_, lambda: _shown_up(answer))
 
 
 def deploy(
@@ -416,20 +372,16 @@ def deploy(
     json_: AsJson = False,
 ) -> None:
     """Make deployments, schedules and automations on the Prefect server that PREFECT_API_URL names, or that of `up`."""
+    from flows.run import Workspace
+    from flows.settings import prepare_environment, read_settings
+    from flows.standing import Up
 
-    def action() -> None:
-        from flows.run import Workspace
-        from flows.settings import prepare_environment, read_settings
-        from flows.standing import Up
+    found = Workspace.find(workspace)
+    prepare_environment(found.state)
+    from flows.keeping import deploy_all
 
-        found = Workspace.find(workspace)
-        prepare_environment(found.state)
-        from flows.keeping import deploy_all
-
-        models = deploy_all(Up(found, read_settings(found.state)), model or [], told=_silent if json_ else _told)
-        finish({"models": models}, json_, lambda: f"Deployed: {', '.join(models) or 'no model yet'}.")
-
-    guarded(action, json_)
+    models = deploy_all(Up(found, read_settings(found.state)), model or [], told=_silent if json_ else _told)
+    finish({"models": models}, json_, lambda: f"Deployed: {', '.join(models) or 'no model yet'}.")
 
 
 def _shown_up(answer: dict[str, Any]) -> str:
@@ -445,22 +397,18 @@ def _shown_up(answer: dict[str, Any]) -> str:
 
 def status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """What runs, what was seen last, what waits for a person. Exit status 1 when something that should run does not."""
+    from flows.run import Workspace
+    from flows.settings import prepare_environment, read_settings
+    from flows.standing import Up
 
-    def action() -> None:
-        from flows.run import Workspace
-        from flows.settings import prepare_environment, read_settings
-        from flows.standing import Up
+    found = Workspace.find(workspace)
+    prepare_environment(found.state)
+    from flows.keeping import state_of
 
-        found = Workspace.find(workspace)
-        prepare_environment(found.state)
-        from flows.keeping import state_of
-
-        answer = state_of(Up(found, read_settings(found.state)))
-        finish(answer, json_, lambda: _shown_status(answer))
-        if answer["problems"]:
-            raise typer.Exit(1)
-
-    guarded(action, json_)
+    answer = state_of(Up(found, read_settings(found.state)))
+    finish(answer, json_, lambda: _shown_status(answer))
+    if answer["problems"]:
+        raise typer.Exit(1)
 
 
 def _shown_status(answer: dict[str, Any]) -> str:
@@ -490,16 +438,12 @@ def _shown_status(answer: dict[str, Any]) -> str:
 
 def down(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Stop what `visionloop up` started. A training that runs is stopped too; the next `up` or watch takes it up again."""
+    from flows.run import Workspace
+    from flows.settings import read_settings
+    from flows.standing import Up
 
-    def action() -> None:
-        from flows.run import Workspace
-        from flows.settings import read_settings
-        from flows.standing import Up
-
-        found = Workspace.find(workspace)
-        standing = Up(found, read_settings(found.state))
-        with standing.locked():
-            ended = standing.stop(told=_silent if json_ else _told)
-        finish({"stopped": ended}, json_, lambda: f"Stopped: {', '.join(ended) or 'nothing ran'}.")
-
-    guarded(action, json_)
+    found = Workspace.find(workspace)
+    standing = Up(found, read_settings(found.state))
+    with standing.locked():
+        ended = standing.stop(told=_silent if json_ else _told)
+    finish({"stopped": ended}, json_, lambda: f"Stopped: {', '.join(ended) or 'nothing ran'}.")

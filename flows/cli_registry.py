@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components import garbage
-from flows.answering import HERE, AsJson, InWorkspace, figure, finish, guarded, moment
+from flows.answering import HERE, AsJson, Commands, InWorkspace, figure, finish, moment
 
 if TYPE_CHECKING:
     from flows.deciding import Desk
@@ -20,10 +20,10 @@ OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; n
 Version = Annotated[str, typer.Argument(help="Version of the model, as `visionloop candidates` lists it.")]
 By = Annotated[str, typer.Option("--as", help="Who decides; recorded as declared.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.")]
-ledger_app = typer.Typer(no_args_is_help=True, help="The append-only ledger.", rich_markup_mode=None)
+ledger_app = Commands(help="The append-only ledger.")
 
 
-def add_registry_commands(app: typer.Typer) -> None:
+def add_registry_commands(app: Commands) -> None:
     """Put the registry's commands on the command line."""
     for command in (candidates, show, approve, reject, promote, rollback, history, reconcile):
         app.command()(command)
@@ -52,26 +52,20 @@ def candidates(
     json_: AsJson = False,
 ) -> None:
     """Versions that wait for a decision or for their promotion, and the champion."""
+    from registry import approval
 
-    def action() -> None:
-        from registry import approval
-
-        found = _desk(workspace, model)
-        shown = [
-            state
-            for state in approval.states(found.ledger.entries(found.model), found.ledger.now())
-            if every or state.status in ("waiting", "approved", "expired", "champion")
-        ]
-        lines = [f"{found.model}:"] + [_line(state) for state in shown]
-        finish(
-            {"model": found.model, "candidates": [_state_json(state) for state in shown]},
-            json_,
-            lambda: (
-                "\n".join(lines) if shown else f"{found.model}: nothing waits; `visionloop candidates --all` lists the past"
-            ),
-        )
-
-    guarded(action, json_)
+    found = _desk(workspace, model)
+    shown = [
+        state
+        for state in approval.states(found.ledger.entries(found.model), found.ledger.now())
+        if every or state.status in ("waiting", "approved", "expired", "champion")
+    ]
+    lines = [f"{found.model}:"] + [_line(state) for state in shown]
+    finish(
+        {"model": found.model, "candidates": [_state_json(state) for state in shown]},
+        json_,
+        lambda: "\n".join(lines) if shown else f"{found.model}: nothing waits; `visionloop candidates --all` lists the past",
+    )
 
 
 def _line(state: State) -> str:
@@ -109,23 +103,19 @@ def _state_json(state: State) -> dict[str, Any]:
 
 def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """One version for the person who decides: the verdict in words, the champion beside it, what an approval is bound to."""
+    from registry import approval
 
-    def action() -> None:
-        from registry import approval
-
-        found = _desk(workspace, model)
-        entries = found.ledger.entries(found.model)
-        state = approval.state_of(entries, version, found.ledger.now())
-        champion = approval.champion(entries)
-        answer = _state_json(state) | {
-            "model": found.model,
-            "bound": state.requested.body["bound"],
-            "champion_version": champion.body["version"] if champion else None,
-            "report": _report(found, state),
-        }
-        finish(answer, json_, lambda: _page(found.model, state, champion, answer["report"]))
-
-    guarded(action, json_)
+    found = _desk(workspace, model)
+    entries = found.ledger.entries(found.model)
+    state = approval.state_of(entries, version, found.ledger.now())
+    champion = approval.champion(entries)
+    answer = _state_json(state) | {
+        "model": found.model,
+        "bound": state.requested.body["bound"],
+        "champion_version": champion.body["version"] if champion else None,
+        "report": _report(found, state),
+    }
+    finish(answer, json_, lambda: _page(found.model, state, champion, answer["report"]))
 
 
 def _report(found: Desk, state: State) -> str | None:
@@ -198,22 +188,18 @@ def approve(
     json_: AsJson = False,
 ) -> None:
     """Approve a candidate. The person who asked for it cannot; nothing moves before `visionloop promote`."""
+    from registry import approval
 
-    def action() -> None:
-        from registry import approval
-
-        by = approval.person(as_)
-        entry = _decided(workspace, model, by, approval.approve(version, by, reason, days=days))
-        finish(
-            _entry_json(entry),
-            json_,
-            lambda: (
-                f"{entry.model} version {version} is approved by {by.name} until {entry.body['expires_at'][:16]} UTC "
-                f"(ledger row {entry.seq}).\nNext: visionloop promote {version}"
-            ),
-        )
-
-    guarded(action, json_)
+    by = approval.person(as_)
+    entry = _decided(workspace, model, by, approval.approve(version, by, reason, days=days))
+    finish(
+        _entry_json(entry),
+        json_,
+        lambda: (
+            f"{entry.model} version {version} is approved by {by.name} until {entry.body['expires_at'][:16]} UTC "
+            f"(ledger row {entry.seq}).\nNext: visionloop promote {version}"
+        ),
+    )
 
 
 def reject(
@@ -226,31 +212,21 @@ def reject(
     json_: AsJson = False,
 ) -> None:
     """Reject a candidate; it can then never be promoted."""
+    from registry import approval
 
-    def action() -> None:
-        from registry import approval
-
-        by = approval.person(as_)
-        entry = _decided(workspace, model, by, approval.reject(version, by, reason, withdraw=withdraw))
-        finish(
-            _entry_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq})."
-        )
-
-    guarded(action, json_)
+    by = approval.person(as_)
+    entry = _decided(workspace, model, by, approval.reject(version, by, reason, withdraw=withdraw))
+    finish(_entry_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq}).")
 
 
 def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Check an approved version again, publish its release, and make it champion. Servers switch by themselves."""
+    found = _desk(workspace, model)
+    with garbage.kept():
+        from flows.promote import promote as flow
 
-    def action() -> None:
-        found = _desk(workspace, model)
-        with garbage.kept():
-            from flows.promote import promote as flow
-
-        moved = flow(version, found.model, str(found.workspace.root), quiet=json_)
-        finish(moved, json_, lambda: f"{found.model} serves version {version} now (release {moved['release'][:12]}).")
-
-    guarded(action, json_)
+    moved = flow(version, found.model, str(found.workspace.root), quiet=json_)
+    finish(moved, json_, lambda: f"{found.model} serves version {version} now (release {moved['release'][:12]}).")
 
 
 def rollback(
@@ -264,38 +240,30 @@ def rollback(
     json_: AsJson = False,
 ) -> None:
     """Make an earlier champion the champion again, at once: no orchestrator is needed, and no second approval."""
+    # Most of a rollback is importing MLflow: nothing of that is garbage.
+    with garbage.kept():
+        from registry import approval
 
-    def action() -> None:
-        # Most of a rollback is importing MLflow: nothing of that is garbage.
-        with garbage.kept():
-            from registry import approval
-
-            by = approval.person(as_)
-            found = _desk(workspace, model)
-            entry = found.promotion.rollback(to, by, reason, told=(lambda _: None) if json_ else _told)
-        _notify(found, entry)
-        finish(
-            _entry_json(entry),
-            json_,
-            lambda: f"{found.model} serves version {entry.body['version']} again (ledger row {entry.seq}), read back.",
-        )
-
-    guarded(action, json_)
+        by = approval.person(as_)
+        found = _desk(workspace, model)
+        entry = found.promotion.rollback(to, by, reason, told=(lambda _: None) if json_ else _told)
+    _notify(found, entry)
+    finish(
+        _entry_json(entry),
+        json_,
+        lambda: f"{found.model} serves version {entry.body['version']} again (ledger row {entry.seq}), read back.",
+    )
 
 
 def history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Everything the ledger knows about a model, in order."""
-
-    def action() -> None:
-        found = _desk(workspace, model)
-        entries = found.ledger.entries(found.model)
-        finish(
-            {"model": found.model, "entries": [_entry_json(entry) for entry in entries]},
-            json_,
-            lambda: "\n".join(_told_entry(entry) for entry in entries),
-        )
-
-    guarded(action, json_)
+    found = _desk(workspace, model)
+    entries = found.ledger.entries(found.model)
+    finish(
+        {"model": found.model, "entries": [_entry_json(entry) for entry in entries]},
+        json_,
+        lambda: "\n".join(_told_entry(entry) for entry in entries),
+    )
 
 
 def who_served(
@@ -305,46 +273,42 @@ def who_served(
     json_: AsJson = False,
 ) -> None:
     """What was champion at a moment, who approved it, and why."""
+    from registry import approval
 
-    def action() -> None:
-        from registry import approval
-
-        when = moment("--at", at)
-        found = _desk(workspace, model)
-        entries = found.ledger.entries(found.model)
-        served = approval.served_at(entries, when)
-        if served is None:
-            finish(
-                {"model": found.model, "version": None},
-                json_,
-                lambda: f"{found.model} had no champion at {when.isoformat()}.",
-            )
-            return
-        seqs = {entry.seq: entry for entry in entries}
-        promoted = seqs[served.body["promoted_seq"]] if served.kind == "rolled_back" else served
-        approved = seqs[promoted.body["approved_seq"]]
-        answer = {
-            "model": found.model,
-            "version": served.body["version"],
-            "release": served.body["release"],
-            "since": served.at,
-            "by": served.actor.name,
-            "approved_by": approved.actor.name,
-            "approved_at": approved.at,
-            "reason": approved.body["reason"],
-            "bound": approved.body["bound"],
-        }
+    when = moment("--at", at)
+    found = _desk(workspace, model)
+    entries = found.ledger.entries(found.model)
+    served = approval.served_at(entries, when)
+    if served is None:
         finish(
-            answer,
+            {"model": found.model, "version": None},
             json_,
-            lambda: (
-                f"{found.model} version {answer['version']} (release {answer['release'][:12]}), "
-                f"{served.kind.replace('_', ' ')} at {served.at[:19]} by {served.actor.name};\n"
-                f"approved at {approved.at[:19]} by {approved.actor.name}: {approved.body['reason']}"
-            ),
+            lambda: f"{found.model} had no champion at {when.isoformat()}.",
         )
-
-    guarded(action, json_)
+        return
+    seqs = {entry.seq: entry for entry in entries}
+    promoted = seqs[served.body["promoted_seq"]] if served.kind == "rolled_back" else served
+    approved = seqs[promoted.body["approved_seq"]]
+    answer = {
+        "model": found.model,
+        "version": served.body["version"],
+        "release": served.body["release"],
+        "since": served.at,
+        "by": served.actor.name,
+        "approved_by": approved.actor.name,
+        "approved_at": approved.at,
+        "reason": approved.body["reason"],
+        "bound": approved.body["bound"],
+    }
+    finish(
+        answer,
+        json_,
+        lambda: (
+            f"{found.model} version {answer['version']} (release {answer['release'][:12]}), "
+            f"{served.kind.replace('_', ' ')} at {served.at[:19]} by {served.actor.name};\n"
+            f"approved at {approved.at[:19]} by {approved.actor.name}: {approved.body['reason']}"
+        ),
+    )
 
 
 def reconcile(
@@ -354,49 +318,41 @@ def reconcile(
     json_: AsJson = False,
 ) -> None:
     """Compare what servers and MLflow are told with the ledger. Exit status 1 when something differs and is not repaired."""
-
-    def action() -> None:
-        found = _desk(workspace, model)
-        differences = found.promotion.reconcile(repair=repair)
-        lines = [
-            f"{d.what}: expected {d.expected}, found {d.found}" + (" (repaired)" if d.repaired else "") for d in differences
-        ]
-        if differences and not all(d.repaired for d in differences):
-            lines.append(
-                "Nothing was approved that this points at: remove it by hand, and find out who set it."
-                if repair
-                else "Next: visionloop reconcile --repair"
-            )
-        finish(
-            {"model": found.model, "differences": [d.to_json() for d in differences]},
-            json_,
-            lambda: "\n".join(lines) or f"{found.model}: routes, alias and release say what the ledger says.",
+    found = _desk(workspace, model)
+    differences = found.promotion.reconcile(repair=repair)
+    lines = [
+        f"{d.what}: expected {d.expected}, found {d.found}" + (" (repaired)" if d.repaired else "") for d in differences
+    ]
+    if differences and not all(d.repaired for d in differences):
+        lines.append(
+            "Nothing was approved that this points at: remove it by hand, and find out who set it."
+            if repair
+            else "Next: visionloop reconcile --repair"
         )
-        if not all(d.repaired for d in differences):
-            raise typer.Exit(1)
-
-    guarded(action, json_)
+    finish(
+        {"model": found.model, "differences": [d.to_json() for d in differences]},
+        json_,
+        lambda: "\n".join(lines) or f"{found.model}: routes, alias and release say what the ledger says.",
+    )
+    if not all(d.repaired for d in differences):
+        raise typer.Exit(1)
 
 
 @ledger_app.command("verify")
 def ledger_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Check the hash chain, row by row."""
+    from flows.run import Workspace
+    from flows.settings import read_settings
+    from registry.ledger import Ledger
 
-    def action() -> None:
-        from flows.run import Workspace
-        from flows.settings import read_settings
-        from registry.ledger import Ledger
-
-        ledger = Ledger(read_settings(Workspace.find(workspace).state).ledger_url)
-        entries = ledger.entries()
-        head = entries[-1].hash if entries else None
-        finish(
-            {"rows": len(entries), "head": head},
-            json_,
-            lambda: f"{len(entries)} rows, every hash follows from the row before; head {head or '(empty)'}",
-        )
-
-    guarded(action, json_)
+    ledger = Ledger(read_settings(Workspace.find(workspace).state).ledger_url)
+    entries = ledger.entries()
+    head = entries[-1].hash if entries else None
+    finish(
+        {"rows": len(entries), "head": head},
+        json_,
+        lambda: f"{len(entries)} rows, every hash follows from the row before; head {head or '(empty)'}",
+    )
 
 
 def _notify(found: Desk, entry: Entry) -> None:

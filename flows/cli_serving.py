@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.contracts import ConfigError
-from flows.answering import HERE, AsJson, InWorkspace, finish, guarded, moment
+from flows.answering import HERE, AsJson, Commands, InWorkspace, finish, moment
 
 if TYPE_CHECKING:
     from serving.auth import Tokens
 
-predictions_app = typer.Typer(no_args_is_help=True, help="The prediction log.", rich_markup_mode=None)
-token_app = typer.Typer(no_args_is_help=True, help="Who may ask a server.", rich_markup_mode=None)
+predictions_app = Commands(help="The prediction log.")
+token_app = Commands(help="Who may ask a server.")
 
 
-def add_serving_commands(app: typer.Typer) -> None:
+def add_serving_commands(app: Commands) -> None:
     """Put the serving commands on the command line."""
     app.command()(serve)
     app.command()(predict)
@@ -58,50 +58,46 @@ def serve(
     A new champion is picked up without restart; the registry may be away. Stops with SIGTERM or Ctrl-C, when every request
     that was taken is answered.
     """
+    from flows.run import Workspace
+    from flows.settings import read_settings
+    from serving.captures import CaptureConfig
+    from serving.deployment import Limits
+    from serving.journal import JournalConfig
+    from serving.routing import Following
+    from serving.server import ServingConfig
+    from serving.server import serve as run
 
-    def action() -> None:
-        from flows.run import Workspace
-        from flows.settings import read_settings
-        from serving.captures import CaptureConfig
-        from serving.deployment import Limits
-        from serving.journal import JournalConfig
-        from serving.routing import Following
-        from serving.server import ServingConfig
-        from serving.server import serve as run
-
-        found = Workspace.find(workspace)
-        settings = read_settings(found.state)
-        if not model:
-            raise ConfigError("name the model to serve: --model NAME (visionloop candidates shows it)")
-        config = ServingConfig(
-            models=tuple(dict.fromkeys(model)),
-            releases_url=settings.releases_url,
-            state=found.state / "serving",
-            log_url=settings.predictions_url,
-            host=host,
-            port=port,
-            grpc_port=None if grpc_port < 0 else grpc_port,
-            require_token=require_token,
-            request_timeout_s=request_timeout_s,
-            max_body=max_body_mb << 20,
-            plugins=found.plugins,
-            limits=Limits(
-                lanes=lanes or settings.num_threads,
-                max_batch=max_batch,
-                batch_delay_ms=batch_delay_ms,
-                max_wait_ms=max_wait_ms,
-                max_queue=max_queue,
-                load_timeout_s=load_timeout_s,
-            ),
-            following=Following(refresh_s=refresh_s),
-            journal=JournalConfig(rotate_s=seal_s),
-            captures=CaptureConfig(share=capture_share, retain_days=retain_days),
-        )
-        status = run(config, announce=lambda line: print(line, file=sys.stderr, flush=True))
-        if status:
-            raise typer.Exit(status)
-
-    guarded(action, False)
+    found = Workspace.find(workspace)
+    settings = read_settings(found.state)
+    if not model:
+        raise ConfigError("name the model to serve: --model NAME (visionloop candidates shows it)")
+    config = ServingConfig(
+        models=tuple(dict.fromkeys(model)),
+        releases_url=settings.releases_url,
+        state=found.state / "serving",
+        log_url=settings.predictions_url,
+        host=host,
+        port=port,
+        grpc_port=None if grpc_port < 0 else grpc_port,
+        require_token=require_token,
+        request_timeout_s=request_timeout_s,
+        max_body=max_body_mb << 20,
+        plugins=found.plugins,
+        limits=Limits(
+            lanes=lanes or settings.num_threads,
+            max_batch=max_batch,
+            batch_delay_ms=batch_delay_ms,
+            max_wait_ms=max_wait_ms,
+            max_queue=max_queue,
+            load_timeout_s=load_timeout_s,
+        ),
+        following=Following(refresh_s=refresh_s),
+        journal=JournalConfig(rotate_s=seal_s),
+        captures=CaptureConfig(share=capture_share, retain_days=retain_days),
+    )
+    status = run(config, announce=lambda line: print(line, file=sys.stderr, flush=True))
+    if status:
+        raise typer.Exit(status)
 
 
 def _tokens(workspace: Path) -> Tokens:
@@ -119,23 +115,15 @@ def token_add(
     json_: AsJson = False,
 ) -> None:
     """Make a token. It is shown once; only its sha256 is kept."""
-
-    def action() -> None:
-        token = _tokens(workspace).issue(name, role)
-        finish({"name": name, "role": role, "token": token}, json_, lambda: token)
-
-    guarded(action, json_)
+    token = _tokens(workspace).issue(name, role)
+    finish({"name": name, "role": role, "token": token}, json_, lambda: token)
 
 
 @token_app.command("list")
 def token_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Names and roles."""
-
-    def action() -> None:
-        found = _tokens(workspace).names()
-        finish({"tokens": found}, json_, lambda: "\n".join(f"{n:24} {r}" for n, r in found.items()) or "No tokens yet.")
-
-    guarded(action, json_)
+    found = _tokens(workspace).names()
+    finish({"tokens": found}, json_, lambda: "\n".join(f"{n:24} {r}" for n, r in found.items()) or "No tokens yet.")
 
 
 @token_app.command("revoke")
@@ -143,12 +131,8 @@ def token_revoke(
     name: Annotated[str, typer.Argument(help="Whose it was.")], workspace: InWorkspace = HERE, json_: AsJson = False
 ) -> None:
     """Make a token useless; a running server forgets it at once."""
-
-    def action() -> None:
-        _tokens(workspace).revoke(name)
-        finish({"revoked": name}, json_, lambda: f"The token of {name} works no more.")
-
-    guarded(action, json_)
+    _tokens(workspace).revoke(name)
+    finish({"revoked": name}, json_, lambda: f"The token of {name} works no more.")
 
 
 def predict(
@@ -163,44 +147,40 @@ def predict(
     json_: AsJson = False,
 ) -> None:
     """Answer every image of a source by the champion, one row an image; a bad image is an error row."""
+    from components.releases import ReleaseStore
+    from flows.console import Console
+    from flows.run import Workspace
+    from flows.settings import read_settings
+    from serving import batch
+    from serving.deployment import Limits
 
-    def action() -> None:
-        from components.releases import ReleaseStore
-        from flows.console import Console
-        from flows.run import Workspace
-        from flows.settings import read_settings
-        from serving import batch
-        from serving.deployment import Limits
-
-        found = Workspace.find(workspace)
-        settings = read_settings(found.state)
-        inputs = batch.open_inputs(source)
-        store = ReleaseStore(settings.releases_url)
-        routes = store.routes(model)
-        if routes is None:
-            raise ConfigError(f"{model} has no champion yet; promote one first (visionloop candidates)")
-        route = routes.routes[0]
-        release = store.fetch(model, route.release, cache=found.state / "serving" / "releases" / model)
-        config = batch.BatchConfig(
-            shard_size=shard_size,
-            embeddings=embeddings,
-            # A batch fills the engine, waits as long as it takes and has nobody to refuse.
-            limits=Limits(lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9, niceness=0),
-            plugins=found.plugins,
-        )
-        with Console(1, quiet=json_) as console, console.stage(f"predicting {len(inputs.names)} images", 1) as (progress, _):
-            done = batch.predict(release, route.version, inputs, out, config, progress=progress)
-        answer = {"model": model, "version": route.version, "release": route.release, "out": out} | dataclasses.asdict(done)
-        finish(
-            answer,
-            json_,
-            lambda: (
-                f"{done.rows} rows in {done.shards} shards under {out} by {model} version {route.version}; "
-                f"{done.errors} images could not be answered, {done.resumed} shards were there already"
-            ),
-        )
-
-    guarded(action, json_)
+    found = Workspace.find(workspace)
+    settings = read_settings(found.state)
+    inputs = batch.open_inputs(source)
+    store = ReleaseStore(settings.releases_url)
+    routes = store.routes(model)
+    if routes is None:
+        raise ConfigError(f"{model} has no champion yet; promote one first (visionloop candidates)")
+    route = routes.routes[0]
+    release = store.fetch(model, route.release, cache=found.state / "serving" / "releases" / model)
+    config = batch.BatchConfig(
+        shard_size=shard_size,
+        embeddings=embeddings,
+        # A batch fills the engine, waits as long as it takes and has nobody to refuse.
+        limits=Limits(lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9, niceness=0),
+        plugins=found.plugins,
+    )
+    with Console(1, quiet=json_) as console, console.stage(f"predicting {len(inputs.names)} images", 1) as (progress, _):
+        done = batch.predict(release, route.version, inputs, out, config, progress=progress)
+    answer = {"model": model, "version": route.version, "release": route.release, "out": out} | dataclasses.asdict(done)
+    finish(
+        answer,
+        json_,
+        lambda: (
+            f"{done.rows} rows in {done.shards} shards under {out} by {model} version {route.version}; "
+            f"{done.errors} images could not be answered, {done.resumed} shards were there already"
+        ),
+    )
 
 
 def _log_of(workspace: Path) -> tuple[str, Path]:
@@ -221,55 +201,47 @@ def predictions_export(
     json_: AsJson = False,
 ) -> None:
     """Write sealed predictions to one file; says what is missing or not sealed yet."""
+    from serving import segments
 
-    def action() -> None:
-        from serving import segments
-
-        url, state = _log_of(workspace)
-        # What a stopped server left is sealed first, so that an export right after it is whole.
-        segments.seal_all(state / "journal", url)
-        exported = segments.export(
-            url,
-            out,
-            model=model,
-            since=moment("--since", since) if since else None,
-            until=moment("--until", until) if until else None,
-        )
-        open_journals = segments.unsealed(state / "journal")
-        note = f"; {open_journals} journals are still being written" if open_journals else ""
-        lost = f"; {exported.lost} predictions were lost when the journal could not be written" if exported.lost else ""
-        finish(
-            {"rows": exported.rows, "lost": exported.lost, "unsealed_journals": open_journals, "out": str(out)},
-            json_,
-            lambda: f"{exported.rows} predictions in {out}{note}{lost}",
-        )
-
-    guarded(action, json_)
+    url, state = _log_of(workspace)
+    # What a stopped server left is sealed first, so that an export right after it is whole.
+    segments.seal_all(state / "journal", url)
+    exported = segments.export(
+        url,
+        out,
+        model=model,
+        since=moment("--since", since) if since else None,
+        until=moment("--until", until) if until else None,
+    )
+    open_journals = segments.unsealed(state / "journal")
+    note = f"; {open_journals} journals are still being written" if open_journals else ""
+    lost = f"; {exported.lost} predictions were lost when the journal could not be written" if exported.lost else ""
+    finish(
+        {"rows": exported.rows, "lost": exported.lost, "unsealed_journals": open_journals, "out": str(out)},
+        json_,
+        lambda: f"{exported.rows} predictions in {out}{note}{lost}",
+    )
 
 
 @predictions_app.command("verify")
 def predictions_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Check every segment's digest, that no prediction is there twice, and the kept images. Exit status 1 when not."""
+    from serving import segments
+    from serving.captures import Captures
 
-    def action() -> None:
-        from serving import segments
-        from serving.captures import Captures
-
-        url, state = _log_of(workspace)
-        found = segments.verify(url, state / "journal")
-        kept = Captures(state / "captures")
-        captures = kept.verify()
-        erased, head = kept.erasures()
-        lines = [f"{found.segments} segments, {found.rows} predictions, {found.duplicates} twice, {found.lost_rows} lost"]
-        lines += [f"{found.unsealed} journals are still written or wait to be sealed"] if found.unsealed else []
-        lines += [f"{erased} images erased, the last record is {head[:16]}"] if erased else []
-        lines += [*found.broken, *captures]
-        told = {"captures": captures, "erasures": {"count": erased, "head": head}}
-        finish(dataclasses.asdict(found) | told, json_, lambda: "\n".join(lines))
-        if found.broken or found.duplicates or captures:
-            raise typer.Exit(1)
-
-    guarded(action, json_)
+    url, state = _log_of(workspace)
+    found = segments.verify(url, state / "journal")
+    kept = Captures(state / "captures")
+    captures = kept.verify()
+    erased, head = kept.erasures()
+    lines = [f"{found.segments} segments, {found.rows} predictions, {found.duplicates} twice, {found.lost_rows} lost"]
+    lines += [f"{found.unsealed} journals are still written or wait to be sealed"] if found.unsealed else []
+    lines += [f"{erased} images erased, the last record is {head[:16]}"] if erased else []
+    lines += [*found.broken, *captures]
+    told = {"captures": captures, "erasures": {"count": erased, "head": head}}
+    finish(dataclasses.asdict(found) | told, json_, lambda: "\n".join(lines))
+    if found.broken or found.duplicates or captures:
+        raise typer.Exit(1)
 
 
 @predictions_app.command("erase")
@@ -284,21 +256,17 @@ def predictions_erase(
 
     Copies that became training data are named, not removed: data versions and the models of them rest on them.
     """
+    from flows.labelling import training_copies
+    from flows.run import Workspace
+    from serving.captures import Captures
 
-    def action() -> None:
-        from flows.labelling import training_copies
-        from flows.run import Workspace
-        from serving.captures import Captures
-
-        record = Captures(_log_of(workspace)[1] / "captures").erase(image_sha256, by=as_, reason=reason)
-        copies = training_copies(Workspace.find(workspace), image_sha256)
-        was = "It was kept and is removed" if record["found"] else "It was not kept, and will not be"
-        lines = [f"{was}; recorded at {record['at']} as {record['hash'][:16]}."]
-        lines += [
-            f"It is training data as well: {copy}. Remove the file and run `visionloop data add`, for a version without it; "
-            f"earlier versions keep it"
-            for copy in copies
-        ]
-        finish(record | {"training_copies": copies}, json_, lambda: "\n".join(lines))
-
-    guarded(action, json_)
+    record = Captures(_log_of(workspace)[1] / "captures").erase(image_sha256, by=as_, reason=reason)
+    copies = training_copies(Workspace.find(workspace), image_sha256)
+    was = "It was kept and is removed" if record["found"] else "It was not kept, and will not be"
+    lines = [f"{was}; recorded at {record['at']} as {record['hash'][:16]}."]
+    lines += [
+        f"It is training data as well: {copy}. Remove the file and run `visionloop data add`, for a version without it; "
+        f"earlier versions keep it"
+        for copy in copies
+    ]
+    finish(record | {"training_copies": copies}, json_, lambda: "\n".join(lines))
