@@ -4,7 +4,8 @@
 |--------------------------------------------------------|-----------|
 | POST /predict                                          | predictor |
 | POST /v2/models/{m}[/versions/{v}]/infer               | predictor |
-| GET  /v2, /v2/models/{m}[/versions/{v}], /status       | viewer    |
+| GET  /v2, /v2/models/{m}[/versions/{v}][/config]       | viewer    |
+| GET  /status                                           | viewer    |
 | GET  /metrics                                          | viewer    |
 | GET  /docs, /openapi.json: the same on every server    | nobody    |
 | POST /admin/refresh                                    | admin     |
@@ -33,6 +34,7 @@ from starlette.staticfiles import StaticFiles
 
 from serving import tensors
 from serving.auth import Role, Tokens, allows, bearer, digest_of, is_loopback
+from serving.deployment import Deployment
 from serving.frames import Form
 from serving.inference import Answer, Answered, Inference, Rejected, moment
 from serving.metrics import log
@@ -218,6 +220,8 @@ class Http:
                 look("/v2", self._server),
                 look(model, self._model),
                 look(version, self._model),
+                look(f"{model}/config", self._configuration),
+                look(f"{version}/config", self._configuration),
                 look("/status", self._show_status),
                 look("/metrics", self._metrics),
                 open_("/openapi.json", self._openapi),
@@ -305,9 +309,9 @@ class Http:
         body = await self._body(request)
         header = request.headers.get("inference-header-content-length")
         if len(body) > _LARGE:
-            asked, pictures = await asyncio.to_thread(_parse, deployment.release, body, header)
+            asked, pictures = await asyncio.to_thread(_parse, deployment, body, header)
         else:
-            asked, pictures = _parse(deployment.release, body, header)
+            asked, pictures = _parse(deployment, body, header)
         answered = await self._inference.answer(
             name,
             version,
@@ -336,11 +340,15 @@ class Http:
         return _json({"name": name, "ready": ready}, status=200 if ready else 503)
 
     async def _server(self, _: Request) -> Response:
-        return _json({"name": "visionloop", "version": "", "extensions": ["binary_tensor_data"]})
+        return _json({"name": "visionloop", "version": "", "extensions": tensors.EXTENSIONS})
 
     async def _model(self, request: Request) -> Response:
         deployment = self._inference.deployment(request.path_params["model"], request.path_params.get("version"))
         return _json(tensors.metadata(deployment.release, deployment.version))
+
+    async def _configuration(self, request: Request) -> Response:
+        deployment = self._inference.deployment(request.path_params["model"], request.path_params.get("version"))
+        return _json(tensors.configuration(deployment.release))
 
     async def _show_status(self, _: Request) -> Response:
         return _json(self._status())
@@ -369,10 +377,10 @@ def model_ready(inference: Inference, name: str, version: str | None) -> bool:
         raise
 
 
-def _parse(release: Any, body: bytes, header: str | None) -> tuple[tensors.RestRequest, list[tuple[Form, bytes]]]:
-    asked = tensors.read_rest(body, header)
+def _parse(deployment: Deployment, body: bytes, header: str | None) -> tuple[tensors.RestRequest, list[tuple[Form, bytes]]]:
+    asked = tensors.read_rest(body, header, model=deployment.model, version=deployment.version)
     tensors.check_outputs([name for name, _ in asked.outputs])
-    return asked, tensors.pictures(release, asked.inputs)
+    return asked, tensors.pictures(deployment.release, asked.inputs)
 
 
 def _shown(answered: Answered, answer: Answer, top: int) -> dict[str, Any]:
@@ -423,8 +431,11 @@ def _error(error: Rejected) -> Response:
     )
 
 
-async def _http_exception(_: Request, error: Exception) -> Response:
+async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 404 and request.url.path.startswith("/v2/"):
+        has = ", ".join(tensors.EXTENSIONS)
+        return _error(Rejected(404, f"this is not done by this server; it has inference, metadata, health, {has}"))
     words = {404: "there is nothing here; /docs lists the routes", 405: "this route has another method; /docs lists it"}
     return _error(Rejected(error.status_code, words.get(error.status_code, "not accepted")))
 

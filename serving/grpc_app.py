@@ -1,29 +1,35 @@
-"""The Open Inference Protocol over gRPC: the same answers, refusals and bounds as over HTTP."""
+"""The Open Inference Protocol and the health service over gRPC: the same answers, refusals and bounds as over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
 from components.contracts import Release
+from serving import health_pb2, tensors
 from serving import open_inference_pb2 as pb
-from serving import tensors
 from serving.app import Access, Room, model_ready
 from serving.auth import Role
 from serving.frames import Form
-from serving.inference import Inference, Rejected
+from serving.inference import Inference, Rejected, moment
 from serving.metrics import log
 
 SERVICE = "inference.GRPCInferenceService"
+HEALTH = "grpc.health.v1.Health"
 _LARGE = 1 << 20
 _UNPACKED = 8
 _NUMBERS = ("int_contents", "int64_contents", "uint_contents", "uint64_contents")
+_WATCH_S = 0.2
+"""How soon who watches is told of a change."""
+_MOST_WATCHES = 64
+"""Each takes one of the server's calls for as long as it lasts; half of them are left for answers."""
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -39,14 +45,17 @@ _NEEDS: dict[str, Role | None] = {
     "ModelReady": None,
     "ServerMetadata": "viewer",
     "ModelMetadata": "viewer",
+    "ModelConfig": "viewer",
     "ModelInfer": "predictor",
 }
+_HEALTH_NEEDS: dict[str, Role | None] = {"Check": None, "List": "viewer"}
 
 
 @dataclass(frozen=True)
 class _Caller:
     name: str
     key: str
+    event_time: str | None
     size: int = 0
     """Bytes of the message, of one that infers."""
 
@@ -66,26 +75,37 @@ class Grpc:
         self._inference, self._access, self._request_timeout_s = inference, access, request_timeout_s
         # Room for several at any limit: one that comes slowly does not keep out all others.
         self._room = Room(max(max_bytes, _UNPACKED * max_body), max_body)
+        self._watches = 0
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """What a server registers.
 
         As streams of one message, which is the same on the wire: who asks is then known before the message is there, and a
         message that does not come is not waited for.
         """
-        methods = {
-            name: grpc.stream_unary_rpc_method_handler(
-                self._guarded(name, getattr(self, f"_{_snake(name)}")),
-                request_deserializer=getattr(pb, f"{name}Request").FromString,
-                response_serializer=getattr(pb, f"{name}Response").SerializeToString,
-            )
-            for name in _NEEDS
-        }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        infer = {name: self._handler(name, needed, pb, name) for name, needed in _NEEDS.items()}
+        health = {name: self._handler(name, needed, health_pb2, f"Health{name}") for name, needed in _HEALTH_NEEDS.items()}
+        health["Watch"] = grpc.stream_stream_rpc_method_handler(
+            self._watch,
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        return (
+            grpc.method_handlers_generic_handler(SERVICE, infer),
+            grpc.method_handlers_generic_handler(HEALTH, health),
+            _Unsupported(),
+        )
 
-    def _guarded(self, name: str, method: Callable[[Any, _Caller], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-        needed = _NEEDS[name]
+    def _handler(self, name: str, needed: Role | None, messages: Any, prefix: str) -> Any:
+        return grpc.stream_unary_rpc_method_handler(
+            self._guarded(name, needed, getattr(self, f"_{_snake(name)}")),
+            request_deserializer=getattr(messages, f"{prefix}Request").FromString,
+            response_serializer=getattr(messages, f"{prefix}Response").SerializeToString,
+        )
 
+    def _guarded(
+        self, name: str, needed: Role | None, method: Callable[[Any, _Caller], Awaitable[Any]]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(messages: AsyncIterator[Any], context: Any) -> Any:
             code, message, retry, request, held, size = grpc.StatusCode.OK, "", None, None, 0, 0
             try:
@@ -100,7 +120,8 @@ class Grpc:
                 if held:
                     size = request.ByteSize()
                     held = self._room.settle(held, size * _growth(request))
-                response = await method(request, _Caller(caller, given.get("idempotency-key", ""), size))
+                asking = _Caller(caller, given.get("idempotency-key", ""), given.get("x-event-time"), size)
+                response = await method(request, asking)
             except Rejected as error:
                 # "Full" is RESOURCE_EXHAUSTED, "not able to answer" is UNAVAILABLE; both are 503 over HTTP.
                 full = error.status == 503 and "full" in error.message
@@ -139,6 +160,46 @@ class Grpc:
         except StopAsyncIteration:
             raise Rejected(400, "the call ended without a request") from None
 
+    async def _check(self, request: Any, _: _Caller) -> Any:
+        status = self._status_of(request.service)
+        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            raise Rejected(404, f"no such service; {SERVICE}, a model's name, or nothing for the whole server")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def _list(self, _: Any, __: _Caller) -> Any:
+        names = ("", SERVICE, *self._inference.routed)
+        statuses = {name: health_pb2.HealthCheckResponse(status=self._status_of(name)) for name in names}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+    async def _watch(self, messages: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        if self._watches >= _MOST_WATCHES:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._watches} watch already; call Check")
+        self._watches += 1
+        try:
+            told, service = None, (await self._first(messages)).service
+            while True:
+                stopping, status = self._inference.draining, self._status_of(service)
+                if status != told:
+                    yield health_pb2.HealthCheckResponse(status=status)
+                    told = status
+                if stopping:
+                    return  # a server that stops waits for nobody who only watches
+                await asyncio.sleep(_WATCH_S)
+        except Rejected as error:
+            await context.abort(_CODES[error.status], error.message)
+        finally:
+            self._watches -= 1
+
+    def _status_of(self, service: str) -> Any:
+        """Whether the whole server, or the model of this name, answers now."""
+        try:
+            ready = self._inference.ready if service in ("", SERVICE) else model_ready(self._inference, service, None)
+        except Rejected as error:
+            return health_pb2.HealthCheckResponse.ServingStatus.Value(
+                "SERVICE_UNKNOWN" if error.status == 404 else "NOT_SERVING"
+            )
+        return health_pb2.HealthCheckResponse.ServingStatus.Value("SERVING" if ready else "NOT_SERVING")
+
     async def _server_live(self, _: Any, __: _Caller) -> Any:
         return pb.ServerLiveResponse(live=True)
 
@@ -149,7 +210,7 @@ class Grpc:
         return pb.ModelReadyResponse(ready=model_ready(self._inference, request.name, request.version or None))
 
     async def _server_metadata(self, _: Any, __: _Caller) -> Any:
-        return pb.ServerMetadataResponse(name="visionloop", version="", extensions=["binary_tensor_data"])
+        return pb.ServerMetadataResponse(name="visionloop", version="", extensions=tensors.EXTENSIONS)
 
     async def _model_metadata(self, request: Any, _: _Caller) -> Any:
         deployment = self._inference.deployment(request.name, request.version or None)
@@ -163,8 +224,15 @@ class Grpc:
             outputs=[tensor(**one) for one in told["outputs"]],
         )
 
+    async def _model_config(self, request: Any, _: _Caller) -> Any:
+        deployment = self._inference.deployment(request.name, request.version or None)
+        return pb.ModelConfigResponse(config=ParseDict(tensors.configuration(deployment.release), pb.ModelConfig()))
+
     async def _model_infer(self, request: Any, caller: _Caller) -> Any:
         deployment = self._inference.deployment(request.model_name, request.model_version or None)
+        tensors.check_parameters("the request", _values(request.parameters), {})
+        for output in request.outputs:
+            tensors.check_parameters(f"output {output.name[:64]!r}", _values(output.parameters), {})
         wanted = [output.name for output in request.outputs]
         tensors.check_outputs(wanted)
         if len(request.id) > 128:
@@ -180,6 +248,7 @@ class Grpc:
             protocol="grpc",
             key=caller.key,
             caller=caller.name,
+            event_at=moment(caller.event_time),
         )
         found = tensors.outputs(answered, wanted)
         tensor = pb.ModelInferResponse.InferOutputTensor
@@ -214,12 +283,38 @@ def _input(request: Any) -> tensors.Given:
     (tensor,) = request.inputs
     if any(not 0 <= n < 1 << 31 for n in tensor.shape):
         raise Rejected(400, "the shape of an input is a list of whole numbers, none negative")
+    parameters = _values(tensor.parameters)
+    # KServe's client tells the size of what it sends, as over HTTP.
+    tensors.check_parameters(f"input {tensor.name[:64]!r}", parameters, {"binary_data_size": int})
+    if "binary_data_size" in parameters and parameters["binary_data_size"] != sum(map(len, raw)):
+        raise Rejected(400, "binary_data_size is not the size of the raw contents")
+    field = "bytes_contents" if tensor.datatype == "BYTES" else "uint_contents"
+    for filled, _ in tensor.contents.ListFields():
+        if raw:
+            raise Rejected(400, "an input has contents or raw contents, not both")
+        if filled.name != field:
+            raise Rejected(400, f"{filled.name} hold no {tensor.datatype[:16]}; fill {field}")
     # The field itself, not a list of it: what is wrong with it is seen without a copy.
-    if raw:
-        data: Any = raw[0]
-    else:
-        data = tensor.contents.bytes_contents if tensor.datatype == "BYTES" else tensor.contents.uint_contents
+    data: Any = raw[0] if raw else getattr(tensor.contents, field)
     return tensors.Given(tensor.name, tensor.datatype, tuple(tensor.shape), data)
+
+
+def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = {name: value.WhichOneof("parameter_choice") for name, value in parameters.items()}
+    return {name: getattr(parameters[name], choice) if choice else None for name, choice in chosen.items()}
+
+
+class _Unsupported(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Says of the protocol's methods that are not done here what there is instead."""
+
+    def service(self, details: Any) -> Any:
+        service, _, method = details.method.strip("/").partition("/")
+
+        async def refuse(_: Any, context: Any) -> None:
+            text = f"{method[:64]} is not done by this server; it has {', '.join(_NEEDS)}"
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, text)
+
+        return grpc.stream_unary_rpc_method_handler(refuse) if service == SERVICE else None
 
 
 def _snake(name: str) -> str:

@@ -243,7 +243,7 @@ class _Server:
             request_timeout_s=self._config.request_timeout_s,
             max_body=self._config.max_body,
         )
-        server.add_generic_rpc_handlers((answers.handlers(),))
+        server.add_generic_rpc_handlers(answers.handlers())
         host, port = bound.getsockname()[:2]
         bound.close()  # gRPC binds by itself; until here the socket proved that the port is free
         shown = f"[{host}]" if ":" in host else host

@@ -120,6 +120,37 @@ def _pixels(values: Sequence[Any], expected: int) -> bytes:
     return bytes(flat)
 
 
+_REFUSED = {
+    "classification": "no classification strings are made; ask for the outputs label and probabilities",
+    "shared_memory_": "shared memory is not supported; send and receive the data within the messages",
+    "sequence_": "there are no sequences; every picture is answered by itself",
+    "priority": "there are no priorities; requests are answered in their order",
+    "timeout": "a request has no timeout of its own; set a deadline in the client",
+}
+"""What the protocol's extensions know and this server does not do, by the beginning of the parameter's name."""
+_KINDS = {bool: "true or false", int: "a whole number"}
+
+
+def check_parameters(place: str, given: Any, known: Mapping[str, type]) -> None:
+    """Raise Rejected for a parameter that would have no effect: nothing that a client asks for is dropped in silence.
+
+    A zero, false or empty value of what is not done here asks for nothing and passes.
+    """
+    if not isinstance(given, Mapping):
+        raise Rejected(400, f"parameters of {place} are an object")
+    for name, value in given.items():
+        if name in known:
+            if type(value) is not known[name]:
+                raise Rejected(400, f"{name} of {place} is {_KINDS[known[name]]}")
+            continue
+        why = next((why for start, why in _REFUSED.items() if name.startswith(start)), None)
+        if why is None and name != "triton_enable_empty_final_response":  # of a stream, and here is none
+            valid = ", ".join(known) or "none"
+            raise Rejected(400, f"unknown parameter {name[:64]!r} of {place}; valid: {valid}")
+        if why is not None and value not in (0, ""):
+            raise Rejected(400, f"{name[:64]} of {place}: {why}")
+
+
 _Values = npt.NDArray[Any] | list[bytes]
 _OUTPUTS: dict[str, tuple[str, Callable[[Release], list[int]], Callable[[Answered], _Values]]] = {
     "label": ("BYTES", lambda _: [-1], lambda a: [x.label.encode() for x in a.answers]),
@@ -137,6 +168,29 @@ _OUTPUTS: dict[str, tuple[str, Callable[[Release], list[int]], Callable[[Answere
     ),
     "prediction_id": ("BYTES", lambda _: [-1], lambda a: [x.prediction_id.encode() for x in a.answers]),
 }
+
+
+EXTENSIONS = ("binary_tensor_data", "model_configuration")
+_CONFIGURED = {"UINT8": "TYPE_UINT8", "BYTES": "TYPE_STRING", "BOOL": "TYPE_BOOL", "FP32": "TYPE_FP32"}
+
+
+def configuration(release: Release) -> dict[str, Any]:
+    """The model's configuration as the protocol's extension has it: shapes are those of one picture."""
+    told = metadata(release, "")
+
+    def described(tensor: Mapping[str, Any]) -> dict[str, Any]:
+        return {"name": tensor["name"], "data_type": _CONFIGURED[tensor["datatype"]], "dims": tensor["shape"][1:]}
+
+    return {
+        "name": release.model,
+        "platform": told["platform"],
+        "backend": "visionloop",
+        "max_batch_size": MAX_PICTURES,
+        "input": [described(tensor) for tensor in told["inputs"]],
+        "output": [described(tensor) for tensor in told["outputs"]],
+        # Pictures of different requests share a batch.
+        "dynamic_batching": {},
+    }
 
 
 def metadata(release: Release, version: str) -> dict[str, Any]:
@@ -215,8 +269,11 @@ class RestRequest:
     binary_default: bool
 
 
-def read_rest(body: bytes, header_length: str | None) -> RestRequest:
-    """Parse a request body, with its binary part behind the JSON where the header says how long that is."""
+def read_rest(body: bytes, header_length: str | None, *, model: str, version: str) -> RestRequest:
+    """Parse a request body, with its binary part behind the JSON where the header says how long that is.
+
+    Raises Rejected for all that is not understood, also for a `model` or `version` other than what the address names.
+    """
     try:
         length = len(body) if header_length is None else int(header_length)
     except ValueError:
@@ -236,31 +293,56 @@ def read_rest(body: bytes, header_length: str | None) -> RestRequest:
                 raise Rejected(400, "name and datatype of an input are text")
             if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in shape)):
                 raise Rejected(400, "the shape of an input is a list of whole numbers, none negative")
-            size = (tensor.get("parameters") or {}).get("binary_data_size")
+            _check_keys(f"input {name[:64]!r}", tensor, ("name", "datatype", "shape", "parameters", "data"))
+            parameters = _parameters(f"input {name[:64]!r}", tensor, binary_data_size=int)
+            size = parameters.get("binary_data_size")
             data: bytes | list[Any]
             if size is None:
                 data = tensor["data"]
                 if not isinstance(data, list):
                     raise Rejected(400, "data of an input is a list")
             else:
-                if type(size) is not int or not 0 <= size <= len(binary) - place:
+                if "data" in tensor:
+                    raise Rejected(400, "an input has data or binary_data_size, not both")
+                if not 0 <= size <= len(binary) - place:
                     raise Rejected(400, "binary_data_size says more than the body holds")
                 data = binary[place : place + size]
                 place += size
             given.append(Given(name, datatype, tuple(shape), data))
-        default = bool((told.get("parameters") or {}).get("binary_data_output", False))
-        wanted = tuple(
-            (str(output["name"]), bool((output.get("parameters") or {}).get("binary_data", default)))
-            for output in told.get("outputs") or []
-        )
-        identifier = told.get("id") or ""
+        default = _parameters("the request", told, binary_data_output=bool).get("binary_data_output", False)
+        wanted = []
+        outputs_asked = told.get("outputs")
+        if not isinstance(outputs_asked, list | None):
+            raise Rejected(400, "outputs is a list")
+        for output in outputs_asked or []:
+            name = str(output["name"])
+            _check_keys(f"output {name[:64]!r}", output, ("name", "parameters"))
+            wanted.append((name, _parameters(f"output {name[:64]!r}", output, binary_data=bool).get("binary_data", default)))
+        identifier = told.get("id")
+        for key, served in (("model_name", model), ("model_version", version)):
+            if (asked := told.get(key)) not in (None, "", served):
+                raise Rejected(400, f"{key} of the body is {str(asked)[:64]!r}; this address answers for {served!r}")
+        _check_keys("the request", told, ("id", "model_name", "model_version", "parameters", "inputs", "outputs"))
     except (KeyError, TypeError, AttributeError):
         raise Rejected(400, "not a v2 inference request: inputs need name, datatype, shape and data") from None
     if place != len(binary):
         raise Rejected(400, "the body holds more binary data than its inputs say")
-    if not isinstance(identifier, str) or len(identifier) > 128:
+    if identifier is not None and (not isinstance(identifier, str) or len(identifier) > 128):
         raise Rejected(400, "the id is text of at most 128 characters")
-    return RestRequest(identifier, tuple(given), wanted, default)
+    return RestRequest(identifier or "", tuple(given), tuple(wanted), default)
+
+
+def _parameters(place: str, told: Mapping[str, Any], **known: type) -> Mapping[str, Any]:
+    given = told.get("parameters")
+    given = {} if given is None else given
+    check_parameters(place, given, known)
+    return given
+
+
+def _check_keys(place: str, told: Mapping[str, Any], valid: Sequence[str]) -> None:
+    for key in told:
+        if key not in valid:
+            raise Rejected(400, f"unknown field {key[:64]!r} of {place}; valid: {', '.join(valid)}")
 
 
 def write_rest(request: RestRequest, answered: Answered) -> tuple[bytes, int | None]:

@@ -151,6 +151,27 @@ class Server:
         return self.process.wait(60)
 
 
+def health(running: Server, method: str, service: str = "", token: str = "", timeout: float = 30) -> Any:
+    """What gRPC's standard health service says: a status by name (Check), all of them (List), or an iterator (Watch)."""
+    import grpc
+
+    from serving import health_pb2 as pb
+
+    name = pb.HealthCheckResponse.ServingStatus.Name
+    channel = grpc.insecure_channel(f"127.0.0.1:{running.grpc_port}")
+    request, response = (
+        (pb.HealthListRequest(), pb.HealthListResponse)
+        if method == "List"
+        else (pb.HealthCheckRequest(service=service), pb.HealthCheckResponse)
+    )
+    make = channel.unary_stream if method == "Watch" else channel.unary_unary
+    call = make(f"/grpc.health.v1.Health/{method}", type(request).SerializeToString, response.FromString)
+    found = call(request, timeout=timeout, metadata=[("authorization", f"Bearer {token}")] if token else [])
+    if method == "Watch":
+        return (name(one.status) for one in found)
+    return {key: name(one.status) for key, one in found.statuses.items()} if method == "List" else name(found.status)
+
+
 def _command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from served import MODEL, Reply, Server, jpeg, png, publish, route, server, variant
+from served import MODEL, Reply, Server, health, jpeg, png, publish, route, server, variant
 from shapes import KINDS, free_port, visionloop_process
 
 from components.contracts import Release, Stored
@@ -617,8 +617,27 @@ def test_a_model_that_nobody_promoted_is_waited_for(stage: Path, smoke: Stored[R
         assert mine.ask("GET", "/v2/health/ready").status == 503
         reply = mine.predict(png("disc", 1))
         assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+        watched = {name: health(mine, "Watch", name, timeout=60) for name in ("", MODEL, "other")}
+        told = {name: [next(said)] for name, said in watched.items()}
+        assert told == {"": ["NOT_SERVING"], MODEL: ["NOT_SERVING"], "other": ["SERVICE_UNKNOWN"]}
+        names = ("", "inference.GRPCInferenceService", MODEL)
+        assert health(mine, "List") == dict.fromkeys(names, "NOT_SERVING")
         path.write_bytes(kept)
         mine.wait_for(lambda: mine.ask("GET", "/v2/health/ready").status == 200)
+        assert [next(watched[name]) for name in ("", MODEL)] == ["SERVING", "SERVING"]
+        assert [health(mine, "Check", name) for name in names] == ["SERVING"] * 3
+        with pytest.raises(grpc.RpcError) as refused:
+            health(mine, "Check", "other")
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+        crowd = [health(mine, "Watch", timeout=60) for _ in range(64 - len(watched))]
+        assert {next(said) for said in crowd} == {"SERVING"}
+        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
+            next(health(mine, "Watch"))  # calls are left for those who want answers
+        assert health(mine, "Check") == "SERVING"
+        mine.process.send_signal(signal.SIGTERM)
+        # Who watches is told, and keeps no server that stops waiting.
+        assert [list(watched[name]) for name in ("", MODEL, "other")] == [["NOT_SERVING"], ["NOT_SERVING"], []]
+        assert mine.stop() == 0
 
 
 ROUTES = {
@@ -629,6 +648,8 @@ ROUTES = {
     ("GET", "/v2"): "viewer",
     ("GET", f"/v2/models/{MODEL}"): "viewer",
     ("GET", f"/v2/models/{MODEL}/versions/1"): "viewer",
+    ("GET", f"/v2/models/{MODEL}/config"): "viewer",
+    ("GET", f"/v2/models/{MODEL}/versions/1/config"): "viewer",
     ("GET", "/status"): "viewer",
     ("GET", "/metrics"): "viewer",
     ("GET", "/docs"): None,
@@ -694,7 +715,15 @@ def test_every_route_asks_for_the_role_it_needs(stage: Path) -> None:
                 client.infer(MODEL, [given], headers=sent)
         assert client.is_server_ready()
         assert client.is_model_ready(MODEL)
-        for look in (client.get_server_metadata, lambda headers: client.get_model_metadata(MODEL, headers=headers)):
+        assert health(mine, "Check", MODEL) == "SERVING"
+        with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+            health(mine, "List")  # names of models
+        assert health(mine, "List", token=known["viewer"])[MODEL] == "SERVING"
+        for look in (
+            client.get_server_metadata,
+            lambda headers: client.get_model_metadata(MODEL, headers=headers),
+            lambda headers: client.get_model_config(MODEL, headers=headers),
+        ):
             with pytest.raises(triton.InferenceServerException, match="UNAUTHENTICATED"):
                 look(headers={})
             look(headers={"authorization": f"Bearer {known['viewer']}"})

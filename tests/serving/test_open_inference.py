@@ -48,10 +48,30 @@ def test_health_and_metadata(triton: tuple[Any, Any]) -> None:
     assert {output["name"] for output in told["outputs"]} >= {"label", "probabilities", "embedding", "unsure"}
 
 
-def _json(message: Any) -> str:
+@pytest.mark.parametrize("version", ["", "1"])
+def test_the_configuration_is_that_of_the_metadata(triton: tuple[Any, Any], version: str) -> None:
+    library, client = triton
+    found = client.get_model_config(MODEL, version)
+    told = found if isinstance(found, dict) else json.loads(_json(found, preserving_proto_field_name=True))["config"]
+    assert (told["name"], told["platform"], told["max_batch_size"]) == (MODEL, "openvino_int8", 64)
+    assert "dynamic_batching" in told
+    (given,) = told["input"]
+    assert (given["name"], given["data_type"], [int(n) for n in given["dims"]]) == ("images", "TYPE_UINT8", [16, 16, 1])
+    outputs = {one["name"]: (one["data_type"], [int(n) for n in one.get("dims", [])]) for one in told["output"]}
+    assert outputs["label"] == ("TYPE_STRING", [])
+    assert outputs["unsure"] == ("TYPE_BOOL", [])
+    assert outputs["probabilities"] == ("TYPE_FP32", [3])
+    server = client.get_server_metadata()
+    extensions = server["extensions"] if isinstance(server, dict) else server.extensions
+    assert list(extensions) == ["binary_tensor_data", "model_configuration"]
+    with pytest.raises(library.InferenceServerException, match="version '9' of shapes is not served; now it is 1"):
+        client.get_model_config(MODEL, "9")
+
+
+def _json(message: Any, **options: Any) -> str:
     from google.protobuf.json_format import MessageToJson
 
-    return str(MessageToJson(message))
+    return str(MessageToJson(message, **options))
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -151,6 +171,130 @@ def test_unknown_models_versions_and_outputs_are_refused(triton: tuple[Any, Any]
         client.infer(MODEL, [given], outputs=[library.InferRequestedOutput("boxes")])
 
 
+def _shared(tensor: Any) -> Any:
+    tensor.set_shared_memory("region", 256)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("ask", "why"),
+    [
+        ({"class_count": 2}, "classification of output 'label': no classification strings"),
+        ({"shared_output": True}, "shared_memory_.* of output 'label': shared memory is not supported"),
+        ({"shared_input": True}, "shared_memory_.* of input 'images': shared memory is not supported"),
+        ({"sequence_id": 7}, "sequence_.* of the request: there are no sequences"),
+        ({"sequence_id": "seven"}, "sequence_.* of the request: there are no sequences"),
+        ({"priority": 1}, "priority of the request: there are no priorities"),
+        ({"timeout": 1000}, "timeout of the request: .*deadline in the client"),
+        ({"parameters": {"top": 3}}, "unknown parameter 'top' of the request"),
+        ({"parameters": {"classification": 3}}, "classification of the request: no classification strings"),
+        ({"timeout": 0, "priority": 0, "sequence_id": 0}, ""),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(triton: tuple[Any, Any], ask: dict[str, Any], why: str) -> None:
+    library, client = triton
+    ask = dict(ask)
+    given = library.InferInput("images", [1, 16, 16, 1], "UINT8")
+    given.set_data_from_numpy(PIXELS[:1])
+    wanted = library.InferRequestedOutput("label", class_count=ask.pop("class_count", 0))
+    given = _shared(given) if ask.pop("shared_input", False) else given
+    wanted = _shared(wanted) if ask.pop("shared_output", False) else wanted
+    if not why:
+        assert _text(client.infer(MODEL, [given], outputs=[wanted], **ask).as_numpy("label")[0]) == KINDS[0]
+        return
+    with pytest.raises(library.InferenceServerException, match=why):
+        client.infer(MODEL, [given], outputs=[wanted], **ask)
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value", "why"),
+    [
+        ((), "model_name", "other", "model_name of the body is 'other'; this address answers for 'shapes'"),
+        ((), "model_version", "9", "model_version of the body is '9'; this address answers for '1'"),
+        ((), "priority", 1, "unknown field 'priority' of the request"),
+        ((), "parameters", [], "parameters of the request are an object"),
+        ((), "parameters", {"binary_data_output": "false"}, "binary_data_output of the request is true or false"),
+        ((), "id", 0, "the id is text"),
+        ((), "outputs", "label", "outputs is a list"),
+        ((), "outputs", {}, "outputs is a list"),
+        ((), "outputs", [{"name": "label", "datatype": "BYTES"}], "unknown field 'datatype' of output 'label'"),
+        ((), "outputs", [{"name": "label", "parameters": {"binary_data": 0}}], "binary_data of output 'label' is true or"),
+        (("inputs", 0), "content_type", "np", "unknown field 'content_type' of input 'images'"),
+        (("inputs", 0), "parameters", {"content_type": "np"}, "unknown parameter 'content_type' of input 'images'"),
+        (("inputs", 0), "parameters", {"binary_data_size": 0}, "data or binary_data_size, not both"),
+        (("inputs", 0), "parameters", {"binary_data_size": True}, "binary_data_size of input 'images' is a whole number"),
+        ((), "model_name", MODEL, ""),
+        ((), "parameters", None, ""),
+    ],
+)
+def test_fields_that_would_have_no_effect_are_refused(
+    running: Server, where: tuple[Any, ...], field: str, value: Any, why: str
+) -> None:
+    body: Any = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 16, 16, 1], "data": [0] * 256}]}
+    place = body
+    for step in where:
+        place = place[step]
+    place[field] = value
+    reply = running.ask("POST", f"/v2/models/{MODEL}/infer", json.dumps(body).encode())
+    assert (reply.status, why in reply.json.get("error", "")) == (400 if why else 200, True), reply.body
+
+
+def test_grpc_contents_that_would_have_no_effect_are_refused(running: Server) -> None:
+    from tritonclient.grpc import service_pb2
+
+    _, client = client_of(running, "grpc")
+
+    def sent(*, data: int = 256, raw: bytes | None = None, **fields: Any) -> Any:
+        request = service_pb2.ModelInferRequest(model_name=MODEL, raw_input_contents=[] if raw is None else [raw])
+        tensor = request.inputs.add(name="images", datatype="UINT8", shape=[1, 16, 16, 1])
+        for name, value in fields.items():
+            getattr(tensor.contents, name).extend(value)
+        if data != 256:
+            tensor.parameters["binary_data_size"].int64_param = data
+        return client._client_stub.ModelInfer(request, timeout=30)
+
+    import grpc
+
+    pixels = bytes(256)
+    assert sent(uint_contents=pixels).model_name == sent(raw=pixels).model_name == MODEL
+    for kwargs, why in [
+        ({"int_contents": [0] * 256}, "int_contents hold no UINT8; fill uint_contents"),
+        ({"uint_contents": pixels, "fp32_contents": [0.5]}, "fp32_contents hold no UINT8; fill uint_contents"),
+        ({"raw": pixels, "uint_contents": pixels}, "contents or raw contents, not both"),
+        ({"raw": pixels, "data": 255}, "not the size of the raw contents"),
+    ]:
+        with pytest.raises(grpc.RpcError) as caught:
+            sent(**kwargs)  # type: ignore[arg-type]
+        assert (caught.value.code(), why in caught.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+def test_parts_of_the_protocol_that_are_not_done_say_so(triton: tuple[Any, Any]) -> None:
+    library, client = triton
+    for call in (
+        lambda: client.get_inference_statistics(MODEL),
+        client.get_model_repository_index,
+        client.get_system_shared_memory_status,
+        client.get_cuda_shared_memory_status,
+        client.unregister_system_shared_memory,
+        lambda: client.register_system_shared_memory("a", "/a", 10),
+        client.get_trace_settings,
+        client.get_log_settings,
+        lambda: client.load_model(MODEL),
+        lambda: client.unload_model(MODEL),
+    ):
+        with pytest.raises(library.InferenceServerException, match="not done by this server; it has"):
+            call()
+
+
+def test_the_time_of_a_picture_is_kept_over_grpc_too(running: Server) -> None:
+    library, client = client_of(running, "grpc")
+    given = library.InferInput("images", [1, 16, 16, 1], "UINT8")
+    given.set_data_from_numpy(PIXELS[:1])
+    client.infer(MODEL, [given], headers={"x-event-time": "2026-03-01T14:00:00Z"})
+    with pytest.raises(library.InferenceServerException, match="not ISO 8601"):
+        client.infer(MODEL, [given], headers={"x-event-time": "yesterday"})
+
+
 @pytest.mark.parametrize(
     ("body", "why"),
     [
@@ -212,19 +356,13 @@ def test_a_grpc_message_over_the_limit_is_refused(running: Server) -> None:
         client.infer(MODEL, [given])
 
 
-def test_the_generated_code_is_that_of_the_protocol_file(tmp_path: Any) -> None:
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I.", f"--python_out={tmp_path}", "serving/open_inference.proto"],
-        cwd=root,
-        check=True,
-    )
-    made = (tmp_path / "serving" / "open_inference_pb2.py").read_text()
-    assert made == (root / "serving" / "open_inference_pb2.py").read_text()
+def test_the_generated_code_is_that_of_the_protocol_files(tmp_path: Path) -> None:
+    protocols = sorted(path.relative_to(CODE) for path in CODE.glob("serving/*.proto"))
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", f"--python_out={tmp_path}", *map(str, protocols)]
+    subprocess.run(command, cwd=CODE, check=True)
+    assert [path.name for path in protocols] == ["health.proto", "open_inference.proto"]
+    for path in sorted(tmp_path.glob("serving/*.py")):
+        assert path.read_text() == (CODE / "serving" / path.name).read_text()
 
 
 def test_outputs_asked_for_twice_are_refused(running: Server) -> None:
