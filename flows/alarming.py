@@ -95,7 +95,8 @@ def tell_of_data(loop: Loop, *, told: Told) -> list[str]:
 def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Started]:
     """Start what nobody started, through the training deployment; running again starts nothing twice.
 
-    Raises nothing for a Prefect server that is away: what is pending stays pending, and that is told.
+    Raises nothing for a Prefect server that is away: what is pending stays pending, and that is told. Raises ConfigError
+    when nobody can say by which recipe it is trained.
     """
     keys = pending(loop, grace_s=grace_s)
     if not keys:
@@ -103,6 +104,7 @@ def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Start
     if not loop.settings.prefect_api_url:
         told(f"{len(keys)} trainings wait ({keys[0]}), and no Prefect server is known here: visionloop up")
         return []
+    training_parameters(loop)  # a recipe that is not there is no fault of Prefect's
     started: list[Started] = []
     problem: list[str] = []
 
@@ -173,4 +175,4 @@ def start(loop: Loop, key: str) -> Started | None:
 
 def training_parameters(loop: Loop) -> dict[str, Any]:
     """What every run of the model's training deployment is given."""
-    return {"recipe": loop.config.recipe, "workspace": str(loop.workspace.root), "quiet": True}
+    return {"recipe": loop.recipe, "workspace": str(loop.workspace.root), "quiet": True}

@@ -356,13 +356,18 @@ def _root_of(folder: Path) -> Path | None:
 @recipe_app.command("list")
 def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """The shipped recipes and the workspace's own."""
-    import yaml
+    from flows.config import peek, recipe_files
 
-    from flows.config import recipe_files
-
-    files = recipe_files(_root_of(workspace))
-    found = {name: str((yaml.safe_load(path.read_text()) or {}).get("description", "")) for name, path in files.items()}
-    finish({"recipes": found}, json_, lambda: "\n".join(f"{name:16} {text}" for name, text in sorted(found.items())))
+    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    for name, path in sorted(recipe_files(_root_of(workspace)).items()):
+        try:
+            found[name] = peek(path).description
+        except ConfigError as error:
+            problems[name] = str(error)
+    lines = [f"{name:16} {text}" for name, text in found.items()]
+    lines += [f"{name:16} cannot be used: {problem}" for name, problem in problems.items()]
+    finish({"recipes": found, "problems": problems}, json_, lambda: "\n".join(lines))
 
 
 @recipe_app.command("show")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError, field_validator
 
 from components import plugins
@@ -23,6 +22,7 @@ from components.splitting import SplittingConfig
 from components.training import TrainingConfig
 from components.training import check as check_training
 from components.validation import ValidationConfig
+from flows.yaml_reading import parse_yaml, read_mapping
 
 SHIPPED = Path(__file__).resolve().parent / "recipes"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -59,6 +59,11 @@ def recipe_files(workspace: Path | None) -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
+def peek(path: Path) -> RunConfig:
+    """A recipe's sections as they are, without asking whether what they name exists; raises ConfigError."""
+    return parse(read_mapping(path, "recipe"), place=str(path))
+
+
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path | None = None) -> RunConfig:
     """The recipe of this name or path with `section.key=value` overrides; raises ConfigError naming the key.
 
@@ -68,14 +73,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else files.get(recipe)
     if path is None:
         raise UnknownName("recipe", recipe, list(files))
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {path} is not a mapping of sections")
+    values = read_mapping(path, "recipe")
     for override in overrides:
         _apply(values, override)
     config = parse(values, place=str(path))
@@ -99,7 +97,20 @@ def parse(values: dict[str, Any], *, place: str) -> RunConfig:
         if problem["type"] == "extra_forbidden":
             valid = _fields(problem["loc"][:-1])
             raise UnknownName(f"key in {place}:", key, valid) from error
-        raise ConfigError(f"{place}: {key}: {problem['msg']}") from error
+        raise ConfigError(f"{place}: {key}: {problem['msg']}{_hint(problem)}") from error
+
+
+def _hint(problem: Mapping[str, Any]) -> str:
+    """What was given instead, where YAML may have read a plain value as something else than was meant."""
+    given, kind = problem["input"], problem["type"]
+    if not isinstance(given, (str, bool, int, float, type(None))):
+        return ""
+    shown = json.dumps(given, ensure_ascii=False)[:60]
+    if kind == "string_type":
+        return f", not {shown}; quote it, such as '{shown}'"
+    if kind == "bool_type":
+        return f", not {shown}; write true or false"
+    return f", not {shown}"
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -112,10 +123,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
-    try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
+    section[last] = parse_yaml(text, f"the value of --set {override!r}")
 
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:

@@ -49,7 +49,7 @@ def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for loop in loops:
         deployments, automations = deploy(loop), automate(loop)
-        found[loop.model] = {"deployments": deployments, "automations": automations, "recipe": loop.config.recipe}
+        found[loop.model] = {"deployments": deployments, "automations": automations, "recipe": loop.recipe}
         told(f"{loop.model}: deployments {', '.join(deployments)} and {len(automations)} automations")
     return found
 
@@ -57,7 +57,8 @@ def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
 def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> dict[str, Any]:
     """Server, pool, deployments, automations, worker; a training that was stopped is taken up again."""
     models = models_of(up, named)
-    _loops(up, models)  # one that is not valid should be said before anything is started
+    for loop in _loops(up, models):
+        _ = loop.recipe  # one that is not valid should be said before anything is started
     server = up.start(port=port, told=told)
     from flows.deploying import POOL
 
@@ -99,8 +100,7 @@ def state_of(up: Up) -> dict[str, Any]:
     for model in models_of(up, []):
         try:
             models[model] = _model(up, model, answers=answers)
-            if models[model]["unwatched"]:
-                problems.append(f"{model}: {models[model]['unwatched']}")
+            problems += [f"{model}: {models[model][kind]}" for kind in ("unwatched", "unable") if models[model][kind]]
         except VisionloopError as error:
             problems.append(f"{model}: {error}")
     return {"server": _process(server), "worker": _process(worker), "team": team, "models": models, "problems": problems}
@@ -142,6 +142,12 @@ def _model(up: Up, model: str, *, answers: bool) -> dict[str, Any]:
     champion = approval.champion(entries)
     judged = windows(loop, 1)
     last = judged[-1] if judged else None
+    unable, unwatched, waiting = "", "", []
+    try:
+        unwatched, waiting = _unwatched(loop, champion, last[1] if last else None), pending(loop)
+        _ = loop.recipe
+    except ConfigError as error:
+        unable = str(error)
     return {
         "champion": champion.body["version"] if champion else None,
         "waiting_versions": [s.version for s in approval.states(entries, ledger.now()) if s.status == "waiting"],
@@ -154,8 +160,9 @@ def _model(up: Up, model: str, *, answers: bool) -> dict[str, Any]:
         }
         if last
         else None,
-        "unwatched": _unwatched(loop, champion, last[1] if last else None),
-        "pending": pending(loop),
+        "unwatched": unwatched,
+        "unable": unable,
+        "pending": waiting,
         "running": [run.key for run in loop.governor.runs(model) if run.state == "running"],
         "stopped": loop.governor.stopped(model),
         "scheduled": _scheduled(model) if answers else {},

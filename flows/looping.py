@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from components.contracts import ConfigError, Record, first_problem
-from flows.config import load_recipe, recipe_files
+from flows.config import load_recipe, peek, recipe_files
 from flows.run import Workspace
 from flows.settings import Settings
+from flows.yaml_reading import read_mapping
 from monitoring.drift import DriftPolicy, check
 from monitoring.governor import GovernorPolicy
 from monitoring.records import open_records
@@ -23,8 +23,8 @@ LOOPS = "loops"
 class LoopConfig(Record):
     """One model's loop, completely."""
 
-    recipe: str
-    """What it is retrained with."""
+    recipe: str | None = None
+    """What it is retrained with; none where one recipe alone makes the model."""
     every_minutes: int = Field(default=15, ge=1, le=24 * 60)
     """Length of a window, and how often one is looked at."""
     look_back: int = Field(default=8, ge=1, le=200)
@@ -50,45 +50,51 @@ class LoopConfig(Record):
 
 
 def load_loop(workspace: Workspace, model: str) -> LoopConfig:
-    """The model's loop; raises ConfigError naming the key, or when no recipe makes the model."""
+    """How the model is looped, by its file or the defaults; raises ConfigError naming the key."""
     path = workspace.root / LOOPS / f"{model}.yaml"
-    values: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            values = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} is not a mapping")
-    values.setdefault("recipe", _recipe_of(workspace, model))
+    values = read_mapping(path, "loop", may_be_empty=True) if path.exists() else {}
     try:
         config = LoopConfig.model_validate_json(json.dumps(values), strict=True)
     except (ValidationError, TypeError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
         valid = ", ".join(name for name in LoopConfig.model_fields if name != "schema_version")
         raise ConfigError(f"{path}: {problem}; keys are {valid}") from error
-    found = load_recipe(config.recipe, workspace=workspace.root)
-    if found.model != model:
-        raise ConfigError(f"{path}: recipe {config.recipe!r} makes model {found.model!r}, not {model!r}")
     check(config.drift)
     return config
 
 
-def _recipe_of(workspace: Workspace, model: str) -> str:
-    """The recipe that makes this model, where there is one."""
-    found = []
-    for name, path in recipe_files(workspace.root).items():
+def training_recipe(workspace: Workspace, model: str, config: LoopConfig) -> str:
+    """What the model is retrained with: the recipe that its loop names, else the one that makes it.
+
+    Raises ConfigError when it does not make this model, or when none or several do and none is named.
+    """
+    path = workspace.root / LOOPS / f"{model}.yaml"
+    recipe = config.recipe or _only_recipe(workspace, model, path)
+    found = load_recipe(recipe, workspace=workspace.root)
+    if found.model != model:
+        raise ConfigError(f"{path}: recipe {recipe!r} makes model {found.model!r}, not {model!r}")
+    return recipe
+
+
+def _only_recipe(workspace: Workspace, model: str, path: Path) -> str:
+    found, unread = [], []
+    for name, file in recipe_files(workspace.root).items():
         try:
-            if (yaml.safe_load(path.read_text()) or {}).get("model") == model:
+            if peek(file).model == model:
                 found.append(name)
-        except (yaml.YAMLError, AttributeError):
-            continue
-    if len(found) != 1:
+        except ConfigError as error:
+            unread.append(str(error))
+    if len(found) == 1:
+        return found[0]
+    if found:
         raise ConfigError(
-            f"{len(found)} recipes make model {model!r} ({', '.join(sorted(found)) or 'none'}); name one in "
-            f"{workspace.root / LOOPS / f'{model}.yaml'}: `recipe: NAME`"
+            f"recipes {' and '.join(sorted(found))} all make model {model!r}, and the loop has to know which one to train: "
+            f"write the line `recipe: {min(found)}` (or another of them) into {path}"
         )
-    return found[0]
+    broken = f" (not read: {'; '.join(unread)})" if unread else ""
+    raise ConfigError(
+        f"no recipe makes model {model!r}{broken}; write one with `model: {model}` into {workspace.root / 'recipes'}"
+    )
 
 
 def configured(workspace: Workspace) -> list[str]:
@@ -97,7 +103,10 @@ def configured(workspace: Workspace) -> list[str]:
 
 
 class Loop:
-    """One model's loop in a workspace: its configuration and its tables."""
+    """One model's loop in a workspace: its tables, and its configuration once that is asked for.
+
+    What a person reads or decides needs neither a valid configuration nor a recipe.
+    """
 
     def __init__(self, workspace: Workspace, settings: Settings, model: str) -> None:
         from monitoring.governor import Governor
@@ -105,11 +114,20 @@ class Loop:
         from monitoring.outbox import Outbox
 
         self.workspace, self.settings, self.model = workspace, settings, model
-        self.config = load_loop(workspace, model)
         database = open_records(settings.loop_url)
         self.outbox = Outbox(database)
-        self.governor = Governor(database, self.config.governor)
+        self.governor = Governor(database, lambda: self.config.governor)
         self.labels = Labels(database)
+
+    @cached_property
+    def config(self) -> LoopConfig:
+        """How it is looped; raises ConfigError."""
+        return load_loop(self.workspace, self.model)
+
+    @cached_property
+    def recipe(self) -> str:
+        """What it is retrained with; raises ConfigError."""
+        return training_recipe(self.workspace, self.model, self.config)
 
     @property
     def folder(self) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -213,10 +213,15 @@ def _shown(moment: datetime.datetime) -> str:
 
 
 class Governor:
-    """The governor behind one database."""
+    """The governor behind one database; its policy is read once something has to be decided."""
 
-    def __init__(self, database: Database, policy: GovernorPolicy) -> None:
-        self._database, self.policy = database, policy
+    def __init__(self, database: Database, policy: GovernorPolicy | Callable[[], GovernorPolicy]) -> None:
+        self._database, self._policy = database, policy
+
+    @property
+    def policy(self) -> GovernorPolicy:
+        """What it decides by."""
+        return self._policy() if callable(self._policy) else self._policy
 
     def ask(self, request: Request, *, holder: str) -> Decision:
         """Decide, and write the decision; a grant is a lease of `holder`.

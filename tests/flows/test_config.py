@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from components.contracts import ConfigError, UnknownName
-from flows.config import SHIPPED, load_recipe, recipe_files
+from flows.config import SHIPPED, load_recipe, peek, recipe_files
+from flows.yaml_reading import parse_yaml
 
 SHIPPED_NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
@@ -75,9 +76,78 @@ def test_broken_files_say_what_is_wrong(tmp_path: Path) -> None:
     path.write_text("3")
     with pytest.raises(ConfigError, match="not a mapping"):
         load_recipe(str(path))
-    path.write_text("!!python/object/apply:os.system ['true']")
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        load_recipe(str(path))
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ConfigError, match="it is not a file"):
+        load_recipe(str(tmp_path / "folder.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "is empty"),
+        (b"- a", "it holds a list"),
+        (b"name: caf\xe9", "not UTF-8 text: byte 0xe9 in line 1; save it as UTF-8"),
+        (b"a: 1\nb:\n\t- 1", r"line 3.*spaces, not with tabs"),
+        (b"a: 1\nb: 2\na: 3", "line 3.*'a' is there twice"),
+        (b"a: 1\n---\na: 2", "another document"),
+        (b"a: !!python/object/apply:os.system ['true']", "not valid YAML.*the tag"),
+        (b"a: &a [*a]", "within what it names"),
+        (
+            b"a: [&a [x, x, x, x, x, x, x, x, x]]\n"
+            + b"\n".join(b"%c: &%c [%s]" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(9)),
+            "more than 100,000 values",
+        ),
+        (b"a: " + b"[" * 3000, "nested too deeply"),
+        (b"#" * (1 << 20) + b"\na: 1", "larger than 1 MiB"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_and_listed(tmp_path: Path, data: bytes, why: str) -> None:
+    (tmp_path / "recipes").mkdir()
+    path = tmp_path / "recipes" / "mine.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=why):
+        load_recipe("mine", workspace=tmp_path)
+    load_recipe("digits", workspace=tmp_path)
+    with pytest.raises(ConfigError, match=why):
+        peek(path)
+
+
+def test_yaml_of_windows_editors_is_read(tmp_path: Path) -> None:
+    path, text = tmp_path / "r.yaml", (SHIPPED / "digits.yaml").read_text()
+    for data in (text.encode("utf-8-sig"), text.replace("\n", "\r\n").encode(), text.encode("utf-16")):
+        path.write_bytes(data)
+        assert load_recipe(str(path)) == load_recipe("digits")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001), ("1E5", 100_000), (".5e3", 500.0), ("-2.5e-1", -0.25), ("5.", 5.0), ("1_000", 1000), ("0x1f", 31),
+        ("0", 0), ("0123", "0123"), ("12:30", "12:30"), ("2026-01-01", "2026-01-01"), ("no", "no"), ("on", "on"),
+        ("true", True), ("~", None), ("", None), ("'1e-3'", "1e-3"), ("{no: 1, 1: 2}", {"no": 1, "1": 2}), ("1.2.3", "1.2.3"),
+        ("{a: &x {p: 1, q: 1}, b: {<<: *x, q: 2}}", {"a": {"p": 1, "q": 1}, "b": {"p": 1, "q": 2}}),
+    ],
+)  # fmt: skip
+def test_a_plain_value_is_what_it_looks_like(text: str, value: object) -> None:
+    assert repr(parse_yaml(text, "here")) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.fit.epochs=0123", 'valid integer, not "0123"'),
+        ("training.fit.epochs=ten", 'valid integer, not "ten"'),
+        ("description=1e-3", "valid string, not 0.001; quote it, such as '0.001'"),
+        ("description=true", "quote it, such as 'true'"),
+        ("export.targets=[{target: onnxruntime, required: no}]", 'not "no"; write true or false'),
+        ("training.fit.learning_rate=1e400", "finite"),
+        ("training.fit.epochs={a: 1, a: 2}", "there twice"),
+    ],
+)
+def test_a_value_of_another_kind_says_what_it_was_read_as(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("digits", [override])
+    assert load_recipe("digits", ["training.fit.learning_rate=1e-3"]).training.fit.learning_rate == 0.001
 
 
 def test_a_workspace_recipe_wins_over_a_shipped_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from failpoints import Died, Failpoints
 from looped import MODEL, champion, loop_of, now, predict, promoted
 from shapes import visionloop
 
-from components.contracts import RegistryUnavailable
+from components.contracts import ConfigError, RegistryUnavailable
 from components.objects import open_objects
 from components.store import seal, unseal
 from flows import alarming, watching
@@ -197,9 +198,49 @@ def test_a_loop_that_is_not_valid_is_refused_by_name(root: Path) -> None:
         ("a: [", "is not valid YAML"),
     ]:
         path.write_text(text)
-        done = visionloop("windows", cwd=root)
-        assert done.returncode == 2, text
-        assert why in done.stderr, done.stderr
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            _ = loop_of(root).recipe
+
+
+def test_what_is_read_or_decided_needs_no_valid_recipe_loop_or_plug_in(root: Path) -> None:
+    (root / "loops" / f"{MODEL}.yaml").write_text("every_minuts: 5")
+    for file in (root / "recipes").iterdir():
+        file.write_bytes(b"model: caf\xe9")
+    (root / "plugins" / "gates").mkdir(parents=True)
+    (root / "plugins" / "gates" / "broken.py").write_text("raise RuntimeError")
+    for arguments in (
+        ("windows",),
+        ("alarms",),
+        ("labels", "list"),
+        ("governor", "history"),
+        ("governor", "stop", "--as", "Ann", "--reason", "broken"),
+        ("report",),
+        ("candidates",),
+        ("show", "1"),
+        ("history",),
+        ("runs",),
+        ("recipe", "list"),
+        ("down",),
+    ):
+        done = visionloop(*arguments, cwd=root)
+        assert done.returncode == 0, (arguments, done.stderr)
+    found = visionloop("status", "--json", cwd=root)
+    body = json.loads(found.stdout.splitlines()[-1])
+    assert body["models"][MODEL]["champion"] == "1"
+    assert any("every_minuts" in problem for problem in body["problems"])
+
+
+def test_of_two_recipes_the_loop_names_one(root: Path) -> None:
+    other = root / "recipes" / "other.yaml"
+    other.write_text((root / "recipes" / "smoke.yaml").read_text().replace("name: smoke", "name: other"))
+    assert loop_of(root).recipe == "smoke"  # its file says so
+    path = root / "loops" / f"{MODEL}.yaml"
+    path.unlink()
+    with pytest.raises(ConfigError, match="recipes other and smoke all make model 'shapes'") as refused:
+        _ = loop_of(root).recipe
+    line, place = re.findall(r"line `([^`]+)`.* into (\S+)$", str(refused.value))[0]
+    Path(place).write_text(line)
+    assert loop_of(root).recipe == "other"
 
 
 @pytest.mark.usefixtures("alone")
