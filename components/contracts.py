@@ -4,7 +4,8 @@ Exceptions::
 
     VisionloopError                 something is wrong that a person can act on
     ├── ConfigError (ValueError)    a recipe, an override or a command-line value
-    │   └── UnknownName             a plug-in, class or key that does not exist; lists the valid ones
+    │   ├── UnknownName             a plug-in, class or key that does not exist; lists the valid ones
+    │   └── PluginFailed            a workspace's own plug-in cannot be used, raised, or answered something else
     ├── DataError                   the images or their version
     │   ├── UndecodableImage        one file is not an image we accept; the reason is its message
     │   ├── DataDiffers             the folder is not what data.dvc says
@@ -55,6 +56,10 @@ class UnknownName(ConfigError):
 
     def __init__(self, what: str, name: str, valid: Sequence[str]) -> None:
         super().__init__(f"unknown {what} {name!r}; valid: {', '.join(sorted(valid)) or '(none)'}")
+
+
+class PluginFailed(ConfigError):
+    """A workspace's own plug-in cannot be loaded or used, raised, or answered what its family does not."""
 
 
 class DataError(VisionloopError):
@@ -668,6 +673,42 @@ class Backbone(Protocol):
 
     def pretrained(self, weights: str, *, cache: Path) -> dict[str, torch.Tensor]:
         """State dict of `build()`'s module for `weights`; raises WeightsUnavailable."""
+        ...
+
+
+class Task(Protocol):
+    """What a model learns to answer: head, loss, and metrics with their uncertainty; its fields are its settings."""
+
+    def head(self, embedding_dim: int, num_classes: int) -> torch.nn.Module:
+        """Embeddings (n, embedding_dim) to logits (n, num_classes)."""
+        ...
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...
+
+    def probabilities(self, logits: npt.NDArray[Any], temperature: float) -> npt.NDArray[Any]:
+        """(n, classes), float64."""
+        ...
+
+    def fit_temperature(self, logits: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> float: ...
+
+    def metrics(
+        self, logits: npt.NDArray[Any], labels: npt.NDArray[np.int64], temperature: float
+    ) -> dict[str, Estimate]: ...
+
+    def per_class(
+        self, predicted: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], classes: tuple[str, ...]
+    ) -> tuple[ClassMetrics, ...]: ...
+
+    def confusion(
+        self, predicted: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num_classes: int
+    ) -> npt.NDArray[np.int64]:
+        """Counts (true class, predicted class)."""
+        ...
+
+    def reliability(
+        self, logits: npt.NDArray[Any], labels: npt.NDArray[np.int64], temperature: float
+    ) -> tuple[tuple[float, float, int], ...]:
+        """(mean confidence, accuracy, count) of each non-empty confidence bin."""
         ...
 
 

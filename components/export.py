@@ -180,8 +180,12 @@ def _in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(last[0])
     except (IndexError, ValueError):
-        tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-15:])
-        raise ExportError(f"the exporter died with status {done.returncode}:\n{tail}") from None
+        Path(request["out"], "exporter.log").write_text(done.stderr)
+        if done.returncode < 0:
+            killed = f"was killed by signal {-done.returncode}" + (", perhaps for want of memory" * (done.returncode == -9))
+            raise ExportError(f"the exporter {killed}") from None
+        last_words = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        raise ExportError(f"the exporter ended with status {done.returncode}: {last_words[:300]}") from None
     if "error" in answer:
         raise ExportError(answer["error"])
     return answer
@@ -273,8 +277,11 @@ if __name__ == "__main__":
     garbage.skip_at_exit()
     garbage.collect_seldom()
     _die_with_parent(os.getppid())
-    try:
-        answer = _build(json.loads(sys.stdin.read()))
-    except VisionloopError as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer), flush=True)
+    # Builders and plug-ins print what they like; only the answer goes to who asked.
+    with os.fdopen(os.dup(1), "w") as asker:
+        os.dup2(2, 1)
+        try:
+            answer = _build(json.loads(sys.stdin.read()))
+        except VisionloopError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), file=asker)

@@ -1,7 +1,8 @@
 """Families: one file a member, the file name is the key, the class inside carries the family's name.
 
 A member is looked for in the package's own folder and in the workspace's `plugins/<family>/`. A workspace may add
-members; it may not shadow a shipped one.
+members; it may not shadow a shipped one. A workspace's own member is checked against the family's protocol when it is
+loaded, and so is everything that it answers (components/conformance.py): what is wrong with it is told by file and line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from components.contracts import ConfigError, UnknownName, first_problem
+from components.conformance import Checked, check_class, failed
+from components.contracts import ConfigError, PluginFailed, UnknownName, VisionloopError, first_problem
 
 FAMILIES = {
     "sources": "Source",
@@ -74,7 +76,13 @@ def _module(family: str, name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except VisionloopError:
+        raise
+    except (Exception, SystemExit) as error:
+        del sys.modules[key]
+        raise failed(f"{family.removesuffix('s')} {name!r}", path, "could not be loaded", error) from error
     return module
 
 
@@ -82,15 +90,24 @@ def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
     """The member `name` with `settings` for its fields. An unknown name or setting lists the valid ones."""
     module = _module(family, name)
     member = getattr(module, FAMILIES[family], None)
+    path = Path(str(module.__file__))
+    own = path.parent.parent != home(family)
     if member is None:
-        raise ConfigError(f"{module.__file__} defines no class {FAMILIES[family]}; a {family} member needs one")
+        raise PluginFailed(f"{path} defines no class {FAMILIES[family]}; a {family} member needs one")
+    if own:
+        check_class(FAMILIES[family], member, path)
     unknown = sorted(set(settings or {}) - set(member.model_fields))
     if unknown:
         raise UnknownName(f"setting of {family.removesuffix('s')} {name!r}", unknown[0], list(member.model_fields))
     try:
-        return member(**(settings or {}))
+        made = member(**(settings or {}))
     except ValidationError as error:
         raise ConfigError(f"{family}.{name}: {first_problem(error)}") from error
+    except Exception as error:
+        if not own or isinstance(error, VisionloopError):
+            raise
+        raise failed(f"{family.removesuffix('s')} {name!r}", path, "could not be made", error) from error
+    return Checked(made, FAMILIES[family], name, path) if own else made
 
 
 def member_digest(family: str, name: str) -> str:

@@ -11,8 +11,9 @@ import json
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -25,15 +26,33 @@ InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The worksp
 HERE = Path()
 
 
+_output: ContextVar[TextIO | None] = ContextVar("output", default=None)
+"""Where the JSON object goes while everything else that is printed goes to standard error."""
+
+
 def finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
     """Print the answer as one JSON line or as text."""
-    print(json.dumps(answer, allow_nan=False) if as_json else text())
+    print(json.dumps(answer, allow_nan=False) if as_json else text(), file=_output.get())
+
+
+@contextlib.contextmanager
+def _alone(as_json: bool) -> Iterator[None]:
+    """With --json, standard output is the object's alone: what libraries and plug-ins print would run into it."""
+    if not as_json:
+        yield
+        return
+    before = _output.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _output.reset(before)
 
 
 def _fail(kind: str, message: str, as_json: bool, notes: Sequence[str] = (), **facts: str | None) -> NoReturn:
     """Print an error and end with status 2."""
     if as_json:
-        print(json.dumps({"error": kind, "message": message, "notes": list(notes), **facts}))
+        print(json.dumps({"error": kind, "message": message, "notes": list(notes), **facts}), file=_output.get())
     else:
         print(f"error: {message}", file=sys.stderr)
         for note in notes:
@@ -67,7 +86,7 @@ def _reader_left() -> bool:
     """Whether it is our own output that nobody reads any more, such as `| head`."""
     output = select.poll()
     with contextlib.suppress(OSError, ValueError):
-        output.register(sys.stdout.fileno(), 0)
+        output.register((_output.get() or sys.stdout).fileno(), 0)
         return bool(output.poll(0))
     return False
 
@@ -87,7 +106,8 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         workspace = ctx.params.get("workspace") or ctx.params.get("directory") or HERE
-        with _answering(ctx.command_path, bool(ctx.params.get("json_")), workspace):
+        as_json = bool(ctx.params.get("json_"))
+        with _alone(as_json), _answering(ctx.command_path, as_json, workspace):
             return super().invoke(ctx)
 
 

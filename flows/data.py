@@ -103,6 +103,10 @@ def fetch(workspace: Workspace, source: str) -> None:
     scratch.mkdir(parents=True)
     try:
         member.fetch(out=scratch)
+        try:
+            _class_files(scratch)
+        except DataError as error:
+            raise DataError(f"source {source!r} wrote no data set; nothing was kept. {error}") from error
         os.rename(scratch, workspace.data)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

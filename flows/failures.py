@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.conformance import place_of
+
 LOGS = "logs"
 _KEPT = 20
 _MOST_CHARACTERS = 200_000
@@ -41,7 +43,7 @@ class Failure:
 
 def failure(error: Exception, doing: str, workspace: Path | None) -> Failure:
     """Tell an error and keep its traceback; `workspace` is the root whose plug-ins and logs are meant, if there is one."""
-    place = own_code(error, workspace)
+    place = place_of(error, workspace / "plugins") if workspace else None
     log, unkept = _keep(error, doing, workspace)
     wrong, advice = explained(error)
     if place is not None:
@@ -53,20 +55,6 @@ def failure(error: Exception, doing: str, workspace: Path | None) -> Failure:
 def redacted(text: str) -> str:
     """A message without the passwords of the addresses in it."""
     return _SECRET.sub("***", text)
-
-
-def own_code(error: BaseException, workspace: Path | None) -> str | None:
-    """Where in the workspace's own plug-ins an error came from; None when none of its frames lies there."""
-    if workspace is None:
-        return None
-    folder = workspace / "plugins"
-    for link in _chain(error):
-        if isinstance(link, SyntaxError) and link.filename and Path(link.filename).is_relative_to(folder):
-            return f"{link.filename}:{link.lineno}"
-        for frame in reversed(traceback.extract_tb(link.__traceback__)):
-            if Path(frame.filename).is_relative_to(folder):
-                return f"{frame.filename}:{frame.lineno}"
-    return None
 
 
 def explained(error: BaseException) -> tuple[str, str]:

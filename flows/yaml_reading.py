@@ -129,7 +129,7 @@ def read_mapping(path: Path, what: str, *, may_be_empty: bool = False) -> dict[s
 def parse_yaml(text: str, place: str) -> Any:
     """The value of a YAML text; raises ConfigError that names the place and the line."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        return _Loader(text).get_single_data()
     except RecursionError:
         raise ConfigError(f"{place} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
