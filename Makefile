@@ -33,6 +33,7 @@ check: setup ## lint, strict types, import contracts
 	$(BIN)/lint-imports --no-logo
 
 test: setup ## everything that takes minutes or less
+	infra/browser.sh
 	$(BIN)/pytest -m "not slow"
 
 test-slow: setup ## the long proofs: kill at every stage, resumption, real servers

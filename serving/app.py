@@ -7,7 +7,7 @@
 | GET  /v2, /v2/models/{m}[/versions/{v}][/config]       | viewer    |
 | GET  /status                                           | viewer    |
 | GET  /metrics                                          | viewer    |
-| GET  /docs, /openapi.json: the same on every server    | nobody    |
+| GET  /, /docs, /openapi.json: the same on every server | nobody    |
 | POST /admin/refresh                                    | admin     |
 | GET  /v2/health/live, /v2/health/ready, .../ready      | nobody    |
 """
@@ -15,7 +15,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -46,6 +48,7 @@ _LARGE = 1 << 20
 _RAW_TYPES = ("application/octet-stream", "image/jpeg", "image/png", "image/webp", "image/jpg")
 _PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 _SPECIFICATION = Path(__file__).resolve().parent / "openapi.json"
+_PAGE = Path(__file__).resolve().parent / "page.html"
 
 
 class Access:
@@ -224,6 +227,7 @@ class Http:
                 look(f"{version}/config", self._configuration),
                 look("/status", self._show_status),
                 look("/metrics", self._metrics),
+                open_("/", self._page),
                 open_("/openapi.json", self._openapi),
                 open_("/docs", self._docs),
                 self._route("/admin/refresh", self._refresh, "POST", needed="admin"),
@@ -359,12 +363,31 @@ class Http:
     async def _openapi(self, _: Request) -> Response:
         return Response(_SPECIFICATION.read_bytes(), media_type="application/json")
 
+    async def _page(self, request: Request) -> Response:
+        """A page to drop a picture on; for who asks for JSON and no page, where to go."""
+        accepted = request.headers.get("accept", "")
+        if "application/json" in accepted and "text/html" not in accepted:
+            places = {"predict": "/predict", "documentation": "/docs", "specification": "/openapi.json", "status": "/status"}
+            return _json({"name": "visionloop", **places, "metrics": "/metrics"})
+        page = _PAGE.read_text(encoding="utf-8")
+        return HTMLResponse(page, headers={"content-security-policy": policy(page), "referrer-policy": "no-referrer"})
+
     async def _docs(self, _: Request) -> Response:
         return HTMLResponse(_DOCS)
 
     async def _refresh(self, _: Request) -> Response:
         await asyncio.gather(*(routed.refresh(patient=False) for routed in self._inference.routed.values()))
         return _json(self._status())
+
+
+def policy(page: str) -> str:
+    """The content security policy of a page that holds its own style and script: those two run, and nothing else."""
+    told = {}
+    for kind in ("style", "script"):
+        text = page.partition(f"<{kind}>")[2].partition(f"</{kind}>")[0]
+        told[kind] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    own = "; ".join(f"{kind}-src 'sha256-{digest}'" for kind, digest in told.items())
+    return f"default-src 'none'; {own}; img-src blob: data:; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
 
 
 def model_ready(inference: Inference, name: str, version: str | None) -> bool:

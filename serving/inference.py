@@ -24,7 +24,6 @@ from serving.journal import Journal, encode_row
 from serving.metrics import Metrics
 from serving.routing import Routed
 
-UNSURE = "unsure"
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _REMEMBERED = 4000
 """Pictures, not keys: an answer keeps its probabilities and embedding."""
@@ -49,12 +48,10 @@ class Answer:
     """The likeliest class."""
     confidence: float
     unsure: bool
+    """Whether the release's threshold is not reached."""
+    label: str
+    """The decision: the class, or `unsure_label` when unsure; never a class then."""
     facts: Facts
-
-    @property
-    def label(self) -> str:
-        """The decision: the class, or "unsure" below the release's threshold."""
-        return UNSURE if self.unsure else self.predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,15 +239,19 @@ class Inference:
 
 def decide(release: Release, facts: Facts) -> Answer:
     """The release's decision rule on what the engine says; the one place that reads the threshold."""
-    best = int(np.argmax(facts.probabilities))
+    classes, best = release.engine.classes, int(np.argmax(facts.probabilities))
     confidence = float(facts.probabilities[best])
-    return Answer(
-        prediction_id=new_id(),
-        predicted=release.engine.classes[best],
-        confidence=confidence,
-        unsure=confidence < release.decision.threshold,
-        facts=facts,
-    )
+    unsure = confidence < release.decision.threshold
+    label = unsure_label(classes) if unsure else classes[best]
+    return Answer(new_id(), classes[best], confidence, unsure, label, facts)
+
+
+def unsure_label(classes: Sequence[str]) -> str:
+    """What stands for no decision: "unsure", in as many brackets as it takes to be no class."""
+    word = "unsure"
+    while word in classes:
+        word = f"({word})"
+    return word
 
 
 def new_id() -> str:

@@ -419,7 +419,7 @@ def export(
 def _write_text(table: pa.Table, path: Path, suffix: str) -> None:
     import csv
 
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         if suffix == ".csv":
             writer.writerow(table.column_names)

@@ -19,7 +19,7 @@ import orjson
 
 from components.contracts import Release
 from serving.frames import Form
-from serving.inference import Answered, Rejected
+from serving.inference import Answered, Rejected, unsure_label
 
 INPUT = "images"
 MAX_PICTURES = 64
@@ -208,6 +208,7 @@ def metadata(release: Release, version: str) -> dict[str, Any]:
             "encoded_input": f"{INPUT} may also be BYTES [n]: JPEG, PNG or WebP files",
             "classes": list(release.engine.classes),
             "threshold": release.decision.threshold,
+            "label_when_unsure": unsure_label(release.engine.classes),
             "release": release.digest(),
         },
     }

@@ -215,6 +215,8 @@ def server(
                 process.kill()
             process.wait(30)
             listener.join(5)
+            if process.stderr is not None and not listener.is_alive():
+                process.stderr.close()
 
 
 def exif_rotated(kind: str, seed: int) -> bytes:

@@ -641,6 +641,7 @@ def test_a_model_that_nobody_promoted_is_waited_for(stage: Path, smoke: Stored[R
 
 
 ROUTES = {
+    ("GET", "/"): None,
     ("GET", "/v2/health/live"): None,
     ("GET", "/v2/health/ready"): None,
     ("GET", f"/v2/models/{MODEL}/ready"): None,
