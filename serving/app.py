@@ -287,6 +287,9 @@ class Http:
         kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
         if kind not in (*_RAW_TYPES, "multipart/form-data"):
             raise Rejected(415, "send the picture as image/jpeg, image/png, image/webp, or as multipart/form-data")
+        options = [name for name, _ in request.query_params.multi_items()]
+        if len(set(options)) < len(options) or not {"model", "top"}.issuperset(options):
+            raise Rejected(400, f"{', '.join(options)[:64]!r} in the address; valid are model and top, each once")
         top = request.query_params.get("top", str(_TOP))
         if not (top.isascii() and top.isdigit() and len(top) < 6) or int(top) < 1:
             raise Rejected(400, "top is a whole number from 1")
@@ -434,6 +437,8 @@ async def _file_of(request: Request, body: bytes) -> bytes:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if len(files) != 1:
             raise Rejected(400, "the form holds no file; send the picture as a file")
+        if len(form) > 1:
+            raise Rejected(400, "the form holds more than the file; options are in the address: /predict?model=NAME&top=3")
         return await files[0].read()
     finally:
         await form.close()

@@ -181,6 +181,8 @@ def test_what_is_asked_wrongly_is_refused(running: Server) -> None:
         ("/predict?top=0", {"content-type": "image/png"}, 400),
         ("/predict?top=x", {"content-type": "image/png"}, 400),
         ("/predict?top=%C2%B2", {"content-type": "image/png"}, 400),
+        ("/predict?topp=3", {"content-type": "image/png"}, 400),
+        ("/predict?top=3&top=4", {"content-type": "image/png"}, 400),
         ("/predict?model=nothing", {"content-type": "image/png"}, 404),
         ("/predict?model=..%2f..%2fetc", {"content-type": "image/png"}, 400),
         ("/predict", {"content-type": "image/png", "x-event-time": "yesterday"}, 400),
@@ -207,6 +209,15 @@ def test_a_form_with_a_thousand_parts_is_refused(running: Server) -> None:
     reply = running.ask("POST", "/predict", body, {"content-type": "multipart/form-data; boundary=b"})
     assert reply.status == 400
     assert_clean(reply.body)
+
+
+def test_a_form_with_options_that_would_have_no_effect_is_refused(running: Server) -> None:
+    part = '--b\r\ncontent-disposition: form-data; name="{}"{}\r\n\r\n'
+    picture = part.format("file", '; filename="x"').encode() + png("disc", 1)
+    for more, status in [(b"", 200), (f"\r\n{part.format('top', '')}1".encode(), 400)]:
+        body = picture + more + b"\r\n--b--\r\n"
+        reply = running.ask("POST", "/predict", body, {"content-type": "multipart/form-data; boundary=b"})
+        assert (reply.status, "/predict?model=NAME&top=3" in reply.body.decode()) == (status, status == 400)
 
 
 def test_a_body_over_the_limit_is_refused_whether_it_says_so_or_not(running: Server) -> None:
