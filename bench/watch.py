@@ -258,7 +258,7 @@ def _digits(scratch: Path) -> Pool:
         for p, c in zip(*(rows(splits, "test")[n] for n in ("path", "class_index")), strict=True)
     ]
     files += [(path, int(path.parent.name)) for path in sorted(world.rglob("*.bmp"), key=lambda p: p.name)]
-    pixels = [np.asarray(decode(path.read_bytes()).convert("L")) for path, _ in files]
+    pixels = [np.asarray(decode(path.read_bytes()).stored.convert("L")) for path, _ in files]
     labels = np.array([label for _, label in files])
 
     def answered(change: Callable[[npt.NDArray[np.uint8], int], npt.NDArray[Any]]) -> tuple[Sample, float]:

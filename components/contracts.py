@@ -35,7 +35,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,7 +260,7 @@ class Splits(Record):
 
 
 class Preprocessing(Record):
-    """How a file becomes the engine's input: decode, EXIF-rotate, resize the short side, crop the centre.
+    """How a file becomes the engine's input: decode, colours, EXIF-rotate, resize the short side, crop the centre.
 
     The result is uint8 (height, width, channels). Scaling to `(x / 255 - mean) / std` is part of every
     engine's graph, so no caller repeats it.
@@ -265,6 +275,23 @@ class Preprocessing(Record):
     """Always antialiased."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    colour: Literal["srgb", "as stored"] = Field(default="", validate_default=True)
+    """Whether a file's colours are converted to sRGB, which is the default, or are the numbers that it holds.
+
+    Absent in JSON, and only there, it is "as stored": records from before the field are that, and keep their digests.
+    """
+
+    @field_validator("colour", mode="before")
+    @classmethod
+    def _before_the_field(cls, value: Any, info: ValidationInfo) -> Any:
+        return value or ("as stored" if info.mode == "json" else "srgb")
+
+    @model_serializer(mode="wrap")
+    def _without_the_field(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.colour == "as stored":
+            del values["colour"]
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -77,11 +77,11 @@ def _run(model: Any, members: list[tuple[Path, str]], backbone: Backbone, progre
     from components.targets.openvino import stream
 
     def load(member: tuple[Path, str]) -> npt.NDArray[np.uint8]:
-        path, picture = member
-        image = decode(path.read_bytes())
-        if pixel_digest(image)[:32] != picture:
+        path, expected = member
+        picture = decode(path.read_bytes())
+        if pixel_digest(picture)[:32] != expected:
             raise DataDiffers(f"{path} was changed while the run read it; restore it, or `visionloop data add`")
-        return prepare(image, backbone.preprocessing)
+        return prepare(picture, backbone.preprocessing)
 
     images = stacked(in_threads(load, members, progress=progress), _BATCH)
     return np.concatenate(list(stream(model, images, "embedding")))

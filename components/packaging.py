@@ -113,8 +113,8 @@ def _answers(
 
     def read(path: str) -> tuple[npt.NDArray[np.uint8], int, int, int]:
         raw = (data / path).read_bytes()
-        image = decode(raw)
-        return prepare(image, engine.preprocessing), image.width, image.height, len(raw)
+        picture = decode(raw)
+        return prepare(picture, engine.preprocessing), picture.width, picture.height, len(raw)
 
     pictures = list(in_threads(read, list(table["path"]), progress=progress))
     probabilities, embeddings = [], []

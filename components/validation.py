@@ -118,15 +118,16 @@ def _inspect(file: _File, data: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"path": file.path.relative_to(data).as_posix(), "label": file.label}
     try:
         content = file.path.read_bytes()
-        image = decode(content)
+        picture = decode(content)
     except UndecodableImage as error:
         return row | {"reason": str(error)}
     except OSError as error:
         return row | {"reason": f"cannot be read ({error.strerror})"}
+    image = picture.stored
     grey = np.asarray(image.convert("L"), dtype=np.float32) / 255.0
     return row | {
         "sha256": hashlib.sha256(content).hexdigest(),
-        "picture": pixel_digest(image)[:32],
+        "picture": pixel_digest(picture)[:32],
         "bytes": len(content),
         "mode": image.mode,
         "width": image.width,

@@ -172,7 +172,7 @@ def _pictures(loop: Loop, path: Path) -> list[dict[str, str]]:
     found = []
     for sha, predicted, confidence in zip(*(rows[c].to_list() for c in rows.columns), strict=True):
         try:
-            image = decode(capture_path(loop.workspace, sha).read_bytes())
+            image = decode(capture_path(loop.workspace, sha).read_bytes()).srgb().copy()
         except (OSError, UndecodableImage):
             continue
         image.thumbnail((96, 96))

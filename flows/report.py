@@ -299,7 +299,7 @@ def _examples(run: Run, results: Results) -> list[dict[str, Any]]:
 
 
 def _thumbnail(path: Path) -> str:
-    image = decode(path.read_bytes())
+    image = decode(path.read_bytes()).srgb().copy()
     image.thumbnail((160, 160))
     data = io.BytesIO()
     image.save(data, format="PNG")

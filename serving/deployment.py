@@ -21,11 +21,12 @@ import subprocess
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from components.contracts import Release, Stored, VisionloopError
+from components.formats import Accepted
 from serving.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode_answer, encode_batch, frame
 from serving.metrics import Metrics, log
 
@@ -62,7 +63,7 @@ class Limits:
     """What 99 % of the accepted pictures should wait at most; one is taken while a lane is free or the expected wait is
     within the share of this that `_Margin` holds, while releases change within `_SWITCH_PATIENCE` of it, as far as
     `max_queue` allows."""
-    max_pixels: int = 25_000_000
+    accepted: Accepted = field(default_factory=Accepted)
     load_timeout_s: float = 120.0
     batch_timeout_s: float = 30.0
     """An engine that needs longer for a batch is taken for hung and replaced."""
@@ -187,6 +188,7 @@ class Deployment:
         self._queued = metrics.queued.labels(model)
         self._batch_size = metrics.batch_size.labels(model)
         self._queue_seconds = metrics.queue_seconds.labels(model)
+        self._profiles_ignored = metrics.profiles_ignored.labels(model)
         self._decode_seconds = metrics.decode_seconds.labels(model)
         self._infer_seconds = metrics.infer_seconds.labels(model)
 
@@ -231,7 +233,9 @@ class Deployment:
             "plugins": str(self._plugins) if self._plugins else None,
             "lanes": self._limits.lanes,
             "max_batch": self._limits.max_batch,
-            "max_pixels": self._limits.max_pixels,
+            "formats": self._limits.accepted.formats,
+            "max_pixels": self._limits.accepted.max_pixels,
+            "max_bytes": self._limits.accepted.max_bytes,
         }
         link.transport.write(frame(Kind.LOAD, json.dumps(order).encode()))
         yielding = _Yielding(process, beside)
@@ -398,6 +402,7 @@ class Deployment:
                 share = (decode_ms + infer_ms) / len(jobs) / self._limits.lanes
                 self._picture_ms += 0.1 * (share - self._picture_ms)
             self._decode_seconds.inc(decode_ms / 1e3)
+            self._profiles_ignored.inc(sum(isinstance(result, Facts) and result.profile_ignored for result in results))
             self._infer_seconds.inc(infer_ms / 1e3)
             if all(isinstance(result, Refusal) and result.outcome is Outcome.FAILED for result in results):
                 self._failures += 1

@@ -23,7 +23,7 @@ _PICTURE = struct.Struct("<BI")
 _ANSWER = struct.Struct("<IHff")
 _STATUS = struct.Struct("<B")
 _REFUSAL = struct.Struct("<H")
-_FACTS = struct.Struct("<32sIII4f")
+_FACTS = struct.Struct("<32sIII4f?")
 
 
 class Kind(IntEnum):
@@ -63,6 +63,8 @@ class Facts:
     probabilities: npt.NDArray[np.float32]
     embedding: bytes
     """float16, little-endian."""
+    profile_ignored: bool = False
+    """Its colour profile is broken or does not fit; its colours were taken as they are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def encode_answer(batch_id: int, results: Sequence[Facts | Refusal], *, decode_m
                     result.height,
                     result.num_bytes,
                     *result.appearance,
+                    result.profile_ignored,
                 ),
                 result.probabilities.astype("<f4").tobytes(),
                 result.embedding,
@@ -132,7 +135,7 @@ def decode_answer(
             found.append(Refusal(outcome, payload[place : place + length].decode(errors="replace")))
             place += length
             continue
-        digest, width, height, num_bytes, *looks = _FACTS.unpack_from(payload, place)
+        digest, width, height, num_bytes, *looks, ignored = _FACTS.unpack_from(payload, place)
         place += _FACTS.size
         probabilities = np.frombuffer(payload, dtype="<f4", count=num_classes, offset=place)
         place += 4 * num_classes
@@ -140,7 +143,7 @@ def decode_answer(
         place += 2 * embedding_dim
         brightness, contrast, sharpness, saturation = looks
         shown = (brightness, contrast, sharpness, saturation)
-        found.append(Facts(digest.hex(), width, height, num_bytes, shown, probabilities, embedding))
+        found.append(Facts(digest.hex(), width, height, num_bytes, shown, probabilities, embedding, ignored))
     return batch_id, found, decode_ms, infer_ms
 
 

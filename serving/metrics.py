@@ -21,6 +21,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests by protocol and status.", "model", "protocol", "code")
         self.pictures = self._counter("pictures", "Pictures by outcome.", "model", "outcome")
+        self.profiles_ignored = self._counter(
+            "profiles_ignored", "Answered pictures whose colour profile is of no use.", "model"
+        )
         self.shed = self._counter("shed", "Requests refused because the server was full.", "model", "protocol")
         self.seconds = self._histogram("request_seconds", "From the last byte of a request to its answer.", "model")
         self.queue_seconds = self._histogram("queue_seconds", "Waiting for a lane of the engine.", "model")

@@ -32,12 +32,12 @@ from components.contracts import (
     UndecodableImage,
     VisionloopError,
 )
+from components.formats import Accepted
 from components.images import appearance, decode, prepare
 from components.releases import ENGINE, GOLDEN
 from components.store import read_manifest
 from serving.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode_batch, encode_answer, frame
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 _PIXEL_TOLERANCE = 2.0
 """Mean difference, in grey levels, that another build of the JPEG library may make."""
 
@@ -50,7 +50,7 @@ class Order:
     plugins: Path | None
     lanes: int
     max_batch: int
-    max_pixels: int
+    accepted: Accepted
 
 
 class Loaded:
@@ -120,13 +120,14 @@ class Loaded:
         probabilities = self._task.probabilities(logits, self.release.engine.temperature)
         return probabilities.astype(np.float32), embedding
 
-    def _pixels(self, form: Form, data: bytes) -> tuple[npt.NDArray[np.uint8], int, int]:
+    def _pixels(self, form: Form, data: bytes) -> tuple[npt.NDArray[np.uint8], int, int, bool]:
+        """The engine's input, width and height as they were sent, and whether a colour profile was ignored."""
         size = self.release.engine.preprocessing
         if form is Form.PIXELS:
             shape = (size.height, size.width, size.channels)
-            return np.frombuffer(data, dtype=np.uint8).reshape(shape), size.width, size.height
-        image = decode(data, formats=FORMATS, max_pixels=self.order.max_pixels)
-        return prepare(image, size), image.width, image.height
+            return np.frombuffer(data, dtype=np.uint8).reshape(shape), size.width, size.height, False
+        picture = decode(data, self.order.accepted)
+        return prepare(picture, size), picture.width, picture.height, bool(picture.conversion.problem)
 
     def answer(self, pictures: list[tuple[Form, bytes]]) -> tuple[list[Facts | Refusal], float, float]:
         """Facts or a refusal for each picture, and the milliseconds of decoding and of inference."""
@@ -139,9 +140,9 @@ class Loaded:
                 places.append(index)
             except UndecodableImage as error:
                 results[index] = Refusal(Outcome.UNDECODABLE, str(error))
-            except Exception as error:
+            except Exception:
                 # Whatever a decoder raises on hostile bytes is that picture's fault, not its neighbours'.
-                results[index] = Refusal(Outcome.UNDECODABLE, f"damaged ({type(error).__name__})")
+                results[index] = Refusal(Outcome.UNDECODABLE, "damaged")
         decoded = time.perf_counter()
         if pixels:
             try:
@@ -150,13 +151,13 @@ class Loaded:
                 refusal = Refusal(Outcome.FAILED, f"the engine failed ({type(error).__name__})")
                 return [refusal if r is None else r for r in results], (decoded - start) * 1e3, 0.0
             halves = embedding.astype("<f2")
-            for row, (index, (image, width, height, data)) in enumerate(zip(places, pixels, strict=True)):
+            for row, (index, (image, width, height, ignored, data)) in enumerate(zip(places, pixels, strict=True)):
                 if not np.isfinite(probabilities[row]).all():
                     results[index] = Refusal(Outcome.FAILED, "the engine gave no finite answer")
                     continue
                 digest = hashlib.sha256(data).hexdigest()
                 results[index] = Facts(
-                    digest, width, height, len(data), appearance(image), probabilities[row], halves[row].tobytes()
+                    digest, width, height, len(data), appearance(image), probabilities[row], halves[row].tobytes(), ignored
                 )
         inferred = time.perf_counter()
         return [r for r in results if r is not None], (decoded - start) * 1e3, (inferred - decoded) * 1e3
@@ -196,7 +197,7 @@ def serve(connection: socket.socket) -> None:
                 plugins=Path(order["plugins"]) if order["plugins"] else None,
                 lanes=order["lanes"],
                 max_batch=order["max_batch"],
-                max_pixels=order["max_pixels"],
+                accepted=Accepted(tuple(order["formats"]), order["max_pixels"], order["max_bytes"]),
             )
         )
     except Exception as error:

