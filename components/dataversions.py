@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,8 @@ def _repo(root: Path) -> Iterator[Repo]:
     # What goes wrong reaches us as an exception; DVC's own words would come twice, and without saying what to do here.
     logging.getLogger("dvc").setLevel(logging.CRITICAL + 1)
     try:
-        with Repo(str(root)) as repo:
+        # DVC would keep a machine-wide cache under the system's temporary folder, or the one of a place it was copied from.
+        with Repo(str(root), config={"core": {"site_cache_dir": str(_site_cache(root))}}) as repo:
             yield repo
     except (DvcException, SCMError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
@@ -81,6 +83,38 @@ def _remote() -> Iterator[None]:
         ) from error
 
 
+def _site_cache(root: Path) -> Path:
+    return root / ".visionloop" / "cache" / "dvc"
+
+
+_SITE_CACHE = re.compile(r"""^(\s*site_cache_dir\s*=\s*)(["']?)(.*/\.visionloop/cache/dvc)\2[ \t]*$""", re.MULTILINE)
+
+
+def settle(root: Path) -> None:
+    """Let what DVC and git keep about a workspace's place be about `root`, where it is now.
+
+    Raises DataError for the copy of a git worktree: its index is its original's.
+    """
+    local = root / ".dvc" / "config.local"
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # read-only is no harm: our own calls say where it is
+        text = local.read_bytes().decode()
+        found = _SITE_CACHE.search(text)
+        if found is not None and found[3] != str(_site_cache(root)):
+            quote = found[2] or ('"' if re.search(r"[#,']", str(root)) else "")
+            line = f"{found[1]}{quote}{_site_cache(root)}{quote}"
+            write_atomically(local, (text[: found.start()] + line + text[found.end() :]).encode())
+    link = root / ".git"
+    if link.is_file():
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            repository = root / link.read_text().strip().removeprefix("gitdir: ")
+            original = Path((repository / "gitdir").read_text().strip())
+            if original.is_file() and not original.samefile(link):
+                raise DataError(
+                    f"{root} is a copy of the git worktree {original.parent} and would stage into its index. Remove {link} "
+                    f"and run `git init` for a repository of its own, or make a worktree with `git worktree add`"
+                )
+
+
 def initialise(root: Path) -> None:
     """Make `root` a git repository with DVC in it; leaves what is already there alone."""
     from dvc.repo import Repo
@@ -95,9 +129,9 @@ def initialise(root: Path) -> None:
         config["core"].update({"analytics": False, "check_update": False, "autostage": True})
         # Not hard links: an editor that writes in place would corrupt the cache behind them.
         config["cache"]["type"] = ["reflink", "copy"]
-    # DVC would keep a machine-wide cache under the system's temporary folder.
+    # For people who call DVC by themselves.
     with _repo(root) as repo, repo.config.edit("local") as config:
-        config["core"]["site_cache_dir"] = str(root / ".visionloop" / "cache" / "dvc")
+        config["core"]["site_cache_dir"] = str(_site_cache(root))
     ignore = root / ".dvcignore"
     lines = ignore.read_text().splitlines() if ignore.exists() else []
     # What file managers drop into folders is not data.

@@ -92,8 +92,11 @@ class ReleaseStore:
                 f"`visionloop reconcile --repair` publishes that of the champion again"
             )
         for file in record.files:
-            if self._objects.digest(f"{_place(model, digest)}/{file.name}") != file.sha256:
-                raise TamperedArtefact(f"{file.name} of release {digest} in {self.url} is missing or was changed")
+            found = self._objects.digest(f"{_place(model, digest)}/{file.name}")
+            if found is None:
+                raise StoreError(f"{file.name} of release {digest} is not in {self.url}, where it was published")
+            if found != file.sha256:
+                raise TamperedArtefact(f"{file.name} of release {digest} in {self.url} was changed after it was published")
         return record
 
     def fetch(self, model: str, digest: str, *, cache: Path) -> Stored[Release]:

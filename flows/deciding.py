@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,20 @@ from components.contracts import ConfigError, UnknownName
 from components.releases import ReleaseStore
 from flows.run import Workspace
 from flows.settings import Settings, read_settings
+from registry import tracking
 from registry.ledger import Ledger
 from registry.models import Registry
 from registry.promotion import Promotion
 
 
 def artifacts_of(workspace: Workspace, settings: Settings) -> Path | None:
-    """Where MLflow keeps files when no server decides that."""
-    return workspace.state / "mlflow-artifacts" if settings.tracking_is_local else None
+    """Where MLflow keeps files when no server decides that; a workspace that was moved or copied is told so once."""
+    if not settings.tracking_is_local:
+        return None
+    artifacts = workspace.state / "mlflow-artifacts"
+    if moved := tracking.settle(settings.tracking_uri, artifacts):
+        print(f"Note: {moved}", file=sys.stderr, flush=True)
+    return artifacts
 
 
 def registry_of(workspace: Workspace, settings: Settings) -> Registry:

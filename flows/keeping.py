@@ -64,6 +64,8 @@ def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> di
 
     loops = _loops(up, models)  # which know the server now
     found = _deployed(loops, told)
+    if forgotten := _forget_runs_elsewhere(up):
+        told(f"{forgotten} scheduled runs of the place that this workspace was copied or moved from are removed")
     worker = up.start_worker(server, POOL, told=told)
     for loop in loops:
         for started in sweep(loop, told=told):
@@ -75,6 +77,30 @@ def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> di
         "credential_file": str(up.folder / "auth"),
         "models": found,
     }
+
+
+def _forget_runs_elsewhere(up: Up) -> int:
+    """Remove what waits on our own server for another folder: a copied database holds its original's runs."""
+    if read_settings(up.workspace.state).prefect_database_url:
+        return 0  # others may share it
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+
+    waiting = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])
+    removed = 0
+    with get_client(sync_client=True) as client:
+        while found := [
+            run
+            for run in client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=waiting)), limit=200
+            )
+            if run.parameters.get("workspace") not in (None, str(up.workspace.root))
+        ]:
+            for run in found:
+                client.delete_flow_run(run.id)
+            removed += len(found)
+    return removed
 
 
 def _process(standing: Standing | None) -> dict[str, Any] | None:

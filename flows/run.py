@@ -82,6 +82,7 @@ class Workspace:
         for folder in (start, *start.parents):
             if (folder / ".dvc").is_dir() and (folder / ".git").exists():
                 workspace = cls(folder)
+                dataversions.settle(folder)
                 workspace.state.mkdir(mode=0o700, exist_ok=True)
                 plugins.use_workspace(workspace.plugins if workspace.plugins.is_dir() else None)
                 return workspace

@@ -22,6 +22,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from components.contracts import ConfigError
 
@@ -93,11 +94,22 @@ def standing(state: Path) -> dict[str, str]:
     """Address and credential of the Prefect server that `visionloop up` keeps running here; empty when there is none."""
     try:
         told = json.loads((state / UP / "server.json").read_text())
-        alive = began(told["pid"]) == told["began"]
+        alive = began(told["pid"]) == told["began"] and is_of(told, state / UP)
         secret = (state / UP / "auth").read_text().strip()
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {"PREFECT_API_URL": told["api"], "PREFECT_API_AUTH_STRING": secret} if alive else {}
+
+
+def identity(folder: Path) -> str:
+    """What a folder keeps when it is renamed or mounted elsewhere, and what a copy of it does not have."""
+    status = folder.stat()
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def is_of(told: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the process that a file in this folder tells about was started for it; older files do not say."""
+    return told.get("folder") in (None, identity(folder))
 
 
 def began(pid: int) -> str | None:

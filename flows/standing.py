@@ -5,7 +5,9 @@
     .visionloop/up/worker.json
     .visionloop/up/*.log         what they say
 
-A process is known by its pid and the moment it began, so a number that the system gave away again is nobody of ours.
+A process is known by its pid and the moment it began, so a number that the system gave away again is nobody of ours. Its
+file tells which folder it was started in: in a copy of a workspace it tells of a process of the original, which is nobody
+of ours either.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import psutil
 from components.contracts import ConfigError, VisionloopError, WorkspaceBusy
 from components.store import write_atomically
 from flows.run import Workspace
-from flows.settings import UP, Settings, basic, began, environment_with, use_environment
+from flows.settings import UP, Settings, basic, began, environment_with, identity, is_of, use_environment
 
 PORT = 4200
 _START_S = 180.0
@@ -78,11 +80,19 @@ class Up:
         """The running process of this name, None when there is none."""
         try:
             told = json.loads((self.folder / f"{name}.json").read_text())
-            if began(told["pid"]) != told["began"]:
+            if began(told["pid"]) != told["began"] or not is_of(told, self.folder):
                 return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return Standing(name, int(told["pid"]), str(told["api"]))
+
+    def _elsewhere(self, name: str) -> bool:
+        """Whether a running process was started when the workspace had another path."""
+        try:
+            place = json.loads((self.folder / f"{name}.json").read_text()).get("place")
+        except (OSError, ValueError, AttributeError):
+            return False
+        return place not in (None, str(self.folder))
 
     def start(self, *, port: int | None, told: Told) -> Standing:
         """The server and the worker, where they do not run already. Raises ConfigError for a port that is taken."""
@@ -93,6 +103,10 @@ class Up:
                 f"PREFECT_API_URL names a Prefect server already ({foreign}). `visionloop deploy` makes the deployments "
                 f"there; or unset it and run `visionloop up` again"
             )
+        if server is not None and self._elsewhere("server"):
+            told("the workspace was moved while this ran; what runs knows the old place")
+            self.stop(told=told)
+            server = None
         if server is None:
             server = self._start_server(port, told)
         else:
@@ -161,6 +175,7 @@ class Up:
                 start_new_session=True,
             )
         facts = {"pid": process.pid, "began": began(process.pid), "api": api}
+        facts |= {"folder": identity(self.folder), "place": str(self.folder)}
         write_atomically(self.folder / f"{name}.json", json.dumps(facts).encode())
         return Standing(name, process.pid, api)
 
@@ -196,6 +211,11 @@ class Up:
         """
         found = {"MLflow": self._settings.tracking_uri}
         if not self._settings.tracking_uri.startswith(("http://", "https://")):
+            from flows.deciding import artifacts_of
+
+            artifacts_of(
+                self.workspace, self._settings
+            )  # MLflow's pages would show the files of the place it was copied from
             found["MLflow"] = self._page("mlflow", self._mlflow(), 5000, told)
         history = self.workspace.state / "monitoring" / "evidently"
         history.mkdir(parents=True, exist_ok=True)

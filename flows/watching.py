@@ -227,7 +227,10 @@ def _write_to_label(loop: Loop, reference: Any, window: Window, path: Path) -> N
         count=loop.config.to_label,
     )
     table = chosen[["prediction_id", "image_sha256", "predicted", "confidence", "novelty"]].assign(
-        image=[str(capture_path(loop.workspace, sha)) for sha in chosen["image_sha256"]], label="", labelled_by=""
+        # From the workspace's root on: in a copy of it, its own images.
+        image=[str(capture_path(loop.workspace, sha).relative_to(loop.workspace.root)) for sha in chosen["image_sha256"]],
+        label="",
+        labelled_by="",
     )
     write_atomically(path, table.to_csv(index=False).encode())
 

@@ -26,6 +26,7 @@ from components.contracts import (
     Release,
     Splits,
     Stored,
+    StoreError,
     TamperedArtefact,
     Verdict,
     VisionloopError,
@@ -77,6 +78,9 @@ class Registry:
         self.ledger = ledger
         self._artifacts = artifacts
 
+    def _client(self) -> MlflowClient:
+        return tracking.client(self.tracking_uri, self._artifacts)
+
     def recorded(self, model: str, candidate_digest: str) -> Candidate | Rejection | None:
         """What the ledger says about this very candidate; needs no MLflow."""
         entry = self.ledger.find(_key(model, candidate_digest))
@@ -88,7 +92,7 @@ class Registry:
         if known is not None:
             return known
         with _reachable(self.tracking_uri):
-            mlflow = tracking.client(self.tracking_uri)
+            mlflow = self._client()
             experiment = tracking.experiment_id(mlflow, evidence.model, self._artifacts)
             run_id = _run_of_candidate(mlflow, experiment, evidence)
             tracking.log_history(mlflow, run_id, evidence.history)
@@ -181,7 +185,7 @@ class Registry:
 
     def _expect_no_history(self, model: str) -> None:
         with _reachable(self.tracking_uri):
-            versions = _versions(tracking.client(self.tracking_uri), model)
+            versions = _versions(self._client(), model)
         told = [version.version for version in versions if _SEQ_TAG in version.tags]
         if told:
             raise RegistryUnavailable(
@@ -193,7 +197,7 @@ class Registry:
         """Raise RegistryUnavailable when MLflow's versions carry row numbers that the ledger does not reach: it was cut."""
         rows = self.ledger.entries()
         with _reachable(self.tracking_uri):
-            versions = _versions(tracking.client(self.tracking_uri), model)
+            versions = _versions(self._client(), model)
         told = [int(v.tags[tag]) for v in versions for tag in (_SEQ_TAG, _CHAMPION_TAG) if v.tags.get(tag, "").isdigit()]
         if told and max(told) > len(rows):
             raise RegistryUnavailable(
@@ -228,7 +232,11 @@ class Registry:
         # MLflow copies in threads, which may still write when a failure is on its way out.
         with tempfile.TemporaryDirectory(prefix="visionloop-bundle-", ignore_cleanup_errors=True) as scratch:
             with _reachable(self.tracking_uri):
-                tracking.client(self.tracking_uri)
+                location = str(self._client().get_model_version_download_uri(model, version))
+                folder = tracking.folder_of(location)
+                if folder is not None and not folder.is_dir():
+                    # Asked for what is not there, MLflow would make the folder.
+                    raise StoreError(_away(folder, f"the files of version {version} of {model}"))
                 local = Path(
                     mlflow.artifacts.download_artifacts(
                         f"models:/{model}/{version}",
@@ -237,14 +245,14 @@ class Registry:
                         registry_uri=self.tracking_uri,
                     )
                 )
-            yield local, verify_bundle(local, manifest_sha256)
+            yield local, verify_bundle(local, manifest_sha256, kept_in=location)
 
     def alias(self, model: str) -> str | None:
         """The version that MLflow's alias `champion` names, None when it names none."""
         from mlflow.exceptions import MlflowException
 
         with _reachable(self.tracking_uri):
-            mlflow = tracking.client(self.tracking_uri)
+            mlflow = self._client()
             try:
                 return str(mlflow.get_model_version_by_alias(model, CHAMPION).version)
             except MlflowException as error:
@@ -256,7 +264,7 @@ class Registry:
     def point_alias(self, model: str, entry: Entry) -> None:
         """Let MLflow's alias `champion` say what the ledger's row says."""
         with _reachable(self.tracking_uri):
-            mlflow = tracking.client(self.tracking_uri)
+            mlflow = self._client()
             mlflow.set_registered_model_alias(model, CHAMPION, entry.body["version"])
             mlflow.set_model_version_tag(model, entry.body["version"], _CHAMPION_TAG, str(entry.seq))
 
@@ -305,18 +313,40 @@ def release_in(folder: Path, *, out: Path) -> Stored[Release]:
     return Stored(record, out)
 
 
-def verify_bundle(folder: Path, manifest_sha256: str) -> dict[str, Any]:
-    """The candidate's manifest once every file of the downloaded bundle matches it; raises TamperedArtefact."""
+def verify_bundle(folder: Path, manifest_sha256: str, *, kept_in: str = "") -> dict[str, Any]:
+    """The candidate's manifest once every file of the bundle, downloaded from `kept_in`, matches it.
+
+    Raises StoreError for what is not there, and TamperedArtefact for bytes that changed.
+    """
+    kept_in = kept_in or str(folder)
     path = folder / MANIFEST
-    raw = path.read_bytes() if path.is_file() else b""
-    body = unseal(raw)
+    if not path.is_file():
+        raise StoreError(_away(kept_in, MANIFEST))
+    body = unseal(path.read_bytes())
     if body is None or sha256_file(path) != manifest_sha256:
-        raise TamperedArtefact(f"{path} is not the manifest that was registered (sha256 {manifest_sha256[:12]})")
+        raise TamperedArtefact(
+            f"{MANIFEST} in {kept_in} is not the manifest that was registered (sha256 {manifest_sha256[:12]}): it was "
+            f"changed afterwards. Nothing was loaded from it; bring the registered files back from a backup "
+            f"(`visionloop restore`), or train anew"
+        )
     for entry in body["files"]:
         file = folder / entry["name"]
-        if not file.is_file() or sha256_file(file) != entry["sha256"]:
-            raise TamperedArtefact(f"{file} is missing or differs from what was registered; nothing was loaded from it")
+        if not file.is_file():
+            raise StoreError(_away(kept_in, entry["name"]))
+        if sha256_file(file) != entry["sha256"]:
+            raise TamperedArtefact(
+                f"{entry['name']} in {kept_in} differs from what was registered: it was changed afterwards; nothing was "
+                f"loaded from it"
+            )
     return body
+
+
+def _away(place: Path | str, what: str) -> str:
+    return (
+        f"{what}: not in {place}, where MLflow keeps it. It is away, which is not to say that it was changed. Bring it back "
+        f"(a disk that is not mounted, a folder left behind by a move, or a backup made with --with-artefacts), and run the "
+        f"same command again"
+    )
 
 
 def _versions(mlflow: MlflowClient, model: str) -> list[ModelVersion]:
@@ -364,7 +394,7 @@ def _logged_model(
         local = Path(
             artifacts.download_artifacts(created.artifact_location, dst_path=scratch, tracking_uri=mlflow.tracking_uri)
         )
-        verify_bundle(local, manifest_sha256)
+        verify_bundle(local, manifest_sha256, kept_in=str(created.artifact_location))
     mlflow.finalize_logged_model(created.model_id, LoggedModelStatus.READY)
     return str(created.model_id)
 

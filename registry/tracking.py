@@ -6,11 +6,18 @@ written by registration, which has the whole history, so nothing is lost either 
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import sqlite3
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+import sqlalchemy as sa
+
+from components.contracts import RegistryUnavailable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,8 +25,111 @@ if TYPE_CHECKING:
 TRAINING_TAG = "visionloop.training"
 
 
-def client(tracking_uri: str) -> MlflowClient:
+_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("trace_tags", "value"),
+)
+"""Where MLflow's tables hold absolute locations of artefacts."""
+
+
+def settle(tracking_uri: str, artifacts: Path | None) -> str:
+    """Let the tables of a workspace that was moved or copied name the place where it is now; returns what to tell.
+
+    MLflow keeps the absolute location of every artefact, so a copy would read from its original, write into it, or make it
+    again. Tables that do not lie beside `artifacts` are somebody else's and stay as they are. Raises RegistryUnavailable
+    when the tables name another place and cannot be written.
+    """
+    artifacts = artifacts.absolute() if artifacts is not None else None
+    address = sa.make_url(tracking_uri) if artifacts is not None and tracking_uri.startswith("sqlite:") else None
+    if artifacts is None or address is None or not address.database:
+        return ""
+    database = Path(address.database)
+    if not database.is_file() or database.resolve().parent != artifacts.parent.resolve():
+        return ""
+    places: list[tuple[Path, Path]] = []
+    try:
+        with contextlib.closing(sqlite3.connect(database, timeout=20, isolation_level=None)) as connection:
+            places = _other_places(connection, artifacts)
+            if not places:
+                return ""
+            connection.execute("BEGIN IMMEDIATE")
+            # Asked again, now that nobody else can write: of two that settle at once, the second finds nothing to do.
+            places = _other_places(connection, artifacts)
+            count = sum(_rename(connection, old, new) for old, new in places)
+            connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        where = f"they name {places[0][0]}, where it was made or copied from; " if places else ""
+        raise RegistryUnavailable(
+            f"MLflow's tables of this workspace, {database}, cannot be made to name this place: {where}{error}. No other "
+            f"place was read or written; make the file and its folder writable, and run the same command again"
+        ) from error
+    if not count:
+        return ""
+    old, new = places[0]
+    return f"this workspace lay in {old} before; MLflow's tables name {new} now ({count} locations)"
+
+
+def _other_places(connection: sqlite3.Connection, artifacts: Path) -> list[tuple[Path, Path]]:
+    """Folders that the experiments' locations name in place of a folder of this workspace, the longest first."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+        return []
+    found = set()
+    for name, location in connection.execute(
+        "SELECT name, artifact_location FROM experiments WHERE artifact_location != ''"
+    ):
+        folder = folder_of(location)
+        if (
+            folder is None
+            or (folder.parent.name, folder.name) != (artifacts.name, name)
+            or _is_one(folder.parent, artifacts)
+        ):
+            continue
+        old, new = folder.parent, artifacts
+        # As much as both have in common moved with it: MLflow's own default folder lies beside the workspace's state.
+        for _ in range(2):
+            if old.name == new.name and old.name:
+                old, new = old.parent, new.parent
+        found.add((old, new))
+    return sorted(found, key=lambda pair: len(str(pair[0])), reverse=True)
+
+
+def _is_one(one: Path, other: Path) -> bool:
+    """Whether two paths are one folder: a mount or a link is no copy."""
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False
+
+
+def _rename(connection: sqlite3.Connection, old: Path, new: Path) -> int:
+    count = 0
+    there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    for before, after in ((f"{old.as_uri()}/", f"{new.as_uri()}/"), (f"{old}/", f"{new}/")):
+        for table, column in _LOCATIONS:
+            if table in there:
+                count += connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 (names of ours)
+                    f"WHERE substr({column}, 1, ?) = ? AND substr({column}, 1, ?) != ?",
+                    (after, len(before) + 1, len(before), before, len(after), after),
+                ).rowcount
+    return count
+
+
+def folder_of(location: str) -> Path | None:
+    """The folder that an artefact location names on this machine; None for one that is kept elsewhere."""
+    parts = urlsplit(location)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(unquote(parts.path))
+    return Path(location) if location.startswith("/") else None
+
+
+def client(tracking_uri: str, artifacts: Path | None = None) -> MlflowClient:
     """An MLflow client; importing MLflow takes seconds, so nothing imports it before it is needed."""
+    settle(tracking_uri, artifacts)
     import mlflow
     from mlflow import MlflowClient
 
@@ -34,7 +144,7 @@ def experiment_id(mlflow: MlflowClient, model: str, artifacts: Path | None) -> s
     found = mlflow.get_experiment_by_name(model)
     if found is not None:
         return str(found.experiment_id)
-    location = (artifacts / model).resolve().as_uri() if artifacts is not None else None
+    location = (artifacts / model).absolute().as_uri() if artifacts is not None else None
     return str(mlflow.create_experiment(model, artifact_location=location))
 
 
@@ -94,7 +204,7 @@ class LiveMetrics:
             pending.append(row)
             try:
                 if mlflow is None:
-                    mlflow = client(tracking_uri)
+                    mlflow = client(tracking_uri, artifacts)
                     run_id = run_of_training(mlflow, experiment_id(mlflow, model, artifacts), training_key, tags)
                 log_history(mlflow, run_id, pending)
                 pending, self.problem = [], None

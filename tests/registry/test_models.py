@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,9 @@ import pytest
 from bundles import HISTORY, evidence
 from mlflow import MlflowClient
 
-from components.contracts import Candidate, RegistryUnavailable, Rejection, TamperedArtefact
+from components.contracts import Candidate, RegistryUnavailable, Rejection, StoreError, TamperedArtefact
 from components.store import sha256_file
-from registry import models
+from registry import models, tracking
 from registry.ledger import Ledger
 from registry.models import Registry, verify_bundle
 from registry.tracking import LiveMetrics
@@ -67,6 +69,61 @@ def test_what_is_registered_is_what_was_given(registry: Registry, uri: str, tmp_
         verify_bundle(folder, version.tags["visionloop.manifest_sha256"])
     with pytest.raises(TamperedArtefact, match="not the manifest that was registered"):
         verify_bundle(folder, "0" * 64)
+
+
+def test_files_that_are_away_are_not_called_changed(registry: Registry, tmp_path: Path) -> None:
+    candidate = registry.register(evidence(tmp_path, "away"))
+    assert isinstance(candidate, Candidate)
+    digest = registry.ledger.entries()[-1].body["manifest_sha256"]
+    place = tmp_path / "artifacts" / "away"
+
+    def opened() -> None:
+        with registry.bundle("away", candidate.version, digest):
+            pass
+
+    (report,) = place.rglob("report.html")
+    for victim in (report, next(place.rglob("candidate.json")), place):
+        victim.rename(tmp_path / "elsewhere")
+        with pytest.raises(StoreError, match=f"not in {place}.*away.*[Bb]ring") as told:
+            opened()
+        assert not isinstance(told.value, TamperedArtefact)
+        assert not victim.exists()  # nor made again, empty
+        (tmp_path / "elsewhere").rename(victim)
+    report.write_text("changed")
+    with pytest.raises(TamperedArtefact, match=f"report.html in {place}.*was changed afterwards"):
+        opened()
+
+
+def test_tables_that_cannot_be_written_are_not_read_for_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, here = tmp_path / "mlflow.db", tmp_path / "mlflow-artifacts"
+    with contextlib.closing(sqlite3.connect(database)) as tables:
+        tables.execute("CREATE TABLE experiments (name, artifact_location)")
+        rows = [("m", "file:///old%20place/mlflow-artifacts/m"), ("Default", "/old place/mlruns/0"), ("mine", "s3://b/mine")]
+        tables.executemany("INSERT INTO experiments VALUES (?, ?)", [*rows, ("else", "file:///old/data/else")])
+        tables.commit()
+
+    def locations() -> list[str]:
+        with contextlib.closing(sqlite3.connect(database)) as tables:
+            return [row[0] for row in tables.execute("SELECT artifact_location FROM experiments")]
+
+    before = locations()
+    uri = f"sqlite:///{database}"
+    with monkeypatch.context() as patched:
+
+        def refused(*_: Any) -> int:
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+
+        patched.setattr(tracking, "_rename", refused)
+        with pytest.raises(RegistryUnavailable, match="name /old place.*readonly.*make the file"):
+            tracking.settle(uri, here)
+    assert locations() == before
+    assert tracking.settle(uri, tmp_path / "elsewhere" / "mlflow-artifacts") == ""  # tables of somebody else
+    told = tracking.settle(uri, here)
+    assert told.startswith("this workspace lay in /old place before")
+    assert locations() == [f"{here.as_uri()}/m", f"{tmp_path}/mlruns/0", "s3://b/mine", "file:///old/data/else"]
+    assert tracking.settle(uri, here) == ""
 
 
 def test_a_rejection_is_recorded_with_its_reasons(registry: Registry, uri: str, tmp_path: Path) -> None:
