@@ -7,8 +7,10 @@ reads and then writes is never interleaved with another one. Tables are made on 
 from __future__ import annotations
 
 import datetime
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -65,6 +67,42 @@ class Database:
     def close(self) -> None:
         """Give every connection back."""
         self._engine.dispose()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file behind an SQLite URL; None for another database, or one in memory."""
+    if not url.startswith("sqlite:"):
+        return None
+    name = sa.make_url(url).database
+    return Path(name) if name and name != ":memory:" else None
+
+
+@contextmanager
+def held(database: Path) -> Iterator[None]:
+    """Nobody else writes into an SQLite database meanwhile; readers go on. Raises RegistryUnavailable."""
+    with _sqlite(database) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def copy_sqlite(database: Path, target: Path) -> None:
+    """A copy of an SQLite database as it is at one moment, whoever writes into it meanwhile. Raises RegistryUnavailable."""
+    with _sqlite(database) as connection, closing(sqlite3.connect(target)) as copy:
+        connection.backup(copy)
+        (told,) = copy.execute("PRAGMA integrity_check").fetchone()
+        if told != "ok":
+            raise RegistryUnavailable(
+                f"{database} is damaged ({told.splitlines()[0]}); bring it back from an earlier backup (visionloop restore)"
+            )
+
+
+@contextmanager
+def _sqlite(database: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with closing(sqlite3.connect(database, timeout=20, isolation_level=None)) as connection:
+            yield connection
+    except sqlite3.Error as error:
+        raise RegistryUnavailable(f"{database} does not answer: {error}. Try again when nobody holds it") from error
 
 
 def now(connection: sa.Connection) -> datetime.datetime:

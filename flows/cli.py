@@ -13,6 +13,7 @@ import typer
 from components import garbage
 from components.contracts import ConfigError
 from flows.answering import HERE, AsJson, Commands, InWorkspace, finish
+from flows.cli_backup import add_backup_commands
 from flows.cli_loop import add_loop_commands
 from flows.cli_registry import add_registry_commands
 from flows.cli_serving import add_serving_commands
@@ -47,6 +48,7 @@ app = Commands(
       visionloop history | who-served    what was decided, and what served at any moment
       visionloop runs                    what was run, and what came of it
       visionloop store verify            every artefact against its digests
+      visionloop backup FILE | restore   one file that a workspace can be made anew from, while it is in use
       visionloop report                  the page of all this
       visionloop demo                    all of it on real digits, in a scratch workspace
 
@@ -62,6 +64,7 @@ app.add_typer(store_app, name="store")
 add_registry_commands(app)
 add_serving_commands(app)
 add_loop_commands(app)
+add_backup_commands(app)
 
 
 @app.command()

@@ -174,6 +174,7 @@ def _decided(workspace: Path, model: str | None, by: Principal, rule: Rule) -> E
     """Append what a rule allows, and tell who wants to know."""
     found = _desk(workspace, model)
     entry = found.ledger.decide(model=found.model, actor=by, rule=rule)
+    found.promotion.describe(told=_told)
     _notify(found, entry)
     return entry
 

@@ -189,7 +189,9 @@ def _training_key(run: Run, results: Results) -> str:
 
 
 def _tags(run: Run, results: Results) -> dict[str, str]:
-    lineage = {f"visionloop.{name}": str(value) for name, value in run.lineage.to_json().items() if name != "schema_version"}
+    # Run, data and commit have the shorter names below, which the run of the training has as well.
+    named = ("schema_version", "run_id", "data_version", "git_commit")
+    lineage = {f"visionloop.{name}": str(value) for name, value in run.lineage.to_json().items() if name not in named}
     return lineage | {
         "visionloop.run": run.id,
         "visionloop.data": run.data.dvc_hash,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from components.contracts import (
 )
 from components.store import describe, seal, sha256_file, unseal
 from registry import tracking
+from registry.approval import State
 from registry.ledger import Entry, Ledger, Principal
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _CANDIDATE_TAG = "visionloop.candidate"
 _MANIFEST_TAG = "visionloop.manifest_sha256"
 _SEQ_TAG = "visionloop.ledger_seq"
 _CHAMPION_TAG = "visionloop.champion_seq"
+_TRAINED_IN_TAG = "visionloop.trained_in"
 FLOW = Principal(name="flows/train", method="machine")
 
 
@@ -157,8 +159,7 @@ class Registry:
                 _MANIFEST_TAG: manifest_sha256,
                 "visionloop.verdict": evidence.verdict.status,
             },
-            description=f"Verdict: {evidence.verdict.status}. Serving engine: {evidence.verdict.serving_engine}. "
-            f"Waits for approval; see report.html and model-card.md.",
+            description=_description(evidence.verdict.status, evidence.verdict.serving_engine, "Waits for approval"),
         )
 
     def _expect_new(self, evidence: Evidence, version: str) -> None:
@@ -261,6 +262,16 @@ class Registry:
                     return None
                 raise
 
+    def descriptions(self, model: str) -> dict[str, str]:
+        """What MLflow says of each version."""
+        with _reachable(self.tracking_uri):
+            return {str(v.version): str(v.description or "") for v in _versions(self._client(), model)}
+
+    def describe(self, model: str, version: str, text: str) -> None:
+        """Let MLflow say this of a version."""
+        with _reachable(self.tracking_uri):
+            self._client().update_model_version(model, version, description=text)
+
     def point_alias(self, model: str, entry: Entry) -> None:
         """Let MLflow's alias `champion` say what the ledger's row says."""
         with _reachable(self.tracking_uri):
@@ -353,8 +364,32 @@ def _versions(mlflow: MlflowClient, model: str) -> list[ModelVersion]:
     return list(mlflow.search_model_versions(f"name='{model}'"))
 
 
+def described(state: State, entries: Sequence[Entry]) -> str:
+    """What MLflow says of a version that stands so: a projection of the ledger's rows, which time alone does not change."""
+    body, decision = state.requested.body, state.decision
+    standing = "Waits for approval"
+    moves = [entry for entry in entries if entry.kind in ("promoted", "rolled_back")]
+    served = [number for number, entry in enumerate(moves) if entry.body["version"] == state.version]
+    if served and served[-1] == len(moves) - 1:
+        standing = f"Champion since {moves[-1].at[:16]} UTC"
+    elif served:
+        standing = f"Former champion, until {moves[served[-1] + 1].at[:16]} UTC"
+    elif decision is not None and decision.kind == "rejected":
+        standing = f"Rejected by {decision.actor.name}"
+    elif decision is not None:
+        standing = f"Approved by {decision.actor.name} until {decision.body['expires_at'][:16]} UTC, not promoted"
+    return _description(body["status"], body.get("bound", {}).get("serving", "unknown"), standing)
+
+
+def _description(verdict: str, engine: str, standing: str) -> str:
+    return f"Verdict: {verdict}. Serving engine: {engine}. {standing}; see report.html and model-card.md."
+
+
 def _run_of_candidate(mlflow: MlflowClient, experiment: str, evidence: Evidence) -> str:
-    """The training's run for its first candidate; a run of its own for each further one, linked to the training's."""
+    """The training's run for its first candidate; a run of its own for each further one, which names the training's.
+
+    It stands beside that one: below it, a version would seem to be part of what may have been rejected.
+    """
     training = tracking.run_of_training(mlflow, experiment, evidence.training_key, evidence.tags)
     owner = mlflow.get_run(training).data.tags.get(_CANDIDATE_TAG)
     if owner is None:
@@ -364,7 +399,7 @@ def _run_of_candidate(mlflow: MlflowClient, experiment: str, evidence: Evidence)
     found = mlflow.search_runs([experiment], f"tags.`{_CANDIDATE_TAG}` = '{evidence.candidate_digest}'", max_results=1)
     if found:
         return str(found[0].info.run_id)
-    tags = {**evidence.tags, _CANDIDATE_TAG: evidence.candidate_digest, "mlflow.parentRunId": training}
+    tags = {**evidence.tags, _CANDIDATE_TAG: evidence.candidate_digest, _TRAINED_IN_TAG: training}
     return str(mlflow.create_run(experiment, run_name=evidence.tags.get("visionloop.run"), tags=tags).info.run_id)
 
 

@@ -27,7 +27,7 @@ from components.contracts import (
 from components.releases import ReleaseStore
 from registry import approval
 from registry.ledger import Entry, Principal
-from registry.models import Registry, bound_in, release_in
+from registry.models import Registry, bound_in, described, release_in
 
 FLOW = Principal(name="flows/promote", method="machine")
 _ROUNDS = 5
@@ -97,6 +97,7 @@ class Promotion:
         self.project()
         self.read_back()
         told("routes, MLflow's alias and the published release were read back")
+        self.describe(told=told)
         return entry
 
     def reigning(self, version: str) -> Entry | None:
@@ -136,6 +137,7 @@ class Promotion:
                 f"version {version} is champion again (ledger row {entry.seq}) and servers are told so, but MLflow does not "
                 f"show it yet: {error}. Do not roll back again; run `visionloop reconcile --repair` when it is back"
             ) from error
+        self.describe(told=told)
         return entry
 
     def project(self) -> None:
@@ -147,6 +149,22 @@ class Promotion:
             if self._champion().seq == entry.seq:
                 return
         raise RegistryUnavailable(f"the champion of {self.model} keeps changing; run `visionloop reconcile --repair` later")
+
+    def describe(self, *, told: Callable[[str], None] = lambda _: None) -> None:
+        """Let MLflow say of each version how it stands. No decision depends on that: a failure is told, and repaired later."""
+        try:
+            for version, (wanted, found) in self._descriptions().items():
+                if wanted != found:
+                    self.registry.describe(self.model, version, wanted)
+        except VisionloopError as error:
+            told(f"MLflow's descriptions are behind ({error}); `visionloop reconcile --repair` writes them")
+
+    def _descriptions(self) -> dict[str, tuple[str, str]]:
+        """What MLflow should say of each version that it has, and what it says."""
+        entries = self.ledger.entries(self.model)
+        found = self.registry.descriptions(self.model)
+        states = approval.states(entries, self.ledger.now())
+        return {s.version: (described(s, entries), found[s.version]) for s in states if s.version in found}
 
     def read_back(self) -> None:
         """Raise unless routes, alias and release say what the ledger says."""
@@ -183,9 +201,13 @@ class Promotion:
 
     def reconcile(self, *, repair: bool) -> list[Difference]:
         """Report what does not say what the ledger says; with `repair`, make it say so. The ledger is never changed."""
-        found = self.differences()
+        behind = self._behind()
+        found = [*self.differences(), *behind]
         if not found or not repair:
             return found
+        self.describe()
+        if found == behind:
+            return [d.model_copy(update={"repaired": d not in self._behind()}) for d in behind]
         entry = approval.champion(self.ledger.entries(self.model))
         if entry is None:
             # Somebody pointed at a version that nobody approved: nothing may be served from that.
@@ -196,8 +218,15 @@ class Promotion:
         # Whatever generation somebody wrote there: the ledger's word replaces it.
         self.releases.move(_routes_of(self.model, entry), force=True)
         self.project()
-        left = {difference.what for difference in self.differences()}
+        left = {difference.what for difference in [*self.differences(), *self._behind()]}
         return [d.model_copy(update={"repaired": d.what not in left}) for d in found]
+
+    def _behind(self) -> list[Difference]:
+        return [
+            Difference(what=f"MLflow's description of version {version}", expected=wanted, found=found or "none")
+            for version, (wanted, found) in self._descriptions().items()
+            if wanted != found
+        ]
 
     def _expect_published(self, entry: Entry, told: Callable[[str], None]) -> None:
         """Verify the release of an earlier champion; where the store lost or changed it, publish it again from MLflow."""

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-import sqlalchemy as sa
-
 from components.contracts import RegistryUnavailable
+from components.databases import sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,11 +43,10 @@ def settle(tracking_uri: str, artifacts: Path | None) -> str:
     when the tables name another place and cannot be written.
     """
     artifacts = artifacts.absolute() if artifacts is not None else None
-    address = sa.make_url(tracking_uri) if artifacts is not None and tracking_uri.startswith("sqlite:") else None
-    if artifacts is None or address is None or not address.database:
+    database = sqlite_file(tracking_uri)
+    if artifacts is None or database is None or not database.is_file():
         return ""
-    database = Path(address.database)
-    if not database.is_file() or database.resolve().parent != artifacts.parent.resolve():
+    if database.resolve().parent != artifacts.parent.resolve():
         return ""
     places: list[tuple[Path, Path]] = []
     try:

@@ -143,7 +143,7 @@ def test_rollback_to_a_release_whose_every_copy_was_tampered_with_moves_nothing(
     assert len(changed) > 1
     for path in changed:
         path.write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"engine/model.bin of release .* is missing or was changed.*Nothing was moved"):
+    with pytest.raises(StoreError, match=r"engine/model.bin of release .* was changed after it was published.*Nothing was moved"):
         mine.rollback(None, BOB, "complaints")
     assert mine.ledger.champion("damaged") == second
     assert first.body["version"] != second.body["version"]

@@ -1,0 +1,362 @@
+"""One file that a workspace can be made anew from, written while it is in use, and read into an empty place.
+
+A tar of regular files: `git.bundle`, `files/<path in the workspace>`, and last `manifest.json`, sealed, with the digest of
+every file. What a backup holds, in the order in which it is taken, so that no part refers to what an earlier one lacks:
+
+    tables      ledger, the loop's, MLflow's, and the routes; nobody can append to the ledger meanwhile
+    settings    recipes, loops, plug-ins, pins, DVC's configuration, hashed tokens, git's history
+    artefacts   MLflow's files, releases, store, runs, windows, captures, prediction log: by digest, or with their bytes
+
+No secret is in it, nor the pictures of data/ (they have a remote), nor Prefect's tables (`visionloop up` makes them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from components import dataversions
+from components.contracts import ConfigError, StoreError, VisionloopError, WorkspaceBusy
+from components.databases import copy_sqlite, held, sqlite_file
+from components.objects import safe_name
+from components.releases import ReleaseStore
+from components.store import explained, fsync_folder, seal, unseal
+from flows.deciding import artifacts_of
+from flows.run import Workspace, version
+from flows.settings import Settings, read_settings
+from registry.ledger import Ledger
+
+FORMAT = 1
+_MANIFEST, _BUNDLE, _FILES = "manifest.json", "git.bundle", "files"
+_MAX_MANIFEST = 256 << 20
+_STATE = ".visionloop"
+_SETTINGS = (
+    "recipes",
+    "loops",
+    "plugins",
+    dataversions.PIN,
+    dataversions.TEST_LEDGER,
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvcignore",
+    ".gitignore",
+    f"{_STATE}/serving/tokens.json",
+)
+# Journals before the log: a journal that is sealed in between is there twice, which readers see, and not missing.
+_ARTEFACTS = ("mlflow-artifacts", "releases/releases", "store", "runs", "monitoring", "serving/captures", "serving/journal")
+_LOG = "predictions"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What came of a restore."""
+
+    root: Path
+    manifest: dict[str, Any]
+    problems: list[str]
+    """What does not verify although the backup holds it."""
+
+
+def backup(workspace: Workspace, file: Path, *, with_artefacts: bool, force: bool) -> dict[str, Any]:
+    """Write `file` whole or not at all; returns its manifest. Raises ConfigError, StoreError or DataError."""
+    if file.exists() and not force:
+        raise ConfigError(f"{file} exists already; name another file, or use --force to replace it")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"{file.absolute().parent} is not a folder; make it first")
+    settings = read_settings(workspace.state)
+    partial = file.absolute().with_name(f".{file.name}.partial")
+    with explained("write", file), _alone(partial, os.O_RDWR | os.O_CREAT) as descriptor:
+        with os.fdopen(os.dup(descriptor), "wb") as out, tempfile.TemporaryDirectory(prefix="visionloop-backup-") as scratch:
+            out.truncate(0)
+            manifest = _write(workspace, settings, out, Path(scratch), with_artefacts)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, file)
+        fsync_folder(partial.parent)
+    return manifest
+
+
+def _write(workspace: Workspace, settings: Settings, out: IO[bytes], scratch: Path, with_artefacts: bool) -> dict[str, Any]:
+    root = workspace.root
+    files: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
+    tables, elsewhere, head = _tables(workspace, settings, scratch)
+    commit, dirty = dataversions.git_state(root)
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in tables:
+            files += _added(path, f"{_FILES}/{_STATE}/{path.relative_to(scratch).as_posix()}", archive)
+        if commit != "none":
+            if dataversions.git(root, "rev-parse", "--is-shallow-repository") == "true":
+                raise ConfigError(f"{root} is a shallow clone, whose history is incomplete; run `git fetch --unshallow` first")
+            dataversions.git(root, "bundle", "create", "--quiet", str(scratch / _BUNDLE), "HEAD", "--all")
+            files += _added(scratch / _BUNDLE, _BUNDLE, archive)
+        for path in _regular(root, _SETTINGS):
+            files += _added(path, f"{_FILES}/{path.relative_to(root).as_posix()}", archive)
+        for path in _regular(workspace.state, (*_ARTEFACTS, _LOG)):
+            name = f"{_FILES}/{path.relative_to(root).as_posix()}"
+            if with_artefacts:
+                files += _added(path, name, archive)
+            else:
+                listed += _added(path, name, None)
+        manifest = {
+            "format": FORMAT,
+            "visionloop": version(),
+            "workspace": str(root),
+            "git_commit": commit,
+            "git_branch": dataversions.git(root, "rev-parse", "--abbrev-ref", "HEAD") if commit != "none" else "HEAD",
+            "git_dirty": dirty,
+            "ledger": head,
+            "elsewhere": elsewhere,
+            "files": files,
+            "listed": listed,
+        }
+        sealed = seal(manifest)
+        entry = tarfile.TarInfo(_MANIFEST)
+        entry.size = len(sealed)
+        archive.addfile(entry, io.BytesIO(sealed))
+    return manifest
+
+
+def _tables(
+    workspace: Workspace, settings: Settings, scratch: Path
+) -> tuple[list[Path], dict[str, str], dict[str, Any] | None]:
+    """Copies of the tables and routes as they are at one moment; what is kept elsewhere; where the ledger ends."""
+    found: list[Path] = []
+    elsewhere: dict[str, str] = {}
+    urls = {"ledger": settings.ledger_url, "loop": settings.loop_url, "mlflow": settings.tracking_uri}
+    ours = {name: sqlite_file(url) == workspace.state / f"{name}.db" for name, url in urls.items()}
+    advice = "its own tools back it up (pg_dump, or a copy of the file)"
+    elsewhere |= {name: advice for name, is_ours in ours.items() if not is_ours}
+    for name, url in (("releases", settings.releases_url), ("predictions", settings.predictions_url)):
+        if Path(url) != workspace.state / name:
+            elsewhere[name] = "it is kept outside the workspace; back it up there"
+    ledger = Ledger(settings.ledger_url)
+    ledger.entries()  # a chain that does not verify is no backup
+    # MLflow's tags and the routes carry numbers of ledger rows: nobody appends one until all of them are copied.
+    with held(workspace.state / "ledger.db") if ours["ledger"] else contextlib.nullcontext():
+        for name in ("ledger", "mlflow", "loop"):
+            source = workspace.state / f"{name}.db"
+            if ours[name] and source.is_file():
+                copy_sqlite(source, scratch / source.name)
+                found.append(scratch / source.name)
+        if "releases" not in elsewhere:
+            for path in _regular(workspace.state, ("releases/routes",)):
+                copy = scratch / path.relative_to(workspace.state)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+                found.append(copy)
+    if not ours["ledger"]:
+        return found, elsewhere, None
+    rows = Ledger(f"sqlite:///{scratch / 'ledger.db'}").entries()
+    return found, elsewhere, {"rows": len(rows), "hash": rows[-1].hash if rows else ""}
+
+
+def _regular(root: Path, places: Sequence[str]) -> Iterator[Path]:
+    """Regular files at or below some places; links, hidden work in progress and caches of Python are left out."""
+    for place in places:
+        start = root / place
+        if start.is_file() and not start.is_symlink():
+            yield start
+        for folder, folders, names in os.walk(start):
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+            for path in sorted(Path(folder, name) for name in names if not name.startswith(".")):
+                if path.is_file() and not path.is_symlink():
+                    yield path
+
+
+def _added(path: Path, name: str, archive: tarfile.TarFile | None) -> list[dict[str, Any]]:
+    """Digest and size of a file, as it is put into the archive; nothing for one that was removed meanwhile."""
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return []
+    with stream:
+        # What is appended later, to a journal, is not in it.
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode = os.fstat(stream.fileno()).st_size, 0o600
+        reader = _Hashing(stream, entry.size)
+        if archive is not None:
+            archive.addfile(entry, reader)
+        while reader.read(1 << 20):
+            pass
+    return [{"name": name, "bytes": entry.size, "sha256": reader.digest.hexdigest()}]
+
+
+class _Hashing(io.RawIOBase):
+    """The first `size` bytes of a stream, hashed as they are read."""
+
+    def __init__(self, stream: IO[bytes], size: int) -> None:
+        self._stream, self._left, self.digest = stream, size, hashlib.sha256()
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._stream.read(self._left if size < 0 else min(size, self._left))
+        self._left -= len(data)
+        self.digest.update(data)
+        return data
+
+
+@contextlib.contextmanager
+def _alone(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor of work in progress that nobody else has, at a fixed name: what a kill left is written over."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkspaceBusy(f"another process is writing {path}; wait for it to end") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def restore(file: Path, into: Path) -> Restored:
+    """Make the workspace of a backup in an empty place, whole or not at all, after every byte of it was verified."""
+    into = into.absolute()
+    if into.is_symlink() or (into.exists() and (not into.is_dir() or any(into.iterdir()))):
+        raise ConfigError(f"{into} is not empty; a backup is restored into an empty or a new folder (--into DIR)")
+    manifest = read(file)
+    into.parent.mkdir(parents=True, exist_ok=True)
+    scratch = into.with_name(f".{into.name}.restoring")
+    scratch.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with explained("restore into", into), _alone(scratch, os.O_RDONLY):
+            for left in scratch.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            _extract(file, manifest, scratch)
+            _expect_ledger(scratch, manifest)
+            os.rename(scratch, into)
+            fsync_folder(into.parent)
+    except WorkspaceBusy:
+        raise
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return Restored(into, manifest, _problems(into, manifest))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The manifest of a backup, once every byte of it was found to be what it says. Raises StoreError."""
+    found: dict[str, tuple[int, str]] = {}
+    body: dict[str, Any] | None = None
+    for member, stream in _members(file):
+        if member.name == _MANIFEST:
+            body = unseal(stream.read(_MAX_MANIFEST))
+            continue
+        reader = _Hashing(stream, member.size)
+        while reader.read(1 << 20):
+            pass
+        found[member.name] = (member.size, reader.digest.hexdigest())
+    if body is None:
+        raise StoreError(f"{file} is no whole backup: it has no intact {_MANIFEST} at its end. It was cut short or changed")
+    if body.get("format") != FORMAT:
+        raise StoreError(f"{file} is a backup of format {body.get('format')}; this visionloop reads format {FORMAT}")
+    told = {entry["name"]: (entry["bytes"], entry["sha256"]) for entry in body["files"]}
+    if told != found:
+        names = ", ".join(sorted(name for name in {*told, *found} if told.get(name) != found.get(name))[:3])
+        raise StoreError(f"{file} is damaged: {names} is not what its manifest says. Nothing was restored; use another backup")
+    return body
+
+
+def _members(file: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """The members of an archive that may be in a backup, each once; raises StoreError for any other."""
+    seen: set[str] = set()
+    try:
+        # Uncompressed alone: what comes out is no more than what is there.
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                parts = Path(safe_name(member.name)).parts
+                allowed = member.name in (_MANIFEST, _BUNDLE) or (len(parts) > 1 and parts[0] == _FILES and parts[1] != ".git")
+                if not allowed or not member.isreg() or member.issparse() or member.name in seen:
+                    raise StoreError(f"{file} holds {member.name!r}, which no backup has; nothing was restored")
+                seen.add(member.name)
+                stream = archive.extractfile(member)
+                assert stream is not None
+                yield member, stream
+    except (tarfile.TarError, EOFError) as error:
+        raise StoreError(f"{file} is not a backup, or was cut short ({error}); nothing was restored") from error
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read ({error.strerror}); nothing was restored") from error
+
+
+def _extract(file: Path, manifest: dict[str, Any], scratch: Path) -> None:
+    """The files of a verified backup into an empty folder, verified again as they are written."""
+    told = {entry["name"]: entry["sha256"] for entry in manifest["files"]}
+    bundle = scratch / _BUNDLE
+    for first in (True, False):  # git's tree first, then what was not committed
+        for member, stream in _members(file):
+            if member.name == _MANIFEST or (member.name == _BUNDLE) != first:
+                continue
+            target = bundle if first else scratch / Path(member.name).relative_to(_FILES)
+            if not target.parent.resolve().is_relative_to(scratch.resolve()):
+                raise StoreError(f"{file}: {member.name} leads out of the workspace through a link; nothing was restored")
+            target.parent.mkdir(mode=0o700 if _STATE in target.parts else 0o777, parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            reader = _Hashing(stream, member.size)
+            with target.open("wb") as out:
+                shutil.copyfileobj(reader, out, 1 << 20)  # type: ignore[misc]
+                out.flush()
+                os.fsync(out.fileno())
+            if reader.digest.hexdigest() != told.get(member.name):
+                raise StoreError(f"{file} was changed while it was read; nothing was restored")
+            if target.name == "tokens.json":
+                target.chmod(0o600)
+        if first:
+            _repository(bundle, scratch, manifest["git_branch"])
+    local = scratch / ".dvc" / "config.local"
+    local.parent.mkdir(exist_ok=True)
+    # The place is corrected when the workspace is opened where it comes to lie.
+    local.write_text(f"[core]\n    site_cache_dir = {scratch}/{_STATE}/cache/dvc\n")
+    (scratch / _STATE).mkdir(mode=0o700, exist_ok=True)
+    (scratch / _STATE).chmod(0o700)
+
+
+def _repository(bundle: Path, scratch: Path, branch: str) -> None:
+    dataversions.git(scratch, "init", "--quiet", "--initial-branch=main")
+    if not bundle.is_file():
+        return  # nothing was committed
+    everything = ("+refs/*:refs/*", "+HEAD:refs/visionloop/head")
+    dataversions.git(scratch, "fetch", "--quiet", "--update-head-ok", str(bundle), *everything)
+    bundle.unlink()
+    if branch != "HEAD":
+        dataversions.git(scratch, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
+        dataversions.git(scratch, "reset", "--quiet", "--hard")
+    else:
+        dataversions.git(scratch, "checkout", "--quiet", "--detach", "refs/visionloop/head")
+    dataversions.git(scratch, "update-ref", "-d", "refs/visionloop/head")
+
+
+def _expect_ledger(scratch: Path, manifest: dict[str, Any]) -> None:
+    head = manifest["ledger"]
+    if head is not None:
+        rows = Ledger(f"sqlite:///{scratch / _STATE / 'ledger.db'}").entries()
+        if (len(rows), rows[-1].hash if rows else "") != (head["rows"], head["hash"]):
+            raise StoreError("the ledger of this backup does not end where its manifest says; nothing was restored")
+
+
+def _problems(root: Path, manifest: dict[str, Any]) -> list[str]:
+    """What a restored workspace lacks that its backup holds: releases of champions, artefacts of the store."""
+    workspace = Workspace.find(root)
+    settings = read_settings(workspace.state)
+    artifacts_of(workspace, settings)  # MLflow's tables name this place from now on
+    if manifest["ledger"] is None or manifest["listed"]:
+        return []
+    found = []
+    ledger = Ledger(settings.ledger_url)
+    for model in sorted({entry.model for entry in ledger.entries()}):
+        champion = ledger.champion(model)
+        if champion is not None:
+            try:
+                ReleaseStore(settings.releases_url).verify(model, champion.body["release"])
+            except VisionloopError as error:
+                found.append(str(error))
+    return found
