@@ -97,7 +97,9 @@ def _write(workspace: Workspace, settings: Settings, out: IO[bytes], scratch: Pa
             files += _added(path, f"{_FILES}/{_STATE}/{path.relative_to(scratch).as_posix()}", archive)
         if commit != "none":
             if dataversions.git(root, "rev-parse", "--is-shallow-repository") == "true":
-                raise ConfigError(f"{root} is a shallow clone, whose history is incomplete; run `git fetch --unshallow` first")
+                raise ConfigError(
+                    f"{root} is a shallow clone, whose history is incomplete; run `git fetch --unshallow` first"
+                )
             dataversions.git(root, "bundle", "create", "--quiet", str(scratch / _BUNDLE), "HEAD", "--all")
             files += _added(scratch / _BUNDLE, _BUNDLE, archive)
         for path in _regular(root, _SETTINGS):
@@ -183,7 +185,8 @@ def _added(path: Path, name: str, archive: tarfile.TarFile | None) -> list[dict[
     with stream:
         # What is appended later, to a journal, is not in it.
         entry = tarfile.TarInfo(name)
-        entry.size, entry.mode = os.fstat(stream.fileno()).st_size, 0o600
+        status = os.fstat(stream.fileno())
+        entry.size, entry.mode, entry.mtime = status.st_size, 0o600, status.st_mtime
         reader = _Hashing(stream, entry.size)
         if archive is not None:
             archive.addfile(entry, reader)
@@ -232,8 +235,10 @@ def restore(file: Path, into: Path) -> Restored:
         with explained("restore into", into), _alone(scratch, os.O_RDONLY):
             for left in scratch.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-            _extract(file, manifest, scratch)
+            with _whole(file):
+                _extract(file, manifest, scratch)
             _expect_ledger(scratch, manifest)
+            scratch.chmod(into.stat().st_mode & 0o777 if into.exists() else 0o777 & ~_umask())
             os.rename(scratch, into)
             fsync_folder(into.parent)
     except WorkspaceBusy:
@@ -244,18 +249,25 @@ def restore(file: Path, into: Path) -> Restored:
     return Restored(into, manifest, _problems(into, manifest))
 
 
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
 def read(file: Path) -> dict[str, Any]:
     """The manifest of a backup, once every byte of it was found to be what it says. Raises StoreError."""
     found: dict[str, tuple[int, str]] = {}
     body: dict[str, Any] | None = None
-    for member, stream in _members(file):
-        if member.name == _MANIFEST:
-            body = unseal(stream.read(_MAX_MANIFEST))
-            continue
-        reader = _Hashing(stream, member.size)
-        while reader.read(1 << 20):
-            pass
-        found[member.name] = (member.size, reader.digest.hexdigest())
+    with _whole(file):
+        for member, stream in _members(file):
+            if member.name == _MANIFEST:
+                body = unseal(stream.read(_MAX_MANIFEST))
+                continue
+            reader = _Hashing(stream, member.size)
+            while reader.read(1 << 20):
+                pass
+            found[member.name] = (member.size, reader.digest.hexdigest())
     if body is None:
         raise StoreError(f"{file} is no whole backup: it has no intact {_MANIFEST} at its end. It was cut short or changed")
     if body.get("format") != FORMAT:
@@ -263,29 +275,37 @@ def read(file: Path) -> dict[str, Any]:
     told = {entry["name"]: (entry["bytes"], entry["sha256"]) for entry in body["files"]}
     if told != found:
         names = ", ".join(sorted(name for name in {*told, *found} if told.get(name) != found.get(name))[:3])
-        raise StoreError(f"{file} is damaged: {names} is not what its manifest says. Nothing was restored; use another backup")
+        raise StoreError(
+            f"{file} is damaged: {names} is not what its manifest says. Nothing was restored; use another backup"
+        )
     return body
+
+
+@contextlib.contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Say of what cannot be read as an archive that it is none."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError) as error:
+        raise StoreError(f"{file} is not a backup, or was cut short ({error}); nothing was restored") from error
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is not there; name a file that `visionloop backup` wrote") from None
 
 
 def _members(file: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
     """The members of an archive that may be in a backup, each once; raises StoreError for any other."""
     seen: set[str] = set()
-    try:
-        # Uncompressed alone: what comes out is no more than what is there.
-        with tarfile.open(file, "r:") as archive:
-            for member in archive:
-                parts = Path(safe_name(member.name)).parts
-                allowed = member.name in (_MANIFEST, _BUNDLE) or (len(parts) > 1 and parts[0] == _FILES and parts[1] != ".git")
-                if not allowed or not member.isreg() or member.issparse() or member.name in seen:
-                    raise StoreError(f"{file} holds {member.name!r}, which no backup has; nothing was restored")
-                seen.add(member.name)
-                stream = archive.extractfile(member)
-                assert stream is not None
-                yield member, stream
-    except (tarfile.TarError, EOFError) as error:
-        raise StoreError(f"{file} is not a backup, or was cut short ({error}); nothing was restored") from error
-    except OSError as error:
-        raise StoreError(f"{file} cannot be read ({error.strerror}); nothing was restored") from error
+    # Uncompressed alone: what comes out is no more than what is there.
+    with tarfile.open(file, "r:") as archive:
+        for member in archive:
+            parts = Path(safe_name(member.name)).parts
+            allowed = member.name in (_MANIFEST, _BUNDLE) or (len(parts) > 1 and parts[0] == _FILES and parts[1] != ".git")
+            if not allowed or not member.isreg() or member.issparse() or member.name in seen:
+                raise StoreError(f"{file} holds {member.name!r}, which no backup has; nothing was restored")
+            seen.add(member.name)
+            stream = archive.extractfile(member)
+            assert stream is not None
+            yield member, stream
 
 
 def _extract(file: Path, manifest: dict[str, Any], scratch: Path) -> None:
@@ -303,11 +323,13 @@ def _extract(file: Path, manifest: dict[str, Any], scratch: Path) -> None:
             target.unlink(missing_ok=True)
             reader = _Hashing(stream, member.size)
             with target.open("wb") as out:
-                shutil.copyfileobj(reader, out, 1 << 20)  # type: ignore[misc]
+                shutil.copyfileobj(reader, out, 1 << 20)
                 out.flush()
                 os.fsync(out.fileno())
             if reader.digest.hexdigest() != told.get(member.name):
                 raise StoreError(f"{file} was changed while it was read; nothing was restored")
+            # Runs are listed, and kept images outdated, by when they were written.
+            os.utime(target, (member.mtime, member.mtime))
             if target.name == "tokens.json":
                 target.chmod(0o600)
         if first:

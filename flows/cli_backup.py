@@ -90,7 +90,7 @@ def _absent(manifest: dict[str, Any]) -> list[str]:
     lines.append("Not in it: the pictures of data/ (visionloop data push keeps them), and secrets.")
     if manifest["listed"]:
         lines.append(
-            f"Listed by digest only: {_amount(manifest['listed'])} of models, releases, store, windows and log; nothing can be "
-            f"served without them. Keep them elsewhere, or use --with-artefacts."
+            f"Listed by digest only: {_amount(manifest['listed'])} of models, releases, store, windows and log; nothing can "
+            f"be served without them. Keep them elsewhere, or use --with-artefacts."
         )
     return lines

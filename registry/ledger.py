@@ -190,7 +190,7 @@ def _verified(connection: sa.Connection) -> list[Entry]:
         if row["seq"] != position or row["previous"] != previous or row["hash"] != _hash(dict(row)):
             raise TamperedArtefact(
                 f"the ledger is broken at row {row['seq']} (expected {position}): it was changed outside visionloop. "
-                f"Nothing may be promoted from it; restore the database from a backup"
+                f"Nothing may be promoted from it; restore a backup (`visionloop restore FILE --into DIR`)"
             )
         previous = row["hash"]
         found.append(_entry(dict(row)))

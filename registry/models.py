@@ -170,7 +170,7 @@ class Registry:
                 raise RegistryUnavailable(
                     f"MLflow calls this candidate version {version} of {evidence.model!r}, but the ledger's row {row.seq} "
                     f"requested another one under that number: MLflow's model was deleted, or an older backup was restored. "
-                    f"Restore MLflow as it was after row {row.seq} or later and run again, or give the model another name"
+                    f"Restore a backup made after row {row.seq} (`visionloop restore`), or give the model another name"
                 )
 
     def champion(self, model: str) -> Entry | None:
@@ -191,7 +191,8 @@ class Registry:
         if told:
             raise RegistryUnavailable(
                 f"the ledger has no row of model {model!r}, but MLflow's version {told[0]} was entered into one. A lost "
-                f"ledger proves nothing about a champion: set VISIONLOOP_LEDGER_URL to the right one, or restore a backup"
+                f"ledger proves nothing about a champion: set VISIONLOOP_LEDGER_URL to the right one, or restore a "
+                f"backup (`visionloop restore`)"
             )
 
     def expect_whole_ledger(self, model: str) -> None:
@@ -203,7 +204,8 @@ class Registry:
         if told and max(told) > len(rows):
             raise RegistryUnavailable(
                 f"the ledger ends at row {len(rows)}, but MLflow knows of row {max(told)} of {model!r}: it "
-                f"was cut, or it is another one. Set VISIONLOOP_LEDGER_URL to the right one, or restore a backup"
+                f"was cut, or it is another one. Set VISIONLOOP_LEDGER_URL to the right one, or restore a backup "
+                f"(`visionloop restore`)"
             )
 
     def fetch_engine(self, model: str, entry: Entry, *, out: Path) -> Stored[Engine]:
@@ -235,6 +237,7 @@ class Registry:
             with _reachable(self.tracking_uri):
                 location = str(self._client().get_model_version_download_uri(model, version))
                 folder = tracking.folder_of(location)
+                location = str(folder or location)
                 if folder is not None and not folder.is_dir():
                     # Asked for what is not there, MLflow would make the folder.
                     raise StoreError(_away(folder, f"the files of version {version} of {model}"))
@@ -429,7 +432,8 @@ def _logged_model(
         local = Path(
             artifacts.download_artifacts(created.artifact_location, dst_path=scratch, tracking_uri=mlflow.tracking_uri)
         )
-        verify_bundle(local, manifest_sha256, kept_in=str(created.artifact_location))
+        location = str(created.artifact_location)
+        verify_bundle(local, manifest_sha256, kept_in=str(tracking.folder_of(location) or location))
     mlflow.finalize_logged_model(created.model_id, LoggedModelStatus.READY)
     return str(created.model_id)
 

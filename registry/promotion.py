@@ -151,7 +151,7 @@ class Promotion:
         raise RegistryUnavailable(f"the champion of {self.model} keeps changing; run `visionloop reconcile --repair` later")
 
     def describe(self, *, told: Callable[[str], None] = lambda _: None) -> None:
-        """Let MLflow say of each version how it stands. No decision depends on that: a failure is told, and repaired later."""
+        """Let MLflow say of each version how it stands. No decision depends on that: a failure is told, not raised."""
         try:
             for version, (wanted, found) in self._descriptions().items():
                 if wanted != found:

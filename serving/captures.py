@@ -190,7 +190,9 @@ class Captures:
             record = json.loads(line)
             body = {name: value for name, value in record.items() if name != "hash"}
             if body["previous"] != previous or sha256_text(canonical_json(body)) != record["hash"]:
-                raise TamperedArtefact(f"{self.folder / _ERASED} was changed by hand; restore it from a backup")
+                raise TamperedArtefact(
+                    f"{self.folder / _ERASED} was changed by hand; bring it back from a backup (`visionloop restore`)"
+                )
             previous = record["hash"]
             found.append(record)
         return found

@@ -220,10 +220,15 @@ def test_each_candidate_of_one_training_keeps_its_own_evidence(registry: Registr
     one = registry.register(first)
     second = dataclasses.replace(evidence(tmp_path, "shared", status="fail", digest="b"), training_key="same")
     two = registry.register(second)
+    passed = registry.register(dataclasses.replace(evidence(tmp_path, "shared", digest="c"), training_key="same"))
     assert one.mlflow_run_id != two.mlflow_run_id
     client = MlflowClient(uri)
-    assert client.get_run(two.mlflow_run_id).data.tags["mlflow.parentRunId"] == one.mlflow_run_id
-    for outcome, entry in zip((one, two), registry.ledger.entries("shared"), strict=True):
+    # Beside the run of the training, which a rejection may have: a version below that one would seem rejected itself.
+    assert passed.mlflow_run_id not in (one.mlflow_run_id, two.mlflow_run_id)
+    for other in (two, passed):
+        tags = client.get_run(other.mlflow_run_id).data.tags
+        assert ("mlflow.parentRunId" in tags, tags["visionloop.trained_in"]) == (False, one.mlflow_run_id)
+    for outcome, entry in zip((one, two), registry.ledger.entries("shared")[:2], strict=True):
         folder = Path(client.download_artifacts(outcome.mlflow_run_id, "rejection"))
         assert verify_bundle(folder, entry.body["manifest_sha256"])["candidate"] == outcome.candidate_digest
 

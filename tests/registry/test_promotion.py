@@ -143,7 +143,9 @@ def test_rollback_to_a_release_whose_every_copy_was_tampered_with_moves_nothing(
     assert len(changed) > 1
     for path in changed:
         path.write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"engine/model.bin of release .* was changed after it was published.*Nothing was moved"):
+    with pytest.raises(
+        StoreError, match=r"engine/model.bin of release .* was changed after it was published.*Nothing was moved"
+    ):
         mine.rollback(None, BOB, "complaints")
     assert mine.ledger.champion("damaged") == second
     assert first.body["version"] != second.body["version"]
@@ -210,6 +212,7 @@ def test_the_alias_moved_by_hand_is_reported_and_repaired(desk: Desk, tmp_path: 
     mine = desk("hand")
     version = candidate(mine, tmp_path, "a")
     other = candidate(mine, tmp_path, "b", approved=False)
+    mine.describe()
     client = MlflowClient(uri)
     client.set_registered_model_alias("hand", CHAMPION, other)
     (difference,) = mine.reconcile(repair=True)
@@ -255,7 +258,45 @@ def test_mlflow_down_after_a_rollback_leaves_servers_on_the_right_release(desk: 
     routes = mine.releases.routes("down")
     assert routes is not None
     assert routes.routes[0].release == first.body["release"]
-    assert [d.repaired for d in mine.reconcile(repair=True)] == [True]
+    assert {d.repaired for d in mine.reconcile(repair=True)} == {True}
+    assert mine.reconcile(repair=False) == []
+
+
+def test_mlflow_describes_each_version_as_the_ledger_has_it(
+    desk: Desk, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = desk("said")
+
+    def said() -> list[str]:
+        mine.describe()
+        versions = sorted(MlflowClient(uri).search_model_versions("name='said'"), key=lambda v: int(v.version))
+        return [str(version.description).removeprefix("Verdict: pass. Serving engine: e. ")[:15] for version in versions]
+
+    first = candidate(mine, tmp_path, "a", approved=False)
+    assert said() == ["Waits for appro"]
+    mine.ledger.decide(model="said", actor=ANN, rule=approval.approve(first, ANN, "good figures"))
+    assert said() == ["Approved by ann"]
+    mine.promote(first)
+    second = candidate(mine, tmp_path, "b")
+    third = candidate(mine, tmp_path, "c", approved=False)
+    mine.ledger.decide(model="said", actor=ANN, rule=approval.reject(third, ANN, "not now"))
+    assert said() == ["Champion since ", "Approved by ann", "Rejected by ann"]
+
+    def refused(*_: object) -> None:
+        raise RegistryUnavailable("MLflow is away")
+
+    lines: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "describe", refused)
+        mine.promote(second, told=lines.append)  # which no description stops
+    assert "MLflow is away" in lines[-1]
+    assert [d.what for d in mine.reconcile(repair=False)] == [
+        "MLflow's description of version 1",
+        "MLflow's description of version 2",
+    ]
+    assert {d.repaired for d in mine.reconcile(repair=True)} == {True}
+    assert mine.reconcile(repair=False) == []
+    assert said() == ["Former champion", "Champion since ", "Rejected by ann"]
 
 
 def test_an_expired_approval_promotes_nothing(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
