@@ -20,6 +20,7 @@ Exceptions::
     ├── EngineUnavailable           an engine cannot be executed on this machine
     ├── WeightsUnavailable          pretrained weights could not be had
     ├── RegistryUnavailable         MLflow, the ledger or the release store does not answer
+    ├── OrchestratorUnavailable     the Prefect server that is named does not answer
     ├── DecisionRefused             the ledger's rules do not allow this approval, rejection, promotion or rollback
     └── MonitoringError             a window of predictions cannot be judged
         └── ReferenceUnavailable    what production is compared with is missing, changed or another encoder's
@@ -126,6 +127,10 @@ class WeightsUnavailable(VisionloopError):
 
 class RegistryUnavailable(VisionloopError):
     """MLflow, the ledger or the release store does not answer."""
+
+
+class OrchestratorUnavailable(VisionloopError):
+    """The Prefect server that the environment names does not answer, or does not take our credential."""
 
 
 class DecisionRefused(VisionloopError):

@@ -61,7 +61,7 @@ class Database:
             cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
             raise RegistryUnavailable(
                 f"{self.name} at {sa.make_url(self.url).render_as_string(hide_password=True)} does not answer: {cause}. "
-                f"Nothing was lost; bring it back and run the same command again"
+                f"Nothing was lost; {_advice(cause)} and run the same command again"
             ) from error
 
     def close(self) -> None:
@@ -103,6 +103,22 @@ def _sqlite(database: Path) -> Iterator[sqlite3.Connection]:
             yield connection
     except sqlite3.Error as error:
         raise RegistryUnavailable(f"{database} does not answer: {error}. Try again when nobody holds it") from error
+
+
+def _advice(cause: str) -> str:
+    """What helps against a database's complaint; SQLite's are about a file."""
+    for words, advice in {
+        "is full": "free space on its disk",
+        "readonly": "make its file and folder writable for this account, on a disk that is",
+        "unable to open": "make its folder readable and writable for this account",
+        "locked": "end the other program that holds it",
+        "malformed": "bring its file back from a backup (visionloop restore)",
+        "not a database": "bring its file back from a backup (visionloop restore)",
+        "disk I/O": "look at its disk",
+    }.items():
+        if words in cause:
+            return advice
+    return "bring it back"
 
 
 def now(connection: sa.Connection) -> datetime.datetime:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import re
 import subprocess
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from components.contracts import DataDiffers, DataError, DataVersion
+from components.contracts import ConfigError, DataDiffers, DataError, DataVersion
 from components.store import write_atomically
 
 if TYPE_CHECKING:
@@ -255,6 +256,14 @@ def pull(root: Path, *, force: bool = False) -> int:
 
 def set_remote(root: Path, url: str, *, endpoint_url: str | None = None) -> None:
     """Use `url` (a folder or s3://bucket/prefix) as the default remote. Credentials stay in the AWS environment."""
+    scheme, separator, _ = url.partition("://")
+    # DVC would take the rest for a folder's name, or find out at the first push that it lacks a library.
+    if not separator and re.match(r"[^/\\]+@[^/\\]+:", url):
+        raise ConfigError(f"{url!r} is an address for ssh; a remote is a folder or s3://bucket/prefix")
+    if separator and scheme not in ("s3", "file") and importlib.util.find_spec(f"dvc_{scheme}") is None:
+        raise ConfigError(
+            f"{scheme}:// is no remote that works here; use a folder (also a mounted one) or s3://bucket/prefix"
+        )
     with _repo(root) as repo, repo.config.edit("repo") as config:
         config["remote"]["storage"] = {"url": url} | ({"endpointurl": endpoint_url} if endpoint_url else {})
         config["core"]["remote"] = "storage"

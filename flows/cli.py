@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 from pathlib import Path
@@ -94,20 +93,24 @@ def train(
 ) -> None:
     """Validate, split, train, export, evaluate, judge, package and register, in one run that can be resumed."""
     from flows.config import load_recipe
+    from flows.events import expect_server
     from flows.run import Workspace
-    from flows.settings import prepare_environment
+    from flows.settings import prepare_environment, read_settings
 
     found = Workspace.find(workspace)
     # Before Prefect is even imported: a typo should cost no time.
     load_recipe(recipe, set_ or [], workspace=found.root)
     prepare_environment(found.state)
+    found.expect_writable()
+    expect_server(read_settings(found.state))
     _train(found.root, recipe, set_ or [], as_, json_)
 
 
 def _trained(root: Path, recipe: str, overrides: list[str], by: str | None) -> dict[str, Any]:
+    from flows.settings import login_name
     from registry.approval import person
 
-    requester = person(by or getpass.getuser()).name
+    requester = person(by or login_name()).name
     with garbage.kept():
         from flows.train import train as flow
 

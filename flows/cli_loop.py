@@ -66,6 +66,9 @@ def watch(
         raise ConfigError("give --minutes, or --since and --until, not both")
     span = [moment(name, text).isoformat() if text else None for name, text in (("--since", since), ("--until", until))]
     loop = _loop(workspace, model)
+    from flows.events import expect_server
+
+    expect_server(loop.settings)
     with garbage.kept():
         from flows.watch import watch as flow
 
@@ -378,8 +381,10 @@ def deploy(
 
     found = Workspace.find(workspace)
     prepare_environment(found.state)
+    from flows.events import expect_server
     from flows.keeping import deploy_all
 
+    expect_server(read_settings(found.state))
     models = deploy_all(Up(found, read_settings(found.state)), model or [], told=_silent if json_ else _told)
     finish({"models": models}, json_, lambda: f"Deployed: {', '.join(models) or 'no model yet'}.")
 

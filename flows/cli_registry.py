@@ -223,6 +223,9 @@ def reject(
 def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Check an approved version again, publish its release, and make it champion. Servers switch by themselves."""
     found = _desk(workspace, model)
+    from flows.events import expect_server
+
+    expect_server(found.settings)
     with garbage.kept():
         from flows.promote import promote as flow
 

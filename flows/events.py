@@ -8,7 +8,9 @@ certificate, what a proxy wants to see) is left to Prefect's client.
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from components.contracts import OrchestratorUnavailable
 from flows.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,24 +50,85 @@ def emit(settings: Settings, event: str, model: str, payload: Mapping[str, Any])
     asyncio.run(_sent_by_prefect(sent))
 
 
+def expect_server(settings: Settings) -> None:
+    """Raise OrchestratorUnavailable unless the Prefect server of the settings, where there is one, answers and lets us in.
+
+    Before a flow begins: Prefect's own client would ask for minutes.
+    """
+    if not settings.prefect_api_url:
+        return
+    try:
+        server = _address(settings)
+    except ValueError:
+        wanted = "expected one such as http://127.0.0.1:4200/api"
+        raise OrchestratorUnavailable(f"PREFECT_API_URL is no http address; {wanted}") from None
+    if not settings.prefect_is_plain:
+        return
+    wrong = ""
+    for wait in (0.0, 0.5, 1.5):
+        time.sleep(wait)
+        wrong = _unanswered(settings)
+        if not wrong:
+            return
+        if wrong.startswith("it "):
+            break  # it does answer
+    raise OrchestratorUnavailable(
+        f"{server}, which PREFECT_API_URL names, cannot be used: {wrong}. Start it, or unset PREFECT_API_URL and run "
+        f"`visionloop up` for one of this workspace's own"
+    )
+
+
+def _unanswered(settings: Settings) -> str:
+    """What is wrong with the server; empty when it answers as one."""
+    import requests
+
+    try:
+        answer = requests.get(
+            f"{settings.prefect_api_url.rstrip('/')}/admin/version",
+            auth=functools.partial(_authorise, settings),
+            timeout=_TIMEOUT_S,
+        )
+    except requests.exceptions.SSLError as error:
+        return f"its certificate is not accepted ({str(error)[:120]})"
+    except requests.exceptions.ProxyError:
+        return "the proxy that the environment names does not reach it; add its host to NO_PROXY"
+    except requests.exceptions.Timeout:
+        return "no answer in time"
+    except requests.RequestException as error:
+        return "the connection is refused" if "refused" in str(error) else f"no connection ({type(error).__name__})"
+    if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return "it does not accept our credential; set PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+    if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return f"HTTP status {answer.status_code}"
+    if "json" not in answer.headers.get("content-type", ""):
+        return "it answers, but not as Prefect's API does; the address has to end as in http://HOST:4200/api"
+    return ""
+
+
+def _address(settings: Settings) -> str:
+    """The server by host and port alone; raises ValueError for what is no http address."""
+    address = urlsplit(settings.prefect_api_url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError("PREFECT_API_URL is no http address")
+    return f"the Prefect server at {address.hostname}:{address.port or address.scheme}"
+
+
+def _authorise(settings: Settings, request: PreparedRequest) -> PreparedRequest:
+    if settings.prefect_authorization:
+        request.headers["Authorization"] = settings.prefect_authorization
+    return request
+
+
 def _posted(settings: Settings, event: Mapping[str, Any]) -> bool:
     """Whether the server took it; False where its answer, or its certificate, asks for more than is known here."""
     import requests
 
-    def authorised(request: PreparedRequest) -> PreparedRequest:
-        if settings.prefect_authorization:
-            request.headers["Authorization"] = settings.prefect_authorization
-        return request
-
-    address = urlsplit(settings.prefect_api_url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError("PREFECT_API_URL is no http address")
-    server = f"the Prefect server at {address.hostname}:{address.port or address.scheme}"
+    server = _address(settings)
     try:
         answer = requests.post(
             f"{settings.prefect_api_url.rstrip('/')}/events",
             json=[event],
-            auth=authorised,  # a callable, so that ~/.netrc is not read
+            auth=functools.partial(_authorise, settings),  # a callable, so that ~/.netrc is not read
             timeout=_TIMEOUT_S,
             allow_redirects=False,  # the credential is for this server
         )

@@ -122,8 +122,20 @@ def _of_a_library(error: BaseException) -> tuple[str, str] | None:
         if "readonly" in said or "unable to open" in said:
             return f"a database cannot be written ({said})", "check who may write to .visionloop/"
         return f"a database refused ({said})", "run the command again"
-    if library == "prefect" or "prefect" in said.lower():
-        return f"Prefect does not do its part ({said})", "check PREFECT_API_URL, or unset it to run with a temporary server"
+    if isinstance(error, ModuleNotFoundError):
+        return f"a library is missing ({error})", "install the locked versions again (`make setup`)"
+    if "SOCKS" in said or "proxy URL" in said:
+        return f"a proxy of the environment cannot be used ({said})", "name an http proxy, or unset ALL_PROXY and its like"
+    if "ephemeral Prefect" in said:
+        return (
+            "the temporary Prefect server did not start in time",
+            "look for a full disk or a busy machine, or keep a server running with `visionloop up`",
+        )
+    if library == "prefect" or (library in _CLIENTS and "/prefect/" in str(traceback.extract_tb(error.__traceback__))):
+        return (
+            f"the Prefect server does not answer as expected ({said})",
+            "look at it with `visionloop status`; the same command goes on where this one stopped",
+        )
     if library in _CLIENTS or (isinstance(error, TimeoutError) and kind == "TimeoutError"):
         return f"a server does not answer as expected ({said})", "check its address, its credential and your proxy settings"
     return None

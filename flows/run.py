@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,11 @@ class Workspace:
         (root / "recipes").mkdir(exist_ok=True)
         dataversions.git(root, "add", ".gitignore")
         return cls.find(root)
+
+    def expect_writable(self) -> None:
+        """Raise OSError, as the system says it, where nothing can be written: servers find that out in minutes."""
+        with tempfile.TemporaryFile(dir=self.state) as file:
+            file.write(bytes(1 << 20))
 
     @contextlib.contextmanager
     def locked(self, purpose: str) -> Iterator[None]:

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 from base64 import b64encode
@@ -74,6 +75,7 @@ class Settings:
 
 _PREFECTS_OWN = ("PREFECT_CLIENT_CUSTOM_HEADERS", "PREFECT_API_SSL_CERT_FILE", "PREFECT_API_TLS_INSECURE_SKIP_VERIFY")
 """Settings that change how a server is talked to, and that Prefect's client alone understands."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 UP = "up"
 """Folder of the workspace's state in which `visionloop up` keeps what it started."""
 
@@ -86,8 +88,40 @@ def prepare_environment(state: Path) -> None:
         (state / name).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_HOME", str(state / "prefect"))
     os.environ.setdefault("MPLCONFIGDIR", str(state / "cache" / "matplotlib"))
+    # Torch asks for the account's name to choose this folder, and an account may have none.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(state / "cache" / "torchinductor"))
+    if not _has_home():
+        # An account of a container that runs under any number: libraries ask for a home.
+        (state / "cache" / "home").mkdir(exist_ok=True)
+        os.environ["HOME"] = str(state / "cache" / "home")
+    _reach_own_machine()
     if "PREFECT_API_URL" not in os.environ:
         os.environ.update(standing(state))
+
+
+def _has_home() -> bool:
+    try:
+        return Path.home().is_dir()
+    except (RuntimeError, OSError):
+        return False
+
+
+def _reach_own_machine() -> None:
+    """What listens on this machine's own addresses is never asked through a proxy."""
+    for name in ("NO_PROXY", "no_proxy"):
+        given = os.environ.get(name) or os.environ.get(name.swapcase()) or ""
+        listed = [part.strip() for part in given.split(",") if part.strip()]
+        os.environ[name] = ",".join([*listed, *(address for address in LOOPBACK if address not in listed)])
+
+
+def login_name() -> str:
+    """The account's name; raises ConfigError where it has none, as in a container that runs under any number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        raise ConfigError(
+            f"the account that runs this (uid {os.getuid()}) has no name; say who you are: --as NAME"
+        ) from None
 
 
 def standing(state: Path) -> dict[str, str]:

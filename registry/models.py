@@ -6,6 +6,7 @@ digest, so a run that was killed anywhere in between, and run again, ends with o
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -45,6 +46,7 @@ CHAMPION = "champion"
 """The MLflow alias that shows who reigns; the ledger says it."""
 _CANDIDATE_TAG = "visionloop.candidate"
 _MANIFEST_TAG = "visionloop.manifest_sha256"
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 _SEQ_TAG = "visionloop.ledger_seq"
 _CHAMPION_TAG = "visionloop.champion_seq"
 _TRAINED_IN_TAG = "visionloop.trained_in"
@@ -490,6 +492,16 @@ def _outcome(entry: Entry) -> Candidate | Rejection:
     return Rejection(status=entry.body["status"], reasons=tuple(entry.body["reasons"]), **common)
 
 
+def _of_this_machine(error: BaseException) -> OSError | None:
+    """The full disk or missing permission that a client's error came from: MLflow is there, and the remedy is here."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in _LOCAL:
+            return link
+        link = link.__cause__ or link.__context__
+    return None
+
+
 @contextmanager
 def _reachable(tracking_uri: str) -> Iterator[None]:
     """Turn whatever MLflow and its transports raise into one error that says what to do."""
@@ -498,6 +510,9 @@ def _reachable(tracking_uri: str) -> Iterator[None]:
     except VisionloopError:
         raise
     except Exception as error:
+        local = _of_this_machine(error)
+        if local is not None:
+            raise local from error
         # MlflowException, requests and SQLAlchemy errors, botocore's: they share no base class.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RegistryUnavailable(

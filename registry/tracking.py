@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 from components.contracts import RegistryUnavailable
 from components.databases import sqlite_file
 
+from components.contracts import RegistryUnavailable
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -140,6 +142,12 @@ def client(tracking_uri: str, artifacts: Path | None = None) -> MlflowClient:
 def experiment_id(mlflow: MlflowClient, model: str, artifacts: Path | None) -> str:
     """The experiment named after the model; `artifacts` is its folder where no server decides."""
     found = mlflow.get_experiment_by_name(model)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise RegistryUnavailable(
+            f"MLflow's experiment {model!r} was deleted, and only a person should undo that; its runs are still there. "
+            f"Restore it and run the same command again: mlflow experiments restore --experiment-id {found.experiment_id} "
+            f"(with MLFLOW_TRACKING_URI={mlflow.tracking_uri})"
+        )
     if found is not None:
         return str(found.experiment_id)
     location = (artifacts / model).absolute().as_uri() if artifacts is not None else None

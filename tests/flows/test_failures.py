@@ -14,11 +14,15 @@ from pathlib import Path
 
 import pytest
 import typer
-from shapes import visionloop
+from shapes import free_port, visionloop
 from typer.testing import CliRunner
 
+from components.contracts import ConfigError, RegistryUnavailable
+from flows import settings
 from flows.answering import HERE, AsJson, Commands, InWorkspace
 from flows.failures import explained
+from registry import tracking
+from registry.models import _reachable
 
 
 def _raising(error: BaseException) -> Commands:
@@ -111,3 +115,78 @@ def test_every_command_answers_so() -> None:
     from flows.cli import app
 
     assert {getattr(found, "__name__", None) for found in _commands(app)} == {"_Command"}
+
+
+def test_what_listens_on_this_machine_is_asked_without_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy", "HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "intern.example, localhost")
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    before = dict(os.environ)
+    try:
+        settings.prepare_environment(tmp_path)
+        found = {name: os.environ[name] for name in ("NO_PROXY", "no_proxy", "HOME")}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    listed = "intern.example,localhost,127.0.0.1,::1"
+    assert found == {"NO_PROXY": listed, "no_proxy": listed, "HOME": str(tmp_path / "cache" / "home")}
+
+
+def test_an_account_without_a_name_is_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    with pytest.raises(ConfigError, match="has no name; say who you are: --as NAME"):
+        settings.login_name()
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        (f"http://127.0.0.1:{free_port()}/api", "the connection is refused. Start it, or unset PREFECT_API_URL"),
+        ("localhost:4200", "PREFECT_API_URL is no http address; expected one such as"),
+        ("http://localhost:port/api", "PREFECT_API_URL is no http address"),
+    ],
+)
+def test_a_prefect_server_that_is_away_is_said_before_a_flow_begins(workspace: Path, address: str, why: str) -> None:
+    done = visionloop("train", "-r", "smoke", "--as", "Ann", "--json", cwd=workspace, PREFECT_API_URL=address)
+    body = json.loads(done.stdout)
+    assert (done.returncode, body["error"]) == (2, "OrchestratorUnavailable")
+    assert why in body["message"]
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("ssh://host/data", "ssh:// is no remote that works here; use a folder"),
+        ("gs://bucket/data", "gs:// is no remote"),
+        ("me@host:/data", "is an address for ssh"),
+        ("ftp://host/data", "ftp:// is no remote"),
+    ],
+)
+def test_a_remote_that_cannot_work_is_refused_when_it_is_named(workspace: Path, url: str, why: str) -> None:
+    before = (workspace / ".dvc" / "config").read_bytes()
+    done = visionloop("data", "remote", url, cwd=workspace)
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert (workspace / ".dvc" / "config").read_bytes() == before
+
+
+def test_a_deleted_experiment_is_restored_by_what_the_error_says(tmp_path: Path) -> None:
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    mlflow = tracking.client(address)
+    number = tracking.experiment_id(mlflow, "shapes", tmp_path)
+    mlflow.delete_experiment(number)
+    with pytest.raises(RegistryUnavailable, match=f"restore --experiment-id {number} .with MLFLOW_TRACKING_URI=sqlite"):
+        tracking.experiment_id(mlflow, "shapes", tmp_path)
+    mlflow.restore_experiment(number)
+    assert tracking.experiment_id(mlflow, "shapes", tmp_path) == number
+
+
+def test_a_full_disk_is_not_said_to_be_mlflow_s_fault() -> None:
+    wrapped = RuntimeError("MLflow could not log the artefact")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+    with pytest.raises(OSError, match="No space left"), _reachable("sqlite:///x"):
+        raise wrapped
