@@ -18,8 +18,6 @@ from urllib.parse import unquote, urlsplit
 from components.contracts import RegistryUnavailable
 from components.databases import sqlite_file
 
-from components.contracts import RegistryUnavailable
-
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
