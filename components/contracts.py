@@ -28,6 +28,7 @@ Exceptions::
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
@@ -152,6 +153,29 @@ def canonical_json(value: object) -> str:
 
 def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def utc_of(text: str) -> datetime.datetime:
+    """A moment that a person wrote, in UTC: ISO 8601 with an offset or Z, taken for UTC without one.
+
+    Raises ValueError that says what is wrong with it.
+    """
+    text = text.strip()
+    try:
+        # Digits alone are more likely seconds since 1970, or a typing error, than a day.
+        found = None if text.isdigit() else datetime.datetime.fromisoformat(text)
+    except ValueError:
+        found = None
+    if found is None:
+        raise ValueError("not a moment; expected ISO 8601, such as 2026-03-01T14:00, 2026-03-01T14:00+01:00 or 2026-03-01")
+    if not 1970 < found.year < 9999:
+        raise ValueError("not a moment after 1970 that a calendar knows")
+    return found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found.astimezone(datetime.UTC)
+
+
+def shown_utc(text: str) -> str:
+    """A recorded moment as people read it, `2026-03-01 14:00:00 UTC`."""
+    return f"{utc_of(text):%Y-%m-%d %H:%M:%S} UTC"
 
 
 class Record(BaseModel):

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from components.contracts import ConfigError, VisionloopError
+from components.contracts import ConfigError, VisionloopError, utc_of
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace, or a folder in it.")]
@@ -134,13 +134,15 @@ class Commands(typer.Typer):
         return super().command(name, cls=_Command, **settings)
 
 
-def moment(option: str, text: str) -> datetime.datetime:
-    """An option's time, UTC unless it says otherwise; raises ConfigError."""
+def moment(option: str, text: str, *, past: bool = False) -> datetime.datetime:
+    """An option's time, UTC unless it says otherwise, in UTC; raises ConfigError, also for a future that has to be past."""
     try:
-        found = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(f"{option} {text!r} is not a moment; expected ISO 8601, such as 2026-03-01T14:00") from None
-    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+        found = utc_of(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} is {error}") from None
+    if past and found > datetime.datetime.now(datetime.UTC):
+        raise ConfigError(f"{option} {text!r} is {found:%Y-%m-%d %H:%M} UTC, which has not come yet")
+    return found
 
 
 def figure(estimate: Mapping[str, float]) -> str:

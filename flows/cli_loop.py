@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components import garbage
-from components.contracts import ConfigError
+from components.contracts import ConfigError, shown_utc
 from flows.answering import HERE, AsJson, Commands, InWorkspace, figure, finish, moment
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ def watch(
     """Compare what the champion answered with its reference sample. Exit status 1 when a window drifted."""
     if minutes is not None and (since or until):
         raise ConfigError("give --minutes, or --since and --until, not both")
-    span = [moment(name, text).isoformat() if text else None for name, text in (("--since", since), ("--until", until))]
+    span = [
+        moment("--since", since, past=True).isoformat() if since else None,
+        moment("--until", until).isoformat() if until else None,
+    ]
     loop = _loop(workspace, model)
     from flows.events import expect_server
 
@@ -152,8 +155,8 @@ def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson =
     def text() -> str:
         lines = []
         for told in found:
-            lines.append(f"{told['at'][:19]}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
-            lines += [f"    {a['at'][:19]}  {a['decision']} ({a['rule']}): {a['reason']}" for a in told["answers"]]
+            lines.append(f"{shown_utc(told['at'])}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
+            lines += [f"    {shown_utc(a['at'])}  {a['decision']} ({a['rule']}): {a['reason']}" for a in told["answers"]]
             lines += (
                 [] if told["answers"] else ["    nobody was asked about it: a later alarm spoke for it, or the sweep will"]
             )
@@ -272,7 +275,9 @@ def governor_history(model: OfModel = None, workspace: InWorkspace = HERE, json_
         }
         for run in loop.governor.runs(loop.model)
     ]
-    lines = [f"{r['seq']:>5}  {r['at'][:19]}  {r['decision']:8} {r['rule']:14} {r['key']}: {r['reason']}" for r in rows]
+    lines = [
+        f"{r['seq']:>5}  {shown_utc(r['at'])}  {r['decision']:8} {r['rule']:14} {r['key']}: {r['reason']}" for r in rows
+    ]
     lines += [f"run {r['key']}: {r['state']}, {r['outcome'] or 'no outcome yet'}, attempt {r['attempts']}" for r in runs]
     answer = {"model": loop.model, "decisions": rows, "runs": runs, "stopped": loop.governor.stopped(loop.model)}
     finish(answer, json_, lambda: "\n".join(lines) or f"{loop.model}: nothing was asked of the governor so far")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components import garbage
+from components.contracts import shown_utc
 from flows.answering import HERE, AsJson, Commands, InWorkspace, figure, finish, moment
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def who_served(
     """What was champion at a moment, who approved it, and why."""
     from registry import approval
 
-    when = moment("--at", at)
+    when = moment("--at", at, past=True)
     found = _desk(workspace, model)
     entries = found.ledger.entries(found.model)
     served = approval.served_at(entries, when)
@@ -287,7 +288,7 @@ def who_served(
         finish(
             {"model": found.model, "version": None},
             json_,
-            lambda: f"{found.model} had no champion at {when.isoformat()}.",
+            lambda: f"{found.model} had no champion at {when:%Y-%m-%d %H:%M:%S} UTC.",
         )
         return
     seqs = {entry.seq: entry for entry in entries}
@@ -309,8 +310,8 @@ def who_served(
         json_,
         lambda: (
             f"{found.model} version {answer['version']} (release {answer['release'][:12]}), "
-            f"{served.kind.replace('_', ' ')} at {served.at[:19]} by {served.actor.name};\n"
-            f"approved at {approved.at[:19]} by {approved.actor.name}: {approved.body['reason']}"
+            f"{served.kind.replace('_', ' ')} at {shown_utc(served.at)} by {served.actor.name};\n"
+            f"approved at {shown_utc(approved.at)} by {approved.actor.name}: {approved.body['reason']}"
         ),
     )
 
@@ -384,6 +385,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
 def _told_entry(entry: Entry) -> str:
     version = f"version {entry.body['version']}" if "version" in entry.body else "a candidate"
     why = entry.body.get("reason") or "; ".join(entry.body.get("reasons", []))
-    return f"{entry.seq:>5}  {entry.at[:19]}  {entry.kind:12} {version:12} by {entry.actor.name} ({entry.actor.method})" + (
-        f": {why}" if why else ""
+    return (
+        f"{entry.seq:>5}  {shown_utc(entry.at)}  {entry.kind:12} {version:12} by {entry.actor.name} ({entry.actor.method})"
+        + (f": {why}" if why else "")
     )

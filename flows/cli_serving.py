@@ -203,6 +203,10 @@ def predictions_export(
     """Write sealed predictions to one file; says what is missing or not sealed yet."""
     from serving import segments
 
+    begin = moment("--since", since, past=True) if since else None
+    end = moment("--until", until) if until else None
+    if begin is not None and end is not None and begin >= end:
+        raise ConfigError(f"--since {since!r} is not before --until {until!r}; nothing can lie between them")
     url, state = _log_of(workspace)
     # What a stopped server left is sealed first, so that an export right after it is whole.
     segments.seal_all(state / "journal", url)
@@ -210,8 +214,8 @@ def predictions_export(
         url,
         out,
         model=model,
-        since=moment("--since", since) if since else None,
-        until=moment("--until", until) if until else None,
+        since=begin,
+        until=end,
     )
     open_journals = segments.unsealed(state / "journal")
     note = f"; {open_journals} journals are still being written" if open_journals else ""

@@ -122,7 +122,7 @@ class Workspace:
                     f"{self.root} is in use by {holder}; wait for it to end, or stop it. Nothing was changed"
                 ) from None
             file.truncate(0)
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
             file.write(f"`{purpose}` (pid {os.getpid()} on {socket.gethostname()}, since {started})")
             file.flush()
             try:

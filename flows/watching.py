@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.contracts import ConfigError, DriftVerdict, MonitoringError, Release, Sample, Stored, StoreError
+from components.contracts import ConfigError, DriftVerdict, MonitoringError, Release, Sample, Stored, StoreError, utc_of
 from components.releases import ReleaseStore
 from components.store import explained, seal, unseal, write_atomically
 from flows.deciding import desk
@@ -97,8 +97,10 @@ def stretches(
 
 
 def _utc(text: str) -> datetime.datetime:
-    found = datetime.datetime.fromisoformat(text)
-    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+    try:
+        return utc_of(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is {error}") from None
 
 
 def champion_at(loop: Loop, moment: datetime.datetime) -> Entry | None:

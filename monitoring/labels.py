@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from components.contracts import ConfigError, DataError, canonical_json, sha256_text
+from components.contracts import ConfigError, DataError, canonical_json, sha256_text, utc_of
 from components.databases import Database, now
 from components.store import sha256_file
 from components.tables import num_rows, read_table
@@ -133,14 +133,13 @@ def _expect_class_name(label: str, place: str) -> None:
 
 def _when(text: str, place: str) -> str:
     try:
-        found = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise DataError(f"{place}: labelled_at {text!r} is not ISO 8601, such as 2026-03-01T14:00") from None
-    found = found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+        found = utc_of(text)
+    except ValueError as error:
+        raise DataError(f"{place}: labelled_at {text!r} is {error}") from None
     if found > datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5):
         # It would count before every correction until then.
         raise DataError(f"{place}: labelled_at {text!r} has not come yet; times without a zone are taken for UTC")
-    return found.astimezone(datetime.UTC).isoformat(timespec="microseconds")
+    return found.isoformat(timespec="microseconds")
 
 
 def resolve(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import math
 
 import pytest
@@ -15,6 +16,8 @@ from components.contracts import (
     UnknownName,
     compare,
     compare_interval,
+    shown_utc,
+    utc_of,
 )
 
 
@@ -92,3 +95,29 @@ def test_an_interval_is_judged_as_a_whole() -> None:
 
 def test_an_unknown_name_lists_the_valid_ones() -> None:
     assert str(UnknownName("gate", "acuracy", ["parity", "accuracy"])) == "unknown gate 'acuracy'; valid: accuracy, parity"
+
+
+@pytest.mark.parametrize(
+    ("text", "utc"),
+    [
+        ("2026-03-01T14:00", "2026-03-01 14:00:00 UTC"),
+        ("2026-03-01T14:00+02:00", "2026-03-01 12:00:00 UTC"),
+        ("2026-03-01 00:30:00+05:30", "2026-02-28 19:00:00 UTC"),
+        (" 2026-03-01T14:00:00.5Z ", "2026-03-01 14:00:00 UTC"),
+        ("20260301T140000-0330", "2026-03-01 17:30:00 UTC"),
+        ("2026-03-01", "2026-03-01 00:00:00 UTC"),
+    ],
+)
+def test_a_moment_with_any_offset_is_told_in_utc(text: str, utc: str) -> None:
+    assert shown_utc(text) == utc
+    assert utc_of(text).utcoffset() == datetime.timedelta(0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "noon", "1772373600", "20260301", "2026-13-01", "2026-02-30", "2026-03-01T14:00 CET", "2026-03-01T14:00 Europe/Berlin",
+     "0001-01-01T00:00+14:00", "9999-12-31T23:59-12:00", "1969-12-31"],
+)  # fmt: skip
+def test_what_is_no_moment_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a moment"):
+        utc_of(text)

@@ -104,6 +104,7 @@ def test_wrong_words_are_refused(waiting: Path) -> None:
         (["candidates", "-m", "other"], "unknown model 'other'; valid: shapes"),
         (["rollback", "--as", "ann", "--reason", "r"], "no champion to roll back from"),
         (["who-served", "--at", "noon"], "not a moment"),
+        (["who-served", "--at", "2990-01-01"], "has not come yet"),
     ]:
         done = visionloop(*arguments, cwd=waiting)
         assert (done.returncode, done.stdout) == (2, ""), arguments

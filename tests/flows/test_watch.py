@@ -94,6 +94,10 @@ def test_clean_traffic_is_a_pass_and_is_judged_once(root: Path) -> None:
     first = told("watch", "--since", since, "--until", until, cwd=root)
     assert (first["exit"], first["windows"][0]["status"], first["alarms"]) == (0, "pass", [])
     assert first["windows"][0]["window"]["rows"] == 300
+    # A moment with another offset is the same moment, and the window says UTC: it was not judged anew.
+    elsewhere = datetime.datetime.fromisoformat(since).astimezone(datetime.timezone(datetime.timedelta(hours=5.5)))
+    moved = told("watch", "--since", elsewhere.isoformat(), "--until", until, cwd=root)
+    assert (moved["windows"][0]["window"]["since"], moved["windows"][0]["judged_now"]) == (since, False)
     again = told("watch", "--since", since, "--until", until, cwd=root)
     assert (first["windows"][0]["judged_now"], again["windows"][0]["judged_now"]) == (True, False)
     folder = Path(first["windows"][0]["folder"])
@@ -173,6 +177,11 @@ def test_a_model_without_a_champion_says_so(trained: Path, tmp_path: Path) -> No
         (["watch", "--minutes", "5", "--since", "2026-03-01"], "not both"),
         (["watch", "--since", "noon"], "--since 'noon' is not a moment"),
         (["watch", "--since", "2026-03-02", "--until", "2026-03-01"], "has no length"),
+        (["watch", "--since", "9000-01-01"], "which has not come yet"),
+        (
+            ["predictions", "export", "x.csv", "--since", "2026-03-02T01:00+02:00", "--until", "2026-03-01T23:00Z"],
+            "not before",
+        ),
         (["watch", "-m", "other"], "unknown model 'other'; valid: shapes"),
         (["governor", "stop", "--as", " ", "--reason", "r"], "names nobody"),
         (["labels", "import", "none.csv"], "is not a file"),

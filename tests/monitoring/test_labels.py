@@ -49,7 +49,7 @@ def test_a_time_is_kept_as_utc(tmp_path: Path) -> None:
         ("label\ncat\n", "labels.csv", "expected label and prediction_id"),
         ("prediction_id,image_sha256,label\n,,cat\n", "labels.csv", "row 1 names no prediction_id"),
         ("image_sha256,label\nabc,cat\n", "labels.csv", "not the sha256 of an image"),
-        ("prediction_id,label,labelled_at\np1,cat,noon\n", "labels.csv", "not ISO 8601"),
+        ("prediction_id,label,labelled_at\np1,cat,noon\n", "labels.csv", "not a moment; expected ISO 8601"),
         ("prediction_id,label\np1,cat,3\n", "labels.csv", "more values than the first line has names"),
         ("prediction_id,label,labelled_at\np1,cat,2999-01-01\n", "labels.csv", "has not come yet"),
         ("prediction_id,label\np1,../cat\n", "labels.csv", "cannot be the name of a class"),
