@@ -6,6 +6,7 @@ train/serve skew has no second implementation to hide in. Untrusted input is bou
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -99,6 +100,35 @@ def decode(data: bytes, accepted: Accepted = PINNED) -> Picture:
     16-bit grey is scaled to 8 bits, transparency is put on white, CMYK and palettes become RGB.
     Raises UndecodableImage for anything that is not one whole, still picture of an accepted format and size.
     """
+    with _refusing():
+        opened = _open(data, accepted)
+        opened.load()
+        image = _upright(opened)
+        stored = _to_8_bit(image)
+    conversion = conversion_of(image, _colour_mode(image))
+    return Picture(stored, image if conversion.transform is not None else None, conversion)
+
+
+def check(data: bytes, accepted: Accepted) -> None:
+    """Raise UndecodableImage for what is not accepted, without decoding a pixel: some of what passes may be damaged."""
+    with _refusing():
+        _open(data, accepted)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever a decoder raises becomes UndecodableImage: on hostile bytes it is almost anything."""
+    try:
+        yield
+    except UndecodableImage:
+        raise
+    except MemoryError:
+        raise UndecodableImage("more memory than there is would be needed to decode it") from None
+    except Exception as error:
+        raise UndecodableImage("damaged or truncated, or of a rare kind that cannot be decoded") from error
+
+
+def _open(data: bytes, accepted: Accepted) -> Image.Image:
     check_size(len(data), accepted)
     if not data:
         raise UndecodableImage("empty file")
@@ -109,25 +139,13 @@ def decode(data: bytes, accepted: Accepted = PINNED) -> Picture:
         check_jpeg(data, accepted)
     elif kind == "PNG":
         data, profile = png_essence(data)
-    try:
-        image: Image.Image = _DECODERS[kind](io.BytesIO(data))
-        check_pixels(*image.size, accepted)
-        if _is_several(image):
-            raise UndecodableImage("animated or of several pages; accepted are still pictures")
-        image.load()
-        if profile is not None:
-            image.info["icc_profile"] = profile
-        image = _upright(image)
-        stored = _to_8_bit(image)
-    except UndecodableImage:
-        raise
-    except MemoryError:
-        raise UndecodableImage("more memory than there is would be needed to decode it") from None
-    except Exception as error:
-        # Decoders raise almost anything on hostile bytes (struct.error, SyntaxError, OverflowError, ...).
-        raise UndecodableImage(f"damaged or truncated, or of a rare kind: a {kind} file that cannot be decoded") from error
-    conversion = conversion_of(image, _colour_mode(image))
-    return Picture(stored, image if conversion.transform is not None else None, conversion)
+    image = _DECODERS[kind](io.BytesIO(data))
+    if profile is not None:
+        image.info["icc_profile"] = profile
+    check_pixels(*image.size, accepted)
+    if _is_several(image):
+        raise UndecodableImage("animated or of several pages; accepted are still pictures")
+    return image
 
 
 def _is_several(image: Image.Image) -> bool:

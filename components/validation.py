@@ -24,6 +24,7 @@ from components.contracts import (
     UndecodableImage,
     silent,
 )
+from components.formats import PINNED, Accepted, refusal
 from components.images import decode, in_threads, pixel_digest
 from components.samples import image_files, stray_files
 from components.store import describe
@@ -53,10 +54,17 @@ class _File:
 
 
 def validate(
-    data: Path, version: DataVersion, config: ValidationConfig, *, out: Path, progress: Progress = silent
+    data: Path,
+    version: DataVersion,
+    config: ValidationConfig,
+    *,
+    out: Path,
+    accepted: Accepted = PINNED,
+    progress: Progress = silent,
 ) -> Dataset:
     """Decode every file under `data/<class>/`, judge the sample table, write samples, quarantine and HTML data docs.
 
+    Pictures that serving would refuse by `accepted` are used and reported, as are colour profiles that are of no use.
     Raises DataRejected with every critical expectation that failed; the data docs say the same in pictures.
     """
     import pandas as pd
@@ -69,7 +77,7 @@ def validate(
     files = [_File(path, label) for label, paths in by_class.items() for path in paths]
     if not files:
         raise DataError(f"{data} holds no images; add some with `visionloop data add FOLDER` (one sub-folder per class)")
-    facts = list(in_threads(lambda file: _inspect(file, data), files, progress=progress))
+    facts = list(in_threads(lambda file: _inspect(file, data, accepted), files, progress=progress))
     facts += [
         {"path": path.relative_to(data).as_posix(), "label": "", "reason": "not directly in a class folder, or hidden"}
         for path in strays
@@ -81,6 +89,8 @@ def validate(
         contradiction = table.loc[contradictory, ["path", "label"]].assign(reason="same picture under several classes")
         table, refused = table[~contradictory], pd.concat([refused, contradiction])
     table = table.sort_values("path", ignore_index=True) if len(table) else table
+    remarks = _remarks(table)
+    table = table.drop(columns=["not_served", "profile"], errors="ignore")
     refused = refused.sort_values("path", ignore_index=True)
     num_input = len(files) + len(strays)
     assert len(table) + len(refused) == num_input, "validation lost an image"
@@ -110,11 +120,25 @@ def validate(
         num_input=num_input,
         num_kept=len(table),
         num_quarantined=len(refused),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *remarks),
     )
 
 
-def _inspect(file: _File, data: Path) -> dict[str, Any]:
+def _remarks(table: pd.DataFrame) -> list[str]:
+    """What is no fault of the data, and may surprise."""
+    told = []
+    for column, text in (
+        ("not_served", "pictures are of a kind that serving refuses (VISIONLOOP_FORMATS, _MAX_PIXELS, _MAX_IMAGE_MB)"),
+        ("profile", "pictures have a colour profile that is of no use; their colours are taken as they are stored"),
+    ):
+        found = table[table[column] != ""] if len(table) else table
+        if len(found):
+            shown = "; ".join(f"{row['path']}: {row[column]}" for _, row in found.head(3).iterrows())
+            told.append(f"{len(found)} {text}: {shown}")
+    return told
+
+
+def _inspect(file: _File, data: Path, accepted: Accepted) -> dict[str, Any]:
     row: dict[str, Any] = {"path": file.path.relative_to(data).as_posix(), "label": file.label}
     try:
         content = file.path.read_bytes()
@@ -136,6 +160,8 @@ def _inspect(file: _File, data: Path) -> dict[str, Any]:
         "brightness": float(grey.mean()),
         "contrast": float(grey.std()),
         "sharpness": _sharpness(grey),
+        "not_served": refusal(content, image.width, image.height, accepted),
+        "profile": picture.conversion.problem,
     }
 
 

@@ -44,7 +44,9 @@ def serve(
         float, typer.Option(min=1, help="How long 99 % of the pictures should wait at most; longer queues are refused.")
     ] = 500,
     max_queue: Annotated[int, typer.Option(min=1, help="Most pictures that wait.")] = 256,
-    max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Largest request.")] = 16,
+    max_body_mb: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Largest request; by default the largest picture and 1 MB more.")
+    ] = None,
     capture_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the images whose bytes are kept.")] = 0.0,
     retain_days: Annotated[float, typer.Option(min=0, help="How long kept images stay.")] = 30.0,
     request_timeout_s: Annotated[float, typer.Option(min=0.1, help="How long a request may take to arrive.")] = 15.0,
@@ -81,9 +83,11 @@ def serve(
         grpc_port=None if grpc_port < 0 else grpc_port,
         require_token=require_token,
         request_timeout_s=request_timeout_s,
-        max_body=max_body_mb << 20,
+        # A form is larger than the picture in it.
+        max_body=max_body_mb << 20 if max_body_mb else settings.accepted.max_bytes + (1 << 20),
         plugins=found.plugins,
         limits=Limits(
+            accepted=settings.accepted,
             lanes=lanes or settings.num_threads,
             max_batch=max_batch,
             batch_delay_ms=batch_delay_ms,
@@ -146,7 +150,10 @@ def predict(
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
-    """Answer every image of a source by the champion, one row an image; a bad image is an error row."""
+    """Answer every image of a source by the champion, one row an image; a bad image is an error row.
+
+    Exit status 1 when an image got no answer.
+    """
     from components.releases import ReleaseStore
     from flows.console import Console
     from flows.run import Workspace
@@ -156,7 +163,7 @@ def predict(
 
     found = Workspace.find(workspace)
     settings = read_settings(found.state)
-    inputs = batch.open_inputs(source)
+    inputs = batch.open_inputs(source, largest=settings.accepted.max_bytes)
     store = ReleaseStore(settings.releases_url)
     routes = store.routes(model)
     if routes is None:
@@ -167,20 +174,23 @@ def predict(
         shard_size=shard_size,
         embeddings=embeddings,
         # A batch fills the engine, waits as long as it takes and has nobody to refuse.
-        limits=Limits(lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9, niceness=0),
+        limits=Limits(
+            lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9, niceness=0, accepted=settings.accepted
+        ),
         plugins=found.plugins,
     )
     with Console(1, quiet=json_) as console, console.stage(f"predicting {len(inputs.names)} images", 1) as (progress, _):
         done = batch.predict(release, route.version, inputs, out, config, progress=progress)
-    answer = {"model": model, "version": route.version, "release": route.release, "out": out} | dataclasses.asdict(done)
-    finish(
-        answer,
-        json_,
-        lambda: (
-            f"{done.rows} rows in {done.shards} shards under {out} by {model} version {route.version}; "
-            f"{done.errors} images could not be answered, {done.resumed} shards were there already"
-        ),
-    )
+    facts = dataclasses.asdict(done) | {"refused": [{"name": name, "error": error} for name, error in done.refused]}
+    answer = {"model": model, "version": route.version, "release": route.release, "out": out} | facts
+    lines = [f"{done.rows} rows in {done.shards} shards under {out} by {model} version {route.version}."]
+    lines += [f"{done.resumed} shards were there already."] if done.resumed else []
+    lines += [f"{done.errors} of {done.rows} images got no answer:"] if done.errors else []
+    lines += [f"  {name}: {error}" for name, error in done.refused]
+    lines += ["  ... and others; the column `error` has all of them"] if done.errors > len(done.refused) else []
+    finish(answer, json_, lambda: "\n".join(lines))
+    if done.errors:
+        raise typer.Exit(1)
 
 
 def _log_of(workspace: Path) -> tuple[str, Path]:

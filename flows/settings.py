@@ -5,6 +5,9 @@
 | VISIONLOOP_TRACKING_URI   | MLflow tracking and registry URI              | SQLite under .visionloop/              |
 | VISIONLOOP_LEDGER_URL     | SQLAlchemy URL of the ledger                  | SQLite under .visionloop/              |
 | VISIONLOOP_NUM_THREADS    | threads of training, features and engines     | the cores of this machine, at most 8   |
+| VISIONLOOP_FORMATS        | encodings that new data and serving accept, comma-separated | all: JPEG,PNG,WebP,BMP,PPM,TIFF |
+| VISIONLOOP_MAX_PIXELS     | most pixels of a picture that is accepted     | 67108864                               |
+| VISIONLOOP_MAX_IMAGE_MB   | most megabytes of one (of 1,048,576 bytes)    | 32                                     |
 | VISIONLOOP_RELEASES       | where releases are published: folder or s3:// | .visionloop/releases                   |
 | VISIONLOOP_PREDICTIONS    | where the sealed prediction log goes: folder or s3:// | .visionloop/predictions           |
 | VISIONLOOP_NOTIFY         | Apprise URLs and Prefect blocks, comma-separated | nobody                              |
@@ -25,7 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.contracts import ConfigError
+from components.contracts import ConfigError, UnknownName
+from components.formats import FORMATS, PINNED, Accepted, shown
 
 _QUIET = {
     "DO_NOT_TRACK": "1",
@@ -65,6 +69,8 @@ class Settings:
     predictions_url: str
     notify: tuple[str, ...]
     prefect_api_url: str
+    accepted: Accepted = field(default_factory=Accepted)
+    """Which pictures new data may have and serving answers."""
     loop_url: str = ""
     prefect_database_url: str = ""
     prefect_authorization: str = field(default="", repr=False)
@@ -185,6 +191,7 @@ def read_settings(state: Path) -> Settings:
         tracking_is_local=not tracking.startswith(("http://", "https://")),
         ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or f"sqlite:///{state / 'ledger.db'}",
         num_threads=int(threads),
+        accepted=_accepted(),
         releases_url=os.environ.get("VISIONLOOP_RELEASES") or str(state / "releases"),
         predictions_url=os.environ.get("VISIONLOOP_PREDICTIONS") or str(state / "predictions"),
         notify=tuple(filter(None, (part.strip() for part in os.environ.get("VISIONLOOP_NOTIFY", "").split(",")))),
@@ -199,6 +206,27 @@ def read_settings(state: Path) -> Settings:
         and authorization.isprintable()
         and not any(os.environ.get(name) for name in _PREFECTS_OWN),
     )
+
+
+def _accepted() -> Accepted:
+    known = {name.lower(): name for name in FORMATS} | {"jpg": "JPEG", "tif": "TIFF"}
+    given = [part.strip() for part in os.environ.get("VISIONLOOP_FORMATS", "").split(",") if part.strip()]
+    for name in given:
+        if name.lower() not in known:
+            raise UnknownName("format in VISIONLOOP_FORMATS", name, shown(FORMATS).split(", "))
+    chosen = {known[name.lower()] for name in given} or set(FORMATS)
+    return Accepted(
+        formats=tuple(name for name in FORMATS if name in chosen),
+        max_pixels=_whole("VISIONLOOP_MAX_PIXELS", Accepted().max_pixels, PINNED.max_pixels),
+        max_bytes=_whole("VISIONLOOP_MAX_IMAGE_MB", Accepted().max_bytes >> 20, PINNED.max_bytes >> 20) << 20,
+    )
+
+
+def _whole(variable: str, default: int, most: int) -> int:
+    given = os.environ.get(variable) or str(default)
+    if not (given.isascii() and given.isdigit() and len(given) < 12 and 1 <= int(given) <= most):
+        raise ConfigError(f"{variable} is {given!r}; expected a whole number from 1 to {most}")
+    return int(given)
 
 
 def basic(credential: str) -> str:

@@ -6,6 +6,7 @@ get better by trying again. Prefect's result cache is off: the store's verified 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,9 +64,20 @@ REGISTRY_POLICY: dict[str, Any] = {
 @task(name="validation", cache_policy=NO_CACHE)
 def validation(run: Run) -> Stored[Dataset]:
     def compute(out: Path, progress: Progress) -> Dataset:
-        return validate(run.workspace.data, run.data, run.config.validation, out=out, progress=progress)
+        return validate(
+            run.workspace.data,
+            run.data,
+            run.config.validation,
+            out=out,
+            accepted=run.settings.accepted,
+            progress=progress,
+        )
 
-    inputs = {"data": run.data.digest(), "config": run.config.validation.digest()}
+    inputs = {
+        "data": run.data.digest(),
+        "config": run.config.validation.digest(),
+        "accepted": canonical_json(dataclasses.asdict(run.settings.accepted)),
+    }
     return run.stage("validation", Dataset, compute, inputs=inputs)
 
 

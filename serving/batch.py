@@ -11,7 +11,9 @@ rows.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
+import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.contracts import ConfigError, Progress, Release, Stored, StoreError, canonical_json, sha256_text, silent
+from components.formats import Accepted
 from components.images import STATISTICS
 from components.objects import Objects, open_objects
 from components.store import seal, sha256_file, unseal
@@ -28,8 +31,9 @@ from serving.frames import Facts, Form
 from serving.inference import decide
 from serving.metrics import Metrics
 
-MAX_IMAGE_BYTES = 64 << 20
 _OUTSTANDING = 64
+_SHOWN = 20
+"""Most images that are named because they got no answer; the shards name all."""
 
 
 class Inputs(Protocol):
@@ -51,8 +55,8 @@ class Inputs(Protocol):
 class _Files:
     """A folder or a bucket; hidden files are left out."""
 
-    def __init__(self, url: str) -> None:
-        self._objects = open_objects(url)
+    def __init__(self, url: str, largest: int) -> None:
+        self._objects, self._largest = open_objects(url), largest
         stamps = {
             name: stamp
             for name, stamp in self._objects.stamps().items()
@@ -64,7 +68,7 @@ class _Files:
         self.fingerprint = sha256_text(canonical_json([url, list(self.names), list(stamps.values())]))
 
     def read(self, index: int) -> bytes:
-        data = self._objects.read(self._stored[index], most=MAX_IMAGE_BYTES)
+        data = self._objects.read(self._stored[index], most=self._largest)
         if data is None:
             raise StoreError("the file is not there any more")
         return data
@@ -73,7 +77,8 @@ class _Files:
 class _Table:
     """A Parquet file with a column `image` of bytes, or `path` of files beside it; `name` names the rows if it is there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, largest: int) -> None:
+        self._largest = largest
         try:
             table = read_table(path)
         except Exception as error:
@@ -104,8 +109,8 @@ class _Table:
                 raise StoreError("the row holds no bytes")
             return data
         path = self._folder / str(self._paths[index])
-        if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise StoreError(f"the file is larger than {MAX_IMAGE_BYTES} bytes")
+        if path.stat().st_size > self._largest:
+            raise StoreError(f"the file is larger than {self._largest} bytes")
         return path.read_bytes()
 
 
@@ -117,14 +122,14 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def open_inputs(source: str) -> Inputs:
-    """The images of a folder, a .parquet file or s3://bucket/prefix; raises ConfigError."""
+def open_inputs(source: str, *, largest: int) -> Inputs:
+    """The images of a folder, a .parquet file or s3://bucket/prefix, each of at most `largest` bytes; raises ConfigError."""
     if source.startswith("s3://"):
-        found: Inputs = _Files(source)
+        found: Inputs = _Files(source, largest)
     elif Path(source).is_dir():
-        found = _Files(str(Path(source).resolve()))
+        found = _Files(str(Path(source).resolve()), largest)
     elif source.endswith(".parquet") and Path(source).is_file():
-        found = _Table(Path(source).resolve())
+        found = _Table(Path(source).resolve(), largest)
     else:
         raise ConfigError(f"{source} is no folder, .parquet file or s3:// address")
     if not found.names:
@@ -138,6 +143,8 @@ class Done:
 
     rows: int
     errors: int
+    refused: tuple[tuple[str, str], ...]
+    """The first of the images that got no answer, and why."""
     shards: int
     resumed: int
     """Shards that an earlier run had finished."""
@@ -174,17 +181,20 @@ def predict(
         "shard_size": config.shard_size,
         "embeddings": config.embeddings,
     }
+    if config.limits.accepted != Accepted():
+        plan["accepted"] = dataclasses.asdict(config.limits.accepted) | {"formats": list(config.limits.accepted.formats)}
     _expect_plan(objects, plan, out)
     starts = range(0, len(inputs.names), config.shard_size)
     finished = {start: _finished(objects, index) for index, start in enumerate(starts)}
     todo = [(index, start) for index, start in enumerate(starts) if finished[start] is None]
     if todo:
         asyncio.run(_answer_all(release, version, inputs, objects, config, todo, finished, progress))
-    counts = [count for count in finished.values() if count is not None]
-    rows, errors = sum(count[0] for count in counts), sum(count[1] for count in counts)
+    shards = [shard for shard in finished.values() if shard is not None]
+    rows, errors = sum(shard.rows for shard in shards), sum(shard.errors for shard in shards)
+    refused = tuple(itertools.islice((refusal for shard in shards for refusal in shard.refused), _SHOWN))
     if rows != len(inputs.names):
         raise StoreError(f"{out} holds {rows} rows for {len(inputs.names)} images; remove it and run again")
-    return Done(rows, errors, len(counts), len(counts) - len(todo))
+    return Done(rows, errors, refused, len(shards), len(shards) - len(todo))
 
 
 def _expect_plan(objects: Objects, plan: dict[str, Any], out: str) -> None:
@@ -196,7 +206,7 @@ def _expect_plan(objects: Objects, plan: dict[str, Any], out: str) -> None:
         return
     found = unseal(raw)
     if found != plan:
-        changed = sorted(name for name in plan if (found or {}).get(name) != plan[name])
+        changed = sorted(name for name in {*plan, *(found or {})} if (found or {}).get(name) != plan.get(name))
         raise ConfigError(f"{out} holds another batch ({', '.join(changed)} differ); name another folder with --out")
 
 
@@ -204,12 +214,21 @@ def _part(index: int) -> str:
     return f"part-{index:05d}"
 
 
-def _finished(objects: Objects, index: int) -> tuple[int, int] | None:
+@dataclass(frozen=True)
+class _Shard:
+    rows: int
+    errors: int
+    refused: tuple[tuple[str, str], ...]
+    """The first names with errors, and these."""
+
+
+def _finished(objects: Objects, index: int) -> _Shard | None:
     raw = objects.read(f"{_part(index)}.json", most=1 << 20)
     body = unseal(raw) if raw is not None else None
     if body is None or objects.digest(f"{_part(index)}.parquet") != body["sha256"]:
         return None
-    return int(body["rows"]), int(body["errors"])
+    # Shards of older batches name none.
+    return _Shard(int(body["rows"]), int(body["errors"]), tuple((name, error) for name, error in body.get("refused", ())))
 
 
 async def _answer_all(
@@ -219,14 +238,14 @@ async def _answer_all(
     objects: Objects,
     config: BatchConfig,
     todo: Sequence[tuple[int, int]],
-    finished: dict[int, tuple[int, int] | None],
+    finished: dict[int, _Shard | None],
     progress: Progress,
 ) -> None:
     deployment = Deployment(
         release, version=version, generation=1, limits=config.limits, metrics=Metrics(), plugins=config.plugins
     )
     total = len(inputs.names)
-    done = sum(count[0] for count in finished.values() if count is not None)
+    done = sum(shard.rows for shard in finished.values() if shard is not None)
     try:
         await deployment.start()
         for index, start in todo:
@@ -284,7 +303,7 @@ async def _row(deployment: Deployment, inputs: Inputs, number: int, config: Batc
     return row
 
 
-def _write(objects: Objects, index: int, rows: Sequence[dict[str, Any]], config: BatchConfig) -> tuple[int, int]:
+def _write(objects: Objects, index: int, rows: Sequence[dict[str, Any]], config: BatchConfig) -> _Shard:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -303,7 +322,8 @@ def _write(objects: Objects, index: int, rows: Sequence[dict[str, Any]], config:
         pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
         digest = sha256_file(file)
         objects.put(f"{_part(index)}.parquet", file)
-    errors = sum(row.get("error") is not None for row in rows)
-    body = {"sha256": digest, "rows": len(rows), "errors": errors}
+    failed = [(row["name"], row["error"]) for row in rows if row.get("error") is not None]
+    shard = _Shard(len(rows), len(failed), tuple(failed[:_SHOWN]))
+    body = {"sha256": digest, "rows": shard.rows, "errors": shard.errors, "refused": shard.refused}
     objects.swap(f"{_part(index)}.json", lambda _: seal(body))
-    return len(rows), errors
+    return shard
