@@ -208,6 +208,7 @@ def data_add(
     from flows import data
     from flows.console import Console
     from flows.run import Workspace
+    from flows.settings import read_settings
 
     if sum(given is not None for given in (folder, source, from_predictions)) > 1:
         raise ConfigError("give a folder, --source or --from-predictions, one of them")
@@ -215,13 +216,14 @@ def data_add(
         _add_from_predictions(workspace, from_predictions, json_)
         return
     found = Workspace.find(workspace)
+    accepted = read_settings(found.state).accepted
     with found.locked("visionloop data add"), Console(1, quiet=json_) as console:
         if source is not None:
             if found.data.exists():
                 raise ConfigError(f"{found.data} exists already; --source fills an empty workspace")
             data.fetch(found, source)
         with console.stage("looking at images", 1) as (progress, _):
-            added = data.add(found, folder, test_share=test_share, progress=progress)
+            added = data.add(found, folder, test_share=test_share, accepted=accepted, progress=progress)
     _finish_added(added, [], "then visionloop train --recipe NAME", json_)
 
 
@@ -230,6 +232,9 @@ def _finish_added(added: Added, notes: list[str], following: str, as_json: bool)
     from flows import data
 
     notes = [*notes, *data.class_note(added.class_counts, ValidationConfig().min_images_per_class)]
+    if added.refused:
+        named = "; ".join(f"{name}: {why}" for name, why in list(added.refused.items())[:3])
+        notes.append(f"{len(added.refused)} files are no pictures that are accepted and were not copied: {named}")
     if added.undecodable:
         shown = ", ".join(added.undecodable[:3])
         notes.append(f"{len(added.undecodable)} files do not decode and will be quarantined: {shown}")
@@ -240,6 +245,7 @@ def _finish_added(added: Added, notes: list[str], following: str, as_json: bool)
         "already_there": added.num_already_there,
         "new_test_images": added.num_new_test,
         "classes": added.class_counts,
+        "refused": added.refused,
         "notes": notes,
     }
     lines = [
@@ -268,7 +274,7 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
     with found.locked("visionloop data add"), Console(1, quiet=as_json) as console:
         with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
             relabelled = move_relabelled(loop)
-            added = data.add(found, labelled.folder, test_share=None, progress=progress)
+            added = data.add(found, labelled.folder, test_share=None, accepted=loop.settings.accepted, progress=progress)
     notes = []
     if relabelled:
         notes.append(f"{relabelled} images moved to the class that they are said to show now")

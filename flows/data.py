@@ -11,13 +11,15 @@ from pathlib import Path
 
 from components import dataversions, plugins
 from components.contracts import DataDiffers, DataError, DataVersion, Progress, Source, UndecodableImage, silent
-from components.images import decode, in_threads, pixel_digest
+from components.formats import PINNED, Accepted, check_size, refusal
+from components.images import check, decode, in_threads, pixel_digest
 from components.samples import image_files
 from components.splitting import TestLedger
 from components.store import sha256_file
 from flows.run import Workspace
 
 DEFAULT_TEST_SHARE = 0.2
+_BY_SETTING = "VISIONLOOP_FORMATS, VISIONLOOP_MAX_PIXELS or VISIONLOOP_MAX_IMAGE_MB, which serving needs too"
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,28 @@ class Added:
     num_already_there: int
     num_new_test: int
     undecodable: tuple[str, ...]
+    refused: dict[str, str]
+    """Files that were not copied, as serving would refuse them, and why; by class and name."""
     class_counts: dict[str, int]
 
 
-def add(workspace: Workspace, folder: Path | None, *, test_share: float | None, progress: Progress = silent) -> Added:
+def add(
+    workspace: Workspace,
+    folder: Path | None,
+    *,
+    test_share: float | None,
+    accepted: Accepted = PINNED,
+    progress: Progress = silent,
+) -> Added:
     """Copy `folder` (one sub-folder per class) into data/, freeze the side of every new picture, pin the version.
+
+    What serving would refuse by `accepted` is left out. Raises DataError when that is everything, or when it lies in data/
+    and is not pinned yet.
 
     Without a folder, what lies in data/ is pinned as it is. Nothing is removed or overwritten; a run that is killed leaves
     the old version pinned, and running again completes it.
     """
-    incoming = _class_files(folder) if folder is not None else {}
+    incoming, refused = _sorted_out(_class_files(folder), accepted) if folder is not None else ({}, {})
     root = workspace.root
     ledger_path = root / dataversions.TEST_LEDGER
     first = not ledger_path.exists()
@@ -57,12 +71,23 @@ def add(workspace: Workspace, folder: Path | None, *, test_share: float | None, 
     # Every picture is looked at, not only those DVC calls new: the ledger must not depend on what DVC's cache still holds.
     touched = [path for paths in everything.values() for path in paths]
     undecodable: list[str] = []
+    new_but_refused: list[str] = []
     pictures: list[tuple[str, str]] = []
-    for path, picture in zip(touched, in_threads(_picture, touched, progress=progress), strict=True):
+    looked = in_threads(lambda path: _picture(path, accepted), touched, progress=progress)
+    for path, (picture, why) in zip(touched, looked, strict=True):
+        name = path.relative_to(workspace.data).as_posix()
         if picture is None:
-            undecodable.append(path.relative_to(workspace.data).as_posix())
+            undecodable.append(name)
         else:
             pictures.append((picture, path.parent.name))
+        if why and picture is not None and picture not in ledger.members:
+            new_but_refused.append(f"{name}: {why}")
+    if new_but_refused:
+        raise DataError(
+            f"{len(new_but_refused)} new pictures in {workspace.data} would be refused by serving "
+            f"({'; '.join(new_but_refused[:3])}); convert or remove them, or accept them by {_BY_SETTING}. "
+            f"Nothing was pinned"
+        )
     extended = ledger.extended(pictures)
     extended.write(ledger_path)
     version = dataversions.pin(root)
@@ -72,6 +97,7 @@ def add(workspace: Workspace, folder: Path | None, *, test_share: float | None, 
         num_already_there=there,
         num_new_test=sum(extended.members.values()) - sum(ledger.members.values()),
         undecodable=tuple(sorted(undecodable)),
+        refused=refused,
         class_counts={label: len(paths) for label, paths in everything.items()},
     )
 
@@ -142,6 +168,8 @@ def _copy(incoming: dict[str, list[Path]], data: Path, *, scratch: Path) -> tupl
     copied = there = 0
     scratch.mkdir(parents=True, exist_ok=True)
     for label, paths in incoming.items():
+        if not paths:
+            continue
         (data / label).mkdir(parents=True, exist_ok=True)
         for path in paths:
             destination = data / label / path.name
@@ -165,11 +193,36 @@ def _copy(incoming: dict[str, list[Path]], data: Path, *, scratch: Path) -> tupl
     return copied, there
 
 
-def _picture(path: Path) -> str | None:
+def _sorted_out(incoming: dict[str, list[Path]], accepted: Accepted) -> tuple[dict[str, list[Path]], dict[str, str]]:
+    """The files that serving would take, and the others with the reason; raises DataError when there are only others."""
+
+    def reason(path: Path) -> str:
+        try:
+            check_size(path.stat().st_size, accepted)  # before a film is read whole
+            check(path.read_bytes(), accepted)
+        except UndecodableImage as error:
+            return str(error)
+        return ""
+
+    files = [path for paths in incoming.values() for path in paths]
+    reasons = {path: why for path, why in zip(files, in_threads(reason, files), strict=True) if why}
+    if files and len(reasons) == len(files):
+        raise DataError(
+            f"none of the {len(files)} files is a picture that is accepted ({files[0]}: {reasons[files[0]]}); "
+            f"convert them, or accept them by {_BY_SETTING}. Nothing was changed"
+        )
+    kept = {label: [path for path in paths if path not in reasons] for label, paths in incoming.items()}
+    return kept, {f"{path.parent.name}/{path.name}": why for path, why in reasons.items()}
+
+
+def _picture(path: Path, accepted: Accepted) -> tuple[str | None, str]:
+    """The digest of a picture, None when it cannot be decoded, and why serving would refuse it."""
+    content = path.read_bytes()
     try:
-        return pixel_digest(decode(path.read_bytes()))[:32]
-    except UndecodableImage:
-        return None
+        picture = decode(content)
+    except UndecodableImage as error:
+        return None, str(error)
+    return pixel_digest(picture)[:32], refusal(content, picture.width, picture.height, accepted)
 
 
 def class_note(class_counts: dict[str, int], minimum: int) -> Iterable[str]:

@@ -8,15 +8,16 @@ from PIL import Image
 from shapes import picture, write_pictures
 
 from components.contracts import DataError, DataRejected, Dataset, DataVersion
+from components.formats import PINNED, Accepted
 from components.validation import ValidationConfig, validate
 
 
-def run(data: Path, config: ValidationConfig | None = None) -> Dataset:
+def run(data: Path, config: ValidationConfig | None = None, accepted: Accepted = PINNED) -> Dataset:
     out = data.parent / "out"
     out.mkdir(exist_ok=True)
     num_files = sum(path.is_file() for path in data.rglob("*"))
     version = DataVersion(dvc_hash="h", num_files=num_files, bytes=1, ledger_sha256="l")
-    return validate(data, version, config or ValidationConfig(), out=out)
+    return validate(data, version, config or ValidationConfig(), out=out, accepted=accepted)
 
 
 @pytest.fixture
@@ -33,6 +34,19 @@ def test_good_images_are_kept_with_their_facts_and_data_docs(data: Path) -> None
     assert {"sha256", "picture", "brightness", "contrast", "sharpness", "mode", "width"} <= set(table.columns)
     assert table["sharpness"].min() > 0
     assert (data.parent / "out" / "data_docs" / "index.html").exists()
+
+
+def test_what_serving_refuses_and_profiles_without_use_are_counted_and_used(data: Path) -> None:
+    grey = Image.open(data / "disc" / "0001.png").convert("L")
+    grey.save(data / "disc" / "0001.png", icc_profile=b"no profile")
+    grey.rotate(90).save(data / "disc" / "0001.bmp")
+    dataset = run(data, accepted=Accepted(formats=("PNG",)))
+    assert (dataset.num_kept, dataset.num_quarantined) == (61, 0)
+    (refused,) = (warning for warning in dataset.warnings if "serving refuses" in warning)
+    assert refused.startswith("1 pictures")
+    assert "disc/0001.bmp: a BMP picture, which is not an accepted format (PNG)" in refused
+    (ignored,) = (warning for warning in dataset.warnings if "colour profile" in warning)
+    assert "disc/0001.png: its colour profile is broken" in ignored
 
 
 def test_undecodable_files_are_quarantined_and_counted(data: Path) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from shapes import visionloop, visionloop_process, write_pictures
 
 
@@ -20,9 +22,23 @@ def test_from_nothing_to_a_pinned_version(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout.strip().splitlines()[-1]) == {"workspace": str(tmp_path / "ws")}
     write_pictures(tmp_path / "photos", 12)
-    added = visionloop("data", "add", "../photos", "--json", cwd=tmp_path / "ws")
+    Image.new("L", (8, 8)).save(tmp_path / "photos" / "disc" / "moving.jpg", "GIF")
+    Image.new("L", (30, 40)).save(tmp_path / "photos" / "disc" / "large.bmp")
+    none = visionloop("data", "add", "../photos", cwd=tmp_path / "ws", VISIONLOOP_FORMATS="WebP")
+    assert (none.returncode, "none of the 38 files" in none.stderr) == (2, True)
+    added = visionloop("data", "add", "../photos", "--json", cwd=tmp_path / "ws", VISIONLOOP_MAX_PIXELS="1000")
     answer = json.loads(added.stdout.strip().splitlines()[-1])
-    assert (answer["files"], answer["copied"], answer["notes"]) == (36, 36, [])
+    assert (answer["files"], answer["copied"], len(answer["notes"])) == (36, 36, 1)
+    assert answer["refused"] == {
+        "disc/large.bmp": "30x40 pixels, accepted are up to 1000; make it smaller",
+        "disc/moving.jpg": "a GIF, which is not an accepted format (JPEG, PNG, WebP, BMP, PPM, TIFF); convert it",
+    }
+    # What is pinned stays; what a person put there is new and has to pass.
+    assert visionloop("data", "add", cwd=tmp_path / "ws", VISIONLOOP_FORMATS="WebP").returncode == 0
+    shutil.copy(tmp_path / "photos" / "disc" / "large.bmp", tmp_path / "ws" / "data" / "disc")
+    by_hand = visionloop("data", "add", cwd=tmp_path / "ws", VISIONLOOP_MAX_PIXELS="1000")
+    assert (by_hand.returncode, "1 new pictures" in by_hand.stderr) == (2, True)
+    (tmp_path / "ws" / "data" / "disc" / "large.bmp").unlink()
     assert answer["new_test_images"] in range(5, 10)
     staged = subprocess.run(
         ["git", "diff", "--cached", "--name-only"], cwd=tmp_path / "ws", capture_output=True, text=True, check=True
@@ -33,6 +49,19 @@ def test_from_nothing_to_a_pinned_version(tmp_path: Path) -> None:
     changed = visionloop("data", "status", "--json", cwd=tmp_path / "ws")
     assert changed.returncode == 1
     assert json.loads(changed.stdout.strip().splitlines()[-1])["changes"] == {"deleted": ["data/disc/0000.png"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("VISIONLOOP_FORMATS", "jpeg,gif", "unknown format in VISIONLOOP_FORMATS 'gif'; valid: BMP, JPEG"),
+        ("VISIONLOOP_MAX_PIXELS", "1e6", "VISIONLOOP_MAX_PIXELS is '1e6'; expected a whole number from 1 to"),
+        ("VISIONLOOP_MAX_IMAGE_MB", "9999", "VISIONLOOP_MAX_IMAGE_MB is '9999'; expected a whole number from 1 to 256"),
+    ],
+)
+def test_a_wrong_bound_on_pictures_is_an_error(workspace: Path, name: str, value: str, message: str) -> None:
+    done = visionloop("data", "add", cwd=workspace, **{name: value})
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
 def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:

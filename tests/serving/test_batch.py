@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -30,8 +31,8 @@ def rows(out: Path) -> pd.DataFrame:
     return pd.concat([pd.read_parquet(path) for path in sorted(out.glob("part-*.parquet"))], ignore_index=True)
 
 
-def predict(stage: Path, source: Path | str, out: Path, *options: str) -> tuple[int, dict[str, object]]:
-    done = visionloop("predict", str(source), "--out", str(out), "-m", MODEL, "--json", *options, cwd=stage)
+def predict(stage: Path, source: Path | str, out: Path, *options: str, **environment: str) -> tuple[int, dict[str, Any]]:
+    done = visionloop("predict", str(source), "--out", str(out), "-m", MODEL, "--json", *options, cwd=stage, **environment)
     return done.returncode, json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -41,7 +42,9 @@ def test_every_image_is_one_row_and_a_bad_one_is_an_error_row(stage: Path, photo
     (photos / "disc" / "empty.jpg").touch()
     (photos / ".hidden").write_bytes(b"x")
     status, told = predict(stage, photos, tmp_path / "out", "--shard-size", "40", "--embeddings")
-    assert (status, told["rows"], told["errors"], told["shards"]) == (0, COUNT + 3, 3, 3)
+    assert (status, told["rows"], told["errors"], told["shards"]) == (1, COUNT + 3, 3, 3)
+    assert [refusal["name"] for refusal in told["refused"]] == ["disc/bad.jpg", "disc/cut.jpg", "disc/empty.jpg"]
+    assert all("Error" not in refusal["error"] for refusal in told["refused"])
     found = rows(tmp_path / "out")
     names = sorted(
         path.relative_to(photos).as_posix() for path in photos.rglob("*") if path.is_file() and path.name[0] != "."
@@ -53,6 +56,17 @@ def test_every_image_is_one_row_and_a_bad_one_is_an_error_row(stage: Path, photo
     assert (good["predicted"] == good["name"].str.split("/").str[0]).mean() > 0.9
     assert good["embedding"].map(len).eq(16).all()
     assert set(good["version"]) == {"1"}
+
+
+def test_one_setting_bounds_what_is_answered_and_another_is_another_batch(stage: Path, photos: Path, tmp_path: Path) -> None:
+    strict = {"VISIONLOOP_FORMATS": "jpeg", "VISIONLOOP_MAX_PIXELS": "300"}
+    (photos / "disc" / "right.jpg").write_bytes(jpeg())
+    status, told = predict(stage, photos, tmp_path / "out", VISIONLOOP_FORMATS="jpeg,webp")
+    assert (status, told["errors"]) == (1, COUNT)
+    assert told["refused"][0]["error"] == "a PNG picture, which is not an accepted format (JPEG, WebP); convert it"
+    status, told = predict(stage, photos, tmp_path / "out", **strict)
+    assert (status, told["error"]) == (2, "ConfigError")
+    assert "accepted differ" in told["message"]
 
 
 def test_a_second_run_does_nothing_and_a_damaged_shard_is_made_anew(stage: Path, photos: Path, tmp_path: Path) -> None:
