@@ -11,3 +11,9 @@
 
 No module here knows Prefect, MLflow, Evidently, the environment or a clock (measurement apart).
 """
+
+import sys
+
+# OpenVINO and NNCF report to an analytics service as soon as they are imported, unless a file in the person's home says no.
+# Both take a missing reporter for a choice, so it is kept out of every process that imports a component.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

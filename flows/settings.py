@@ -32,14 +32,17 @@ from components.contracts import ConfigError, UnknownName
 from components.formats import FORMATS, PINNED, Accepted, shown
 
 _QUIET = {
+    # Nothing reports to its maker. OpenVINO and NNCF know no variable: components/__init__.py keeps their reporter out.
     "DO_NOT_TRACK": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "EVIDENTLY_DISABLE_TELEMETRY": "1",
+    "ITERATIVE_DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GX_ANALYTICS_ENABLED": "false",
     "DVC_NO_ANALYTICS": "1",
-    "NNCF_CI": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     # Registered artefacts hold no pickle, and a foreign one must not be opened by accident.
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -86,10 +89,18 @@ UP = "up"
 """Folder of the workspace's state in which `visionloop up` keeps what it started."""
 
 
-def prepare_environment(state: Path) -> None:
-    """Set defaults that have to be there before any library is imported; what is set already stays."""
+def quieten() -> None:
+    """Switch off what libraries report, and what they say aloud; what a person has set stays, an empty value is none.
+
+    Libraries read it when they are imported, and processes that are started inherit it: flows/__init__.py calls this first.
+    """
     for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+        if not os.environ.get(name):
+            os.environ[name] = value
+
+
+def prepare_environment(state: Path) -> None:
+    """Set the workspace's defaults, which have to be there before any library is imported; what is set already stays."""
     for name in ("prefect", "cache"):
         (state / name).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_HOME", str(state / "prefect"))
