@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -74,6 +75,8 @@ def sqlite_file(url: str) -> Path | None:
     if not url.startswith("sqlite:"):
         return None
     name = sa.make_url(url).database
+    if name and name.startswith("file:"):
+        return Path(unquote(urlsplit(name).path))
     return Path(name) if name and name != ":memory:" else None
 
 

@@ -95,7 +95,9 @@ def _write(workspace: Workspace, settings: Settings, out: IO[bytes], scratch: Pa
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in tables:
             files += _added(path, f"{_FILES}/{_STATE}/{path.relative_to(scratch).as_posix()}", archive)
-        if commit != "none":
+        if commit != "none" and dataversions.git(root, "rev-parse", "--show-prefix"):
+            elsewhere["git"] = "the workspace is a folder of a larger repository; push that"
+        elif commit != "none":
             if dataversions.git(root, "rev-parse", "--is-shallow-repository") == "true":
                 raise ConfigError(
                     f"{root} is a shallow clone, whose history is incomplete; run `git fetch --unshallow` first"
@@ -334,10 +336,7 @@ def _extract(file: Path, manifest: dict[str, Any], scratch: Path) -> None:
                 target.chmod(0o600)
         if first:
             _repository(bundle, scratch, manifest["git_branch"])
-    local = scratch / ".dvc" / "config.local"
-    local.parent.mkdir(exist_ok=True)
-    # The place is corrected when the workspace is opened where it comes to lie.
-    local.write_text(f"[core]\n    site_cache_dir = {scratch}/{_STATE}/cache/dvc\n")
+    (scratch / ".dvc").mkdir(exist_ok=True)
     (scratch / _STATE).mkdir(mode=0o700, exist_ok=True)
     (scratch / _STATE).chmod(0o700)
 
