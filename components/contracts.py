@@ -413,9 +413,10 @@ class Evaluation(Record):
     engine: str
     engine_digest: str
     test_digest: str
-    status: Literal["evaluated", "not executed here"]
+    status: Literal["evaluated", "not executed here", "not comparable"]
+    """`not comparable`: a champion that shares too few classes or test images with the data to be asked about them."""
     reason: str = ""
-    """Why it was not executed; empty when it was."""
+    """Why it was not executed, or what is wrong with its answers; empty when nothing is."""
     num_images: int = 0
     metrics: dict[str, Estimate] = {}
     per_class: tuple[ClassMetrics, ...] = ()
@@ -678,6 +679,43 @@ def compare_interval(estimate: Estimate | None, floor: float) -> Literal["pass",
     return "fail" if estimate.high < floor else "inconclusive"
 
 
+def shared_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...]:
+    """The classes that both know, in the order of `ours`."""
+    known = set(theirs)
+    return tuple(name for name in ours if name in known)
+
+
+_MOST_IMAGES = 10_000_000
+
+
+def enough(decides: Callable[[int], bool], n: int) -> int | None:
+    """About how many, more than the `n` that are there, it takes until `decides` holds, rounded up to two digits.
+
+    None when ten million would not do: then the measured value lies on the limit itself.
+    """
+    high = n + 1
+    while not decides(high):
+        high *= 2
+        if high > _MOST_IMAGES:
+            return None
+    low = max(n, high // 2)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decides(middle) else (middle, high)
+    step = int(10 ** max(0, len(str(high)) - 2))
+    return -(-high // step) * step
+
+
+def too_few(what: str, n: int, needed: int | None, *, exactly: bool = False) -> str:
+    """Why something is inconclusive and what would decide it, in the one sentence for all that is.
+
+    `needed` is the number that would decide, estimated by `enough` or demanded `exactly`; None when no number would.
+    """
+    if needed is None:
+        return f"{n} {what} do not decide, and no number of them would as long as the value lies on the limit itself"
+    return f"too few {what} to decide: there are {n}, {'' if exactly else 'about '}{needed} would do"
+
+
 class Progress(Protocol):
     """Told how far a long operation is; silent by default."""
 
@@ -829,12 +867,24 @@ class Answers:
 
     image_ids: tuple[str, ...]
     labels: npt.NDArray[np.int64]
+    """Positions in `classes`."""
     logits: npt.NDArray[np.float32]
+    """One column a class, in the order of `classes`."""
+    classes: tuple[str, ...] = ()
 
     @property
     def predicted(self) -> npt.NDArray[np.int64]:
         top: npt.NDArray[np.int64] = self.logits.argmax(axis=1)
         return top
+
+    def among(self, classes: tuple[str, ...]) -> Answers:
+        """The answers on the images of these classes, chosen among these classes alone; matched by name."""
+        columns = [self.classes.index(name) for name in classes]
+        place = {column: position for position, column in enumerate(columns)}
+        kept = [row for row, label in enumerate(self.labels) if int(label) in place]
+        labels = self.labels[kept].copy()
+        labels[:] = [place[int(label)] for label in labels]
+        return Answers(tuple(self.image_ids[row] for row in kept), labels, self.logits[kept][:, columns], classes)
 
 
 @dataclass(frozen=True)
@@ -847,8 +897,13 @@ class Evidence:
     answers: Answers | None
     reference: Answers | None
     champion: Answers | None
+    """The champion's answers on the test images of the classes that it shares with the data, among these classes alone."""
     champion_known: bool
-    """True when the ledger proves who the champion is, or that there never was one."""
+    """True when the ledger proves that there never was a champion, or when the champion's answers are there."""
+    champion_missing: str = ""
+    """Why there are no answers of the champion that there is; empty when they are there, or when there is no champion."""
+    champion_classes: tuple[str, ...] = ()
+    """All classes that the champion knows, in its own order."""
 
 
 class Gate(Protocol):

@@ -2,6 +2,9 @@
 
 An Evaluation is a function of its inputs. A Measurement belongs to the machine it was taken on and is never used on
 another one. An engine that cannot run here gets the status `not executed here`, never a pass.
+
+A champion may know other classes than today's data. It is asked about the test images of the classes that both know, and its
+answers are chosen among these classes alone, matched by name; one that shares fewer than two of them is `not comparable`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pydantic import Field
 
 from components import plugins
 from components.contracts import (
+    ConfigError,
     Engine,
     EngineUnavailable,
     Evaluation,
@@ -25,6 +29,7 @@ from components.contracts import (
     Record,
     Splits,
     Stored,
+    shared_classes,
     silent,
 )
 from components.images import batches
@@ -58,24 +63,33 @@ def evaluate(
     out: Path,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Answer every test image and score the answers; writes predictions.parquet (one row an image)."""
+    """Answer every test image and score the answers; writes predictions.parquet (one row an image).
+
+    Labels and logits of that table are over the classes that the data and the engine share, in the data's order.
+    """
     record = engine.record
     common: dict[str, Any] = {
         "engine": record.name,
         "engine_digest": record.digest(),
         "test_digest": splits.record.test_digest,
     }
-    if record.classes != splits.record.classes:
-        # A champion of another label space: its answers mean other classes, so no comparison would mean anything.
-        reason = f"its classes ({', '.join(record.classes)}) are not the data's ({', '.join(splits.record.classes)})"
-        return Evaluation(**common, status="not executed here", reason=reason)
+    classes = shared_classes(splits.record.classes, record.classes)
+    if len(classes) < 2:
+        # Among one class every answer is right, whoever gives it.
+        shared = f"only {classes[0]!r}" if classes else "none"
+        reason = f"of its classes ({', '.join(record.classes)}) the data ({', '.join(splits.record.classes)}) share {shared}"
+        return Evaluation(**common, status="not comparable", reason=reason)
+    table = rows(splits, "test")
+    if len(table) == 0:
+        return Evaluation(**common, status="not executed here", reason="the test split is empty")
+    table = table[table["label"].isin(classes)].reset_index(drop=True)
+    if len(table) == 0:
+        reason = f"the test split holds no image of the classes that it shares with the data ({', '.join(classes)})"
+        return Evaluation(**common, status="not comparable", reason=reason)
     try:
         predictor = _load(engine, config.num_threads)
     except EngineUnavailable as error:
         return Evaluation(**common, status="not executed here", reason=str(error))
-    table = rows(splits, "test")
-    if len(table) == 0:
-        return Evaluation(**common, status="not executed here", reason="the test split is empty")
     paths = [data / path for path in table["path"]]
     answers = [
         predictor.predict(batch) for batch in batches(paths, record.preprocessing, batch_size=_BATCH, progress=progress)
@@ -83,21 +97,23 @@ def evaluate(
     logits = np.concatenate([answer[0] for answer in answers]).astype(np.float32)
     embedding = np.concatenate([answer[1] for answer in answers])
     _check_shapes(record, len(table), logits, embedding)
+    logits = logits[:, [record.classes.index(name) for name in classes]]
+    labels = np.array([classes.index(name) for name in table["label"]], dtype=np.int64)
     if not np.isfinite(logits).all():
         # Kept as evidence: the gates call it inconclusive, and a person can see which images it was.
-        _write(table, logits, embedding, np.full_like(logits, np.nan, dtype=np.float64), out)
+        _write(table, labels, logits, embedding, np.full_like(logits, np.nan, dtype=np.float64), out)
         bad = int((~np.isfinite(logits).all(axis=1)).sum())
-        return Evaluation(**common, status="evaluated", reason=f"{bad} images got non-finite logits")
-    labels = table["class_index"].to_numpy()
+        reason = f"its logits on {bad} of {len(table)} test images are not finite numbers"
+        return Evaluation(**common, status="evaluated", reason=reason)
     predicted = logits.argmax(axis=1)
-    _write(table, logits, embedding, task.probabilities(logits, record.temperature), out)
-    matrix = task.confusion(predicted, labels, len(record.classes))
+    _write(table, labels, logits, embedding, task.probabilities(logits, record.temperature), out)
+    matrix = task.confusion(predicted, labels, len(classes))
     return Evaluation(
         **common,
         status="evaluated",
         num_images=len(table),
         metrics=task.metrics(logits, labels, record.temperature),
-        per_class=task.per_class(predicted, labels, record.classes),
+        per_class=task.per_class(predicted, labels, classes),
         confusion=tuple(tuple(int(count) for count in row) for row in matrix),
         reliability=task.reliability(logits, labels, record.temperature),
         predictions=describe(out / PREDICTIONS, within=out),
@@ -105,7 +121,11 @@ def evaluate(
 
 
 def _load(engine: Stored[Engine], num_threads: int) -> Predictor:
-    target = plugins.load("targets", engine.record.target, engine.record.settings)
+    try:
+        target = plugins.load("targets", engine.record.target, engine.record.settings)
+    except ConfigError as error:
+        # An older engine, whose plug-in was removed since or takes other settings now.
+        raise EngineUnavailable(str(error)) from error
     predictor: Predictor = target.load(engine, num_threads=num_threads)
     return predictor
 
@@ -121,6 +141,7 @@ def _check_shapes(engine: Engine, n: int, logits: npt.NDArray[Any], embedding: n
 
 def _write(
     table: pd.DataFrame,
+    labels: npt.NDArray[np.int64],
     logits: npt.NDArray[np.float32],
     embedding: npt.NDArray[Any],
     probabilities: npt.NDArray[np.float64],
@@ -133,7 +154,7 @@ def _write(
         {
             "sha256": table["sha256"],
             "path": table["path"],
-            "label": table["class_index"],
+            "label": labels,
             "predicted": predicted,
             "confidence": probabilities.max(axis=1).astype(np.float32),
             "logits": list(logits),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from components.contracts import (
     VerdictStatus,
     canonical_json,
     sha256_text,
+    shared_classes,
 )
 from components.store import sha256_file
 from components.tables import read_frame
@@ -50,6 +50,14 @@ class GatingConfig(Record):
     """The gate policy. Its digest is part of what an approval is bound to."""
 
     gates: tuple[GateConfig, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Champion:
+    """Today's champion: its engine, and what that answered on the test images."""
+
+    engine: Engine
+    evaluation: Stored[Evaluation]
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def check(config: GatingConfig, engine_names: Sequence[str]) -> None:
 def judge(
     judged: Sequence[Judged],
     reference: Stored[Evaluation] | None,
-    champion: Stored[Evaluation] | None,
+    champion: Champion | None,
     config: GatingConfig,
     *,
     serving: str,
@@ -90,25 +98,27 @@ def judge(
     engines that are built here for other machines as not required.
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
-    reference_answers = _answers(reference)
-    champion_answers = _answers(champion)
+    reference_answers = _answers(reference, judged[0].engine.record.classes) if judged else None
+    champion_answers, champion_missing = _answers_of_champion(champion, judged)
     verdicts = []
     for item in judged:
         engine = item.engine.record
         findings: list[Finding] = []
         if item.evaluation.record.engine_digest != engine.digest():
             findings = [_finding("evaluation", "inconclusive", "the evaluation is of another engine")]
-        elif item.evaluation.record.status == "not executed here":
+        elif item.evaluation.record.status != "evaluated":
             findings = [_finding("evaluation", "not executed here", item.evaluation.record.reason)]
         else:
             evidence = Evidence(
                 engine=engine,
                 evaluation=item.evaluation.record,
                 measurement=item.measurement,
-                answers=_answers(item.evaluation),
+                answers=_answers(item.evaluation, engine.classes),
                 reference=reference_answers,
                 champion=champion_answers,
-                champion_known=champion_known and (champion is None or champion_answers is not None),
+                champion_known=champion_known and not champion_missing,
+                champion_missing=champion_missing,
+                champion_classes=champion.engine.classes if champion is not None else (),
             )
             findings = [gate.judge(evidence) for g, gate in gates if not g.engines or engine.name in g.engines]
         verdicts.append(
@@ -193,23 +203,34 @@ def _finding(gate: str, status: FindingStatus, message: str) -> Finding:
     return Finding(gate=gate, status=status, message=message)
 
 
-def _answers(evaluation: Stored[Evaluation] | None) -> Answers | None:
+def _answers_of_champion(champion: Champion | None, judged: Sequence[Judged]) -> tuple[Answers | None, str]:
+    """The champion's answers, or why there are none although there is a champion."""
+    if champion is None:
+        return None, ""
+    record = champion.evaluation.record
+    if record.engine_digest != champion.engine.digest():
+        return None, "its evaluation is of another engine"
+    classes = judged[0].engine.record.classes if judged else ()
+    answers = _answers(champion.evaluation, shared_classes(classes, champion.engine.classes))
+    if answers is not None:
+        return answers, ""
+    here = {"not executed here": "its engine cannot be executed here: ", "not comparable": "", "evaluated": ""}
+    return None, here[record.status] + (record.reason or "it gave no answers on the test images")
+
+
+def _answers(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...]) -> Answers | None:
+    """The answers behind an evaluation, whose logits are over `classes`; raises TamperedArtefact."""
     if evaluation is None or evaluation.record.predictions is None:
         return None
     path = evaluation.folder / evaluation.record.predictions.name
     if sha256_file(path) != evaluation.record.predictions.sha256:
         raise TamperedArtefact(f"{path} was changed after it was evaluated; run again to make it anew")
-    return read_answers(path)
-
-
-def read_answers(path: Path) -> Answers:
-    """The answers of a predictions.parquet."""
     frame = read_frame(path, ["sha256", "label", "logits"])
-    return Answers(
-        image_ids=tuple(frame["sha256"]),
-        labels=frame["label"].to_numpy(dtype=np.int64),
-        logits=np.stack(list(frame["logits"])).astype(np.float32),
-    )
+    logits = np.stack(list(frame["logits"])).astype(np.float32)
+    if logits.shape[1] != len(classes):
+        raise TamperedArtefact(f"{path} has logits of {logits.shape[1]} classes, expected {len(classes)}; run again")
+    labels = frame["label"].to_numpy(dtype=np.int64)
+    return Answers(image_ids=tuple(frame["sha256"]), labels=labels, logits=logits, classes=classes)
 
 
 def policy(config: GatingConfig) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import platform
+import pwd
 from pathlib import Path
 
 
@@ -16,6 +17,21 @@ def gpu_driver() -> str:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
     except (OSError, IndexError):
         return ""
+
+
+@functools.cache
+def account() -> dict[str, str | int | None]:
+    """The operating-system account of this process: `user`, `uid`, `host` and `login`, which sudo keeps."""
+    uid = os.getuid()
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = f"uid {uid}"
+    try:
+        login = os.getlogin()
+    except OSError:  # no terminal: a service, a container
+        login = None
+    return {"user": user, "uid": uid, "host": platform.node(), "login": login}
 
 
 @functools.cache

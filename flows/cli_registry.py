@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
 Version = Annotated[str, typer.Argument(help="Version of the model, as `visionloop candidates` lists it.")]
-By = Annotated[str, typer.Option("--as", help="Who decides; recorded as declared.")]
+By = Annotated[str, typer.Option("--as", help="Your name, as others will read it; nobody checks it.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.")]
-ledger_app = Commands(help="The append-only ledger.")
+ledger_app = Commands(help="The ledger: the append-only record of what was requested, decided and promoted.")
+_METHODS = {"declared": " (name not verified)", "token": " (by token)", "oidc": " (signed in)", "machine": ""}
+_STATUSES = {"inconclusive": "undecided"}
+"""What is shown for a finding's status; machines get the status itself."""
 
 
 def add_registry_commands(app: Commands) -> None:
@@ -72,17 +75,19 @@ def candidates(
 def _line(state: State) -> str:
     accuracy = (state.requested.body.get("summary") or {}).get("metrics", {}).get("accuracy")
     shown = f"accuracy {figure(accuracy)}" if accuracy else ""
-    return f"  version {state.version:>4}  {_status(state):42} {shown}  requested by {state.requested.actor.name}"
+    return f"  version {state.version:>4}  {_status(state):42} {shown}  asked for by {state.requested.actor.name}"
 
 
 def _status(state: State) -> str:
     if state.status == "approved" and state.decision is not None:
-        return f"approved by {state.decision.actor.name} until {state.decision.body['expires_at'][:16]}"
+        return f"approved by {state.decision.actor.name} until {shown_utc(state.decision.body['expires_at'])}"
     if state.status == "waiting":
         return "waits for approval"
     if state.status in ("rejected", "expired") and state.decision is not None:
         verb = "rejected" if state.status == "rejected" else "approval expired, given"
         return f"{verb} by {state.decision.actor.name}"
+    if state.status == "retired":
+        return f"left by a rollback of {state.left.actor.name}" if state.left is not None else "was champion before"
     return state.status
 
 
@@ -105,18 +110,29 @@ def _state_json(state: State) -> dict[str, Any]:
 def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """One version for the person who decides: the verdict in words, the champion beside it, what an approval is bound to."""
     from registry import approval
+    from registry.policies import notes
 
     found = _desk(workspace, model)
     entries = found.ledger.entries(found.model)
     state = approval.state_of(entries, version, found.ledger.now())
     champion = approval.champion(entries)
+    then = approval.compared_with(entries, state.requested)
     answer = _state_json(state) | {
         "model": found.model,
         "bound": state.requested.body["bound"],
         "champion_version": champion.body["version"] if champion else None,
+        "compared_with": then.body["version"] if then else None,
+        "notes": notes(entries, state.requested.body, subject=state.requested.subject),
+        "same_account": _account_note(state),
         "report": _report(found, state),
     }
-    finish(answer, json_, lambda: _page(found.model, state, champion, answer["report"]))
+    finish(answer, json_, lambda: _page(state, champion, then, answer))
+
+
+def _account_note(state: State) -> str | None:
+    from registry.policies import account_note
+
+    return account_note(state.decision, state.requested) if state.decision is not None else None
 
 
 def _report(found: Desk, state: State) -> str | None:
@@ -125,24 +141,29 @@ def _report(found: Desk, state: State) -> str | None:
     return str(path) if run and path.is_file() else None
 
 
-def _page(model: str, state: State, champion: Entry | None, report: str | None) -> str:
+def _page(state: State, champion: Entry | None, then: Entry | None, answer: dict[str, Any]) -> str:
     summary, bound = state.requested.body.get("summary") or {}, state.requested.body["bound"]
-    lines = [f"{model} version {state.version}: {_status(state)}", ""]
+    lines = [f"{answer['model']} version {state.version}: {_status(state)}", ""]
     if state.decision is not None:
-        lines += [f"  {state.decision.actor.name} at {state.decision.at[:19]}: {state.decision.body['reason']}", ""]
+        verb = "approved" if state.decision.kind == "approved" else "rejected"
+        lines += [f"  {verb} by {_who(state.decision)} at {shown_utc(state.decision.at)}: {state.decision.body['reason']}"]
+        lines += [f"  {answer['same_account']}"] if answer["same_account"] else []
+        lines += [""]
+    if state.left is not None:
+        left = state.left
+        lines += [
+            f"  {left.actor.name} went back from it to version {left.body['version']} at {shown_utc(left.at)}: "
+            f"{left.body['reason']}",
+            "",
+        ]
     if summary:
-        beside = summary.get("champion") or {}
-        reigning = f"champion (version {champion.body['version']})" if champion else "champion"
         lines += [
             f"It serves {summary['serving_engine']}, trained by recipe {summary['recipe']} on data version "
             f"{summary['data_version'][:12]} ({', '.join(f'{k} {v}' for k, v in summary['images'].items())}), "
             f"git {summary['git'][:12]}. Asked for: {summary.get('reason', 'manual')}.",
             "",
-            f"  {'':22} {'this version':38} {reigning}",
+            *_beside(state, champion, then),
         ]
-        for name, estimate in summary["metrics"].items():
-            other = beside.get(name)
-            lines.append(f"  {name:22} {figure(estimate):38} {figure(other) if other else 'there is none yet'}")
         worst = sorted(summary["recall"].items(), key=lambda item: item[1]["value"])[:3]
         lines += ["", "Weakest classes: " + "; ".join(f"{name} recall {figure(e)}" for name, e in worst) + "."]
         if summary.get("decision"):
@@ -153,27 +174,79 @@ def _page(model: str, state: State, champion: Entry | None, report: str | None) 
                 f"of the test images{accuracy}."
             )
         lines += ["", "Gates:"]
-        lines += [f"  {f['status']:18} {f['engine']:20} {f['gate']:14} {f['message']}" for f in summary["findings"]]
+        lines += [
+            f"  {_STATUSES.get(f['status'], f['status']):18} {f['engine']:20} {f['gate']:14} {f['message']}"
+            for f in summary["findings"]
+        ]
+        lines += ["", *answer["notes"]] if answer["notes"] else []
     lines += ["", "An approval is bound to:"]
     for name in ("data", "split", "weights", "policy", "release", "champion"):
         lines.append(f"  {name:10} {bound.get(name, 'unknown')}")
     lines += [f"  engine     {digest} ({name})" for name, digest in bound["engines"].items()]
     lines += [
         "",
-        f"Requested by {state.requested.actor.name} ({state.requested.actor.method}) at {state.requested.at[:19]}.",
+        f"Asked for by {_who(state.requested)} at {shown_utc(state.requested.at)}.",
     ]
-    if report:
-        lines.append(f"Report: {report}")
+    if answer["report"]:
+        lines.append(f"Report: {answer['report']}")
+    fresh = bound.get("champion", "none") == (champion.body["engine"] if champion else "none")
+    approving = f'visionloop approve {state.version} --as WHO --reason "..."'
     if state.status in ("waiting", "expired"):
-        lines.append(f'Next: visionloop approve {state.version} --as WHO --reason "..." (or reject)')
+        lines.append(f"Next: {approving} (or reject)" if fresh else f"Next: train again. {_stale(champion)}")
     if state.status == "approved":
-        lines.append(f"Next: visionloop promote {state.version}")
+        lines.append(f"Next: visionloop promote {state.version}" if fresh else f"Next: train again. {_stale(champion)}")
+    if state.status == "retired":
+        back = f'visionloop rollback --to {state.version} --as WHO --reason "..." makes it champion again at once'
+        lines.append(f"Next: {back}" + (f"; {approving} approves it anew for a promotion." if fresh else "."))
     return "\n".join(lines)
 
 
-def _decided(workspace: Path, model: str | None, by: Principal, rule: Rule) -> Entry:
+def _stale(champion: Entry | None) -> str:
+    now = f"version {champion.body['version']}" if champion else "none"
+    return f"This version was not compared with today's champion ({now}), so it can no longer be approved or promoted."
+
+
+def _beside(state: State, champion: Entry | None, then: Entry | None) -> list[str]:
+    """The figures of this version beside those of the champion that it was compared with, whoever is champion now."""
+    summary = state.requested.body["summary"]
+    beside, was = summary.get("champion") or {}, state.requested.body["bound"].get("champion", "none")
+    version = summary.get("champion_version") or (str(then.body["version"]) if then else None)
+    named = f"version {version}" if version else "a version that is not known any more"
+    new, gone = summary.get("classes_new") or [], summary.get("classes_gone") or []
+    changed = bool(new or gone)
+    heading = "" if was == "none" else f"the champion then, {named}"
+    missing = "no champion then" if was == "none" else "not comparable"
+    lines = [f"  {'':22} {'this version':38} {heading}".rstrip()]
+    for name, estimate in summary["metrics"].items():
+        other = beside.get(name)
+        lines.append(f"  {name:22} {figure(estimate):38} {figure(other) if other else missing}")
+    if changed and beside:
+        lines.append(
+            f"  The champion's figures are on the {summary['champion_images']} test images of the classes that both know; "
+            f"no_regression below compares both on these."
+        )
+    elif was != "none" and not beside and summary.get("champion_reason"):
+        lines.append(f"  The champion could not be compared with: {summary['champion_reason']}.")
+    if new:
+        lines.append(f"  New classes, which the champion did not know: {', '.join(new)}.")
+    if gone:
+        lines.append(f"  Classes of the champion that this version does not know: {', '.join(gone)}.")
+    if new and gone:
+        lines.append("  A renamed class looks like this: one is gone and one is new.")
+    now = str(champion.body["version"]) if champion else None
+    if champion is not None and now not in (version, state.version):
+        same = " (the same engine)" if champion.body["engine"] == was else ""
+        lines.append(f"  Champion today: version {now}{same}.")
+    return lines
+
+
+def _who(entry: Entry) -> str:
+    """Who a row is by, and how much that name is worth."""
+    return entry.actor.name + _METHODS[entry.actor.method]
+
+
+def _decided(found: Desk, by: Principal, rule: Rule) -> Entry:
     """Append what a rule allows, and tell who wants to know."""
-    found = _desk(workspace, model)
     entry = found.ledger.decide(model=found.model, actor=by, rule=rule)
     found.promotion.describe(told=_told)
     _notify(found, entry)
@@ -191,14 +264,29 @@ def approve(
 ) -> None:
     """Approve a candidate. The person who asked for it cannot; nothing moves before `visionloop promote`."""
     from registry import approval
+    from registry.policies import account_note, notes
 
     by = approval.person(as_)
-    entry = _decided(workspace, model, by, approval.approve(version, by, reason, days=days))
+    found = _desk(workspace, model)
+    entries = found.ledger.entries(found.model)
+    state = approval.state_of(entries, version, found.ledger.now())
+    shown = notes(entries, state.requested.body, subject=state.requested.subject)
+    if state.left is not None:
+        shown.append(
+            f"Version {version} was left by a rollback of {state.left.actor.name} at {shown_utc(state.left.at)}: "
+            f"{state.left.body['reason']}"
+        )
+    for line in shown:
+        _told(line)
+    entry = _decided(found, by, approval.approve(version, by, reason, days=days, shown=shown))
+    account = account_note(entry, state.requested)
+    if account:
+        _told(f"Note: {account}.")
     finish(
-        _entry_json(entry),
+        _entry_json(entry) | {"same_account": account},
         json_,
         lambda: (
-            f"{entry.model} version {version} is approved by {by.name} until {entry.body['expires_at'][:16]} UTC "
+            f"{entry.model} version {version} is approved by {by.name} until {shown_utc(entry.body['expires_at'])} "
             f"(ledger row {entry.seq}).\nNext: visionloop promote {version}"
         ),
     )
@@ -217,7 +305,7 @@ def reject(
     from registry import approval
 
     by = approval.person(as_)
-    entry = _decided(workspace, model, by, approval.reject(version, by, reason, withdraw=withdraw))
+    entry = _decided(_desk(workspace, model), by, approval.reject(version, by, reason, withdraw=withdraw))
     finish(_entry_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq}).")
 
 
@@ -311,7 +399,7 @@ def who_served(
         lambda: (
             f"{found.model} version {answer['version']} (release {answer['release'][:12]}), "
             f"{served.kind.replace('_', ' ')} at {shown_utc(served.at)} by {served.actor.name};\n"
-            f"approved at {shown_utc(approved.at)} by {approved.actor.name}: {approved.body['reason']}"
+            f"approved at {shown_utc(approved.at)} by {_who(approved)}: {approved.body['reason']}"
         ),
     )
 
@@ -356,7 +444,9 @@ def ledger_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     finish(
         {"rows": len(entries), "head": head},
         json_,
-        lambda: f"{len(entries)} rows, every hash follows from the row before; head {head or '(empty)'}",
+        lambda: (
+            f"The ledger is whole: {len(entries)} rows, each with the hash of the one before; last hash {head or '(none)'}"
+        ),
     )
 
 
@@ -369,8 +459,11 @@ def _notify(found: Desk, entry: Entry) -> None:
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
     """A row for machines: without the summary, which `show` prints."""
+    from registry.policies import by_gates
+
     body = {name: value for name, value in entry.body.items() if name != "summary"}
     return {
+        "decided_by": "the gates" if by_gates(entry) else (entry.actor.name if entry.actor.method != "machine" else None),
         "seq": entry.seq,
         "at": entry.at,
         "kind": entry.kind,
@@ -383,9 +476,13 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
 
 
 def _told_entry(entry: Entry) -> str:
+    from registry.policies import by_gates
+
     version = f"version {entry.body['version']}" if "version" in entry.body else "a candidate"
     why = entry.body.get("reason") or "; ".join(entry.body.get("reasons", []))
-    return (
-        f"{entry.seq:>5}  {shown_utc(entry.at)}  {entry.kind:12} {version:12} by {entry.actor.name} ({entry.actor.method})"
-        + (f": {why}" if why else "")
-    )
+    kind, by = entry.kind.replace("_", " "), f"by {_who(entry)}"
+    if by_gates(entry):
+        # The row's actor is who asked for the training; it is the gates that refused.
+        kind = "undecided" if entry.body.get("status") == "inconclusive" else kind
+        by = f"by the gates, asked for by {_who(entry)}"
+    return f"{entry.seq:>5}  {shown_utc(entry.at)}  {kind:12} {version:12} {by}" + (f": {why}" if why else "")

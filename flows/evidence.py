@@ -29,7 +29,9 @@ from components.gating import policy
 from components.store import sha256_file, write_atomically
 from flows.run import Run
 from registry.approval import person
-from registry.models import Evidence
+from registry.ledger import Ledger
+from registry.models import Evidence, Reigning
+from registry.policies import notes
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,20 @@ class Results:
     engines: Sequence[Stored[Engine]]
     evaluations: Sequence[Stored[Evaluation]]
     measurements: Sequence[Stored[Measurement]]
+    reigning: Reigning | None
+    """Today's champion, None where none was ever promoted."""
     champion: Stored[Evaluation] | None
+    """What it answered on the test images of the classes that it shares with the data."""
     verdict: Stored[Verdict]
     release: Stored[Release] | None
     """Absent when the verdict is no pass: nothing that was refused is packaged."""
+
+    @property
+    def classes_changed(self) -> tuple[list[str], list[str]]:
+        """Classes that the champion does not know, and classes of the champion that the candidate no longer knows."""
+        ours = self.splits.record.classes
+        theirs = self.reigning.engine.record.classes if self.reigning else ours
+        return [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -125,7 +137,7 @@ def assemble(run: Run, results: Results) -> Evidence:
         for file in (results.release.record.reference, results.release.record.golden):
             files[f"release/{file.name}"] = results.release.folder / file.name
     document("model-card.md", model_card(run, results))
-    document("report.html", render(run, results, None))
+    document("report.html", render(run, results, None, notes_of(run, results)))
     return Evidence(
         model=run.config.model,
         candidate_digest=candidate_digest(run, results),
@@ -148,6 +160,8 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
     serving = next(e.record for e in results.evaluations if e.record.engine == verdict.serving_engine)
     latency = next(m.record for m in results.measurements if m.record.engine == verdict.serving_engine)
     engine = next(e.record for e in results.engines if e.record.name == verdict.serving_engine)
+    champion = results.champion.record if results.champion else None
+    new, gone = results.classes_changed
     return {
         "run": run.id,
         "reason": run.reason,
@@ -159,7 +173,12 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "serving_engine": verdict.serving_engine,
         "metrics": _estimates(serving),
         "recall": {c.name: estimate_json(c.recall) for c in serving.per_class},
-        "champion": _estimates(results.champion.record) if results.champion else None,
+        "champion": _estimates(champion) if champion else None,
+        "champion_version": results.reigning.version if results.reigning else None,
+        "champion_images": champion.num_images if champion else None,
+        "champion_reason": champion.reason if champion else "",
+        "classes_new": new,
+        "classes_gone": gone,
         "latency_p50_ms": latency.latency_p50_ms,
         "latency_p99_ms": latency.latency_p99_ms,
         "machine": latency.machine,
@@ -170,7 +189,29 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
             for e in verdict.engines
             for f in e.findings
         ],
+        "policy": recorded_policy(run, results),
     }
+
+
+def recorded_policy(run: Run, results: Results) -> dict[str, Any]:
+    """All that the gates were told, defaults included, as the ledger keeps it for later comparison."""
+    verdict = results.verdict.record
+    settings = policy(run.config.gating)
+    return {
+        "gates": [
+            {"gate": chosen.gate, "engines": list(chosen.engines), "settings": settings[f"{index}:{chosen.gate}"]}
+            for index, chosen in enumerate(run.config.gating.gates)
+        ],
+        "engines": {engine.engine: {"required": engine.required} for engine in verdict.engines},
+        "serving": verdict.serving_engine,
+    }
+
+
+def notes_of(run: Run, results: Results) -> list[str]:
+    """What the reader of the report has to know of earlier policies, and of rejections of the same weights."""
+    entries = Ledger(run.settings.ledger_url).entries(run.config.model)
+    body = {"bound": bound_digests(results), "summary": {"policy": recorded_policy(run, results)}}
+    return notes(entries, body, subject=candidate_digest(run, results))
 
 
 def estimate_json(estimate: Estimate) -> dict[str, float | int]:
@@ -277,12 +318,13 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
 def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> Path:
     """`report.html` of the run, with what registration answered; left alone when it says just that already."""
     path = run.folder / "report.html"
-    shown = [outcome.digest(), results.verdict.record.digest(), *(m.record.digest() for m in results.measurements)]
+    told = notes_of(run, results)
+    shown = [outcome.digest(), *told, results.verdict.record.digest(), *(m.record.digest() for m in results.measurements)]
     mark = f"<!-- {sha256_text(canonical_json([*shown, report_source()]))} -->\n"
     if not path.exists() or not path.read_text().endswith(mark):
         from flows.report import render
 
-        write_atomically(path, (render(run, results, outcome) + mark).encode())
+        write_atomically(path, (render(run, results, outcome, told) + mark).encode())
     return path
 
 

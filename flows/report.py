@@ -13,6 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from components.contracts import Candidate, Estimate, Evaluation, Rejection, Splits, Stored
+from components.gating import policy
 from components.images import decode
 from components.tables import read_frame
 from flows.run import Run
@@ -25,14 +26,20 @@ if TYPE_CHECKING:
 _INK, _BLUE, _ORANGE, _GREY = "#1c2430", "#2563a8", "#c2571a", "#9aa4b1"
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _SHOWN = 12
+VERDICTS = {"pass": "candidate", "fail": "rejected", "inconclusive": "undecided"}
+"""What a verdict makes of a model: what the test images do not decide was not rejected for what it is."""
 
 
-def render(run: Run, results: Results, outcome: Candidate | Rejection | None) -> str:
-    """HTML of the report; `outcome` is None in the copy that is registered, which cannot know its own version."""
+def render(run: Run, results: Results, outcome: Candidate | Rejection | None, notes: Sequence[str]) -> str:
+    """HTML of the report; `outcome` is None in the copy that is registered, which cannot know its own version.
+
+    `notes` are what the ledger says of earlier gate policies and of rejections of the same weights.
+    """
     shown = _shown(results)
     verdict = results.verdict.record
     version = outcome.version if isinstance(outcome, Candidate) else ""
-    title = f"candidate, version {version}" if version else ("candidate" if verdict.status == "pass" else "rejected")
+    title = f"candidate, version {version}" if version else VERDICTS[verdict.status]
+    new, gone = results.classes_changed
     return (
         environment()
         .get_template("report.html")
@@ -44,6 +51,10 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None) ->
             run_id=run.id,
             lineage=run.lineage,
             verdict=verdict,
+            notes=notes,
+            champion=results.reigning.version if results.reigning else "",
+            classes_new=new,
+            classes_gone=gone,
             engines=[
                 _engine_row(*found) for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
             ],
@@ -78,6 +89,8 @@ def environment() -> jinja2.Environment:
 def model_card(run: Run, results: Results) -> str:
     """What a user of the model has to know, in Markdown."""
     shown, checkpoint, verdict = _shown(results).record, results.checkpoint.record, results.verdict.record
+    new, gone = results.classes_changed
+    champion = f"the champion, version {results.reigning.version}," if results.reigning else ""
     lines = [
         f"# {run.config.model}",
         "",
@@ -89,13 +102,19 @@ def model_card(run: Run, results: Results) -> str:
         f"{checkpoint.preprocessing.channels} channel(s), uint8; scaling is inside the engine",
         f"- Data version {run.data.dvc_hash}, git {run.lineage.git_commit}; "
         f"{results.dataset.record.num_kept} images kept, {results.dataset.record.num_quarantined} quarantined",
-        f"- Verdict: {verdict.status}; serving engine: {verdict.serving_engine}",
+        f"- Verdict: {VERDICTS[verdict.status]}; serving engine: {verdict.serving_engine}",
+        *([f"- New classes, which {champion} does not know: {', '.join(new)}"] if new else []),
+        *([f"- Classes that {champion} knows and this model does not: {', '.join(gone)}"] if gone else []),
         "",
         f"## Measured on the frozen test split, {shown.engine}, 95 % intervals",
         "",
         "| metric | value | interval | n |",
         "|---|---|---|---|",
         *(f"| {name} | {e.value:.4f} | {e.low:.4f} to {e.high:.4f} | {e.n} |" for name, e in shown.metrics.items()),
+        "",
+        "## Gates that judged it",
+        "",
+        *(f"- {line}" for line in _gates(run)),
         "",
         "## Limits",
         "",
@@ -104,6 +123,16 @@ def model_card(run: Run, results: Results) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _gates(run: Run) -> list[str]:
+    """One line a gate: its settings, defaults included, and the engines it judges."""
+    settings = policy(run.config.gating)
+    return [
+        f"{chosen.gate}: {', '.join(f'{name} {value}' for name, value in settings[f'{index}:{chosen.gate}'].items())}"
+        + (f" (only {', '.join(chosen.engines)})" if chosen.engines else "")
+        for index, chosen in enumerate(run.config.gating.gates)
+    ]
 
 
 def _shown(results: Results) -> Stored[Evaluation]:
@@ -212,7 +241,9 @@ def curves_figure(history: list[dict[str, float]]) -> Markup:
     right.plot(frame["epoch"], frame["valid_accuracy"], color=_ORANGE, label="valid accuracy")
     right.set_ylabel("accuracy")
     lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="center right")
+    # Above the axes: inside, there is no corner that some curve does not pass.
+    labels = [str(line.get_label()) for line in lines]
+    axes.legend(lines, labels, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return as_svg(figure)
 
 

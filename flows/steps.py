@@ -35,7 +35,7 @@ from components.contracts import (
 from components.evaluation import evaluate, measure
 from components.export import Graph, TargetConfig, export, export_graph
 from components.fitting import LEFTOVERS
-from components.gating import Judged, judge
+from components.gating import Champion, Judged, judge
 from components.machine import fingerprint
 from components.packaging import package
 from components.splitting import TestLedger, split
@@ -45,6 +45,7 @@ from components.validation import validate
 from flows.deciding import artifacts_of, registry_of
 from flows.notifications import Event, notify
 from flows.run import Run, member_digests
+from registry.models import Reigning
 from registry.tracking import LiveMetrics
 
 
@@ -186,11 +187,14 @@ def evaluation(run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role
     inputs = {
         "engine": engine.record.digest(),
         "test": splits.record.test_digest,
+        "classes": ", ".join(splits.record.classes),
         "num_threads": str(config.num_threads),
         "task_settings": canonical_json(task_settings),
         # Whether an engine can run is a property of the machine.
         "machine": fingerprint(),
-        **member_digests(targets=engine.record.target, tasks=task_name),
+        **member_digests(tasks=task_name),
+        # A champion's target may be a plug-in that the workspace has no more.
+        **(member_digests(targets=engine.record.target) if engine.record.target in plugins.names("targets") else {}),
     }
     return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name)
 
@@ -212,8 +216,8 @@ def measurement(run: Run, engine: Stored[Engine], splits: Stored[Splits]) -> Sto
 
 
 @task(name="champion", **REGISTRY_POLICY)
-def champion(run: Run) -> Stored[Engine] | None:
-    """Today's champion engine, or None where the ledger proves that none was ever promoted.
+def champion(run: Run) -> Reigning | None:
+    """Today's champion, or None where the ledger proves that none was ever promoted.
 
     Raises RegistryUnavailable when the ledger has lost rows that MLflow knows of: then nothing is proven.
     """
@@ -221,7 +225,8 @@ def champion(run: Run) -> Stored[Engine] | None:
     entry = registry.champion(run.config.model)
     if entry is None:
         return None
-    return registry.fetch_engine(run.config.model, entry, out=run.workspace.cache / "champions" / run.config.model)
+    folder = run.workspace.cache / "champions" / run.config.model
+    return Reigning(str(entry.body["version"]), registry.fetch_engine(run.config.model, entry, out=folder))
 
 
 @task(name="gating", cache_policy=NO_CACHE)
@@ -230,6 +235,7 @@ def gating(
     engines: Sequence[Stored[Engine]],
     evaluations: Sequence[Stored[Evaluation]],
     measurements: Sequence[Stored[Measurement]],
+    reigning: Reigning | None,
     champion_evaluation: Stored[Evaluation] | None,
 ) -> Stored[Verdict]:
     config, chosen = run.config.gating, run.config.export
@@ -243,7 +249,7 @@ def gating(
         return judge(
             judged[1:],
             evaluations[0],
-            champion_evaluation,
+            Champion(reigning.engine.record, champion_evaluation) if reigning and champion_evaluation else None,
             config,
             serving=chosen.serving,
             champion_known=True,

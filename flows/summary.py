@@ -21,12 +21,17 @@ def told(summary: dict[str, Any]) -> str:
     if summary["outcome"] == "candidate":
         console.print(
             f"[bold green]PASS[/]  {summary['model']} version {summary['version']} is a candidate "
-            f"for a person's approval (visionloop show {summary['version']})"
+            f"and waits for a person's approval (next: visionloop show {summary['version']})"
+        )
+    elif summary["verdict"] == "inconclusive":
+        console.print(
+            f"[bold yellow]UNDECIDED[/]  {summary['model']}: this model is neither shown to be good enough nor shown not to "
+            f"be, so it is no candidate. What is missing:"
         )
     else:
-        console.print(f"[bold red]{summary['verdict'].upper()}[/]  {summary['model']} was rejected; the evidence is kept")
-        for reason in summary["reasons"]:
-            console.print(f"  - {reason}", markup=False)
+        console.print(f"[bold red]FAIL[/]  {summary['model']}: the gates rejected this model; the evidence is kept. Why:")
+    for reason in summary["reasons"]:
+        console.print(f"  - {reason}", markup=False)
     data = summary["data"]
     splits = ", ".join(f"{name} {count}" for name, count in data["splits"].items())
     console.print(f"data  {data['version']}: {data['kept']} images kept, {data['quarantined']} quarantined ({splits})")

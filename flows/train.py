@@ -58,10 +58,12 @@ def _train(
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         measurements = [steps.measurement(run, engine, splits) for engine in engines]
         champion = steps.champion(run)
-        compared = steps.evaluation(run, champion, splits, role="champion") if champion else None
-        verdict = steps.gating(run, engines, evaluations, measurements, compared)
+        compared = steps.evaluation(run, champion.engine, splits, role="champion") if champion else None
+        verdict = steps.gating(run, engines, evaluations, measurements, champion, compared)
         passed = verdict.record.status == "pass"
         release = steps.packaging(run, engines, splits) if passed else None
-        results = Results(dataset, splits, checkpoint, engines, evaluations, measurements, compared, verdict, release)
+        results = Results(
+            dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release
+        )
         outcome = steps.registration(run, results)
         return summarise(run, results, outcome, write_report(run, results, outcome))

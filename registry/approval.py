@@ -31,6 +31,8 @@ class State:
     """The latest approval or rejection by a person."""
     promoted: Entry | None
     status: Status
+    left: Entry | None = None
+    """The rollback that went back from it, where that is the last thing that happened to it as champion."""
 
     @property
     def expires_at(self) -> datetime.datetime | None:
@@ -74,6 +76,17 @@ def served_at(entries: Sequence[Entry], moment: datetime.datetime) -> Entry | No
     return moves[-1] if moves else None
 
 
+def compared_with(entries: Sequence[Entry], requested: Entry) -> Entry | None:
+    """The row that made the champion with which a request's evidence compares; None where there was none.
+
+    Two versions may share an engine, so the champion of the time of the request goes before others with the same one.
+    """
+    engine = requested.body["bound"].get("champion", "none")
+    earlier = [entry for entry in entries if entry.kind in ("promoted", "rolled_back") and entry.seq < requested.seq]
+    found = [entry for entry in earlier if entry.body.get("engine") == engine]
+    return found[-1] if found else None
+
+
 def states(entries: Sequence[Entry], now: datetime.datetime) -> list[State]:
     """Every requested version in order."""
     current = champion(entries)
@@ -85,8 +98,23 @@ def states(entries: Sequence[Entry], now: datetime.datetime) -> list[State]:
         promotions = [entry for entry in later if entry.kind == "promoted"]
         decision = decisions[-1] if decisions else None
         promoted = promotions[-1] if promotions else None
-        found.append(State(version, requested, decision, promoted, _status(decision, promoted, current, version, now)))
+        left = _left(entries, version)
+        status = _status(decision, promoted, current, version, now)
+        found.append(State(version, requested, decision, promoted, status, left))
     return found
+
+
+def _left(entries: Sequence[Entry], version: str) -> Entry | None:
+    """The rollback that took the championship from a version, unless it was champion again since."""
+    left: Entry | None = None
+    for move in entries:
+        if move.kind in ("promoted", "rolled_back"):
+            previous = move.body.get("previous")
+            if str(move.body["version"]) == version:
+                left = None
+            elif previous and str(previous["version"]) == version:
+                left = move if move.kind == "rolled_back" else None
+    return left
 
 
 def _status(
@@ -94,7 +122,7 @@ def _status(
 ) -> Status:
     if current is not None and current.body["version"] == version:
         return "champion"
-    if promoted is not None:
+    if promoted is not None and (decision is None or decision.seq < promoted.seq):
         return "retired"
     if decision is None:
         return "waiting"
@@ -111,8 +139,13 @@ def state_of(entries: Sequence[Entry], version: str, now: datetime.datetime) -> 
     return found[version]
 
 
-def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_DAYS) -> Rule:
-    """A person approves a waiting candidate, for everything it is made of as it was requested."""
+def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_DAYS, shown: Sequence[str] = ()) -> Rule:
+    """A person approves a waiting candidate, for everything it is made of as it was requested.
+
+    So is approved anew what was champion before, with evidence that still compares with today's champion: what a rollback
+    left may be right after all, but that is decided by a person again, and the row names the rollback. `shown` is what the
+    person was told beforehand of policy and past.
+    """
     _expect_person(by)
     reason = _expect_reason(reason)
     if not 0 < days <= 365:
@@ -120,7 +153,7 @@ def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_
 
     def rule(entries: Sequence[Entry], now: datetime.datetime) -> Draft:
         state = state_of(entries, version, now)
-        _expect(state, ("waiting", "expired"), "approved")
+        _expect(state, ("waiting", "expired", "retired"), "approved")
         if same_person(by, state.requested.actor):
             raise DecisionRefused(f"{by.name} requested version {version} and cannot approve it: a second person has to")
         _expect_fresh(entries, state)
@@ -132,6 +165,10 @@ def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_
             "reason": reason,
             "expires_at": (now + datetime.timedelta(days=days)).isoformat(timespec="microseconds"),
         }
+        if shown:
+            body["shown"] = list(shown)
+        if state.left is not None:
+            body["after_rollback"] = state.left.seq
         earlier = state.decision.seq if state.decision else 0
         return Draft("approved", state.requested.subject, body, f"decision:{state.requested.seq}:{earlier}")
 
@@ -207,7 +244,7 @@ def rollback(to: str | None, by: Principal, reason: str, *, leaving: int) -> Rul
             raise DecisionRefused("there is no champion to roll back from")
         if current.seq != leaving:
             raise DecisionRefused(
-                f"the champion changed meanwhile: version {current.body['version']} reigns, by {current.actor.name}; "
+                f"the champion changed meanwhile: it is version {current.body['version']}, by {current.actor.name}; "
                 f"look at `visionloop history` and decide again"
             )
         target = rollback_target(entries, to)
@@ -288,7 +325,8 @@ def _expect(state: State, allowed: tuple[Status, ...], wanted: str) -> None:
         "expired": f"its approval{who} has expired; approve it again",
         "rejected": f"it was rejected{who}: {decision.body['reason'] if decision else ''}",
         "champion": "it is the champion",
-        "retired": "it was champion before; `visionloop rollback --to` goes back to it",
+        "retired": f"it was champion before; `visionloop rollback --to {state.version}` makes it champion again at once, or "
+        f"`visionloop approve {state.version}` approves it anew",
     }
     raise DecisionRefused(f"version {state.version} cannot be {wanted}: {hints[state.status]}")
 
@@ -300,8 +338,13 @@ def _expect_fresh(entries: Sequence[Entry], state: State) -> None:
     reigning = "none" if current is None else current.body["engine"]
     if compared != reigning:
         was = "no champion" if compared == "none" else f"champion engine {compared[:12]}"
-        now = "there is none" if current is None else f"version {current.body['version']} reigns"
+        now = "there is none" if current is None else f"version {current.body['version']} is champion"
+        back = (
+            f", or go back to it with `visionloop rollback --to {state.version}`, which needs no approval"
+            if state.promoted is not None
+            else ""
+        )
         raise DecisionRefused(
             f"version {state.version} was judged against {was}, but now {now}: its evidence is stale. "
-            f"Run the training again; everything but the comparison comes from the store"
+            f"Run the training again; everything but the comparison comes from the store{back}"
         )

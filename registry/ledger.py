@@ -22,6 +22,7 @@ import sqlalchemy as sa
 
 from components.contracts import Record, TamperedArtefact, canonical_json
 from components.databases import Database, now
+from components.machine import account
 
 Kind = Literal["requested", "rejected", "approved", "promoted", "rolled_back"]
 GENESIS = "0" * 64
@@ -86,6 +87,7 @@ class Entry(Record):
     """Digest of what the row is about, such as a candidate."""
     actor: Principal
     body: dict[str, Any]
+    """What the rule wrote, and the operating-system `account` that appended it; older rows lack that."""
     key: str
     previous: str
     hash: str
@@ -146,7 +148,8 @@ class Ledger:
             "subject": draft.subject,
             "actor": actor.name,
             "actor_method": actor.method,
-            "body": canonical_json(dict(draft.body)),
+            # Who acts is declared; under which account that was done is a fact for the reader.
+            "body": canonical_json({**draft.body, "account": account()}),
             "key": draft.key,
             "previous": GENESIS if last is None else last["hash"],
         }

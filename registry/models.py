@@ -74,6 +74,14 @@ class Evidence:
     """The person who asked for the run; none for a machine."""
 
 
+@dataclass(frozen=True)
+class Reigning:
+    """Today's champion: its version and its engine, verified."""
+
+    version: str
+    engine: Stored[Engine]
+
+
 class Registry:
     """The model registry behind one MLflow tracking URI and one ledger."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, compare_interval
+from components.contracts import Evidence, Finding, compare_interval, enough, too_few
+from components.tasks.classification import wilson
 
 
 class Gate(BaseModel):
@@ -17,13 +18,21 @@ class Gate(BaseModel):
         estimate = evidence.evaluation.metrics.get("accuracy")
         status = compare_interval(estimate, self.floor)
         if estimate is None:
-            return Finding(gate="accuracy", status=status, message="no accuracy was measured", threshold=self.floor)
-        place = {"pass": "at or above", "fail": "below", "inconclusive": "on both sides of"}[status]
+            why = f": {evidence.evaluation.reason}" if evidence.evaluation.reason else ""
+            return Finding(gate="accuracy", status=status, message=f"no accuracy was measured{why}", threshold=self.floor)
+        if status == "inconclusive":
+            meaning = too_few("test images", estimate.n, enough(lambda n: self._decides(estimate.value, n), estimate.n))
+        else:
+            meaning = "all of the 95 % interval is " + {"pass": "at or above it", "fail": "below it"}[status]
         return Finding(
             gate="accuracy",
             status=status,
-            message=f"accuracy {estimate}: its 95 % interval lies {place} the floor {self.floor}",
+            message=f"accuracy {estimate}, floor {self.floor:g}: {meaning}",
             value=estimate.value,
             threshold=self.floor,
             n=estimate.n,
         )
+
+    def _decides(self, share: float, n: int) -> bool:
+        """Whether the floor would be decided if `n` images gave the same share of right answers."""
+        return compare_interval(wilson(round(share * n), n), self.floor) != "inconclusive"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, compare
+from components.contracts import Evidence, Finding, compare, too_few
 
 
 class Gate(BaseModel):
@@ -16,27 +16,26 @@ class Gate(BaseModel):
 
     def judge(self, evidence: Evidence) -> Finding:
         measured = {metrics.name: metrics for metrics in evidence.evaluation.per_class}
-        missing = [name for name in evidence.engine.classes if name not in measured]
-        if not measured or missing:
-            shown = ", ".join(missing) or "every class"
-            return _finding("inconclusive", f"no test images of {shown}", self.floor)
-        scarce = [m.name for m in measured.values() if m.support < self.min_images]
+        if not measured:
+            return self._inconclusive(f"no recall was measured: {evidence.evaluation.reason or 'there are no answers'}")
+        supports = {name: measured[name].support if name in measured else 0 for name in evidence.engine.classes}
+        scarce = [
+            too_few(f"test images of {name!r}", support, self.min_images, exactly=True)
+            for name, support in supports.items()
+            if support < max(1, self.min_images)
+        ]
         if scarce:
-            return _finding(
-                "inconclusive", f"fewer than {self.min_images} test images of {', '.join(scarce)}: add some", self.floor
-            )
+            return self._inconclusive("; ".join(scarce))
         worst = min(measured.values(), key=lambda m: m.recall.value)
         status = compare(worst.recall.value, self.floor, at_least=True)
         return Finding(
             gate="class_recall",
             status=status,
-            message=f"worst class {worst.name!r}: recall {worst.recall}, floor {self.floor}",
+            message=f"worst class {worst.name!r}: recall {worst.recall}, floor {self.floor:g}",
             value=worst.recall.value,
             threshold=self.floor,
             n=worst.support,
         )
 
-
-def _finding(status: str, message: str, floor: float) -> Finding:
-    assert status == "inconclusive"
-    return Finding(gate="class_recall", status="inconclusive", message=message, threshold=floor)
+    def _inconclusive(self, message: str) -> Finding:
+        return Finding(gate="class_recall", status="inconclusive", message=message, threshold=self.floor)

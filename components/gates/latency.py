@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, compare
+from components.contracts import Evidence, Finding, compare, too_few
 
 
 class Gate(BaseModel):
@@ -17,18 +17,19 @@ class Gate(BaseModel):
     def judge(self, evidence: Evidence) -> Finding:
         measured = evidence.measurement
         if measured is None or measured.status != "measured":
-            return self._inconclusive("its latency was not measured")
+            why = f": {measured.reason}" if measured is not None and measured.reason else ""
+            return self._inconclusive(f"its latency was not measured{why}")
         if measured.engine_digest != evidence.engine.digest():
             return self._inconclusive("the measurement is of another engine")
         if measured.num_runs < self.min_runs:
-            return self._inconclusive(f"{measured.num_runs} timed runs, a p99 needs {self.min_runs}")
+            return self._inconclusive(too_few("timed runs", measured.num_runs, self.min_runs, exactly=True))
         status = compare(measured.latency_p99_ms, self.max_p99_ms, at_least=False)
         if status == "inconclusive":
-            return self._inconclusive(f"its p99 is {measured.latency_p99_ms}")
+            return self._inconclusive("its p99 latency was not measured")
         return Finding(
             gate="latency",
             status=status,
-            message=f"p99 {measured.latency_p99_ms:.3g} ms of {measured.num_runs} runs on {measured.machine}, "
+            message=f"p99 latency {measured.latency_p99_ms:.3g} ms of {measured.num_runs} runs on {measured.machine}, "
             f"budget {self.max_p99_ms:g} ms",
             value=measured.latency_p99_ms,
             threshold=self.max_p99_ms,

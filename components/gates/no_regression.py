@@ -12,7 +12,7 @@ import math
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding
+from components.contracts import Evidence, Finding, enough, too_few
 from components.tasks.classification import wilson
 
 
@@ -24,51 +24,105 @@ class Gate(BaseModel):
     max_negative_flips: float = Field(default=0.03, ge=0, le=1)
 
     def judge(self, evidence: Evidence) -> Finding:
+        if evidence.champion_missing:
+            return _inconclusive(f"the champion cannot be compared with: {evidence.champion_missing}")
         if not evidence.champion_known:
-            return _inconclusive("the ledger does not say whether there is a champion")
+            return _inconclusive("it is not known whether there is a champion to compare with")
         if evidence.champion is None:
             return Finding(
-                gate="no_regression", status="not applicable", message="the ledger proves that no champion was ever promoted"
+                gate="no_regression",
+                status="not applicable",
+                message="no version was ever promoted, so there is no champion to compare with",
             )
         answers, champion = evidence.answers, evidence.champion
         if answers is None or len(answers.image_ids) == 0:
-            return _inconclusive("no answers to compare")
+            return _inconclusive("there are no answers of this engine to compare")
+        if answers.classes != champion.classes:
+            answers = answers.among(champion.classes)
+        among = _told_classes(evidence, len(champion.image_ids))
         if answers.image_ids != champion.image_ids or not np.array_equal(answers.labels, champion.labels):
-            return _inconclusive("the champion was not evaluated on the same images and labels")
+            return _inconclusive(f"the champion was asked about other test images or labels than this engine{among}")
         if not (np.isfinite(answers.logits).all() and np.isfinite(champion.logits).all()):
-            return _inconclusive("non-finite logits")
+            return _inconclusive("some answers are not finite numbers")
         mine, theirs = answers.predicted == answers.labels, champion.predicted == champion.labels
-        low, high = paired_difference(mine, theirs)
-        n, difference = len(mine), float(mine.mean() - theirs.mean())
-        flips = float((theirs & ~mine).mean())
+        n, counts = len(mine), _paired(mine, theirs)
+        low, high = difference_interval(*counts)
+        difference, flips = float(mine.mean() - theirs.mean()), float((theirs & ~mine).mean())
         text = (
-            f"candidate - champion {difference:+.4f} [{low:+.4f}, {high:+.4f}] (n={n}), margin {self.margin}; "
-            f"negative flips {flips:.2%}, budget {self.max_negative_flips:.2%}"
+            f"accuracy {mine.mean():.4f}, the champion's {theirs.mean():.4f}: difference {difference:+.4f} "
+            f"[{low:+.4f}, {high:+.4f}] (n={n}), margin {self.margin:g}; wrong where the champion was right "
+            f"{flips:.2%}, budget {self.max_negative_flips:.2%}"
         )
-        if high < -self.margin or flips > self.max_negative_flips:
+        if self._worse(high) or flips > self.max_negative_flips:
             status = "fail"
+        elif self._not_worse(low):
+            status = "pass"
         else:
-            status = "pass" if low >= -self.margin else "inconclusive"
+            status = "inconclusive"
+            what = "shared test images" if among else "test images"
+            text += "; " + too_few(what, n, enough(lambda size: self._decides(counts, size), n))
         return Finding.model_validate(
             {
                 "gate": "no_regression",
                 "status": status,
-                "message": text,
+                "message": text + among,
                 "value": difference,
                 "threshold": -self.margin,
                 "n": n,
             }
         )
 
+    def _worse(self, high: float) -> bool:
+        return high < -self.margin
 
-def paired_difference(
-    first: np.ndarray[tuple[int], np.dtype[np.bool_]], second: np.ndarray[tuple[int], np.dtype[np.bool_]]
-) -> tuple[float, float]:
-    """95 % interval of mean(first) - mean(second) over the same images."""
-    n = len(first)
+    def _not_worse(self, low: float) -> bool:
+        return low >= -self.margin
+
+    def _decides(self, counts: Counts, size: int) -> bool:
+        """Whether `size` images that fall into the same four groups would decide."""
+        n = sum(counts)
+        low, high = difference_interval(*(round(count * size / n) for count in counts))
+        return self._worse(high) or self._not_worse(low)
+
+
+Counts = tuple[int, int, int, int]
+"""Images that both, only the first, only the second and neither got right."""
+Right = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+
+def _told_classes(evidence: Evidence, n: int) -> str:
+    """What was compared where the champion knows other classes, and which are new or gone; else nothing."""
+    ours = evidence.engine.classes
+    theirs = evidence.champion_classes or ours
+    new = [name for name in ours if name not in theirs]
+    gone = [name for name in theirs if name not in ours]
+    if not (new or gone) or evidence.champion is None:
+        return ""
+    shared = evidence.champion.classes
+    text = (
+        f"; compared on the {n} test images of the {len(shared)} classes that both know ({', '.join(shared)}), among these"
+    )
+    if new:
+        text += f"; new: {', '.join(new)}, judged by the floors alone"
+    if gone:
+        text += f"; no longer known: {', '.join(gone)}"
+    return text + ("; a renamed class looks like one that is gone and one that is new" if new and gone else "")
+
+
+def _paired(first: Right, second: Right) -> Counts:
     both, only_first = int((first & second).sum()), int((first & ~second).sum())
     only_second = int((~first & second).sum())
-    neither = n - both - only_first - only_second
+    return both, only_first, only_second, len(first) - both - only_first - only_second
+
+
+def paired_difference(first: Right, second: Right) -> tuple[float, float]:
+    """95 % interval of mean(first) - mean(second) over the same images."""
+    return difference_interval(*_paired(first, second))
+
+
+def difference_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares over the same images, from how many fall into each group."""
+    n = both + only_first + only_second + neither
     p1, p2 = wilson(both + only_first, n), wilson(both + only_second, n)
     difference = p1.value - p2.value
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from components.contracts import Evidence, Finding, Precision, compare
+from components.contracts import Evidence, Finding, Precision, compare, too_few
+
+_MIN_AGREEMENT: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.995, "int8": 0.98}
 
 
 class Gate(BaseModel):
@@ -16,21 +18,28 @@ class Gate(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    min_agreement: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.995, "int8": 0.98}
+    min_agreement: dict[Precision, float] = _MIN_AGREEMENT
+    """By precision; one that is not named keeps its default."""
     max_logit_difference: float = Field(default=1e-2, gt=0)
     min_images: int = Field(default=100, ge=1)
+
+    @field_validator("min_agreement")
+    @classmethod
+    def _keep_the_others(cls, given: dict[Precision, float]) -> dict[Precision, float]:
+        return {**_MIN_AGREEMENT, **given}
 
     def judge(self, evidence: Evidence) -> Finding:
         answers, reference = evidence.answers, evidence.reference
         if answers is None or reference is None:
-            return _inconclusive("no answers of this engine, or none of the torch reference, to compare")
+            whose = "this engine" if answers is None else "the torch reference"
+            return _inconclusive(f"there are no answers of {whose} to compare")
         if answers.image_ids != reference.image_ids:
             return _inconclusive("the engine and the reference answered different images")
         n = len(answers.image_ids)
         if n < self.min_images:
-            return _inconclusive(f"{n} test images, parity needs {self.min_images}", n=n)
+            return _inconclusive(too_few("test images", n, self.min_images, exactly=True), n=n)
         if not (np.isfinite(answers.logits).all() and np.isfinite(reference.logits).all()):
-            return _inconclusive("non-finite logits", n=n)
+            return _inconclusive("some answers are not finite numbers", n=n)
         floor = self.min_agreement.get(evidence.engine.precision)
         if floor is None:
             return _inconclusive(f"no min_agreement is set for precision {evidence.engine.precision}", n=n)

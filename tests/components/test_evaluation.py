@@ -72,7 +72,7 @@ def test_non_finite_logits_have_no_metrics(trained: Path, tmp_path: Path, monkey
     replaced(monkeypatch, lambda images: (np.full((len(images), 3), np.nan, np.float32), np.zeros((len(images), 16))))
     found = run(trained, tmp_path / "out")
     assert found.metrics == {}
-    assert "non-finite" in found.reason
+    assert "test images are not finite numbers" in found.reason
 
 
 def test_answers_of_another_shape_are_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,11 +97,43 @@ def test_the_reference_is_a_target_like_any_other() -> None:
     assert "torch_reference" in plugins.names("targets")
 
 
-@pytest.mark.parametrize("classes", [("cross", "disc"), ("cross", "disc", "squares"), ("disc", "cross", "stripes")])
-def test_a_champion_of_another_label_space_is_not_scored(trained: Path, tmp_path: Path, classes: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("classes", "shared"),
+    [
+        # The engine's columns stay cross, disc, stripes; only their names differ.
+        (("cross", "disc", "squares"), ("cross", "disc")),
+        (("stripes", "disc", "cross"), ("cross", "disc", "stripes")),
+    ],
+)
+def test_a_champion_of_another_label_space_is_asked_about_what_it_knows(
+    trained: Path, tmp_path: Path, classes: tuple[str, ...], shared: tuple[str, ...]
+) -> None:
     engine = stored(trained, "export/openvino-int8", Engine)
-    other = Stored(engine.record.model_copy(update={"classes": classes}), engine.folder)
-    found = run(trained, tmp_path / "out", other)
+    run(trained, tmp_path / "whole")
+    found = run(trained, tmp_path / "out", Stored(engine.record.model_copy(update={"classes": classes}), engine.folder))
+    whole, table = (pd.read_parquet(tmp_path / name / "predictions.parquet") for name in ("whole", "out"))
+    labels = whole["path"].str.split("/").str[0]
+    whole = whole[labels.isin(shared)].reset_index(drop=True)
+    assert found.num_images == len(table) == len(whole)
+    assert list(table["path"]) == list(whole["path"])
+    assert [shared[label] for label in table["label"]] == list(labels[labels.isin(shared)])
+    expected = np.stack(list(whole["logits"]))[:, [classes.index(name) for name in shared]]
+    assert np.array_equal(np.stack(list(table["logits"])), expected)
+    assert [metrics.name for metrics in found.per_class] == list(shared)
+
+
+@pytest.mark.parametrize("classes", [("cross", "square", "ring"), ("line", "square", "ring")])
+def test_a_champion_that_shares_no_two_classes_is_not_scored(
+    trained: Path, tmp_path: Path, classes: tuple[str, ...]
+) -> None:
+    engine = stored(trained, "export/openvino-int8", Engine)
+    found = run(trained, tmp_path / "out", Stored(engine.record.model_copy(update={"classes": classes}), engine.folder))
+    assert (found.status, found.predictions) == ("not comparable", None)
+    assert "cross, disc, stripes) share " + ("only 'cross'" if "cross" in classes else "none") in found.reason
+
+
+def test_a_champion_whose_target_is_gone_is_said_so(trained: Path, tmp_path: Path) -> None:
+    engine = stored(trained, "export/openvino-int8", Engine)
+    found = run(trained, tmp_path / "out", Stored(engine.record.model_copy(update={"target": "mine"}), engine.folder))
     assert found.status == "not executed here"
-    assert "are not the data's" in found.reason
-    assert found.predictions is None
+    assert "unknown target 'mine'" in found.reason

@@ -23,7 +23,7 @@ from components.contracts import (
     TamperedArtefact,
     UnknownName,
 )
-from components.gating import GateConfig, GatingConfig, Judged, check, judge
+from components.gating import Champion, GateConfig, GatingConfig, Judged, check, judge
 from components.store import describe
 from components.tasks.classification import Task, wilson
 
@@ -42,7 +42,7 @@ POLICY = GatingConfig(
 )
 
 
-def engine(name: str = "openvino-int8", precision: str = "int8") -> Engine:
+def engine(name: str = "openvino-int8", precision: str = "int8", classes: tuple[str, ...] = CLASSES) -> Engine:
     return Engine.model_validate(
         {
             "name": name,
@@ -55,7 +55,7 @@ def engine(name: str = "openvino-int8", precision: str = "int8") -> Engine:
             "preprocessing": Preprocessing(
                 channels=1, height=16, width=16, resize_shortest=16, interpolation="bilinear", mean=(0.5,), std=(0.5,)
             ),
-            "classes": CLASSES,
+            "classes": classes,
             "embedding_dim": 4,
             "temperature": 1.0,
             "runtime": "r",
@@ -206,6 +206,82 @@ def test_an_unknown_champion_is_never_taken_for_none(tmp_path: Path) -> None:
     assert verdict(tmp_path, item(tmp_path), champion_known=False).status == "inconclusive"
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"status": "not executed here", "reason": "no GPU"}, "its engine cannot be executed here: no GPU"),
+        (
+            {"status": "not comparable", "reason": "of its classes the data share none"},
+            "with: of its classes the data share",
+        ),
+        ({"status": "evaluated", "reason": "its logits on 5 images"}, "with: its logits on 5 images"),
+        ({"status": "evaluated", "engine_digest": "x"}, "its evaluation is of another engine"),
+    ],
+)
+def test_a_champion_without_answers_is_inconclusive_for_the_true_reason(
+    tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    of = engine("torch_reference-fp32", "fp32")
+    evaluation = not_executed(of).record.model_copy(update=changes)
+    found = verdict(tmp_path, item(tmp_path), champion=Champion(of, Stored(evaluation, tmp_path)))
+    (finding,) = [f for f in found.engines[0].findings if f.gate == "no_regression"]
+    assert finding.status == "inconclusive"
+    assert why in finding.message
+    assert "ledger" not in finding.message
+
+
+def champion_of(folder: Path, classes: tuple[str, ...], wrong: int = 0) -> Champion:
+    """A champion as evaluation leaves it: asked about the images of the classes that it shares, among these classes."""
+    of = engine("openvino-fp32", "fp32", classes)
+    shared = tuple(name for name in CLASSES if name in classes)
+    columns = [CLASSES.index(name) for name in shared]
+    kept = np.isin(LABELS, columns)
+    labels = np.searchsorted(columns, LABELS[kept])
+    logits = GOOD[kept][:, columns].copy()
+    logits[:wrong] = np.roll(logits[:wrong], 1, axis=1)
+    folder.mkdir()
+    path = folder / "predictions.parquet"
+    names = [f"{i:064d}" for i in np.flatnonzero(kept)]
+    pd.DataFrame({"sha256": names, "label": labels, "logits": list(logits.astype(np.float32))}).to_parquet(path)
+    record = Evaluation(
+        engine=of.name,
+        engine_digest=of.digest(),
+        test_digest="t",
+        status="evaluated",
+        num_images=len(labels),
+        predictions=describe(path, within=folder),
+    )
+    return Champion(of, Stored(record, folder))
+
+
+@pytest.mark.parametrize(
+    ("classes", "n", "told"),
+    [
+        (("a", "b"), 200, "of the 2 classes that both know (a, b), among these; new: c, judged by the floors alone"),
+        (("d", "c", "b", "a"), 300, "of the 3 classes that both know (a, b, c), among these; no longer known: d"),
+        (("c", "bee", "a"), 200, "new: b, judged by the floors alone; no longer known: bee; a renamed class looks like"),
+        (("c", "b", "a"), 300, None),
+    ],
+)
+def test_a_champion_of_other_classes_is_compared_on_those_that_both_know(
+    tmp_path: Path, classes: tuple[str, ...], n: int, told: str | None
+) -> None:
+    found = verdict(tmp_path, item(tmp_path), champion=champion_of(tmp_path / "champion", classes))
+    (finding,) = [f for f in found.engines[0].findings if f.gate == "no_regression"]
+    assert (found.status, finding.status, finding.n, finding.value) == ("pass", "pass", n, 0)
+    assert f"n={n}" in finding.message
+    assert (told or "margin 0.02") in finding.message
+    assert ("both know" in finding.message) == (told is not None)
+    # Twenty of the candidate's answers on shared images are another shared class: now it is worse on these images.
+    worse = GOOD.copy()
+    rows = np.flatnonzero(np.isin(LABELS, [0, 2]))[:20] if classes[0] == "c" else np.flatnonzero(LABELS < 2)[:20]
+    worse[rows] = worse[rows][:, ::-1] if classes[0] == "c" else worse[rows][:, [1, 0, 2]]
+    found = verdict(tmp_path, item(tmp_path, answers={"logits": worse}), champion=champion_of(tmp_path / "again", classes))
+    (finding,) = [f for f in found.engines[0].findings if f.gate == "no_regression"]
+    assert finding.status == "fail"
+    assert finding.value == pytest.approx(-20 / n)
+
+
 def test_tampered_predictions_are_refused(tmp_path: Path) -> None:
     good = evaluated(engine(), tmp_path / "e")
     path = tmp_path / "e" / "predictions.parquet"
@@ -265,7 +341,14 @@ def ask(gate: str, found: Evidence, **settings: Any) -> Finding:
 
 def test_accuracy_gate_is_three_way() -> None:
     assert ask("accuracy", evidence(), floor=0.95).status == "pass"
-    assert ask("accuracy", evidence(), floor=0.99).status == "inconclusive"
+    undecided = ask("accuracy", evidence(), floor=0.99)
+    assert undecided.status == "inconclusive"
+    assert undecided.message.endswith("floor 0.99: too few test images to decide: there are 300, about 880 would do")
+    at_the_floor = evidence().evaluation.model_copy(update={"metrics": {"accuracy": wilson(270, 300)}})
+    message = ask("accuracy", evidence(evaluation=at_the_floor), floor=0.9).message
+    assert message.endswith(
+        "300 test images do not decide, and no number of them would as long as the value lies on the limit itself"
+    )
     low = evidence().evaluation.model_copy(update={"metrics": {"accuracy": wilson(200, 300)}})
     assert ask("accuracy", evidence(evaluation=low), floor=0.9).status == "fail"
 
@@ -279,7 +362,11 @@ def test_class_recall_gate_looks_at_the_worst_class() -> None:
     assert finding.status == "fail"
     assert "'b'" in finding.message
     missing = evidence().evaluation.model_copy(update={"per_class": tuple(classes[:2])})
-    assert ask("class_recall", evidence(evaluation=missing), floor=0.1).status == "inconclusive"
+    unseen = ask("class_recall", evidence(evaluation=missing), floor=0.1)
+    assert (unseen.status, unseen.message) == (
+        "inconclusive",
+        "too few test images of 'c' to decide: there are 0, 20 would do",
+    )
     assert ask("class_recall", evidence(), floor=0.1, min_images=500).status == "inconclusive"
 
 
@@ -290,8 +377,11 @@ def test_parity_gate_compares_image_by_image() -> None:
     assert ask("parity", evidence(reference=None)).status == "inconclusive"
     other = Answers(tuple("x" for _ in range(300)), LABELS, GOOD.astype(np.float32))
     assert ask("parity", evidence(answers=other)).status == "inconclusive"
-    assert ask("parity", evidence(), min_images=1000).status == "inconclusive"
-    assert ask("parity", evidence(), min_agreement={"fp32": 0.9}).status == "inconclusive"
+    few = ask("parity", evidence(), min_images=1000)
+    assert (few.status, few.message) == ("inconclusive", "too few test images to decide: there are 300, 1000 would do")
+    # What is said of one precision leaves the others' defaults.
+    assert ask("parity", evidence(answers=flipped(10)), min_agreement={"fp32": 0.9}).status == "fail"
+    assert ask("parity", evidence(), min_agreement={"fp32": 0.9}).status == "pass"
 
 
 def test_parity_gate_bounds_the_logits_of_fp32() -> None:
@@ -315,7 +405,11 @@ def test_no_regression_gate_is_paired() -> None:
     assert ask("no_regression", evidence(champion=same)).status == "pass"
     assert ask("no_regression", evidence(champion=same, answers=flipped(30))).status == "fail"
     assert ask("no_regression", evidence(champion=flipped(30))).status == "pass"
-    assert ask("no_regression", evidence(champion=same, answers=flipped(6))).status == "inconclusive"
+    undecided = ask("no_regression", evidence(champion=same, answers=flipped(6)))
+    assert undecided.status == "inconclusive"
+    assert "do not decide, and no number of them would" in undecided.message  # it is worse by the margin itself
+    few = ask("no_regression", evidence(champion=same, answers=flipped(3)))
+    assert "too few test images to decide: there are 300, about" in few.message
     shorter = Answers(same.image_ids[:10], LABELS[:10], GOOD[:10].astype(np.float32))  # type: ignore[union-attr]
     assert ask("no_regression", evidence(champion=shorter)).status == "inconclusive"
     relabelled = Answers(same.image_ids, (LABELS + 1) % 3, GOOD.astype(np.float32))  # type: ignore[union-attr]

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from shapes import LENIENT, visionloop
+from PIL import Image
+from shapes import LENIENT, commit, picture, visionloop
 
 from flows.notifications import notify
 from flows.settings import Settings
@@ -41,6 +42,12 @@ def waiting(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "workspace", symlinks=True))
 
 
+LOOSER = (
+    "class_recall no longer judges (looser); latency no longer judges (looser); no_regression.margin 0.02 -> 0.3 (looser); "
+    "parity no longer judges (looser)"
+)
+
+
 def told(*arguments: str, cwd: Path) -> dict[str, Any]:
     done = visionloop(*arguments, "--json", cwd=cwd)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -55,7 +62,7 @@ def test_a_candidate_is_shown_with_all_that_a_person_needs(waiting: Path) -> Non
         "shapes version 1: waits for approval",
         "It serves openvino-int8, trained by recipe smoke on data version",
         "accuracy",
-        "there is none yet",
+        "no champion then",
         "Weakest classes:",
         '"unsure"',
         "parity",
@@ -123,7 +130,7 @@ def test_a_promoted_version_is_champion_everywhere(decided: Path) -> None:
     assert (candidate["status"], candidate["decided_by"]) == ("champion", "Ann")
     kinds = [entry["kind"] for entry in told("history", cwd=decided)["entries"]]
     assert kinds == ["requested", "approved", "promoted"]
-    assert "Ann (declared): the figures are good" in visionloop("history", cwd=decided).stdout
+    assert "Ann (name not verified): the figures are good" in visionloop("history", cwd=decided).stdout
     assert told("ledger", "verify", cwd=decided)["rows"] == 3
     assert told("reconcile", cwd=decided)["differences"] == []
     uri = f"sqlite:///{decided / '.visionloop' / 'mlflow.db'}"
@@ -159,7 +166,54 @@ def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     shown = told("show", "2", cwd=decided)
     assert shown["bound"]["champion"] == told("show", "1", cwd=decided)["bound"]["engines"]["openvino-int8"]
     assert shown["summary"]["champion"]["accuracy"] == shown["summary"]["metrics"]["accuracy"]
-    assert "champion (version 1)" in visionloop("show", "2", cwd=decided).stdout
+    assert shown["notes"] == [f"The gate policy is not the champion's (version 1): {LOOSER}."]
+    page = visionloop("show", "2", cwd=decided).stdout
+    assert "the champion then, version 1" in page
+    assert shown["notes"][0] in page
+    # The figures of then stay those of version 1 when another one is champion.
+    for arguments in (["approve", "2", "--as", "Ann", "--reason", "equal"], ["promote", "2"]):
+        done = visionloop(*arguments, cwd=decided)
+        assert done.returncode == 0, done.stderr
+    approved = told("history", cwd=decided)["entries"][-2]["body"]
+    assert approved["shown"] == shown["notes"]
+    page = visionloop("show", "2", cwd=decided).stdout
+    assert "the champion then, version 1" in page
+    assert "declared as Ann by the account that also asked for the training" in page
+    assert "Champion today: version 2" in visionloop("show", "1", cwd=decided).stdout
+    assert visionloop("rollback", "--as", "bob", "--reason", "worse", cwd=decided).returncode == 0
+    page = visionloop("show", "2", cwd=decided).stdout
+    assert "shapes version 2: left by a rollback of bob" in page
+    assert "bob went back from it to version 1" in page
+    assert "visionloop approve 2" in page
+
+
+def test_a_class_that_is_new_and_one_that_is_gone_do_not_keep_a_model_from_approval(decided: Path) -> None:
+    """The champion knows three classes; one gets another name and one is added, and the model passes."""
+    bars = decided / "bars"
+    bars.mkdir()
+    for index in range(60):
+        Image.fromarray(picture("stripes", 1000 + index).T).save(bars / f"{index:04d}.png")
+    shutil.move(bars, decided / "data" / "bars")
+    shutil.move(decided / "data" / "disc", decided / "data" / "ring")
+    assert visionloop("data", "add", cwd=decided).returncode == 0
+    commit(decided)
+    one_engine = ["--set", "export.targets=[{target: onnxruntime}]", "--set", "export.serving=onnxruntime-fp32"]
+    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", *one_engine, "--json", cwd=decided)
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert summary["outcome"] == "candidate", summary["reasons"]
+    (finding,) = [f for f in summary["findings"] if f["gate"] == "no_regression" and f["engine"] == "onnxruntime-fp32"]
+    assert finding["status"] == "pass"
+    assert "of the 2 classes that both know (cross, stripes)" in finding["message"]
+    assert "new: bars, ring, judged by the floors alone; no longer known: disc" in finding["message"]
+    shown = told("show", summary["version"], cwd=decided)["summary"]
+    assert (shown["classes_new"], shown["classes_gone"]) == (["bars", "ring"], ["disc"])
+    assert shown["champion_images"] == finding["n"] < shown["metrics"]["accuracy"]["n"]
+    page = visionloop("show", summary["version"], cwd=decided).stdout
+    assert "New classes, which the champion did not know: bars, ring." in page
+    assert "Classes of the champion that this version does not know: disc." in page
+    report = Path(summary["report"]).read_text()
+    assert "does not know: <b>bars, ring</b>" in report
+    assert "this model does not: <b>disc</b>" in report
 
 
 def test_what_happens_is_told_to_prefect(decided: Path, prefect_server: str) -> None:
@@ -180,7 +234,7 @@ def test_what_happens_is_told_to_prefect(decided: Path, prefect_server: str) -> 
             events = json.loads(response.read())["events"]
         seen = {event["event"] for event in events if event["resource"]["prefect.resource.id"] == "visionloop.model.shapes"}
         time.sleep(0.5)
-    (promoted,) = [event for event in events if event["event"] == "visionloop.model.promoted"][:1]
+    (promoted,) = [event for event in events if event["event"] == "visionloop.model.promoted"][-1:]
     assert promoted["payload"]["version"] == "1"
 
 

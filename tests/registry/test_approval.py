@@ -192,7 +192,7 @@ def test_evidence_against_another_champion_is_stale(ledger: Ledger) -> None:
     approve(ledger, "1")
     approve(ledger, "2")
     promote(ledger, "1")
-    with pytest.raises(DecisionRefused, match="judged against no champion, but now version 1 reigns.*stale"):
+    with pytest.raises(DecisionRefused, match="judged against no champion, but now version 1 is champion.*stale"):
         promote(ledger, "2")
     request(ledger, "3")
     with pytest.raises(DecisionRefused, match="stale"):
@@ -224,6 +224,25 @@ def test_rolling_back_goes_back_and_not_forth(ledger: Ledger) -> None:
     assert ledger.champion("m").body["release"] == "release 3"  # type: ignore[union-attr]
 
 
+def test_what_a_rollback_left_is_promoted_again_only_by_a_new_approval(ledger: Ledger) -> None:
+    reign(ledger, "1", "2")
+    back = rollback(ledger)
+    with pytest.raises(DecisionRefused, match="`visionloop rollback --to 2` .*or `visionloop approve 2` approves it anew"):
+        promote(ledger, "2")
+    again = approve(ledger, "2", BOB, shown=["what was rejected"])
+    assert (again.body["after_rollback"], again.body["shown"]) == (back.seq, ["what was rejected"])
+    assert status(ledger, "2") == "approved"
+    promote(ledger, "2")
+    assert status(ledger, "2") == "champion"
+    assert rollback(ledger).body["version"] == "1"
+    # With another champion its evidence compares with nothing of today's: the refusal names the ways that there are.
+    reign(ledger, "3")
+    with pytest.raises(
+        DecisionRefused, match="stale. Run the training again.*go back to it with `visionloop rollback --to 2`"
+    ):
+        approve(ledger, "2")
+
+
 def test_what_was_rolled_back_from_is_never_what_a_rollback_goes_to(ledger: Ledger) -> None:
     reign(ledger, "1", "2", "3")
     assert rollback(ledger).body["version"] == "2"
@@ -247,7 +266,7 @@ def test_of_two_rollbacks_at_once_one_happens(ledger: Ledger) -> None:
     seen = ledger.champion("m")
     assert seen is not None
     rollback(ledger, leaving=seen.seq)
-    with pytest.raises(DecisionRefused, match="the champion changed meanwhile: version 2 reigns"):
+    with pytest.raises(DecisionRefused, match="the champion changed meanwhile: it is version 2, by ann"):
         rollback(ledger, leaving=seen.seq)
 
 

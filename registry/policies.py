@@ -1,0 +1,186 @@
+"""What a person who approves has to know: how the gate policy differs from earlier ones, and what these weights failed.
+
+Pure functions of ledger rows. A policy is recorded in the summary of every request and rejection; rows written before that
+have only its digest, and then it is said that the policies differ and not how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from components.contracts import shown_utc
+from registry.ledger import Entry
+
+_MOST_REJECTIONS = 3
+
+Setting = tuple[str, str, str]
+"""Engine, gate, and the setting's name; an empty name for the gate itself."""
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What of the policy `after` is not as in `before`, each with whether that is looser or tighter."""
+    old, new = _settings(before), _settings(after)
+    engines = [name for name in after["engines"] if name in before["engines"]]
+    found: dict[tuple[str, str], list[str]] = {}
+    for engine in engines:
+        for gate, setting in sorted({key[1:] for key in (*old, *new) if key[0] == engine}):
+            key = (engine, gate, setting)
+            told = _change(gate, setting, key in old, key in new, old.get(key), new.get(key))
+            # A gate that is added or dropped is one change, not one a setting.
+            if told and (setting == "" or ((engine, gate, "") in old) == ((engine, gate, "") in new)):
+                found.setdefault(told, []).append(engine)
+    lines = [
+        f"{what}{'' if len(of) == len(engines) else ' for ' + ', '.join(of)} ({direction})"
+        for (what, direction), of in found.items()
+    ]
+    for name in engines:
+        was, now = before["engines"][name]["required"], after["engines"][name]["required"]
+        if was != now:
+            lines.append(f"{name} is {'required now (tighter)' if now else 'no longer required (looser)'}")
+    lines += [
+        f"{name} is no longer built or judged ({'looser' if of['required'] else 'it was not required'})"
+        for name, of in before["engines"].items()
+        if name not in after["engines"]
+    ]
+    lines += [f"{name} is new" for name in after["engines"] if name not in before["engines"]]
+    if before["serving"] != after["serving"]:
+        lines.append(f"it serves {after['serving']} instead of {before['serving']}")
+    return lines
+
+
+def notes(entries: Sequence[Entry], body: Mapping[str, Any], *, subject: str = "") -> list[str]:
+    """What a person has to know of a candidate's policy and past, from the rows of its model.
+
+    `body` is that of its request, `subject` its digest: its own rows are no past.
+    """
+    others = [entry for entry in entries if entry.subject != subject]
+    own = next((entry.seq for entry in entries if entry.subject == subject), None)
+    gated = [entry for entry in others if by_gates(entry) and (own is None or entry.seq < own)]
+    found = []
+    moves = [entry for entry in entries if entry.kind in ("promoted", "rolled_back")]
+    if moves and moves[-1].subject != subject:
+        version = moves[-1].body["version"]
+        requests = [e for e in entries if e.kind == "requested" and str(e.body["version"]) == str(version)]
+        found += _beside(f"the champion's (version {version})", requests[-1].body, body) if requests else []
+    seen: set[str] = set()
+    for entry in reversed(gated[-_MOST_REJECTIONS:]):
+        digest = str(entry.body.get("bound", {}).get("policy"))
+        if digest not in seen:
+            seen.add(digest)
+            found += _beside(f"that of {verb(entry)} of {shown_utc(entry.at)} (ledger row {entry.seq})", entry.body, body)
+    found += [f"These weights before: {told}" for told in _rejections(others, body)]
+    return found
+
+
+def by_gates(entry: Entry) -> bool:
+    """Whether a row is the gates' rejection of a model, and not a person's of a version."""
+    return entry.kind == "rejected" and "version" not in entry.body
+
+
+def verb(entry: Entry) -> str:
+    """What the gates' row is called: what did not decide was not rejected for what it is."""
+    return "the undecided run" if entry.body.get("status") == "inconclusive" else "the rejection"
+
+
+def same_account(one: Entry, other: Entry) -> str | None:
+    """The operating-system account that made both rows, None where it was not one or is not known."""
+    mine, theirs = one.body.get("account"), other.body.get("account")
+    if not mine or not theirs or (mine["uid"], mine["host"]) != (theirs["uid"], theirs["host"]):
+        return None
+    logins = {account["login"] for account in (mine, theirs) if account.get("login")}
+    return str(mine["user"]) if len(logins) < 2 else None
+
+
+def account_note(decision: Entry, requested: Entry) -> str | None:
+    """What a reader is told where the account that decided is the one that asked; None where it is not, or not known."""
+    account = same_account(decision, requested)
+    if account is None or decision.actor.method not in ("declared", "token"):
+        return None
+    did = "the training ran under" if requested.actor.method == "machine" else "also asked for the training"
+    return (
+        f"declared as {decision.actor.name} by the account that {did} ({account}): "
+        f"nothing shows that a second person decided"
+    )
+
+
+def _beside(whose: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    if theirs.get("bound", {}).get("policy") == ours.get("bound", {}).get("policy"):
+        return []
+    before, after = (theirs.get("summary") or {}).get("policy"), (ours.get("summary") or {}).get("policy")
+    if not before or not after:
+        return [f"The gate policy is not {whose}; how it differs was not recorded then."]
+    differs = changes(before, after)
+    if not differs:
+        return [f"The gate policy has the settings of {whose}, but the gates' own code changed since."]
+    return [f"The gate policy is not {whose}: {'; '.join(differs)}."]
+
+
+def _rejections(entries: Sequence[Entry], body: Mapping[str, Any]) -> list[str]:
+    weights = body.get("bound", {}).get("weights")
+    if not weights:
+        return []
+    requests = {str(e.body["version"]): e for e in entries if e.kind == "requested"}
+    found = []
+    for entry in entries:
+        if entry.kind != "rejected":
+            continue
+        if by_gates(entry):
+            if entry.body.get("bound", {}).get("weights") == weights:
+                why = "; ".join(entry.body.get("reasons", []))
+                result = "undecided" if entry.body.get("status") == "inconclusive" else "rejected by the gates"
+                found.append(f"{result} at {shown_utc(entry.at)} (ledger row {entry.seq}): {why}")
+        else:
+            of = requests.get(str(entry.body["version"]))
+            if of is not None and of.body.get("bound", {}).get("weights") == weights:
+                who = f"rejected by {entry.actor.name} as version {entry.body['version']}"
+                found.append(f"{who} at {shown_utc(entry.at)} (ledger row {entry.seq}): {entry.body['reason']}")
+    return found
+
+
+def _settings(policy: Mapping[str, Any]) -> dict[Setting, Any]:
+    """Every setting that an engine is judged by. A gate that judges an engine twice is numbered."""
+    found: dict[Setting, Any] = {}
+    for engine in policy["engines"]:
+        count: dict[str, int] = {}
+        for gate in policy["gates"]:
+            if gate["engines"] and engine not in gate["engines"]:
+                continue
+            count[gate["gate"]] = count.get(gate["gate"], 0) + 1
+            name = gate["gate"] if count[gate["gate"]] == 1 else f"{gate['gate']} #{count[gate['gate']]}"
+            found[(engine, name, "")] = True
+            found |= {(engine, name, path): value for path, value in _flat(gate["settings"])}
+    return found
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _change(gate: str, setting: str, was: bool, now: bool, old: Any, new: Any) -> tuple[str, str] | None:
+    """What changed, and which way."""
+    if setting == "":
+        if was == now:
+            return None
+        return (f"{gate} judges", "tighter") if now else (f"{gate} no longer judges", "looser")
+    if old == new:
+        return None
+    return f"{gate}.{setting} {_shown(old) if was else 'unset'} -> {_shown(new) if now else 'unset'}", _way(
+        setting, old, new
+    )
+
+
+def _way(setting: str, old: Any, new: Any) -> Literal["looser", "tighter", "changed"]:
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (old, new))
+    name = setting.split(".")[0]
+    if not numbers or not name.startswith(("floor", "min", "max", "margin")):
+        return "changed"
+    lower_is_looser = name.startswith(("floor", "min"))
+    return "looser" if (new < old) == lower_is_looser else "tighter"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
