@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flows.looping import Loop
 
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
-By = Annotated[str, typer.Option("--as", help="Who decides; recorded as declared.")]
+By = Annotated[str, typer.Option("--as", help="Your name, as others will read it; nobody checks it.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.")]
 labels_app = Commands(help="What people say about images of production.")
 governor_app = Commands(help="What may train without a person, and what was decided.")
@@ -135,6 +135,8 @@ def windows(
 
 def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Alarms, and what the governor answered to each."""
+    from monitoring.governor import in_words
+
     loop = _loop(workspace, model)
     history = loop.governor.history(loop.model)
     found: list[dict[str, Any]] = []
@@ -156,7 +158,7 @@ def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson =
         lines = []
         for told in found:
             lines.append(f"{shown_utc(told['at'])}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
-            lines += [f"    {shown_utc(a['at'])}  {a['decision']} ({a['rule']}): {a['reason']}" for a in told["answers"]]
+            lines += [f"    {shown_utc(a['at'])}  {in_words(a)}" for a in told["answers"]]
             lines += (
                 [] if told["answers"] else ["    nobody was asked about it: a later alarm spoke for it, or the sweep will"]
             )
@@ -261,6 +263,8 @@ def labels_list(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJ
 @governor_app.command("history")
 def governor_history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Every decision with its rule and its reason, and the runs that were granted."""
+    from monitoring.governor import in_words
+
     loop = _loop(workspace, model)
     rows = loop.governor.history(loop.model)
     runs = [
@@ -275,9 +279,7 @@ def governor_history(model: OfModel = None, workspace: InWorkspace = HERE, json_
         }
         for run in loop.governor.runs(loop.model)
     ]
-    lines = [
-        f"{r['seq']:>5}  {shown_utc(r['at'])}  {r['decision']:8} {r['rule']:14} {r['key']}: {r['reason']}" for r in rows
-    ]
+    lines = [f"{r['seq']:>5}  {shown_utc(r['at'])}  {r['key']}  {in_words(r)}" for r in rows]
     lines += [f"run {r['key']}: {r['state']}, {r['outcome'] or 'no outcome yet'}, attempt {r['attempts']}" for r in runs]
     answer = {"model": loop.model, "decisions": rows, "runs": runs, "stopped": loop.governor.stopped(loop.model)}
     finish(answer, json_, lambda: "\n".join(lines) or f"{loop.model}: nothing was asked of the governor so far")

@@ -26,8 +26,10 @@ from components.tables import read_frame
 from flows import report
 from flows.looping import Loop
 from flows.watching import PAGE, ROWS, TO_LABEL, capture_path, realised_accuracy, windows
+from monitoring.governor import in_words
 from registry import approval
 from registry.ledger import Entry, Ledger
+from registry.policies import by_gates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,7 +197,11 @@ def _moments(loop: Loop, entries: Sequence[Entry], judged: Sequence[tuple[str, D
     for entry in entries:
         version = f" version {entry.body['version']}" if "version" in entry.body else ""
         why = entry.body.get("reason") or ""
-        text = f"{entry.kind.replace('_', ' ')}{version} by {entry.actor.name}" + (f": {why}" if why else "")
+        kind, by = entry.kind.replace("_", " "), entry.actor.name
+        if by_gates(entry):
+            kind = "a model was " + ("undecided" if entry.body.get("status") == "inconclusive" else "rejected")
+            by = f"the gates (asked for by {by})"
+        text = f"{kind}{version} by {by}" + (f": {why}" if why else "")
         found.append(Moment(datetime.datetime.fromisoformat(entry.at), "registry", text, "#2563a8"))
     for _, verdict in judged:
         at = datetime.datetime.fromisoformat(verdict.window.until)
@@ -206,7 +212,7 @@ def _moments(loop: Loop, entries: Sequence[Entry], judged: Sequence[tuple[str, D
         found.append(Moment(alarm.at, "alarm", f"{alarm.diagnosis}: {', '.join(alarm.detectors)}", "#b3261e"))
     for row in loop.governor.history(loop.model):
         colour = {"granted": "#1a7f4b", "queued": "#9a6700", "refused": "#5d6979"}[row["decision"]]
-        text = f"{row['decision']} ({row['rule']}): {row['reason']}"
+        text = in_words(row)
         found.append(Moment(datetime.datetime.fromisoformat(row["at"]), "governor", text, colour))
     people: dict[str, tuple[datetime.datetime, int]] = {}
     for label in loop.labels.latest(loop.model).values():

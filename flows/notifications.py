@@ -61,8 +61,13 @@ def _sentence(event: Event, model: str, facts: Mapping[str, Any]) -> str:
         return f"{model}: a retraining was refused by the governor ({by}): {reason}"
     if event == "unwatched":
         return f"{model} is not watched: {reason}"
+    if event == "rejected" and by == "the gates":
+        asked = f" (asked for by {facts['requested_by']})" if facts.get("requested_by") else ""
+        if facts.get("verdict") == "inconclusive":
+            return f"{model}: the gates could not decide about a new model{asked}, so it is no candidate: {reason}"
+        return f"{model}: a new model was rejected by the gates{asked}: {reason}"
     words = {
-        "requested": "waits for approval, requested by",
+        "requested": "waits for approval, asked for by",
         "rejected": "was rejected by",
         "approved": "was approved by",
         "promoted": "is champion now, promoted by",

@@ -328,5 +328,12 @@ def _tell(run: Run, outcome: Candidate | Rejection) -> None:
         facts = {"version": outcome.version, "by": by, "reason": f"run {run.id}", "seq": outcome.ledger_seq}
     else:
         event = "rejected"
-        facts = {"version": "(none)", "by": "the gates", "reason": "; ".join(outcome.reasons), "seq": outcome.ledger_seq}
+        facts = {
+            "version": "(none)",
+            "by": "the gates",
+            "requested_by": by,
+            "verdict": outcome.status,
+            "reason": "; ".join(outcome.reasons),
+            "seq": outcome.ledger_seq,
+        }
     notify(run.settings, event, run.config.model, facts, told=lambda line: run.console.line(f"    {line}"))

@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from components.contracts import enough, too_few
+
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 ROUNDS = 4000
@@ -111,6 +113,24 @@ def smallest_displacement(least: float, num_reference: int, size: int) -> float:
     The Wasserstein distance is at least the difference of the means, so this errs on the large side.
     """
     return least + _Z_POWER * float(np.sqrt(1 / num_reference + 1 / size))
+
+
+def undecided(shown: str, matters: str, smallest: float, material: float, num_reference: int, size: int) -> str:
+    """Why a quiet window is inconclusive, and how many images would decide: what could be seen shrinks with both samples.
+
+    `smallest` and `material` are counted from nothing, `shown` and `matters` are the same two as a reader knows them.
+    """
+
+    def decides(n: int) -> bool:
+        return smallest * float(np.sqrt((1 / num_reference + 1 / n) / (1 / num_reference + 1 / size))) <= material
+
+    needed = enough(decides, size)
+    why = (
+        too_few("images in the window", size, needed)
+        if needed is not None
+        else f"the reference of {num_reference} images is too small to show that in any window; add test images, train again"
+    )
+    return f"no shift is shown, but one below {shown} could not be, and {matters} matters: {why}"
 
 
 def trivial(material: float, nothing: float = 0.0) -> float:

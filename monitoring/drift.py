@@ -26,6 +26,7 @@ from components.contracts import (
     Shift,
     WindowFacts,
     sha256_text,
+    too_few,
 )
 from components.images import STATISTICS
 from monitoring.evidently_report import Measured, measure
@@ -114,11 +115,11 @@ def judge(
         why = f"{repeated.message}: a camera that is stuck, or a client that repeats itself"
         return verdict("drift", [why, *holes], [repeated], "broken input"), None
     if facts.judged < policy.min_images:
-        few = f"{facts.judged} images with usable answers, at least {policy.min_images} are needed"
+        few = too_few("images with usable answers", facts.judged, policy.min_images, exactly=True)
         return verdict("inconclusive", [few, *holes]), None
     if len(reference) < policy.min_reference:
-        small = f"the reference holds {len(reference)} images, at least {policy.min_reference} are needed: add test images"
-        return verdict("inconclusive", [small, *holes]), None
+        small = too_few("images in the release's reference", len(reference), policy.min_reference, exactly=True)
+        return verdict("inconclusive", [f"{small}; add test images and train again", *holes]), None
     members: list[Detector] = [plugins.load("detectors", c.detector, dict(c.settings)) for c in policy.detectors]
     measured = _measured(reference, window, members)
     values = measured.values if measured is not None else {}

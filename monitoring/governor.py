@@ -153,7 +153,13 @@ def decide(request: Request, known: Known, policy: GovernorPolicy, at: datetime.
         return Decision(
             "refused", "budget", f"{len(day)} trainings were started in 24 hours, {policy.max_per_day} are allowed"
         )
-    return Decision("granted", "granted", "nothing speaks against it")
+    return Decision("granted", "granted", "no rule forbids it")
+
+
+def in_words(row: Mapping[str, Any]) -> str:
+    """A decision with the rule that it rests on and its reason; a plain grant rests on none."""
+    rule = "" if row["rule"] == row["decision"] else f" ({row['rule']})"
+    return f"{row['decision']}{rule}: {row['reason']}"
 
 
 def _queue(request: Request, known: Known, active: Granted) -> Decision:
@@ -168,7 +174,9 @@ def _queue(request: Request, known: Known, active: Granted) -> Decision:
 def _drift(request: Request, known: Known) -> Decision | None:
     if request.seen_by != request.champion:
         return Decision(
-            "refused", "stale", f"the alarm is about version {request.seen_by}, and version {request.champion} reigns now"
+            "refused",
+            "stale",
+            f"the alarm is about version {request.seen_by}, but version {request.champion} is champion now",
         )
     if request.diagnosis == "broken input":
         return Decision("refused", "broken input", "the pictures show nothing to learn from: look at the camera")

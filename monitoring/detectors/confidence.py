@@ -43,9 +43,13 @@ class Detector(BaseModel):
             message = f"mean confidence went from {before:.3f} to {after:.3f}, {value:.2f} standard deviations"
         elif smallest > self.material:
             status = "inconclusive"
-            message = (
-                f"no shift is shown, but a shift below {smallest:.2f} standard deviations could not be, and "
-                f"{self.material:g} matters; {len(window)} images are too few"
+            message = calibration.undecided(
+                f"{smallest:.2f} standard deviations",
+                f"{self.material:g}",
+                smallest,
+                self.material,
+                len(reference),
+                len(window),
             )
         else:
             status = "pass"

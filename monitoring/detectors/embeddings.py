@@ -71,9 +71,8 @@ class Detector(BaseModel):
             message = f"production can be told from the reference by its embeddings (AUC {effect:.3f})"
         elif smallest > self.material:
             status = "inconclusive"
-            message = (
-                f"no shift is shown, but one below AUC {smallest:.3f} could not be, and {self.material:g} matters; "
-                f"{n} images are too few"
+            message = calibration.undecided(
+                f"AUC {smallest:.3f}", f"{self.material:g}", smallest - 0.5, self.material - 0.5, m, n
             )
         else:
             status = "pass"

@@ -87,9 +87,13 @@ class Detector(BaseModel):
             worst = max(material, key=lambda name: material[name])
         elif smallest > self.material:
             status = "inconclusive"
-            message = (
-                f"no shift is shown, but a shift below {smallest:.2f} standard deviations could not be, and "
-                f"{self.material:g} matters; {len(window)} images are too few"
+            message = calibration.undecided(
+                f"{smallest:.2f} standard deviations",
+                f"{self.material:g}",
+                smallest,
+                self.material,
+                len(reference),
+                len(window),
             )
         else:
             status = "pass"

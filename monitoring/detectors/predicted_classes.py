@@ -47,9 +47,13 @@ class Detector(BaseModel):
             status, message = "drift", f"{effect:.1%} of the predictions went to other classes; {told}"
         elif smallest > self.material:
             status = "inconclusive"
-            message = (
-                f"no shift is shown, but one below {smallest:.1%} of the predictions could not be, and "
-                f"{self.material:.0%} matter; {len(window)} images are too few"
+            message = calibration.undecided(
+                f"{smallest:.1%} of the predictions",
+                f"{self.material:.0%}",
+                smallest,
+                self.material,
+                len(reference),
+                len(window),
             )
         else:
             status, message = "pass", f"{effect:.1%} of the predictions in other classes; {told}"

@@ -290,7 +290,7 @@ def test_people_are_told_of_every_step(inbox: Any, waiting: Path) -> None:
     assert [str(message["message"]).partition(" by ")[0] for message in received] == [
         "shapes version 1 was approved",
         "shapes version 1 is champion now, promoted",
-        "shapes version 2 waits for approval, requested",
+        "shapes version 2 waits for approval, asked for",
         "shapes version 2 was approved",
         "shapes version 2 is champion now, promoted",
         "shapes version 1 is champion again, rolled back",

@@ -78,8 +78,10 @@ def test_a_verdict_is_the_same_every_time_and_reads_back(mine: Stored[Release]) 
 def test_few_images_that_show_nothing_are_inconclusive(mine: Stored[Release]) -> None:
     found = verdict(mine, sample(60, 1))
     assert found.status == "inconclusive"
-    assert any("60 images are too few" in reason for reason in found.reasons)
-    assert verdict(mine, sample(49, 1)).reasons[0] == "49 images with usable answers, at least 50 are needed"
+    assert any("too few images in the window to decide: there are 60, about" in reason for reason in found.reasons)
+    assert (
+        verdict(mine, sample(49, 1)).reasons[0] == "too few images with usable answers to decide: there are 49, 50 would do"
+    )
 
 
 def test_few_images_that_show_a_lot_are_drift(mine: Stored[Release]) -> None:
@@ -155,7 +157,7 @@ def test_a_small_reference_promises_nothing(tmp_path: Path) -> None:
     small = release(tmp_path / "small", sample(200, 0))
     found = verdict(small, sample(1000, 1))
     assert found.status == "inconclusive"
-    assert "the reference holds 200 images, at least 300 are needed" in found.reasons[0]
+    assert "too few images in the release's reference to decide: there are 200, 300 would do" in found.reasons[0]
     assert verdict(small, sample(1000, 1), policy=DriftPolicy(min_reference=100)).status in ("pass", "inconclusive")
 
 

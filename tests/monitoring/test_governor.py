@@ -164,7 +164,7 @@ def test_an_alarm_about_a_version_that_does_not_reign_is_stale() -> None:
     """A replay of an old alarm, or a late row of an old window, trains nothing."""
     found = answer(request(seen_by="1", champion="2"), run())
     assert (found.answer, found.rule) == ("refused", "stale")
-    assert "is about version 1, and version 2 reigns now" in found.reason
+    assert "is about version 1, but version 2 is champion now" in found.reason
 
 
 def test_a_hundred_deliveries_of_one_alarm_are_one_grant(database: Database) -> None:
