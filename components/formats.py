@@ -40,6 +40,8 @@ _MAX_SCANNED_PIXELS = 2_500_000_000
 _MAX_SEGMENTS = 4096
 """Of a JPEG. 64 MB of metadata are 1,000 segments; every one of a million small ones takes time."""
 _MAX_EXIF_SEGMENTS = 256
+_MAX_JUNK = 64 << 10
+"""Bytes of a JPEG before its picture that belong to no segment."""
 _MAX_CHUNKS = 1 << 17
 """Of a PNG. Encoders write pixels in chunks of some kilobytes."""
 
@@ -114,10 +116,12 @@ def check_jpeg(data: bytes, accepted: Accepted) -> None:
     """
     place = 2
     frame: tuple[int, int] | None = None
-    scans = segments = exif = 0
+    scans = segments = exif = junk = 0
     while (marker := _MARKER.search(data, place)) is not None:
-        if scans == 0 and marker.start() - place > 1 << 16:
-            break  # a decoder would look for the picture byte by byte
+        if scans == 0:
+            junk += marker.start() - place
+            if junk > _MAX_JUNK:
+                break  # Pillow looks for the picture byte by byte
         code = data[marker.start() + 1]
         if code == 0xD9:
             break

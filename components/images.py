@@ -37,6 +37,8 @@ from components.formats import PINNED, Accepted, accepted_format, check_jpeg, ch
 
 _EXTREME = 16
 """Sides longer than this many times the other are cut to their middle before they are resized."""
+_BAND = 256
+"""Rows that are converted at once."""
 _MAX_PREVIEWS = 32
 """Of a TIFF: the same picture in smaller sizes."""
 
@@ -180,11 +182,24 @@ def _colour_mode(image: Image.Image) -> str:
 
 
 def _to_8_bit(image: Image.Image, conversion: Conversion = AS_IT_IS) -> Image.Image:
+    """Mode L or RGB, transparency on white; band by band, as what lies between takes several times the picture's memory."""
+    if image.mode == "F":
+        raise UndecodableImage("floating-point pixels have no defined range; convert to 8 or 16 bits")
+    if image.mode in ("L", "RGB") and "transparency" not in image.info and conversion.transform is None:
+        return image
+    out: Image.Image | None = None
+    for top in range(0, image.height, _BAND):
+        band = _band_to_8_bit(image.crop((0, top, image.width, min(image.height, top + _BAND))), conversion)
+        out = out or Image.new(band.mode, image.size)
+        out.paste(band, (0, top))
+    assert out is not None
+    return out
+
+
+def _band_to_8_bit(image: Image.Image, conversion: Conversion) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.float32) / 257.0
         return conversion.apply(Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)))
-    if image.mode == "F":
-        raise UndecodableImage("floating-point pixels have no defined range; convert to 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         if conversion.transform is not None:
@@ -194,9 +209,7 @@ def _to_8_bit(image: Image.Image, conversion: Conversion = AS_IT_IS) -> Image.Im
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         flat = Image.alpha_composite(white, rgba)
         return flat.convert("L" if image.mode == "LA" else "RGB")
-    if image.mode in ("L", "RGB"):
-        return conversion.apply(image)
-    if image.mode == "CMYK" and conversion.transform is not None:
+    if image.mode in ("L", "RGB") or (image.mode == "CMYK" and conversion.transform is not None):
         return conversion.apply(image)
     return conversion.apply(image.convert("L" if image.mode == "1" else "RGB"))
 

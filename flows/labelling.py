@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.contracts import DataError, UndecodableImage
+from components.formats import format_of
 from components.images import decode
 from components.store import sha256_file
 from flows.looping import Loop
@@ -75,6 +76,7 @@ def _classes(loop: Loop) -> tuple[str, ...]:
 
 
 _NAME = 24
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tif"}
 """Digits of an image's digest that name its file in the data."""
 
 
@@ -151,9 +153,5 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
 
 def _suffix(path: Path) -> str:
     with path.open("rb") as file:
-        head = file.read(12)
-    if head.startswith(b"\xff\xd8"):
-        return ".jpg"
-    if head[8:12] == b"WEBP":
-        return ".webp"
-    return ".png" if head.startswith(b"\x89PNG") else ".img"
+        found = format_of(file.read(4096))
+    return _SUFFIXES.get(found, ".img")

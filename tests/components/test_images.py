@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import struct
 import zlib
@@ -16,6 +17,7 @@ from components.contracts import Preprocessing, UndecodableImage
 from components.formats import Accepted
 from components.images import Picture, batches, decode, in_threads, pixel_digest, prepare
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 SQUARE = Preprocessing(
     channels=3, height=32, width=32, resize_shortest=36, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
 )
@@ -271,10 +273,11 @@ def test_a_text_says_which_side_is_up_and_a_long_one_does_not_hide_it() -> None:
         (jpeg_with(*[(0xFE, b"")] * 5000), "segments"),
         (b"\xff\xd8\xff" + b"\0" * (1 << 20), "holds no picture"),
         (jpeg_with()[:200], "holds no picture"),
+        (jpeg_with()[:20] + (b"\0" * 60_000 + b"\xff\xfe\0\2") * 20 + jpeg_with()[20:], "holds no picture"),
         (jpeg_with().replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "3 channels of 12 bits"),
         (png_with(*[(b"prVt", b"")] * 140_000), "chunks"),
     ],
-    ids=["EXIF a thousand times", "comments", "filler", "a head", "12 bits", "chunks"],
+    ids=["EXIF many times", "comments", "filler", "a head", "filler in parts", "12 bits", "chunks"],
 )
 def test_what_only_costs_time_is_refused_for_what_it_is(data: bytes, reason: str) -> None:
     with pytest.raises(UndecodableImage, match=reason) as refused:
@@ -381,3 +384,36 @@ def test_threads_share_a_conversion_and_agree_to_the_bit() -> None:
     files = [encoded(gradient(size=(40 + n, 30)), icc_profile=(APPLE_RGB, PRO_PHOTO)[n % 2]) for n in range(40)]
     expected = [decode(data).srgb().tobytes() for data in files]
     assert list(in_threads(lambda data: decode(data).srgb().tobytes(), files, workers=8)) == expected
+
+
+def printing_profile() -> bytes:
+    """CMYK of an ideal printer: lightness falls with every ink, and there is no other colour than grey."""
+    clut = bytes(
+        value
+        for inks in itertools.product((0, 1), repeat=4)
+        for value in (round(255 * (1 - sum(inks[:3]) / 3) * (1 - inks[3])), 128, 128)
+    )
+    ramp = bytes(range(256))
+    table = struct.pack(">4sIBBBB9i", b"mft1", 0, 4, 3, 2, 0, *(65536 * (n % 4 == 0) for n in range(9)))
+    table += ramp * 4 + clut + ramp * 3
+    header = struct.pack(">I4sI4s4s4s", 144 + len(table), b"\0\0\0\0", 0x02100000, b"prtr", b"CMYK", b"Lab ")
+    header = (header + b"\0" * 12 + b"acsp" + b"\0" * 28 + struct.pack(">3i", 63190, 65536, 54061)).ljust(128, b"\0")
+    return header + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
+def test_inks_become_the_colours_that_their_profile_says() -> None:
+    inks = Image.new("CMYK", (8, 8), (0, 0, 0, 128))
+    found = decode(encoded(inks, "TIFF", icc_profile=printing_profile()))
+    assert found.conversion.problem == ""
+    # Half the ink is half the lightness, which is a level of 119 in sRGB.
+    assert found.srgb().getpixel((4, 4)) == pytest.approx((119, 119, 119), abs=2)
+    assert found.stored.getpixel((4, 4)) == (127, 127, 127)
+
+
+def test_a_large_picture_is_converted_as_a_small_one_is() -> None:
+    tall = Image.fromarray(np.random.default_rng(3).integers(0, 255, (600, 20, 4), dtype=np.uint8))
+    whole = decode(encoded(tall, icc_profile=APPLE_RGB))
+    part = decode(encoded(tall.crop((0, 300, 20, 400)), icc_profile=APPLE_RGB))
+    white = Image.alpha_composite(Image.new("RGBA", tall.size, (255, 255, 255, 255)), tall).convert("RGB")
+    assert whole.stored.tobytes() == white.tobytes()
+    assert whole.srgb().crop((0, 300, 20, 400)).tobytes() == part.srgb().tobytes()
