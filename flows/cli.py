@@ -392,9 +392,9 @@ def recipe_show(
     """A recipe with every default written out."""
     import yaml
 
-    from flows.config import load_recipe
+    from flows.config import load_recipe, resolved
 
-    values = load_recipe(recipe, set_ or [], workspace=_root_of(workspace)).to_json()
+    values = resolved(load_recipe(recipe, set_ or [], workspace=_root_of(workspace)))
     finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
 
 

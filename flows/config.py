@@ -85,6 +85,24 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
     return config
 
 
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """What a run of this recipe uses: every default written out, those of its plug-ins too. A recipe again."""
+    values = config.to_json()
+
+    def settings(family: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = plugins.load(family, name, dict(given)).model_dump(mode="json")
+        return found
+
+    training = values["training"]
+    for family, key in (("backbones", "backbone"), ("tasks", "task")):
+        training[f"{key}_settings"] = settings(family, training[key], training[f"{key}_settings"])
+    for target in values["export"]["targets"]:
+        target["settings"] = settings("targets", target["target"], target["settings"])
+    for gate in values["gating"]["gates"]:
+        gate["settings"] = settings("gates", gate["gate"], gate["settings"])
+    return values
+
+
 def parse(values: dict[str, Any], *, place: str) -> RunConfig:
     """Values to RunConfig; raises ConfigError that names the key and, for an unknown one, the valid keys."""
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -18,7 +20,7 @@ class Gate(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    min_agreement: dict[Precision, float] = _MIN_AGREEMENT
+    min_agreement: dict[Precision, Annotated[float, Field(gt=0, le=1)]] = _MIN_AGREEMENT
     """By precision; one that is not named keeps its default."""
     max_logit_difference: float = Field(default=1e-2, gt=0)
     min_images: int = Field(default=100, ge=1)

@@ -382,6 +382,8 @@ def test_parity_gate_compares_image_by_image() -> None:
     # What is said of one precision leaves the others' defaults.
     assert ask("parity", evidence(answers=flipped(10)), min_agreement={"fp32": 0.9}).status == "fail"
     assert ask("parity", evidence(), min_agreement={"fp32": 0.9}).status == "pass"
+    with pytest.raises(ConfigError, match=r"min_agreement.int8: Input should be less than or equal to 1"):
+        plugins.load("gates", "parity", {"min_agreement": {"int8": 95}})
 
 
 def test_parity_gate_bounds_the_logits_of_fp32() -> None:

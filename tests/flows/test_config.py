@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from components.contracts import ConfigError, UnknownName
-from flows.config import SHIPPED, load_recipe, peek, recipe_files
+from flows.config import SHIPPED, load_recipe, peek, recipe_files, resolved
 from flows.yaml_reading import parse_yaml
 
 SHIPPED_NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -157,3 +158,15 @@ def test_a_workspace_recipe_wins_over_a_shipped_one(tmp_path: Path) -> None:
     )
     assert load_recipe("digits", workspace=tmp_path).model == "mine"
     assert recipe_files(tmp_path)["transfer"].parent == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED_NAMES)
+def test_a_recipe_is_shown_as_it_is_used_and_can_be_used_as_it_is_shown(name: str, tmp_path: Path) -> None:
+    shown = resolved(load_recipe(name))
+    gates = {gate["gate"]: gate["settings"] for gate in shown["gating"]["gates"]}
+    assert gates["parity"]["min_agreement"] == {"fp32": 0.999, "fp16": 0.995, "int8": 0.98}
+    assert gates["no_regression"] == {"margin": 0.02, "max_negative_flips": 0.03}
+    assert shown["training"]["task_settings"].keys() == {"label_smoothing", "head_dropout"}
+    path = tmp_path / "shown.yaml"
+    path.write_text(yaml.safe_dump(shown))
+    assert resolved(load_recipe(str(path))) == shown
