@@ -66,6 +66,23 @@ add_loop_commands(app)
 add_backup_commands(app)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from flows.run import version
+
+        print(f"visionloop {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def every(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before any command."""
+
+
 @app.command()
 def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE, json_: AsJson = False) -> None:
     """Make a workspace: git and DVC, ready for `data add`."""
@@ -170,25 +187,13 @@ def demo(
 
 @app.command()
 def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
-    """What was run in this workspace, and what came of it."""
+    """What was run in this workspace: when it was first started, what came of it, and what was set."""
+    from flows.past_runs import past_runs, told
     from flows.run import Workspace
 
-    folder = Workspace.find(workspace).runs
-    found = []
-    for path in sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
-        outcome = next(iter(path.parent.glob("*-registration/outcome.json")), None)
-        result = json.loads(outcome.read_text()) if outcome else None
-        state = "unfinished" if result is None else ("candidate" if "version" in result else "rejection")
-        version = (result or {}).get("version")
-        found.append({"run": path.parent.name, "outcome": state, "version": version, "folder": str(path.parent)})
-    finish(
-        {"runs": found},
-        json_,
-        lambda: (
-            "\n".join(f"{r['run']}  {r['outcome']}{' version ' + r['version'] if r['version'] else ''}" for r in found)
-            or "No runs yet. Next: visionloop train --recipe NAME"
-        ),
-    )
+    found = past_runs(Workspace.find(workspace))
+    lines = [told(run) for run in found]
+    finish({"runs": found}, json_, lambda: "\n".join(lines) or "No runs yet. Next: visionloop train --recipe NAME")
 
 
 @data_app.command("add")

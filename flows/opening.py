@@ -23,7 +23,7 @@ def opened(
     settings = read_settings(workspace.state)
     with workspace.locked(f"visionloop train {recipe}"), Console(len(STAGES), quiet=quiet) as console:
         data = ensure(workspace, config.source)
-        run = Run(workspace, config, data, settings, console, requested_by=requested_by, reason=reason)
+        run = Run(workspace, config, data, settings, console, requested_by=requested_by, reason=reason, overrides=overrides)
         console.line(
             f"run {run.id}: recipe {config.name}, {data.num_files} files of data version {data.dvc_hash[:12]} ({reason})"
         )

@@ -8,6 +8,7 @@ links to it, so `ls` shows the way of the data and nothing is stored twice. See 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -176,6 +177,7 @@ class Run:
         *,
         requested_by: str = "",
         reason: str = "manual",
+        overrides: Sequence[str] = (),
     ) -> None:
         self.requested_by, self.reason = requested_by, reason
         self.workspace = workspace
@@ -201,8 +203,9 @@ class Run:
             lock_digest=lock_digest(),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        resolved = {"run": self.lineage.to_json(), "config": config.to_json()}
-        write_atomically(self.folder / "config.json", json.dumps(resolved, indent=1).encode())
+        described = {"run": self.lineage.to_json(), "config": config.to_json(), "set": list(overrides)}
+        path = self.folder / "config.json"
+        write_atomically(path, json.dumps(described | {"started": _first_start(path)}, indent=1).encode())
 
     @property
     def plugin_folder(self) -> Path | None:
@@ -291,6 +294,14 @@ class Run:
         shutil.copytree(out, kept)
         docs = kept / "data_docs" / "index.html"
         error.add_note(f"What it wrote is kept in {kept}" + (f"; open {docs}" if docs.exists() else ""))
+
+
+def _first_start(path: Path) -> str:
+    """When a run was first started, UTC: a run that goes on keeps it."""
+    try:
+        return str(json.loads(path.read_text())["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def member_digests(**members: str) -> dict[str, str]:
