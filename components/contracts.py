@@ -173,6 +173,11 @@ def utc_of(text: str) -> datetime.datetime:
     return found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found.astimezone(datetime.UTC)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun in the right form: `1 class`, `2 classes`, `0 images`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
+
+
 def shown_utc(text: str) -> str:
     """A recorded moment as people read it, `2026-03-01 14:00:00 UTC`."""
     return f"{utc_of(text):%Y-%m-%d %H:%M:%S} UTC"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from components.contracts import ConfigError, DataDiffers, DataError, DataVersion
+from components.contracts import ConfigError, DataDiffers, DataError, DataVersion, counted
 from components.store import write_atomically
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def verify(root: Path) -> DataVersion:
     version = pinned(root)
     if not (root / DATA).is_dir():
         raise DataDiffers(
-            f"{root / DATA} is not there, {PIN} pins {version.num_files} files ({version.dvc_hash}); "
+            f"{root / DATA} is not there, {PIN} pins {counted(version.num_files, 'file')} ({version.dvc_hash}); "
             f"fetch them with `visionloop data pull`"
         )
     found = _directory_hash(root)

@@ -22,6 +22,7 @@ from components.contracts import (
     Progress,
     Record,
     UndecodableImage,
+    counted,
     silent,
 )
 from components.formats import PINNED, Accepted, refusal
@@ -96,7 +97,7 @@ def validate(
     assert len(table) + len(refused) == num_input, "validation lost an image"
     if num_input != version.num_files:
         raise DataError(
-            f"{data} holds {num_input} files, its version pins {version.num_files}; run `visionloop data status`"
+            f"{data} holds {counted(num_input, 'file')}, its version pins {version.num_files}; run `visionloop data status`"
         )
     table.to_parquet(out / "samples.parquet", index=False)
     refused.to_parquet(out / "quarantine.parquet", index=False)

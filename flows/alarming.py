@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components import dataversions
-from components.contracts import DataError
+from components.contracts import DataError, counted
 from flows import events
 from flows.looping import Loop
 from flows.notifications import notify
@@ -102,7 +102,7 @@ def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Start
     if not keys:
         return []
     if not loop.settings.prefect_api_url:
-        told(f"{len(keys)} trainings wait ({keys[0]}), and no Prefect server is known here: visionloop up")
+        told(f"{counted(len(keys), 'training')} to start ({keys[0]}), and no Prefect server is known here: visionloop up")
         return []
     training_parameters(loop)  # a recipe that is not there is no fault of Prefect's
     started: list[Started] = []
@@ -124,7 +124,7 @@ def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Start
     if thread.is_alive():
         problem.append("no answer in time")
     for found in problem:
-        told(f"{len(keys) - len(started)} trainings wait, Prefect did not start them ({found}); the next sweep tries again")
+        told(f"{counted(len(keys) - len(started), 'training')} not started by Prefect ({found}); the next sweep tries again")
     return started
 
 

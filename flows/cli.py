@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components import garbage
-from components.contracts import ConfigError
+from components.contracts import ConfigError, counted
 from flows.answering import HERE, AsJson, Commands, InWorkspace, finish
 from flows.cli_backup import add_backup_commands
 from flows.cli_loop import add_loop_commands
@@ -242,7 +242,7 @@ def _finish_added(added: Added, notes: list[str], following: str, as_json: bool)
         notes.append(f"{len(added.refused)} files are no pictures that are accepted and were not copied: {named}")
     if added.undecodable:
         shown = ", ".join(added.undecodable[:3])
-        notes.append(f"{len(added.undecodable)} files do not decode and will be quarantined: {shown}")
+        notes.append(f"{counted(len(added.undecodable), 'file')} cannot be decoded and will be quarantined: {shown}")
     answer = {
         "data_version": added.version.dvc_hash,
         "files": added.version.num_files,
@@ -254,8 +254,10 @@ def _finish_added(added: Added, notes: list[str], following: str, as_json: bool)
         "notes": notes,
     }
     lines = [
-        f"Data version {added.version.dvc_hash}: {added.version.num_files} files in {len(added.class_counts)} classes",
-        f"({added.num_copied} copied, {added.num_already_there} were there, {added.num_new_test} new test images).",
+        f"Data version {added.version.dvc_hash}: {counted(added.version.num_files, 'file')} in "
+        f"{counted(len(added.class_counts), 'class')}",
+        f"({added.num_copied} copied, {added.num_already_there} already there, "
+        f"{counted(added.num_new_test, 'new test image')}).",
         *(f"Note: {note}." for note in notes),
         f"Next: git commit -m 'New data version', {following}",
     ]
@@ -282,7 +284,7 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
             added = data.add(found, labelled.folder, test_share=None, accepted=loop.settings.accepted, progress=progress)
     notes = []
     if relabelled:
-        notes.append(f"{relabelled} images moved to the class that they are said to show now")
+        notes.append(f"{counted(relabelled, 'image')} moved to the class that they are said to show now")
     if labelled.not_kept:
         notes.append(f"{labelled.not_kept} labelled images were not captured, so they cannot be added")
     if labelled.damaged:
@@ -302,7 +304,7 @@ def data_status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     version = dataversions.pinned(root)
     present = (root / dataversions.DATA).is_dir()
     changes = dataversions.changes(root) if present else {"deleted": [f"{dataversions.DATA}/ (all of it)"]}
-    lines = [f"Pinned: {version.dvc_hash}, {version.num_files} files, {version.bytes} bytes"]
+    lines = [f"Pinned: {version.dvc_hash}, {counted(version.num_files, 'file')}, {counted(version.bytes, 'byte')}"]
     lines += [f"{kind}: {len(files)} ({', '.join(files[:5])})" for kind, files in changes.items()]
     lines += [] if changes else ["data/ is exactly that version."]
     finish(
@@ -336,7 +338,7 @@ def data_push(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     from flows.run import Workspace
 
     sent = dataversions.push(Workspace.find(workspace).root)
-    finish({"sent": sent}, json_, lambda: f"{sent} objects sent")
+    finish({"sent": sent}, json_, lambda: f"{counted(sent, 'object')} sent")
 
 
 @data_app.command("pull")
@@ -356,7 +358,7 @@ def data_pull(
     finish(
         {"changed": changed, "data_version": version.dvc_hash},
         json_,
-        lambda: f"data/ is version {version.dvc_hash}, {version.num_files} files",
+        lambda: f"data/ is version {version.dvc_hash}, {counted(version.num_files, 'file')}",
     )
 
 
@@ -434,7 +436,7 @@ def store_verify(
         except TamperedArtefact as error:
             moved = str(store.discard(folder)) if discard else None
             broken.append({"folder": str(folder), "problem": str(error), "moved_to": moved})
-    lines = [f"{intact} artefacts verify, {len(broken)} do not"]
+    lines = [f"{counted(intact, 'artefact')} intact, {len(broken)} not"]
     lines += [f"{b['problem']}" + (f" Moved to {b['moved_to']}" if b["moved_to"] else "") for b in broken]
     finish({"intact": intact, "broken": broken}, json_, lambda: "\n".join(lines))
     if broken and not discard:

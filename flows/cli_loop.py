@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components import garbage
-from components.contracts import ConfigError, shown_utc
+from components.contracts import ConfigError, counted, shown_utc
 from flows.answering import HERE, AsJson, Commands, InWorkspace, figure, finish, moment
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _line(told: dict[str, Any]) -> str:
     window = told["window"]
     kind = f" ({told['diagnosis']})" if told["diagnosis"] != "none" else ""
     span = f"{window['since'][:16]} to {window['until'][:16]} UTC"
-    rows = f"version {window['version']}, {window['rows']} predictions"
+    rows = f"version {window['version']}, {counted(window['rows'], 'prediction')}"
     return f"{told['status'].upper():13} {span}  {rows}{kind}  [{told['id']}]"
 
 
@@ -225,15 +225,15 @@ def labels_import(
     }
     notes = [
         f"{done.known} were there already" if done.known else "",
-        f"{done.changed} images had another label before" if done.changed else "",
-        f"{done.skipped} rows had no label" if done.skipped else "",
-        f"{unknown} rows were unknown and left out" if unknown else "",
+        f"{counted(done.changed, 'image')} had another label before" if done.changed else "",
+        f"{counted(done.skipped, 'row')} had no label" if done.skipped else "",
+        f"{counted(unknown, 'row')} left out: nothing in the log is named so" if unknown else "",
     ]
     finish(
         answer,
         json_,
         lambda: (
-            f"{done.new} labels of {loop.model} imported ({'; '.join(filter(None, notes)) or 'all new'}).\n"
+            f"{counted(done.new, 'label')} of {loop.model} imported ({'; '.join(filter(None, notes)) or 'all new'}).\n"
             f"Next: visionloop data add --from-predictions {loop.model}"
         ),
     )
@@ -400,7 +400,7 @@ def _shown_up(answer: dict[str, Any]) -> str:
     lines = [f"{name:9} {address}" for name, address in answer["pages"].items()]
     lines.append(f"Prefect and MLflow ask for the user and password in {answer['credential_file']}.")
     for model, facts in answer["models"].items():
-        lines.append(f"{model}: {', '.join(facts['deployments'])}; {len(facts['automations'])} automations")
+        lines.append(f"{model}: {', '.join(facts['deployments'])}; {counted(len(facts['automations']), 'automation')}")
     if not answer["models"]:
         lines.append("No model yet: train one, promote it, and run `visionloop up` again.")
     lines.append("Next: visionloop status; visionloop down")
@@ -434,7 +434,7 @@ def _shown_status(answer: dict[str, Any]) -> str:
         lines.append(f"{model}: champion version {facts['champion'] or '(none)'}")
         last = facts["last_window"]
         lines.append(
-            f"  last window   {last['status']}, {last['rows']} predictions until {last['until'][:16]} UTC"
+            f"  last window   {last['status']}, {counted(last['rows'], 'prediction')} until {last['until'][:16]} UTC"
             if last
             else "  last window   none so far"
         )

@@ -445,7 +445,7 @@ def ledger_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
         {"rows": len(entries), "head": head},
         json_,
         lambda: (
-            f"The ledger is whole: {len(entries)} rows, each with the hash of the one before; last hash {head or '(none)'}"
+            f"The ledger is whole: {counted(len(entries), 'row')}, each with the hash of the one before; last hash {head or '(none)'}"
         ),
     )
 

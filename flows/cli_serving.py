@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from components.contracts import ConfigError
+from components.contracts import ConfigError, counted
 from flows.answering import HERE, AsJson, Commands, InWorkspace, finish, moment
 
 if TYPE_CHECKING:
@@ -179,13 +179,18 @@ def predict(
         ),
         plugins=found.plugins,
     )
-    with Console(1, quiet=json_) as console, console.stage(f"predicting {len(inputs.names)} images", 1) as (progress, _):
+    with (
+        Console(1, quiet=json_) as console,
+        console.stage(f"predicting {counted(len(inputs.names), 'image')}", 1) as (progress, _),
+    ):
         done = batch.predict(release, route.version, inputs, out, config, progress=progress)
     facts = dataclasses.asdict(done) | {"refused": [{"name": name, "error": error} for name, error in done.refused]}
     answer = {"model": model, "version": route.version, "release": route.release, "out": out} | facts
-    lines = [f"{done.rows} rows in {done.shards} shards under {out} by {model} version {route.version}."]
-    lines += [f"{done.resumed} shards were there already."] if done.resumed else []
-    lines += [f"{done.errors} of {done.rows} images got no answer:"] if done.errors else []
+    lines = [
+        f"{counted(done.rows, 'row')} in {counted(done.shards, 'shard')} under {out} by {model} version {route.version}."
+    ]
+    lines += [f"{counted(done.resumed, 'shard')} there already."] if done.resumed else []
+    lines += [f"{done.errors} of {counted(done.rows, 'image')} got no answer:"] if done.errors else []
     lines += [f"  {name}: {error}" for name, error in done.refused]
     lines += ["  ... and others; the column `error` has all of them"] if done.errors > len(done.refused) else []
     finish(answer, json_, lambda: "\n".join(lines))
@@ -228,12 +233,12 @@ def predictions_export(
         until=end,
     )
     open_journals = segments.unsealed(state / "journal")
-    note = f"; {open_journals} journals are still being written" if open_journals else ""
-    lost = f"; {exported.lost} predictions were lost when the journal could not be written" if exported.lost else ""
+    note = f"; {counted(open_journals, 'journal')} still being written" if open_journals else ""
+    lost = f"; {counted(exported.lost, 'prediction')} lost when the journal could not be written" if exported.lost else ""
     finish(
         {"rows": exported.rows, "lost": exported.lost, "unsealed_journals": open_journals, "out": str(out)},
         json_,
-        lambda: f"{exported.rows} predictions in {out}{note}{lost}",
+        lambda: f"{counted(exported.rows, 'prediction')} in {out}{note}{lost}",
     )
 
 
@@ -248,9 +253,12 @@ def predictions_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> 
     kept = Captures(state / "captures")
     captures = kept.verify()
     erased, head = kept.erasures()
-    lines = [f"{found.segments} segments, {found.rows} predictions, {found.duplicates} twice, {found.lost_rows} lost"]
-    lines += [f"{found.unsealed} journals are still written or wait to be sealed"] if found.unsealed else []
-    lines += [f"{erased} images erased, the last record is {head[:16]}"] if erased else []
+    lines = [
+        f"{counted(found.segments, 'segment')}, {counted(found.rows, 'prediction')}, {found.duplicates} twice, "
+        f"{found.lost_rows} lost"
+    ]
+    lines += [f"{counted(found.unsealed, 'journal')} still written or not sealed yet"] if found.unsealed else []
+    lines += [f"{counted(erased, 'image')} erased, the last record is {head[:16]}"] if erased else []
     lines += [*found.broken, *captures]
     told = {"captures": captures, "erasures": {"count": erased, "head": head}}
     finish(dataclasses.asdict(found) | told, json_, lambda: "\n".join(lines))

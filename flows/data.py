@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components import dataversions, plugins
-from components.contracts import DataDiffers, DataError, DataVersion, Progress, Source, UndecodableImage, silent
+from components.contracts import DataDiffers, DataError, DataVersion, Progress, Source, UndecodableImage, counted, silent
 from components.formats import PINNED, Accepted, check_size, refusal
 from components.images import check, decode, in_threads, pixel_digest
 from components.samples import image_files
@@ -231,4 +231,4 @@ def class_note(class_counts: dict[str, int], minimum: int) -> Iterable[str]:
         yield "only one class so far: training needs at least two"
     for label, count in class_counts.items():
         if count < minimum:
-            yield f"class {label!r} has {count} images: training needs at least {minimum}"
+            yield f"class {label!r} has {counted(count, 'image')}: training needs at least {minimum}"

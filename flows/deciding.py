@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.contracts import ConfigError, UnknownName
+from components.contracts import ConfigError, UnknownName, counted
 from components.releases import ReleaseStore
 from flows.run import Workspace
 from flows.settings import Settings, read_settings
@@ -57,7 +57,7 @@ def desk(folder: Path, model: str | None) -> Desk:
             hint = (
                 f"name one with --model: {', '.join(known)}" if known else "train one first: visionloop train --recipe NAME"
             )
-            raise ConfigError(f"the ledger knows {len(known)} models; {hint}")
+            raise ConfigError(f"the ledger knows {counted(len(known), 'model')}; {hint}")
         model = known[0]
     elif model not in known:
         raise UnknownName("model", model, known)

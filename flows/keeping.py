@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from components.contracts import ConfigError, DriftVerdict, VisionloopError
+from components.contracts import ConfigError, DriftVerdict, VisionloopError, counted
 from flows.alarming import pending, sweep
 from flows.looping import Loop, configured
 from flows.settings import read_settings
@@ -50,7 +50,7 @@ def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
     for loop in loops:
         deployments, automations = deploy(loop), automate(loop)
         found[loop.model] = {"deployments": deployments, "automations": automations, "recipe": loop.recipe}
-        told(f"{loop.model}: deployments {', '.join(deployments)} and {len(automations)} automations")
+        told(f"{loop.model}: deployments {', '.join(deployments)} and {counted(len(automations), 'automation')}")
     return found
 
 
@@ -205,8 +205,8 @@ def _unwatched(loop: Loop, champion: Entry | None, last: DriftVerdict | None) ->
     if datetime.datetime.now(datetime.UTC) - since < patience:
         return ""
     return (
-        f"no window was judged since {since:%Y-%m-%d %H:%M} UTC, one is due every {loop.config.every_minutes} minutes; "
-        f"look at the runs of watch/{loop.model}, or run `visionloop watch`"
+        f"no window was judged since {since:%Y-%m-%d %H:%M} UTC, one is due every "
+        f"{counted(loop.config.every_minutes, 'minute')}; look at the runs of watch/{loop.model}, or run `visionloop watch`"
     )
 
 

@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from components.contracts import DriftVerdict, Evaluation, RecordT, Splits, Stored, StoreError, UndecodableImage, Verdict
+from components.contracts import (
+    DriftVerdict,
+    Evaluation,
+    RecordT,
+    Splits,
+    Stored,
+    StoreError,
+    UndecodableImage,
+    Verdict,
+    counted,
+)
 from components.images import decode
 from components.store import read_manifest, write_atomically
 from components.tables import read_frame
@@ -205,7 +215,7 @@ def _moments(loop: Loop, entries: Sequence[Entry], judged: Sequence[tuple[str, D
         found.append(Moment(datetime.datetime.fromisoformat(entry.at), "registry", text, "#2563a8"))
     for _, verdict in judged:
         at = datetime.datetime.fromisoformat(verdict.window.until)
-        text = f"window of {verdict.window.rows} predictions: {verdict.status}"
+        text = f"window of {counted(verdict.window.rows, 'prediction')}: {verdict.status}"
         text += f" ({verdict.diagnosis}; {', '.join(verdict.detectors)})" if verdict.detectors else ""
         found.append(Moment(at, "watch", text, _COLOURS[verdict.status]))
     for alarm in loop.outbox.alarms(loop.model):
@@ -219,7 +229,7 @@ def _moments(loop: Loop, entries: Sequence[Entry], judged: Sequence[tuple[str, D
         minute = label.at[:16]
         at, count = people.get(minute, (datetime.datetime.fromisoformat(label.at), 0))
         people[minute] = (at, count + 1)
-    found += [Moment(at, "labels", f"{count} labels came back", "#c2571a") for at, count in people.values()]
+    found += [Moment(at, "labels", f"{counted(count, 'label')} came back", "#c2571a") for at, count in people.values()]
     return sorted(found, key=lambda moment: moment.at)
 
 
@@ -309,10 +319,12 @@ def _told(story: Mapping[str, Any]) -> list[str]:
         lines.append(f"Version {story['live']['version']} was approved by {story['live']['approved_by']} and went live.")
     if "clean" in story:
         found = story["clean"]["verdict"]
-        lines.append(f"Clean traffic ({found['window']['rows']} predictions): {found['status']}.")
+        lines.append(f"Clean traffic ({counted(found['window']['rows'], 'prediction')}): {found['status']}.")
     if "shifted" in story:
         found = story["shifted"]["verdict"]
-        lines.append(f"Shifted traffic ({found['window']['rows']} predictions): {found['status']}, {found['diagnosis']}.")
+        lines.append(
+            f"Shifted traffic ({counted(found['window']['rows'], 'prediction')}): {found['status']}, {found['diagnosis']}."
+        )
     if "labels" in story:
         found = story["labels"]
         lines.append(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from components.contracts import counted
 from flows.config import load_recipe
 from flows.console import Console
 from flows.data import ensure
@@ -25,7 +26,8 @@ def opened(
         data = ensure(workspace, config.source)
         run = Run(workspace, config, data, settings, console, requested_by=requested_by, reason=reason, overrides=overrides)
         console.line(
-            f"run {run.id}: recipe {config.name}, {data.num_files} files of data version {data.dvc_hash[:12]} ({reason})"
+            f"run {run.id}: recipe {config.name}, {counted(data.num_files, 'file')} of data version {data.dvc_hash[:12]} "
+            f"({reason})"
         )
         for name, why in run.absent.items():
             console.line(f"    {name}: {why}")

@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from components.contracts import Candidate, Estimate, Evaluation, Rejection, Splits, Stored
+from components.contracts import Candidate, Estimate, Evaluation, Rejection, Splits, Stored, counted
 from components.gating import policy
 from components.images import decode
 from components.tables import read_frame
@@ -96,7 +96,7 @@ def model_card(run: Run, results: Results) -> str:
         "",
         run.config.description,
         "",
-        f"- Task: {checkpoint.task} into {len(checkpoint.classes)} classes: {', '.join(checkpoint.classes)}",
+        f"- Task: {checkpoint.task} into {counted(len(checkpoint.classes), 'class')}: {', '.join(checkpoint.classes)}",
         f"- Backbone: {checkpoint.backbone}; weights: {run.config.training.weights}; mode: {run.config.training.mode}",
         f"- Input: {checkpoint.preprocessing.width}x{checkpoint.preprocessing.height} pixels, "
         f"{checkpoint.preprocessing.channels} channel(s), uint8; scaling is inside the engine",

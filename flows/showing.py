@@ -34,7 +34,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from components import plugins
-from components.contracts import VisionloopError
+from components.contracts import VisionloopError, counted
 from components.store import write_atomically
 from components.tasks.classification import wilson
 from flows.alarming import sweep
@@ -178,12 +178,13 @@ class Show:
                 f"LOOP CLOSED  version {phases['live']['version']} -> version {phases['switch']['version']}",
                 f"clean        {clean['verdict']['status']}; accuracy {figure(clean['answers']['accuracy'])}",
                 f"shifted      {shifted['verdict']['status']} ({shifted['verdict']['diagnosis']})",
-                f"retraining   {labels['labels']} labels; event to running training {answer['alarm_to_running_s']} s",
+                f"retraining   {counted(labels['labels'], 'label')}; event to running training "
+                f"{answer['alarm_to_running_s']} s",
                 f"accuracy     {figure(answer['shifted_before'])} before",
                 f"             {figure(answer['shifted_after'])} after, on shifted pictures that nobody labelled",
                 f"switch       {phases['switch']['requests']} requests during it, {answer['failed_during_switch']} failed",
                 f"camera       {phases['camera']['verdict']['diagnosis']}; {phases['camera']['reason']}",
-                f"records      {answer['predictions']} predictions ({answer['predictions_lost']} lost), "
+                f"records      {counted(answer['predictions'], 'prediction')} ({answer['predictions_lost']} lost), "
                 f"{answer['ledger_rows']} ledger rows, both verified",
             ]
         spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in answer["phases_s"].items())
@@ -264,10 +265,10 @@ class Show:
         other = {moved(picture).sha256 for picture in asked} | {picture.sha256 for picture in asked}
         _expect(not images & other, "an image that is measured with was labelled", sorted(images & other))
         done = _command(self.workspace, "labels", "import", str(filled), "--as", LABELLER, "-m", MODEL)
-        self._told(f"  {done['new']} labels imported from to-label.csv by {LABELLER}")
+        self._told(f"  {counted(done['new'], 'label')} imported from to-label.csv by {LABELLER}")
         added = _command(self.workspace, "data", "add", "--from-predictions", MODEL)
         self._told(
-            f"  data version {added['data_version'][:12]}: {added['copied']} images more, "
+            f"  data version {added['data_version'][:12]}: {counted(added['copied'], 'image')} more, "
             f"{added['new_test_images']} of them join the frozen test split"
         )
         with contextlib.suppress(VisionloopError):  # committed before, when this phase is taken up again

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow, task
 from prefect.states import Completed
 
-from components.contracts import RegistryUnavailable, VisionloopError
+from components.contracts import RegistryUnavailable, VisionloopError, counted
 from flows.alarming import Started, announce, sweep
 from flows.governing import overdue
 from flows.looping import Loop
@@ -91,7 +91,7 @@ def watch(
     except VisionloopError as error:
         problems.append(error)
     if problems:
-        facts = {"by": "visionloop watch", "reason": f"{len(problems)} problems, the last: {problems[-1]}"}
+        facts = {"by": "visionloop watch", "reason": f"{counted(len(problems), 'problem')}, the last: {problems[-1]}"}
         notify(loop.settings, "unwatched", loop.model, facts, told=told)
         raise problems[-1]
     expect_reigning(loop, found)

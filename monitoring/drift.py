@@ -25,6 +25,7 @@ from components.contracts import (
     Sample,
     Shift,
     WindowFacts,
+    counted,
     sha256_text,
     too_few,
 )
@@ -159,9 +160,11 @@ def _holes(facts: WindowFacts, policy: DriftPolicy) -> list[str]:
     """What is missing from a window so that its silence proves nothing."""
     found = [f"part of the log could not be read: {problem}" for problem in facts.problems]
     if facts.rows and facts.malformed > policy.max_malformed_share * facts.rows:
-        found.append(f"{facts.malformed} of {facts.rows} predictions have no finite answers of this release's shape")
+        found.append(
+            f"{facts.malformed} of {counted(facts.rows, 'prediction')} have no finite answers of this release's shape"
+        )
     if facts.lost > policy.max_lost_share * (facts.rows + facts.other_releases + facts.lost):
-        found.append(f"the log lost {facts.lost} predictions in this time")
+        found.append(f"the log lost {counted(facts.lost, 'prediction')} in this time")
     return found
 
 

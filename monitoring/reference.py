@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from components.contracts import ReferenceUnavailable, Release, Sample, Stored
+from components.contracts import ReferenceUnavailable, Release, Sample, Stored, counted
 from components.images import STATISTICS
 from components.store import sha256_file
 from components.tables import read_frame
@@ -43,6 +43,6 @@ def load_reference(release: Stored[Release]) -> Sample:
         raise ReferenceUnavailable(f"{path} holds numbers that are not finite; train and promote anew")
     if len(sample) < MIN_IMAGES:
         raise ReferenceUnavailable(
-            f"the reference sample holds {len(sample)} images, at least {MIN_IMAGES} are needed: add images, and train anew"
+            f"the reference sample holds {counted(len(sample), 'image')}, {MIN_IMAGES} are needed: add images and train anew"
         )
     return sample

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from components.contracts import Release
+from components.contracts import Release, counted
 from serving.frames import Form
 from serving.inference import Answered, Rejected, unsure_label
 
@@ -67,7 +67,7 @@ def pictures(release: Release, inputs: Sequence[Given]) -> list[tuple[Form, byte
 
 def _count(shape: tuple[int, ...]) -> int:
     if not 1 <= shape[0] <= MAX_PICTURES:
-        raise Rejected(400, f"{shape[0]} pictures in one request; accepted are 1 to {MAX_PICTURES}")
+        raise Rejected(400, f"{counted(shape[0], 'picture')} in one request; accepted are 1 to {MAX_PICTURES}")
     return shape[0]
 
 
@@ -114,7 +114,7 @@ def _pixels(values: Sequence[Any], expected: int) -> bytes:
     if kinds != {int}:
         raise Rejected(400, "the data are not a regular list of whole numbers; UINT8 pixels are 0 to 255")
     if len(flat) != expected:
-        raise Rejected(400, f"{len(flat)} values; the shape needs {expected}")
+        raise Rejected(400, f"{counted(len(flat), 'value')}; the shape needs {expected}")
     if min(flat) < 0 or max(flat) > 255:
         raise Rejected(400, "a value is outside 0 to 255")
     return bytes(flat)

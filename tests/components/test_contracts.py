@@ -16,6 +16,7 @@ from components.contracts import (
     UnknownName,
     compare,
     compare_interval,
+    counted,
     shown_utc,
     utc_of,
 )
@@ -111,6 +112,13 @@ def test_an_unknown_name_lists_the_valid_ones() -> None:
 def test_a_moment_with_any_offset_is_told_in_utc(text: str, utc: str) -> None:
     assert shown_utc(text) == utc
     assert utc_of(text).utcoffset() == datetime.timedelta(0)
+
+
+def test_one_is_no_plural() -> None:
+    told = [counted(n, noun) for n in (0, 1, 2) for noun in ("version", "class", "new test image")]
+    assert told[:3] == ["0 versions", "0 classes", "0 new test images"]
+    assert told[3:6] == ["1 version", "1 class", "1 new test image"]
+    assert told[6:] == ["2 versions", "2 classes", "2 new test images"]
 
 
 @pytest.mark.parametrize(

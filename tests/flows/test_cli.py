@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import subprocess
@@ -118,6 +119,13 @@ def test_recipes_are_listed_shown_and_described_by_a_schema(workspace: Path) -> 
 def test_runs_are_listed_with_what_came_of_them(trained: Path) -> None:
     (run,) = json.loads(visionloop("runs", "--json", cwd=trained).stdout)["runs"]
     assert (run["outcome"], run["version"]) == ("candidate", "1")
+    assert run["accuracy"]["n"] == 54
+    assert datetime.datetime.fromisoformat(run["started"]).utcoffset() == datetime.timedelta(0)
+    assert run["set"] == []
+    text = visionloop("runs", cwd=trained).stdout
+    assert f"n={run['accuracy']['n']} ({run['engine']})" in text
+    assert " UTC  smoke-" in text
+    assert visionloop("--version", cwd=trained).stdout == "visionloop 0.1.0\n"
 
 
 def test_an_intact_store_verifies(trained: Path) -> None:

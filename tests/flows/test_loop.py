@@ -184,9 +184,7 @@ def test_prefect_away_at_the_alarm_and_back_later(
     loop.settings = dataclasses.replace(loop.settings, prefect_api_url="http://127.0.0.1:9/api")
     lines.clear()
     assert sweep(loop, told=lines.append, grace_s=0) == []
-    assert lines == [
-        "1 trainings wait, Prefect did not start them (ConnectionError: nobody there); the next sweep tries again"
-    ]
+    assert lines == ["1 training not started by Prefect (ConnectionError: nobody there); the next sweep tries again"]
     monkeypatch.undo()
     started = next(s for s in sweep(loop_of(deployed), told=lines.append, grace_s=0) if s.key == judged.alarm.id)
     assert [run["flow_run"] for run in training_runs(loop, request=started.key)] == [started.flow_run_id]
