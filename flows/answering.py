@@ -140,7 +140,7 @@ def moment(option: str, text: str, *, past: bool = False) -> datetime.datetime:
         found = utc_of(text)
     except ValueError as error:
         raise ConfigError(f"{option} {text!r} is {error}") from None
-    if past and found > datetime.datetime.now(datetime.UTC):
+    if past and found > datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5):  # clocks differ
         raise ConfigError(f"{option} {text!r} is {found:%Y-%m-%d %H:%M} UTC, which has not come yet")
     return found
 

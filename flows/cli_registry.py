@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components import garbage
-from components.contracts import shown_utc
+from components.contracts import counted, shown_utc
 from flows.answering import HERE, AsJson, Commands, InWorkspace, figure, finish, moment
 
 if TYPE_CHECKING:
@@ -445,7 +445,8 @@ def ledger_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
         {"rows": len(entries), "head": head},
         json_,
         lambda: (
-            f"The ledger is whole: {counted(len(entries), 'row')}, each with the hash of the one before; last hash {head or '(none)'}"
+            f"The ledger is whole: {counted(len(entries), 'row')}, each with the hash of the one before; "
+            f"last hash {head or '(none)'}"
         ),
     )
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import sqlite3
 import tarfile
@@ -90,7 +91,8 @@ def test_it_trains_on_and_rolls_back(older: Path) -> None:
     assert answer("promote", "2", cwd=older)["version"] == "2"
     assert answer("rollback", "--as", "Ann", "--reason", "back", cwd=older)["body"]["version"] == "1"
     answer("reconcile", cwd=older)
-    assert f"{MODEL} version 1" in visionloop("who-served", "--at", "2099-01-01T00:00", cwd=older).stdout
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    assert f"{MODEL} version 1" in visionloop("who-served", "--at", now, cwd=older).stdout
     # Nothing that is kept leads back to the place where it was made.
     made_in = json.loads((older / "made-by.json").read_text())["made_in"]
     with contextlib.closing(sqlite3.connect(older / ".visionloop" / "mlflow.db")) as tables:
