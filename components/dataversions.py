@@ -151,10 +151,16 @@ def pinned(root: Path) -> DataVersion:
         content = yaml.safe_load(path.read_text())
         out = content["outs"][0]
         dvc_hash, num_files, size = str(out["md5"]), int(out["nfiles"]), int(out["size"])
+        if _LEDGER_KEY not in (content.get("meta") or {}):
+            raise DataError(
+                f"{path} was made by DVC alone: no picture is frozen as test yet. `visionloop data add` without a folder "
+                f"takes over what lies in {DATA}/ as it is"
+            )
         expected_ledger = str(content["meta"][_LEDGER_KEY])
     except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path} is not a pin made by visionloop ({type(error).__name__}: {error}); run `visionloop data add`"
+            f"{path} is not a pin that DVC wrote for a folder ({type(error).__name__}: {error}); bring it back with "
+            f"`git checkout -- {PIN}`"
         ) from error
     ledger = root / TEST_LEDGER
     found = hashlib.sha256(ledger.read_bytes()).hexdigest() if ledger.is_file() else "missing"
@@ -164,6 +170,20 @@ def pinned(root: Path) -> DataVersion:
             f"The two are one version: restore both with `git checkout -- {PIN} {TEST_LEDGER}`"
         )
     return DataVersion(dvc_hash=dvc_hash, num_files=num_files, bytes=size, ledger_sha256=expected_ledger)
+
+
+def adoptable(root: Path) -> bool:
+    """Whether a data set without a test ledger may get its first one: nothing is pinned, or by DVC alone.
+
+    A pin of ours without its ledger has lost it: another draw would move test pictures into training.
+    """
+    try:
+        content = yaml.safe_load((root / PIN).read_text())
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and _LEDGER_KEY not in (content.get("meta") or {})
 
 
 def pin(root: Path) -> DataVersion:

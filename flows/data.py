@@ -56,7 +56,7 @@ def add(
     root = workspace.root
     ledger_path = root / dataversions.TEST_LEDGER
     first = not ledger_path.exists()
-    if first and (root / dataversions.PIN).exists():
+    if first and not dataversions.adoptable(root):
         raise DataError(f"{ledger_path} is missing; restore it with `git checkout -- {ledger_path.name}`")
     ledger = TestLedger(test_share or DEFAULT_TEST_SHARE, {}) if first else TestLedger.read(ledger_path)
     if not first and test_share is not None and test_share != ledger.test_share:

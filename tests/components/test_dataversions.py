@@ -53,7 +53,7 @@ def test_missing_pin_and_missing_data_say_what_to_do(workspace: Path, tmp_path: 
     with pytest.raises(DataError, match="no data.dvc; add images with `visionloop data add FOLDER`"):
         dataversions.pinned(tmp_path / "empty")
     (workspace / "data.dvc").write_text("outs: 3")
-    with pytest.raises(DataError, match="not a pin made by visionloop"):
+    with pytest.raises(DataError, match="not a pin that DVC wrote for a folder"):
         dataversions.pinned(workspace)
 
 

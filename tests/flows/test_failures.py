@@ -190,3 +190,18 @@ def test_a_full_disk_is_not_said_to_be_mlflow_s_fault() -> None:
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
     with pytest.raises(OSError, match="No space left"), _reachable("sqlite:///x"):
         raise wrapped
+
+
+def test_a_project_of_dvc_alone_is_taken_over_as_the_error_says(workspace: Path) -> None:
+    pin, ledger = workspace / "data.dvc", workspace / "data.test-ledger.csv"
+    ours = pin.read_text()
+    ledger.unlink()
+    done = visionloop("data", "add", cwd=workspace)  # a pin of ours that lost its ledger is never drawn anew
+    assert (done.returncode, "git checkout -- data.test-ledger.csv" in done.stderr) == (2, True)
+    assert not ledger.exists()
+    pin.write_text(ours.partition("meta:")[0])
+    done = visionloop("data", "status", cwd=workspace)
+    assert (done.returncode, "`visionloop data add` without a folder" in done.stderr) == (2, True)
+    done = visionloop("data", "add", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert visionloop("data", "status", cwd=workspace).returncode == 0
