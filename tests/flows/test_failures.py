@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -205,3 +207,26 @@ def test_a_project_of_dvc_alone_is_taken_over_as_the_error_says(workspace: Path)
     done = visionloop("data", "add", cwd=workspace)
     assert done.returncode == 0, done.stderr
     assert visionloop("data", "status", cwd=workspace).returncode == 0
+
+
+def test_every_command_that_a_text_of_ours_advises_exists() -> None:
+    """Of messages, help and comments alike: `visionloop data pull --force` is a command, and takes the option."""
+    from typer.main import get_command
+
+    from flows.cli import app
+
+    root: Any = get_command(app)
+    repository, found = Path(__file__).resolve().parents[2], 0
+    for package in ("components", "flows", "monitoring", "registry", "serving"):
+        for path in (repository / package).rglob("*.py"):
+            # A string may go on in the next line.
+            text = re.sub(r'"\s*\n\s*f?"', "", path.read_text())
+            for advised in re.findall(r"`visionloop ([a-z][^`\n]*)`", text):
+                command, words = root, advised.split()
+                while words and hasattr(command, "commands"):
+                    assert words[0] in command.commands, (path.name, advised)
+                    command = command.commands[words.pop(0)]
+                taken = {option for parameter in command.params for option in parameter.opts}
+                assert {word for word in words if word.startswith("--")} <= taken, (path.name, advised)
+                found += 1
+    assert found > 40
