@@ -69,6 +69,8 @@ class Restored:
 
 def backup(workspace: Workspace, file: Path, *, with_artefacts: bool, force: bool) -> dict[str, Any]:
     """Write `file` whole or not at all; returns its manifest. Raises ConfigError, StoreError or DataError."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name the file to write, such as {file / 'backup.tar'}")
     if file.exists() and not force:
         raise ConfigError(f"{file} exists already; name another file, or use --force to replace it")
     if not file.absolute().parent.is_dir():
@@ -76,12 +78,16 @@ def backup(workspace: Workspace, file: Path, *, with_artefacts: bool, force: boo
     settings = read_settings(workspace.state)
     partial = file.absolute().with_name(f".{file.name}.partial")
     with explained("write", file), _alone(partial, os.O_RDWR | os.O_CREAT) as descriptor:
-        with os.fdopen(os.dup(descriptor), "wb") as out, tempfile.TemporaryDirectory(prefix="visionloop-backup-") as scratch:
-            out.truncate(0)
-            manifest = _write(workspace, settings, out, Path(scratch), with_artefacts)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, file)
+        try:
+            with os.fdopen(os.dup(descriptor), "wb") as out, tempfile.TemporaryDirectory(prefix="visionloop-") as scratch:
+                out.truncate(0)
+                manifest = _write(workspace, settings, out, Path(scratch), with_artefacts)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial, file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         fsync_folder(partial.parent)
     return manifest
 
@@ -290,8 +296,8 @@ def _whole(file: Path) -> Iterator[None]:
         yield
     except (tarfile.TarError, EOFError) as error:
         raise StoreError(f"{file} is not a backup, or was cut short ({error}); nothing was restored") from error
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is not there; name a file that `visionloop backup` wrote") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"{file} is no file; name one that `visionloop backup` wrote") from None
 
 
 def _members(file: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
