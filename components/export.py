@@ -173,6 +173,8 @@ def _in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
             check=False,
             timeout=_TIMEOUT_S,
             cwd=root,
+            # Ctrl-C is the run's to answer: an exporter that it ended first would look like one that failed.
+            process_group=0,
         )
     except subprocess.TimeoutExpired:
         raise ExportError(f"the exporter did not finish within {_TIMEOUT_S} s") from None

@@ -49,6 +49,7 @@ def from_pickle(path: Path, *, sha256: str, cache: Path) -> dict[str, torch.Tens
                 capture_output=True,
                 text=True,
                 check=False,
+                process_group=0,  # Ctrl-C is the run's to answer
             )
             if done.returncode:
                 raise WeightsUnavailable(f"{path} is not a plain state dict: {done.stderr.strip().splitlines()[-1]}")

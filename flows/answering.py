@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from components.contracts import ConfigError, VisionloopError, utc_of
+from flows import stopping
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace, or a folder in it.")]
@@ -67,6 +68,8 @@ def _answering(doing: str, as_json: bool, workspace: Path) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort, EOFError):
         raise
+    except stopping.Stopped as stopped:
+        stopping.end(stopped.number)
     except TyperException as error:
         if not as_json:
             raise

@@ -11,6 +11,7 @@ import typer
 
 from components import garbage
 from components.contracts import ConfigError, counted
+from flows import stopping
 from flows.answering import HERE, AsJson, Commands, InWorkspace, finish
 from flows.cli_backup import add_backup_commands
 from flows.cli_loop import add_loop_commands
@@ -445,6 +446,7 @@ def store_verify(
 
 def main() -> None:
     garbage.skip_at_exit()
+    stopping.watch(as_json="--json" in sys.argv)
     app()
 
 

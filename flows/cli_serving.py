@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.contracts import ConfigError, counted
+from flows import stopping
 from flows.answering import HERE, AsJson, Commands, InWorkspace, finish, moment
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def predict(
     )
     with (
         Console(1, quiet=json_) as console,
+        stopping.at_once(lambda: "stopped; the same command goes on with the shards that are missing"),
         console.stage(f"predicting {counted(len(inputs.names), 'image')}", 1) as (progress, _),
     ):
         done = batch.predict(release, route.version, inputs, out, config, progress=progress)

@@ -22,6 +22,7 @@ class Console:
         self.total = total
         self.durations: dict[str, tuple[float, bool]] = {}
         """Seconds and whether the stage came from the store, by stage."""
+        self._stage = (0, "")
         self._quiet = quiet
         self._live = not quiet and sys.stderr.isatty()
         self._bars: Bars | None = None
@@ -59,10 +60,17 @@ class Console:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def stopped(self) -> str:
+        """Where a run that is stopped now stopped, for the person who stopped it."""
+        number, name = self._stage
+        where = f"at stage {number} of {self.total} ({name})" if number else "before the first stage"
+        return f"stopped {where}; the same command goes on from there"
+
     @contextmanager
     def stage(self, name: str, number: int) -> Iterator[tuple[Progress, list[bool]]]:
         """Show a stage while it runs; put True into the yielded list when its result came from the store."""
         label = f"[{number}/{self.total}] {name}"
+        self._stage = (number, name)
         task = self._bars.add_task(label, total=None, note="") if self._bars is not None else None
         if self._bars is None:
             self.line(f"{label} ...")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import requests
+from prefect import runtime
+
 from components.contracts import counted
+from flows import stopping
 from flows.config import load_recipe
 from flows.console import Console
 from flows.data import ensure
 from flows.run import STAGES, Run, Workspace
-from flows.settings import read_settings
+from flows.settings import Settings, read_settings
 
 
 @contextmanager
@@ -31,4 +36,25 @@ def opened(
         )
         for name, why in run.absent.items():
             console.line(f"    {name}: {why}")
-        yield run
+        flow_run = runtime.flow_run.id  # of this thread alone
+        with stopping.at_once(console.stopped, lambda text: _crashed(settings, flow_run, text)):
+            yield run
+
+
+def _crashed(settings: Settings, flow_run: str | None, text: str) -> None:
+    """Tell the Prefect server of a run that is stopped, if it hears it at once; else it would look as if it still ran."""
+
+    def authorised(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if settings.prefect_authorization:
+            request.headers["Authorization"] = settings.prefect_authorization
+        return request
+
+    if settings.prefect_api_url and flow_run:
+        with contextlib.suppress(requests.RequestException, ValueError):
+            requests.post(
+                f"{settings.prefect_api_url.rstrip('/')}/flow_runs/{flow_run}/set_state",
+                json={"state": {"type": "CRASHED", "message": text}, "force": True},
+                auth=authorised,  # a callable, so that ~/.netrc is not read
+                timeout=1.5,
+                allow_redirects=False,  # the credential is for this server
+            )

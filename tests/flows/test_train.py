@@ -13,11 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import requests
 from shapes import visionloop, visionloop_process
 
 from components.store import MANIFEST, Store, read_manifest
-from flows.run import STAGES
+from flows.run import STAGES, Workspace
 
 
 @pytest.fixture
@@ -264,6 +266,57 @@ def start_and_kill(root: Path, api: str, stage: str) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "to_all"),
+    [
+        ("training", signal.SIGINT, True),  # the terminal's Ctrl-C reaches the whole group
+        pytest.param("export", signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param("validation", signal.SIGHUP, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_stopped_says_where_and_leaves_nothing_behind(
+    workspace: Path, prefect_server: str, stage: str, number: signal.Signals, to_all: bool
+) -> None:
+    process = started(workspace, prefect_server, subprocess.PIPE)
+    assert process.stderr is not None
+    place = f"{STAGES.index(stage) + 1}/{len(STAGES)}"
+    for line in process.stderr:
+        if line.decode().startswith(f"[{place}]"):
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    told = process.stderr.read().decode().splitlines()
+    assert process.wait(30) == 128 + number
+    process.stderr.close()
+    assert told[-1].startswith(f"stopped at stage {place.replace('/', ' of ')} ({stage}")
+    assert not any(line.startswith(("error", "Traceback")) for line in told)
+    psutil.wait_procs(family, timeout=10)
+    assert not any(child.is_running() for child in family)
+    with Workspace.find(workspace).locked("a test"):
+        check_whole(workspace)
+    query = {"sort": "START_TIME_DESC", "limit": 1}
+    (run,) = requests.post(f"{prefect_server}/flow_runs/filter", json=query, timeout=10).json()
+    assert (run["state"]["type"], run["state"]["message"]) == ("CRASHED", told[-1])
+
+
+def test_a_command_that_does_not_come_to_an_end_is_ended_by_the_second_ctrl_c() -> None:
+    code = (
+        "import subprocess, sys, time\nfrom flows import stopping\nstopping.watch()\n"
+        "child = subprocess.Popen(['sleep', '600'], process_group=0)\n"
+        "try:\n    print(child.pid, flush=True)\n    time.sleep(600)\n"
+        "finally:\n    print('unwinding', flush=True)\n    time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "unwinding\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=30)[1], process.returncode) == ("stopped by Ctrl-C\n", 130)
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def check_whole(root: Path) -> None:
