@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -70,6 +71,7 @@ def watch(*, as_json: bool = False) -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
+    signal.signal(signal.SIGURG, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(heard,), daemon=True, name="stopping").start()
 
@@ -103,7 +105,13 @@ def _interrupt(number: int, _: object) -> None:
 def _listen(heard: int) -> None:
     number = _next(heard, None)
     if _ending.told is None:
-        _next(heard, _GRACE_S)  # time to unwind, or a second signal
+        until = time.monotonic() + _GRACE_S
+        while time.monotonic() < until:
+            if not _ending.unwinding:
+                # What came just before the main thread began to wait did not wake it.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+            if _next(heard, 0.2):
+                break  # asked a second time
     end(number)
 
 
