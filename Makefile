@@ -5,6 +5,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 BIN := .venv/bin
 NAME ?=
 DATA ?=
+SHORT ?=
 
 .PHONY: help setup demo check test test-slow bench lock clean
 help: ## this list
@@ -39,8 +40,8 @@ test: setup ## everything that takes minutes or less
 test-slow: setup ## the long proofs: kill at every stage, resumption, real servers
 	$(BIN)/pytest -m slow
 
-bench: setup ## make bench NAME=frozen_training [DATA=folder]; one JSON line last
-	@$(BIN)/python -m bench "$(NAME)" $(if $(DATA),--data "$(DATA)")
+bench: setup ## make bench NAME=frozen_training [DATA=folder] [SHORT=1]; one JSON line last
+	@$(BIN)/python -m bench "$(NAME)" $(if $(DATA),--data "$(DATA)") $(if $(SHORT),--short)
 
 lock: ## resolve requirements.lock anew
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --upgrade \

@@ -24,6 +24,7 @@ from components.images import batches
 from components.samples import image_files
 
 ROUNDS, CALLS, WARM_UP = 9, 30, 10
+SHORT = {"ROUNDS": 1, "CALLS": 3, "WARM_UP": 1}
 ENGINES = (("openvino", "int8"), ("openvino", "fp32"), ("onnxruntime", "fp32"), ("torch_reference", "fp32"))
 
 

@@ -27,6 +27,7 @@ from components.samples import image_files
 EPOCHS = 30
 NUM_IMAGES = 1398
 _TIMED_BATCHES = 6
+SHORT = {"EPOCHS": 2, "NUM_IMAGES": 64, "_TIMED_BATCHES": 1}
 
 
 def run(data: Path | None, scratch: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ RUNS = 7
 _SETTLE_S = 15.0
 """What `up` starts is busy with itself at first."""
 _WATCHES = 60
+SHORT = {"RUNS": 1, "_SETTLE_S": 2.0, "_WATCHES": 12}
 _ALIAS = """
 import sys
 from mlflow import MlflowClient
@@ -38,7 +39,7 @@ MlflowClient(uri).set_registered_model_alias(model, "bench", version)
 
 
 def run(data: Path | None, scratch: Path) -> dict[str, Any]:
-    """Seconds of a rollback on SQLite and a folder, medians of 7, with and without a Prefect server."""
+    """Seconds of a rollback on SQLite and a folder, medians of RUNS, with and without a Prefect server."""
     workspace, model = prepared(data, scratch)
     versions = ["1", promoted(data, workspace, "training.fit.epochs=10")]
     alone = _in_turns(workspace, model, versions)

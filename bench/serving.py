@@ -49,6 +49,22 @@ _SECONDS = 4.0
 _PICTURES = 300
 _ROUNDS = 8
 _TURNS, _PROBES = 5, 6
+_DURATION = 1.0
+"""What every stretch of load lasts, as a share of its usual seconds."""
+_MOST_SETTINGS, _PEERS_OF_THEIR_OWN = 10, True
+_WARM, _ANEW = 35, 10
+"""Pairs of changes to a release that is warm, and triples with one that is loaded anew."""
+SHORT = {
+    "_PICTURES": 20,
+    "_ROUNDS": 1,
+    "_TURNS": 1,
+    "_PROBES": 1,
+    "_DURATION": 0.1,
+    "_MOST_SETTINGS": 1,
+    "_PEERS_OF_THEIR_OWN": False,
+    "_WARM": 1,
+    "_ANEW": 1,
+}
 _BY_HAND = "FastAPI + the engine"
 """No server that a user would choose between, so its ratio stands alone: the engine, and nothing of what a server is for."""
 _STRONGEST = 2
@@ -104,15 +120,21 @@ def visionloop(*arguments: str, cwd: Path) -> dict[str, Any]:
 
 def prepared(data: Path | None, scratch: Path) -> tuple[Path, str]:
     """A workspace with a promoted champion; its model's name."""
+    workspace = pinned(data, scratch)
+    say("training the engine that every server runs")
+    promoted(data, workspace)
+    return workspace, "photographs" if data is not None else "digits"
+
+
+def pinned(data: Path | None, scratch: Path) -> Path:
+    """A workspace with the photographs of `data`, else with the embedded digits, pinned and committed."""
     workspace = scratch / "workspace"
     visionloop("init", str(workspace), cwd=scratch)
     source = [str(data.resolve())] if data is not None else ["--source", "digits"]
     visionloop("data", "add", *source, cwd=workspace)
     identity = ["-c", "user.name=bench", "-c", "user.email=bench@bench.invalid", "-c", "commit.gpgsign=false"]
     subprocess.run(["git", *identity, "commit", "--quiet", "-m", "bench"], cwd=workspace, check=True)
-    say("training the engine that every server runs")
-    promoted(data, workspace)
-    return workspace, "photographs" if data is not None else "digits"
+    return workspace
 
 
 def promoted(data: Path | None, workspace: Path, *settings: str) -> str:
@@ -165,7 +187,7 @@ class Engine:
 
         def lane(number: int) -> None:
             place = number * 31
-            while time.perf_counter() < started + seconds:
+            while time.perf_counter() < started + seconds * _DURATION:
                 batch = [self._data[(place + i) % len(self._data)] for i in range(self._layout.batch)]
                 self._engine.batch([self._engine.pixels(picture) for picture in batch])
                 place += len(batch)
@@ -284,7 +306,7 @@ def servers(workspace: Path, model: str, release: Path, python: str | None, port
             ("ray_app", python, release, "/predict", "raw", "Ray Serve"),
         ]
     for module, interpreter, folder, path, form, shown in own:
-        for setting in _settings(module):
+        for setting in _settings(module)[:_MOST_SETTINGS]:
             command = [interpreter, "-m", f"bench.peers.{module}", str(folder), str(port), setting]
             batched = form == "bentoml" and "batches" in setting
             found.append(Server(shown, setting, command, path, "bentoml-list" if batched else form))
@@ -366,7 +388,7 @@ def offered(
         "port": port,
         "pictures": [str(path) for path in files],
         "rate": rate,
-        "seconds": seconds,
+        "seconds": seconds * _DURATION,
         "seed": seed,
         "version_key": count_by,
         "samples": samples,
@@ -649,7 +671,7 @@ def switching(
         return time.monotonic() - since
 
     change(1)  # so that the release before is warm; not counted
-    order = [0, 1] * 35 + [2, 0, 1] * 10
+    order = [0, 1] * _WARM + [2, 0, 1] * _ANEW
     seconds: list[float] = []
     changing: list[tuple[float, float]] = []
     loads: list[dict[str, Any]] = []
@@ -660,7 +682,7 @@ def switching(
         offered_per_s.append(round(rate, 1))
         time.sleep(1)
         quiet.append(offered(server, port, files, rate=rate, seconds=10, seed=1000 + ten))
-        with _asked(server, port, files, rate, loads, seconds=25 if ten < 70 else 45):
+        with _asked(server, port, files, rate, loads, seconds=25 if ten < 2 * _WARM else 45):
             since = time.monotonic()
             seconds += [change(index) for index in order[ten : ten + 10]]
             changing.append((since, time.monotonic() + _AFTER_S))
@@ -691,8 +713,8 @@ def switching(
             "accepted_p99_ms": [told["accepted_ms"].get("p99") for told in quiet],
         },
         "median_s_until_it_serves": {
-            "warm": round(statistics.median(seconds[:70]), 2),
-            "loaded anew": round(statistics.median(seconds[70:]), 2),
+            "warm": round(statistics.median(seconds[: 2 * _WARM]), 2),
+            "loaded anew": round(statistics.median(seconds[2 * _WARM :]), 2),
         },
     }
 
@@ -751,7 +773,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     layouts = ceiling(release, files)
     best_layout = max(layouts, key=lambda layout: layouts[layout])
     top = layouts[best_layout]
-    python = peers_environment()
+    python = peers_environment() if _PEERS_OF_THEIR_OWN else None
     rates: dict[tuple[str, str], float] = {}
     details: dict[str, Any] = {}
     failures: dict[str, str] = {}

@@ -39,6 +39,7 @@ RUNS = 3
 WINDOWS, POWER_WINDOWS = 500, 40
 ALPHA = 0.01
 PEER_LIMIT_S = 300
+SHORT = {"ROWS": 2000, "RUNS": 1, "WINDOWS": 2, "POWER_WINDOWS": 1}
 
 
 def say(text: str) -> None:
@@ -71,7 +72,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
 
 def _apart(side: str, scratch: Path) -> dict[str, Any]:
     """One side in a process of its own: what it took, and its peak memory."""
-    command = [sys.executable, "-m", "bench.watch", side, str(scratch)]
+    command = [sys.executable, "-m", "bench.watch", side, str(scratch), str(ROWS)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PEER_LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -239,7 +240,9 @@ def _digits(scratch: Path) -> Pool:
     subprocess.run(["git", *identity, "commit", "--quiet", "-m", "bench"], cwd=workspace, check=True)
     say("training the engine whose answers are watched")
     gates = "gating.gates=[{gate: accuracy, settings: {floor: 0.8}}]"
-    visionloop("train", "-r", "digits", "--set", "training.fit.epochs=12", "--set", gates, cwd=workspace)
+    one_engine = "export.targets=[{target: openvino, precision: int8}]"
+    settings = ["--set", "training.fit.epochs=12", "--set", gates, "--set", one_engine]
+    visionloop("train", "-r", "digits", *settings, cwd=workspace)
     store = Store(workspace / ".visionloop" / "store")
     (folder,) = (workspace / ".visionloop" / "store" / "packaging").iterdir()
     release = store.open("packaging", folder.name, Release)
@@ -401,6 +404,7 @@ def powers(pool: Pool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    ROWS = int(sys.argv[3])
     result = {"ours": _ours, "evidently": _evidently}[sys.argv[1]](Path(sys.argv[2]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({**result, "peak_mb": round(peak)}))

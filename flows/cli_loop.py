@@ -51,7 +51,10 @@ def _loop(workspace: Path, model: str | None) -> Loop:
 
 def watch(
     minutes: Annotated[
-        float | None, typer.Option(help="Judge the last so many minutes; by default the scheduled windows that ended.")
+        float | None,
+        typer.Option(
+            help="Judge the last N minutes; by default every scheduled window that has ended and was not judged yet."
+        ),
     ] = None,
     since: Annotated[
         str | None, typer.Option(help="Judge from this moment on, ISO 8601, UTC unless it says otherwise.")
@@ -134,7 +137,7 @@ def windows(
 
 
 def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
-    """Alarms, and what the governor answered to each."""
+    """Alarms, and whether each was allowed to start a training (what the governor answered), and why."""
     from monitoring.governor import in_words
 
     loop = _loop(workspace, model)
@@ -160,7 +163,9 @@ def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson =
             lines.append(f"{shown_utc(told['at'])}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
             lines += [f"    {shown_utc(a['at'])}  {in_words(a)}" for a in told["answers"]]
             lines += (
-                [] if told["answers"] else ["    nobody was asked about it: a later alarm spoke for it, or the sweep will"]
+                []
+                if told["answers"]
+                else ["    the governor was not asked yet: a later alarm covers it, or the next sweep asks"]
             )
         return "\n".join(lines) or f"{loop.model}: no alarm so far"
 
@@ -168,7 +173,7 @@ def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson =
 
 
 def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
-    """Start what waits: alarms whose event was lost, trainings that were killed, queued, or waited for data."""
+    """Start trainings that should have started and did not: whose event was lost, which were killed or waited for data."""
     from flows.alarming import sweep as start_all
 
     loop = _loop(workspace, model)
@@ -262,7 +267,7 @@ def labels_list(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJ
 
 @governor_app.command("history")
 def governor_history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
-    """Every decision with its rule and its reason, and the runs that were granted."""
+    """Every decision about a training that no person started, with its rule and reason, and what became of it."""
     from monitoring.governor import in_words
 
     loop = _loop(workspace, model)

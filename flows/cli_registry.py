@@ -50,7 +50,7 @@ def _told(line: str) -> None:
 
 
 def candidates(
-    every: Annotated[bool, typer.Option("--all", help="Also what was decided long ago.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also versions that were rejected, or champion before.")] = False,
     model: OfModel = None,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
@@ -257,7 +257,7 @@ def approve(
     version: Version,
     as_: By,
     reason: Reason,
-    days: Annotated[float, typer.Option(help="How long the approval is valid.")] = 7.0,
+    days: Annotated[float, typer.Option(help="For how many days the approval is valid.")] = 7.0,
     model: OfModel = None,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
@@ -405,7 +405,7 @@ def who_served(
 
 
 def reconcile(
-    repair: Annotated[bool, typer.Option(help="Make routes, alias and release say what the ledger says.")] = False,
+    repair: Annotated[bool, typer.Option(help="Mend what differs: the ledger is right, the rest is written anew.")] = False,
     model: OfModel = None,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,

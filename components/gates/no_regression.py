@@ -25,7 +25,10 @@ class Gate(BaseModel):
 
     def judge(self, evidence: Evidence) -> Finding:
         if evidence.champion_missing:
-            return _inconclusive(f"the champion cannot be compared with: {evidence.champion_missing}")
+            return _inconclusive(
+                f"the champion cannot be compared with: {evidence.champion_missing}. Make that possible, or leave "
+                f"no_regression out of the recipe's gates: then the floors alone decide, and whoever approves is told so"
+            )
         if not evidence.champion_known:
             return _inconclusive("it is not known whether there is a champion to compare with")
         if evidence.champion is None:
