@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components import garbage
-from components.contracts import counted, shown_utc
+from components.contracts import VisionloopError, counted, shown_utc
 from flows.answering import HERE, AsJson, Commands, InWorkspace, figure, finish, moment
 
 if TYPE_CHECKING:
@@ -248,7 +248,11 @@ def _who(entry: Entry) -> str:
 def _decided(found: Desk, by: Principal, rule: Rule) -> Entry:
     """Append what a rule allows, and tell who wants to know."""
     entry = found.ledger.decide(model=found.model, actor=by, rule=rule)
-    found.promotion.describe(told=_told)
+    try:
+        found.promotion.describe(told=_told)
+    except VisionloopError as error:
+        # It is decided: MLflow only shows it.
+        _told(f"MLflow's descriptions are behind ({error}); `visionloop reconcile --repair` writes them")
     _notify(found, entry)
     return entry
 
