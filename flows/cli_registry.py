@@ -483,7 +483,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
 def _told_entry(entry: Entry) -> str:
     from registry.policies import by_gates
 
-    version = f"version {entry.body['version']}" if "version" in entry.body else "a candidate"
+    version = f"version {entry.body['version']}" if "version" in entry.body else "a model"
     why = entry.body.get("reason") or "; ".join(entry.body.get("reasons", []))
     kind, by = entry.kind.replace("_", " "), f"by {_who(entry)}"
     if by_gates(entry):

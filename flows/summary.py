@@ -31,7 +31,7 @@ def told(summary: dict[str, Any]) -> str:
     else:
         console.print(f"[bold red]FAIL[/]  {summary['model']}: the gates rejected this model; the evidence is kept. Why:")
     for reason in summary["reasons"]:
-        console.print(f"  - {reason}", markup=False)
+        console.print(f"  - {reason}", markup=False, soft_wrap=True)
     data = summary["data"]
     splits = ", ".join(f"{name} {count}" for name, count in data["splits"].items())
     console.print(f"data  {data['version']}: {data['kept']} images kept, {data['quarantined']} quarantined ({splits})")
@@ -45,7 +45,7 @@ def told(summary: dict[str, Any]) -> str:
     for name, engine in summary["engines"].items():
         metrics, latency = engine["metrics"], engine["latency_ms"]
         label = name + (" (serving)" if name == summary["serving_engine"] else "")
-        verdict = statuses.get(name, "reference")
+        verdict = statuses.get(name, "reference").replace("inconclusive", "undecided")
         if not metrics:
             table.add_row(label, verdict, "built, not executed here", "", "", "", f"{engine['size_bytes'] / 1e6:.2f} MB")
             continue
