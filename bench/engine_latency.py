@@ -19,9 +19,9 @@ import torch
 from components import plugins
 from components.checkpoints import assemble, save_weights
 from components.contracts import Backbone, Checkpoint, Engine, ExportRequest, FileDigest, Stored
+from components.dataversions import listing
 from components.graphs import to_onnx
 from components.images import batches
-from components.samples import image_files
 
 ROUNDS, CALLS, WARM_UP = 9, 30, 10
 SHORT = {"ROUNDS": 1, "CALLS": 3, "WARM_UP": 1}
@@ -60,7 +60,7 @@ def _images(data: Path | None, backbone: Backbone) -> npt.NDArray[np.uint8]:
     size = backbone.preprocessing
     if data is None:
         return np.random.default_rng(0).integers(0, 255, (40, size.height, size.width, 3), dtype=np.uint8)
-    paths = [path for files in image_files(data).values() for path in files[:20]][:40]
+    paths = [path for files in listing(data).classes.values() for path in files[:20]][:40]
     return np.concatenate(list(batches(paths, size, batch_size=20)))
 
 

@@ -20,9 +20,9 @@ import torch
 from components import features, plugins
 from components.checkpoints import assemble
 from components.contracts import Backbone
+from components.dataversions import listing
 from components.fitting import Examples, FittingConfig, fit
 from components.images import batches
-from components.samples import image_files
 
 EPOCHS = 30
 NUM_IMAGES = 1398
@@ -58,7 +58,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
 
 def _images(data: Path | None, scratch: Path) -> tuple[list[Path], np.ndarray[Any, np.dtype[np.int64]]]:
     if data is not None:
-        by_class = image_files(data)
+        by_class = listing(data).classes
         per_class = NUM_IMAGES // len(by_class)
         pairs = [(path, index) for index, paths in enumerate(by_class.values()) for path in paths[:per_class]]
         order = np.random.default_rng(0).permutation(len(pairs))

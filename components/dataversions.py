@@ -3,56 +3,144 @@
 A data version is two files committed together: `data.dvc` (DVC's directory hash) and `data.test-ledger.csv` (which
 pictures are test for ever, `components/splitting.py`). `data.dvc` carries the ledger's sha256 in its `meta`, so neither
 can change without the other.
+
+DVC is asked for its hashes, its cache and its remotes alone. It sees no git (`no_scm`): what git is told is told here, and
+files that are replaced are replaced here, whole and verified first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import io
+import os
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from components.contracts import ConfigError, DataDiffers, DataError, DataVersion, counted
-from components.store import write_atomically
+from components.store import explained, write_atomically
 
 if TYPE_CHECKING:
+    from dvc.output import Output
     from dvc.repo import Repo
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
 
 DATA = "data"
 PIN = "data.dvc"
 TEST_LEDGER = "data.test-ledger.csv"
 _LEDGER_KEY = "visionloop_test_ledger_sha256"
+_STATE = ".visionloop"
+_CONFIG = Path(".dvc", "config")
+_NEW_CONFIG = """\
+[core]
+    analytics = false
+    check_update = false
+    autostage = true
+[cache]
+    type = "reflink,copy"
+"""
+_DVC_IGNORED = ("/config.local", "/tmp", "/cache")  # noqa: S108 - of the .dvc folder
+_DATA_IGNORED = (".DS_Store", "Thumbs.db", "[Tt]humbs.db", "[Dd]esktop.ini")
+"""What file managers drop into folders is not data."""
+_ATTRIBUTES = (f"/{PIN} -text -filter", f"/{TEST_LEDGER} -text -filter")
+"""The pin names the ledger's bytes: no setting of git may change them on the way in or out."""
+_GIT_OPTIONS = (
+    "-c",
+    "core.hooksPath=/dev/null",
+    "-c",
+    "core.fsmonitor=false",
+    "-c",
+    "core.autocrlf=false",
+    "-c",
+    "core.quotePath=false",
+    "-c",
+    "color.ui=false",
+)
+"""What other people set for git and must not change what is recorded here."""
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", *_GIT_OPTIONS, *arguments]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    except FileNotFoundError:
+        raise DataError("git is not installed; data versions live in git, install it and run the command again") from None
+
+
+def _git_failed(root: Path, arguments: tuple[str, ...], done: subprocess.CompletedProcess[str]) -> NoReturn:
+    said = (done.stderr or done.stdout).strip()
+    if "safe.directory" in said:
+        # Git's own proposal names the folder that it means, in whatever language it speaks.
+        proposed = re.search(r"safe\.directory (.*)", said)
+        folder = proposed[1].strip() if proposed else f"'{root}'"
+        raise DataError(
+            f"git does not trust {root}, because it belongs to another account. If you trust it: "
+            f"`git config --global --add safe.directory {folder}`; otherwise work as the account that owns it"
+        )
+    command = next((argument for argument in arguments if not argument.startswith("-") and "=" not in argument), "")
+    raise DataError(f"git {command} failed in {root}: {said}")
 
 
 def git(root: Path, *arguments: str) -> str:
     """Run git in `root` and return what it printed; raises DataError with git's own words."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise DataError("git is not installed; data versions live in git, install it and run the command again") from None
+    done = _git(root, *arguments)
     if done.returncode:
-        raise DataError(f"git {arguments[0]} failed in {root}: {(done.stderr or done.stdout).strip()}")
+        _git_failed(root, arguments, done)
     return done.stdout.strip()
 
 
 def git_state(root: Path) -> tuple[str, bool]:
     """Commit of the workspace (`none` before the first one), and whether files that git sees differ from it."""
-    try:
-        commit = git(root, "rev-parse", "--verify", "HEAD")
-    except DataError:
+    asked = ("rev-parse", "--quiet", "--verify", "HEAD")
+    done = _git(root, *asked)
+    if done.returncode == 1 and not done.stderr.strip():
         return "none", True
-    return commit, bool(git(root, "status", "--porcelain"))
+    if done.returncode:
+        _git_failed(root, asked, done)
+    status = git(root, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=none", "--", ".")
+    return done.stdout.strip(), bool(status)
+
+
+def stage(root: Path, *names: str) -> None:
+    """Stage files of ours in git, whatever anyone's ignore rules say; raises DataError unless git then has them."""
+    git(root, "add", "--force", "--", *names)
+    listed = git(root, "ls-files", "-z", "--", *names).split("\0")
+    missing = sorted(set(names) - set(listed))
+    if missing:
+        raise DataError(f"git did not take {', '.join(missing)} in {root}; see `git status` there")
+
+
+def repository(root: Path) -> Path:
+    """The top folder of the git repository that the workspace is in; raises DataError when there is none."""
+    return Path(git(root, "rev-parse", "--show-toplevel"))
+
+
+def _belongs_to_a_repository(root: Path) -> bool:
+    """Whether a repository above `root` would hold its files: it has a work tree there and does not ignore the folder."""
+    if not any((folder / ".git").exists() for folder in root.resolve().parents):
+        return False
+    inside = _git(root, "rev-parse", "--is-inside-work-tree")
+    if inside.returncode and "safe.directory" in inside.stderr:
+        _git_failed(root, ("rev-parse",), inside)
+    if inside.stdout.strip() != "true":
+        return False
+    return _git(root, "check-ignore", "--quiet", "--no-index", "--", str(root.resolve())).returncode != 0
 
 
 @contextlib.contextmanager
-def _repo(root: Path) -> Iterator[Repo]:
+def _repo(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[Repo]:
     import logging
 
     from dvc.exceptions import DvcException
@@ -61,9 +149,19 @@ def _repo(root: Path) -> Iterator[Repo]:
 
     # What goes wrong reaches us as an exception; DVC's own words would come twice, and without saying what to do here.
     logging.getLogger("dvc").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("dvc_data").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("dvc_objects").setLevel(logging.CRITICAL + 1)
+    settings: dict[str, dict[str, Any]] = {
+        # DVC would keep a machine-wide cache under the system's temporary folder. Told anew each time and not written
+        # down: an absolute path in a file would lead a workspace that was moved or copied into its old place.
+        "core": {"no_scm": True, "site_cache_dir": str(_site_cache(root))},
+        # Not hard links: an editor that writes in place would corrupt the cache behind them.
+        "cache": {"type": ["reflink", "copy"]},
+    }
+    for section, values in (config or {}).items():
+        settings[section] = {**settings.get(section, {}), **values}
     try:
-        # DVC would keep a machine-wide cache under the system's temporary folder, or the one of a place it was copied from.
-        with Repo(str(root), config={"core": {"site_cache_dir": str(_site_cache(root))}}) as repo:
+        with Repo(str(root), config=settings) as repo:
             yield repo
     except (DvcException, SCMError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
@@ -85,7 +183,7 @@ def _remote() -> Iterator[None]:
 
 
 def _site_cache(root: Path) -> Path:
-    return root / ".visionloop" / "cache" / "dvc"
+    return root / _STATE / "cache" / "dvc"
 
 
 _SITE_CACHE = re.compile(r"""^(\s*site_cache_dir\s*=\s*)(["']?)(.*/\.visionloop/cache/dvc)\2[ \t]*$""", re.MULTILINE)
@@ -116,30 +214,48 @@ def settle(root: Path) -> None:
                 )
 
 
-def initialise(root: Path) -> None:
-    """Make `root` a git repository with DVC in it; leaves what is already there alone."""
-    from dvc.repo import Repo
+def initialise(root: Path, *, own_repository: bool = False) -> None:
+    """Make `root` a folder of git with DVC in it; leaves what is already there alone.
 
+    Inside another repository that does not ignore the folder, that one is used: a repository inside it would be left out of
+    its commits. `own_repository` makes one in any case.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() and (own_repository or not _belongs_to_a_repository(root)):
         git(root, "init", "--quiet", "--initial-branch=main")
-    if not (root / ".dvc").exists():
-        with contextlib.redirect_stdout(io.StringIO()):
-            Repo.init(str(root)).close()
-    with _repo(root) as repo, repo.config.edit("repo") as config:
-        config["core"].update({"analytics": False, "check_update": False, "autostage": True})
-        # Not hard links: an editor that writes in place would corrupt the cache behind them.
-        config["cache"]["type"] = ["reflink", "copy"]
-    # For people who call DVC by themselves.
-    with _repo(root) as repo, repo.config.edit("local") as config:
-        config["core"]["site_cache_dir"] = str(_site_cache(root))
-    ignore = root / ".dvcignore"
-    lines = ignore.read_text().splitlines() if ignore.exists() else []
-    # What file managers drop into folders is not data.
-    missing = [line for line in (".DS_Store", "Thumbs.db") if line not in lines]
+    (root / ".dvc").mkdir(exist_ok=True)
+    if not (root / _CONFIG).exists():
+        write_atomically(root / _CONFIG, _NEW_CONFIG.encode())
+    if not (root / ".dvc" / "config.local").exists():
+        # For people who call DVC by themselves; `settle` follows the workspace.
+        quote = "'" if '"' in str(root) else '"'
+        line = f"[core]\n    site_cache_dir = {quote}{_site_cache(root)}{quote}\n"
+        write_atomically(root / ".dvc" / "config.local", line.encode())
+    add_lines(root / ".dvc" / ".gitignore", _DVC_IGNORED)
+    if not (root / PIN).exists():
+        # With a pin, another rule could leave files out that it counts.
+        add_lines(root / ".dvcignore", _DATA_IGNORED)
+    add_lines(root / ".gitattributes", _ATTRIBUTES)
+    ours = (_CONFIG.as_posix(), ".dvc/.gitignore", ".dvcignore", ".gitattributes")
+    stage(root, *(name for name in ours if (root / name).exists()))
+
+
+def add_lines(path: Path, wanted: tuple[str, ...]) -> None:
+    """Append to a text file the lines that it lacks; its own bytes, whatever their encoding, stay as they are."""
+    there = path.read_bytes() if path.exists() else b""
+    missing = [line for line in wanted if line.encode() not in there.splitlines()]
     if missing:
-        write_atomically(ignore, ("\n".join([*lines, *missing]) + "\n").encode())
-    git(root, "add", ".dvc/config", ".dvc/.gitignore", ".dvcignore")
+        end = b"" if not there or there.endswith(b"\n") else b"\n"
+        write_atomically(path, there + end + ("\n".join(missing) + "\n").encode())
+
+
+def _pin_content(root: Path) -> dict[str, Any]:
+    """What data.dvc holds; empty when it is missing or no pin at all."""
+    try:
+        content = yaml.safe_load((root / PIN).read_text(encoding="utf-8"))
+        return content if isinstance(content["outs"][0], dict) else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, IndexError, TypeError):
+        return {}
 
 
 def pinned(root: Path) -> DataVersion:
@@ -148,7 +264,7 @@ def pinned(root: Path) -> DataVersion:
     if not path.is_file():
         raise DataError(f"{root} has no {PIN}; add images with `visionloop data add FOLDER` (one sub-folder per class)")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         out = content["outs"][0]
         dvc_hash, num_files, size = str(out["md5"]), int(out["nfiles"]), int(out["size"])
         if _LEDGER_KEY not in (content.get("meta") or {}):
@@ -178,7 +294,7 @@ def adoptable(root: Path) -> bool:
     A pin of ours without its ledger has lost it: another draw would move test pictures into training.
     """
     try:
-        content = yaml.safe_load((root / PIN).read_text())
+        content = yaml.safe_load((root / PIN).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return True
     except (OSError, ValueError, yaml.YAMLError):
@@ -186,36 +302,204 @@ def adoptable(root: Path) -> bool:
     return isinstance(content, dict) and _LEDGER_KEY not in (content.get("meta") or {})
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The files of a version, as they lie in a data folder."""
+
+    classes: dict[str, list[Path]]
+    """Files directly in a class folder by class, sorted; hidden ones are not among them."""
+    strays: list[Path]
+    """Files of the version that belong to no class: beside the classes, deeper than a class, or hidden."""
+    ignored: list[Path]
+    """Files and folders that DVC's ignore rules leave out of the version."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the version, sorted."""
+        return sorted([*(path for paths in self.classes.values() for path in paths), *self.strays])
+
+
+def ignore_rules(data: Path) -> Callable[[str, list[str], list[str]], tuple[list[str], list[str]]]:
+    """DVC's own rule of what a version leaves out: (absolute folder under `data`, sub-folders, files) -> those that stay."""
+    from dvc.fs import localfs
+    from dvc.ignore import DvcIgnoreFilter
+
+    try:
+        rules: Callable[[str, list[str], list[str]], tuple[list[str], list[str]]] = DvcIgnoreFilter(
+            localfs, str(data.parent.absolute())
+        )
+        rules(str(data.absolute()), [], [])
+    except (OSError, UnicodeDecodeError, re.error) as error:
+        raise DataError(f"{data.parent / '.dvcignore'} cannot be read ({error}); expected lines of text in UTF-8") from error
+    return rules
+
+
+def listing(data: Path) -> Listing:
+    """What lies in a data folder, by the one rule that adding, validating, comparing and pinning share.
+
+    Raises DataError for what no version can hold and nothing can read: links to folders or to nothing, special files, names
+    that are not UTF-8, folders without read permission.
+    """
+    rules = ignore_rules(data)
+    classes: dict[str, list[Path]] = {}
+    strays: list[Path] = []
+    ignored: list[Path] = []
+
+    def stop(error: OSError) -> NoReturn:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}; give read permission and run again") from error
+
+    for place, folders, names in os.walk(data.absolute(), onerror=stop):
+        kept_folders, kept_names = rules(place, folders, names)
+        ignored += [Path(place, name) for name in {*folders, *names} - {*kept_folders, *kept_names}]
+        for path in (Path(place, name) for name in kept_folders):
+            expect_utf8(path)
+            if path.is_symlink():
+                raise DataError(f"{shown(path)} is a link to a folder, which no version holds; put the folder itself there")
+        for path in (Path(place, name) for name in kept_names):
+            expect_utf8(path)
+            if path.name == ".dvcignore":
+                raise DataError(f"{shown(path)}: DVC takes rules from the workspace's .dvcignore only; move them there")
+            if not path.is_file():
+                kind = "a link to nothing" if path.is_symlink() else "no regular file"
+                raise DataError(f"{shown(path)} is {kind}, which no version holds; remove it")
+            label, *rest = path.relative_to(data.absolute()).parts
+            if len(rest) == 1 and not label.startswith(".") and not rest[0].startswith("."):
+                classes.setdefault(label, []).append(data / label / rest[0])
+            else:
+                strays.append(data.joinpath(label, *rest))
+        folders[:] = kept_folders
+    return Listing({label: sorted(paths) for label, paths in sorted(classes.items())}, sorted(strays), sorted(ignored))
+
+
+def expect_utf8(path: Path) -> None:
+    """Raises DataError for a name that a version, which is text, cannot hold."""
+    try:
+        os.fsencode(path.name).decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{shown(path)}: the name is not UTF-8; rename it (`convmv` does many at once)") from None
+
+
+def shown(path: Path) -> str:
+    """A path as it can be printed anywhere, on one line: what is no text or no printable character is escaped."""
+    return "".join(
+        character if is_text(character) else "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+        for character in str(path)
+    )
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is one line of text: no control characters, no line breaks, no bytes that are not UTF-8."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+
+
+def _out(repo: Repo) -> Output:
+    # Not find_outs_by_path: it builds the graph of every output in the repository first.
+    return repo.stage.load_one(str(Path(repo.root_dir, PIN))).outs[0]
+
+
+def _tree(repo: Repo, data: Path, *, hash_name: str = "md5", store: bool = False) -> tuple[Any, Tree]:
+    """DVC's (meta, tree) of a data folder, which is exactly what `listing` lists; with `store`, in the cache too."""
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.transfer import transfer
+
+    cache = repo.cache.local if hash_name == "md5" else repo.cache.legacy
+    expected = {path.relative_to(data).parts for path in listing(data).files}
+    if not expected:
+        raise DataError(f"{data} holds no file that a version could hold; add images with `visionloop data add FOLDER`")
+    # A folder of our own making lies where a person's rules may leave everything out.
+    rules = repo.dvcignore if data == Path(repo.root_dir, DATA) else None
+    try:
+        staging, meta, tree = build(cache, str(data), repo.fs, hash_name, dry_run=not store, ignore=rules)
+        found = {key for key, _, _ in tree}
+        if found != expected:
+            differing = sorted("/".join(key) for key in found ^ expected)
+            raise DataError(f"{data} changed while it was read ({', '.join(differing[:3])}); run the command again")
+        if store:
+            with explained("keep the data in", Path(repo.root_dir, ".dvc", "cache")):
+                failed = transfer(staging, cache, {tree.hash_info}, shallow=False, hardlink=False).failed
+            if failed:
+                raise DataError(f"{len(failed)} files of {data} could not be copied into DVC's cache; run the command again")
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}; mend it, run it again") from error
+    return meta, tree
+
+
+def store(root: Path) -> None:
+    """Put the bytes that now lie in `data/` into DVC's cache, so that a version of them can be pinned."""
+    with _repo(root) as repo:
+        _tree(repo, root / DATA, store=True)
+
+
 def pin(root: Path) -> DataVersion:
     """Record the present content of `data/` and the ledger as the new data version; stages both in git."""
     ledger_sha256 = hashlib.sha256((root / TEST_LEDGER).read_bytes()).hexdigest()
     with _repo(root) as repo:
-        repo.add(str(root / DATA))
-    path = root / PIN
-    content = yaml.safe_load(path.read_text())
-    content["meta"] = {**content.get("meta", {}), _LEDGER_KEY: ledger_sha256}
-    write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
-    git(root, "add", PIN, TEST_LEDGER, ".gitignore")
+        meta, tree = _tree(repo, root / DATA, store=True)
+    content = _pin_content(root)
+    before = content["outs"][0] if content else {}
+    out = {"md5": str(tree.hash_info.value), "size": int(meta.size), "nfiles": int(meta.nfiles), "hash": "md5", "path": DATA}
+    content = {**content, "outs": [{**out, **{key: value for key, value in before.items() if key not in out}}]}
+    content["meta"] = {**(content.get("meta") or {}), _LEDGER_KEY: ledger_sha256}
+    write_atomically(root / PIN, yaml.safe_dump(content, sort_keys=False).encode())
+    stage(root, *(name for name in (PIN, TEST_LEDGER, ".gitignore") if (root / name).exists()))
     return pinned(root)
 
 
-def changes(root: Path) -> dict[str, list[str]]:
-    """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted': paths}; empty when equal.
+def _before(out: Output) -> Tree | None:
+    """The files of the pinned version, as its listing in DVC's cache names them; None when the cache lacks it."""
+    from dvc_data.hashfile.tree import Tree
+    from dvc_objects.errors import ObjectFormatError
 
-    Where DVC's cache lacks the old version, which files differ cannot be told: {'unknown': [data/]}.
+    try:
+        return Tree.load(out.cache, out.hash_info)
+    except (FileNotFoundError, ObjectFormatError):
+        return None
+
+
+def _hashes(tree: Tree) -> dict[str, str]:
+    """Content hash by path (relative to data/)."""
+    return {"/".join(key): str(found.value) for key, _, found in tree if found is not None}
+
+
+def changes(root: Path) -> dict[str, list[str]]:
+    """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted' | 'renamed': paths}; empty when equal.
+
+    A renamed file is told as `data/old -> data/new`. Where DVC's cache lacks the listing of the pinned version, which files
+    differ cannot be told: {'unknown': [why]}.
     """
-    if _directory_hash(root) == pinned(root).dvc_hash:
-        return {}
+    pinned(root)
     with _repo(root) as repo:
-        status = repo.data_status(granular=True)
-    found: dict[str, list[str]] = {}
-    uncommitted: dict[str, Any] = dict(status.get("uncommitted", {}))
-    for kind in ("added", "modified", "deleted"):
-        entries = [entry if isinstance(entry, str) else str(entry["path"]) for entry in uncommitted.get(kind, [])]
-        files = sorted(entry for entry in entries if entry.startswith(f"{DATA}/") and not entry.endswith("/"))
-        if files:
-            found[kind] = files
-    return found or {"unknown": [f"{DATA}/ (the pinned version is not in DVC's cache)"]}
+        out = _out(repo)
+        _, tree = _tree(repo, root / DATA, hash_name=out.hash_name)
+        if tree.hash_info.value == out.hash_info.value:
+            return {}
+        before = _before(out)
+        if before is None:
+            return {
+                "unknown": [
+                    f"{DATA}/ is another version; which files differ cannot be told, since DVC's cache lacks the pinned "
+                    f"version's list of files ({out.hash_info.value})"
+                ]
+            }
+        return _difference(_hashes(before), _hashes(tree))
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, list[str]]:
+    deleted, added = sorted(before.keys() - now.keys()), sorted(now.keys() - before.keys())
+    renamed = []
+    for old in list(deleted):
+        new = next((name for name in added if now[name] == before[old]), None)
+        if new is not None:
+            renamed.append(f"{DATA}/{old} -> {DATA}/{new}")
+            deleted.remove(old)
+            added.remove(new)
+    found = {
+        "added": [f"{DATA}/{name}" for name in added],
+        "modified": [f"{DATA}/{name}" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]],
+        "deleted": [f"{DATA}/{name}" for name in deleted],
+        "renamed": renamed,
+    }
+    return {kind: files for kind, files in found.items() if files}
 
 
 def verify(root: Path) -> DataVersion:
@@ -223,59 +507,243 @@ def verify(root: Path) -> DataVersion:
     version = pinned(root)
     if not (root / DATA).is_dir():
         raise DataDiffers(
-            f"{root / DATA} is not there, {PIN} pins {counted(version.num_files, 'file')} ({version.dvc_hash}); "
-            f"fetch them with `visionloop data pull`"
+            f"{root / DATA} is not there, {PIN} pins {counted(version.num_files, 'file')} ({version.dvc_hash}). "
+            f"{_way_back(root)}"
         )
-    found = _directory_hash(root)
+    found = hash_of(root, root / DATA)
     if found == version.dvc_hash:
         return version
-    listing = changes(root)
     named = "; ".join(
-        f"{len(files)} {kind} ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})" for kind, files in listing.items()
+        f"{len(files)} {kind} ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})"
+        for kind, files in changes(root).items()
     )
     raise DataDiffers(
         f"{root / DATA} differs from {PIN}: expected {version.dvc_hash}, found {found}. {named or 'its files changed'}. "
-        f"To make this a new version: `visionloop data add`. To go back: `visionloop data pull --force`"
+        f"To make this a new version: `visionloop data add`. {_way_back(root)}"
     )
 
 
-def _directory_hash(root: Path) -> str:
-    from dvc_data.hashfile.build import build
-
+def _way_back(root: Path) -> str:
+    """How the pinned version comes back into data/, as far as can be known without asking a remote."""
+    command = "`visionloop data pull --force`" if (root / DATA).is_dir() else "`visionloop data pull`"
     with _repo(root) as repo:
-        # Not find_outs_by_path: it builds the graph of every output in the repository first.
-        out = repo.stage.load_one(str(root / PIN)).outs[0]
-        _, _, found = build(out.cache, out.fs_path, out.fs, out.hash_name, dry_run=True, ignore=out.dvcignore)
-        return str(found.hash_info.value)
+        missing, total = _missing(_out(repo))
+        remote = _remote_url(repo)
+    if not missing:
+        return f"To go back to the pinned version: {command}"
+    if remote:
+        return f"To go back to the pinned version: {command}, if it was pushed to {remote}; if not, nothing is changed"
+    return (
+        f"There is no way back to the pinned version from here: DVC's cache lacks {missing} of its {total} files and no "
+        f"remote is set. Set the one that it was pushed to with `visionloop data remote URL`"
+    )
+
+
+def _missing(out: Output) -> tuple[int, int]:
+    """How many files of the pinned version DVC's cache lacks, of how many; all of them when its listing is missing."""
+    before = _before(out)
+    if before is None:
+        total = int(out.meta.nfiles or 0)
+        return total, total
+    wanted = set(_hashes(before).values())
+    absent = {oid for oid in wanted if not Path(out.cache.oid_to_path(oid)).is_file()}
+    return sum(oid in absent for oid in _hashes(before).values()), len(before)
+
+
+def _objects(out: Output) -> set[HashInfo]:
+    """The pinned version's listing and, where the cache has it, every file that it names."""
+    before = _before(out)
+    files = [] if before is None else [found for _, _, found in before if found is not None]
+    return {out.hash_info, *files}
+
+
+def _remote_url(repo: Repo) -> str | None:
+    name = repo.config["core"].get("remote")
+    return str(repo.config["remote"][name]["url"]) if name and name in repo.config["remote"] else None
+
+
+def hash_of(root: Path, folder: Path) -> str:
+    """DVC's hash of a folder's files, as it would be pinned; DVC names such a hash `....dir`."""
+    with _repo(root) as repo:
+        hash_name = _out(repo).hash_name if (root / PIN).exists() else "md5"
+        return str(_tree(repo, folder, hash_name=hash_name)[1].hash_info.value)
 
 
 def keep(root: Path) -> None:
     """Put the bytes of `data/`, which have to be the pinned ones, into DVC's cache; raises DataDiffers."""
     verify(root)
-    pin_bytes = (root / PIN).read_bytes()
     with _repo(root) as repo:
-        repo.commit(str(root / PIN), force=True)
-    # DVC writes the pin anew and wraps its lines; the version is the same, and so should git's view of it be.
-    write_atomically(root / PIN, pin_bytes)
+        _tree(repo, root / DATA, hash_name=_out(repo).hash_name, store=True)
 
 
 def push(root: Path) -> int:
     """Send the pinned version to the remote; returns how many objects were sent. Raises DataDiffers, DataError."""
     # DVC sends what its cache holds, and calls it a success when that is nothing.
     keep(root)
-    with _repo(root) as repo, _remote():
-        return int(repo.push())
+    with _repo(root) as repo:
+        remote = _remote_url(repo)
+        if remote is None:
+            raise DataError("no remote is set; name one with `visionloop data remote URL` (a folder, or s3://bucket/prefix)")
+        with _remote():
+            sent = repo.cloud.push(_objects(_out(repo)))
+        if sent.failed:
+            raise DataError(
+                f"{len(sent.failed)} files could not be sent to {remote}, {len(sent.transferred)} were; check its free "
+                f"space and permissions, and run the command again: it sends what is missing"
+            )
+        return len(sent.transferred)
 
 
 def pull(root: Path, *, force: bool = False) -> int:
-    """Bring the pinned version from the remote into `data/`; returns how many files changed."""
-    with _repo(root) as repo, _remote():
-        statistics = repo.pull(force=force)
-    return sum(int(count) for name, count in statistics["stats"].items() if name != "fetched")
+    """Bring the pinned version into `data/`, from DVC's cache or the remote; returns how many files changed.
+
+    The whole version is made and verified beside `data/` first; then the two change places in one step, so that whatever
+    happens `data/` is either as it was or the pinned version. Where it cannot be moved as a whole (it is a link or a mount
+    of its own), its files are replaced one by one, and a run that is killed there is completed by running it again.
+    Raises DataError when neither cache nor remote has all of it, DataDiffers when files would be lost that are in no
+    version and `force` was not given; `data/` is untouched then.
+    """
+    pinned(root)
+    data, scratch = root / DATA, root / _STATE / "tmp"
+    for stale in scratch.glob("pull-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    made = scratch / f"pull-{uuid.uuid4().hex}"
+    with _repo(root) as repo:
+        out = _out(repo)
+        there = _hashes(_tree(repo, data, hash_name=out.hash_name)[1]) if data.is_dir() and any(data.iterdir()) else {}
+        _fetch(repo, out)
+        wanted = _wanted(out)
+        if there == wanted:
+            return 0
+        lost = sorted(
+            name for name, oid in there.items() if wanted.get(name) != oid and not Path(out.cache.oid_to_path(oid)).is_file()
+        )
+        if lost and not force:
+            raise DataDiffers(
+                f"{len(lost)} files of {data} are in no version and would be lost ({', '.join(lost[:3])}). To keep them: "
+                f"`visionloop data add`. To drop them: `visionloop data pull --force`"
+            )
+        try:
+            with explained("make the pinned version in", made):
+                damaged = _make(out, wanted, there, data, made)
+                if damaged:
+                    # An object that is not what it is named after is no copy of anything; the remote may have a good one.
+                    for oid in damaged:
+                        Path(out.cache.oid_to_path(oid)).unlink()
+                    _fetch(repo, out)
+                    shutil.rmtree(made)
+                    damaged = _make(out, wanted, there, data, made)
+            if damaged:
+                raise DataError(f"{len(damaged)} files of the remote are damaged; {data} was not touched. Push it again")
+            _put_in_place(made, data, wanted, there)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return len(wanted.items() ^ there.items()) - len(
+        {name for name in wanted.keys() & there.keys() if wanted[name] != there[name]}
+    )
+
+
+def _wanted(out: Output) -> dict[str, str]:
+    tree = _before(out)
+    assert tree is not None
+    return _hashes(tree)
+
+
+def _fetch(repo: Repo, out: Output) -> None:
+    """Bring what DVC's cache lacks of the pinned version from the remote; raises DataError unless it is whole then."""
+    missing, total = _missing(out)
+    if not missing:
+        return
+    remote = _remote_url(repo)
+    if remote is None:
+        raise DataError(
+            f"DVC's cache lacks {missing} of the {total} files of the pinned version ({out.hash_info.value}), and no remote "
+            f"is set to fetch them from. {DATA}/ was not touched. Set the remote that it was pushed to with "
+            f"`visionloop data remote URL`, or pin what is in {DATA}/ now with `visionloop data add`"
+        )
+    with _remote():
+        if _before(out) is None:
+            repo.cloud.pull([out.hash_info])
+        repo.cloud.pull(_objects(out))
+    missing, total = _missing(out)
+    if missing:
+        raise DataError(
+            f"{missing} of the {total} files of the pinned version ({out.hash_info.value}) are neither in DVC's cache here "
+            f"nor in the remote {remote}. {DATA}/ was not touched. Run `visionloop data push` in the workspace that has "
+            f"them, name another remote (`visionloop data remote URL`), or pin what {DATA}/ holds (`visionloop data add`)"
+        )
+
+
+def _make(out: Output, wanted: Mapping[str, str], there: Mapping[str, str], data: Path, made: Path) -> set[str]:
+    """Write the wanted files, and what DVC ignores in `data`, into `made`; returns the objects whose bytes were wrong."""
+    from dvc_data.hashfile.hash import hash_file
+
+    made.mkdir(parents=True)
+    damaged = set()
+    for name, oid in wanted.items():
+        target = made / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if there.get(name) == oid and _linked(data / name, target):
+            continue
+        shutil.copyfile(out.cache.oid_to_path(oid), target)
+        if str(hash_file(str(target), out.fs, out.hash_name)[1].value) != oid:
+            damaged.add(oid)
+    if data.is_dir():
+        for path in listing(data).ignored:
+            for file in [path] if not path.is_dir() or path.is_symlink() else path.rglob("*"):
+                if file.is_dir() and not file.is_symlink():
+                    continue
+                target = made / file.relative_to(data)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not _linked(file, target):
+                    shutil.copy2(file, target, follow_symlinks=False)
+        shutil.copymode(data, made)
+    return damaged
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file a second name; False where the file system, or a boundary between two, does not allow it."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _put_in_place(made: Path, data: Path, wanted: Mapping[str, str], there: Mapping[str, str]) -> None:
+    if not os.path.lexists(data):
+        os.rename(made, data)
+        return
+    if not data.is_symlink() and _exchanged(made, data):
+        return
+    for name, oid in wanted.items():
+        if there.get(name) != oid:
+            (data / name).parent.mkdir(parents=True, exist_ok=True)
+            temporary = (data / name).with_name(f".{uuid.uuid4().hex}.tmp")
+            shutil.copyfile(made / name, temporary)
+            os.replace(temporary, data / name)
+    for name in there.keys() - wanted.keys():
+        (data / name).unlink()
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
 def set_remote(root: Path, url: str, *, endpoint_url: str | None = None) -> None:
-    """Use `url` (a folder or s3://bucket/prefix) as the default remote. Credentials stay in the AWS environment."""
+    """Use `url` (a folder or s3://bucket/prefix) as the default remote. Credentials stay in the AWS environment.
+
+    Raises ConfigError or DataError for an address that cannot be used or written; then nothing is changed.
+    """
+    from configobj import ConfigObj, ConfigObjError
+    from dvc.config import Config
+
     scheme, separator, _ = url.partition("://")
     # DVC would take the rest for a folder's name, or find out at the first push that it lacks a library.
     if not separator and re.match(r"[^/\\]+@[^/\\]+:", url):
@@ -284,7 +752,34 @@ def set_remote(root: Path, url: str, *, endpoint_url: str | None = None) -> None
         raise ConfigError(
             f"{scheme}:// is no remote that works here; use a folder (also a mounted one) or s3://bucket/prefix"
         )
-    with _repo(root) as repo, repo.config.edit("repo") as config:
-        config["remote"]["storage"] = {"url": url} | ({"endpointurl": endpoint_url} if endpoint_url else {})
-        config["core"]["remote"] = "storage"
-    git(root, "add", ".dvc/config")
+    path = root / _CONFIG
+    written = url
+    if not re.match(r"\w+://", url) and not url.startswith("~"):
+        # A relative path is meant from where the person stands, and kept relative to the file, as DVC reads it.
+        written = url if Path(url).is_absolute() else os.path.relpath(url, path.parent)
+    values = {"url": written} | ({"endpointurl": endpoint_url} if endpoint_url else {})
+    try:
+        config = ConfigObj(io.BytesIO(path.read_bytes()), encoding="utf-8", interpolation=False, write_empty_values=True)
+    except (ConfigObjError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); mend it, or restore it with `git checkout -- {_CONFIG}`"
+        ) from error
+    config['remote "storage"'] = values
+    config.setdefault("core", {})["remote"] = "storage"
+    with _repo(root, {"remote": {"storage": {**values, "url": url}}, "core": {"remote": "storage"}}) as repo:
+        repo.cloud.get_remote()
+    text = io.BytesIO()
+    config.write(text)
+    proposed = root / _STATE / "tmp" / f"config-{uuid.uuid4().hex}"
+    proposed.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        proposed.write_bytes(text.getvalue())
+        understood = Config.load_file(str(proposed))["remote"].get("storage")
+    except Exception as error:  # whatever DVC's reader makes of it
+        raise ConfigError(f"{url!r} cannot be written into {path} ({error}); name the folder otherwise") from error
+    finally:
+        proposed.unlink(missing_ok=True)
+    if understood != values:
+        raise ConfigError(f"{url!r} cannot be written into {path}: DVC would read {understood}; name the folder otherwise")
+    write_atomically(path, text.getvalue())
+    stage(root, _CONFIG.as_posix())

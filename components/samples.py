@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import unicodedata
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from components.contracts import SplitName, Splits, Stored
@@ -20,20 +21,41 @@ def rows(splits: Stored[Splits], name: SplitName) -> pd.DataFrame:
     return chosen.assign(class_index=chosen["label"].map(index).astype("int64"))
 
 
-def image_files(folder: Path) -> dict[str, list[Path]]:
-    """Files of a one-folder-per-class tree by class, sorted; hidden files are ignored.
+MAX_CLASS_NAME_BYTES = 255
 
-    Raises nothing about their content. A class is a direct sub-folder; anything deeper belongs to no class.
+
+def class_name_problem(name: str) -> str | None:
+    """Why this cannot be the name of a class, or None: the one rule for folders of images and for labels.
+
+    A class is a folder in the data, a line in files and tables, and is compared letter by letter.
     """
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return {
-        path.name: sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        for path in classes
-    }
+    if not name or name != name.strip():
+        return "it is empty, or begins or ends with white space"
+    if name.startswith("."):
+        return "it begins with a dot, which hides a folder"
+    if "/" in name or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        return "it holds '/', a line break, another control character, or bytes that are no UTF-8"
+    if len(name.encode()) > MAX_CLASS_NAME_BYTES:
+        return f"it has more than {MAX_CLASS_NAME_BYTES} bytes"
+    return None
 
 
-def stray_files(folder: Path) -> list[Path]:
-    """Files of the tree that `image_files` leaves out: beside the classes, deeper than a class, or hidden."""
-    listed = {path for paths in image_files(folder).values() for path in paths}
-    ignored = {".DS_Store", "Thumbs.db"}  # what dataversions tells DVC to ignore
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in listed and path.name not in ignored)
+def alike(name: str) -> str:
+    """The same for names that differ only in upper and lower case or in how Unicode composes their letters."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def class_twins(labels: Iterable[str]) -> list[str]:
+    """A sentence for each group of class names that look alike but are several classes."""
+    groups: dict[str, list[str]] = {}
+    for label in sorted(labels):
+        groups.setdefault(alike(label), []).append(label)
+    found = []
+    for names in groups.values():
+        if len(names) > 1:
+            shown = ", ".join(repr(name) if name.isascii() else f"{name!r} ({name!a})" for name in names)
+            found.append(
+                f"the classes {shown} differ only in upper and lower case or in how their letters are composed; "
+                f"if they are one class, move their images into one folder"
+            )
+    return found

@@ -1,8 +1,10 @@
 """Splitting: Dataset -> Splits. Same bytes, same split, on any machine and in any file order.
 
 Test membership is frozen in a ledger that travels with the data version: a picture that was ever test stays test, and
-one that was ever seen outside test never becomes test, whatever is appended, removed, re-added, re-encoded or relabelled.
-The unit is the decoded picture, so duplicates (also re-encoded ones) always fall on one side.
+one that was ever seen outside test never becomes test, whatever is appended, removed, re-added or relabelled.
+The unit is the decoded picture: files whose pixels are equal always fall on one side, whatever they are called and however
+they are stored. One that was resized or stored with loss has other pixels, counts as another picture, and may fall on the
+other side.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class TestLedger:
     def read(cls, path: Path) -> TestLedger:
         """Raises DataError for anything but a ledger this module wrote."""
         try:
-            header, *lines = path.read_text().splitlines()
+            header, *lines = path.read_text(encoding="utf-8").splitlines()
             if not header.startswith(_HEADER):
                 raise ValueError(f"first line is {header!r}")
             share = float(header.removeprefix(_HEADER))

@@ -25,9 +25,10 @@ from components.contracts import (
     counted,
     silent,
 )
+from components.dataversions import listing
 from components.formats import PINNED, Accepted, refusal
 from components.images import decode, in_threads, pixel_digest
-from components.samples import image_files, stray_files
+from components.samples import class_twins
 from components.store import describe
 
 if TYPE_CHECKING:
@@ -70,11 +71,8 @@ def validate(
     """
     import pandas as pd
 
-    try:
-        by_class = image_files(data)
-        strays = stray_files(data)
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}; give read permission and run again") from error
+    there = listing(data)
+    by_class, strays = there.classes, there.strays
     files = [_File(path, label) for label, paths in by_class.items() for path in paths]
     if not files:
         raise DataError(f"{data} holds no images; add some with `visionloop data add FOLDER` (one sub-folder per class)")
@@ -121,7 +119,7 @@ def validate(
         num_input=num_input,
         num_kept=len(table),
         num_quarantined=len(refused),
-        warnings=(*warnings, *remarks),
+        warnings=(*warnings, *class_twins(class_counts), *remarks),
     )
 
 
@@ -191,7 +189,7 @@ def _judge(table: pd.DataFrame, class_counts: dict[str, int], config: Validation
         site_config={
             "class_name": "SiteBuilder",
             "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-            "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)},
+            "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs).replace("$", r"\$")},
         },
     )
     suites = {

@@ -87,13 +87,16 @@ def every(
 @app.command()
 def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE, json_: AsJson = False) -> None:
     """Make a workspace: git and DVC, ready for `data add`."""
+    from components import dataversions
     from flows.run import Workspace
 
     workspace = Workspace.create(directory)
+    repository = dataversions.repository(workspace.root)
+    within = "" if repository == workspace.root else f" It is part of the git repository {repository}."
     finish(
-        {"workspace": str(workspace.root)},
+        {"workspace": str(workspace.root), "repository": str(repository)},
         json_,
-        lambda: f"Workspace {workspace.root} is ready. Next: visionloop data add FOLDER (one sub-folder per class)",
+        lambda: f"Workspace {workspace.root} is ready.{within} Next: visionloop data add FOLDER (one sub-folder per class)",
     )
 
 
@@ -244,11 +247,18 @@ def _finish_added(added: Added, notes: list[str], following: str, as_json: bool)
     if added.undecodable:
         shown = ", ".join(added.undecodable[:3])
         notes.append(f"{counted(len(added.undecodable), 'file')} cannot be decoded and will be quarantined: {shown}")
+    others = [entry for entry in added.left_out if entry.file not in added.refused]
+    for reason in dict.fromkeys(entry.reason for entry in others):
+        files = [entry.file for entry in others if entry.reason == reason]
+        shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        notes.append(f"{len(files)} left out, {reason}: {shown}")
     answer = {
         "data_version": added.version.dvc_hash,
         "files": added.version.num_files,
+        "found": added.num_found,
         "copied": added.num_copied,
         "already_there": added.num_already_there,
+        "left_out": [{"file": entry.file, "reason": entry.reason} for entry in added.left_out],
         "new_test_images": added.num_new_test,
         "classes": added.class_counts,
         "refused": added.refused,
@@ -257,8 +267,8 @@ def _finish_added(added: Added, notes: list[str], following: str, as_json: bool)
     lines = [
         f"Data version {added.version.dvc_hash}: {counted(added.version.num_files, 'file')} in "
         f"{counted(len(added.class_counts), 'class')}",
-        f"({added.num_copied} copied, {added.num_already_there} already there, "
-        f"{counted(added.num_new_test, 'new test image')}).",
+        f"({added.num_found} found: {added.num_copied} copied, {added.num_already_there} already there, "
+        f"{len(added.left_out)} left out; {counted(added.num_new_test, 'new test image')}).",
         *(f"Note: {note}." for note in notes),
         f"Next: git commit -m 'New data version', {following}",
     ]

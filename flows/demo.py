@@ -29,7 +29,7 @@ def prepare(directory: Path) -> Workspace:
         raise ConfigError(f"{missing[0]} is missing: the demo runs from a clone of the repository")
     if directory.exists() and not (directory / ".dvc").is_dir() and any(directory.iterdir()):
         raise ConfigError(f"{directory} is not empty and not a workspace; name another with --directory")
-    workspace = Workspace.create(directory)
+    workspace = Workspace.create(directory, own_repository=True)
     with workspace.locked("visionloop demo"):
         if dataversions.git_state(workspace.root)[0] == "none":
             for pin in pins:
@@ -38,7 +38,7 @@ def prepare(directory: Path) -> Workspace:
             write_atomically(workspace.root / LOOPS / f"{MODEL}.yaml", LOOP.encode())
             ignore = workspace.root / ".gitignore"
             write_atomically(ignore, ignore.read_bytes() + b"/report.html\n")
-            dataversions.git(workspace.root, "add", ".gitignore", *(pin.name for pin in pins), LOOPS)
+            dataversions.stage(workspace.root, ".gitignore", *(pin.name for pin in pins), f"{LOOPS}/{MODEL}.yaml")
             commit(workspace, "Pin the embedded digits")
         else:
             _expect_ours(workspace, pins)
@@ -54,7 +54,7 @@ def _expect_ours(workspace: Workspace, pins: list[Path]) -> None:
             began = dataversions.git(root, "show", f"{first}:{pin.name}")
         except DataError:
             began = ""
-        if began.strip() != pin.read_text().strip():
+        if began.strip() != pin.read_text(encoding="utf-8").strip():
             raise ConfigError(
                 f"{root} began with other data than this demo's; remove it, or name another folder with --directory"
             )

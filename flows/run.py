@@ -40,7 +40,7 @@ from components.export import TargetConfig, absent
 from components.store import Store, sha256_file, write_atomically
 from flows.config import RunConfig
 from flows.console import Console
-from flows.settings import Settings
+from flows.settings import Settings, leave_foreign_git
 
 STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "registration")
 _CODE = Path(__file__).resolve().parent.parent
@@ -81,8 +81,9 @@ class Workspace:
     def find(cls, start: Path) -> Workspace:
         """The workspace at `start` or above it; raises ConfigError when there is none."""
         start = start.resolve()
+        leave_foreign_git()
         for folder in (start, *start.parents):
-            if (folder / ".dvc").is_dir() and (folder / ".git").exists():
+            if (folder / ".dvc").is_dir() and any((place / ".git").exists() for place in (folder, *folder.parents)):
                 workspace = cls(folder)
                 dataversions.settle(folder)
                 workspace.state.mkdir(mode=0o700, exist_ok=True)
@@ -91,17 +92,23 @@ class Workspace:
         raise ConfigError(f"{start} is not in a visionloop workspace; make one with `visionloop init {start}`")
 
     @classmethod
-    def create(cls, root: Path) -> Workspace:
-        """Make `root` a workspace; what is already there is left alone."""
+    def create(cls, root: Path, *, own_repository: bool = False) -> Workspace:
+        """Make `root` a workspace; what is already there is left alone.
+
+        In a folder of a git repository that one holds it, unless it is to have its own. Raises ConfigError or DataError.
+        """
         root = root.resolve()
-        dataversions.initialise(root)
+        leave_foreign_git()
+        if not dataversions.is_text(str(root)):
+            raise ConfigError(f"{dataversions.shown(root)}: the path holds characters that are no text; choose another")
+        if root.exists() and not root.is_dir():
+            raise ConfigError(f"{root} is a file; name a folder for the workspace")
+        dataversions.initialise(root, own_repository=own_repository)
         ignore = root / ".gitignore"
-        lines = ignore.read_text().splitlines() if ignore.exists() else []
-        missing = [line for line in _IGNORED if line not in lines and line.rstrip("/") not in lines]
-        if missing:
-            write_atomically(ignore, ("\n".join([*lines, *missing]) + "\n").encode())
+        there = ignore.read_bytes().splitlines() if ignore.exists() else []
+        dataversions.add_lines(ignore, tuple(line for line in _IGNORED if line.rstrip("/").encode() not in there))
         (root / "recipes").mkdir(exist_ok=True)
-        dataversions.git(root, "add", ".gitignore")
+        dataversions.stage(root, ".gitignore")
         return cls.find(root)
 
     def expect_writable(self) -> None:

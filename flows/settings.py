@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from components.contracts import ConfigError, UnknownName
 from components.formats import FORMATS, PINNED, Accepted, shown
@@ -180,6 +181,27 @@ def began(pid: int) -> str | None:
         return None
 
 
+_OF_A_PERSONS_GIT = ("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM")
+"""What git is told in the environment about a person or a machine, and not about one repository."""
+
+
+def leave_foreign_git() -> None:
+    """Forget what git set for a hook or an alias: it names another repository, index or work tree than the workspace's."""
+    for name in list(os.environ):
+        if name.startswith("GIT_") and not name.startswith((*_OF_A_PERSONS_GIT, "GIT_EXEC_PATH", "GIT_PYTHON_")):
+            del os.environ[name]
+
+
+def sqlite_url(path: Path) -> str:
+    """SQLAlchemy's address of a SQLite file, whatever characters its path has."""
+    plain = str(path)
+    if not set(plain) & set("?#%"):
+        return f"sqlite:///{plain}"
+    # A question mark would end the path, and nothing can escape it but SQLite's own addresses. The driver is named because
+    # MLflow makes the folders of what begins with `sqlite:///`, and would take this for a relative path.
+    return f"sqlite+pysqlite:///file:{quote(plain)}?uri=true"
+
+
 def use_environment(values: Mapping[str, str]) -> None:
     """Set variables of this process and of those that it starts."""
     os.environ.update(values)
@@ -198,9 +220,9 @@ def read_settings(state: Path) -> Settings:
     if not threads.isdigit() or int(threads) < 1:
         raise ConfigError(f"VISIONLOOP_NUM_THREADS is {threads!r}; expected a whole number of at least 1")
     return Settings(
-        tracking_uri=tracking or f"sqlite:///{state / 'mlflow.db'}",
+        tracking_uri=tracking or sqlite_url(state / "mlflow.db"),
         tracking_is_local=not tracking.startswith(("http://", "https://")),
-        ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or f"sqlite:///{state / 'ledger.db'}",
+        ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or sqlite_url(state / "ledger.db"),
         num_threads=int(threads),
         accepted=_accepted(),
         releases_url=os.environ.get("VISIONLOOP_RELEASES") or str(state / "releases"),
@@ -209,7 +231,7 @@ def read_settings(state: Path) -> Settings:
         prefect_api_url=os.environ.get("PREFECT_API_URL", ""),
         loop_url=os.environ.get("VISIONLOOP_LOOP_URL")
         or os.environ.get("VISIONLOOP_LEDGER_URL")
-        or f"sqlite:///{state / 'loop.db'}",
+        or sqlite_url(state / "loop.db"),
         prefect_database_url=os.environ.get("VISIONLOOP_PREFECT_DB", ""),
         prefect_authorization=authorization,
         # A header that cannot be sent would be quoted in an error, secret and all.

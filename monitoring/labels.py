@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from components.contracts import ConfigError, DataError, canonical_json, sha256_text, utc_of
 from components.databases import Database, now
+from components.samples import class_name_problem
 from components.store import sha256_file
 from components.tables import num_rows, read_table
 from monitoring.records import labels
@@ -79,7 +80,9 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
         if not values.get("label"):
             found.append({"label": ""})
             continue
-        _expect_class_name(values["label"], f"{path} row {number}")
+        problem = class_name_problem(values["label"])
+        if problem:
+            raise DataError(f"{path} row {number}: {values['label'][:80]!r} cannot be the name of a class: {problem}")
         who = values.get("labelled_by") or by or ""
         if not who:
             raise DataError(f"{path} row {number}: nobody is named; fill labelled_by, or give --as")
@@ -122,13 +125,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         # csv, json, UnicodeDecodeError, and whatever pyarrow raises for what is no Parquet.
         raise DataError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0][:200]}") from error
     raise ConfigError(f"{path.name}: expected a name that ends in .csv, .jsonl or .parquet")
-
-
-def _expect_class_name(label: str, place: str) -> None:
-    """A class is a folder's name in the data: what could not be one is refused when it comes in."""
-    plain = all(character.isprintable() and character not in "/\\" for character in label)
-    if not plain or label.startswith(".") or len(label.encode()) > 200:
-        raise DataError(f"{place}: {label[:80]!r} cannot be the name of a class; leave out '/', '\\' and a leading '.'")
 
 
 def _when(text: str, place: str) -> str:

@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 from shapes import free_port, visionloop_process, write_pictures
 
 from components import dataversions
-from components.contracts import DataDiffers, DataError
+from components.contracts import ConfigError, DataDiffers, DataError
 from flows.data import add, ensure
 from flows.run import Workspace
 
@@ -130,9 +130,10 @@ def test_an_unreadable_folder_is_named() -> None:
     script = (
         "import os, pathlib, sys\n"
         "from components.contracts import DataError\n"
-        "from flows.data import _class_files\n"
+        "from flows.data import _incoming\n"
+        "import dvc.fs, dvc.ignore, dvc.repo\n"
         "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
-        "try: _class_files(pathlib.Path(sys.argv[1]))\n"
+        "try: _incoming(pathlib.Path(sys.argv[1]), pathlib.Path('data'))\n"
         "except DataError as error: print(error)\n"
     )
     with tempfile.TemporaryDirectory() as scratch:
@@ -166,6 +167,43 @@ def test_push_and_pull_through_a_folder(workspace: Path, tmp_path: Path) -> None
     shutil.rmtree(workspace / ".dvc" / "cache")
     dataversions.pull(workspace)
     assert dataversions.verify(workspace) == version
+
+
+def test_pull_removes_nothing_that_it_cannot_replace(workspace: Path, tmp_path: Path) -> None:
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in sorted((workspace / "data").rglob("*")) if path.is_file()}
+
+    version = dataversions.pinned(workspace)
+    disc = workspace / "data" / "disc"
+    cached = next(path for path in (workspace / ".dvc" / "cache").rglob("*") if path.is_file() and path.suffix != ".dir")
+    aside = cached.read_bytes()
+    cached.unlink()
+    (disc / "0000.png").write_bytes(b"changed")
+    (disc / "0001.png").rename(disc / "renamed.png")
+    before = content()
+    assert dataversions.changes(workspace)["renamed"] == ["data/disc/0001.png -> data/disc/renamed.png"]
+    with pytest.raises(DataDiffers, match="no way back.*no remote is set"):
+        dataversions.verify(workspace)
+    with pytest.raises(DataError, match="no remote is set"):
+        dataversions.pull(workspace, force=True)
+    dataversions.set_remote(workspace, str(tmp_path / "empty, \u00e9 #1"))
+    with pytest.raises(DataError, match="neither in DVC's cache here nor in the remote"):
+        dataversions.pull(workspace, force=True)
+    assert content() == before
+    cached.write_bytes(aside)
+    with pytest.raises(DataDiffers, match="in no version and would be lost"):
+        dataversions.pull(workspace)
+    assert content() == before
+    assert dataversions.pull(workspace, force=True) == 3
+    assert dataversions.verify(workspace) == version
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "ftp://x/y"])
+def test_a_remote_that_cannot_be_used_leaves_the_config_as_it_was(workspace: Path, url: str) -> None:
+    before = (workspace / ".dvc" / "config").read_bytes()
+    with pytest.raises((ConfigError, DataError)):
+        dataversions.set_remote(workspace, url)
+    assert (workspace / ".dvc" / "config").read_bytes() == before != b""
 
 
 def test_pull_without_the_objects_says_so(workspace: Path, tmp_path: Path) -> None:

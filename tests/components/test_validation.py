@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -75,10 +76,21 @@ def test_the_same_picture_under_two_classes_is_quarantined(data: Path) -> None:
     assert dataset.num_kept == 59
 
 
-def test_an_empty_class_is_refused(data: Path) -> None:
+def test_an_empty_folder_is_no_part_of_a_version(data: Path) -> None:
     (data / "empty").mkdir()
-    with pytest.raises(DataRejected, match=r"at least 10 usable images in every class.*empty \(images 0\)"):
-        run(data)
+    assert run(data).classes == ("cross", "disc", "stripes")
+
+
+def test_what_dvc_ignores_is_not_counted_and_twins_of_a_class_are_told(data: Path) -> None:
+    (data.parent / ".dvcignore").write_text("Thumbs.db\n*.txt\n")
+    for name in ("Thumbs.db", "notes.txt"):
+        (data / "disc" / name).write_text("no image")
+    write_pictures(data, 20, start=100, kinds=("Disc",))
+    version = DataVersion(dvc_hash="h", num_files=80, bytes=1, ledger_sha256="l")
+    (data.parent / "out").mkdir()
+    dataset = validate(data, version, ValidationConfig(), out=data.parent / "out")
+    assert dataset.num_input == 80
+    assert any("'Disc', 'disc'" in warning for warning in dataset.warnings)
 
 
 def test_a_one_image_class_is_refused(data: Path) -> None:
@@ -111,14 +123,14 @@ def test_warnings_do_not_stop_the_run(data: Path) -> None:
 
 
 def test_an_unreadable_folder_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.iterdir
+    real = os.scandir
 
-    def refusing(self: Path) -> object:
-        if self.name == "disc":
-            raise PermissionError(13, "Permission denied", str(self))
-        return real(self)
+    def refusing(path: str) -> object:
+        if str(path).endswith("disc"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
 
-    monkeypatch.setattr(Path, "iterdir", refusing)
+    monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(DataError, match="cannot read.*disc.*Permission denied.*give read permission"):
         run(data)
 

@@ -21,7 +21,10 @@ def test_help_reads_like_a_tour_of_the_loop() -> None:
 def test_from_nothing_to_a_pinned_version(tmp_path: Path) -> None:
     made = visionloop("init", str(tmp_path / "ws"), "--json", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout.strip().splitlines()[-1]) == {"workspace": str(tmp_path / "ws")}
+    assert json.loads(made.stdout.strip().splitlines()[-1]) == {
+        "workspace": str(tmp_path / "ws"),
+        "repository": str(tmp_path / "ws"),
+    }
     write_pictures(tmp_path / "photos", 12)
     Image.new("L", (8, 8)).save(tmp_path / "photos" / "disc" / "moving.jpg", "GIF")
     Image.new("L", (30, 40)).save(tmp_path / "photos" / "disc" / "large.bmp")
