@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -143,22 +144,29 @@ def _belongs_to_a_repository(root: Path) -> bool:
 def _repo(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[Repo]:
     import logging
 
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc.scm import SCMError
-
     # What goes wrong reaches us as an exception; DVC's own words would come twice, and without saying what to do here.
     logging.getLogger("dvc").setLevel(logging.CRITICAL + 1)
     logging.getLogger("dvc_data").setLevel(logging.CRITICAL + 1)
     logging.getLogger("dvc_objects").setLevel(logging.CRITICAL + 1)
+    with contextlib.ExitStack() as stack:
+        # The library of DVC's hash cache takes a dollar sign in a path for a variable: there, hashes are computed anew.
+        cache = stack.enter_context(tempfile.TemporaryDirectory()) if "$" in str(root) else str(_site_cache(root))
+        yield from _opened(root, cache, config or {})
+
+
+def _opened(root: Path, site_cache: str, config: Mapping[str, Any]) -> Iterator[Repo]:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
     settings: dict[str, dict[str, Any]] = {
         # DVC would keep a machine-wide cache under the system's temporary folder. Told anew each time and not written
         # down: an absolute path in a file would lead a workspace that was moved or copied into its old place.
-        "core": {"no_scm": True, "site_cache_dir": str(_site_cache(root))},
+        "core": {"no_scm": True, "site_cache_dir": site_cache},
         # Not hard links: an editor that writes in place would corrupt the cache behind them.
         "cache": {"type": ["reflink", "copy"]},
     }
-    for section, values in (config or {}).items():
+    for section, values in config.items():
         settings[section] = {**settings.get(section, {}), **values}
     try:
         with Repo(str(root), config=settings) as repo:

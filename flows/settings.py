@@ -105,6 +105,13 @@ def prepare_environment(state: Path) -> None:
     for name in ("prefect", "cache"):
         (state / name).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_HOME", str(state / "prefect"))
+    home = Path(os.environ["PREFECT_HOME"])
+    if set(str(home)) & set("?#%$") and not _prefect_database_is_set():
+        # Prefect would write its path into an address as it is, and end up in a file beside the workspace.
+        os.environ["PREFECT_API_DATABASE_CONNECTION_URL"] = sqlite_url(home / "prefect.db", driver="aiosqlite")
+    if "'" in str(Path.cwd()):
+        # MLflow writes the folder it is started in into a statement, quote and all; nothing of ours is kept there.
+        os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", (state / "mlruns").as_uri())
     os.environ.setdefault("MPLCONFIGDIR", str(state / "cache" / "matplotlib"))
     # Torch asks for the account's name to choose this folder, and an account may have none.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(state / "cache" / "torchinductor"))
@@ -115,6 +122,10 @@ def prepare_environment(state: Path) -> None:
     _reach_own_machine()
     if "PREFECT_API_URL" not in os.environ:
         os.environ.update(standing(state))
+
+
+def _prefect_database_is_set() -> bool:
+    return any(os.environ.get(f"PREFECT_{part}_DATABASE_CONNECTION_URL") for part in ("API", "SERVER"))
 
 
 def _has_home() -> bool:
@@ -192,14 +203,14 @@ def leave_foreign_git() -> None:
             del os.environ[name]
 
 
-def sqlite_url(path: Path) -> str:
+def sqlite_url(path: Path, *, driver: str = "pysqlite") -> str:
     """SQLAlchemy's address of a SQLite file, whatever characters its path has."""
     plain = str(path)
-    if not set(plain) & set("?#%"):
-        return f"sqlite:///{plain}"
+    if not set(plain) & set("?#%$"):
+        return f"sqlite:///{plain}" if driver == "pysqlite" else f"sqlite+{driver}:///{plain}"
     # A question mark would end the path, and nothing can escape it but SQLite's own addresses. The driver is named because
     # MLflow makes the folders of what begins with `sqlite:///`, and would take this for a relative path.
-    return f"sqlite+pysqlite:///file:{quote(plain)}?uri=true"
+    return f"sqlite+{driver}:///file:{quote(plain)}?uri=true"
 
 
 def use_environment(values: Mapping[str, str]) -> None:

@@ -31,7 +31,7 @@ import psutil
 from components.contracts import ConfigError, VisionloopError, WorkspaceBusy
 from components.store import write_atomically
 from flows.run import Workspace
-from flows.settings import UP, Settings, basic, began, environment_with, identity, is_of, use_environment
+from flows.settings import UP, Settings, basic, began, environment_with, identity, is_of, sqlite_url, use_environment
 
 PORT = 4200
 _START_S = 180.0
@@ -133,6 +133,8 @@ class Up:
         }
         if self._settings.prefect_database_url:
             own["PREFECT_API_DATABASE_CONNECTION_URL"] = self._settings.prefect_database_url
+        elif "file:" in sqlite_url(home):
+            own["PREFECT_API_DATABASE_CONNECTION_URL"] = sqlite_url(home / "prefect.db", driver="aiosqlite")
         command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(chosen)]
         started = self._spawn("server", command, own, api)
         told(f"starting a Prefect server on 127.0.0.1:{chosen} (pid {started.pid}, log {self.folder / 'server.log'})")
@@ -230,7 +232,7 @@ class Up:
         lines = [
             "[mlflow]",
             "default_permission = READ",
-            f"database_uri = sqlite:///{self.folder / 'mlflow-auth.db'}",
+            f"database_uri = {sqlite_url(self.folder / 'mlflow-auth.db').replace('%', '%%')}",
             f"admin_username = {user}",
             f"admin_password = {password}",
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",

@@ -68,6 +68,40 @@ def test_a_wrong_bound_on_pictures_is_an_error(workspace: Path, name: str, value
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
+def test_whatever_surrounds_a_workspace_it_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd characters in its path, a hook's environment, ignore rules of others, a repository around it."""
+    from components.dataversions import verify
+    from flows.settings import read_settings
+    from registry.ledger import Ledger
+
+    outer = tmp_path / "a?b#c%d$HOME \u00e9"
+    outer.mkdir()
+    subprocess.run(["git", "init", "--quiet"], cwd=outer, check=True)
+    (outer / ".git" / "info").mkdir(exist_ok=True)
+    (outer / ".git" / "info" / "exclude").write_text("*.csv\n*.dvc\n")
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    made = visionloop("init", "ws", "--json", cwd=outer)
+    assert json.loads(made.stdout)["repository"] == str(outer)
+    write_pictures(tmp_path / "photos", 12)
+    for name in ("Thumbs.db", ".hidden", "notes.txt"):
+        (tmp_path / "photos" / "disc" / name).write_text("no image")
+    (tmp_path / "photos" / "disc" / "broken.png").symlink_to("nowhere")
+    (tmp_path / "photos" / "disc" / "0000.PNG").write_bytes((tmp_path / "photos" / "disc" / "0001.png").read_bytes())
+    answer = json.loads(visionloop("data", "add", str(tmp_path / "photos"), "--json", cwd=outer / "ws").stdout)
+    assert answer["found"] == answer["copied"] + answer["already_there"] + len(answer["left_out"]) == 41
+    assert {entry["file"] for entry in answer["left_out"]} == {
+        f"disc/{n}" for n in ("Thumbs.db", ".hidden", "notes.txt", "broken.png")
+    }
+    verify(outer / "ws")
+    Ledger(read_settings(outer / "ws" / ".visionloop").ledger_url).entries()
+    listed = subprocess.run(["git", "ls-files"], cwd=outer / "ws", capture_output=True, text=True, check=True).stdout.split()
+    assert {"data.dvc", "data.test-ledger.csv", ".dvc/config"} <= set(listed)
+    assert subprocess.run(["git", "add", "--all"], cwd=outer, check=False).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {outer.name, "photos"}
+    assert (outer / "ws" / ".visionloop" / "ledger.db").is_file()
+
+
 def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:
     for _ in range(2):
         assert visionloop("init", "ws", cwd=tmp_path).returncode == 0
