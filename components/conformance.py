@@ -18,28 +18,24 @@ from typing import Any
 from pydantic import BaseModel
 
 from components import contracts
-from components.contracts import PluginFailed, VisionloopError
+from components.contracts import PluginFailed, VisionloopError, causes, in_short
 
 
 def place_of(error: BaseException, folder: Path) -> str | None:
     """`file:line` below `folder` that an error came from; None when none of its frames lies there."""
-    link: BaseException | None = error
-    while link is not None:
+    for link in causes(error):
         files = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(link.__traceback__)]
         files += [(link.filename or "", link.lineno)] if isinstance(link, SyntaxError) else []
         for file, line in reversed(files):
             if Path(file).is_relative_to(folder):
                 return f"{file}:{line}"
-        link = link.__cause__ or link.__context__
     return None
 
 
 def failed(member: str, path: Path, what: str, error: BaseException) -> PluginFailed:
     """What a person's own code raised, as an error that names its line."""
-    said = str(error).strip().splitlines()
-    shown = f"{type(error).__name__}: {said[0][:300]}" if said else type(error).__name__
     place = place_of(error, path.parent.parent) or str(path)
-    return PluginFailed(f"{member} {what}: {place}: {shown}; correct it there")
+    return PluginFailed(f"{member} {what}: {place}: {in_short(error)}; correct it there")
 
 
 def check_class(kind: str, member: Any, path: Path) -> None:

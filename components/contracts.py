@@ -32,6 +32,7 @@ import datetime
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,36 @@ def utc_of(text: str) -> datetime.datetime:
     if not 1970 < found.year < 9999:
         raise ValueError("not a moment after 1970 that a calendar knows")
     return found.replace(tzinfo=datetime.UTC) if found.tzinfo is None else found.astimezone(datetime.UTC)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on, each once; groups are told by their first."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        link = queue.pop(0)
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        queue += link.exceptions[:1] if isinstance(link, BaseExceptionGroup) else []
+        original = getattr(link, "orig", None)  # SQLAlchemy's, beside the cause
+        queue += [other for other in (original, link.__cause__, link.__context__) if isinstance(other, BaseException)]
+
+
+def in_short(error: BaseException) -> str:
+    """Kind and first line of an error, as short as a sentence bears."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+_SECRET = re.compile(r"(?<=://)[^/?#\s'\"]*:[^/?#\s'\"]*(?=@)")
+"""User and password of an address."""
+
+
+def redacted(text: str) -> str:
+    """A text without the passwords of the addresses in it."""
+    return _SECRET.sub("***", text)
 
 
 def counted(number: int, noun: str) -> str:

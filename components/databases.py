@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from components.contracts import ConfigError, RegistryUnavailable, VisionloopError
+from components.contracts import ConfigError, RegistryUnavailable, VisionloopError, redacted
 
 
 class Database:
@@ -61,7 +61,7 @@ class Database:
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
             raise RegistryUnavailable(
-                f"{self.name} at {sa.make_url(self.url).render_as_string(hide_password=True)} does not answer: {cause}. "
+                f"{self.name} at {redacted(self.url)} does not answer: {cause}. "
                 f"Nothing was lost; {_advice(cause)} and run the same command again"
             ) from error
 

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from components.contracts import ConfigError, VisionloopError, utc_of
+from components.contracts import ConfigError, VisionloopError, redacted, utc_of
 from flows import stopping
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
@@ -51,9 +51,10 @@ def _alone(as_json: bool) -> Iterator[None]:
 
 
 def _fail(kind: str, message: str, as_json: bool, notes: Sequence[str] = (), **facts: str | None) -> NoReturn:
-    """Print an error and end with status 2."""
+    """Print an error and end with status 2. Passwords of addresses in it are left out."""
+    message, notes = redacted(message), [redacted(note) for note in notes]
     if as_json:
-        print(json.dumps({"error": kind, "message": message, "notes": list(notes), **facts}), file=_output.get())
+        print(json.dumps({"error": kind, "message": message, "notes": notes, **facts}), file=_output.get())
     else:
         print(f"error: {message}", file=sys.stderr)
         for note in notes:

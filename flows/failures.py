@@ -10,20 +10,17 @@ import contextlib
 import datetime
 import errno
 import os
-import re
 import tempfile
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from components.conformance import place_of
+from components.contracts import causes, in_short, redacted
 
 LOGS = "logs"
 _KEPT = 20
 _MOST_CHARACTERS = 200_000
-_SECRET = re.compile(r"(?<=://)[^/\s@'\"]*:[^/\s@'\"]*(?=@)")
-"""User and password of an address."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNREACHED = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT)
 _CLIENTS = ("httpx", "httpcore", "requests", "urllib3", "websockets", "grpc", "botocore", "aiohttp")
@@ -49,36 +46,16 @@ def failure(error: Exception, doing: str, workspace: Path | None) -> Failure:
     if place is not None:
         wrong, advice = f"{place} raised {wrong}", "correct it there and run the command again"
     where = f"The traceback is in {log}" if log else f"The traceback could not be kept ({unkept})"
-    return Failure(type(error).__name__, redacted(f"{doing} stopped: {wrong}; {advice}. {where}"), place, log)
-
-
-def redacted(text: str) -> str:
-    """A message without the passwords of the addresses in it."""
-    return _SECRET.sub("***", text)
+    return Failure(type(error).__name__, f"{doing} stopped: {wrong}; {advice}. {where}", place, log)
 
 
 def explained(error: BaseException) -> tuple[str, str]:
     """What went wrong, and what to do about it."""
-    for link in _chain(error):
+    for link in causes(error):
         known = _of_the_system(link) or _of_a_library(link)
         if known is not None:
             return known
-    return _shown(error), "run it again, and if it comes back, report it with that traceback"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on; groups are told by their first."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        link = queue.pop(0)
-        if id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        queue += link.exceptions[:1] if isinstance(link, BaseExceptionGroup) else []
-        original = getattr(link, "orig", None)  # SQLAlchemy's, beside the cause
-        queue += [other for other in (original, link.__cause__, link.__context__) if isinstance(other, BaseException)]
+    return in_short(error), "run it again, and if it comes back, report it with that traceback"
 
 
 def _of_the_system(error: BaseException) -> tuple[str, str] | None:
@@ -99,7 +76,7 @@ def _of_the_system(error: BaseException) -> tuple[str, str] | None:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many files are open", "raise the limit (ulimit -n 4096) and run the command again"
     if error.errno in _UNREACHED:
-        return f"a server does not answer ({error.strerror or _shown(error)})", "check that it runs and its address"
+        return f"a server does not answer ({error.strerror or in_short(error)})", "check that it runs and its address"
     if error.errno == errno.EADDRINUSE:
         return "the port is taken", "stop what listens there, or name another port"
     return f"{error.strerror or 'the system refused'}{path}", "check the path and the disk, and run the command again"
@@ -115,7 +92,7 @@ def _owner(path: str) -> str:
 
 
 def _of_a_library(error: BaseException) -> tuple[str, str] | None:
-    library, kind, said = type(error).__module__.split(".")[0], type(error).__name__, _shown(error)
+    library, kind, said = type(error).__module__.split(".")[0], type(error).__name__, in_short(error)
     if library == "sqlite3":
         if "disk is full" in said:
             return "the disk is full, or your quota of it is used up", "free some space and run the command again"
@@ -139,12 +116,6 @@ def _of_a_library(error: BaseException) -> tuple[str, str] | None:
     if library in _CLIENTS or (isinstance(error, TimeoutError) and kind == "TimeoutError"):
         return f"a server does not answer as expected ({said})", "check its address, its credential and your proxy settings"
     return None
-
-
-def _shown(error: BaseException) -> str:
-    """Kind and first line of an error, as short as a sentence bears."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _keep(error: Exception, doing: str, workspace: Path | None) -> tuple[Path | None, str]:

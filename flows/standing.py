@@ -215,9 +215,8 @@ class Up:
         if not self._settings.tracking_uri.startswith(("http://", "https://")):
             from flows.deciding import artifacts_of
 
-            artifacts_of(
-                self.workspace, self._settings
-            )  # MLflow's pages would show the files of the place it was copied from
+            # MLflow's pages of a copied workspace would show its original's files.
+            artifacts_of(self.workspace, self._settings)
             found["MLflow"] = self._page("mlflow", self._mlflow(), 5000, told)
         history = self.workspace.state / "monitoring" / "evidently"
         history.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,8 @@ from components.contracts import (
     TamperedArtefact,
     Verdict,
     VisionloopError,
+    causes,
+    redacted,
 )
 from components.store import describe, seal, sha256_file, unseal
 from registry import tracking
@@ -502,12 +504,7 @@ def _outcome(entry: Entry) -> Candidate | Rejection:
 
 def _of_this_machine(error: BaseException) -> OSError | None:
     """The full disk or missing permission that a client's error came from: MLflow is there, and the remedy is here."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno in _LOCAL:
-            return link
-        link = link.__cause__ or link.__context__
-    return None
+    return next((link for link in causes(error) if isinstance(link, OSError) and link.errno in _LOCAL), None)
 
 
 @contextmanager
@@ -524,6 +521,6 @@ def _reachable(tracking_uri: str) -> Iterator[None]:
         # MlflowException, requests and SQLAlchemy errors, botocore's: they share no base class.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RegistryUnavailable(
-            f"MLflow at {tracking_uri} did not do what was asked: {first}. Every stage before it is kept; "
-            f"bring MLflow back and run the same command again, it goes on from there"
+            redacted(f"MLflow at {tracking_uri} did not do what was asked: {first}")
+            + ". Every stage before it is kept; bring MLflow back and run the same command again, it goes on from there"
         ) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from components.contracts import RegistryUnavailable
+from components.contracts import RegistryUnavailable, redacted
 from components.databases import sqlite_file
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def experiment_id(mlflow: MlflowClient, model: str, artifacts: Path | None) -> s
         raise RegistryUnavailable(
             f"MLflow's experiment {model!r} was deleted, and only a person should undo that; its runs are still there. "
             f"Restore it and run the same command again: mlflow experiments restore --experiment-id {found.experiment_id} "
-            f"(with MLFLOW_TRACKING_URI={mlflow.tracking_uri})"
+            f"(with MLFLOW_TRACKING_URI={redacted(mlflow.tracking_uri)})"
         )
     if found is not None:
         return str(found.experiment_id)

@@ -74,6 +74,17 @@ def test_any_error_is_an_answer(tmp_path: Path, error: Exception, expected: str)
     assert "secret" not in log.read_text()
 
 
+def test_no_error_of_ours_tells_a_password(tmp_path: Path) -> None:
+    error = RegistryUnavailable("http://me:p@ss:word@host/api and postgresql+psycopg2://nobody@host/db do not answer")
+    error.add_note("also s3+http://me:secret@host")
+    for option in ([], ["--json"]):
+        done = CliRunner().invoke(_raising(error), ["break", "-w", str(tmp_path), *option])
+        assert "http://***@host/api and postgresql+psycopg2://nobody@host/db" in done.output
+        assert "s3+http://***@host" in done.output
+        assert "word" not in done.output
+        assert "secret" not in done.output
+
+
 def test_a_cause_is_told_and_logs_are_few(tmp_path: Path) -> None:
     (tmp_path / ".visionloop").mkdir()
     outer = RuntimeError("the server did not start")
