@@ -230,6 +230,7 @@ def predictions_export(
     exported = segments.export(
         url,
         out,
+        journals=state / "journal",
         model=model,
         since=begin,
         until=end,
@@ -246,7 +247,10 @@ def predictions_export(
 
 @predictions_app.command("verify")
 def predictions_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
-    """Check every segment's digest, that no prediction is there twice, and the kept images. Exit status 1 when not."""
+    """Check that every segment is as it was sealed, no prediction lost or there twice, and the kept images.
+
+    Exit status 1 when not.
+    """
     from serving import segments
     from serving.captures import Captures
 
@@ -261,10 +265,10 @@ def predictions_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> 
     ]
     lines += [f"{counted(found.unsealed, 'journal')} still written or not sealed yet"] if found.unsealed else []
     lines += [f"{counted(erased, 'image')} erased, the last record is {head[:16]}"] if erased else []
-    lines += [*found.broken, *captures]
+    lines += [*map(str, found.losses), *found.broken, *captures]
     told = {"captures": captures, "erasures": {"count": erased, "head": head}}
     finish(dataclasses.asdict(found) | told, json_, lambda: "\n".join(lines))
-    if found.broken or found.duplicates or captures:
+    if found.broken or found.duplicates or found.lost_rows or captures:
         raise typer.Exit(1)
 
 

@@ -79,7 +79,7 @@ class Captures:
         except queue.Full:
             with self._bytes_lock:
                 self._bytes -= len(data) if room else 0
-            log("image not captured", level=logging.WARNING, problem="queue full")
+            self._missed("queue full")
 
     def _keep_all(self) -> None:
         swept = 0.0
@@ -102,7 +102,12 @@ class Captures:
                 self.keep(*taken)
             except Exception as error:
                 # A full disk, an erasure file changed by hand: an image less, and the thread lives.
-                log("image not captured", level=logging.WARNING, problem=f"{type(error).__name__}: {error}")
+                self._missed(f"{type(error).__name__}: {error}")
+
+    def _missed(self, problem: str) -> None:
+        log("image not captured", level=logging.WARNING, problem=problem)
+        if self._metrics is not None:
+            self._metrics.not_captured.inc()
 
     def keep(self, sha256: str, data: bytes) -> bool:
         """Write an image; False when it is there already or was erased."""

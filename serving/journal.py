@@ -2,17 +2,21 @@
 
 A thread appends what answers hand it, many at a time, in one write; what is written survives the death of the process at
 once, and of the machine after the next sync. An answer waits for its row for a bounded time: a slow disk makes rows late
-(counted), one that is full or broken loses them (counted, and told in the journal itself as a gap once it works
-again). Serving never stops for it.
+(counted), one that is full or broken loses them. Serving never stops for it, and no loss is forgotten: every journal
+begins with a place for the count of the rows that it should hold and does not, whose blocks are on the disk before the first
+answer. It is overwritten in place, which a full disk allows, before the answer without its row is given.
 
-File: `VLJ1`, then frames `u32 length | u32 crc32 | payload`. A torn frame at the end of a killed process's journal is what
-was never answered. The owner holds a lock on its file, taken before the file has its name; one without a lock belongs to
-nobody any more and is sealed.
+File: a head of three blocks (`VLJ2`; the count; the count again), then frames `u32 length | u32 crc32 | payload`. The two
+counts are written in turns, so one that was cut short leaves the one before it. `VLJ1` are journals of older servers: a head
+of four bytes, and what was lost in frames of its own. A torn frame at the end of a killed process's journal is what was
+never answered. The owner holds a lock on its file, taken before the file has its name; one without a lock belongs to nobody
+any more and is sealed. A spare file keeps the place of the next journal on a disk that fills up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import logging
@@ -24,18 +28,27 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from components.contracts import ConfigError
 from serving.metrics import Metrics, log
 
-MAGIC = b"VLJ1"
 SUFFIX = ".journal"
+_SPARE = ".spare"
+_MAGIC = b"VLJ2"
+_OLDER = b"VLJ1"
+_BLOCK = 4096
+"""Of a disk: a write that is cut short spoils no more than the block that it was for."""
+HEAD_BYTES = 3 * _BLOCK
 _FRAME = struct.Struct("<II")
 _JSON = struct.Struct("<I")
+_COUNT = struct.Struct("<QQdd96s")
+_CHECKSUM = struct.Struct("<I")
+_SET_FLAGS, _NO_COPY_ON_WRITE = 0x40086602, 0x00800000
 MAX_ROW = 16 << 20
 
 
@@ -52,6 +65,85 @@ class JournalConfig:
     rotate_s: float = 300.0
 
 
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The rows that a journal should hold and does not."""
+
+    count: int = 0
+    since: float = 0.0
+    until: float = 0.0
+    reason: str = ""
+    updates: int = 0
+    """How often the count was written: of the two that are in a head the later one counts."""
+    cut_short: bool = False
+    """Whether one of the two is damaged: at least one more row is missing than could be counted."""
+
+    def plus(self, count: int, *, since: float, until: float, reason: str) -> Losses:
+        """With more of them."""
+        return Losses(self.count + count, self.since or since, until, reason, self.updates + 1)
+
+    def encoded(self) -> bytes:
+        """One of the two counts of a head."""
+        data = _COUNT.pack(self.updates, self.count, self.since, self.until, self.reason.encode()[:96])
+        return data + _CHECKSUM.pack(zlib.crc32(data))
+
+    @property
+    def place(self) -> int:
+        """Where in the file it belongs."""
+        return _BLOCK * (1 + self.updates % 2)
+
+    def gaps(self) -> list[dict[str, Any]]:
+        """As the log tells of what is missing; nothing where nothing is."""
+        found: list[dict[str, Any]] = []
+        if self.count:
+            found.append({"gap": self.count, "since": self.since, "until": self.until, "reason": self.reason})
+        if self.cut_short:
+            found.append({"gap": 1, "since": 0.0, "until": 0.0, "reason": "the count of what was lost is damaged"})
+        return found
+
+
+def empty_head() -> bytes:
+    """The beginning of a journal that holds nothing and has lost nothing."""
+    first = Losses()
+    blocks = (_MAGIC, first.encoded(), replace(first, updates=1).encoded())
+    return b"".join(block.ljust(_BLOCK, b"\0") for block in blocks)
+
+
+def _losses_in(head: bytes) -> Losses:
+    found = []
+    for place in (_BLOCK, 2 * _BLOCK):
+        data = head[place : place + _COUNT.size + _CHECKSUM.size]
+        if len(data) == _COUNT.size + _CHECKSUM.size and data[_COUNT.size :] == _CHECKSUM.pack(
+            zlib.crc32(data[: _COUNT.size])
+        ):
+            updates, count, since, until, reason = _COUNT.unpack_from(data)
+            text = reason.rstrip(b"\0").decode(errors="replace")
+            found.append(Losses(count, since, until, text, updates))
+    latest = max(found, key=lambda losses: losses.updates, default=Losses())
+    return replace(latest, cut_short=len(found) < 2)
+
+
+def read_losses(path: Path) -> Losses:
+    """What the head of a journal says is missing, also while it is written; nothing in one of an older server."""
+    for _ in range(5):
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if not head.startswith(_MAGIC):
+            return Losses()
+        found = _losses_in(head)
+        if not found.cut_short:
+            break  # else its owner may just have been writing it
+    return found
+
+
+def holds_something(path: Path) -> bool:
+    """Whether there is a row in a journal, or one missing from it."""
+    try:
+        return path.stat().st_size != HEAD_BYTES or bool(read_losses(path).gaps())
+    except FileNotFoundError:
+        return False  # sealed a moment ago
+
+
 def encode_row(facts: Mapping[str, Any], *arrays: bytes) -> bytes:
     """One prediction: JSON, then the raw arrays that its `arrays` lengths describe."""
     text = orjson.dumps({**facts, "arrays": [len(array) for array in arrays]})
@@ -60,26 +152,21 @@ def encode_row(facts: Mapping[str, Any], *arrays: bytes) -> bytes:
 
 
 def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-    """Rows of a journal; a damaged stretch in the middle is a gap, a torn end is the end.
+    """Rows of a journal, and gaps: what its head says was lost, and damaged stretches; a torn end is the end.
 
     Raises ValueError for a file that is no journal.
     """
     data = path.read_bytes()
-    if not data.startswith(MAGIC):
-        if len(data) < len(MAGIC) or not data.strip(b"\0"):
+    if data.startswith(_MAGIC):
+        yield from ((gap, []) for gap in read_losses(path).gaps())
+    elif not data.startswith(_OLDER):
+        if len(data) < len(_OLDER) or not data.strip(b"\0"):
             return
         raise ValueError(f"{path.name} is not a journal")
-    place = len(MAGIC)
-    while place < len(data):
-        payload = _payload_at(data, place)
+    for place, payload in _frames(data):
         if payload is None:
-            following = _next_frame(data, place + 1)
-            if following is None:
-                return  # the torn end of a process that was killed: it was never answered
             yield {"gap": 1, "since": 0.0, "until": 0.0, "reason": f"damaged at byte {place}"}, []
-            place = following
             continue
-        place += _FRAME.size + len(payload)
         (size,) = _JSON.unpack_from(payload)
         facts = orjson.loads(payload[_JSON.size : _JSON.size + size])
         start, arrays = _JSON.size + size, []
@@ -87,6 +174,22 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
             arrays.append(payload[start : start + array])
             start += array
         yield facts, arrays
+
+
+def _frames(data: bytes) -> Iterator[tuple[int, bytes | None]]:
+    """Where each frame begins, and its payload; None for a damaged stretch with frames behind it."""
+    place = HEAD_BYTES if data.startswith(_MAGIC) else len(_OLDER)
+    while place < len(data):
+        payload = _payload_at(data, place)
+        begin = place
+        if payload is None:
+            following = _next_frame(data, place + 1)
+            if following is None:
+                return  # the torn end of a process that was killed: it was never answered
+            place = following
+        else:
+            place += _FRAME.size + len(payload)
+        yield begin, payload
 
 
 def _payload_at(data: bytes, place: int) -> bytes | None:
@@ -113,6 +216,22 @@ def _next_frame(data: bytes, place: int) -> int | None:
     return None
 
 
+@dataclass
+class _Written:
+    """The file that is written."""
+
+    descriptor: int
+    path: Path
+    size: int = HEAD_BYTES
+    num_rows: int = 0
+    losses: Losses = field(default_factory=lambda: Losses(updates=1))
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def empty(self) -> bool:
+        return not self.num_rows and not self.losses.gaps()
+
+
 class Journal:
     """Appends rows for one server. `rotated` is called, from the writing thread, when a file is ready to be sealed."""
 
@@ -124,14 +243,19 @@ class Journal:
         self._rows: deque[tuple[bytes, asyncio.Future[bool] | None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
-        self._file: int | None = None
-        self._path = folder
-        self._size = 0
-        self._opened = 0.0
-        self._num_rows = 0
-        self._gap = 0
-        self._gap_since = 0.0
-        self._gap_lock = threading.Lock()
+        self._file: _Written | None = None
+        self._torn = False
+        """Whether half a frame may be at the end of the file."""
+        self._removed = False
+        """Whether somebody removed the file from under us."""
+        self._lost = 0
+        """Losses that no head holds yet."""
+        self._lost_since, self._lost_reason = 0.0, ""
+        self._lost_lock = threading.Lock()
+        self._lost_now = 0
+        """Rows lost since the last one that was written, for the message that it works again."""
+        self._told_uncounted = False
+        self._no_rotation_before = 0.0
         self._problem = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         for reason in ("backlog", "disk"):
@@ -145,9 +269,24 @@ class Journal:
         """Why rows are being lost; empty when none are."""
         return self._problem
 
+    @property
+    def uncounted(self) -> int:
+        """Rows that were lost or not written yet, and that no file tells of."""
+        return self._lost + len(self._rows)
+
     def start(self) -> None:
-        """Open the first file and begin; a folder that cannot be written makes gaps, not an error."""
+        """Open the first file and begin.
+
+        Raises ConfigError when there is no place for a journal: then nothing could tell of what gets lost.
+        """
         self._loop = asyncio.get_running_loop()
+        try:
+            self._file = self._opened()
+        except OSError as error:
+            raise ConfigError(
+                f"there is no place for the journal of predictions in {self.folder}: {_told(error)}. What is answered could "
+                f"neither be kept nor be counted as lost; make room there, or make the folder writable, and start again"
+            ) from None
         self._thread.start()
         self._syncer.start()
 
@@ -156,6 +295,7 @@ class Journal:
         assert self._loop is not None
         if self._stopping or len(self._rows) + len(rows) > self.config.max_backlog:
             self._lose(len(rows), "backlog")
+            self._wake.set()
             return False
         written: asyncio.Future[bool] = self._loop.create_future()
         for row in rows[:-1]:
@@ -175,15 +315,19 @@ class Journal:
 
     def _lose(self, count: int, reason: str) -> None:
         self._metrics.journal_lost.labels(reason).inc(count)
-        with self._gap_lock:
-            if not self._gap:
-                self._gap_since = time.time()
-            self._gap += count
+        with self._lost_lock:
+            if not self._lost:
+                self._lost_since = time.time()
+            self._lost += count
+            self._lost_now += count
+            self._lost_reason = self._problem if reason == "disk" else reason
 
     def _write_all(self) -> None:
         while True:
             self._wake.wait(timeout=1.0)
             self._wake.clear()
+            if self._removed:
+                self._replace_removed()
             while self._rows:
                 taken = [self._rows.popleft() for _ in range(min(len(self._rows), 512))]
                 self._metrics.journal_backlog.set(len(self._rows))
@@ -191,114 +335,208 @@ class Journal:
                 waiting = [future for _, future in taken if future is not None]
                 if waiting and self._loop is not None and not self._loop.is_closed():
                     self._loop.call_soon_threadsafe(_resolve, waiting, done)
-            if self._gap and not self._rows:
-                self._append([])  # a gap is told also when no row comes after it
-            if self._num_rows and time.monotonic() - self._opened > self.config.rotate_s:
+            self._count_losses()
+            file = self._file
+            if file is not None and not file.empty and time.monotonic() - file.since > self.config.rotate_s:
                 self._rotate()
             if self._stopping and not self._rows:
-                if self._gap:
-                    self._append([])  # the last chance to tell it: what failed a moment ago may go now
-                self._rotate()
+                self._count_losses()  # the last chance: what failed a moment ago may go now
+                self._finish()
                 return
 
     def _append(self, rows: list[bytes]) -> bool:
-        count = len(rows)
-        with self._gap_lock:
-            gap, since = self._gap, self._gap_since
+        file = self._file
+        assert file is not None
+        data = b"".join(rows)
         try:
-            if self._file is None:
-                self._open()
-            if gap:
-                told = {"gap": gap, "since": since, "until": time.time(), "reason": self._problem or "backlog"}
-                rows = [encode_row(told), *rows]
-            data = b"".join(rows)
-            _write_whole(self._file, data)
+            self._cut(file)
+            self._torn = True
+            _write_whole(file.descriptor, data, file.size)
+            self._torn = False
         except OSError as error:
-            if count:
-                self._lose(count, "disk")
-            problem = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"
-            if problem != self._problem:
-                log("journal cannot be written", level=logging.ERROR, problem=problem)
-            self._problem = problem
-            self._cut()
+            self._note(_told(error))
+            self._lose(len(rows), "disk")
+            self._count_losses()  # before their answers are given
+            with contextlib.suppress(OSError):
+                self._cut(file)
             return False
-        if gap:
-            log("journal is written again", level=logging.WARNING, lost_rows=gap)
-            with self._gap_lock:
-                self._gap -= gap
-        self._problem = ""
-        self._size += len(data)
-        self._num_rows += len(rows)
-        self._metrics.journal_rows.inc(count)
-        if self._size > self.config.rotate_bytes:
+        if self._problem:
+            log("journal is written again", level=logging.WARNING, lost_rows=self._lost_now)
+        self._problem, self._lost_now = "", 0
+        file.size += len(data)
+        file.num_rows += len(rows)
+        self._metrics.journal_rows.inc(len(rows))
+        if file.size > self.config.rotate_bytes:
             self._rotate()
         return True
 
-    def _open(self) -> None:
+    def _note(self, problem: str) -> None:
+        if problem != self._problem:
+            log("journal cannot be written", level=logging.ERROR, problem=problem)
+        self._problem = problem
+
+    def _cut(self, file: _Written) -> None:
+        """Take a half-written frame off the end, so that what follows can be read; raises OSError."""
+        if self._torn:
+            os.ftruncate(file.descriptor, file.size)
+            self._torn = False
+
+    def _count_losses(self) -> None:
+        """Write into the head what was lost; what cannot be written now is tried again."""
+        file = self._file
+        with self._lost_lock:
+            lost, since, reason = self._lost, self._lost_since, self._lost_reason
+        if not lost or file is None:
+            return
+        losses = file.losses.plus(lost, since=since, until=time.time(), reason=reason)
+        try:
+            _write_whole(file.descriptor, losses.encoded(), losses.place)
+        except OSError as error:
+            if not self._told_uncounted:
+                log("losses of the journal cannot be counted", level=logging.ERROR, problem=_told(error))
+            self._told_uncounted = True
+            return
+        self._told_uncounted = False
+        file.losses = losses
+        with self._lost_lock:
+            self._lost -= lost
+
+    def _opened(self, *, orphans: bool = True) -> _Written:
+        """A file to write: the spare, or else a new one, or on a full disk one that another server left; raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = self.folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex}{SUFFIX}"
-        opening = path.with_suffix(".opening")
-        descriptor = os.open(opening, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        for spare in self.folder.glob(f"*{_SPARE}"):
+            if (found := self._taken(spare)) is not None:
+                return found
+        try:
+            return self._made()
+        except OSError:
+            for orphan in sorted(self.folder.glob(f"*{SUFFIX}")) if orphans else []:
+                if (found := self._taken(orphan)) is not None:
+                    return found
+            raise
+
+    def _new_path(self) -> Path:
+        return self.folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex}{SUFFIX}"
+
+    def _made(self) -> _Written:
+        path = self._new_path()
+        descriptor = _made_head(path.with_suffix(".opening"))
         try:
             # Locked before it has the name that sealers look for: none of them can take it for an orphan.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            _write_whole(descriptor, MAGIC)
-            os.rename(opening, path)
+            os.rename(path.with_suffix(".opening"), path)
         except OSError:
             os.close(descriptor)
-            opening.unlink(missing_ok=True)
+            path.with_suffix(".opening").unlink(missing_ok=True)
             raise
-        self._file, self._path, self._size = descriptor, path, len(MAGIC)
-        self._opened, self._num_rows = time.monotonic(), 0
+        return _Written(descriptor, path)
 
-    def _cut(self) -> None:
-        """Take a half-written frame off the end, so that what follows can be read."""
-        if self._file is None:
-            return
+    def _taken(self, path: Path) -> _Written | None:
+        """A spare, or a journal that its server left, as ours; None where it is somebody's or cannot be written."""
         try:
-            os.ftruncate(self._file, self._size)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            # Then nothing may follow it: the next row begins a new file.
-            self._close()
-
-    def _close(self) -> None:
-        with self._sync_lock:
-            if self._file is not None:
-                os.close(self._file)
-            self._file = None
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), path.stat()):
+                raise FileNotFoundError(path)
+            data = path.read_bytes()
+            losses = _losses_in(data)
+            if not data.startswith(_MAGIC) or losses.cut_short:
+                raise ValueError(f"{path.name} has no head of ours")
+            found = _Written(descriptor, path, losses=losses)
+            for place, payload in _frames(data):
+                if payload is not None:
+                    found.size, found.num_rows = place + _FRAME.size + len(payload), found.num_rows + 1
+            os.ftruncate(descriptor, found.size)
+            if path.suffix == _SPARE:
+                found.path = self._new_path()
+                os.rename(path, found.path)
+        except (OSError, ValueError):
+            os.close(descriptor)
+            return None
+        return found
 
     def _rotate(self) -> None:
-        if self._file is None:
+        """Go on in another file, and let this one be sealed; where there is no place for another, this one goes on."""
+        if time.monotonic() < self._no_rotation_before:
             return
         try:
-            os.fdatasync(self._file)
+            following = self._opened(orphans=False)
+        except OSError:
+            self._no_rotation_before = time.monotonic() + 1.0
+            return
+        self._finish(following)
+
+    def _finish(self, following: _Written | None = None) -> None:
+        """Release the file, to go on in the following one."""
+        file = self._file
+        if file is None:
+            return
+        try:
+            os.fdatasync(file.descriptor)
         except OSError as error:
             log("journal cannot be synced", level=logging.ERROR, problem=str(error))
-        empty = not self._num_rows
-        self._close()  # and with it the lock
-        if empty:
-            self._path.unlink(missing_ok=True)
-        self._num_rows = 0
-        if not empty:
+        with self._sync_lock:
+            self._file, self._torn = following, False
+            fcntl.flock(file.descriptor, fcntl.LOCK_UN)  # closing alone keeps it for as long as the other thread syncs
+            os.close(file.descriptor)
+        if file.empty:
+            file.path.unlink(missing_ok=True)
+        else:
             self._rotated()
+
+    def _replace_removed(self) -> None:
+        """Somebody removed the file, and with it what it held: that is lost, and told in the next one."""
+        assert self._file is not None
+        try:
+            following = self._opened()
+        except OSError as error:
+            self._note(f"the journal was removed, and there is no place for another: {_told(error)}")
+            return
+        self._removed = False
+        log("journal was removed", level=logging.ERROR, lost_rows=self._file.num_rows)
+        self._problem = "the journal was removed"
+        lost = self._file.num_rows + self._file.losses.count
+        if lost:
+            self._lose(lost, "disk")
+        with self._sync_lock:
+            os.close(self._file.descriptor)
+            self._file = following
 
     def _sync_all(self) -> None:
         """In a thread of its own: appending goes on while the disk takes its time."""
-        synced = 0
-        while not self._stopping:
-            time.sleep(self.config.sync_s)
+        synced: tuple[Path | None, int, int] = (None, 0, 0)
+        while True:
             try:
+                self._keep_spare()
                 with self._sync_lock:
-                    if self._file is None or self._size == synced:
-                        continue
-                    size, descriptor = self._size, os.dup(self._file)
+                    file = self._file
+                    if file is None:
+                        return
+                    state, descriptor = (file.path, file.size, file.losses.updates), os.dup(file.descriptor)
                 try:
-                    os.fdatasync(descriptor)
+                    if os.fstat(descriptor).st_nlink == 0:
+                        self._removed = True
+                        self._wake.set()
+                    elif state != synced:
+                        os.fdatasync(descriptor)
                 finally:
                     os.close(descriptor)
-                synced = size
+                synced = state
             except OSError as error:
                 log("journal cannot be synced", level=logging.ERROR, problem=str(error))
+            time.sleep(self.config.sync_s)
+
+    def _keep_spare(self) -> None:
+        """Keep the place of the next journal, while there is room."""
+        if self._stopping or any(self.folder.glob(f"*{_SPARE}")):
+            return
+        path = self._new_path()
+        with contextlib.suppress(OSError):
+            os.close(_made_head(path.with_suffix(".opening")))
+            os.rename(path.with_suffix(".opening"), path.with_suffix(_SPARE))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Write what is queued and release the file; call when no answer is under way any more."""
@@ -308,11 +546,31 @@ class Journal:
             self._thread.join(timeout_s)
 
 
-def _write_whole(descriptor: int | None, data: bytes) -> None:
-    assert descriptor is not None
+def _made_head(path: Path) -> int:
+    """A new file that holds nothing but a head, in blocks that are on the disk: overwriting them takes no room."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        # Where a file system writes elsewhere what is overwritten, it is asked not to; most know no such thing.
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(descriptor, _SET_FLAGS, struct.pack("l", _NO_COPY_ON_WRITE))
+        _write_whole(descriptor, empty_head(), 0)
+        os.fsync(descriptor)
+    except OSError:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+def _write_whole(descriptor: int, data: bytes, place: int) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(descriptor, view) :]
+        written = os.pwrite(descriptor, view, place)
+        view, place = view[written:], place + written
+
+
+def _told(error: OSError) -> str:
+    return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"
 
 
 def _give_up(future: asyncio.Future[bool]) -> None:

@@ -28,13 +28,14 @@ from components.images import STATISTICS
 from components.objects import Objects, open_objects
 from components.store import explained, seal, sha256_file, unseal
 from components.tables import column_names, read_table
-from serving.journal import SUFFIX, read_rows
+from serving.journal import SUFFIX, holds_something, read_losses, read_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
 DAMAGED = ".damaged"
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, struct.error)
 _VERSION_KEY = b"visionloop.schema_version"
 _TEXT = (
     "prediction_id",
@@ -76,6 +77,11 @@ class Segment:
     first: str
     last: str
 
+    @property
+    def journal(self) -> str:
+        """The journal that it was."""
+        return Path(self.name).stem
+
 
 def seal_all(journals: Path, log_url: str) -> int:
     """Seal every journal that nobody writes any more; returns how many. Safe to run at any time, by anyone."""
@@ -93,13 +99,14 @@ def seal_all(journals: Path, log_url: str) -> int:
                 rows = list(read_rows(path))
                 if any(len(arrays) != 2 for facts, arrays in rows if "gap" not in facts):
                     raise ValueError("a row without its arrays")
-            except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+            except _UNREADABLE:
                 # Not ours, or damaged beyond reading: kept for a person, reported by verify, and out of the others' way.
                 path.rename(path.with_suffix(DAMAGED))
                 continue
-            _seal(path, rows, objects)
+            if rows:
+                _seal(path, rows, objects)
+                sealed += 1
             path.unlink()
-            sealed += 1
     return sealed
 
 
@@ -237,7 +244,7 @@ def read_stretch(
     objects = open_objects(log_url)
     late = now + _CLOCKS if now is not None else None
     tables: list[pa.Table] = []
-    gaps: list[dict[str, Any]] = []
+    gaps: dict[str, list[dict[str, Any]]] = {}  # by journal: one that is sealed meanwhile is read twice
     problems: list[str] = []
     # Journals first: one that is sealed meanwhile is then there twice, which is nothing, and never missing.
     for path in sorted(journals.glob(f"*{SUFFIX}")) if journals is not None and journals.is_dir() else []:
@@ -245,7 +252,7 @@ def read_stretch(
             table, told = _tabulated(read_rows(path))
         except FileNotFoundError:
             continue  # sealed a moment ago: it is read as a segment
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        except _UNREADABLE as error:
             problems.append(f"{path.name} cannot be read as a journal ({error})")
             continue
         if late is not None and len(table) and _latest(table) > late:
@@ -254,7 +261,7 @@ def read_stretch(
         problems += [f"{path.name}: {gap['reason']}, what was there is lost" for gap in damaged]
         table = _between(table, model, since, until)
         tables.append(table.select(list(columns)) if columns is not None else table)
-        gaps += [gap for gap in told if gap["until"]]
+        gaps[path.stem] = [gap for gap in told if gap["until"]]
     problems += [f"{aside.name} cannot be read as a journal" for aside in _set_aside(journals, since, until)]
     for name in _manifests(objects, since, until, late):
         try:
@@ -265,12 +272,17 @@ def read_stretch(
                 continue
             tables.append(_between(read_segment(objects, segment, columns), model, since, until))
             problems += [f"{name}: {gap['reason']}, what was there is lost" for gap in segment.gaps if not gap["until"]]
-            gaps += [gap for gap in segment.gaps if gap["until"]]
+            gaps[segment.journal] = [gap for gap in segment.gaps if gap["until"]]
         except RegistryUnavailable:
             raise
         except (StoreError, KeyError, TypeError, ValueError) as error:
             problems.append(str(error))
-    lost = sum(int(gap["gap"]) for gap in gaps if gap["until"] >= since.timestamp() and gap["since"] < until.timestamp())
+    lost = sum(
+        int(gap["gap"])
+        for told in gaps.values()
+        for gap in told
+        if gap["until"] >= since.timestamp() and gap["since"] < until.timestamp()
+    )
     return Stretch(tuple(table for table in tables if len(table)), lost, tuple(problems))
 
 
@@ -333,12 +345,12 @@ def _overlaps(segment: Segment, since: datetime.datetime, until: datetime.dateti
 
 
 def _told_of(
-    gap: dict[str, Any], segment: Segment, since: datetime.datetime | None, until: datetime.datetime | None
+    gap: dict[str, Any], segment: Segment | None, since: datetime.datetime | None, until: datetime.datetime | None
 ) -> bool:
     """Whether what was lost may belong to [since, until); of which model it was, nobody knows."""
     if gap["until"]:
         begun, ended = (datetime.datetime.fromtimestamp(gap[name], datetime.UTC) for name in ("since", "until"))
-    elif segment.first:
+    elif segment is not None and segment.first:
         begun, ended = datetime.datetime.fromisoformat(segment.first), datetime.datetime.fromisoformat(segment.last)
     else:
         return True
@@ -389,6 +401,7 @@ def export(
     log_url: str,
     out: Path,
     *,
+    journals: Path | None = None,
     model: str | None = None,
     since: datetime.datetime | None = None,
     until: datetime.datetime | None = None,
@@ -413,6 +426,10 @@ def export(
             temporary.unlink(missing_ok=True)
     found = segments(open_objects(log_url))
     lost = sum(gap["gap"] for segment in found for gap in segment.gaps if _told_of(gap, segment, since, until))
+    # A server that runs has no segment yet of what it is losing now.
+    for path in journals.glob(f"*{SUFFIX}") if journals is not None and journals.is_dir() else []:
+        if all(segment.journal != path.stem for segment in found):
+            lost += sum(gap["gap"] for gap in read_losses(path).gaps() if _told_of(gap, None, since, until))
     return Exported(len(table), lost)
 
 
@@ -441,7 +458,32 @@ def _write_text(table: pa.Table, path: Path, suffix: str) -> None:
 
 def unsealed(journals: Path) -> int:
     """Journals that are still written, or wait to be sealed."""
-    return len(list(journals.glob(f"*{SUFFIX}"))) if journals.is_dir() else 0
+    return sum(map(holds_something, journals.glob(f"*{SUFFIX}"))) if journals.is_dir() else 0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Predictions that were answered and are not in the log."""
+
+    journal: str
+    """The journal that should hold them; its segment has the same name."""
+    lost: int
+    since: str
+    until: str
+    """Both empty where a journal was damaged: nobody knows when."""
+    reason: str
+
+    def __str__(self) -> str:
+        when = f" between {self.since} and {self.until}" if self.until else ""
+        return f"{self.lost} predictions of {self.journal} were lost{when}: {self.reason}"
+
+
+def _loss(journal: str, gap: dict[str, Any]) -> Loss:
+    since, until = (
+        datetime.datetime.fromtimestamp(gap[name], datetime.UTC).isoformat(timespec="seconds") if gap[name] else ""
+        for name in ("since", "until")
+    )
+    return Loss(journal, int(gap["gap"]), since, until, str(gap["reason"]))
 
 
 @dataclass(frozen=True)
@@ -451,6 +493,7 @@ class Checked:
     segments: int
     rows: int
     lost_rows: int
+    losses: tuple[Loss, ...]
     duplicates: int
     broken: tuple[str, ...]
     unsealed: int
@@ -458,15 +501,26 @@ class Checked:
 
 
 def verify(log_url: str, journals: Path) -> Checked:
-    """Check every segment's digest and that no prediction is there twice."""
+    """Check every segment's digest, that no prediction is there twice, and what was lost, sealed or not."""
     objects = open_objects(log_url)
     broken: list[str] = []
     seen: set[str] = set()
-    rows = duplicates = lost = 0
+    rows = duplicates = 0
+    # Journals first, and by name: one that is sealed meanwhile is then there twice, and counts once.
+    gaps: dict[str, Sequence[dict[str, Any]]] = {}
+    for path in sorted(journals.glob(f"*{SUFFIX}")) if journals.is_dir() else []:
+        try:
+            gaps[path.stem] = [facts for facts, _ in read_rows(path) if "gap" in facts]
+        except FileNotFoundError:
+            continue  # sealed a moment ago
+        except _UNREADABLE as error:
+            broken.append(f"{path.name} cannot be read as a journal ({error})")
     try:
         found = segments(objects)
     except StoreError as error:
-        return Checked(0, 0, 0, 0, (str(error),), 0)
+        return Checked(0, 0, 0, (), 0, (str(error),), 0)
+    gaps |= {segment.journal: segment.gaps for segment in found}
+    losses = tuple(_loss(journal, gap) for journal, told in sorted(gaps.items()) for gap in told)
     listed = {segment.name for segment in found}
     for name in objects.stamps():
         if name.endswith(".parquet") and name not in listed:
@@ -482,8 +536,8 @@ def verify(log_url: str, journals: Path) -> Checked:
         if len(table) != segment.rows:
             broken.append(f"{segment.name} holds {len(table)} rows, its manifest says {segment.rows}")
         rows += len(table)
-        lost += sum(gap["gap"] for gap in segment.gaps)
         for identifier in table["prediction_id"].to_pylist():
             duplicates += identifier in seen
             seen.add(identifier)
-    return Checked(len(found), rows, lost, duplicates, tuple(broken), unsealed(journals))
+    lost = sum(loss.lost for loss in losses)
+    return Checked(len(found), rows, lost, losses, duplicates, tuple(broken), unsealed(journals))

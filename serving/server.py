@@ -168,9 +168,9 @@ class _Server:
             loop.add_signal_handler(number, self._stop.set)
         metrics = Metrics()
         sealer = _Sealer(config.state / "journal", config.log_url)
-        sealer.wake()
         self._journal = Journal(config.state / "journal", config.journal, metrics, rotated=sealer.wake)
-        self._journal.start()
+        self._journal.start()  # before anything is sealed: on a full disk it goes on in what another server left
+        sealer.wake()
         captures = Captures(config.state / "captures", config.captures, metrics)
         captures.start()  # also when nothing is kept any more: what was kept grows old
         store = ReleaseStore(config.releases_url)
@@ -315,10 +315,13 @@ class _Server:
         await asyncio.to_thread(self._journal.close)
         await asyncio.to_thread(captures.close)
         await asyncio.to_thread(sealer.close, 20.0)
+        if self._journal.uncounted:
+            log("predictions were lost and no file tells of them", level=logging.ERROR, lost_rows=self._journal.uncounted)
         for task in done:
             with contextlib.suppress(asyncio.CancelledError):
                 if task.exception() is not None:
                     log("server failed", level=logging.ERROR, problem=str(task.exception()))
                     return 1
-        log("stopped", complete=not pending)
-        return 0 if not pending else 1
+        complete = not pending and not self._journal.uncounted
+        log("stopped", complete=complete)
+        return 0 if complete else 1

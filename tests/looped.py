@@ -21,7 +21,7 @@ from components.tables import read_frame
 from flows.looping import Loop
 from flows.run import Workspace
 from flows.settings import read_settings
-from serving.journal import MAGIC, encode_row
+from serving.journal import empty_head, encode_row
 from serving.segments import seal_all
 
 MODEL = "shapes"
@@ -134,7 +134,7 @@ def predict(
     journal = root / ".visionloop" / "serving" / "journal"
     journal.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    (journal / f"{stamp}-{uuid.uuid4().hex}.journal").write_bytes(MAGIC + b"".join(rows))
+    (journal / f"{stamp}-{uuid.uuid4().hex}.journal").write_bytes(empty_head() + b"".join(rows))
     seal_all(journal, str(root / ".visionloop" / "predictions"))
     return ids
 

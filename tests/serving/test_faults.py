@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import io
 import os
+import re
 import resource
 import shutil
 import signal
@@ -288,7 +289,7 @@ def test_sigterm_answers_what_was_taken_and_leaves_with_status_zero(stage: Path)
         taken = [reply for reply in clients.replies if reply.status == 200]
         assert clients.statuses() <= {200, 503}
     assert {reply.json["prediction_id"] for reply in taken} == {row["prediction_id"] for row in log_rows(stage)}
-    assert list((stage / ".visionloop" / "serving" / "journal").glob("*")) == []
+    assert list((stage / ".visionloop" / "serving" / "journal").glob("*.journal")) == []
     assert any('"stopped"' in line for line in mine.told)
 
 
@@ -455,26 +456,38 @@ def test_with_everything_else_gone_a_server_goes_on_and_even_starts_again(stage:
         assert "does not answer" in again.status()["models"][MODEL]["problem"]
 
 
-def test_a_full_disk_loses_rows_that_are_counted_and_no_answer(stage: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_full_disk_loses_rows_that_are_counted_for_good_and_no_answer(stage: Path, end: int) -> None:
+    def verified() -> str:
+        done = visionloop_process("predictions", "verify", cwd=stage)
+        assert done.returncode == 1, done.stdout
+        assert re.search(r"24 predictions of \S+ were lost between 20\S+ and 20\S+: File too large \(EFBIG\)", done.stdout)
+        return done.stdout
+
     with server(stage) as mine:
         assert mine.predict(png("disc", 1)).status == 200
         (journal,) = (mine.state / "journal").glob("*.journal")
-        limit = journal.stat().st_size + 100
-        resource.prlimit(mine.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+        def fill(size: int) -> None:
+            resource.prlimit(mine.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+        fill(journal.stat().st_size + 100)
         for seed in range(20):
             assert mine.predict(png("disc", seed)).status == 200
         assert mine.figure("journal_lost_rows_total") == 20
         assert "EFBIG" in mine.status()["journal_problem"]
-        resource.prlimit(mine.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        fill(resource.RLIM_INFINITY)
         assert mine.predict(png("disc", 2)).status == 200
         assert mine.status()["journal_problem"] is None
-        assert mine.stop() == 0
+        fill(journal.stat().st_size)
+        for seed in range(4):
+            assert mine.predict(png("disc", seed)).status == 200
+        assert mine.stop(end) == (0 if end == signal.SIGTERM else -end)
+    verified()
     assert len(log_rows(stage)) == 2
     (segment,) = segments.segments(open_objects(str(stage / ".visionloop" / "predictions")))
-    assert [gap["gap"] for gap in segment.gaps] == [20]
-    done = visionloop_process("predictions", "verify", cwd=stage)
-    assert done.returncode == 0
-    assert "2 predictions, 0 twice, 20 lost" in done.stdout
+    assert [gap["gap"] for gap in segment.gaps] == [24]
+    assert "2 predictions, 0 twice, 24 lost" in verified()
 
 
 def test_a_slow_client_is_hung_up_on_and_nobody_waits_for_it(stage: Path) -> None:

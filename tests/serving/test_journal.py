@@ -5,9 +5,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from components.contracts import ConfigError, SchemaTooNew, TamperedArtefact
 from components.objects import open_objects
 from components.store import seal, unseal
 from serving import segments
-from serving.journal import MAGIC, Journal, JournalConfig, encode_row, read_rows
+from serving.journal import HEAD_BYTES, Journal, JournalConfig, encode_row, read_losses, read_rows
 from serving.metrics import Metrics
 
 
@@ -81,9 +84,9 @@ def test_a_journal_cut_anywhere_gives_its_whole_rows(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.journal")
     data = path.read_bytes()
     size = len(row(1))
-    for end in range(0, len(data) + 1, 7):
+    for end in range(HEAD_BYTES, len(data) + 1, 7):
         path.write_bytes(data[:end])
-        whole = max(0, (end - len(MAGIC)) // size)
+        whole = (end - HEAD_BYTES) // size
         assert ids(path) == list(range(1, whole + 1))
 
 
@@ -100,18 +103,29 @@ def test_a_flipped_bit_ends_the_journal_there(tmp_path: Path) -> None:
         list(read_rows(path))
 
 
-def test_a_full_disk_is_a_gap_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(tmp_path)
-    full = threading.Event()
-    real = os.write
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set: a full disk, on which nothing can be made or become longer, and what is there can be overwritten."""
+    full, write, opened = threading.Event(), os.pwrite, os.open
 
-    def write(descriptor: int, data: Any) -> int:
-        if full.is_set():
-            real(descriptor, bytes(data[:9]))  # a torn frame, as a full disk leaves it
+    def pwrite(descriptor: int, data: Any, place: int) -> int:
+        if full.is_set() and place + len(data) > os.fstat(descriptor).st_size:
+            write(descriptor, bytes(data[:9]), place)  # a torn frame, as a full disk leaves it
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(descriptor, data)
+        return write(descriptor, data, place)
 
-    monkeypatch.setattr(os, "write", write)
+    def open_(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if full.is_set() and flags & os.O_CREAT and str(path).endswith(".opening"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr("serving.journal.os.open", open_)
+    return full
+
+
+def test_a_full_disk_is_a_gap_that_is_told(tmp_path: Path, full: threading.Event) -> None:
+    desk = Desk(tmp_path)
 
     async def scene() -> list[bool]:
         desk.journal.start()
@@ -126,7 +140,7 @@ def test_a_full_disk_is_a_gap_that_is_told(tmp_path: Path, monkeypatch: pytest.M
     desk.journal.close()
     (path,) = tmp_path.glob("*.journal")
     found = [facts for facts, _ in read_rows(path)]
-    assert [facts.get("gap") or int(facts["prediction_id"], 16) for facts in found] == [1, 3, 5]
+    assert [facts.get("gap") or int(facts["prediction_id"], 16) for facts in found] == [3, 1, 5]
     assert desk.figure("journal_lost_rows_total") == 3
     assert desk.figure("journal_rows_total") == 2
     assert desk.journal.problem == ""
@@ -197,7 +211,7 @@ def test_a_journal_is_rotated_by_size_and_sealed_ones_hold_every_row(tmp_path: P
     assert desk.rotations > 2
     url = str(tmp_path / "log")
     assert segments.seal_all(tmp_path / "j", url) == desk.rotations
-    assert list((tmp_path / "j").iterdir()) == []
+    assert list((tmp_path / "j").glob("*.journal")) == []
     found = [int(i, 16) for table in segments.read_log(url) for i in table["prediction_id"].to_pylist()]
     assert found == list(range(10))
     checked = segments.verify(url, tmp_path / "j")
@@ -326,7 +340,7 @@ def test_an_export_tells_of_the_losses_of_its_own_time(tmp_path: Path) -> None:
     journals, url, start = tmp_path / "j", str(tmp_path / "log"), 1_770_000_000.0
     gap = {"gap": 7, "since": start + 100, "until": start + 200, "reason": "disk"}
     journals.mkdir()
-    (journals / "a.journal").write_bytes(MAGIC + row(1, at=start) + encode_row(gap) + row(2, at=start + 1000))
+    (journals / "a.journal").write_bytes(b"VLJ1" + row(1, at=start) + encode_row(gap) + row(2, at=start + 1000))
     assert segments.seal_all(journals, url) == 1
 
     def lost(since: float, until: float) -> int:
@@ -394,7 +408,7 @@ def test_what_a_power_loss_leaves_at_the_end_does_not_stop_sealing(journals: Pat
     path.write_bytes(path.read_bytes() + tail)
     (journals / "00-empty.journal").write_bytes(bytes(100))
     (journals / "01-other.journal").write_bytes(b"something else entirely")
-    assert segments.seal_all(journals, str(tmp_path / "log")) == 2
+    assert segments.seal_all(journals, str(tmp_path / "log")) == 1
     checked = segments.verify(str(tmp_path / "log"), journals)
     assert (checked.rows, checked.lost_rows) == (5, 0)
     assert checked.broken == ("01-other.damaged cannot be read as a journal; look at it, then remove it",)
@@ -403,36 +417,127 @@ def test_what_a_power_loss_leaves_at_the_end_does_not_stop_sealing(journals: Pat
 def test_damage_in_the_middle_costs_its_row_and_is_told(journals: Path, tmp_path: Path) -> None:
     (path,) = journals.glob("*.journal")
     data = bytearray(path.read_bytes())
-    data[len(MAGIC) + len(row(0)) + len(row(1)) // 2] ^= 0xFF
+    data[HEAD_BYTES + len(row(0)) + len(row(1)) // 2] ^= 0xFF
     path.write_bytes(bytes(data))
     segments.seal_all(journals, str(tmp_path / "log"))
     checked = segments.verify(str(tmp_path / "log"), journals)
     assert (checked.rows, checked.lost_rows) == (4, 1)
 
 
-def test_a_gap_is_told_also_when_nothing_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(tmp_path)
-    full = threading.Event()
-    real = os.write
-
-    def write(descriptor: int, data: Any) -> int:
-        if full.is_set():
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(descriptor, data)
-
-    monkeypatch.setattr(os, "write", write)
+def served(folder: Path, left: Path, lost: int, full: threading.Event, *, killed: bool) -> int:
+    """What a server does whose disk is full, or fills up after one row: so many are lost. What it leaves goes to `left`."""
+    desk, kept = Desk(folder), not full.is_set()
 
     async def scene() -> None:
         desk.journal.start()
-        await desk.journal.write([row(1)])
+        assert await desk.journal.write([row(int.from_bytes(os.urandom(4)))]) is kept
+        while kept and not list(folder.glob("*.spare")):
+            await asyncio.sleep(0.01)
         full.set()
-        await desk.journal.write([row(2)])
-        full.clear()
+        for _ in range(lost - (not kept)):
+            assert not await desk.journal.write([row(0)])
 
     asyncio.run(scene())
+    if not killed:
+        desk.journal.close()
+    shutil.copytree(folder, left)  # as it is at this moment, and nobody holds it
     desk.journal.close()
+    assert desk.journal.uncounted == 0
+    return int(kept)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_no_loss_is_forgotten_and_none_counted_twice_however_servers_end(
+    tmp_path: Path, full: threading.Event, killed: bool
+) -> None:
+    """Three after one another on a disk that stays full: the second takes the spare, the third what the first left."""
+    url = str(tmp_path / "log")
+    rows = sum(
+        served(tmp_path / str(number), tmp_path / str(number + 1), lost, full, killed=killed)
+        for number, lost in enumerate((3, 2, 4))
+    )
+    full.clear()
+    for sealed in (False, True, True):
+        checked = segments.verify(url, tmp_path / "3")
+        assert (checked.lost_rows, checked.rows, checked.broken) == (9, rows if sealed else 0, ())
+        assert {loss.reason for loss in checked.losses} == {"No space left on device (ENOSPC)"}
+        assert all(loss.since and loss.until >= loss.since for loss in checked.losses)
+        assert segments.export(url, tmp_path / "out.csv", journals=tmp_path / "3").lost == 9
+        segments.seal_all(tmp_path / "3", url)
+
+
+def test_a_count_that_was_cut_short_leaves_the_one_before_it_and_is_told(tmp_path: Path, full: threading.Event) -> None:
+    served(tmp_path / "j", tmp_path / "left", 3, full, killed=True)
+    full.clear()
+    (path,) = (tmp_path / "left").glob("*.journal")
+    counted = read_losses(path)
+    assert (counted.count, counted.updates, counted.cut_short) == (3, 4, False)
+    data = bytearray(path.read_bytes())
+    data[counted.place + 20] ^= 1
+    path.write_bytes(data)
+    for _ in range(2):  # in the journal, and sealed
+        checked = segments.verify(str(tmp_path / "log"), tmp_path / "left")
+        assert sorted((loss.lost, loss.reason) for loss in checked.losses) == [
+            (1, "the count of what was lost is damaged"),
+            (2, "No space left on device (ENOSPC)"),
+        ]
+        segments.seal_all(tmp_path / "left", str(tmp_path / "log"))
+
+
+def test_a_journal_that_is_removed_under_its_server_is_a_loss(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "j", sync_s=0.01)
+    desk.run([row(1)], [row(2)], close=False)
+    shutil.rmtree(tmp_path / "j")
+    while desk.figure("journal_lost_rows_total") < 2:
+        time.sleep(0.01)
+    desk.journal.close()
+    (loss,) = segments.verify(str(tmp_path / "log"), tmp_path / "j").losses
+    assert (loss.lost, loss.reason) == (2, "the journal was removed")
+
+
+def test_where_there_is_no_place_for_another_journal_the_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Journal, "_opened", refuse_after_the_first(Journal._opened))
+    desk = Desk(tmp_path, rotate_bytes=HEAD_BYTES + 1)
+    assert desk.run(*[[row(n)] for n in range(5)]) == [True] * 5
     (path,) = tmp_path.glob("*.journal")
-    assert [facts.get("gap") for facts, _ in read_rows(path)] == [None, 1]
+    assert ids(path) == list(range(5))
+
+
+def refuse_after_the_first(real: Callable[..., Any]) -> Callable[..., Any]:
+    calls = []
+
+    def opened(self: Journal, **options: Any) -> Any:
+        calls.append(options)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, **options)
+
+    return opened
+
+
+def test_without_a_place_for_the_count_no_server_starts(tmp_path: Path, full: threading.Event) -> None:
+    full.set()
+    with pytest.raises(ConfigError, match=r"no place for the journal .*ENOSPC.*make room there"):
+        Desk(tmp_path / "j").run()
+
+
+def test_what_could_not_even_be_counted_is_known_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(descriptor: int, data: Any, place: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    desk = Desk(tmp_path)
+
+    async def scene() -> list[bool]:
+        desk.journal.start()
+        written = [await desk.journal.write([row(1)])]
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        return [*written, await desk.journal.write([row(2)])]
+
+    assert asyncio.run(scene()) == [True, False]
+    desk.journal.close()
+    assert desk.journal.uncounted == 1
 
 
 def test_times_with_an_offset_mean_the_same_moment(journals: Path, tmp_path: Path) -> None:
