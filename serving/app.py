@@ -158,10 +158,10 @@ class HttpGate:
         self, method: bytes, url: bytes, headers: list[tuple[bytes, bytes]], *, crowded: bool
     ) -> tuple[int, str, float | None] | None:
         path = url.partition(b"?")[0]
+        for name, value in headers:
+            if name == b"content-length" and (not value.isdigit() or len(value) > 15 or int(value) > self.max_body):
+                return 413, f"the body is larger than {self.max_body} bytes", None
         if method == b"POST":
-            for name, value in headers:
-                if name == b"content-length" and (not value.isdigit() or len(value) > 15 or int(value) > self.max_body):
-                    return 413, f"the body is larger than {self.max_body} bytes", None
             routed = self._asked(path)
             if routed is not None and routed.deployment is not None and routed.deployment.full:
                 self._count(routed.model)
@@ -231,7 +231,7 @@ class Http:
                 open_("/docs", self._docs),
                 self._route("/admin/refresh", self._refresh, "POST", needed="admin"),
             ],
-            exception_handlers={HTTPException: _http_exception},
+            exception_handlers={HTTPException: _http_exception, Exception: _server_error},
         )
         # Public files of a package, the same on every server: they need no token.
         application.router.redirect_slashes = False  # an answer, never a redirect to what the client says its host is
@@ -269,7 +269,8 @@ class Http:
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, bounded; the time it may take is bounded by the connection."""
-        if request.headers.get("content-encoding", "identity") != "identity":
+        codings = ",".join(request.headers.getlist("content-encoding")).split(",")
+        if not {"", "identity"}.issuperset(coding.strip().lower() for coding in codings):
             raise Rejected(415, "compressed bodies are not accepted; pictures are compressed already")
         chunks, size = [], 0
         async for chunk in request.stream():
@@ -465,7 +466,18 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         has = ", ".join(tensors.EXTENSIONS)
         return _error(Rejected(404, f"this is not done by this server; it has inference, metadata, health, {has}"))
     words = {404: "there is nothing here; /docs lists the routes", 405: "this route has another method; /docs lists it"}
-    return _error(Rejected(error.status_code, words.get(error.status_code, "not accepted")))
+    response = _error(Rejected(error.status_code, words.get(error.status_code, "not accepted")))
+    if error.status_code == 405:
+        methods = (error.headers or {}).get("Allow", "GET, HEAD")  # files have no route of their own
+        allowed = {"allow": ", ".join(sorted({*methods.replace(",", " ").split(), "OPTIONS"}))}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=allowed)
+        response.headers.update(allowed)
+    return response
+
+
+async def _server_error(_: Request, error: Exception) -> Response:
+    return _crashed(error)
 
 
 def _crashed(error: Exception) -> Response:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import orjson
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
@@ -344,7 +345,7 @@ def test_too_much_of_headers_is_answered_431() -> None:
         client = Client()
         client.ask(b"GET /%s HTTP/1.1\r\n%s\r\n" % (b"a" * (33 << 10) if many is None else b"v2", many or b""))
         assert client.transport.written.startswith(b"HTTP/1.1 431 ")
-        assert client.transport.written.count(b"HTTP/1.1") == 1
+        assert client.transport.written.count(b"content-length") == 1
         assert client.transport.is_closing()
 
 
@@ -379,3 +380,138 @@ def test_a_lost_connection_leaves_no_timer() -> None:
     client.ask(PICTURE)
     client.protocol.connection_lost(None)
     assert all(handle.cancelled() for _, _, handle in client.loop.timers)
+
+
+UPGRADES = [
+    b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n",
+    b"upgrade: websocket\r\nconnection: keep-alive, upgrade\r\n",
+    b"connection: upgrade\r\nupgrade: TLS/1.0, x\r\n",
+]
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+@pytest.mark.parametrize(
+    "framing", [b"content-length: %d\r\n\r\n%s", b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n"]
+)
+def test_an_upgrade_is_ignored_and_the_body_is_the_body(upgrade: bytes, framing: bytes) -> None:
+    """Also one that reads like another request, however it arrives, and with requests before and behind it."""
+    body = STATUS + upgrade
+    asked = b"POST /admin/refresh HTTP/1.1\r\nhost: a\r\n" + upgrade + framing % (len(body), body)
+    for piece in (len(asked) * 2, 7, 1):
+        client = Client()
+        sent = STATUS + asked + PICTURE
+        first = []
+        for start in range(0, len(sent), piece):
+            client.ask(sent[start : start + piece])
+            first += [client.running] if client.running is not None and not first else []
+        assert client.transport.written == b""
+        first[0].response_started = first[0].response_complete = True
+        (last, _), (middle, _) = client.protocol.pipeline
+        assert (middle.scope["method"], middle.scope["path"], bytes(middle.body)) == ("POST", "/admin/refresh", body)
+        assert not middle.more_body
+        assert b"upgrade" not in dict(middle.scope["headers"])
+        assert (last.scope["path"], bytes(last.body)) == ("/predict", b"abc")
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ((b"host: a\r\n", b""), 400),
+        ((b"host: a\r\n", b"host: a\r\nHost: a\r\n"), 400),
+        ((b"host: a\r\n", b"host: a/b\r\n"), 400),
+        ((b"host: a\r\n", b"host: u@a\r\n"), 400),
+        ((b"host: a\r\n", b"host: a, b\r\n host: c\r\n"), 400),
+        ((b"content-length: 3", b"transfer-encoding: gzip, chunked"), 501),
+        ((b"content-length: 3", b"transfer-encoding: gzip\r\ntransfer-encoding: chunked"), 501),
+        ((b"content-length: 3", b"transfer-encoding: identity"), 501),
+        ((b"content-length: 3", b"transfer-encoding: chunked\r\ntransfer-encoding: chunked"), 400),
+        ((b"content-length: 3", b"content-length: 3\r\ntransfer-encoding: chunked"), 400),
+        ((b"content-length: 3", b"transfer-encoding: chunked\r\ncontent-length: 3"), 400),
+        ((b"content-length: 3", b"content-length: 3\r\ncontent-length: 3"), 400),
+        ((b"content-length: 3", b"content-length: 3, 3"), 400),
+        ((b"content-length: 3", b"content-length: +3"), 400),
+        ((b"content-length: 3", b"content-length : 3"), 400),
+        ((b"content-length: 3", b"transfer-encoding: chunked\r\nx: y\0z"), 400),
+        ((b"content-length: 3\r\n\r\n", b"content-length: 3\n\n"), 400),
+        ((b"content-length: 3", b"content-length: 3\r\n folded: yes"), 400),
+        ((b"content-length: 3", b"content-length: 3\r\nexpect: magic"), 417),
+        ((b"1.1\r\nhost: a\r\ncontent-length: 3", b"1.0\r\nhost: a\r\ntransfer-encoding: chunked"), 400),
+        ((b"HTTP/1.1", b"HTTP/2.0"), 505),
+        ((b"HTTP/1.1", b"HTTP/1.7"), 400),
+        ((b"POST /predict", b"CONNECT a:80"), 501),
+        ((b"POST /predict", b"POST *"), 400),
+        ((b"POST /predict", b"POST ftp://a/predict"), 400),
+        ((b"POST /predict", b"POST http://u@a/predict"), 400),
+        ((b"POST /predict", b"POST /predict#x"), 400),
+        ((b"POST /predict", b"POST /pre\xc3\xa9dict"), 400),
+        ((b"POST /predict", b"PO ST /predict"), 400),
+    ],
+)
+def test_a_request_whose_meaning_is_not_sure_is_refused_once_and_nothing_is_read_behind_it(
+    change: tuple[bytes, bytes], status: int
+) -> None:
+    asked = PICTURE.replace(*change)
+    assert asked != PICTURE
+    client = Client()
+    answer = client.ask(asked + STATUS + PICTURE)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+    assert answer.count(b"content-length") == 1
+    head, body = answer.split(b"\r\n\r\n")
+    assert b"\r\ncontent-type: application/json" in head
+    assert b"\r\nconnection: close" in head
+    assert list(orjson.loads(body)) == ["error"]
+    assert client.running is None
+    client.loop.pass_s(5)
+    assert client.transport.gone_at < math.inf
+    # Behind one that is being answered it is told so after that one's answer.
+    client = Client()
+    client.ask(STATUS + asked)
+    assert client.transport.written == b""
+    first = client.running
+    client.ask(STATUS)
+    assert client.running is first
+    client.answered()
+    assert client.transport.written.startswith(b"HTTP/1.1 400 ")
+    assert client.transport.written.count(b"content-length") == 1
+    assert client.transport.is_closing()
+
+
+@pytest.mark.parametrize("body", [b"1\r\nabc", b"1 \r\na", b"1;a\nb\r\n", b"0x1\r\na", b"fffffffffffffffff\r\na"])
+def test_a_body_that_breaks_its_framing_is_the_end_of_its_request(body: bytes) -> None:
+    asked = b"POST /admin/refresh HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n" + body
+    client = Client()
+    assert client.ask(asked).startswith(b"HTTP/1.1 400 ")
+    assert client.running.disconnected
+    assert client.transport.is_closing()
+    client = Client()
+    client.ask(STATUS)
+    first = client.running
+    client.ask(asked)
+    assert (client.transport.written, list(client.protocol.pipeline)) == (b"", [])
+    client.loop.pass_s(100)
+    assert client.transport.written == b""
+    first.response_started = first.response_complete = True
+    client.protocol.on_response_complete()
+    assert client.transport.written.startswith(b"HTTP/1.1 400 ")
+    assert client.transport.is_closing()
+
+
+def test_other_forms_of_a_target_are_understood() -> None:
+    for target, path in ((b"http://b.c:80/status?x", "/status"), (b"HTTP://b.c", "/"), (b"http://[::1]:8?x", "/")):
+        client = Client()
+        client.ask(STATUS.replace(b"/status", target))
+        host = target[7:].partition(b"/")[0].partition(b"?")[0]
+        assert (client.running.scope["path"], client.running.scope["headers"]) == (path, [(b"host", host)])
+    client = Client()
+    client.ask(STATUS.replace(b"GET /status", b"OPTIONS *"))
+    assert client.running.scope["path"] == "/"
+    client = Client()
+    client.ask(b"GET /status HTTP/1.0\r\nexpect: 100-continue\r\n\r\n")
+    assert not client.running.waiting_for_100_continue
+
+
+def test_what_is_behind_the_last_request_of_a_connection_is_not_asked() -> None:
+    client = Client()
+    answer = client.ask(PICTURE.replace(b"host: a\r\n", b"host: a\r\nconnection: close\r\n") + STATUS + PICTURE)
+    assert answer.count(b"content-length") == 1
+    assert client.running is None
