@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from serving.routing import Following, Routed
 from serving.segments import unsealed
 
 _CODE = Path(__file__).resolve().parent.parent
+_FOLDERS = re.compile(r"""(?<![\w:/.-])/(?:[^/\s'":;,()]+/)+""")
 
 
 @dataclass(frozen=True)
@@ -271,13 +273,31 @@ class _Server:
         grpc_port = ports[1] if len(ports) > 1 else None
         log("ready", seconds=round(seconds, 3), port=ports[0], grpc_port=grpc_port, frozen_objects=gc.get_freeze_count())
 
+    def _without_folders(self, problem: str | None) -> str | None:
+        """A problem as everybody who may look is told it: the log has the places of files, this has their names."""
+        if not problem:
+            return None
+        config = self._config
+        known = (
+            config.releases_url,
+            config.log_url,
+            str(config.state),
+            str(config.state.parent.parent),
+            str(_CODE),
+            sys.prefix,
+        )
+        for folder in sorted((place.rstrip("/") for place in known), key=len, reverse=True):
+            if folder.startswith("/"):  # also one whose name has spaces
+                problem = problem.replace(f"{folder}/", "").replace(folder, Path(folder).name)
+        return _FOLDERS.sub("", problem)
+
     def _status(self, ports: list[int]) -> dict[str, Any]:
         models = {}
         for model, routed in self._routed.items():
             deployment = routed.deployment
             models[model] = {
                 "ready": routed.ready,
-                "problem": routed.problem,
+                "problem": self._without_folders(routed.problem),
                 "version": deployment.version if deployment else None,
                 "release": deployment.digest if deployment else None,
                 "engine": deployment.release.engine.name if deployment else None,
@@ -288,7 +308,7 @@ class _Server:
         return {
             "ready": self._inference.ready,
             "models": models,
-            "journal_problem": self._journal.problem or None,
+            "journal_problem": self._without_folders(self._journal.problem),
             "uptime_s": round(time.monotonic() - self._started, 1),
         }
 

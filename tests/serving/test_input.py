@@ -203,6 +203,45 @@ def test_what_is_asked_wrongly_is_refused(running: Server) -> None:
         assert_clean(reply.body)
 
 
+def test_every_route_tells_its_methods(running: Server) -> None:
+    for path, methods in (
+        ("/predict", "OPTIONS, POST"),
+        (f"/v2/models/{MODEL}/versions/1/infer", "OPTIONS, POST"),
+        ("/status", "GET, HEAD, OPTIONS"),
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/docs/assets/swagger-ui.css", "GET, HEAD, OPTIONS"),
+    ):
+        told = running.ask("OPTIONS", path)
+        assert (told.status, told.headers["allow"], told.body) == (204, methods, b"")
+        for method in {"PUT", "DELETE", "PATCH", "TRACE", "POST", "GET"} - set(methods.split(", ")):
+            reply = running.ask(method, path)
+            assert (reply.status, reply.headers["allow"]) == (405, methods), (method, path)
+            assert_clean(reply.body)
+        if "HEAD" in methods:
+            head = running.ask("HEAD", path)
+            assert (head.status, head.body) == (200, b"")
+    for path in ("/docs/assets/%00", "/docs/assets/../../x", "/docs/assets/" + "a" * 300, "/%00", "//status", "/a?%zz=%00"):
+        assert_clean(running.ask("GET", path).body)
+
+
+@pytest.mark.parametrize(
+    ("coding", "status"), [("Identity", 200), ("", 200), ("identity, IDENTITY", 200), ("br", 415), ("identity, gzip", 415)]
+)
+def test_a_body_that_is_not_compressed_may_say_so(running: Server, coding: str, status: int) -> None:
+    reply = running.ask("POST", "/predict", png("disc", 1), {"content-type": "image/png", "content-encoding": coding})
+    assert reply.status == status
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here; the upgrade that it asks for is tested without it")
+def test_a_client_that_would_rather_speak_http_2_is_answered(running: Server, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png("disc", 1))
+    command = ["curl", "-s", "--http2", "-H", "content-type: image/png", "--data-binary", f"@{tmp_path / 'x.png'}"]
+    done = subprocess.run(
+        [*command, f"http://127.0.0.1:{running.port}/predict"], capture_output=True, check=True, timeout=60
+    )
+    assert json.loads(done.stdout)["label"] == "disc"
+
+
 def test_a_form_with_a_thousand_parts_is_refused(running: Server) -> None:
     part = '--b\r\ncontent-disposition: form-data; name="f{}"; filename="x"\r\n\r\nx\r\n'
     body = ("".join(part.format(i) for i in range(1000)) + "--b--\r\n").encode()
