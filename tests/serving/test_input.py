@@ -239,7 +239,7 @@ def test_a_client_that_would_rather_speak_http_2_is_answered(running: Server, tm
     done = subprocess.run(
         [*command, f"http://127.0.0.1:{running.port}/predict"], capture_output=True, check=True, timeout=60
     )
-    assert json.loads(done.stdout)["label"] == "disc"
+    assert json.loads(done.stdout)["probabilities"] == running.predict(png("disc", 1)).json["probabilities"]
 
 
 def test_a_form_with_a_thousand_parts_is_refused(running: Server) -> None:
