@@ -400,7 +400,7 @@ def test_an_upgrade_is_ignored_and_the_body_is_the_body(upgrade: bytes, framing:
     for piece in (len(asked) * 2, 7, 1):
         client = Client()
         sent = STATUS + asked + PICTURE
-        first = []
+        first: list[Any] = []
         for start in range(0, len(sent), piece):
             client.ask(sent[start : start + piece])
             first += [client.running] if client.running is not None and not first else []
