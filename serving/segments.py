@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from components.contracts import ConfigError, RegistryUnavailable, SchemaTooNew, StoreError, TamperedArtefact
+from components.contracts import ConfigError, RegistryUnavailable, SchemaTooNew, StoreError, TamperedArtefact, counted
 from components.images import STATISTICS
 from components.objects import Objects, open_objects
 from components.store import explained, seal, sha256_file, unseal
@@ -475,7 +475,7 @@ class Loss:
 
     def __str__(self) -> str:
         when = f" between {self.since} and {self.until}" if self.until else ""
-        return f"{self.lost} predictions of {self.journal} were lost{when}: {self.reason}"
+        return f"{counted(self.lost, 'prediction')} of {self.journal} lost{when}: {self.reason}"
 
 
 def _loss(journal: str, gap: dict[str, Any]) -> Loss:

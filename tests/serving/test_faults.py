@@ -462,7 +462,7 @@ def test_a_full_disk_loses_rows_that_are_counted_for_good_and_no_answer(stage: P
     def verified() -> str:
         done = visionloop_process("predictions", "verify", cwd=stage)
         assert done.returncode == 1, done.stdout
-        assert re.search(r"24 predictions of \S+ were lost between 20\S+ and 20\S+: File too large \(EFBIG\)", done.stdout)
+        assert re.search(r"24 predictions of \S+ lost between 20\S+ and 20\S+: File too large \(EFBIG\)", done.stdout)
         return done.stdout
 
     with server(stage) as mine:
