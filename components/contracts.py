@@ -266,7 +266,12 @@ def first_problem(error: ValidationError) -> str:
     """The first complaint of a pydantic error as `place: what is wrong`."""
     problem = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in problem["loc"])
-    return f"{place}: {problem['msg']}" if place else str(problem["msg"])
+    return f"{place}: {plain(problem)}" if place else plain(problem)
+
+
+def plain(problem: Mapping[str, Any]) -> str:
+    """The message of a pydantic problem without the prefix that tells which exception it came from."""
+    return str(problem["msg"]).removeprefix("Value error, ").replace("Tuple should", "The list should")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError, field_validator
 
 from components import plugins
-from components.contracts import ConfigError, Record, UnknownName
+from components.contracts import ConfigError, PluginFailed, Record, UnknownName, plain
 from components.evaluation import EvaluationConfig
 from components.export import ExportConfig
 from components.export import check as check_export
@@ -25,6 +25,7 @@ from components.validation import ValidationConfig
 from flows.yaml_reading import parse_yaml, read_mapping
 
 SHIPPED = Path(__file__).resolve().parent / "recipes"
+_SUFFIXES = (".yml", ".yaml")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -56,12 +57,19 @@ class RunConfig(Record):
 def recipe_files(workspace: Path | None) -> dict[str, Path]:
     """Every recipe by name: the shipped ones and the workspace's own, which win."""
     folders = [SHIPPED, *([workspace / "recipes"] if workspace else [])]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for folder in folders for suffix in _SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))}
+
+
+def _values(path: Path) -> dict[str, Any]:
+    twin = path.with_suffix(".yml")
+    if path.suffix == ".yaml" and twin.exists():
+        raise ConfigError(f"{path} and {twin.name} are both recipe {path.stem!r}; remove or rename one")
+    return read_mapping(path, "recipe")
 
 
 def peek(path: Path) -> RunConfig:
     """A recipe's sections as they are, without asking whether what they name exists; raises ConfigError."""
-    return parse(read_mapping(path, "recipe"), place=str(path))
+    return parse(_values(path), place=str(path))
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path | None = None) -> RunConfig:
@@ -70,18 +78,25 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
     Everything it names (plug-ins, their settings, weights, engines) is checked to exist.
     """
     files = recipe_files(workspace)
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else files.get(recipe)
+    path = Path(recipe) if recipe.endswith(_SUFFIXES) else files.get(recipe)
     if path is None:
         raise UnknownName("recipe", recipe, list(files))
-    values = read_mapping(path, "recipe")
+    values = _values(path)
     for override in overrides:
         _apply(values, override)
-    config = parse(values, place=str(path))
-    check_training(config.training, workspace or Path())
-    check_export(config.export)
-    check_gating(config.gating, [target.name for target in config.export.all_targets])
-    if config.source is not None:
-        plugins.load("sources", config.source)
+    place = " ".join([str(path), *(f"--set {override}" for override in overrides)])
+    config = parse(values, place=place)
+    try:
+        check_training(config.training, workspace or Path())
+        check_export(config.export)
+        check_gating(config.gating, [target.name for target in config.export.all_targets])
+        if config.source is not None:
+            plugins.load("sources", config.source)
+    except PluginFailed:
+        raise  # it names a file of its own
+    except ConfigError as error:
+        error.args = (f"{place}: {error}",)
+        raise
     return config
 
 
@@ -115,12 +130,16 @@ def parse(values: dict[str, Any], *, place: str) -> RunConfig:
         if problem["type"] == "extra_forbidden":
             valid = _fields(problem["loc"][:-1])
             raise UnknownName(f"key in {place}:", key, valid) from error
-        raise ConfigError(f"{place}: {key}: {problem['msg']}{_hint(problem)}") from error
+        raise ConfigError(f"{place}: {f'{key}: ' if key else ''}{plain(problem)}{_hint(problem)}") from error
 
 
 def _hint(problem: Mapping[str, Any]) -> str:
     """What was given instead, where YAML may have read a plain value as something else than was meant."""
     given, kind = problem["input"], problem["type"]
+    if kind in ("missing", "value_error"):
+        return ""  # the message says it
+    if isinstance(given, (list, dict)):
+        return ", not a list" if isinstance(given, list) else ", not a section"
     if not isinstance(given, (str, bool, int, float, type(None))):
         return ""
     shown = json.dumps(given, ensure_ascii=False)[:60]
@@ -133,12 +152,17 @@ def _hint(problem: Mapping[str, Any]) -> str:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as training.fit.epochs=5")
     *parents, last = key.split(".")
     section = values
     for parent in parents:
         section = section.setdefault(parent, {})
+        if isinstance(section, list):
+            raise ConfigError(
+                f"--set {override!r}: {parent!r} is a list, whose items cannot be set one by one; give it whole, "
+                f"as it stands in the recipe: {parent}=[...]"
+            )
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
     section[last] = parse_yaml(text, f"the value of --set {override!r}")

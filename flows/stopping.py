@@ -57,8 +57,11 @@ def at_once(told: Callable[[], str], last: Callable[[str], None] = lambda _: Non
     _ending.told, _ending.last = told, last
     try:
         yield
-    finally:
+    except Exception:
         _ending.told = None
+        raise
+    # Not for other exceptions: they end the process, and Prefect's handler of the same signal may raise one first.
+    _ending.told = None
 
 
 def watch(*, as_json: bool = False) -> None:

@@ -55,6 +55,11 @@ def test_overrides_are_validated_like_the_file() -> None:
         ("splitting.valid_share=0.9", "less than 0.5"),
         ("model='../x'", "not a plain name"),
         ("source=imagenet", "unknown source 'imagenet'; valid: digits"),
+        ("training.backbone_settings.width=-1", r"digits.yaml --set training.backbone_settings.width=-1: .*greater than"),
+        ("gating.gates.0.settings.floor=0.5", r"'gates' is a list, .*give it whole"),
+        ("training..fit=1", "not of the form section.key=value"),
+        ("model='../x'", r"model: '../x' is not a plain name; use a-z, 0-9, '.', '_' and '-', at most 63$"),
+        ("training.fit=[1]", "training.fit: Input should be an object, not a list"),
     ],
 )
 def test_a_typo_dies_before_any_work_and_names_the_key(override: str, message: str) -> None:
@@ -158,6 +163,17 @@ def test_a_workspace_recipe_wins_over_a_shipped_one(tmp_path: Path) -> None:
     )
     assert load_recipe("digits", workspace=tmp_path).model == "mine"
     assert recipe_files(tmp_path)["transfer"].parent == SHIPPED
+
+
+def test_either_suffix_makes_a_recipe_but_not_both_for_one_name(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    text = (SHIPPED / "digits.yaml").read_text()
+    (tmp_path / "recipes" / "short.yml").write_text(text)
+    assert load_recipe("short", workspace=tmp_path) == load_recipe("digits")
+    (tmp_path / "recipes" / "short.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="short.yaml and short.yml are both recipe 'short'; remove or rename one"):
+        load_recipe("short", workspace=tmp_path)
+    load_recipe("digits", workspace=tmp_path)
 
 
 @pytest.mark.parametrize("name", SHIPPED_NAMES)
