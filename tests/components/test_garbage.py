@@ -22,7 +22,8 @@ def left(code: str, given: str, status: int) -> list[str]:
     """Frozen objects at the very end of a process, whether its threshold is the usual one, and the threshold."""
     done = subprocess.run([sys.executable, "-c", TOLD + code], capture_output=True, text=True, input=given, cwd=ROOT)
     assert done.returncode == status, done.stderr
-    return done.stdout.rpartition("left ")[2].split()
+    # An exporter answers on its standard output alone: what else is printed there goes to the other one.
+    return (done.stdout + done.stderr).rpartition("left ")[2].split()
 
 
 def test_a_command_collects_as_usual_but_not_at_its_end() -> None:

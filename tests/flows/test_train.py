@@ -156,7 +156,7 @@ def test_bad_data_stops_the_run_and_keeps_the_data_docs(workspace: Path, prefect
     assert differs.returncode == 2
     assert "lonely/a.png" in differs.stderr
     added = visionloop("data", "add", cwd=workspace)
-    assert "'lonely' has 1 images: training needs at least 10" in added.stdout
+    assert "'lonely' has 1 image: training needs at least 10" in added.stdout
     wide = "validation.max_quarantined_share=0.5"
     refused = visionloop("train", "-r", "smoke", "--set", wide, cwd=workspace)
     assert refused.returncode == 2

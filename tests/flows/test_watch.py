@@ -121,7 +121,7 @@ def test_drift_is_an_alarm_with_its_evidence(root: Path) -> None:
     assert len(lines) == 21
     assert lines[0].startswith("prediction_id,image_sha256,predicted")
     assert all(line.split(",")[0] in ids for line in lines[1:])
-    assert all(Path(line.split(",")[5]).is_file() for line in lines[1:])
+    assert all((root / line.split(",")[5]).is_file() for line in lines[1:])
     again = told("watch", "--since", since, "--until", until, cwd=root)
     assert again["alarms"] == []
     predict(root, 20, shift=4, name="late")
@@ -631,7 +631,7 @@ def test_labels_come_back_and_become_data(labelled: tuple[Path, str]) -> None:
     moved.write_text(f"image_sha256,label\n{shas[1]},cross\n")
     told("labels", "import", str(moved), "--as", "bob", cwd=root)
     again = told("data", "add", "--from-predictions", MODEL, cwd=root)
-    assert "1 images moved to the class that they are said to show now" in again["notes"]
+    assert "1 image moved to the class that they are said to show now" in again["notes"]
     assert [path.parent.name for path in (root / "data").glob(f"*/{shas[1][:24]}.*")] == ["cross"]
     assert (root / "data.test-ledger.csv").read_text().splitlines() == after
     erased = told("predictions", "erase", shas[0], "--as", "ann", "--reason", "asked for", cwd=root)
