@@ -65,6 +65,8 @@ _GIT_OPTIONS = (
     "-c",
     "core.autocrlf=false",
     "-c",
+    "core.safecrlf=false",
+    "-c",
     "core.quotePath=false",
     "-c",
     "color.ui=false",
@@ -144,6 +146,8 @@ def _belongs_to_a_repository(root: Path) -> bool:
 def _repo(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[Repo]:
     import logging
 
+    import dvc  # noqa: F401 - whose import sets the levels of its loggers
+
     # What goes wrong reaches us as an exception; DVC's own words would come twice, and without saying what to do here.
     logging.getLogger("dvc").setLevel(logging.CRITICAL + 1)
     logging.getLogger("dvc_data").setLevel(logging.CRITICAL + 1)
@@ -168,6 +172,7 @@ def _opened(root: Path, site_cache: str, config: Mapping[str, Any]) -> Iterator[
     }
     for section, values in config.items():
         settings[section] = {**settings.get(section, {}), **values}
+    ignore_rules(root / DATA)  # says which file it is that cannot be read
     try:
         with Repo(str(root), config=settings) as repo:
             yield repo
@@ -413,7 +418,10 @@ def _tree(repo: Repo, data: Path, *, hash_name: str = "md5", store: bool = False
     cache = repo.cache.local if hash_name == "md5" else repo.cache.legacy
     expected = {path.relative_to(data).parts for path in listing(data).files}
     if not expected:
-        raise DataError(f"{data} holds no file that a version could hold; add images with `visionloop data add FOLDER`")
+        raise DataError(
+            f"{data} holds no file that a version could hold: it is empty, or {data.parent / '.dvcignore'} leaves out what is "
+            f"there. Add images with `visionloop data add FOLDER`"
+        )
     # A folder of our own making lies where a person's rules may leave everything out.
     rules = repo.dvcignore if data == Path(repo.root_dir, DATA) else None
     try:
@@ -454,14 +462,31 @@ def pin(root: Path) -> DataVersion:
 
 
 def _before(out: Output) -> Tree | None:
-    """The files of the pinned version, as its listing in DVC's cache names them; None when the cache lacks it."""
+    """The files of the pinned version, as its listing in DVC's cache names them; None when the cache lacks it whole.
+
+    Raises DataError for a listing that would lead outside of `data/` or of the cache.
+    """
     from dvc_data.hashfile.tree import Tree
-    from dvc_objects.errors import ObjectFormatError
 
     try:
-        return Tree.load(out.cache, out.hash_info)
-    except (FileNotFoundError, ObjectFormatError):
+        content = _listing_file(out).read_bytes()
+    except FileNotFoundError:
         return None
+    # DVC reads whatever lies there. A remote, or a disk, may have put something else in the place.
+    if f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}.dir" != out.hash_info.value:
+        return None
+    tree = Tree.load(out.cache, out.hash_info)
+    for name, oid in _hashes(tree).items():
+        if not {"", ".", ".."}.isdisjoint(name.split("/")) or not re.fullmatch(r"[0-9a-f]{32}", oid):
+            raise DataError(
+                f"the list of files that {PIN} names is not one that DVC wrote ({name!r}, {oid!r}); nothing was read or "
+                f"written by it. Ask who made this version, or bring an earlier {PIN} back with git"
+            )
+    return tree
+
+
+def _listing_file(out: Output) -> Path:
+    return Path(out.cache.oid_to_path(str(out.hash_info.value)))
 
 
 def _hashes(tree: Tree) -> dict[str, str]:
@@ -472,7 +497,7 @@ def _hashes(tree: Tree) -> dict[str, str]:
 def changes(root: Path) -> dict[str, list[str]]:
     """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted' | 'renamed': paths}; empty when equal.
 
-    A renamed file is told as `data/old -> data/new`. Where DVC's cache lacks the listing of the pinned version, which files
+    A renamed file is told as `data/old -> data/new`; what .dvcignore hides has a kind of its own. Where DVC's cache lacks the listing of the pinned version, which files
     differ cannot be told: {'unknown': [why]}.
     """
     pinned(root)
@@ -489,7 +514,13 @@ def changes(root: Path) -> dict[str, list[str]]:
                     f"version's list of files ({out.hash_info.value})"
                 ]
             }
-        return _difference(_hashes(before), _hashes(tree))
+        found = _difference(_hashes(before), _hashes(tree))
+    ignored = [name for name in found.get("deleted", []) if (root / name).is_file()]
+    deleted = [name for name in found.pop("deleted", []) if name not in ignored]
+    return {**found, **{kind: names for kind, names in (("deleted", deleted), (_IGNORED, ignored)) if names}}
+
+
+_IGNORED = "left out by .dvcignore"
 
 
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, list[str]]:
@@ -521,10 +552,17 @@ def verify(root: Path) -> DataVersion:
     found = hash_of(root, root / DATA)
     if found == version.dvc_hash:
         return version
+    differing = changes(root)
     named = "; ".join(
         f"{len(files)} {kind} ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})"
-        for kind, files in changes(root).items()
+        for kind, files in differing.items()
     )
+    if _IGNORED in differing:
+        raise DataDiffers(
+            f"{root / DATA} differs from {PIN}: {named}. The pinned version holds these files: take the rule out of "
+            f"{root / '.dvcignore'} (`git diff -- .dvcignore` shows what was added), or pin the data without them by "
+            f"`visionloop data add`"
+        )
     raise DataDiffers(
         f"{root / DATA} differs from {PIN}: expected {version.dvc_hash}, found {found}. {named or 'its files changed'}. "
         f"To make this a new version: `visionloop data add`. {_way_back(root)}"
@@ -671,6 +709,7 @@ def _fetch(repo: Repo, out: Output) -> None:
         )
     with _remote():
         if _before(out) is None:
+            _listing_file(out).unlink(missing_ok=True)  # DVC would not replace a damaged one
             repo.cloud.pull([out.hash_info])
         repo.cloud.pull(_objects(out))
     missing, total = _missing(out)

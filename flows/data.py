@@ -174,6 +174,11 @@ class _Incoming:
     left_out: list[LeftOut]
 
 
+def _told(left_out: list[LeftOut]) -> str:
+    """The first files that are left out, as the end of an error."""
+    return "".join(f"; {left.file} is left out: {left.reason}" for left in left_out[:3])
+
+
 _OF_FILE_MANAGERS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
 
 
@@ -197,7 +202,10 @@ def _incoming(folder: Path, data: Path) -> _Incoming:
         loose = [path.name for path in labels if not path.is_dir()]
         classes = [path for path in labels if path.is_dir()]
         if not classes:
-            raise DataError(f"{folder} has no sub-folders; expected one per class, such as {folder}/cat and {folder}/dog")
+            raise DataError(
+                f"{folder} has no sub-folders; expected one per class, such as {folder}/cat and {folder}/dog"
+                f"{_told(found.left_out)}"
+            )
         if loose:
             raise DataError(
                 f"{folder} holds files beside the class folders ({', '.join(sorted(loose)[:3])}); move each into its class"
@@ -214,7 +222,10 @@ def _incoming(folder: Path, data: Path) -> _Incoming:
                     f"class folder"
                 )
             if not images:
-                raise DataError(f"class {path.name!r} has no images in {folder}; add some, or remove the empty folder")
+                inside = [left for left in found.left_out if left.file.startswith(f"{dataversions.shown(Path(path.name))}/")]
+                raise DataError(
+                    f"class {path.name!r} has no images in {folder}; add some, or remove the empty folder{_told(inside)}"
+                )
             found.files.extend((path.name, image) for image in images)
         unreadable = [path for _, path in found.files if not os.access(path, os.R_OK)]
     except OSError as error:

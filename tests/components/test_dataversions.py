@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -196,6 +198,49 @@ def test_pull_removes_nothing_that_it_cannot_replace(workspace: Path, tmp_path: 
     assert content() == before
     assert dataversions.pull(workspace, force=True) == 3
     assert dataversions.verify(workspace) == version
+
+
+def test_rules_that_hide_pinned_files_are_told(workspace: Path) -> None:
+    (workspace / ".dvcignore").write_text("data/disc/000*.png\n")
+    assert len(dataversions.changes(workspace)["left out by .dvcignore"]) == 10
+    with pytest.raises(DataDiffers, match="take the rule out of"):
+        dataversions.verify(workspace)
+    (workspace / ".dvcignore").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="dvcignore cannot be read"):
+        dataversions.verify(workspace)
+
+
+def test_a_damaged_listing_is_fetched_again(workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    version = dataversions.pinned(workspace)
+    dataversions.set_remote(workspace, str(tmp_path / "remote"))
+    dataversions.push(workspace)
+    listing = next((workspace / ".dvc" / "cache").rglob("*.dir"))
+    listing.chmod(0o600)
+    listing.write_text('[{"md5": "d41d8cd98f00b204e9800998ecf8427e", "relpath": "../../evil"}]')
+    (workspace / "data" / "disc" / "0000.png").unlink()
+    assert "unknown" in dataversions.changes(workspace)
+    assert dataversions.pull(workspace) == 1
+    assert dataversions.verify(workspace) == version
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "content"), [("../../evil", b"x"), ("/tmp/evil", b"x"), ("disc/0000.png", None)])
+def test_a_listing_that_leads_out_of_the_folder_is_refused(workspace: Path, name: str, content: bytes | None) -> None:
+    cache, kept = workspace / ".dvc" / "cache" / "files" / "md5", workspace / "kept"
+    kept.write_bytes(b"not DVC's")
+    oid = "00/../../../../../kept" if content is None else hashlib.md5(content).hexdigest()
+    if content is not None:
+        (cache / oid[:2]).mkdir(exist_ok=True)
+        (cache / oid[:2] / oid[2:]).write_bytes(content)
+    listing = json.dumps([{"md5": oid, "relpath": name}]).encode()
+    digest = hashlib.md5(listing).hexdigest()
+    (cache / digest[:2]).mkdir(exist_ok=True)
+    (cache / digest[:2] / f"{digest[2:]}.dir").write_bytes(listing)
+    pin = workspace / "data.dvc"
+    pin.write_text(pin.read_text().replace(dataversions.pinned(workspace).dvc_hash, f"{digest}.dir"))
+    with pytest.raises(DataError, match="not one that DVC wrote"):
+        dataversions.pull(workspace, force=True)
+    assert kept.read_bytes() == b"not DVC's"
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/x", "ftp://x/y"])
