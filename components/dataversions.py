@@ -419,8 +419,8 @@ def _tree(repo: Repo, data: Path, *, hash_name: str = "md5", store: bool = False
     expected = {path.relative_to(data).parts for path in listing(data).files}
     if not expected:
         raise DataError(
-            f"{data} holds no file that a version could hold: it is empty, or {data.parent / '.dvcignore'} leaves out what is "
-            f"there. Add images with `visionloop data add FOLDER`"
+            f"{data} holds no file that a version could hold: it is empty, or {data.parent / '.dvcignore'} leaves out "
+            f"what is there. Add images with `visionloop data add FOLDER`"
         )
     # A folder of our own making lies where a person's rules may leave everything out.
     rules = repo.dvcignore if data == Path(repo.root_dir, DATA) else None
@@ -497,8 +497,8 @@ def _hashes(tree: Tree) -> dict[str, str]:
 def changes(root: Path) -> dict[str, list[str]]:
     """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted' | 'renamed': paths}; empty when equal.
 
-    A renamed file is told as `data/old -> data/new`; what .dvcignore hides has a kind of its own. Where DVC's cache lacks the listing of the pinned version, which files
-    differ cannot be told: {'unknown': [why]}.
+    A renamed file is told as `data/old -> data/new`; what .dvcignore hides has a kind of its own. Where DVC's cache lacks
+    the listing of the pinned version, which files differ cannot be told: {'unknown': [why]}.
     """
     pinned(root)
     with _repo(root) as repo:
