@@ -33,7 +33,9 @@ class Database:
         self.url, self.name = url, name
         self._metadata, self._lock, self._once = metadata, lock, once or {}
         try:
-            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            # libpq waits for ever for a server that accepts a connection and then says nothing.
+            waiting = {"connect_timeout": 10} if url.startswith("postgresql") else {}
+            self._engine = sa.create_engine(url, pool_pre_ping=True, connect_args=waiting)
         except (SQLAlchemyError, ModuleNotFoundError) as error:
             raise ConfigError(f"{name}: {url.split('://')[0]!r} is no database that can be opened here ({error})") from None
         if self._engine.dialect.name == "sqlite":
@@ -112,7 +114,7 @@ def _advice(cause: str) -> str:
     """What helps against a database's complaint; SQLite's are about a file."""
     for words, advice in {
         "is full": "free space on its disk",
-        "readonly": "make its file and folder writable for this account, on a disk that is",
+        "readonly": "make its file and folder writable for this account",
         "unable to open": "make its folder readable and writable for this account",
         "locked": "end the other program that holds it",
         "malformed": "bring its file back from a backup (visionloop restore)",

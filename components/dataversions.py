@@ -434,7 +434,9 @@ def _tree(repo: Repo, data: Path, *, hash_name: str = "md5", store: bool = False
             with explained("keep the data in", Path(repo.root_dir, ".dvc", "cache")):
                 failed = transfer(staging, cache, {tree.hash_info}, shallow=False, hardlink=False).failed
             if failed:
-                raise DataError(f"{len(failed)} files of {data} could not be copied into DVC's cache; run the command again")
+                raise DataError(
+                    f"{counted(len(failed), 'file')} of {data} could not be copied into DVC's cache; run the command again"
+                )
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}; mend it, run it again") from error
     return meta, tree
@@ -580,8 +582,8 @@ def _way_back(root: Path) -> str:
     if remote:
         return f"To go back to the pinned version: {command}, if it was pushed to {remote}; if not, nothing is changed"
     return (
-        f"There is no way back to the pinned version from here: DVC's cache lacks {missing} of its {total} files and no "
-        f"remote is set. Set the one that it was pushed to with `visionloop data remote URL`"
+        f"There is no way back to the pinned version from here: DVC's cache lacks {missing} of its "
+        f"{counted(total, 'file')} and no remote is set. Set the one that it was pushed to with `visionloop data remote URL`"
     )
 
 
@@ -634,8 +636,8 @@ def push(root: Path) -> int:
             sent = repo.cloud.push(_objects(_out(repo)))
         if sent.failed:
             raise DataError(
-                f"{len(sent.failed)} files could not be sent to {remote}, {len(sent.transferred)} were; check its free "
-                f"space and permissions, and run the command again: it sends what is missing"
+                f"{counted(len(sent.failed), 'file')} could not be sent to {remote}, {len(sent.transferred)} sent; check "
+                f"its free space and permissions, and run the command again: it sends what is missing"
             )
         return len(sent.transferred)
 
@@ -666,8 +668,8 @@ def pull(root: Path, *, force: bool = False) -> int:
         )
         if lost and not force:
             raise DataDiffers(
-                f"{len(lost)} files of {data} are in no version and would be lost ({', '.join(lost[:3])}). To keep them: "
-                f"`visionloop data add`. To drop them: `visionloop data pull --force`"
+                f"this would lose {counted(len(lost), 'file')} of {data} that no version holds ({', '.join(lost[:3])}). To "
+                f"keep what is there: `visionloop data add`. To drop it: `visionloop data pull --force`"
             )
         try:
             with explained("make the pinned version in", made):
@@ -680,7 +682,9 @@ def pull(root: Path, *, force: bool = False) -> int:
                     shutil.rmtree(made)
                     damaged = _make(out, wanted, there, data, made)
             if damaged:
-                raise DataError(f"{len(damaged)} files of the remote are damaged; {data} was not touched. Push it again")
+                raise DataError(
+                    f"the remote holds {counted(len(damaged), 'file')} damaged; {data} was not touched. Push it again"
+                )
             _put_in_place(made, data, wanted, there)
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -703,8 +707,8 @@ def _fetch(repo: Repo, out: Output) -> None:
     remote = _remote_url(repo)
     if remote is None:
         raise DataError(
-            f"DVC's cache lacks {missing} of the {total} files of the pinned version ({out.hash_info.value}), and no remote "
-            f"is set to fetch them from. {DATA}/ was not touched. Set the remote that it was pushed to with "
+            f"DVC's cache lacks {missing} of the {counted(total, 'file')} of the pinned version ({out.hash_info.value}), "
+            f"and no remote is set to fetch them from. {DATA}/ was not touched. Set the remote that it was pushed to with "
             f"`visionloop data remote URL`, or pin what is in {DATA}/ now with `visionloop data add`"
         )
     with _remote():
@@ -715,9 +719,10 @@ def _fetch(repo: Repo, out: Output) -> None:
     missing, total = _missing(out)
     if missing:
         raise DataError(
-            f"{missing} of the {total} files of the pinned version ({out.hash_info.value}) are neither in DVC's cache here "
-            f"nor in the remote {remote}. {DATA}/ was not touched. Run `visionloop data push` in the workspace that has "
-            f"them, name another remote (`visionloop data remote URL`), or pin what {DATA}/ holds (`visionloop data add`)"
+            f"neither DVC's cache here nor the remote {remote} holds {missing} of the {counted(total, 'file')} of the "
+            f"pinned version ({out.hash_info.value}). {DATA}/ was not touched. Run `visionloop data push` in the workspace "
+            f"that has them, name another remote (`visionloop data remote URL`), or pin what {DATA}/ holds "
+            f"(`visionloop data add`)"
         )
 
 

@@ -28,6 +28,7 @@ from components.contracts import (
     Splits,
     Stored,
     canonical_json,
+    counted,
     sha256_text,
     silent,
 )
@@ -130,7 +131,7 @@ def split(
     unseen = table[~table["picture"].isin(ledger.members.keys())]
     if len(unseen):
         raise DataError(
-            f"{len(unseen)} images are not in the test ledger (first: {unseen['path'].iloc[0]}); "
+            f"the test ledger lacks {counted(len(unseen), 'image')} (first: {unseen['path'].iloc[0]}); "
             f"run `visionloop data add` so that their side is decided once and for ever"
         )
     side = _assign(table, ledger, config)
@@ -143,7 +144,7 @@ def split(
         missing = sorted(set(dataset.record.classes) - set(class_counts[name]))
         if missing:
             raise DataError(
-                f"class {missing[0]!r} has no image in the {name} split ({len(missing)} classes lack one); "
+                f"class {missing[0]!r} has no image in the {name} split ({counted(len(missing), 'class')} without one); "
                 f"add images of it with `visionloop data add`"
             )
     out_table = out / "splits.parquet"

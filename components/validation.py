@@ -103,7 +103,7 @@ def validate(
     if share > config.max_quarantined_share:
         shown = "; ".join(f"{row.path}: {row.reason}" for row in refused.head(5).itertuples())
         raise DataRejected(
-            f"{len(refused)} of {num_input} files are not usable ({share:.1%}, accepted "
+            f"not usable: {len(refused)} of {counted(num_input, 'file')} ({share:.1%}, accepted "
             f"{config.max_quarantined_share:.1%}): {shown}. Fix or remove them and `visionloop data add`, or raise "
             f"validation.max_quarantined_share"
         )

@@ -243,7 +243,7 @@ def _finish_added(added: Added, notes: list[str], following: str, as_json: bool)
     notes = [*notes, *data.class_note(added.class_counts, ValidationConfig().min_images_per_class)]
     if added.refused:
         named = "; ".join(f"{name}: {why}" for name, why in list(added.refused.items())[:3])
-        notes.append(f"{len(added.refused)} files are no pictures that are accepted and were not copied: {named}")
+        notes.append(f"not copied, no picture that is accepted: {counted(len(added.refused), 'file')} ({named})")
     if added.undecodable:
         shown = ", ".join(added.undecodable[:3])
         notes.append(f"{counted(len(added.undecodable), 'file')} cannot be decoded and will be quarantined: {shown}")
@@ -297,7 +297,7 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
     if relabelled:
         notes.append(f"{counted(relabelled, 'image')} moved to the class that they are said to show now")
     if labelled.not_kept:
-        notes.append(f"{labelled.not_kept} labelled images were not captured, so they cannot be added")
+        notes.append(f"{counted(labelled.not_kept, 'labelled image')} not captured, so not added")
     if labelled.damaged:
         notes.append(f"{labelled.damaged} captured images are damaged and were left out")
     woken = tell_of_data(loop, told=lambda line: print(line, file=sys.stderr, flush=True))

@@ -75,6 +75,7 @@ def watch(
     from flows.events import expect_server
 
     expect_server(loop.settings)
+    loop.workspace.expect_writable()
     with garbage.kept():
         from flows.watch import watch as flow
 

@@ -319,6 +319,7 @@ def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HE
     from flows.events import expect_server
 
     expect_server(found.settings)
+    found.workspace.expect_writable()
     with garbage.kept():
         from flows.promote import promote as flow
 

@@ -108,7 +108,7 @@ def add(
             new_but_refused.append(f"{name}: {why}")
     if new_but_refused:
         raise DataError(
-            f"{len(new_but_refused)} new pictures in {workspace.data} would be refused by serving "
+            f"serving would refuse {counted(len(new_but_refused), 'new picture')} in {workspace.data} "
             f"({'; '.join(new_but_refused[:3])}); convert or remove them, or accept them by {_BY_SETTING}. "
             f"Nothing was pinned"
         )
@@ -347,7 +347,7 @@ def _refused(files: list[tuple[str, Path]], accepted: Accepted) -> dict[str, str
     reasons = list(in_threads(reason, [path for _, path in files]))
     if files and all(reasons):
         raise DataError(
-            f"none of the {len(files)} files is a picture that is accepted ({files[0][1]}: {reasons[0]}); "
+            f"no picture that is accepted in {counted(len(files), 'file')} ({files[0][1]}: {reasons[0]}); "
             f"convert them, or accept them by {_BY_SETTING}. Nothing was changed"
         )
     return {f"{label}/{path.name}": why for (label, path), why in zip(files, reasons, strict=True) if why}

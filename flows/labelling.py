@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.contracts import DataError, UndecodableImage
+from components.contracts import DataError, UndecodableImage, counted
 from components.formats import format_of
 from components.images import decode
 from components.store import sha256_file
@@ -37,8 +37,8 @@ def import_labels(
         unknown, given = len(given) - len(there), there
         if unknown and problems:
             raise DataError(
-                f"{unknown} rows are unknown, and part of the prediction log cannot be read ({problems[0]}): "
-                f"they may be there. Nothing was imported; see `visionloop predictions verify`"
+                f"the log does not know {counted(unknown, 'row')} of the file, but part of it cannot be read "
+                f"({problems[0]}): they may be there. Nothing was imported; see `visionloop predictions verify`"
             )
     classes = None if new_classes else _classes(loop)
     try:

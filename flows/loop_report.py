@@ -29,6 +29,7 @@ from components.contracts import (
     UndecodableImage,
     Verdict,
     counted,
+    shown_utc,
 )
 from components.images import decode
 from components.store import read_manifest, write_atomically
@@ -78,6 +79,7 @@ def render(loop: Loop, folder: Path, *, story: Mapping[str, Any], pages: Mapping
         report.environment()
         .get_template("loop.html")
         .render(
+            counted=counted,
             model=loop.model,
             champion=champion.body["version"] if champion else None,
             versions=[_version(loop, state, folder) for state in approval.states(entries, _utc_now())],
@@ -148,9 +150,9 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
         "accuracy": _estimate(summary.get("metrics", {}).get("accuracy")),
         "champion_accuracy": _estimate((summary.get("champion") or {}).get("accuracy")),
         "requested_by": state.requested.actor.name,
-        "requested_at": state.requested.at[:19],
+        "requested_at": shown_utc(state.requested.at),
         "decision": state.decision,
-        "promoted_at": state.promoted.at[:19] if state.promoted else None,
+        "promoted_at": shown_utc(state.promoted.at) if state.promoted else None,
         "figures": figures,
         "findings": [(e.engine, e.status, f) for e in verdict.record.engines for f in e.findings] if verdict else [],
         "link": _link(run / "report.html", folder),

@@ -101,7 +101,7 @@ def model_card(run: Run, results: Results) -> str:
         f"- Input: {checkpoint.preprocessing.width}x{checkpoint.preprocessing.height} pixels, "
         f"{checkpoint.preprocessing.channels} channel(s), uint8; scaling is inside the engine",
         f"- Data version {run.data.dvc_hash}, git {run.lineage.git_commit}; "
-        f"{results.dataset.record.num_kept} images kept, {results.dataset.record.num_quarantined} quarantined",
+        f"{counted(results.dataset.record.num_kept, 'image')} kept, {results.dataset.record.num_quarantined} quarantined",
         f"- Verdict: {VERDICTS[verdict.status]}; serving engine: {verdict.serving_engine}",
         *([f"- New classes, which {champion} does not know: {', '.join(new)}"] if new else []),
         *([f"- Classes that {champion} knows and this model does not: {', '.join(gone)}"] if gone else []),

@@ -40,7 +40,7 @@ from components.export import TargetConfig, absent
 from components.store import Store, sha256_file, write_atomically
 from flows.config import RunConfig
 from flows.console import Console
-from flows.settings import Settings, leave_foreign_git
+from flows.settings import Settings, have_home, leave_foreign_git
 
 STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "registration")
 _CODE = Path(__file__).resolve().parent.parent
@@ -85,6 +85,7 @@ class Workspace:
         for folder in (start, *start.parents):
             if (folder / ".dvc").is_dir() and any((place / ".git").exists() for place in (folder, *folder.parents)):
                 workspace = cls(folder)
+                have_home(workspace.state)
                 dataversions.settle(folder)
                 workspace.state.mkdir(mode=0o700, exist_ok=True)
                 plugins.use_workspace(workspace.plugins if workspace.plugins.is_dir() else None)

@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -115,13 +116,30 @@ def prepare_environment(state: Path) -> None:
     os.environ.setdefault("MPLCONFIGDIR", str(state / "cache" / "matplotlib"))
     # Torch asks for the account's name to choose this folder, and an account may have none.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(state / "cache" / "torchinductor"))
-    if not _has_home():
-        # An account of a container that runs under any number: libraries ask for a home.
+    if have_home(state):
         (state / "cache" / "home").mkdir(exist_ok=True)
-        os.environ["HOME"] = str(state / "cache" / "home")
     _reach_own_machine()
     if "PREFECT_API_URL" not in os.environ:
         os.environ.update(standing(state))
+
+
+def have_home(state: Path) -> bool:
+    """A home and a name, which libraries ask for, where the account has none; true where the home is ours.
+
+    An account of a container that runs under any number has neither.
+    """
+    home = str(state / "cache" / "home")
+    if not _has_home():
+        os.environ["HOME"] = home
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["LOGNAME"] = _unnamed()
+    return os.environ.get("HOME") == home
+
+
+def _unnamed() -> str:
+    return f"uid-{os.getuid()}"
 
 
 def _prefect_database_is_set() -> bool:
@@ -145,12 +163,12 @@ def _reach_own_machine() -> None:
 
 def login_name() -> str:
     """The account's name; raises ConfigError where it has none, as in a container that runs under any number."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        raise ConfigError(
-            f"the account that runs this (uid {os.getuid()}) has no name; say who you are: --as NAME"
-        ) from None
+    name = ""
+    with contextlib.suppress(KeyError, OSError, ImportError):
+        name = getpass.getuser()
+    if name in ("", _unnamed()):
+        raise ConfigError(f"the account that runs this (uid {os.getuid()}) has no name; say who you are: --as NAME")
+    return name
 
 
 def standing(state: Path) -> dict[str, str]:

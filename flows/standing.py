@@ -54,12 +54,11 @@ class Up:
     def __init__(self, workspace: Workspace, settings: Settings) -> None:
         self.workspace, self._settings = workspace, settings
         self.folder = workspace.state / UP
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-        self.folder.chmod(0o700)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One `up` or `down` at a time; raises WorkspaceBusy."""
+        self._make_folder()
         with (self.folder / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,11 +66,17 @@ class Up:
                 raise WorkspaceBusy("another `visionloop up` or `down` is at work here; wait for it to end") from None
             yield
 
+    def _make_folder(self) -> None:
+        """The folder, for its owner alone; not made by who only looks, which a read-only disk allows."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.folder.chmod(0o700)
+
     @property
     def credential(self) -> str:
         """What the server asks for, `user:password`; made on first use."""
         path = self.folder / "auth"
         if not path.is_file():
+            self._make_folder()
             write_atomically(path, f"visionloop:{secrets.token_urlsafe(24)}".encode())
             path.chmod(0o600)
         return path.read_text().strip()

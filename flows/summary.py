@@ -7,6 +7,8 @@ import shutil
 import sys
 from typing import Any
 
+from components.contracts import counted
+
 
 def told(summary: dict[str, Any]) -> str:
     """The summary as text; coloured on a terminal, plain elsewhere."""
@@ -33,10 +35,11 @@ def told(summary: dict[str, Any]) -> str:
     for reason in summary["reasons"]:
         console.print(f"  - {reason}", markup=False, soft_wrap=True)
     data = summary["data"]
+    kept = counted(data["kept"], "image")
     splits = ", ".join(f"{name} {count}" for name, count in data["splits"].items())
-    console.print(f"data  {data['version']}: {data['kept']} images kept, {data['quarantined']} quarantined ({splits})")
+    console.print(f"data  {data['version']}: {kept} kept, {data['quarantined']} quarantined ({splits})")
     for warning in data["warnings"]:
-        console.print(f"      warning: {warning}", markup=False)
+        console.print(f"      warning: {warning}", markup=False, soft_wrap=True)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("engine", "verdict", "accuracy (95 % interval)", "log-loss", "ECE", "p50 / p99 ms", "size"):

@@ -83,11 +83,13 @@ def stretches(
         end = _utc(until) if until else now
         begin = _utc(since) if since else end - datetime.timedelta(minutes=loop.config.every_minutes)
         if begin >= end:
-            raise ConfigError(f"the window from {begin.isoformat()} to {end.isoformat()} has no length")
+            raise ConfigError(
+                f"the window from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC has no length; name an earlier --since"
+            )
         return [Stretch(begin, end)]
     if minutes is not None:
         if not 0 < minutes <= 366 * 24 * 60:
-            raise ConfigError(f"a window of {minutes:g} minutes cannot be looked at; expected more than 0, at most a year")
+            raise ConfigError(f"--minutes {minutes:g} is no length of a window; expected more than 0, at most a year")
         return [Stretch(now - datetime.timedelta(minutes=minutes), now)]
     length = loop.config.every_minutes * 60
     last = int(now.timestamp()) // length * length

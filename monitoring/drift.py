@@ -109,7 +109,7 @@ def judge(
 
     holes = _holes(facts, policy)
     if facts.rows == 0:
-        also = f"; {facts.other_releases} predictions are other releases'" if facts.other_releases else ""
+        also = f"; {counted(facts.other_releases, 'prediction')} of other releases" if facts.other_releases else ""
         return verdict("no data", [f"no prediction of version {facts.version} in this window{also}", *holes]), None
     repeated = _repeated(facts, policy)
     if repeated is not None:
@@ -179,7 +179,7 @@ def _repeated(facts: WindowFacts, policy: DriftPolicy) -> Shift | None:
     return Shift(
         detector="repetition",
         status="drift",
-        message=f"{whole} predictions are about {facts.distinct_images} images",
+        message=f"{counted(whole, 'prediction')} about {counted(facts.distinct_images, 'image')} only",
         statistic="share of repeated images",
         value=share,
         threshold=0.9,

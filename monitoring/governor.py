@@ -16,7 +16,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from pydantic import Field
 
-from components.contracts import ConfigError, Record, canonical_json
+from components.contracts import ConfigError, Record, canonical_json, counted
 from components.databases import Database, now
 from monitoring.records import decisions, runs, switches
 
@@ -128,7 +128,9 @@ def decide(request: Request, known: Known, policy: GovernorPolicy, at: datetime.
         return Decision("refused", "duplicate", f"this request was granted before, and its run {was}")
     if mine is not None and mine.attempts >= policy.max_attempts:
         return Decision(
-            "refused", "given up", f"its run was killed {mine.attempts} times; look at its log, then train by hand"
+            "refused",
+            "given up",
+            f"its run was killed {counted(mine.attempts, 'time')}; look at its log and train by hand",
         )
     if known.stopped is not None:
         return Decision("refused", "kill switch", f"trainings are switched off by {known.stopped}")
@@ -151,7 +153,7 @@ def decide(request: Request, known: Known, policy: GovernorPolicy, at: datetime.
     day = [run for run in known.runs if run.granted_at > at - datetime.timedelta(days=1)]
     if len(day) >= policy.max_per_day:
         return Decision(
-            "refused", "budget", f"{len(day)} trainings were started in 24 hours, {policy.max_per_day} are allowed"
+            "refused", "budget", f"{counted(len(day), 'training')} started in 24 hours, allowed: {policy.max_per_day}"
         )
     return Decision("granted", "granted", "no rule forbids it")
 
@@ -395,7 +397,9 @@ def _grant(
 def _bury(connection: sa.Connection, model: str, at: datetime.datetime) -> None:
     """Runs that stopped saying that they live."""
     dead = (runs.c.model == model) & (runs.c.state == "running") & (runs.c.lease_until < _text(at))
-    connection.execute(runs.update().where(dead).values(state="crashed", ended_at=_text(at)))
+    # Asked first: who only reads may stand on a disk that cannot be written.
+    if connection.execute(sa.select(runs.c.key).where(dead)).first() is not None:
+        connection.execute(runs.update().where(dead).values(state="crashed", ended_at=_text(at)))
 
 
 def _known(connection: sa.Connection, model: str) -> Known:

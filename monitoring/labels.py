@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from components.contracts import ConfigError, DataError, canonical_json, sha256_text, utc_of
+from components.contracts import ConfigError, DataError, canonical_json, counted, sha256_text, utc_of
 from components.databases import Database, now
 from components.samples import class_name_problem
 from components.store import sha256_file
@@ -171,7 +171,7 @@ def resolve(
     if unknown:
         shown = ", ".join(name[:64] for name in unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
         raise DataError(
-            f"{len(unknown)} rows name predictions or images that the log does not know ({shown}); "
+            f"the log knows neither prediction nor image of {counted(len(unknown), 'row')} ({shown}); "
             f"nothing was imported. Check the file, or leave them out with --skip-unknown"
         )
     if wrong:

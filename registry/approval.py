@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from components.contracts import ConfigError, DecisionRefused, UnknownName
+from components.contracts import ConfigError, DecisionRefused, UnknownName, shown_utc
 from registry.ledger import Draft, Entry, Principal, Rule
 
 Status = Literal["waiting", "approved", "expired", "rejected", "champion", "retired"]
@@ -318,7 +318,7 @@ def _expect(state: State, allowed: tuple[Status, ...], wanted: str) -> None:
     if state.status in allowed:
         return
     decision = state.decision
-    who = f" by {decision.actor.name} at {decision.at}" if decision is not None else ""
+    who = f" by {decision.actor.name} at {shown_utc(decision.at)}" if decision is not None else ""
     hints: dict[Status, str] = {
         "waiting": "it waits for a person's approval (visionloop approve)",
         "approved": f"it was approved{who}; `visionloop reject --withdraw` takes that back, `visionloop promote` uses it",

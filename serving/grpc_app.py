@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
-from components.contracts import Release
+from components.contracts import Release, counted
 from serving import health_pb2, tensors
 from serving import open_inference_pb2 as pb
 from serving.app import Access, Room, model_ready
@@ -279,7 +279,7 @@ def _input(request: Any) -> tensors.Given:
         names = ", ".join(repr(tensor.name[:64]) for tensor in request.inputs[:4]) or "none"
         raise Rejected(400, f"expected exactly one input, {tensors.INPUT!r}; got {len(request.inputs)}: {names}")
     if len(raw) > 1:
-        raise Rejected(400, f"{len(raw)} raw contents for 1 inputs; expected one each")
+        raise Rejected(400, f"{counted(len(raw), 'raw content')} for 1 input; expected one")
     (tensor,) = request.inputs
     if any(not 0 <= n < 1 << 31 for n in tensor.shape):
         raise Rejected(400, "the shape of an input is a list of whole numbers, none negative")

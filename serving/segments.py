@@ -534,7 +534,7 @@ def verify(log_url: str, journals: Path) -> Checked:
             broken.append(str(error))
             continue
         if len(table) != segment.rows:
-            broken.append(f"{segment.name} holds {len(table)} rows, its manifest says {segment.rows}")
+            broken.append(f"{segment.name} holds {counted(len(table), 'row')}, its manifest says {segment.rows}")
         rows += len(table)
         for identifier in table["prediction_id"].to_pylist():
             duplicates += identifier in seen

@@ -51,7 +51,7 @@ def pictures(release: Release, inputs: Sequence[Given]) -> list[tuple[Form, byte
         count = _count(given.shape)
         data = _split_bytes(given.data) if isinstance(given.data, bytes) else given.data
         if len(data) != count:
-            raise Rejected(400, f"shape {_shown(given.shape)} says {count} pictures, the data hold {len(data)}")
+            raise Rejected(400, f"shape {_shown(given.shape)} says {counted(count, 'picture')}, the data hold {len(data)}")
         return [(Form.ENCODED, picture) for picture in _encoded(data)]
     if given.datatype != "UINT8":
         raise Rejected(400, f"datatype {given.datatype[:16]!r}; expected UINT8 pixels or BYTES of encoded pictures")
@@ -61,7 +61,7 @@ def pictures(release: Release, inputs: Sequence[Given]) -> list[tuple[Form, byte
     one = math.prod(wanted)
     raw = given.data if isinstance(given.data, bytes) else _pixels(given.data, count * one)
     if len(raw) != count * one:
-        raise Rejected(400, f"{len(raw)} bytes of data; shape {_shown(given.shape)} needs {count * one}")
+        raise Rejected(400, f"{counted(len(raw), 'byte')} of data; shape {_shown(given.shape)} needs {count * one}")
     return [(Form.PIXELS, raw[start : start + one]) for start in range(0, len(raw), one)]
 
 

@@ -101,7 +101,7 @@ def test_the_share_holds_over_many_appends_of_one_picture() -> None:
 def test_an_image_outside_the_ledger_is_refused(tmp_path: Path) -> None:
     members = pictures("a", 50) + pictures("b", 50)
     ledger = TestLedger(0.2, {}).extended(members[:-1])
-    with pytest.raises(DataError, match="1 images are not in the test ledger.*data add"):
+    with pytest.raises(DataError, match="the test ledger lacks 1 image .*data add"):
         run(tmp_path, "d", members, ledger)
 
 

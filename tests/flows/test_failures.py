@@ -146,6 +146,30 @@ def test_what_listens_on_this_machine_is_asked_without_a_proxy(tmp_path: Path, m
     assert found == {"NO_PROXY": listed, "no_proxy": listed, "HOME": str(tmp_path / "cache" / "home")}
 
 
+def test_an_account_without_home_and_name_reads_its_workspace(workspace: Path) -> None:
+    program = (
+        "import pwd, sys\n"
+        "def unknown(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\n"
+        "pwd.getpwuid = unknown\n"
+        "from flows.cli import main\n"
+        "sys.argv = ['visionloop', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME")
+    }
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, *arguments]
+        return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
+
+    told = run("data", "status")
+    assert (told.returncode, told.stderr) == (0, "")
+    nameless = run("train", "--recipe", "smoke")
+    assert nameless.returncode == 2
+    assert "has no name; say who you are: --as NAME" in nameless.stderr
+
+
 def test_an_account_without_a_name_is_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def nameless() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")

@@ -139,7 +139,7 @@ def test_a_camera_that_is_stuck_is_an_alarm_with_a_page(root: Path) -> None:
     predict(root, 120, image_sha256="ab" * 32)
     done = visionloop("watch", "--since", since, cwd=root)
     assert done.returncode == 1
-    assert "120 predictions are about 1 images" in done.stdout
+    assert "120 predictions about 1 image only" in done.stdout
     (page,) = [line.split()[-1] for line in done.stdout.splitlines() if line.strip().startswith("page ")]
     assert "<html" in Path(page).read_text()[:2000]
 
@@ -173,7 +173,7 @@ def test_a_model_without_a_champion_says_so(trained: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["watch", "--minutes", "0"], "cannot be looked at"),
+        (["watch", "--minutes", "0"], "is no length of a window"),
         (["watch", "--minutes", "5", "--since", "2026-03-01"], "not both"),
         (["watch", "--since", "noon"], "--since 'noon' is not a moment"),
         (["watch", "--since", "2026-03-02", "--until", "2026-03-01"], "has no length"),
@@ -606,7 +606,7 @@ def test_labels_come_back_and_become_data(labelled: tuple[Path, str]) -> None:
     unknown.write_text("prediction_id,label\nnobody,disc\n")
     refused = visionloop("labels", "import", str(unknown), "--as", "bob", cwd=root)
     assert refused.returncode == 2
-    assert "1 rows name predictions or images that the log does not know (nobody)" in refused.stderr
+    assert "the log knows neither prediction nor image of 1 row (nobody)" in refused.stderr
     wrong = root.parent / "wrong.csv"
     wrong.write_text(filled.read_text().replace(",disc,", ",moon,"))
     refused = visionloop("labels", "import", str(wrong), cwd=root)
@@ -640,7 +640,7 @@ def test_labels_come_back_and_become_data(labelled: tuple[Path, str]) -> None:
     assert hashlib.sha256((root / copy).read_bytes()).hexdigest() == shas[0]
     assert told("predictions", "verify", cwd=root)["erasures"] == {"count": 1, "head": erased["hash"]}
     again = told("data", "add", "--from-predictions", MODEL, cwd=root)
-    assert any("1 labelled images were not captured" in note for note in again["notes"])
+    assert any("1 labelled image not captured" in note for note in again["notes"])
 
 
 @pytest.mark.usefixtures("alone")
@@ -650,6 +650,7 @@ def test_the_page_of_the_loop_shows_it_all(labelled: tuple[Path, str]) -> None:
     html = path.read_text()
     for part in ("Time line", "taken for", "approved by", "Evidently's page", "images to label", "embeddings"):
         assert part in html, part
+    assert not re.search(r"\b1 (versions|windows|images|predictions)\b|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[ <]", html)
     links = [part.split('"')[0] for part in html.split('href="')[1:]]
     assert links
     missing = [link for link in links if ":" not in link and link[0] != "#" and not (path.parent / link).exists()]

@@ -61,7 +61,7 @@ def test_a_time_is_kept_as_utc(tmp_path: Path) -> None:
         (
             "prediction_id,label\np1,cat\np9,dog\n",
             "labels.csv",
-            "1 rows name predictions or images that the log does not know .p9.",
+            "the log knows neither prediction nor image of 1 row .p9.",
         ),
         ("prediction_id,label\np1,cow\n", "labels.csv", "no class 'cow'.*cat, dog"),
         (f"prediction_id,image_sha256,label\np1,{sha('2')},cat\n", "labels.csv", "is about image"),
