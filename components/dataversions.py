@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import io
@@ -153,8 +154,10 @@ def _repo(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[Repo]
     logging.getLogger("dvc_data").setLevel(logging.CRITICAL + 1)
     logging.getLogger("dvc_objects").setLevel(logging.CRITICAL + 1)
     with contextlib.ExitStack() as stack:
-        # The library of DVC's hash cache takes a dollar sign in a path for a variable: there, hashes are computed anew.
-        cache = stack.enter_context(tempfile.TemporaryDirectory()) if "$" in str(root) else str(_site_cache(root))
+        # The library of DVC's hash cache takes a dollar sign in a path for a variable, and DVC writes into that cache also
+        # where it only reads: there, hashes are computed anew.
+        unusable = "$" in str(root) or not os.access(root / _STATE, os.W_OK)
+        cache = stack.enter_context(tempfile.TemporaryDirectory()) if unusable else str(_site_cache(root))
         yield from _opened(root, cache, config or {})
 
 
@@ -173,12 +176,25 @@ def _opened(root: Path, site_cache: str, config: Mapping[str, Any]) -> Iterator[
     for section, values in config.items():
         settings[section] = {**settings.get(section, {}), **values}
     ignore_rules(root / DATA)  # says which file it is that cannot be read
+    _let_paths_have_braces()
     try:
         with Repo(str(root), config=settings) as repo:
             yield repo
     except (DvcException, SCMError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise DataError(f"DVC: {error}{cause}") from error
+
+
+@functools.cache
+def _let_paths_have_braces() -> None:
+    """DVC's progress bar takes the path of a cache or a remote for a format string: there, braces are doubled."""
+    from dvc_data.hashfile import _progress
+
+    class Bar(_progress.QueryingProgress):
+        def __init__(self, *arguments: Any, name: str | None = None, **options: Any) -> None:
+            super().__init__(*arguments, name=name and name.replace("{", "{{").replace("}", "}}"), **options)
+
+    _progress.QueryingProgress = Bar
 
 
 @contextlib.contextmanager

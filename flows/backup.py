@@ -268,6 +268,8 @@ def read(file: Path) -> dict[str, Any]:
     found: dict[str, tuple[int, str]] = {}
     body: dict[str, Any] | None = None
     with _whole(file):
+        if file.exists() and not file.is_file():
+            raise FileNotFoundError  # a pipe would be waited for
         for member, stream in _members(file):
             if member.name == _MANIFEST:
                 body = unseal(stream.read(_MAX_MANIFEST))

@@ -229,8 +229,10 @@ def test_a_damaged_table_is_no_backup(live: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["workspace"]
     with pytest.raises(ConfigError, match="is a folder"):
         backup(Workspace.find(root), tmp_path, with_artefacts=False, force=True)
-    with pytest.raises(ConfigError, match="is no file"):
-        restore(tmp_path, tmp_path / "into")
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path, tmp_path / "pipe", tmp_path / "missing"):
+        with pytest.raises(ConfigError, match="is no file"):
+            restore(source, tmp_path / "into")
 
 
 def test_what_is_kept_elsewhere_is_said(live: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,8 +74,14 @@ def test_whatever_surrounds_a_workspace_it_keeps_to_itself(tmp_path: Path, monke
     from flows.settings import read_settings
     from registry.ledger import Ledger
 
-    outer = tmp_path / "a?b#c%d$HOME \u00e9"
+    outer = tmp_path / "a?b#c%d$HOME {x} \u00e9"
     outer.mkdir()
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "attributes").write_text("* text=auto eol=crlf\n")
+    (tmp_path / "settings" / "config").write_text(
+        f"[core]\nautocrlf = true\nsafecrlf = true\nattributesFile = {tmp_path}/settings/attributes\n"
+    )
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "settings" / "config"))
     subprocess.run(["git", "init", "--quiet"], cwd=outer, check=True)
     (outer / ".git" / "info").mkdir(exist_ok=True)
     (outer / ".git" / "info" / "exclude").write_text("*.csv\n*.dvc\n")
@@ -98,7 +104,7 @@ def test_whatever_surrounds_a_workspace_it_keeps_to_itself(tmp_path: Path, monke
     listed = subprocess.run(["git", "ls-files"], cwd=outer / "ws", capture_output=True, text=True, check=True).stdout.split()
     assert {"data.dvc", "data.test-ledger.csv", ".dvc/config"} <= set(listed)
     assert subprocess.run(["git", "add", "--all"], cwd=outer, check=False).returncode == 0
-    assert {path.name for path in tmp_path.iterdir()} == {outer.name, "photos"}
+    assert {path.name for path in tmp_path.iterdir()} == {outer.name, "photos", "settings"}
     assert (outer / "ws" / ".visionloop" / "ledger.db").is_file()
 
 
