@@ -503,6 +503,12 @@ def _before(out: Output) -> Tree | None:
     return tree
 
 
+def _hash_of_file(out: Output, path: Path) -> str:
+    from dvc_data.hashfile.hash import hash_file
+
+    return str(hash_file(str(path), out.fs, out.hash_name)[1].value)
+
+
 def _listing_file(out: Output) -> Path:
     return Path(out.cache.oid_to_path(str(out.hash_info.value)))
 
@@ -637,7 +643,13 @@ def keep(root: Path) -> None:
     """Put the bytes of `data/`, which have to be the pinned ones, into DVC's cache; raises DataDiffers."""
     verify(root)
     with _repo(root) as repo:
-        _tree(repo, root / DATA, hash_name=_out(repo).hash_name, store=True)
+        out = _out(repo)
+        # DVC takes what lies in its cache for what it is named after, and would send it.
+        for oid in set(_hashes(_tree(repo, root / DATA, hash_name=out.hash_name)[1]).values()):
+            cached = Path(out.cache.oid_to_path(oid))
+            if cached.is_file() and _hash_of_file(out, cached) != oid:
+                cached.unlink()
+        _tree(repo, root / DATA, hash_name=out.hash_name, store=True)
 
 
 def push(root: Path) -> int:
@@ -698,8 +710,11 @@ def pull(root: Path, *, force: bool = False) -> int:
                     shutil.rmtree(made)
                     damaged = _make(out, wanted, there, data, made)
             if damaged:
+                objects = sorted(f"{oid[:2]}/{oid[2:]}" for oid in damaged)
                 raise DataError(
-                    f"the remote holds {counted(len(damaged), 'file')} damaged; {data} was not touched. Push it again"
+                    f"the remote {_remote_url(repo)} has {counted(len(damaged), 'damaged file')} ({', '.join(objects[:3])}); "
+                    f"{data} was not touched. Remove these from the remote, and run `visionloop data push` in a workspace "
+                    f"that has the pinned version"
                 )
             _put_in_place(made, data, wanted, there)
         finally:
@@ -744,8 +759,6 @@ def _fetch(repo: Repo, out: Output) -> None:
 
 def _make(out: Output, wanted: Mapping[str, str], there: Mapping[str, str], data: Path, made: Path) -> set[str]:
     """Write the wanted files, and what DVC ignores in `data`, into `made`; returns the objects whose bytes were wrong."""
-    from dvc_data.hashfile.hash import hash_file
-
     made.mkdir(parents=True)
     damaged = set()
     for name, oid in wanted.items():
@@ -754,7 +767,7 @@ def _make(out: Output, wanted: Mapping[str, str], there: Mapping[str, str], data
         if there.get(name) == oid and _linked(data / name, target):
             continue
         shutil.copyfile(out.cache.oid_to_path(oid), target)
-        if str(hash_file(str(target), out.fs, out.hash_name)[1].value) != oid:
+        if _hash_of_file(out, target) != oid:
             damaged.add(oid)
     if data.is_dir():
         for path in listing(data).ignored:

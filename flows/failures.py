@@ -98,6 +98,9 @@ def _of_a_library(error: BaseException) -> tuple[str, str] | None:
             return "the disk is full, or your quota of it is used up", "free some space and run the command again"
         if "readonly" in said or "unable to open" in said:
             return f"a database cannot be written ({said})", "check who may write to .visionloop/"
+        if "disk I/O" in said:
+            # On some file systems that is how SQLite says that there is no space left.
+            return f"a database could not be read or written ({said})", "check the disk's free space, and run it again"
         return f"a database refused ({said})", "run the command again"
     if isinstance(error, ModuleNotFoundError):
         return f"a library is missing ({error})", "install the locked versions again (`make setup`)"

@@ -200,6 +200,27 @@ def test_pull_removes_nothing_that_it_cannot_replace(workspace: Path, tmp_path: 
     assert dataversions.verify(workspace) == version
 
 
+def test_a_damaged_object_of_the_cache_is_not_sent(workspace: Path, tmp_path: Path) -> None:
+    version = dataversions.pinned(workspace)
+    dataversions.set_remote(workspace, str(tmp_path / "remote"))
+    cached = next(path for path in (workspace / ".dvc" / "cache").rglob("*") if path.is_file() and path.suffix != ".dir")
+    cached.chmod(0o600)
+    cached.write_bytes(b"damaged")
+    cached.chmod(0o444)
+    dataversions.push(workspace)
+    shutil.rmtree(workspace / "data")
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    dataversions.pull(workspace)
+    assert dataversions.verify(workspace) == version
+    sent = tmp_path / "remote" / "files" / "md5" / cached.parent.name / cached.name
+    sent.chmod(0o600)
+    sent.write_bytes(b"damaged")
+    shutil.rmtree(workspace / ".dvc" / "cache")
+    shutil.rmtree(workspace / "data")
+    with pytest.raises(DataError, match=f"1 damaged file .{cached.parent.name}/{cached.name}.*Remove these from the remote"):
+        dataversions.pull(workspace)
+
+
 def test_rules_that_hide_pinned_files_are_told(workspace: Path) -> None:
     (workspace / ".dvcignore").write_text("data/disc/000*.png\n")
     assert len(dataversions.changes(workspace)["left out by .dvcignore"]) == 10
