@@ -710,9 +710,9 @@ def pull(root: Path, *, force: bool = False) -> int:
                     shutil.rmtree(made)
                     damaged = _make(out, wanted, there, data, made)
             if damaged:
-                objects = sorted(f"{oid[:2]}/{oid[2:]}" for oid in damaged)
+                objects = ", ".join(sorted(f"{oid[:2]}/{oid[2:]}" for oid in damaged)[:3])
                 raise DataError(
-                    f"the remote {_remote_url(repo)} has {counted(len(damaged), 'damaged file')} ({', '.join(objects[:3])}); "
+                    f"the remote {_remote_url(repo)} has {counted(len(damaged), 'damaged file')} ({objects}); "
                     f"{data} was not touched. Remove these from the remote, and run `visionloop data push` in a workspace "
                     f"that has the pinned version"
                 )
