@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,7 @@ def restore(
             f"Those lay in {done.manifest['workspace']}/.visionloop: copy them to {done.root}/.visionloop, then check them "
             f"with visionloop store verify, reconcile and predictions verify."
         )
-    lines.append(f"Next: cd {done.root} && visionloop data pull, visionloop reconcile, visionloop up")
+    lines.append(f"Next: cd {shlex.quote(str(done.root))} && visionloop data pull, visionloop reconcile, visionloop up")
     answer = _told(done.manifest) | {"workspace": str(done.root), "problems": done.problems}
     finish(answer, json_, lambda: "\n".join(lines))
     if done.problems:
