@@ -190,11 +190,12 @@ def _let_paths_have_braces() -> None:
     """DVC's progress bar takes the path of a cache or a remote for a format string: there, braces are doubled."""
     from dvc_data.hashfile import _progress
 
-    class Bar(_progress.QueryingProgress):
-        def __init__(self, *arguments: Any, name: str | None = None, **options: Any) -> None:
-            super().__init__(*arguments, name=name and name.replace("{", "{{").replace("}", "}}"), **options)
+    plain = _progress.QueryingProgress
 
-    _progress.QueryingProgress = Bar
+    def bar(*arguments: Any, name: str | None = None, **options: Any) -> Any:
+        return plain(*arguments, name=name and name.replace("{", "{{").replace("}", "}}"), **options)
+
+    _progress.QueryingProgress = bar
 
 
 @contextlib.contextmanager
