@@ -13,6 +13,7 @@ import os
 import queue
 import socket
 import statistics
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,9 @@ from serving.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode
 _PIXEL_TOLERANCE = 2.0
 """Mean difference, in grey levels, that another build of the JPEG library may make."""
 
+_MOST_REASONS = 20
+"""An engine that fails in ever other words does not fill the log."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -58,6 +62,7 @@ class Loaded:
 
     def __init__(self, order: Order) -> None:
         self.order = order
+        self._logging, self._logged = threading.Lock(), set[str]()
         plugins.use_workspace(order.plugins)
         # Every byte again, by the process that parses them.
         manifest = read_manifest(order.folder)
@@ -129,6 +134,19 @@ class Loaded:
         picture = decode(data, self.order.accepted)
         return prepare(picture, size), picture.width, picture.height, bool(picture.conversion.problem)
 
+    def _log(self, error: Exception) -> None:
+        """Tell the operator, once for each reason: a client can do nothing about an engine or a plug-in."""
+        problem = str(error) if isinstance(error, VisionloopError) else f"{type(error).__name__}: {error}"
+        with self._logging:
+            if problem in self._logged or len(self._logged) >= _MOST_REASONS:
+                return
+            self._logged.add(problem)
+        print(
+            json.dumps({"level": "error", "event": "the engine failed", "problem": problem[:2000]}),
+            file=sys.stderr,
+            flush=True,
+        )
+
     def answer(self, pictures: list[tuple[Form, bytes]]) -> tuple[list[Facts | Refusal], float, float]:
         """Facts or a refusal for each picture, and the milliseconds of decoding and of inference."""
         results: list[Facts | Refusal | None] = [None] * len(pictures)
@@ -148,7 +166,8 @@ class Loaded:
             try:
                 probabilities, embedding = self._predict(np.stack([p[0] for p in pixels]))
             except Exception as error:
-                refusal = Refusal(Outcome.FAILED, f"the engine failed ({type(error).__name__})")
+                self._log(error)
+                refusal = Refusal(Outcome.FAILED, "the engine failed; the server's log says why")
                 return [refusal if r is None else r for r in results], (decoded - start) * 1e3, 0.0
             halves = embedding.astype("<f2")
             for row, (index, (image, width, height, ignored, data)) in enumerate(zip(places, pixels, strict=True)):

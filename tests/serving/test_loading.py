@@ -24,13 +24,15 @@ import pytest
 from served import MODEL, Server, png, publish, route, server, variant
 from shapes import KINDS
 
-from components.contracts import Release, Stored
+from components.contracts import PluginFailed, Release, Stored
+from components.formats import Accepted
 from components.releases import ReleaseStore
 from serving.deployment import Deployment, Limits, ReleaseRefused, _Job, _Margin, _Yielding
 from serving.frames import Facts, Form, Outcome, Refusal, Splitter, encode_answer
 from serving.metrics import Metrics
 from serving.routing import Following, Routed
 from serving.server import _Sealer
+from serving.worker import Loaded, Order
 
 CODE = Path(__file__).resolve().parents[2]
 
@@ -536,3 +538,20 @@ def test_a_release_comes_up_under_full_load(stage: Path, smoke: Stored[Release],
                 thread.join()
         assert mine.status()["models"][MODEL]["problem"] is None
     assert set(statuses) == {200}
+
+
+def test_why_an_engine_fails_is_in_the_servers_log_once(
+    smoke: Stored[Release], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "target 'mine' raised in predict: /w/plugins/targets/mine.py:9: ValueError: no; correct it there"
+
+    def fail(_: object) -> None:
+        raise PluginFailed(why)
+
+    loaded = Loaded(Order(smoke.folder, plugins=None, lanes=1, max_batch=2, accepted=Accepted()))
+    monkeypatch.setattr(loaded, "_predict", fail)
+    for _ in range(2):
+        (refusal,), *_rest = loaded.answer([(Form.ENCODED, png(KINDS[0], 1))])
+        assert refusal == Refusal(Outcome.FAILED, "the engine failed; the server's log says why")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line) == {"level": "error", "event": "the engine failed", "problem": why}
