@@ -483,7 +483,22 @@ class Measurement(Record):
     latency_p50_ms: float | None = None
     latency_p90_ms: float | None = None
     latency_p99_ms: float | None = None
+    """Each the median of the rounds' own percentiles, so that one noisy round does not decide."""
+    rounds_p50_ms: tuple[float, ...] = ()
+    rounds_p99_ms: tuple[float, ...] = ()
+    num_attempts: int = 1
+    """How often it was measured because the rounds disagreed; this is the attempt whose rounds agreed best."""
     size_bytes: int = 0
+
+    @property
+    def spread(self) -> float:
+        """The slowest round's median latency over the fastest one's; 1 where there are no rounds."""
+        return max(self.rounds_p50_ms) / min(self.rounds_p50_ms) if self.rounds_p50_ms else 1.0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the rounds disagree so much that something else was at work on the machine."""
+        return self.spread > 1.5
 
 
 FindingStatus = Literal["pass", "fail", "inconclusive", "not applicable", "not executed here"]

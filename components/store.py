@@ -154,11 +154,12 @@ class Store:
         provenance: Mapping[str, Any],
         resumable: bool = False,
         leftovers: Sequence[str] = (),
+        replace: bool = False,
     ) -> Stored[RecordT]:
         """Make what `writing` left visible: files synced, manifest last, one rename. Idempotent.
 
         Files matching `leftovers` are needed to resume only: they are kept until the manifest is written, then removed in
-        this order, and are not part of the artefact.
+        this order, and are not part of the artefact. An artefact of this key stays as it is, unless `replace` sets it aside.
         """
         partial, final = self._partial(kind, key, resumable=resumable), self.folder(kind, key)
         with explained("publish", final):
@@ -187,6 +188,8 @@ class Store:
             for folder in {path.parent for path in partial.rglob("*")}:
                 fsync_folder(folder)
             final.parent.mkdir(parents=True, exist_ok=True)
+            if replace and final.exists():
+                self.discard(final)
             try:
                 os.rename(partial, final)
             except OSError as error:

@@ -109,6 +109,9 @@ def train(
     as_: Annotated[
         str | None, typer.Option("--as", help="Who asks for it, and then cannot approve it; your login name by default.")
     ] = None,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="Time the engines anew: the machine was busy when they were measured.")
+    ] = False,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
@@ -124,10 +127,12 @@ def train(
     prepare_environment(found.state)
     found.expect_writable()
     expect_server(read_settings(found.state))
-    _train(found.root, recipe, set_ or [], as_, json_)
+    _train(found.root, recipe, set_ or [], as_, json_, measure_again=measure_again)
 
 
-def _trained(root: Path, recipe: str, overrides: list[str], by: str | None) -> dict[str, Any]:
+def _trained(
+    root: Path, recipe: str, overrides: list[str], by: str | None, *, measure_again: bool = False
+) -> dict[str, Any]:
     from flows.settings import login_name
     from registry.approval import person
 
@@ -136,12 +141,14 @@ def _trained(root: Path, recipe: str, overrides: list[str], by: str | None) -> d
         from flows.train import train as flow
 
     call: Any = flow  # its states confuse the types of Prefect's decorator
-    summary: dict[str, Any] = call(recipe, str(root), overrides, requested_by=requester, quiet=False)
+    summary: dict[str, Any] = call(
+        recipe, str(root), overrides, requested_by=requester, quiet=False, measure_again=measure_again
+    )
     return summary
 
 
-def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool) -> None:
-    summary = _trained(root, recipe, overrides, by)
+def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool, *, measure_again: bool) -> None:
+    summary = _trained(root, recipe, overrides, by, measure_again=measure_again)
     finish(summary, as_json, lambda: _told(summary))
     if summary["outcome"] != "candidate":
         raise typer.Exit(1)

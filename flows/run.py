@@ -234,19 +234,21 @@ class Run:
         inputs: Mapping[str, str],
         instance: str = "",
         leftovers: Sequence[str] = (),
+        anew: bool = False,
     ) -> Stored[RecordT]:
         """The stage's result from the store, or computed into a hidden folder and published.
 
         The key covers `inputs` (digests of records, configs and plug-ins), the stage's source with everything it imports,
         and the locked libraries. A stage with `leftovers` takes up what a killed run left: files of these names serve to
         resume and are removed when the result is published. What another failed stage leaves is kept in the run folder.
+        With `anew` it is computed whatever the store holds, and replaces that.
         """
         place = f"{STAGES.index(name) + 1}-{name}"
         label = f"{name} {instance}".strip()
         key = self.key(name, inputs, instance)
         kind = f"{name}/{instance}" if instance else name
         with self.console.stage(label, STAGES.index(name) + 1) as (progress, cached):
-            found = self.store.open(kind, key, record)
+            found = None if anew else self.store.open(kind, key, record)
             if found is not None:
                 cached.append(True)
             else:
@@ -265,9 +267,16 @@ class Run:
                     provenance=self.lineage.to_json(),
                     resumable=resumable,
                     leftovers=leftovers,
+                    replace=anew,
                 )
         self.link(found.folder, f"{place}/{instance}" if instance else place)
         return found
+
+    def stored(
+        self, name: str, record: type[RecordT], *, inputs: Mapping[str, str], instance: str
+    ) -> Stored[RecordT] | None:
+        """What the store holds of a stage with these inputs; None when it was not computed yet."""
+        return self.store.open(f"{name}/{instance}", self.key(name, inputs, instance), record)
 
     def key(self, name: str, inputs: Mapping[str, str], instance: str = "") -> str:
         """The store key of a stage with these inputs."""

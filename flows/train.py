@@ -30,22 +30,29 @@ def train(
     quiet: bool = False,
     cause: Cause = "manual",
     request: str = "",
+    measure_again: bool = False,
 ) -> Any:
     """Run a recipe in a workspace and return what came of it as JSON data.
 
     `requested_by` is the person who asked for it, who then cannot approve it; empty for a machine. What no person asked for
     (`cause`, with the `request` it came by: an alarm's id, or a run to take up again) runs when the governor grants it; else
-    it ends as Skipped, saying why.
+    it ends as Skipped, saying why. `measure_again` times the engines anew, whatever was measured before.
     """
     with governed(recipe, Path(workspace), cause, request) as permit:
         if not permit.granted:
             return Completed(name="Skipped", message=permit.told["reason"], data=permit.told)
-        permit.summary = _train(recipe, workspace, overrides, reason, requested_by, quiet)
+        permit.summary = _train(recipe, workspace, overrides, reason, requested_by, quiet, measure_again)
         return permit.summary
 
 
 def _train(
-    recipe: str, workspace: str, overrides: Sequence[str], reason: str, requested_by: str, quiet: bool
+    recipe: str,
+    workspace: str,
+    overrides: Sequence[str],
+    reason: str,
+    requested_by: str,
+    quiet: bool,
+    measure_again: bool,
 ) -> dict[str, Any]:
     with opened(recipe, Path(workspace), overrides, reason, requested_by=requested_by, quiet=quiet) as run:
         dataset = steps.validation(run)
@@ -56,7 +63,7 @@ def _train(
         wait(building)  # also when one failed: the workspace is held until nothing writes into it any more
         engines = [future.result() for future in building]
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
-        measurements = [steps.measurement(run, engine, splits) for engine in engines]
+        measurements = steps.measurements(run, engines, splits, anew=measure_again)
         champion = steps.champion(run)
         compared = steps.evaluation(run, champion.engine, splits, role="champion") if champion else None
         verdict = steps.gating(run, engines, evaluations, measurements, champion, compared)

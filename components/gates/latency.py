@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, compare, too_few
+from components.contracts import Evidence, Finding, Measurement, compare, too_few
 
 
 class Gate(BaseModel):
@@ -29,8 +29,8 @@ class Gate(BaseModel):
         return Finding(
             gate="latency",
             status=status,
-            message=f"p99 latency {measured.latency_p99_ms:.3g} ms of {measured.num_runs} runs on {measured.machine}, "
-            f"budget {self.max_p99_ms:g} ms",
+            message=f"p99 latency {measured.latency_p99_ms:.3g} ms{_spread(measured)} of {measured.num_runs} runs on "
+            f"{measured.machine}, budget {self.max_p99_ms:g} ms",
             value=measured.latency_p99_ms,
             threshold=self.max_p99_ms,
             n=measured.num_runs,
@@ -38,3 +38,11 @@ class Gate(BaseModel):
 
     def _inconclusive(self, message: str) -> Finding:
         return Finding(gate="latency", status="inconclusive", message=message, threshold=self.max_p99_ms)
+
+
+def _spread(measured: Measurement) -> str:
+    if not measured.rounds_p99_ms:
+        return ""
+    low, high = min(measured.rounds_p99_ms), max(measured.rounds_p99_ms)
+    noisy = "; the machine was busy with something else, `train --measure-again` measures anew" if measured.noisy else ""
+    return f" ({low:.3g} to {high:.3g} in {len(measured.rounds_p99_ms)} rounds{noisy})"

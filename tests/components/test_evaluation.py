@@ -9,7 +9,7 @@ import pytest
 
 from components import evaluation, plugins
 from components.contracts import Engine, EngineUnavailable, Evaluation, Splits, Stored
-from components.evaluation import EvaluationConfig, evaluate, measure
+from components.evaluation import EvaluationConfig, evaluate, measure, summarised
 from components.machine import fingerprint
 from components.store import Store
 
@@ -65,7 +65,8 @@ def test_an_engine_that_cannot_run_here_is_said_so(trained: Path, tmp_path: Path
     found = run(trained, tmp_path / "out")
     assert (found.status, found.reason, found.metrics) == ("not executed here", "built, not executed here: no GPU", {})
     engine, splits = stored(trained, "export/openvino-int8", Engine), stored(trained, "splitting", Splits)
-    assert measure(engine, splits, trained / "data", CONFIG).status == "not executed here"
+    (measured,) = measure([engine], splits, trained / "data", CONFIG)
+    assert measured.status == "not executed here"
 
 
 def test_non_finite_logits_have_no_metrics(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +84,7 @@ def test_answers_of_another_shape_are_refused(trained: Path, tmp_path: Path, mon
 
 def test_a_measurement_names_its_machine_and_its_runs(trained: Path) -> None:
     engine, splits = stored(trained, "export/openvino-int8", Engine), stored(trained, "splitting", Splits)
-    found = measure(engine, splits, trained / "data", CONFIG)
+    (found,) = measure([engine], splits, trained / "data", CONFIG)
     assert found.machine == fingerprint()
     assert found.num_runs == 20
     assert found.latency_p50_ms is not None
@@ -91,6 +92,16 @@ def test_a_measurement_names_its_machine_and_its_runs(trained: Path) -> None:
     assert found.latency_p99_ms is not None
     assert 0 < found.latency_p50_ms <= found.latency_p90_ms <= found.latency_p99_ms
     assert found.size_bytes == engine.record.size_bytes
+
+
+def test_a_noisy_round_does_not_decide_and_is_told(trained: Path) -> None:
+    engine = stored(trained, "export/openvino-int8", Engine).record
+    calm, busy = np.linspace(1e-3, 1.2e-3, 8), np.linspace(9e-3, 30e-3, 8)
+    quiet = summarised(engine, [calm] * 5, CONFIG)
+    found = summarised(engine, [calm, busy, calm, calm, calm], CONFIG)
+    assert (found.latency_p50_ms, found.latency_p99_ms) == (quiet.latency_p50_ms, quiet.latency_p99_ms)
+    assert (quiet.noisy, found.noisy, found.num_runs) == (False, True, 40)
+    assert max(found.rounds_p99_ms) > 29
 
 
 def test_the_reference_is_a_target_like_any_other() -> None:
