@@ -56,8 +56,15 @@ _NEW_CONFIG = """\
 _DVC_IGNORED = ("/config.local", "/tmp", "/cache")  # noqa: S108 - of the .dvc folder
 _DATA_IGNORED = (".DS_Store", "Thumbs.db", "[Tt]humbs.db", "[Dd]esktop.ini")
 """What file managers drop into folders is not data."""
-_ATTRIBUTES = (f"/{PIN} -text -filter", f"/{TEST_LEDGER} -text -filter")
-"""The pin names the ledger's bytes: no setting of git may change them on the way in or out."""
+_ATTRIBUTES = (
+    f"/{PIN} -text -filter",
+    f"/{TEST_LEDGER} -text -filter",
+    "/.dvc/** -text",
+    "/.dvcignore -text",
+    "/.gitattributes -text",
+    "/.gitignore -text",
+)
+"""The pin names the ledger's bytes, and rules are read by line: no setting of git may change either on the way in or out."""
 _GIT_OPTIONS = (
     "-c",
     "core.hooksPath=/dev/null",

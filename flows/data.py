@@ -347,7 +347,7 @@ def _refused(files: list[tuple[str, Path]], accepted: Accepted) -> dict[str, str
     reasons = list(in_threads(reason, [path for _, path in files]))
     if files and all(reasons):
         raise DataError(
-            f"no picture that is accepted in {counted(len(files), 'file')} ({files[0][1]}: {reasons[0]}); "
+            f"of {counted(len(files), 'file')} none is a picture that is accepted ({files[0][1]}: {reasons[0]}); "
             f"convert them, or accept them by {_BY_SETTING}. Nothing was changed"
         )
     return {f"{label}/{path.name}": why for (label, path), why in zip(files, reasons, strict=True) if why}

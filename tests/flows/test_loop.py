@@ -415,8 +415,8 @@ def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
     workspace = Workspace.create(tmp_path / "workspace")
     up = Up(workspace, read_settings(workspace.state))
     facts = {"pid": os.getpid(), "began": "another boot:1", "api": "http://127.0.0.1:1/api"}
-    (up.folder / "server.json").write_text(json.dumps(facts))
     assert up.credential.startswith("visionloop:")
+    (up.folder / "server.json").write_text(json.dumps(facts))
     assert up.process("server") is None
     assert standing(workspace.state) == {}
     assert (up.folder / "auth").stat().st_mode & 0o777 == 0o600
