@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
 
-from components.contracts import ConfigError, Record, first_problem
+from components.contracts import ConfigError, Record, UnknownName, first_problem
 from flows.config import load_recipe, peek, recipe_files
 from flows.run import Workspace
 from flows.settings import Settings
@@ -70,7 +70,12 @@ def training_recipe(workspace: Workspace, model: str, config: LoopConfig) -> str
     """
     path = workspace.root / LOOPS / f"{model}.yaml"
     recipe = config.recipe or _only_recipe(workspace, model, path)
-    found = load_recipe(recipe, workspace=workspace.root)
+    try:
+        found = load_recipe(recipe, workspace=workspace.root)
+    except UnknownName as error:
+        if config.recipe is None:
+            raise
+        raise ConfigError(f"{path}: {error}") from error
     if found.model != model:
         raise ConfigError(f"{path}: recipe {recipe!r} makes model {found.model!r}, not {model!r}")
     return recipe

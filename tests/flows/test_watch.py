@@ -200,7 +200,7 @@ def test_a_loop_that_is_not_valid_is_refused_by_name(root: Path) -> None:
     for text, why in [
         ("every_minuts: 5", "every_minuts"),
         ("nightly: daily", "no cron line of five fields"),
-        ("recipe: nothing", "unknown recipe 'nothing'"),
+        ("recipe: nothing", ".yaml: unknown recipe 'nothing'"),
         ("drift: {alpha: 2}", "drift.alpha"),
         ("recipe: digits", "makes model 'digits', not 'shapes'"),
         ("- a", "is not a mapping"),
