@@ -33,6 +33,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +203,11 @@ _SECRET = re.compile(r"(?<=://)[^/?#\s'\"]*:[^/?#\s'\"]*(?=@)")
 def redacted(text: str) -> str:
     """A text without the passwords of the addresses in it."""
     return _SECRET.sub("***", text)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is one line of text: no control characters, no line breaks, no bytes that are not UTF-8."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 def counted(number: int, noun: str) -> str:

@@ -21,7 +21,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from components.contracts import ConfigError, DataDiffers, DataError, DataVersion, counted
+from components.contracts import ConfigError, DataDiffers, DataError, DataVersion, counted, is_text
 from components.store import explained, write_atomically
 
 if TYPE_CHECKING:
@@ -43,7 +42,8 @@ DATA = "data"
 PIN = "data.dvc"
 TEST_LEDGER = "data.test-ledger.csv"
 _LEDGER_KEY = "visionloop_test_ledger_sha256"
-_STATE = ".visionloop"
+STATE = ".visionloop"
+"""The folder of a workspace that git ignores: tables, artefacts, caches."""
 _CONFIG = Path(".dvc", "config")
 _NEW_CONFIG = """\
 [core]
@@ -163,7 +163,7 @@ def _repo(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[Repo]
     with contextlib.ExitStack() as stack:
         # The library of DVC's hash cache takes a dollar sign in a path for a variable, and DVC writes into that cache also
         # where it only reads: there, hashes are computed anew.
-        unusable = "$" in str(root) or not os.access(root / _STATE, os.W_OK)
+        unusable = "$" in str(root) or not os.access(root / STATE, os.W_OK)
         cache = stack.enter_context(tempfile.TemporaryDirectory()) if unusable else str(_site_cache(root))
         yield from _opened(root, cache, config or {})
 
@@ -220,7 +220,7 @@ def _remote() -> Iterator[None]:
 
 
 def _site_cache(root: Path) -> Path:
-    return root / _STATE / "cache" / "dvc"
+    return root / STATE / "cache" / "dvc"
 
 
 _SITE_CACHE = re.compile(r"""^(\s*site_cache_dir\s*=\s*)(["']?)(.*/\.visionloop/cache/dvc)\2[ \t]*$""", re.MULTILINE)
@@ -422,11 +422,6 @@ def shown(path: Path) -> str:
         character if is_text(character) else "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
         for character in str(path)
     )
-
-
-def is_text(name: str) -> bool:
-    """Whether a name is one line of text: no control characters, no line breaks, no bytes that are not UTF-8."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 def _out(repo: Repo) -> Output:
@@ -688,7 +683,7 @@ def pull(root: Path, *, force: bool = False) -> int:
     version and `force` was not given; `data/` is untouched then.
     """
     pinned(root)
-    data, scratch = root / DATA, root / _STATE / "tmp"
+    data, scratch = root / DATA, root / STATE / "tmp"
     for stale in scratch.glob("pull-*"):
         shutil.rmtree(stale, ignore_errors=True)
     made = scratch / f"pull-{uuid.uuid4().hex}"
@@ -727,9 +722,7 @@ def pull(root: Path, *, force: bool = False) -> int:
             _put_in_place(made, data, wanted, there)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-    return len(wanted.items() ^ there.items()) - len(
-        {name for name in wanted.keys() & there.keys() if wanted[name] != there[name]}
-    )
+    return sum(wanted.get(name) != there.get(name) for name in {*wanted, *there})
 
 
 def _wanted(out: Output) -> dict[str, str]:
@@ -859,7 +852,7 @@ def set_remote(root: Path, url: str, *, endpoint_url: str | None = None) -> None
         repo.cloud.get_remote()
     text = io.BytesIO()
     config.write(text)
-    proposed = root / _STATE / "tmp" / f"config-{uuid.uuid4().hex}"
+    proposed = root / STATE / "tmp" / f"config-{uuid.uuid4().hex}"
     proposed.parent.mkdir(parents=True, exist_ok=True)
     try:
         proposed.write_bytes(text.getvalue())

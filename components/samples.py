@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from components.contracts import SplitName, Splits, Stored
+from components.contracts import SplitName, Splits, Stored, is_text
 from components.tables import read_frame
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def class_name_problem(name: str) -> str | None:
         return "it is empty, or begins or ends with white space"
     if name.startswith("."):
         return "it begins with a dot, which hides a folder"
-    if "/" in name or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+    if "/" in name or not is_text(name):
         return "it holds '/', a line break, another control character, or bytes that are no UTF-8"
     if len(name.encode()) > MAX_CLASS_NAME_BYTES:
         return f"it has more than {MAX_CLASS_NAME_BYTES} bytes"

@@ -33,13 +33,13 @@ from components.releases import ReleaseStore
 from components.store import explained, fsync_folder, seal, unseal
 from flows.deciding import artifacts_of
 from flows.run import Workspace, version
-from flows.settings import Settings, read_settings
+from flows.settings import Settings, read_settings, sqlite_url
 from registry.ledger import Ledger
 
 FORMAT = 1
 _MANIFEST, _BUNDLE, _FILES = "manifest.json", "git.bundle", "files"
 _MAX_MANIFEST = 256 << 20
-_STATE = ".visionloop"
+_STATE = dataversions.STATE
 _SETTINGS = (
     "recipes",
     "loops",
@@ -167,7 +167,7 @@ def _tables(
                 found.append(copy)
     if not ours["ledger"]:
         return found, elsewhere, None
-    rows = Ledger(f"sqlite:///{scratch / 'ledger.db'}").entries()
+    rows = Ledger(sqlite_url(scratch / "ledger.db")).entries()
     return found, elsewhere, {"rows": len(rows), "hash": rows[-1].hash if rows else ""}
 
 
@@ -367,13 +367,13 @@ def _repository(bundle: Path, scratch: Path, branch: str) -> None:
 def _expect_ledger(scratch: Path, manifest: dict[str, Any]) -> None:
     head = manifest["ledger"]
     if head is not None:
-        rows = Ledger(f"sqlite:///{scratch / _STATE / 'ledger.db'}").entries()
+        rows = Ledger(sqlite_url(scratch / _STATE / "ledger.db")).entries()
         if (len(rows), rows[-1].hash if rows else "") != (head["rows"], head["hash"]):
             raise StoreError("the ledger of this backup does not end where its manifest says; nothing was restored")
 
 
 def _problems(root: Path, manifest: dict[str, Any]) -> list[str]:
-    """What a restored workspace lacks that its backup holds: releases of champions, artefacts of the store."""
+    """Releases of champions that do not verify in a restored workspace, where its backup holds their bytes."""
     workspace = Workspace.find(root)
     settings = read_settings(workspace.state)
     artifacts_of(workspace, settings)  # MLflow's tables name this place from now on

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from components.contracts import counted
 from flows.answering import HERE, AsJson, Commands, InWorkspace, finish
 
 
@@ -79,7 +80,7 @@ def _told(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _amount(entries: list[dict[str, Any]]) -> str:
-    return f"{len(entries)} file{'s' if len(entries) != 1 else ''}, {sum(e['bytes'] for e in entries) / 1e6:.1f} MB"
+    return f"{counted(len(entries), 'file')}, {sum(e['bytes'] for e in entries) / 1e6:.1f} MB"
 
 
 def _rows(manifest: dict[str, Any]) -> str:

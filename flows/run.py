@@ -34,6 +34,7 @@ from components.contracts import (
     VisionloopError,
     WorkspaceBusy,
     canonical_json,
+    is_text,
     sha256_text,
 )
 from components.export import TargetConfig, absent
@@ -55,7 +56,7 @@ class Workspace:
 
     @property
     def state(self) -> Path:
-        return self.root / ".visionloop"
+        return self.root / dataversions.STATE
 
     @property
     def data(self) -> Path:
@@ -100,7 +101,7 @@ class Workspace:
         """
         root = root.resolve()
         leave_foreign_git()
-        if not dataversions.is_text(str(root)):
+        if not is_text(str(root)):
             raise ConfigError(f"{dataversions.shown(root)}: the path holds characters that are no text; choose another")
         if root.exists() and not root.is_dir():
             raise ConfigError(f"{root} is a file; name a folder for the workspace")

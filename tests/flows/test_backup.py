@@ -80,9 +80,9 @@ def test_a_backup_of_a_busy_workspace_is_one_elsewhere(live: Path, tmp_path: Pat
         assert running.stop() == 0
     history = desk(root, MODEL).ledger.entries()
     root.rename(tmp_path / "gone")
-    done = answer("restore", str(tmp_path / "b.tar"), "--into", str(tmp_path / "elsewhere" / "here"), cwd=tmp_path)
+    here = tmp_path / "elsewhere" / "is it here?"  # a question mark has a meaning in addresses of databases
+    done = answer("restore", str(tmp_path / "b.tar"), "--into", str(here), cwd=tmp_path)
     assert (done["problems"], done["ledger"]) == ([], told["ledger"])
-    here = tmp_path / "elsewhere" / "here"
     found = desk(here, MODEL)
     assert 4 <= done["ledger"]["rows"] <= len(history)
     assert found.ledger.entries() == history[: done["ledger"]["rows"]]
