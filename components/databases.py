@@ -7,6 +7,7 @@ reads and then writes is never interleaved with another one. Tables are made on 
 from __future__ import annotations
 
 import datetime
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -74,7 +75,7 @@ class Database:
 
 def sqlite_file(url: str) -> Path | None:
     """The file behind an SQLite URL; None for another database, or one in memory."""
-    if not url.startswith("sqlite:"):
+    if re.match(r"sqlite(\+\w+)?:", url) is None:
         return None
     name = sa.make_url(url).database
     if name and name.startswith("file:"):
