@@ -129,6 +129,10 @@ def _s3(url: str) -> _S3:
     return _S3(parts.netloc, parts.path.strip("/"), url)
 
 
+S3_CONNECT_TIMEOUT_S, S3_READ_TIMEOUT_S, S3_ATTEMPTS = 3, 8, 2
+"""A server that takes the connection and never answers is given up after 16 s, and one that is not there after 6 s."""
+
+
 class _S3:
     """Credentials, region and endpoint come from the AWS environment, as for every AWS tool."""
 
@@ -142,14 +146,40 @@ class _S3:
             config=Config(
                 signature_version="s3v4",
                 s3={"addressing_style": "path"},
-                connect_timeout=3,
-                read_timeout=20,
-                retries={"max_attempts": 3, "mode": "standard"},
+                connect_timeout=S3_CONNECT_TIMEOUT_S,
+                read_timeout=S3_READ_TIMEOUT_S,
+                # `max_attempts` would count what comes after the first.
+                retries={"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
                 # Servers that are not AWS often know no CRC trailers; every byte is hashed here anyway.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             ),
         )
+        # First: botocore itself takes a page that is no XML for a passing error of S3, and asks again.
+        self._client.meta.events.register_first("before-parse.s3.*", self._expect_s3)
+
+    def _expect_s3(self, operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
+        """Refuse the answer of a sign-in page or another program: botocore would take it for an object, or for none."""
+        status, headers, body = response_dict["status_code"], response_dict["headers"], response_dict["body"]
+        if status >= 500 or any(name.lower().startswith("x-amz-") for name in headers):
+            return  # S3's own, or of a proxy that has no server behind it at the moment: asked again
+        kind = headers.get("content-type", "no content type")
+        if status >= 300:
+            is_s3 = operation_model.name.startswith("Head") or b"<Error" in body
+        elif operation_model.name == "ListObjectsV2":
+            is_s3 = b"<ListBucketResult" in body
+        elif operation_model.name == "GetObject":
+            is_s3 = "etag" in headers and "html" not in kind
+        elif operation_model.name in ("PutObject", "UploadPart"):
+            is_s3 = "etag" in headers and b"<html" not in body
+        else:
+            is_s3 = True
+        if not is_s3:
+            raise RegistryUnavailable(
+                f"{self._client.meta.endpoint_url}, asked for {self._url}, does not answer as S3 does (status {status}, "
+                f"{kind}); its answer was not used. Check the address in AWS_ENDPOINT_URL and its port, and whether a proxy "
+                f"or the sign-in page of a network answers in its place"
+            )
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{safe_name(name)}" if self._prefix else safe_name(name)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from components.contracts import (
     StoreError,
     TamperedArtefact,
 )
-from components.objects import safe_name
+from components.objects import open_objects, safe_name
 from components.releases import ReleaseStore
 from components.store import MANIFEST, seal, unseal
 
@@ -204,6 +205,80 @@ def test_s3_down_is_said_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     store = ReleaseStore("s3://bucket/prefix")
     with pytest.raises(RegistryUnavailable, match="s3://bucket/prefix does not answer"):
         store.routes("m")
+
+
+@pytest.mark.parametrize("page", ["<html><body>Sign in<br></body></html>", "<html><body>ok</body></html>"])
+@pytest.mark.parametrize("status", [200, 302, 403, 404])
+def test_what_does_not_answer_as_s3_does_is_never_taken_for_content_or_for_none(
+    status: int, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sign-in page of a network, with an ETag as web servers give one; botocore parses it only where it is XML."""
+
+    class Page(BaseHTTPRequestHandler):
+        def _answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            given = {"Content-Type": "text/html", "Content-Length": str(len(page)), "ETag": '"1"', "Location": "/sign-in"}
+            for name, value in given.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        do_GET = do_PUT = do_HEAD = do_POST = _answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        own = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_ACCESS_KEY_ID": "k"}
+        for name, value in (own | {"AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}).items():
+            monkeypatch.setenv(name, value)
+        objects = open_objects("s3://bucket/prefix")
+        (tmp_path / "file").write_text("anything")
+        requests: list[Callable[[], object]] = [
+            lambda: ReleaseStore("s3://bucket/prefix").routes("m"),
+            lambda: list(objects.chunks("a")),
+            lambda: objects.digest("a"),
+            lambda: objects.stamps(),
+            lambda: objects.put("a", tmp_path / "file"),
+            lambda: objects.swap("a", lambda _: b"new"),
+        ]
+        for request in requests:
+            with pytest.raises(
+                RegistryUnavailable, match=r"does not answer as S3 does .*Check the address in AWS_ENDPOINT_URL"
+            ):
+                request()
+        server.shutdown()
+
+
+def test_an_s3_that_takes_connections_and_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one request may take stays below 20 s; how often it is asked is counted."""
+    from botocore.httpsession import URLLib3Session
+    from urllib3.exceptions import ReadTimeoutError
+
+    asked: list[str] = []
+    allowed: list[float] = []
+
+    def hang(self: object, method: str, url: str, **_: object) -> object:
+        asked.append(url)
+        raise ReadTimeoutError(None, url, "Read timed out.")  # type: ignore[arg-type]  # the pool is only kept
+
+    def session(self: Any, *arguments: Any, **options: Any) -> None:
+        allowed.append(sum(options["timeout"]))
+        original(self, *arguments, **options)
+
+    original = URLLib3Session.__init__
+    monkeypatch.setattr(URLLib3Session, "__init__", session)
+    monkeypatch.setattr("urllib3.connectionpool.HTTPConnectionPool.urlopen", hang)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "k")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with pytest.raises(RegistryUnavailable, match="does not answer: Read timeout"):
+        ReleaseStore("s3://bucket/prefix").routes("m")
+    assert 0 < len(asked) * max(allowed) <= 22
 
 
 def test_a_full_disk_leaves_no_half_release(
