@@ -54,8 +54,8 @@ _SIGNATURES: tuple[tuple[str, bytes], ...] = (
     ("PPM", rb"P[0-6fy]\s|Py"),
     ("TIFF", rb"II\*\0|MM\0\*|MM\*\0|II\0\*|II\+\0|MM\0\+"),
     ("a GIF", rb"GIF8[79]a"),
-    ("an AVIF picture", rb"....ftypavi[fs]"),
-    ("a HEIC or HEIF picture", rb"....ftyp(?:hei|hev|mif1|msf1)"),
+    ("an AVIF picture", rb"....ftyp(?:avi[fso]|MA1[AB])"),
+    ("a HEIC or HEIF picture", rb"....ftyp(?:hei|hev|mif|msf|miaf|Mi[A-Z])"),
     ("a Canon raw file", rb"....ftypcrx "),
     ("a film", rb"....ftyp|....moov|\x1a\x45\xdf\xa3|RIFF....AVI "),
     ("a JPEG XL picture", rb"\xff\x0a|\0\0\0\x0cJXL "),
@@ -100,7 +100,8 @@ def accepted_format(data: bytes, formats: tuple[str, ...]) -> str:
         found = f"a {_NAMES[found]} picture"
     if not found:
         raise UndecodableImage(f"not an image in an accepted format ({shown(formats)})")
-    raise UndecodableImage(f"{found}, which is not an accepted format ({shown(formats)}); convert it")
+    advice = f"convert it to {' or '.join(_NAMES[name] for name in formats[:2])}"
+    raise UndecodableImage(f"{found}, which is not an accepted format ({shown(formats)}); {advice}")
 
 
 # A marker of a JPEG that ends a scan or begins a segment: no stuffed byte, no restart, no filler.

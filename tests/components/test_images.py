@@ -104,6 +104,22 @@ def test_hostile_and_damaged_files_are_refused_with_a_reason() -> None:
         decode(bomb(8000, 7000), Accepted(max_pixels=1000))
 
 
+def test_the_brands_of_phone_pictures_are_told_from_films() -> None:
+    pictures = {
+        "a HEIC or HEIF picture": ("heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "mif2", "msf1", "miaf", "MiHE"),
+        "an AVIF picture": ("avif", "avis", "avio", "MA1A", "MA1B"),
+        "a film": ("isom", "mp42", "qt  ", "MSNV", "M4V "),
+    }
+    told = {}
+    for brands in pictures.values():
+        for brand in brands:
+            with pytest.raises(UndecodableImage) as refused:
+                decode(b"\0\0\0\x18ftyp" + brand.encode() + b"\0" * 99)
+            told[brand] = str(refused.value)
+    end = "which is not an accepted format (JPEG, PNG, WebP, BMP, PPM, TIFF); convert it to JPEG or PNG"
+    assert told == {brand: f"{name}, {end}" for name, brands in pictures.items() for brand in brands}
+
+
 def test_mutated_files_decode_or_are_refused_and_never_crash() -> None:
     rng = np.random.default_rng(7)
     outcomes = {"decoded": 0, "refused": 0}

@@ -36,7 +36,7 @@ def test_from_nothing_to_a_pinned_version(tmp_path: Path) -> None:
     assert (answer["files"], answer["copied"], len(answer["notes"])) == (36, 36, 1)
     assert answer["refused"] == {
         "disc/large.bmp": "30x40 pixels, accepted are up to 1000; make it smaller",
-        "disc/moving.jpg": "a GIF, which is not an accepted format (JPEG, PNG, WebP, BMP, PPM, TIFF); convert it",
+        "disc/moving.jpg": "a GIF, which is not an accepted format (JPEG, PNG, WebP, BMP, PPM, TIFF); convert it to JPEG or PNG",
     }
     # What is pinned stays; what a person put there is new and has to pass.
     assert visionloop("data", "add", cwd=tmp_path / "ws", VISIONLOOP_FORMATS="WebP").returncode == 0
