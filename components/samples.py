@@ -22,6 +22,8 @@ def rows(splits: Stored[Splits], name: SplitName) -> pd.DataFrame:
 
 
 MAX_CLASS_NAME_BYTES = 255
+OF_FILE_MANAGERS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
+"""Names, in lower case, of files and folders that file managers leave beside people's own; they are no data."""
 
 
 def class_name_problem(name: str) -> str | None:
@@ -33,6 +35,8 @@ def class_name_problem(name: str) -> str | None:
         return "it is empty, or begins or ends with white space"
     if name.startswith("."):
         return "it begins with a dot, which hides a folder"
+    if name.casefold() in OF_FILE_MANAGERS:
+        return "file managers leave things of that name, so it is left out of data"
     if "/" in name or not is_text(name):
         return "it holds '/', a line break, another control character, or bytes that are no UTF-8"
     if len(name.encode()) > MAX_CLASS_NAME_BYTES:

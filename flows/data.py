@@ -13,7 +13,7 @@ from components import dataversions, plugins
 from components.contracts import DataDiffers, DataError, DataVersion, Progress, Source, UndecodableImage, counted, silent
 from components.formats import PINNED, Accepted, check_size, refusal
 from components.images import check, decode, in_threads, pixel_digest
-from components.samples import alike, class_name_problem, class_twins
+from components.samples import OF_FILE_MANAGERS, alike, class_name_problem, class_twins
 from components.splitting import TestLedger
 from components.store import explained, sha256_file
 from flows.run import Workspace
@@ -179,9 +179,6 @@ def _told(left_out: list[LeftOut]) -> str:
     return "".join(f"; {left.file} is left out: {left.reason}" for left in left_out[:3])
 
 
-_OF_FILE_MANAGERS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
-
-
 def _incoming(folder: Path, data: Path) -> _Incoming:
     """What a folder has to add, every file of it either taken or left out for a reason; refused before anything is copied.
 
@@ -248,7 +245,7 @@ def _taken(
         name, reason = path.name, None
         if name.startswith("."):
             reason = "hidden"
-        elif name.casefold() in _OF_FILE_MANAGERS:
+        elif name.casefold() in OF_FILE_MANAGERS:
             reason = "left by a file manager"
         elif path.is_symlink() and not path.exists():
             reason = "a link that leads nowhere"

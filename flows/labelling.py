@@ -101,18 +101,30 @@ def move_relabelled(loop: Loop) -> int:
     """Rename images of production into the class that they are said to show now; returns how many.
 
     Their files are named by their digest, so nothing else is touched, and a rename loses nothing, whenever it is cut short.
+    Raises DataError, before anything is renamed, where a file of that name with other bytes would be overwritten.
     """
-    moved = 0
     data = loop.workspace.data
     classes = [folder for folder in data.glob("*") if folder.is_dir()]
+    moves: dict[Path, list[Path]] = {}
     for sha, label in loop.labels.latest(loop.model).items():
         for folder in classes:
             if folder.name != label.label:
-                for path in folder.glob(f"{sha[:_NAME]}.*"):
-                    (data / label.label).mkdir(exist_ok=True)
-                    path.replace(data / label.label / path.name)
-                    moved += 1
-    return moved
+                for path in sorted(folder.glob(f"{sha[:_NAME]}.*")):
+                    moves.setdefault(data / label.label / path.name, []).append(path)
+    for target, paths in moves.items():
+        first, *others = [target, *paths] if target.exists() else paths
+        digest = sha256_file(first)
+        for path in others:
+            if sha256_file(path) != digest:
+                raise DataError(
+                    f"{path} is said to show {target.parent.name!r} now, and {first} has its name and other bytes: moved, one "
+                    f"would overwrite the other. Nothing was moved; rename or remove one of them, and run the command again"
+                )
+    for target, paths in moves.items():
+        target.parent.mkdir(exist_ok=True)
+        for path in paths:
+            path.replace(target)
+    return sum(len(paths) for paths in moves.values())
 
 
 @contextmanager

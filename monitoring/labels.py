@@ -76,13 +76,15 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
         )
     found = []
     for number, row in enumerate(rows, start=1):
-        values = {name: "" if value is None else str(value).strip() for name, value in row.items() if name}
+        values = {name: "" if value is None else str(value) for name, value in row.items() if name}
+        # A class is compared letter by letter: white space around it is refused, as in names of folders, not taken away.
+        values = {name: value if name == "label" else value.strip() for name, value in values.items()}
         if not values.get("label"):
             found.append({"label": ""})
             continue
         problem = class_name_problem(values["label"])
         if problem:
-            raise DataError(f"{path} row {number}: {values['label'][:80]!r} cannot be the name of a class: {problem}")
+            raise DataError(f"{path} row {number}: {values['label'][:80]!r} cannot be the name of a class: {problem}; correct it and import again")
         who = values.get("labelled_by") or by or ""
         if not who:
             raise DataError(f"{path} row {number}: nobody is named; fill labelled_by, or give --as")

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
+from shapes import write_pictures
 from watched import sha
 
 from components.contracts import ConfigError, DataError
 from components.databases import Database
+from flows.data import _incoming
+from flows.labelling import move_relabelled
 from monitoring.labels import Label, Labels, read_file, resolve
+
+if TYPE_CHECKING:
+    from flows.looping import Loop
 
 KNOWN = {"p1": sha("1"), "p2": sha("2"), "p3": sha("3")}
 
@@ -70,6 +82,62 @@ def test_a_time_is_kept_as_utc(tmp_path: Path) -> None:
 def test_what_is_no_label_is_refused(tmp_path: Path, text: str, name: str, why: str) -> None:
     with pytest.raises(DataError, match=why):
         resolved(written(tmp_path, text, name))
+
+
+@pytest.mark.parametrize(
+    "name", ["cat", "my cat", "Katze é", "cat ", " cat", " ", "cat\u00a0", ".cat", "a/b", "__MACOSX", "a\tb", "x" * 256]
+)
+def test_a_label_is_taken_where_data_takes_it_for_a_class(pristine: Path, tmp_path: Path, name: str) -> None:
+    """One rule for the folder of a class and for a label: a label that data then refuse would hold all the others up."""
+    path = written(tmp_path, "\n".join(json.dumps({"prediction_id": "p1", "label": label}) for label in ("dog", name)))
+    path = path.rename(tmp_path / "labels.jsonl")
+    given = tmp_path / "given" / name
+    with contextlib.suppress(OSError):
+        write_pictures(tmp_path / "pictures", 1, kinds=("disc",))
+        shutil.copytree(tmp_path / "pictures" / "disc", given)
+    try:
+        files = _incoming(tmp_path / "given", pristine / "data").files
+        taken = [label for label, _ in files] == [name]
+    except DataError:
+        taken = False
+    if taken:
+        assert resolved(path, classes=None)[1].label == name
+    else:
+        with pytest.raises(DataError, match=re.escape(f"labels.jsonl row 2: {name[:80]!r} cannot be the name of a class")):
+            resolved(path, classes=None)
+
+
+def test_a_relabelled_image_overwrites_nothing(database: Database, tmp_path: Path) -> None:
+    images = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("one", "two")}
+    file = {name: f"{digest[:24]}.png" for name, digest in images.items()}
+    for name, label in (("one", "cat"), ("two", "cat")):
+        (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / label / file[name]).write_bytes(name.encode())
+    (tmp_path / "data" / "dog").mkdir()
+    edited = tmp_path / "data" / "dog" / file["two"]
+    edited.write_bytes(b"two, retouched by hand")
+    labels = Labels(database)
+    labels.append("m", [Label(digest, "dog", "ann", "") for digest in images.values()], source=written(tmp_path, "x"))
+    loop = cast("Loop", SimpleNamespace(workspace=SimpleNamespace(data=tmp_path / "data"), labels=labels, model="m"))
+
+    def content() -> dict[str, bytes]:
+        return {str(path.relative_to(tmp_path / "data")): path.read_bytes() for path in (tmp_path / "data").glob("*/*")}
+
+    before = content()
+    with pytest.raises(DataError, match=f"{file['two']} is said to show 'dog' now.*would overwrite.*rename or remove"):
+        move_relabelled(loop)
+    assert content() == before
+    edited.write_bytes(b"two")  # the very same image may be in both
+    assert move_relabelled(loop) == 2
+    assert content() == {f"dog/{file[name]}": name.encode() for name in images}
+    # Of two classes into a third: neither is lost there either.
+    for label in ("cat", "cow"):
+        (tmp_path / "data" / label).mkdir(exist_ok=True)
+        (tmp_path / "data" / label / f"{images['one'][:24]}.tif").write_bytes(label.encode())
+    before = content()
+    with pytest.raises(DataError, match="would overwrite"):
+        move_relabelled(loop)
+    assert content() == before
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
