@@ -84,7 +84,9 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
             continue
         problem = class_name_problem(values["label"])
         if problem:
-            raise DataError(f"{path} row {number}: {values['label'][:80]!r} cannot be the name of a class: {problem}; correct it and import again")
+            raise DataError(
+                f"{path} row {number}: {values['label'][:80]!r} cannot be the name of a class: {problem}; correct it and import again"
+            )
         who = values.get("labelled_by") or by or ""
         if not who:
             raise DataError(f"{path} row {number}: nobody is named; fill labelled_by, or give --as")

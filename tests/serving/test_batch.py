@@ -63,7 +63,10 @@ def test_one_setting_bounds_what_is_answered_and_another_is_another_batch(stage:
     (photos / "disc" / "right.jpg").write_bytes(jpeg())
     status, told = predict(stage, photos, tmp_path / "out", VISIONLOOP_FORMATS="jpeg,webp")
     assert (status, told["errors"]) == (1, COUNT)
-    assert told["refused"][0]["error"] == "a PNG picture, which is not an accepted format (JPEG, WebP); convert it to JPEG or WebP"
+    assert (
+        told["refused"][0]["error"]
+        == "a PNG picture, which is not an accepted format (JPEG, WebP); convert it to JPEG or WebP"
+    )
     status, told = predict(stage, photos, tmp_path / "out", **strict)
     assert (status, told["error"]) == (2, "ConfigError")
     assert "accepted differ" in told["message"]
