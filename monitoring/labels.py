@@ -85,7 +85,8 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
         problem = class_name_problem(values["label"])
         if problem:
             raise DataError(
-                f"{path} row {number}: {values['label'][:80]!r} cannot be the name of a class: {problem}; correct it and import again"
+                f"{path} row {number}: {values['label'][:80]!r} cannot be the name of a class: {problem}; "
+                f"correct it and import again"
             )
         who = values.get("labelled_by") or by or ""
         if not who:
