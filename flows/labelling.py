@@ -118,7 +118,7 @@ def move_relabelled(loop: Loop) -> int:
             if sha256_file(path) != digest:
                 raise DataError(
                     f"{path} is said to show {target.parent.name!r} now, and {first} has its name and other bytes: moved, "
-                    f"one would overwrite the other. Nothing was moved; rename or remove one of them, and run the command again"
+                    f"one would overwrite the other. Nothing was moved; rename or remove one of them and try again"
                 )
     for target, paths in moves.items():
         target.parent.mkdir(exist_ok=True)
