@@ -1,12 +1,14 @@
 """Databases: one transaction at a time on SQLite and PostgreSQL, for tables that several processes append to.
 
 A transaction holds the database (SQLite) or a lock of the tables' own (PostgreSQL) from its first statement, so a rule that
-reads and then writes is never interleaved with another one. Tables are made on first use.
+reads and then writes is never interleaved with another one. Tables are made on first use. An SQLite file on a disk that can
+only be read is read as it is, and is empty where it is not there; what would write is refused.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,16 +35,21 @@ class Database:
     ) -> None:
         self.url, self.name = url, name
         self._metadata, self._lock, self._once = metadata, lock, once or {}
+        self._absent = _absent(url)
         try:
             # libpq waits for ever for a server that accepts a connection and then says nothing.
             waiting = {"connect_timeout": 10} if url.startswith("postgresql") else {}
-            self._engine = sa.create_engine(url, pool_pre_ping=True, connect_args=waiting)
+            self._engine = (
+                sa.create_engine("sqlite://", poolclass=sa.StaticPool, connect_args={"check_same_thread": False})
+                if self._absent
+                else sa.create_engine(url, pool_pre_ping=True, connect_args=waiting)
+            )
         except (SQLAlchemyError, ModuleNotFoundError) as error:
             raise ConfigError(f"{name}: {url.split('://')[0]!r} is no database that can be opened here ({error})") from None
         if self._engine.dialect.name == "sqlite":
             # pysqlite's own transaction handling starts too late to serialise two appenders.
             sa.event.listen(self._engine, "connect", _sqlite_manual_transactions)
-            sa.event.listen(self._engine, "begin", _sqlite_begin)
+            sa.event.listen(self._engine, "begin", _sqlite_begin if not _only_read(url) else _sqlite_begin_reading)
         self._ready = False
 
     @contextmanager
@@ -57,6 +64,9 @@ class Database:
                     self._metadata.create_all(connection)
                     for statement in self._once.get(self._engine.dialect.name, ()):
                         connection.execute(sa.text(statement))
+                    if self._absent:
+                        # Readers find the empty tables of the file that is not there; writers are refused.
+                        connection.exec_driver_sql("PRAGMA query_only=ON")
                     self._ready = True
                 yield connection
         except (IntegrityError, VisionloopError):
@@ -81,6 +91,18 @@ def sqlite_file(url: str) -> Path | None:
     if name and name.startswith("file:"):
         return Path(unquote(urlsplit(name).path))
     return Path(name) if name and name != ":memory:" else None
+
+
+def _only_read(url: str) -> bool:
+    """Whether a database is a file that this process can read and not write, or would be one in such a folder."""
+    file = sqlite_file(url)
+    return file is not None and file.parent.is_dir() and not os.access(file if file.exists() else file.parent, os.W_OK)
+
+
+def _absent(url: str) -> bool:
+    """Whether a database is a file that is not there and cannot be made, as its folder can only be read."""
+    file = sqlite_file(url)
+    return file is not None and not file.exists() and _only_read(url)
 
 
 @contextmanager
@@ -141,6 +163,10 @@ def _sqlite_manual_transactions(connection: Any, _: Any) -> None:
     cursor.execute("PRAGMA busy_timeout=10000")
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
+
+
+def _sqlite_begin_reading(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
 
 
 def _sqlite_begin(connection: sa.Connection) -> None:

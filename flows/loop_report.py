@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from components.contracts import (
+    ConfigError,
     DriftVerdict,
     Evaluation,
     RecordT,
@@ -62,9 +64,15 @@ class Moment:
 
 
 def write_loop_report(loop: Loop, path: Path, *, story: Mapping[str, Any] | None = None, pages: Mapping[str, str]) -> Path:
-    """Draw the page at `path`, its links relative to it; `story` is the demo's phases."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, render(loop, path.parent, story=story or {}, pages=pages).encode())
+    """Draw the page at `path`, its links relative to it; `story` is the demo's phases. Raises ConfigError."""
+    html = render(loop, path.parent, story=story or {}, pages=pages).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, html)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); name a file elsewhere with --out FILE") from error
     return path
 
 

@@ -88,7 +88,8 @@ class Workspace:
                 workspace = cls(folder)
                 have_home(workspace.state)
                 dataversions.settle(folder)
-                workspace.state.mkdir(mode=0o700, exist_ok=True)
+                with contextlib.suppress(OSError):  # what only reads needs none, and what writes says what it could not
+                    workspace.state.mkdir(mode=0o700, exist_ok=True)
                 plugins.use_workspace(workspace.plugins if workspace.plugins.is_dir() else None)
                 return workspace
         raise ConfigError(f"{start} is not in a visionloop workspace; make one with `visionloop init {start}`")

@@ -19,10 +19,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import getpass
 import json
 import os
+import shutil
+import tempfile
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -103,6 +106,7 @@ def quieten() -> None:
 
 def prepare_environment(state: Path) -> None:
     """Set the workspace's defaults, which have to be there before any library is imported; what is set already stays."""
+    workspace_state, state = state, _writable(state)
     for name in ("prefect", "cache"):
         (state / name).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_HOME", str(state / "prefect"))
@@ -120,7 +124,18 @@ def prepare_environment(state: Path) -> None:
         (state / "cache" / "home").mkdir(exist_ok=True)
     _reach_own_machine()
     if "PREFECT_API_URL" not in os.environ:
-        os.environ.update(standing(state))
+        os.environ.update(standing(workspace_state))
+
+
+def _writable(state: Path) -> Path:
+    """Where libraries keep things of their own; for a workspace that can only be read, one that goes with the process."""
+    with contextlib.suppress(OSError):
+        state.mkdir(parents=True, exist_ok=True)
+    if os.access(state, os.W_OK):
+        return state
+    scratch = Path(tempfile.mkdtemp(prefix="visionloop-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return scratch
 
 
 def have_home(state: Path) -> bool:

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import http.client
 import json
+import os
 import secrets
 import socket
 import subprocess
@@ -57,7 +58,10 @@ class Up:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One `up` or `down` at a time; raises WorkspaceBusy."""
+        """One `up` or `down` at a time; raises WorkspaceBusy. Where nothing can be written, nothing is started."""
+        if not os.access(self.folder if self.folder.is_dir() else self.workspace.state, os.W_OK):
+            yield
+            return
         self._make_folder()
         with (self.folder / "lock").open("a+") as file:
             try:
@@ -276,7 +280,8 @@ class Up:
             if running is not None:
                 _end(running, told)
                 ended.append(name)
-            (self.folder / f"{name}.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a disk that can only be read; the process that it names has ended
+                (self.folder / f"{name}.json").unlink(missing_ok=True)
         return ended
 
 
