@@ -648,10 +648,11 @@ def keep(root: Path) -> None:
     with _repo(root) as repo:
         out = _out(repo)
         # DVC takes what lies in its cache for what it is named after, and would send it.
-        for oid in set(_hashes(_tree(repo, root / DATA, hash_name=out.hash_name)[1]).values()):
-            cached = Path(out.cache.oid_to_path(oid))
-            if cached.is_file() and _hash_of_file(out, cached) != oid:
-                cached.unlink()
+        there = _hashes(_tree(repo, root / DATA, hash_name=out.hash_name)[1])
+        for oid, path in {oid: root / DATA / name for name, oid in there.items()}.items():
+            damaged = Path(out.cache.oid_to_path(oid)).is_file() and not _is_kept(out, oid)
+            if damaged and not _replaced(out, oid, functools.partial(shutil.copyfile, path)):
+                raise DataError(f"{path} changed while it was read; run the command again")
         _tree(repo, root / DATA, hash_name=out.hash_name, store=True)
 
 
@@ -694,9 +695,7 @@ def pull(root: Path, *, force: bool = False) -> int:
         wanted = _wanted(out)
         if there == wanted:
             return 0
-        lost = sorted(
-            name for name, oid in there.items() if wanted.get(name) != oid and not Path(out.cache.oid_to_path(oid)).is_file()
-        )
+        lost = sorted(name for name, oid in there.items() if wanted.get(name) != oid and not _is_kept(out, oid))
         if lost and not force:
             raise DataDiffers(
                 f"this would lose {counted(len(lost), 'file')} of {data} that no version holds ({', '.join(lost[:3])}). To "
@@ -707,16 +706,21 @@ def pull(root: Path, *, force: bool = False) -> int:
                 damaged = _make(out, wanted, there, data, made)
                 if damaged:
                     # An object that is not what it is named after is no copy of anything; the remote may have a good one.
-                    for oid in damaged:
-                        Path(out.cache.oid_to_path(oid)).unlink()
-                    _fetch(repo, out)
+                    _mend(repo, out, damaged)
                     shutil.rmtree(made)
                     damaged = _make(out, wanted, there, data, made)
             if damaged:
                 objects = ", ".join(sorted(f"{oid[:2]}/{oid[2:]}" for oid in damaged)[:3])
+                told = f"DVC's cache has {counted(len(damaged), 'damaged file')} ({objects}) of the pinned version"
+                remote = _remote_url(repo)
+                if remote is None:
+                    raise DataError(
+                        f"{told}, and no remote is set to fetch them from. {data} and the cache were not touched. Set the "
+                        f"remote that it was pushed to with `visionloop data remote URL`"
+                    )
                 raise DataError(
-                    f"the remote {_remote_url(repo)} has {counted(len(damaged), 'damaged file')} ({objects}); "
-                    f"{data} was not touched. Remove these from the remote, and run `visionloop data push` in a workspace "
+                    f"{told}, and the remote {remote} has no whole copy of them. {data} and the cache were not touched. "
+                    f"Remove these from the remote, where they are there, and run `visionloop data push` in a workspace "
                     f"that has the pinned version"
                 )
             _put_in_place(made, data, wanted, there)
@@ -744,10 +748,12 @@ def _fetch(repo: Repo, out: Output) -> None:
             f"`visionloop data remote URL`, or pin what is in {DATA}/ now with `visionloop data add`"
         )
     with _remote():
-        if _before(out) is None:
-            _listing_file(out).unlink(missing_ok=True)  # DVC would not replace a damaged one
+        if _before(out) is None and _listing_file(out).exists():
+            _mend(repo, out, {str(out.hash_info.value)})  # DVC would not replace a damaged one
+        elif _before(out) is None:
             repo.cloud.pull([out.hash_info])
-        repo.cloud.pull(_objects(out))
+        if _before(out) is not None:
+            repo.cloud.pull(_objects(out))
     missing, total = _missing(out)
     if missing:
         raise DataError(
@@ -756,6 +762,38 @@ def _fetch(repo: Repo, out: Output) -> None:
             f"that has them, name another remote (`visionloop data remote URL`), or pin what {DATA}/ holds "
             f"(`visionloop data add`)"
         )
+
+
+def _mend(repo: Repo, out: Output, damaged: set[str]) -> None:
+    """Replace damaged objects of DVC's cache by the remote's, where that has them whole; the others stay as they are."""
+    if _remote_url(repo) is None:
+        return
+    with _remote():
+        remote = repo.cloud.get_remote_odb(None, "pull", hash_name=out.hash_name)
+        for oid in damaged:
+            with contextlib.suppress(FileNotFoundError):
+                _replaced(out, oid, functools.partial(remote.fs.get_file, remote.oid_to_path(oid)))
+
+
+def _replaced(out: Output, oid: str, bring: Callable[[str], object]) -> bool:
+    """Let an object of DVC's cache be what `bring` writes, once that is whole; False where it is something else."""
+    cached = Path(out.cache.oid_to_path(oid))
+    proposed = cached.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        bring(str(proposed))
+        if _hash_of_file(out, proposed) != oid.removesuffix(".dir"):
+            return False
+        proposed.chmod(0o444)
+        os.replace(proposed, cached)
+    finally:
+        proposed.unlink(missing_ok=True)
+    return True
+
+
+def _is_kept(out: Output, oid: str) -> bool:
+    """Whether DVC's cache has an object, and whole."""
+    cached = Path(out.cache.oid_to_path(oid))
+    return cached.is_file() and _hash_of_file(out, cached) == oid
 
 
 def _make(out: Output, wanted: Mapping[str, str], there: Mapping[str, str], data: Path, made: Path) -> set[str]:

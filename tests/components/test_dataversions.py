@@ -245,6 +245,58 @@ def test_a_damaged_listing_is_fetched_again(workspace: Path, tmp_path: Path, cap
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("remote", ["none", "empty", "damaged"])
+@pytest.mark.parametrize("kind", ["listing", "picture"])
+def test_a_damaged_object_stays_until_a_whole_one_is_there(workspace: Path, tmp_path: Path, kind: str, remote: str) -> None:
+    version = dataversions.pinned(workspace)
+    cache, there = workspace / ".dvc" / "cache" / "files" / "md5", tmp_path / "remote" / "files" / "md5"
+    objects = [path for path in cache.rglob("*") if path.is_file()]
+    damaged = next(path for path in objects if (path.suffix == ".dir") == (kind == "listing"))
+    sent = there / damaged.relative_to(cache)
+    if remote != "none":
+        dataversions.set_remote(workspace, str(tmp_path / "remote"))
+        dataversions.push(workspace)
+        whole = sent.read_bytes()
+        sent.chmod(0o600)
+        sent.write_bytes(b"damaged too") if remote == "damaged" else sent.unlink()
+    damaged.chmod(0o600)
+    damaged.write_bytes(b"[]")
+    for path in (workspace / "data").rglob("*.png"):
+        path.write_bytes(b"changed" + path.name.encode())
+
+    def content() -> dict[str, bytes]:
+        places = (workspace / "data", workspace / ".dvc" / "cache")
+        return {str(path): path.read_bytes() for place in places for path in place.rglob("*") if path.is_file()}
+
+    before = content()
+    with pytest.raises(DataError, match="visionloop data remote URL" if remote == "none" else "visionloop data push"):
+        dataversions.pull(workspace, force=True)
+    assert content() == before
+    if remote != "none":
+        sent.unlink(missing_ok=True)
+        sent.write_bytes(whole)
+        dataversions.pull(workspace, force=True)
+        assert dataversions.verify(workspace) == version
+
+
+def test_a_file_that_the_cache_has_damaged_is_not_lost(workspace: Path, tmp_path: Path) -> None:
+    found = Workspace.find(workspace)
+    pin, ledger = (workspace / name for name in (dataversions.PIN, dataversions.TEST_LEDGER))
+    earlier = {path: path.read_bytes() for path in (pin, ledger)}
+    write_pictures(tmp_path / "more", 1, start=500, kinds=("disc",))
+    add(found, tmp_path / "more", test_share=None)
+    newest = workspace / "data" / "disc" / "0500.png"
+    oid = hashlib.md5(newest.read_bytes()).hexdigest()
+    for path, raw in earlier.items():
+        path.write_bytes(raw)
+    cached = workspace / ".dvc" / "cache" / "files" / "md5" / oid[:2] / oid[2:]
+    cached.chmod(0o600)
+    cached.write_bytes(b"damaged")
+    with pytest.raises(DataDiffers, match="would lose 1 file of .*disc/0500.png"):
+        dataversions.pull(workspace)
+    assert newest.exists()
+
+
 @pytest.mark.parametrize(("name", "content"), [("../../evil", b"x"), ("/tmp/evil", b"x"), ("disc/0000.png", None)])
 def test_a_listing_that_leads_out_of_the_folder_is_refused(workspace: Path, name: str, content: bytes | None) -> None:
     cache, kept = workspace / ".dvc" / "cache" / "files" / "md5", workspace / "kept"
