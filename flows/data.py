@@ -65,16 +65,7 @@ def add(
     root = workspace.root
     incoming = _incoming(folder, workspace.data) if folder is not None else None
     refused: dict[str, str] = {}
-    ledger_path = root / dataversions.TEST_LEDGER
-    first = not ledger_path.exists()
-    if first and not dataversions.adoptable(root):
-        raise DataError(f"{ledger_path} is missing; restore it with `git checkout -- {ledger_path.name}`")
-    ledger = TestLedger(test_share or DEFAULT_TEST_SHARE, {}) if first else TestLedger.read(ledger_path)
-    if not first and test_share is not None and test_share != ledger.test_share:
-        raise DataError(
-            f"the test share of this data set is frozen at {ledger.test_share}; "
-            f"leave --test-share out, or start another workspace"
-        )
+    ledger = _ledger(root, test_share)
     copied = there = found = 0
     left_out: list[LeftOut] = []
     if incoming is not None:
@@ -92,30 +83,11 @@ def add(
         left_out = [LeftOut(dataversions.shown(path.relative_to(root)), reason) for path in lies_there.ignored]
         found = len(lies_there.files) + len(left_out)
         there = len(lies_there.files)
-    # Every picture is looked at, not only those DVC calls new: the ledger must not depend on what DVC's cache still holds.
-    touched = [path for paths in lies_there.classes.values() for path in paths]
-    undecodable: list[str] = []
-    new_but_refused: list[str] = []
-    pictures: list[tuple[str, str]] = []
-    looked = in_threads(lambda path: _picture(path, accepted), touched, progress=progress)
-    for path, (picture, why) in zip(touched, looked, strict=True):
-        name = path.relative_to(workspace.data).as_posix()
-        if picture is None:
-            undecodable.append(name)
-        else:
-            pictures.append((picture, path.parent.name))
-        if why and picture is not None and picture not in ledger.members:
-            new_but_refused.append(f"{name}: {why}")
-    if new_but_refused:
-        raise DataError(
-            f"serving would refuse {counted(len(new_but_refused), 'new picture')} in {workspace.data} "
-            f"({'; '.join(new_but_refused[:3])}); convert or remove them, or accept them by {_BY_SETTING}. "
-            f"Nothing was pinned"
-        )
+    pictures, undecodable = _pictures(lies_there, ledger, workspace.data, accepted, progress)
     # Before the ledger changes: what can fail for want of space is done, and pin and ledger still agree if it does.
     dataversions.store(root)
     extended = ledger.extended(pictures)
-    extended.write(ledger_path)
+    extended.write(root / dataversions.TEST_LEDGER)
     version = dataversions.pin(root)
     empty = [path.name for path in workspace.data.iterdir() if path.is_dir() and not path.name.startswith(".")]
     return Added(
@@ -130,6 +102,51 @@ def add(
         # An empty folder is no part of a version, and surely not meant.
         class_counts={label: len(lies_there.classes.get(label, ())) for label in sorted({*empty, *lies_there.classes})},
     )
+
+
+def _ledger(root: Path, test_share: float | None) -> TestLedger:
+    """The frozen test ledger, an empty one for a first version; raises DataError where it is lost or of another share."""
+    path = root / dataversions.TEST_LEDGER
+    if not path.exists():
+        if not dataversions.adoptable(root):
+            raise DataError(f"{path} is missing; restore it with `git checkout -- {path.name}`")
+        return TestLedger(test_share or DEFAULT_TEST_SHARE, {})
+    ledger = TestLedger.read(path)
+    if test_share is not None and test_share != ledger.test_share:
+        raise DataError(
+            f"the test share of this data set is frozen at {ledger.test_share}; "
+            f"leave --test-share out, or start another workspace"
+        )
+    return ledger
+
+
+def _pictures(
+    lies_there: dataversions.Listing, ledger: TestLedger, data: Path, accepted: Accepted, progress: Progress
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """(digest of pixels, class) of all in data/, and what cannot be decoded; raises DataError for what serving would refuse.
+
+    Every picture is looked at, not only those DVC calls new: the ledger must not depend on what DVC's cache still holds.
+    """
+    touched = [path for paths in lies_there.classes.values() for path in paths]
+    undecodable: list[str] = []
+    new_but_refused: list[str] = []
+    pictures: list[tuple[str, str]] = []
+    looked = in_threads(lambda path: _picture(path, accepted), touched, progress=progress)
+    for path, (picture, why) in zip(touched, looked, strict=True):
+        name = path.relative_to(data).as_posix()
+        if picture is None:
+            undecodable.append(name)
+        else:
+            pictures.append((picture, path.parent.name))
+        if why and picture is not None and picture not in ledger.members:
+            new_but_refused.append(f"{name}: {why}")
+    if new_but_refused:
+        raise DataError(
+            f"serving would refuse {counted(len(new_but_refused), 'new picture')} in {data} "
+            f"({'; '.join(new_but_refused[:3])}); convert or remove them, or accept them by {_BY_SETTING}. "
+            f"Nothing was pinned"
+        )
+    return pictures, undecodable
 
 
 def ensure(workspace: Workspace, source: str | None) -> DataVersion:
