@@ -335,7 +335,8 @@ def started(server: Server, port: int, files: Sequence[Path], log: Path) -> Iter
     try:
         deadline = time.monotonic() + 90
         while True:
-            told = offered(server, port, files[:5], rate=5, seconds=1)
+            # A whole second, however short the loads are: in a tenth of it next to nothing is asked.
+            told = offered(server, port, files[:5], rate=5, seconds=1 / _DURATION)
             if told["statuses"].get("200", 0) >= 2:
                 break
             if process.poll() is not None or time.monotonic() > deadline:
