@@ -155,14 +155,14 @@ class _S3:
                 response_checksum_validation="when_required",
             ),
         )
-        # First: botocore itself takes a page that is no XML for a passing error of S3, and asks again.
-        self._client.meta.events.register_first("before-parse.s3.*", self._expect_s3)
+        self._client.meta.events.register("before-parse.s3", self._expect_s3)
 
     def _expect_s3(self, operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
         """Refuse the answer of a sign-in page or another program: botocore would take it for an object, or for none."""
         status, headers, body = response_dict["status_code"], response_dict["headers"], response_dict["body"]
-        if status >= 500 or any(name.lower().startswith("x-amz-") for name in headers):
+        if status > 500 or any(name.lower().startswith("x-amz-") for name in headers):
             return  # S3's own, or of a proxy that has no server behind it at the moment: asked again
+        # botocore calls a page of status 200 that is no XML a 500.
         kind = headers.get("content-type", "no content type")
         if status >= 300:
             is_s3 = operation_model.name.startswith("Head") or b"<Error" in body
