@@ -3,6 +3,6 @@
 Every process of ours begins here, or is started by one that did: its environment is quiet before a library is imported.
 """
 
-from flows.settings import quieten
+from flows.quiet import quieten
 
 quieten()

@@ -124,6 +124,7 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         with _answering(ctx.command_path, bool(ctx.meta.get("json")), HERE):
+            stopping.started()
             return super().invoke(ctx)
 
 

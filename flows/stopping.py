@@ -41,6 +41,8 @@ class _Ending:
     """What is said of a run of the stages, which may end at any moment; else the command unwinds."""
     last: Callable[[str], None] = lambda _: None
     as_json: bool = False
+    starting: bool = False
+    """While libraries are imported for a command: nothing is held yet, so nothing has to unwind."""
     unwinding: bool = False
 
 
@@ -64,12 +66,13 @@ def at_once(told: Callable[[], str], last: Callable[[str], None] = lambda _: Non
     _ending.told = None
 
 
-def watch(*, as_json: bool = False) -> None:
+def watch(*, as_json: bool = False, starting: bool = False) -> None:
     """Take over the signals of this process, except those that it was started to ignore (nohup, `&` in a script).
 
-    With `as_json`, what is said is one JSON object on standard output as well.
+    With `as_json`, what is said is one JSON object on standard output as well. With `starting`, a signal ends the process
+    at once until `started` is called.
     """
-    _ending.as_json = as_json
+    _ending.as_json, _ending.starting = as_json, starting
     heard, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -77,6 +80,11 @@ def watch(*, as_json: bool = False) -> None:
     signal.signal(signal.SIGURG, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(heard,), daemon=True, name="stopping").start()
+
+
+def started() -> None:
+    """From here on a command runs: a signal lets it put away what it holds."""
+    _ending.starting = False
 
 
 def end(number: int) -> NoReturn:
@@ -93,21 +101,22 @@ def end(number: int) -> NoReturn:
             os.write(2, f"{text}\n".encode())
             if _ending.as_json:
                 os.write(1, (json.dumps({"error": "Stopped", "message": text, "notes": []}) + "\n").encode())
-        _kill_family()
+        if not _ending.starting:
+            _kill_family()
         if _ending.told is not None:
             _ending.last(text)
         os._exit(128 + number)
 
 
 def _interrupt(number: int, _: object) -> None:
-    if _ending.told is None and not _ending.unwinding:
+    if _ending.told is None and not _ending.starting and not _ending.unwinding:
         _ending.unwinding = True
         raise Stopped(number)
 
 
 def _listen(heard: int) -> None:
     number = _next(heard, None)
-    if _ending.told is None:
+    if _ending.told is None and not _ending.starting:
         until = time.monotonic() + _GRACE_S
         while time.monotonic() < until:
             if not _ending.unwinding:

@@ -71,7 +71,7 @@ def visionloop(*arguments: str, cwd: Path, **environment: str) -> subprocess.Com
     """The command line in this process: its libraries are loaded once for all tests."""
     from typer.testing import CliRunner
 
-    from flows.cli import app
+    from flows.cli.main import app
 
     with contextlib.chdir(cwd):
         result = CliRunner().invoke(app, list(arguments), env=environment)

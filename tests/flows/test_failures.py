@@ -125,7 +125,7 @@ def _commands(app: typer.Typer) -> Iterator[object]:
 
 
 def test_every_command_answers_so() -> None:
-    from flows.cli import app
+    from flows.cli.main import app
 
     assert {getattr(found, "__name__", None) for found in _commands(app)} == {"_Command"}
 
@@ -248,7 +248,7 @@ def test_every_command_that_a_text_of_ours_advises_exists() -> None:
     """Of messages, help and comments alike: `visionloop data pull --force` is a command, and takes the option."""
     from typer.main import get_command
 
-    from flows.cli import app
+    from flows.cli.main import app
 
     root: Any = get_command(app)
     repository, found = Path(__file__).resolve().parents[2], 0

@@ -366,6 +366,21 @@ def test_a_command_that_does_not_come_to_an_end_is_ended_by_the_second_ctrl_c() 
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_command_that_is_still_being_imported_is_stopped_with_one_line(
+    number: signal.Signals, told: str, tmp_path: Path
+) -> None:
+    """A library that takes for ever to be imported stands for any moment of the first second."""
+    (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom flows.cli import main\nmain()"
+    command = [sys.executable, "-c", code, "train", "x"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    assert (process.communicate(timeout=30)[1], process.returncode) == (f"stopped by {told}\n", 128 + number)
+
+
 def check_whole(root: Path) -> None:
     """Whatever is in the store is whole."""
     for manifest in Store(root / ".visionloop" / "store").artefacts():

@@ -11,7 +11,6 @@ import typer
 
 from components import garbage
 from components.contracts import ConfigError, counted
-from flows import stopping
 from flows.answering import HERE, AsJson, Commands, InWorkspace, finish
 from flows.cli_backup import add_backup_commands
 from flows.cli_loop import add_loop_commands
@@ -393,13 +392,14 @@ def _root_of(folder: Path) -> Path | None:
 @recipe_app.command("list")
 def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """The shipped recipes and the workspace's own."""
-    from flows.config import peek, recipe_files
+    from flows.config import load_recipe, recipe_files
 
+    root = _root_of(workspace)
     found: dict[str, str] = {}
     problems: dict[str, str] = {}
-    for name, path in sorted(recipe_files(_root_of(workspace)).items()):
+    for name in sorted(recipe_files(root)):
         try:
-            found[name] = peek(path).description
+            found[name] = load_recipe(name, workspace=root).description
         except ConfigError as error:
             problems[name] = str(error)
     lines = [f"{name:16} {text}" for name, text in found.items()]
@@ -461,11 +461,7 @@ def store_verify(
         raise typer.Exit(1)
 
 
-def main() -> None:
+def run() -> None:
+    """Run the command that the command line names."""
     garbage.skip_at_exit()
-    stopping.watch(as_json="--json" in sys.argv)
     app()
-
-
-if __name__ == "__main__":
-    main()
