@@ -174,19 +174,38 @@ def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson =
 
 
 def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
-    """Start trainings that should have started and did not: whose event was lost, which were killed or waited for data."""
-    from flows.alarming import sweep as start_all
+    """Start trainings that should have started and did not: whose event was lost, which were killed or waited for data.
 
-    loop = _loop(workspace, model)
-    lines: list[str] = []
-    started = start_all(loop, told=lines.append, grace_s=0)
-    answer = {
-        "model": loop.model,
-        "started": [{"key": s.key, "flow_run": s.flow_run_id} for s in started],
-        "notes": lines,
-    }
-    text = [f"{s.key}: flow run {s.flow_run_id}" for s in started] + lines
-    finish(answer, json_, lambda: "\n".join(text) or f"{loop.model}: nothing waits")
+    Without --model, of every model. Exit status 1 when a model's loop or recipe is not valid; the others are swept.
+    """
+    from flows.run import Workspace
+    from flows.settings import prepare_environment, read_settings
+
+    found = Workspace.find(workspace)
+    prepare_environment(found.state)
+    from flows.alarming import sweep as start_all
+    from flows.keeping import models_of
+    from flows.looping import Loop
+    from flows.standing import Up
+
+    settings = read_settings(found.state)
+    loops = [_loop(workspace, model)] if model else [Loop(found, settings, m) for m in models_of(Up(found, settings), [])]
+    started, notes, problems = [], [], []
+    for loop in loops:
+        try:
+            _ = loop.config  # one that is not valid is told before its first alarm
+            keys = start_all(loop, told=notes.append, grace_s=0)
+            started += [{"model": loop.model, "key": s.key, "flow_run": s.flow_run_id} for s in keys]
+        except ConfigError as error:
+            problems.append(f"{loop.model}: {error}")
+    models = [loop.model for loop in loops]
+    lines = [f"{s['model']}: {s['key']}: flow run {s['flow_run']}" for s in started] + notes
+    lines = lines or [f"{', '.join(models) or 'no model'}: nothing waits"]
+    lines += [f"problem: {problem}" for problem in problems]
+    answer = {"models": models, "started": started, "notes": notes, "problems": problems}
+    finish(answer, json_, lambda: "\n".join(lines))
+    if problems:
+        raise typer.Exit(1)
 
 
 def report(

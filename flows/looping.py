@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -52,14 +53,17 @@ class LoopConfig(Record):
 def load_loop(workspace: Workspace, model: str) -> LoopConfig:
     """How the model is looped, by its file or the defaults; raises ConfigError naming the key."""
     path = workspace.root / LOOPS / f"{model}.yaml"
-    values = read_mapping(path, "loop", may_be_empty=True) if path.exists() else {}
+    values = read_mapping(path, "loop", may_be_empty=True) if os.path.lexists(path) else {}
     try:
         config = LoopConfig.model_validate_json(json.dumps(values), strict=True)
     except (ValidationError, TypeError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
         valid = ", ".join(name for name in LoopConfig.model_fields if name != "schema_version")
         raise ConfigError(f"{path}: {problem}; keys are {valid}") from error
-    check(config.drift)
+    try:
+        check(config.drift)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return config
 
 

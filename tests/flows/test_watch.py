@@ -239,6 +239,21 @@ def test_what_is_read_or_decided_needs_no_valid_recipe_loop_or_plug_in(root: Pat
     assert any("every_minuts" in problem for problem in body["problems"])
 
 
+def test_loop_files_that_are_not_valid_are_named_and_the_others_go_on(root: Path) -> None:
+    loops = root / "loops"
+    (loops / "broken.yaml").write_text("a: [")
+    (loops / "unknown.yaml").write_text("drift: {detectors: [{detector: nope}]}")
+    (loops / "gone.yaml").symlink_to("nowhere")
+    for command in ("status", "sweep"):
+        done = visionloop(command, "--json", cwd=root)
+        body = json.loads(done.stdout.splitlines()[-1])
+        assert done.returncode == 1, done.stderr
+        for name in ("broken", "unknown", "gone"):
+            (problem,) = [told for told in body["problems"] if told.startswith(f"{name}: ")]
+            assert str(loops / f"{name}.yaml") in problem
+        assert MODEL in body["models"]
+
+
 def test_of_two_recipes_the_loop_names_one(root: Path) -> None:
     other = root / "recipes" / "other.yaml"
     other.write_text((root / "recipes" / "smoke.yaml").read_text().replace("name: smoke", "name: other"))
