@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from components.contracts import enough, too_few
+from components.contracts import counted, enough, too_few
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -128,7 +128,8 @@ def undecided(shown: str, matters: str, smallest: float, material: float, num_re
     why = (
         too_few("images in the window", size, needed)
         if needed is not None
-        else f"the reference of {num_reference} images is too small to show that in any window; add test images, train again"
+        else f"the reference of {counted(num_reference, 'image')} is too small to show that in any window; "
+        "add test images, train again"
     )
     return f"no shift is shown, but one below {shown} could not be, and {matters} matters: {why}"
 

@@ -20,7 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from components.contracts import ConfigError, Progress, Release, Stored, StoreError, canonical_json, sha256_text, silent
+from components.contracts import (
+    ConfigError,
+    Progress,
+    Release,
+    Stored,
+    StoreError,
+    canonical_json,
+    counted,
+    sha256_text,
+    silent,
+)
 from components.formats import Accepted
 from components.images import STATISTICS
 from components.objects import Objects, open_objects
@@ -193,7 +203,9 @@ def predict(
     rows, errors = sum(shard.rows for shard in shards), sum(shard.errors for shard in shards)
     refused = tuple(itertools.islice((refusal for shard in shards for refusal in shard.refused), _SHOWN))
     if rows != len(inputs.names):
-        raise StoreError(f"{out} holds {rows} rows for {len(inputs.names)} images; remove it and run again")
+        raise StoreError(
+            f"{out} holds {counted(rows, 'row')} for {counted(len(inputs.names), 'image')}; remove it and run again"
+        )
     return Done(rows, errors, refused, len(shards), len(shards) - len(todo))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, Measurement, compare, too_few
+from components.contracts import Evidence, Finding, Measurement, compare, counted, too_few
 
 
 class Gate(BaseModel):
@@ -29,8 +29,8 @@ class Gate(BaseModel):
         return Finding(
             gate="latency",
             status=status,
-            message=f"p99 latency {measured.latency_p99_ms:.3g} ms{_spread(measured)} of {measured.num_runs} runs on "
-            f"{measured.machine}, budget {self.max_p99_ms:g} ms",
+            message=f"p99 latency {measured.latency_p99_ms:.3g} ms{_spread(measured)} of "
+            f"{counted(measured.num_runs, 'run')} on {measured.machine}, budget {self.max_p99_ms:g} ms",
             value=measured.latency_p99_ms,
             threshold=self.max_p99_ms,
             n=measured.num_runs,
@@ -45,4 +45,4 @@ def _spread(measured: Measurement) -> str:
         return ""
     low, high = min(measured.rounds_p99_ms), max(measured.rounds_p99_ms)
     noisy = "; the machine was busy with something else, `train --measure-again` measures anew" if measured.noisy else ""
-    return f" ({low:.3g} to {high:.3g} in {len(measured.rounds_p99_ms)} rounds{noisy})"
+    return f" ({low:.3g} to {high:.3g} in {counted(len(measured.rounds_p99_ms), 'round')}{noisy})"

@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from components.contracts import Evidence, Finding, Precision, compare, too_few
+from components.contracts import Evidence, Finding, Precision, compare, counted, too_few
 
 _MIN_AGREEMENT: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.995, "int8": 0.98}
 
@@ -49,7 +49,8 @@ class Gate(BaseModel):
         difference = float(np.abs(answers.logits - reference.logits).max())
         status = compare(agreement, floor, at_least=True)
         text = (
-            f"top-1 equal on {agreement:.4%} of {n} images (floor {floor:.1%}), largest |logit difference| {difference:.2g}"
+            f"top-1 equal on {agreement:.4%} of {counted(n, 'image')} (floor {floor:.1%}), "
+            f"largest |logit difference| {difference:.2g}"
         )
         if evidence.engine.precision == "fp32":
             text += f" (limit {self.max_logit_difference:g})"

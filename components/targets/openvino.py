@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Built, Engine, EngineUnavailable, ExportError, ExportRequest, Stored
+from components.contracts import Built, Engine, EngineUnavailable, ExportError, ExportRequest, Stored, counted
 
 _ENTRY = "model.xml"
 
@@ -49,7 +49,9 @@ class Target(BaseModel):
 
         images = [image[None] for batch in request.calibration() for image in batch][: self.max_calibration_images]
         if len(images) < 10:
-            raise ExportError(f"{len(images)} calibration images; int8 needs at least 10: raise splitting.calibration_share")
+            raise ExportError(
+                f"{counted(len(images), 'calibration image')}; int8 needs at least 10: raise splitting.calibration_share"
+            )
         quantised = nncf.quantize(
             model,
             nncf.Dataset(images),

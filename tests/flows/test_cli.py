@@ -152,8 +152,14 @@ def test_a_process_of_its_own_prints_no_traceback(tmp_path: Path) -> None:
 
 
 def test_recipes_are_listed_shown_and_described_by_a_schema(workspace: Path) -> None:
+    written = (workspace / "recipes" / "smoke.yaml").read_text()
+    mistaken = written.replace("settings: {floor: 0.6}", "settings: {flor: 0.6}")
+    assert mistaken != written
+    (workspace / "recipes" / "mistaken.yaml").write_text(mistaken)
     listed = json.loads(visionloop("recipe", "list", "--json", cwd=workspace).stdout)
     assert {"digits", "transfer", "smoke"} <= set(listed["recipes"])
+    assert "mistaken" not in listed["recipes"]
+    assert "flor" in listed["problems"]["mistaken"]
     shown = json.loads(visionloop("recipe", "show", "smoke", "--json", cwd=workspace).stdout)
     assert shown["training"]["fit"]["epochs"] == 6
     assert shown["training"]["fit"]["weight_decay"] == 0.01
