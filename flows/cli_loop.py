@@ -190,7 +190,9 @@ def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = 
 
     settings = read_settings(found.state)
     loops = [_loop(workspace, model)] if model else [Loop(found, settings, m) for m in models_of(Up(found, settings), [])]
-    started, notes, problems = [], [], []
+    started: list[dict[str, str]] = []
+    notes: list[str] = []
+    problems: list[str] = []
     for loop in loops:
         try:
             _ = loop.config  # one that is not valid is told before its first alarm
