@@ -59,7 +59,7 @@ def notes(entries: Sequence[Entry], body: Mapping[str, Any], *, subject: str = "
     gated = [entry for entry in others if by_gates(entry) and (own is None or entry.seq < own)]
     found = []
     moves = [entry for entry in entries if entry.kind in ("promoted", "rolled_back")]
-    if moves and moves[-1].subject != subject:
+    if moves:
         version = moves[-1].body["version"]
         requests = [e for e in entries if e.kind == "requested" and str(e.body["version"]) == str(version)]
         found += _beside(f"the champion's (version {version})", requests[-1].body, body) if requests else []

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from components import evaluation, plugins
-from components.contracts import Engine, EngineUnavailable, Evaluation, Splits, Stored
+from components.contracts import Engine, EngineUnavailable, Evaluation, Measurement, Preprocessing, Splits, Stored
 from components.evaluation import EvaluationConfig, evaluate, measure, summarised
 from components.machine import fingerprint
 from components.store import Store
@@ -92,6 +92,51 @@ def test_a_measurement_names_its_machine_and_its_runs(trained: Path) -> None:
     assert found.latency_p99_ms is not None
     assert 0 < found.latency_p50_ms <= found.latency_p90_ms <= found.latency_p99_ms
     assert found.size_bytes == engine.record.size_bytes
+
+
+def test_engines_take_turns_and_what_was_noisy_is_measured_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocessing = Preprocessing(
+        channels=1, height=8, width=8, resize_shortest=8, interpolation="bilinear", mean=(0.5,), std=(0.5,)
+    )
+    common: dict[str, Any] = {"target": "openvino", "precision": "int8", "settings": {}, "checkpoint_digest": "c"}
+    common |= {
+        "runtime": "r",
+        "built_for": "here",
+        "facts": {},
+        "files": (),
+        "entry": "m",
+        "preprocessing": preprocessing,
+        "classes": ("a", "b"),
+        "embedding_dim": 4,
+    }
+    engines = [Stored(Engine(name=name, temperature=1.0, **common), tmp_path) for name in ("one", "other")]
+    asked: list[str] = []
+
+    def timed(*other_s: float) -> list[Measurement]:
+        """The first engine takes 3 ms in every round, the other one these seconds in its rounds."""
+        asked.clear()
+        left = list(other_s)
+
+        def one_round(predictor: str, *_: Any) -> Any:
+            asked.append(predictor)
+            return np.full(4, 3e-3 if predictor == "one" else left.pop(0))
+
+        monkeypatch.setattr(evaluation, "_load", lambda engine, _: engine.record.name)
+        monkeypatch.setattr(evaluation, "_round", one_round)
+        monkeypatch.setattr(evaluation, "rows", lambda *_: {"path": pd.Series([], dtype=str)})
+        monkeypatch.setattr(evaluation, "batches", lambda *_, **__: [np.zeros((1, 8, 8, 1), np.uint8)])
+        no_splits: Any = None
+        return measure(engines, no_splits, tmp_path, CONFIG)
+
+    bad = [1e-3] * 4 + [5e-3]
+    calm, again = timed(*bad, 2e-3, 2e-3, 2e-3, 2e-3, 4e-3)
+    assert asked == [*("one", "other") * 5, *["other"] * 5]
+    assert (calm.num_attempts, calm.latency_p50_ms, calm.spread) == (1, 3.0, 1.0)
+    assert (again.num_attempts, again.latency_p50_ms, again.spread) == (2, 2.0, 2.0)
+    _, kept = timed(*bad, 6e-3, 6e-3, 6e-3, 6e-3, 60e-3)
+    assert (kept.num_attempts, kept.latency_p50_ms, kept.spread) == (2, 1.0, 5.0)
 
 
 def test_a_noisy_round_does_not_decide_and_is_told(trained: Path) -> None:

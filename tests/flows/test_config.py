@@ -97,6 +97,8 @@ def test_broken_files_say_what_is_wrong(tmp_path: Path) -> None:
         (b"a: 1\nb: 2\na: 3", "line 3.*'a' is there twice"),
         (b"a: 1\n---\na: 2", "another document"),
         (b"a: !!python/object/apply:os.system ['true']", "not valid YAML.*the tag"),
+        (b"a: 1\nb: !!binary aGk=", "line 2.*the tag !!binary is not read; write the value plainly"),
+        (b"a: 1\n? [b]\n: 2", "line 2.*a key has to be plain text"),
         (b"a: &a [*a]", "within what it names"),
         (
             b"a: [&a [x, x, x, x, x, x, x, x, x]]\n"
@@ -128,7 +130,7 @@ def test_yaml_of_windows_editors_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-3", 0.001), ("1E5", 100_000), (".5e3", 500.0), ("-2.5e-1", -0.25), ("5.", 5.0), ("1_000", 1000), ("0x1f", 31),
+        ("1e-3", 0.001), ("1E5", 100_000), (".5e3", 500.0), ("-2.5e-1", -0.25), ("5.", 5.0), ("1_000", 1000), ("0x1f", 31), ("1e300", 1e300),
         ("0", 0), ("0123", "0123"), ("12:30", "12:30"), ("2026-01-01", "2026-01-01"), ("no", "no"), ("on", "on"),
         ("true", True), ("~", None), ("", None), ("'1e-3'", "1e-3"), ("{no: 1, 1: 2}", {"no": 1, "1": 2}), ("1.2.3", "1.2.3"),
         ("{a: &x {p: 1, q: 1}, b: {<<: *x, q: 2}}", {"a": {"p": 1, "q": 1}, "b": {"p": 1, "q": 2}}),

@@ -126,6 +126,57 @@ def test_tables_that_cannot_be_written_are_not_read_for_another_place(
     assert tracking.settle(uri, here) == ""
 
 
+_WHERE = {
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("trace_tags", "value"),
+}
+
+
+@pytest.mark.parametrize(
+    ("here", "before", "after"),
+    [
+        ("new/w", "file://{root}/old/w/mlflow-artifacts/{name}", "file://{root}/new/w/mlflow-artifacts/{name}"),
+        ("new/w", "{root}/old/w/mlflow-artifacts/{name}", "{root}/new/w/mlflow-artifacts/{name}"),
+        # Two places, of which one lies in the other.
+        ("new/w", "file://{root}/old/w/{name}/mlflow-artifacts/{name}", "file://{root}/new/w/mlflow-artifacts/{name}"),
+        # Into a folder of the place where it was; what names that already stays.
+        ("old/w/in", "file://{root}/old/w/in/mlflow-artifacts/{name}", "file://{root}/old/w/in/mlflow-artifacts/{name}"),
+        # The same folder by another path.
+        ("real", "file://{root}/link/mlflow-artifacts/{name}", "file://{root}/link/mlflow-artifacts/{name}"),
+    ],
+)
+def test_every_location_in_the_tables_names_the_place_where_the_workspace_is(
+    tmp_path: Path, here: str, before: str, after: str
+) -> None:
+    root = tmp_path / here
+    (root / "mlflow-artifacts").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    columns: dict[str, list[str]] = {}
+    for table, column in sorted(_WHERE):
+        columns.setdefault(table, []).append(column)
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as tables:
+        for table, of in columns.items():
+            tables.execute(f"CREATE TABLE {table} (name, {', '.join(of)})")
+            location = before.format(root=tmp_path, name="b")
+            tables.execute(f"INSERT INTO {table} VALUES ('b', {', '.join('?' * len(of))})", [location] * len(of))
+        if "link" not in before:
+            old = f"file://{tmp_path}/old/w/mlflow-artifacts/a"
+            tables.execute("INSERT INTO experiments VALUES ('a', ?)", [old])
+        tables.commit()
+    assert bool(tracking.settle(uri, root / "mlflow-artifacts")) == ("link" not in before)
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as tables:
+        for table, column in _WHERE:
+            found = tables.execute(f"SELECT {column} FROM {table} WHERE name = 'b'").fetchone()[0]
+            assert found == after.format(root=tmp_path, name="b"), (table, column)
+        of_a = [row[0] for row in tables.execute("SELECT artifact_location FROM experiments WHERE name = 'a'")]
+    assert of_a == ([f"file://{root}/mlflow-artifacts/a"] if "link" not in before else [])
+
+
 def test_a_rejection_is_recorded_with_its_reasons(registry: Registry, uri: str, tmp_path: Path) -> None:
     given = evidence(tmp_path, "bad", status="fail")
     first = registry.register(given)

@@ -13,7 +13,9 @@ from registry.ledger import Entry, Ledger, Principal
 FLOW = Principal(name="flows/train", method="machine")
 
 
-def policy(*, engines: tuple[str, ...] = ("e", "f"), optional: tuple[str, ...] = (), **gates: Any) -> dict[str, Any]:
+def policy(
+    *, engines: tuple[str, ...] = ("e", "f"), optional: tuple[str, ...] = (), serving: str = "e", **gates: Any
+) -> dict[str, Any]:
     """A policy as summaries hold it; a gate is its settings, or those with the engines that it judges."""
     return {
         "gates": [
@@ -23,7 +25,7 @@ def policy(*, engines: tuple[str, ...] = ("e", "f"), optional: tuple[str, ...] =
             for name, value in gates.items()
         ],
         "engines": {name: {"required": name not in optional} for name in engines},
-        "serving": engines[0],
+        "serving": serving,
     }
 
 
@@ -48,6 +50,8 @@ FIRST = policy(
         ({"no_regression": {"margin": 0.02}}, ["no_regression judges (tighter)"]),
         ({"optional": ("f",)}, ["f is no longer required (looser)"]),
         ({"engines": ("e",)}, ["f is no longer built or judged (looser)"]),
+        ({"engines": ("e", "f", "g")}, ["g is new"]),
+        ({"serving": "f"}, ["it serves f instead of e"]),
         (
             {"mine": {"colour": "red"}, "accuracy": {"floor": 0.9, "mode": "x"}},
             ["accuracy.mode unset -> x (changed)", "mine judges (tighter)"],
@@ -58,6 +62,17 @@ def test_what_of_a_policy_changed_is_told_with_its_direction(after: dict[str, An
     gates = {gate["gate"]: gate["settings"] for gate in FIRST["gates"]}
     changed = FIRST if after is FIRST else policy(**{k: v for k, v in {**gates, **after}.items() if v is not None})
     assert policies.changes(FIRST, changed) == told
+
+
+def test_settings_of_one_gate_that_judges_twice_and_of_engines_that_do_not_count() -> None:
+    twice = {"gates": [{"gate": "recall", "settings": {"floor": f, "margin": f}, "engines": []} for f in (0.5, 0.7)]}
+    before = policy(optional=("f",)) | twice
+    after = policy(engines=("e",)) | {"gates": [*twice["gates"][:1], {**twice["gates"][1], "settings": {"margin": 0.9}}]}
+    assert policies.changes(before, after) == [
+        "recall #2.floor 0.7 -> unset (changed)",
+        "recall #2.margin 0.7 -> 0.9 (looser)",
+        "f is no longer built or judged (it was not required)",
+    ]
 
 
 def judged(ledger: Ledger, key: str, kind: str, chosen: dict[str, Any] | None, **body: Any) -> Entry:
@@ -83,8 +98,37 @@ def test_an_approver_is_told_what_was_loosened_and_what_these_weights_failed(tmp
         f"These weights before: rejected by the gates at {at[2]} (ledger row 3): accuracy too low",
         f"These weights before: undecided at {at[3]} (ledger row 4): too few test images to decide",
     ]
+    # What came after the request is none of its past, but for what a person said of the same weights.
+    judged(ledger, "later", "rejected", policy(accuracy={"floor": 0.8}), weights="other")
+    assert policies.notes(ledger.entries("m"), asked.body, subject="c") == told
     same = judged(ledger, "d", "requested", strict, version="3", weights="new")
-    assert policies.notes(ledger.entries("m"), same.body, subject="d") == told[:1]
+    ledger.append(
+        "rejected", model="m", subject="d", actor=person("Ann"), body={"version": "3", "reason": "blurred"}, key="r"
+    )
+    again = judged(ledger, "e", "requested", strict, version="4", weights="new")
+    refused = ledger.entries("m")[-2]
+    assert policies.notes(ledger.entries("m"), again.body, subject="e") == [
+        told[0],
+        policies.notes(ledger.entries("m"), same.body, subject="d")[1],
+        f"These weights before: rejected by Ann as version 3 at {shown_utc(refused.at)} (ledger row {refused.seq}): blurred",
+    ]
+    # Champion again after a rollback; of many rejections the latest three are compared with.
+    ledger.append("rolled_back", model="m", subject="c", actor=FLOW, body={"version": "2"}, key="back")
+    for floor in (0.1, 0.2, 0.3, 0.4):
+        judged(ledger, f"f{floor}", "rejected", policy(accuracy={"floor": floor}), weights="other")
+    bound = {**again.body["bound"], "policy": "the same settings, other code"}
+    found = policies.notes(ledger.entries("m"), {**again.body, "bound": bound})
+    assert [line.partition("): ")[2] for line in found[:4]] == [
+        "accuracy.floor 0.75 -> 0.9 (tighter).",
+        "accuracy.floor 0.4 -> 0.9 (tighter).",
+        "accuracy.floor 0.3 -> 0.9 (tighter).",
+        "accuracy.floor 0.2 -> 0.9 (tighter).",
+    ]
+    assert found[4].startswith("These weights before")
+    bound = {**asked.body["bound"], "policy": "the same settings, other code"}
+    assert policies.notes(ledger.entries("m"), {**asked.body, "bound": bound})[0] == (
+        "The gate policy has the settings of the champion's (version 2), but the gates' own code changed since."
+    )
 
 
 def test_the_account_behind_two_declared_names_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,12 +136,29 @@ def test_the_account_behind_two_declared_names_is_told(tmp_path: Path, monkeypat
     account: dict[str, Any] = {"user": "root", "uid": 0, "host": "here", "login": None}
     monkeypatch.setattr("registry.ledger.account", lambda: account)
     asked = judged(ledger, "c", "requested", None, version="2")
-    body = {"version": "2", "reason": "good"}
-    decide: Any = lambda key: ledger.append("approved", model="m", subject="c", actor=person("Ann"), body=body, key=key)  # noqa: E731
-    told = policies.account_note(decide("1"), asked)
-    assert told is not None
-    assert told.startswith("declared as Ann by the account that also asked for the training (root)")
-    account = {**account, "uid": 1000, "user": "ann"}
-    assert policies.account_note(decide("2"), asked) is None
-    older = asked.model_copy(update={"body": {}})
-    assert policies.account_note(decide("3"), older) is None
+
+    def told(by: Principal | None = None, *, of: Entry = asked, **of_account: Any) -> str | None:
+        nonlocal account
+        account = {"user": "root", "uid": 0, "host": "here", "login": None, **of_account}
+        body = {"version": "2", "reason": "good"}
+        key = str(len(ledger.entries()))
+        entry = ledger.append("approved", model="m", subject="c", actor=by or person("Ann"), body=body, key=key)
+        return policies.account_note(entry, of)
+
+    found = told()
+    assert found is not None
+    assert found.startswith("declared as Ann by the account that also asked for the training (root)")
+    by_machine = asked.model_copy(update={"actor": FLOW})
+    assert "the training ran under (root)" in str(told(of=by_machine))
+    assert told(login="ann") is not None  # the other's is not known
+    with_login = asked.model_copy(update={"body": {"account": {"user": "root", "uid": 0, "host": "here", "login": "tom"}}})
+    assert told(of=with_login, login="tom") is not None
+    assert told(Principal(name="Ann", method="token")) is not None
+    # Another account, machine or login, a name that was verified, and rows of before accounts were recorded.
+    assert [
+        told(uid=1000, user="ann"),
+        told(host="elsewhere"),
+        told(of=with_login, login="ann"),
+        told(Principal(name="Ann", method="oidc")),
+        told(of=asked.model_copy(update={"body": {}})),
+    ] == [None] * 5
