@@ -37,7 +37,9 @@ def backup(
     prepare_environment(found.state)
     manifest = write(found, file, with_artefacts=with_artefacts, force=force)
     lines = [f"{file}: {_amount(manifest['files'])}{_rows(manifest)}.", *_absent(manifest)]
-    lines.append(f"Next: visionloop restore {file} --into DIR, somewhere else, to see that it holds what you need.")
+    lines.append(
+        f"Next: visionloop restore {shlex.quote(str(file))} --into DIR, somewhere else, to see that it holds what you need."
+    )
     finish(_told(manifest) | {"file": str(file.absolute())}, json_, lambda: "\n".join(lines))
 
 

@@ -65,7 +65,7 @@ def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> di
     loops = _loops(up, models)  # which know the server now
     found = _deployed(loops, told)
     if forgotten := _forget_runs_elsewhere(up):
-        told(f"{forgotten} scheduled runs of the place that this workspace was copied or moved from are removed")
+        told(f"removed {counted(forgotten, 'scheduled run')} of the place that this workspace was copied or moved from")
     worker = up.start_worker(server, POOL, told=told)
     for loop in loops:
         for started in sweep(loop, told=told):

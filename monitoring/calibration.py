@@ -134,6 +134,12 @@ def undecided(shown: str, matters: str, smallest: float, material: float, num_re
     return f"no shift is shown, but one below {shown} could not be, and {matters} matters: {why}"
 
 
+def undecided_displacement(smallest: float, material: float, num_reference: int, size: int) -> str:
+    """`undecided` for shifts in standard deviations."""
+    matters = f"{material:g}"
+    return undecided(f"{smallest:.2f} standard deviations", matters, smallest, material, num_reference, size)
+
+
 def trivial(material: float, nothing: float = 0.0) -> float:
     """What never alarms, however sure it is: half of the way from nothing to what matters.
 

@@ -205,7 +205,7 @@ def metadata(release: Release, version: str) -> dict[str, Any]:
             {"name": name, "datatype": datatype, "shape": shape(release)} for name, (datatype, shape, _) in _OUTPUTS.items()
         ],
         "parameters": {
-            "encoded_input": f"{INPUT} may also be BYTES [n]: JPEG, PNG or WebP files",
+            "encoded_input": f"{INPUT} may also be BYTES [n]: whole files, such as JPEG or PNG",
             "classes": list(release.engine.classes),
             "threshold": release.decision.threshold,
             "label_when_unsure": unsure_label(release.engine.classes),

@@ -43,14 +43,7 @@ class Detector(BaseModel):
             message = f"mean confidence went from {before:.3f} to {after:.3f}, {value:.2f} standard deviations"
         elif smallest > self.material:
             status = "inconclusive"
-            message = calibration.undecided(
-                f"{smallest:.2f} standard deviations",
-                f"{self.material:g}",
-                smallest,
-                self.material,
-                len(reference),
-                len(window),
-            )
+            message = calibration.undecided_displacement(smallest, self.material, len(reference), len(window))
         else:
             status = "pass"
             message = f"mean confidence {after:.3f}, in the reference {before:.3f}"

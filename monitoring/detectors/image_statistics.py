@@ -87,14 +87,7 @@ class Detector(BaseModel):
             worst = max(material, key=lambda name: material[name])
         elif smallest > self.material:
             status = "inconclusive"
-            message = calibration.undecided(
-                f"{smallest:.2f} standard deviations",
-                f"{self.material:g}",
-                smallest,
-                self.material,
-                len(reference),
-                len(window),
-            )
+            message = calibration.undecided_displacement(smallest, self.material, len(reference), len(window))
         else:
             status = "pass"
             message = f"the largest displacement is {values[worst]:.2f} standard deviations ({worst})"

@@ -103,7 +103,7 @@ def test_engines_take_turns_and_what_was_noisy_is_measured_once_more(
     common: dict[str, Any] = {"target": "openvino", "precision": "int8", "settings": {}, "checkpoint_digest": "c"}
     common |= {
         "runtime": "r",
-        "built_for": "here",
+        "built_for": (),
         "facts": {},
         "files": (),
         "entry": "m",
