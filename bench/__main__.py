@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flows.settings import prepare_environment
+from flows.workspace.settings import prepare_environment
 
 
 def main() -> int:

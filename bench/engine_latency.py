@@ -18,7 +18,9 @@ import torch
 
 from components import plugins
 from components.checkpoints import assemble, save_weights
-from components.contracts import Backbone, Checkpoint, Engine, ExportRequest, FileDigest, Stored
+from components.contracts.families import Backbone, ExportRequest
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.records import FileDigest, Stored
 from components.dataversions import listing
 from components.graphs import to_onnx
 from components.images import batches

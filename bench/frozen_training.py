@@ -19,7 +19,7 @@ import torch
 
 from components import features, plugins
 from components.checkpoints import assemble
-from components.contracts import Backbone
+from components.contracts.families import Backbone
 from components.dataversions import listing
 from components.fitting import Examples, FittingConfig, fit
 from components.images import batches

@@ -38,9 +38,10 @@ from PIL import Image
 
 from bench.load import percentiles
 from bench.peers.answering import Answering
-from components.contracts import Route, Routes, Stored
+from components.contracts.records import Stored
+from components.contracts.releases import Route, Routes
 from components.releases import ReleaseStore
-from flows.standing import give_way
+from flows.up.processes import give_way
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-bench"
@@ -506,7 +507,7 @@ def settle(process: subprocess.Popen[bytes]) -> None:
     """Wait until the server has sealed what a load left it to seal: that takes a processor once the engine is idle."""
     deadline = time.monotonic() + 20
     time.sleep(0.2)  # a file that was full a moment ago
-    while any("serving.sealing" in command for command in _commands(process)) and time.monotonic() < deadline:
+    while any("serving.log.seal_process" in command for command in _commands(process)) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 

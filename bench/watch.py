@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from components.contracts import Sample
+from monitoring.verdicts import Sample
 
 ROWS, DIM = 100_000, 64
 CLASSES = tuple("0123456789")
@@ -100,8 +100,8 @@ def _sealed(folder: Path) -> tuple[str, datetime.datetime]:
 
     from components.images import STATISTICS
     from components.objects import open_objects
+    from components.predictionlog import SCHEMA_VERSION, schema
     from components.store import seal, sha256_file
-    from serving.segments import SCHEMA_VERSION, schema
 
     at = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
     log = folder / "log"
@@ -147,9 +147,9 @@ def _ours(folder: Path) -> dict[str, Any]:
     log, at = _sealed(folder)
     reference = Sample(**_window(0, 2000, 0.0), classes=CLASSES)
     began = time.perf_counter()
+    from components.predictionlog import read_stretch
     from monitoring.drift import DriftPolicy, judge
     from monitoring.window import Slice, open_window
-    from serving.segments import read_stretch
 
     policy, until = DriftPolicy(), at + datetime.timedelta(hours=1)
     found = read_stretch(log, None, model="digits", since=at, until=until, now=until)
@@ -228,10 +228,13 @@ def _digits(scratch: Path) -> Pool:
     """The engine of a short training on all pictures that it was not trained on, and on their corruptions."""
     from bench.serving import visionloop
     from components import plugins
-    from components.contracts import Release, Sample, Splits, Stored
+    from components.contracts.data import Splits
+    from components.contracts.records import Stored
+    from components.contracts.releases import Release
     from components.images import appearance, decode, prepare
     from components.samples import rows
     from components.store import Store, read_manifest
+    from monitoring.verdicts import Sample
 
     workspace = scratch / "workspace"
     visionloop("init", str(workspace), cwd=scratch)
@@ -310,8 +313,8 @@ def _judged(task: tuple[Any, Any, int, int]) -> tuple[str, tuple[str, ...]]:
 
     Returns the verdict, and the detectors beyond their threshold, whether or not the shift matters: alpha is about those.
     """
-    from components.contracts import WindowFacts
     from monitoring.drift import DriftPolicy, judge
+    from monitoring.verdicts import WindowFacts
     from monitoring.window import Window
 
     pool, world, n, seed = task
@@ -385,7 +388,7 @@ def false_alarms(pool: Pool, n: int) -> dict[str, Any]:
 
 def powers(pool: Pool) -> dict[str, Any]:
     """Share of the windows of each corruption that alarm, with its interval, beside what it does to accuracy."""
-    from components.tasks.classification import wilson
+    from components.intervals import wilson
 
     table: dict[str, Any] = {}
     for name, world in pool.corrupted.items():

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from components import plugins
-from components.contracts import Backbone, Checkpoint, CheckpointMismatch, FileDigest, Preprocessing, Stored
+from components.contracts.errors import CheckpointMismatch
+from components.contracts.families import Backbone
+from components.contracts.models import Checkpoint, Preprocessing
+from components.contracts.records import FileDigest, Stored
 from components.store import describe
 
 WEIGHTS = "weights.safetensors"

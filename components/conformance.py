@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from components import contracts
-from components.contracts import PluginFailed, VisionloopError, causes, in_short
+from components.contracts import records
+from components.contracts.errors import PluginFailed, VisionloopError, causes, in_short
 
 
 def place_of(error: BaseException, folder: Path) -> str | None:
@@ -68,7 +68,7 @@ def check_class(kind: str, member: Any, path: Path) -> None:
 
 def _contract(kind: str) -> Mapping[str, Any]:
     """The public methods and properties of a protocol."""
-    return {name: part for name, part in vars(getattr(contracts, kind)).items() if not name.startswith("_")}
+    return {name: part for name, part in vars(getattr(records, kind)).items() if not name.startswith("_")}
 
 
 class Checked:
@@ -142,10 +142,10 @@ def _is(answer: Any, annotation: str) -> bool:
         for part in name.split("."):
             library = getattr(library, part, None)
         return library is None or isinstance(answer, library)  # type: ignore[arg-type]
-    if isinstance(answer, bool) or not isinstance(answer, _KINDS.get(kind) or getattr(contracts, kind)):
+    if isinstance(answer, bool) or not isinstance(answer, _KINDS.get(kind) or getattr(records, kind)):
         return False
     # Values that are records of ours, as in dict[str, Estimate].
-    named = [getattr(contracts, name, None) for name in re.findall(r"\b[A-Z]\w+", inside)]
+    named = [getattr(records, name, None) for name in re.findall(r"\b[A-Z]\w+", inside)]
     records = tuple(found for found in named if isinstance(found, type))
     values = answer.values() if isinstance(answer, Mapping) else answer
     return not records or all(isinstance(value, records) for value in values)

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from components.contracts import ConfigError, RegistryUnavailable, VisionloopError, redacted
+from components.contracts.errors import ConfigError, RegistryUnavailable, VisionloopError, redacted
 
 
 class Database:

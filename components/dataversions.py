@@ -29,7 +29,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from components.contracts import ConfigError, DataDiffers, DataError, DataVersion, counted, is_text
+from components.contracts.data import DataVersion
+from components.contracts.errors import ConfigError, DataDiffers, DataError
+from components.contracts.wording import counted, is_text
 from components.store import explained, write_atomically
 
 if TYPE_CHECKING:

@@ -19,20 +19,13 @@ import numpy.typing as npt
 from pydantic import Field
 
 from components import plugins
-from components.contracts import (
-    ConfigError,
-    Engine,
-    EngineUnavailable,
-    Evaluation,
-    Measurement,
-    Predictor,
-    Progress,
-    Record,
-    Splits,
-    Stored,
-    shared_classes,
-    silent,
-)
+from components.contracts.data import Splits
+from components.contracts.errors import ConfigError, EngineUnavailable
+from components.contracts.families import Predictor
+from components.contracts.models import Engine
+from components.contracts.progress import Progress, silent
+from components.contracts.records import Record, Stored
+from components.contracts.verdicts import Evaluation, Measurement, shared_classes
 from components.images import batches
 from components.machine import fingerprint
 from components.samples import rows

@@ -21,22 +21,11 @@ import numpy.typing as npt
 from pydantic import field_validator, model_validator
 
 from components import garbage, plugins
-from components.contracts import (
-    Built,
-    Checkpoint,
-    ConfigError,
-    Engine,
-    EngineUnavailable,
-    ExportError,
-    ExportRequest,
-    FileDigest,
-    Precision,
-    Record,
-    Splits,
-    Stored,
-    Target,
-    VisionloopError,
-)
+from components.contracts.data import Splits
+from components.contracts.errors import ConfigError, EngineUnavailable, ExportError, VisionloopError
+from components.contracts.families import Built, ExportRequest, Target
+from components.contracts.models import Checkpoint, Engine, Precision
+from components.contracts.records import FileDigest, Record, Stored
 from components.images import batches
 from components.samples import rows
 from components.store import describe

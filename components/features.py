@@ -17,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from components import plugins
-from components.contracts import Backbone, DataDiffers, Progress, canonical_json, silent
+from components.contracts.errors import DataDiffers
+from components.contracts.families import Backbone
+from components.contracts.progress import Progress, silent
+from components.contracts.records import canonical_json
 from components.images import decode, in_threads, pixel_digest, prepare, stacked
 from components.store import fsync_folder, sha256_file, write_atomically
 

@@ -18,16 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from components.contracts import (
-    CheckpointMismatch,
-    MetricSink,
-    NullSink,
-    Progress,
-    Record,
-    TamperedArtefact,
-    TrainingDiverged,
-    silent,
-)
+from components.contracts.errors import CheckpointMismatch, TamperedArtefact, TrainingDiverged
+from components.contracts.progress import MetricSink, NullSink, Progress, silent
+from components.contracts.records import Record
 from components.store import seal, sha256_file, unseal, write_atomically
 
 if TYPE_CHECKING:

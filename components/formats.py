@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from components.contracts import UndecodableImage
+from components.contracts.errors import UndecodableImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 """Encodings that can be decoded, found by content and never by file name."""

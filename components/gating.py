@@ -14,23 +14,18 @@ import numpy as np
 from pydantic import Field
 
 from components import plugins
-from components.contracts import (
-    Answers,
-    Engine,
+from components.contracts.errors import TamperedArtefact
+from components.contracts.families import Answers, Evidence, Gate
+from components.contracts.models import Engine
+from components.contracts.records import Record, Stored, canonical_json, sha256_text
+from components.contracts.verdicts import (
     EngineVerdict,
     Evaluation,
-    Evidence,
     Finding,
     FindingStatus,
-    Gate,
     Measurement,
-    Record,
-    Stored,
-    TamperedArtefact,
     Verdict,
     VerdictStatus,
-    canonical_json,
-    sha256_text,
     shared_classes,
 )
 from components.store import sha256_file
@@ -72,7 +67,7 @@ class Judged:
 
 def check(config: GatingConfig, engine_names: Sequence[str]) -> None:
     """Raise ConfigError for an unknown gate, setting or engine, before any work is done."""
-    from components.contracts import UnknownName
+    from components.contracts.errors import UnknownName
 
     for chosen in config.gates:
         plugins.load("gates", chosen.gate, chosen.settings)

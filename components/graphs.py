@@ -9,7 +9,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.contracts import ExportError, Preprocessing
+from components.contracts.errors import ExportError
+from components.contracts.models import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn

@@ -32,7 +32,9 @@ from PIL import (
 )
 
 from components.colours import AS_IT_IS, Conversion, conversion_of
-from components.contracts import Preprocessing, Progress, UndecodableImage, silent
+from components.contracts.errors import UndecodableImage
+from components.contracts.models import Preprocessing
+from components.contracts.progress import Progress, silent
 from components.formats import PINNED, Accepted, accepted_format, check_jpeg, check_pixels, check_size, png_essence
 
 _EXTREME = 16

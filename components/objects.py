@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from components.contracts import ConfigError, RegistryUnavailable, StoreError, TamperedArtefact
+from components.contracts.errors import ConfigError, RegistryUnavailable, StoreError, TamperedArtefact
 from components.store import explained, fsync_folder, sha256_file, write_atomically
 
 

@@ -16,23 +16,17 @@ import numpy.typing as npt
 from pydantic import Field
 
 from components import plugins
-from components.contracts import (
-    DecisionRule,
-    Engine,
-    Precision,
-    Predictor,
-    Progress,
-    Record,
-    Release,
-    Splits,
-    Stored,
-    silent,
-)
+from components.contracts.data import Splits
+from components.contracts.families import Predictor
+from components.contracts.models import Engine, Precision
+from components.contracts.progress import Progress, silent
+from components.contracts.records import Record, Stored
+from components.contracts.releases import DecisionRule, Release
 from components.images import STATISTICS, appearance, decode, in_threads, prepare
+from components.intervals import wilson
 from components.releases import ENGINE, GOLDEN, REFERENCE
 from components.samples import rows
 from components.store import describe
-from components.tasks.classification import wilson
 
 if TYPE_CHECKING:
     import pandas as pd

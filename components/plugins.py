@@ -20,7 +20,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from components.conformance import Checked, check_class, failed
-from components.contracts import ConfigError, PluginFailed, UnknownName, VisionloopError, first_problem
+from components.contracts.errors import ConfigError, PluginFailed, UnknownName, VisionloopError
+from components.contracts.records import first_problem
 
 FAMILIES = {
     "sources": "Source",

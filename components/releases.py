@@ -19,15 +19,9 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from components.contracts import (
-    ConfigError,
-    FileDigest,
-    Release,
-    Routes,
-    Stored,
-    StoreError,
-    TamperedArtefact,
-)
+from components.contracts.errors import ConfigError, StoreError, TamperedArtefact
+from components.contracts.records import FileDigest, Stored
+from components.contracts.releases import Release, Routes
 from components.objects import Objects, open_objects, safe_name
 from components.store import MANIFEST, explained, read_manifest, seal, sha256_file, unseal, write_atomically
 

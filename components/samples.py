@@ -6,7 +6,9 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from components.contracts import SplitName, Splits, Stored, is_text
+from components.contracts.data import SplitName, Splits
+from components.contracts.records import Stored
+from components.contracts.wording import is_text
 from components.tables import read_frame
 
 if TYPE_CHECKING:

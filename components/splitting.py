@@ -18,20 +18,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from components.contracts import (
-    SPLITS,
-    DataError,
-    Dataset,
-    Progress,
-    Record,
-    SplitName,
-    Splits,
-    Stored,
-    canonical_json,
-    counted,
-    sha256_text,
-    silent,
-)
+from components.contracts.data import SPLITS, Dataset, SplitName, Splits
+from components.contracts.errors import DataError
+from components.contracts.progress import Progress, silent
+from components.contracts.records import Record, Stored, canonical_json, sha256_text
+from components.contracts.wording import counted
 from components.store import describe, write_atomically
 from components.tables import read_frame
 

@@ -23,15 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.contracts import (
-    FileDigest,
-    RecordT,
-    Stored,
-    StoreError,
-    TamperedArtefact,
-    canonical_json,
-    sha256_text,
-)
+from components.contracts.errors import StoreError, TamperedArtefact
+from components.contracts.records import FileDigest, RecordT, Stored, canonical_json, sha256_text
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20

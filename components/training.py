@@ -13,23 +13,12 @@ import numpy as np
 from pydantic import Field
 
 from components import plugins
-from components.contracts import (
-    Backbone,
-    Checkpoint,
-    ConfigError,
-    MetricSink,
-    Preprocessing,
-    Progress,
-    Record,
-    SplitName,
-    Splits,
-    Stored,
-    UnknownName,
-    WeightsUnavailable,
-    canonical_json,
-    sha256_text,
-    silent,
-)
+from components.contracts.data import SplitName, Splits
+from components.contracts.errors import ConfigError, UnknownName, WeightsUnavailable
+from components.contracts.families import Backbone
+from components.contracts.models import Checkpoint, Preprocessing
+from components.contracts.progress import MetricSink, Progress, silent
+from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.features import embed
 from components.fitting import Examples, FitResult, FittingConfig, fit, predict, write_history
 from components.images import batches

@@ -14,17 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from components.contracts import (
-    DataError,
-    DataRejected,
-    Dataset,
-    DataVersion,
-    Progress,
-    Record,
-    UndecodableImage,
-    counted,
-    silent,
-)
+from components.contracts.data import Dataset, DataVersion
+from components.contracts.errors import DataError, DataRejected, UndecodableImage
+from components.contracts.progress import Progress, silent
+from components.contracts.records import Record
+from components.contracts.wording import counted
 from components.dataversions import listing
 from components.formats import PINNED, Accepted, refusal
 from components.images import decode, in_threads, pixel_digest

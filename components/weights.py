@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.contracts import WeightsUnavailable
+from components.contracts.errors import WeightsUnavailable
 from components.store import sha256_file, write_atomically
 
 if TYPE_CHECKING:

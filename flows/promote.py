@@ -9,9 +9,9 @@ from typing import Any
 
 from prefect import flow, task
 
-from flows.deciding import desk
-from flows.notifications import notify
-from flows.steps import REGISTRY_POLICY
+from flows.orchestrator.notifications import notify
+from flows.orchestrator.retries import REGISTRY_POLICY
+from flows.workspace.desk import desk
 from registry.ledger import Entry
 from registry.promotion import Promotion
 

@@ -11,10 +11,11 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import steps
-from flows.evidence import Results, summarise, write_report
-from flows.governing import Cause, governed
-from flows.opening import opened
+from flows.loop.permits import Cause, governed
+from flows.training import steps
+from flows.training.bundle import summarise, write_report
+from flows.training.opening import opened
+from flows.training.results import Results
 
 # Two engines are built at a time: each is a process of its own.
 _RUNNER: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=2)

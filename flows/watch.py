@@ -10,15 +10,18 @@ from typing import Any
 from prefect import flow, task
 from prefect.states import Completed
 
-from components.contracts import RegistryUnavailable, VisionloopError, counted
-from flows.alarming import Started, announce, sweep
-from flows.governing import overdue
-from flows.looping import Loop
-from flows.notifications import notify
-from flows.run import Workspace
-from flows.settings import read_settings
-from flows.steps import REGISTRY_POLICY
-from flows.watching import Judged, Stretch, Told, expect_reigning, judge_window, open_loop, prune, stretches
+from components.contracts.errors import RegistryUnavailable, VisionloopError
+from components.contracts.wording import counted
+from flows.loop.alarms import announce, sweep
+from flows.loop.flow_runs import Started
+from flows.loop.loop import Loop
+from flows.loop.permits import overdue
+from flows.loop.windows import Judged, Stretch, expect_reigning, judge_window, open_loop, prune, stretches
+from flows.orchestrator.notifications import notify
+from flows.orchestrator.retries import REGISTRY_POLICY
+from flows.terminal import Told
+from flows.workspace.settings import read_settings
+from flows.workspace.workspace import Workspace
 from monitoring.drift import as_json
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from components.contracts import counted, enough, too_few
+from components.contracts.verdicts import enough, too_few
+from components.contracts.wording import counted
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]

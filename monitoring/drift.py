@@ -15,22 +15,13 @@ import numpy as np
 from pydantic import Field
 
 from components import plugins
-from components.contracts import (
-    ConfigError,
-    Detector,
-    Diagnosis,
-    DriftStatus,
-    DriftVerdict,
-    Record,
-    Sample,
-    Shift,
-    WindowFacts,
-    counted,
-    sha256_text,
-    too_few,
-)
+from components.contracts.errors import ConfigError
+from components.contracts.records import Record, sha256_text
+from components.contracts.verdicts import too_few
+from components.contracts.wording import counted
 from components.images import STATISTICS
 from monitoring.evidently_report import Measured, measure
+from monitoring.verdicts import Detector, Diagnosis, DriftStatus, DriftVerdict, Sample, Shift, WindowFacts
 from monitoring.window import Window
 
 _CONTRAST = STATISTICS.index("contrast")

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.contracts import MonitoringError, Sample
+from components.contracts.errors import MonitoringError
 from components.images import STATISTICS
 from components.store import write_atomically
+from monitoring.verdicts import Sample
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from pydantic import Field
 
-from components.contracts import ConfigError, Record, canonical_json, counted
+from components.contracts.errors import ConfigError
+from components.contracts.records import Record, canonical_json
+from components.contracts.wording import counted
 from components.databases import Database, now
 from monitoring.records import decisions, runs, switches
 

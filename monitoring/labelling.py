@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from components.contracts import Sample
+from monitoring.verdicts import Sample
 from monitoring.window import Window
 
 if TYPE_CHECKING:

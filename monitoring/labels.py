@@ -16,7 +16,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from components.contracts import ConfigError, DataError, canonical_json, counted, sha256_text, utc_of
+from components.contracts.errors import ConfigError, DataError
+from components.contracts.records import canonical_json, sha256_text
+from components.contracts.wording import counted, utc_of
 from components.databases import Database, now
 from components.samples import class_name_problem
 from components.store import sha256_file

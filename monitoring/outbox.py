@@ -14,9 +14,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from components.contracts import DriftVerdict, UnknownName, canonical_json, sha256_text
+from components.contracts.errors import UnknownName
+from components.contracts.records import canonical_json, sha256_text
 from components.databases import Database, now
 from monitoring.records import alarms, decisions
+from monitoring.verdicts import DriftVerdict
 
 _EPISODE = datetime.timedelta(hours=24)
 """Drift that goes on is told again after this long."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from components.contracts import ReferenceUnavailable, Release, Sample, Stored, counted
+from components.contracts.errors import ReferenceUnavailable
+from components.contracts.records import Stored
+from components.contracts.releases import Release
+from components.contracts.wording import counted
 from components.images import STATISTICS
 from components.store import sha256_file
 from components.tables import read_frame
+from monitoring.verdicts import Sample
 
 MIN_IMAGES = 50
 """With fewer, no threshold that is resampled from them is worth anything."""

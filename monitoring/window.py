@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from components.contracts import Release, Sample, WindowFacts, sha256_text
+from components.contracts.records import sha256_text
+from components.contracts.releases import Release
 from components.images import STATISTICS
+from monitoring.verdicts import Sample, WindowFacts
 
 if TYPE_CHECKING:
     import pandas as pd

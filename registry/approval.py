@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from components.contracts import ConfigError, DecisionRefused, UnknownName, shown_utc
+from components.contracts.errors import ConfigError, DecisionRefused, UnknownName
+from components.contracts.wording import shown_utc
 from registry.ledger import Draft, Entry, Principal, Rule
 
 Status = Literal["waiting", "approved", "expired", "rejected", "champion", "retired"]

@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from components.contracts import Record, TamperedArtefact, canonical_json
+from components.contracts.errors import TamperedArtefact
+from components.contracts.records import Record, canonical_json
 from components.databases import Database, now
 from components.machine import account
 

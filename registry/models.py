@@ -16,24 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.contracts import (
-    Candidate,
-    Dataset,
-    Engine,
-    Evaluation,
-    RecordT,
-    RegistryUnavailable,
-    Rejection,
-    Release,
-    Splits,
-    Stored,
-    StoreError,
-    TamperedArtefact,
-    Verdict,
-    VisionloopError,
-    causes,
-    redacted,
-)
+from components.contracts.data import Dataset, Splits
+from components.contracts.errors import RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError, causes, redacted
+from components.contracts.models import Engine
+from components.contracts.records import RecordT, Stored
+from components.contracts.releases import Release
+from components.contracts.verdicts import Candidate, Evaluation, Rejection, Verdict
 from components.store import describe, seal, sha256_file, unseal
 from registry import tracking
 from registry.approval import State

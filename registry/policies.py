@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from components.contracts import shown_utc
+from components.contracts.wording import shown_utc
 from registry.ledger import Entry
 
 _MOST_REJECTIONS = 3

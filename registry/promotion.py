@@ -14,16 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.contracts import (
-    DecisionRefused,
-    Record,
-    RegistryUnavailable,
-    Route,
-    Routes,
-    StoreError,
-    TamperedArtefact,
-    VisionloopError,
-)
+from components.contracts.errors import DecisionRefused, RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError
+from components.contracts.records import Record
+from components.contracts.releases import Route, Routes
 from components.releases import ReleaseStore
 from registry import approval
 from registry.ledger import Entry, Principal

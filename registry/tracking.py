@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from components.contracts import RegistryUnavailable, redacted
+from components.contracts.errors import RegistryUnavailable, redacted
 from components.databases import sqlite_file
 
 if TYPE_CHECKING:

@@ -20,24 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from components.contracts import (
-    ConfigError,
-    Progress,
-    Release,
-    Stored,
-    StoreError,
-    canonical_json,
-    counted,
-    sha256_text,
-    silent,
-)
+from components.contracts.errors import ConfigError, StoreError
+from components.contracts.progress import Progress, silent
+from components.contracts.records import Stored, canonical_json, sha256_text
+from components.contracts.releases import Release
+from components.contracts.wording import counted
 from components.formats import Accepted
 from components.images import STATISTICS
 from components.objects import Objects, open_objects
 from components.store import seal, sha256_file, unseal
 from components.tables import read_table
-from serving.deployment import Deployment, Limits, NotServing
-from serving.frames import Facts, Form
+from serving.engines.deployment import Deployment
+from serving.engines.frames import Facts, Form
+from serving.engines.queueing import Limits, NotServing
 from serving.inference import decide
 from serving.metrics import Metrics
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from components.contracts import Release
+from components.contracts.releases import Release
 from components.images import STATISTICS
-from serving.captures import Captures
-from serving.deployment import Deployment, NotServing, Overloaded
-from serving.frames import Facts, Form, Outcome
-from serving.journal import Journal, encode_row
+from components.journals import encode_row
+from serving.engines.deployment import Deployment
+from serving.engines.frames import Facts, Form, Outcome
+from serving.engines.queueing import NotServing, Overloaded
+from serving.log.captures import Captures
+from serving.log.journal import Journal
 from serving.metrics import Metrics
 from serving.routing import Routed
 

@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.contracts import Routes, StoreError, VisionloopError
+from components.contracts.errors import StoreError, VisionloopError
+from components.contracts.releases import Routes
 from components.releases import ReleaseStore
 from components.store import seal, unseal, write_atomically
-from serving.deployment import Deployment, Limits, NotServing
+from serving.engines.deployment import Deployment
+from serving.engines.queueing import Limits, NotServing
 from serving.metrics import Metrics, log
 
 _RETRY_S = 30.0

@@ -20,18 +20,20 @@ from typing import Any
 
 import uvicorn
 
-from components.contracts import ConfigError
+from components.contracts.errors import ConfigError
 from components.releases import ReleaseStore
-from serving.app import Access, Http, HttpGate
-from serving.auth import Tokens, is_loopback
-from serving.captures import CaptureConfig, Captures
-from serving.connections import BoundedHttp
-from serving.deployment import Deployment, Limits
+from serving.engines.deployment import Deployment
+from serving.engines.queueing import Limits
 from serving.inference import Inference
-from serving.journal import Journal, JournalConfig
+from serving.log.audit import unsealed
+from serving.log.captures import CaptureConfig, Captures
+from serving.log.journal import Journal, JournalConfig
 from serving.metrics import Metrics, log, log_to_stderr
+from serving.protocols.admission import Access
+from serving.protocols.auth import Tokens, is_loopback
+from serving.protocols.connections import BoundedHttp
+from serving.protocols.http import Http, HttpGate
 from serving.routing import Following, Routed
-from serving.segments import unsealed
 
 _CODE = Path(__file__).resolve().parent.parent
 _FOLDERS = re.compile(r"""(?<![\w:/.-])/(?:[^/\s'":;,()]+/)+""")
@@ -113,7 +115,7 @@ class _Sealer:
 
     def __init__(self, journals: Path, log_url: str) -> None:
         self._journals = journals
-        self._arguments = [sys.executable, "-m", "serving.sealing", str(journals), log_url]
+        self._arguments = [sys.executable, "-m", "serving.log.seal_process", str(journals), log_url]
         self._wanted = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
@@ -229,7 +231,7 @@ class _Server:
     async def _grpc(self, bound: socket.socket) -> Any:
         import grpc
 
-        from serving.grpc_app import Grpc
+        from serving.protocols.grpc import Grpc
 
         server = grpc.aio.server(
             options=[

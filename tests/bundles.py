@@ -6,21 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from components.contracts import (
-    Dataset,
-    DataVersion,
-    DecisionRule,
-    Engine,
-    EngineVerdict,
-    Estimate,
-    Evaluation,
-    Finding,
-    Preprocessing,
-    Record,
-    Release,
-    Splits,
-    Verdict,
-)
+from components.contracts.data import Dataset, DataVersion, Splits
+from components.contracts.models import Engine, Preprocessing
+from components.contracts.records import Record
+from components.contracts.releases import DecisionRule, Release
+from components.contracts.verdicts import EngineVerdict, Estimate, Evaluation, Finding, Verdict
 from components.store import describe, sha256_file
 from registry.approval import person
 from registry.models import Evidence, bound_in

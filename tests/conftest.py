@@ -16,7 +16,7 @@ import pytest
 from shapes import free_port, make_workspace, visionloop
 
 from components import garbage
-from flows.settings import prepare_environment
+from flows.workspace.settings import prepare_environment
 
 # With torch, Prefect and MLflow in one process a look through all objects takes a second: 43 of 1,161 s, measured.
 garbage.collect_seldom()

@@ -14,15 +14,16 @@ import numpy as np
 from served import png
 from shapes import KINDS, visionloop
 
-from components.contracts import Release, Stored
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from components.images import STATISTICS
+from components.journals import empty_head, encode_row
 from components.store import Store
 from components.tables import read_frame
-from flows.looping import Loop
-from flows.run import Workspace
-from flows.settings import read_settings
-from serving.journal import empty_head, encode_row
-from serving.segments import seal_all
+from flows.loop.loop import Loop
+from flows.workspace.settings import read_settings
+from flows.workspace.workspace import Workspace
+from serving.log.sealing import seal_all
 
 MODEL = "shapes"
 # Seventy reference images cannot show small shifts: the tests want large ones.

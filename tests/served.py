@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 from shapes import free_port, picture
 
-from components.contracts import Release, Route, Routes, Stored
+from components.contracts.records import Stored
+from components.contracts.releases import Release, Route, Routes
 from components.releases import ReleaseStore
 from components.store import Store
 
@@ -137,7 +138,7 @@ class Server:
         """Processes of engines, from the kernel's list of children."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         children = [int(pid) for pid in path.read_text().split()]
-        return [pid for pid in children if b"serving.engine" in _command(pid)]
+        return [pid for pid in children if b"serving.engines.process" in _command(pid)]
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 30) -> None:
         deadline = time.monotonic() + timeout_s
@@ -155,7 +156,7 @@ def health(running: Server, method: str, service: str = "", token: str = "", tim
     """What gRPC's standard health service says: a status by name (Check), all of them (List), or an iterator (Watch)."""
     import grpc
 
-    from serving import health_pb2 as pb
+    from serving.protocols import health_pb2 as pb
 
     name = pb.HealthCheckResponse.ServingStatus.Name
     channel = grpc.insecure_channel(f"127.0.0.1:{running.grpc_port}")

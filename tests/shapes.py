@@ -71,7 +71,7 @@ def visionloop(*arguments: str, cwd: Path, **environment: str) -> subprocess.Com
     """The command line in this process: its libraries are loaded once for all tests."""
     from typer.testing import CliRunner
 
-    from flows.cli.main import app
+    from flows.cli.app import app
 
     with contextlib.chdir(cwd):
         result = CliRunner().invoke(app, list(arguments), env=environment)
@@ -107,8 +107,8 @@ def commit(root: Path) -> None:
 
 def make_workspace(root: Path, *, per_class: int = 60) -> Path:
     """A workspace with three classes, a pinned version and the smoke recipe."""
-    from flows.data import add
-    from flows.run import Workspace
+    from flows.workspace.data import add
+    from flows.workspace.workspace import Workspace
 
     workspace = Workspace.create(root)
     write_pictures(root.parent / f"{root.name}-photos", per_class)

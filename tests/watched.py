@@ -12,10 +12,14 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from components.contracts import DecisionRule, Engine, Estimate, FileDigest, Preprocessing, Release, Sample, Stored
+from components.contracts.models import Engine, Preprocessing
+from components.contracts.records import FileDigest, Stored
+from components.contracts.releases import DecisionRule, Release
+from components.contracts.verdicts import Estimate
 from components.images import STATISTICS
+from components.predictionlog import schema
 from components.store import describe
-from serving.segments import schema
+from monitoring.verdicts import Sample
 
 CLASSES = tuple("0123456789")
 DIM = 16

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from components.contracts import Engine, Release, Stored
+from components.contracts.models import Engine
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from components.images import decode, prepare
 from components.targets.openvino import Target
 

@@ -24,7 +24,8 @@ def application() -> FastAPI:
     import torch
 
     from components.checkpoints import restore
-    from components.contracts import Checkpoint, Stored
+    from components.contracts.models import Checkpoint
+    from components.contracts.records import Stored
     from components.images import decode, prepare
 
     folder = Path(os.environ["PEER_RELEASE"])

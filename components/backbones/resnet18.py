@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Preprocessing
+from components.contracts.models import Preprocessing
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Preprocessing, WeightsUnavailable
+from components.contracts.errors import WeightsUnavailable
+from components.contracts.models import Preprocessing
 
 if TYPE_CHECKING:
     import torch

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, compare_interval, enough, too_few
-from components.tasks.classification import wilson
+from components.contracts.families import Evidence
+from components.contracts.verdicts import Finding, compare_interval, enough, too_few
+from components.intervals import wilson
 
 
 class Gate(BaseModel):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, compare, too_few
+from components.contracts.families import Evidence
+from components.contracts.verdicts import Finding, compare, too_few
 
 
 class Gate(BaseModel):

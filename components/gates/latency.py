@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, Measurement, compare, counted, too_few
+from components.contracts.families import Evidence
+from components.contracts.verdicts import Finding, Measurement, compare, too_few
+from components.contracts.wording import counted
 
 
 class Gate(BaseModel):

@@ -12,8 +12,9 @@ import math
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Evidence, Finding, enough, too_few
-from components.tasks.classification import wilson
+from components.contracts.families import Evidence
+from components.contracts.verdicts import Finding, enough, too_few
+from components.intervals import wilson
 
 
 class Gate(BaseModel):

@@ -7,7 +7,10 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from components.contracts import Evidence, Finding, Precision, compare, counted, too_few
+from components.contracts.families import Evidence
+from components.contracts.models import Precision
+from components.contracts.verdicts import Finding, compare, too_few
+from components.contracts.wording import counted
 
 _MIN_AGREEMENT: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.995, "int8": 0.98}
 

@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from components.contracts import Built, Engine, EngineUnavailable, ExportError, ExportRequest, Stored
+from components.contracts.errors import EngineUnavailable, ExportError
+from components.contracts.families import Built, ExportRequest
+from components.contracts.models import Engine
+from components.contracts.records import Stored
 
 _ENTRY = "model.onnx"
 

@@ -11,7 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Built, Engine, EngineUnavailable, ExportError, ExportRequest, Stored, counted
+from components.contracts.errors import EngineUnavailable, ExportError
+from components.contracts.families import Built, ExportRequest
+from components.contracts.models import Engine
+from components.contracts.records import Stored
+from components.contracts.wording import counted
 
 _ENTRY = "model.xml"
 

@@ -21,7 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Built, Engine, EngineUnavailable, ExportError, ExportRequest, Stored
+from components.contracts.errors import EngineUnavailable, ExportError
+from components.contracts.families import Built, ExportRequest
+from components.contracts.models import Engine
+from components.contracts.records import Stored
 from components.machine import gpu_driver
 
 _ENTRY = "model.engine"

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from components.contracts import Built, Checkpoint, Engine, ExportRequest, Stored
+from components.contracts.families import Built, ExportRequest
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.records import Stored
 
 if TYPE_CHECKING:
     import torch

@@ -14,18 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import ClassMetrics, Estimate
+from components.contracts.verdicts import ClassMetrics, Estimate
 
 if TYPE_CHECKING:
     import torch
+from components.intervals import RESAMPLES, SEED, Floats, Labels, bootstrap, interval, resamples, wilson
 
-_Z95 = 1.959963984540054
 _BINS = 15
-_RESAMPLES = 1000
-_SEED = 20240717
-
-Floats = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.int64]
 
 
 class Task(BaseModel):
@@ -83,12 +78,12 @@ class Task(BaseModel):
         correct = (logits.argmax(axis=1) == labels).astype(np.float64)
         loss = -np.log(np.clip(probabilities[np.arange(len(labels)), labels], 1e-300, None))
         confidence = probabilities.max(axis=1)
-        picks = _resamples(len(labels))
+        picks = resamples(len(labels))
         return {
             "accuracy": wilson(int(correct.sum()), len(labels)),
             "mean_class_accuracy": _stratified_mean(correct, labels),
-            "log_loss": _bootstrap(float(loss.mean()), loss[picks].mean(axis=1), len(labels)),
-            "ece": _bootstrap(
+            "log_loss": bootstrap(float(loss.mean()), loss[picks].mean(axis=1), len(labels)),
+            "ece": bootstrap(
                 expected_calibration_error(confidence, correct),
                 np.array([expected_calibration_error(confidence[pick], correct[pick]) for pick in picks]),
                 len(labels),
@@ -133,18 +128,6 @@ class Task(BaseModel):
         )
 
 
-def wilson(hits: int, n: int) -> Estimate:
-    """Share hits / n with its 95 % Wilson score interval; raises ValueError on n = 0."""
-    if n <= 0:
-        raise ValueError("a share of no images has no value")
-    share, z2 = hits / n, _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # Rounding must not put the value outside its own interval at 0 and 1.
-    low, high = min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
-    return Estimate(value=share, low=low, high=high, n=n, method="wilson")
-
-
 def expected_calibration_error(confidence: Floats, correct: Floats) -> float:
     """Mean |accuracy - confidence| over 15 equal-width confidence bins, weighted by their counts."""
     bins = _bin(confidence)
@@ -157,33 +140,18 @@ def _bin(confidence: Floats) -> Labels:
     return bins
 
 
-def _resamples(n: int) -> Labels:
-    # A fixed seed: the same answers must give the same interval on every rerun and machine.
-    picks: Labels = np.random.default_rng(_SEED).integers(0, n, size=(_RESAMPLES, n))
-    return picks
-
-
-def _bootstrap(value: float, resampled: Floats, n: int) -> Estimate:
-    return _interval(value, resampled, n, "bootstrap")
-
-
-def _interval(value: float, sampled: Floats, n: int, method: str) -> Estimate:
-    low, high = np.quantile(sampled, [0.025, 0.975])
-    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value), n=n, method=method)
-
-
 def _stratified_mean(correct: Floats, labels: Labels) -> Estimate:
     """Mean of the classes' recalls; its interval from their Jeffreys posteriors, which stay wide where nothing was wrong."""
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(SEED)
     groups = [correct[labels == label] for label in np.unique(labels)]
     value = float(np.mean([group.mean() for group in groups]))
-    sampled = np.mean([rng.beta(group.sum() + 0.5, len(group) - group.sum() + 0.5, _RESAMPLES) for group in groups], axis=0)
-    return _interval(value, sampled, len(labels), "jeffreys")
+    sampled = np.mean([rng.beta(group.sum() + 0.5, len(group) - group.sum() + 0.5, RESAMPLES) for group in groups], axis=0)
+    return interval(value, sampled, len(labels), "jeffreys")
 
 
 def _f1(hits: int, *, missed: int, wrong: int) -> Estimate:
     """F1 of one class; its interval from the Jeffreys posterior over (hits, missed, wrong). n is the class's support."""
-    rng = np.random.default_rng(_SEED)
-    shares = rng.dirichlet([hits + 0.5, missed + 0.5, wrong + 0.5], _RESAMPLES)
+    rng = np.random.default_rng(SEED)
+    shares = rng.dirichlet([hits + 0.5, missed + 0.5, wrong + 0.5], RESAMPLES)
     sampled = 2 * shares[:, 0] / (2 * shares[:, 0] + shares[:, 1] + shares[:, 2])
-    return _interval(2 * hits / (2 * hits + missed + wrong), sampled, hits + missed, "jeffreys")
+    return interval(2 * hits / (2 * hits + missed + wrong), sampled, hits + missed, "jeffreys")

@@ -10,6 +10,6 @@ from flows import stopping
 def main() -> None:
     """The command line, which can be stopped from its first moment on."""
     stopping.watch(as_json="--json" in sys.argv, starting=True)
-    from flows.cli.main import run
+    from flows.cli.app import run
 
     run()

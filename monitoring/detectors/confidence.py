@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Sample, Shift, ShiftStatus
 from monitoring import calibration
+from monitoring.verdicts import Sample, Shift, ShiftStatus
 
 
 class Detector(BaseModel):

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import norm
 
-from components.contracts import Sample, Shift, ShiftStatus
 from monitoring import calibration
+from monitoring.verdicts import Sample, Shift, ShiftStatus
 
 Floats = npt.NDArray[np.float32]
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts import Sample, Shift, ShiftStatus
 from components.images import STATISTICS
 from monitoring import calibration
+from monitoring.verdicts import Sample, Shift, ShiftStatus
 
 _CONSTANT = 1e-6
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.config import RunConfig
-from flows.run import STAGES
+from flows.training.run import STAGES
+from flows.workspace.recipes import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("components", "flows", "monitoring", "registry", "serving")
@@ -43,7 +43,7 @@ def test_the_environment_is_read_in_one_place() -> None:
         p.relative_to(ROOT).as_posix() for p in SOURCES if "os.environ" in p.read_text() or "os.getenv" in p.read_text()
     ]
     # What is quiet is set before anything else is imported, so it stands by itself.
-    assert readers == ["flows/quiet.py", "flows/settings.py"]
+    assert readers == ["flows/quiet.py", "flows/workspace/settings.py"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())

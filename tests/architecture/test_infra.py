@@ -13,9 +13,9 @@ import pytest
 import yaml
 from shapes import make_workspace
 
-from flows import settings
-from flows.alarming import DATA, DRIFT
-from flows.deploying import POOL
+from flows.loop.alarms import DATA, DRIFT
+from flows.up.deployments import POOL
+from flows.workspace import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -81,7 +81,7 @@ def test_prefect_takes_the_deployments(prefect_server: str, tmp_path: Path) -> N
     """Deployed for real, on the session's server, by Prefect's own command."""
     from prefect.client.orchestration import get_client
 
-    from flows.deploying import make_pool
+    from flows.up.deployments import make_pool
 
     make_pool()
     workspace = make_workspace(tmp_path / "workspace", per_class=12)

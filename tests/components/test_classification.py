@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
 
-from components.tasks.classification import Task, expected_calibration_error, wilson
+from components.intervals import wilson
+from components.tasks.classification import Task, expected_calibration_error
 
 RNG = np.random.default_rng(11)
 LABELS = RNG.integers(0, 4, 500)

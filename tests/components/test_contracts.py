@@ -6,20 +6,11 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from components.contracts import (
-    Estimate,
-    FileDigest,
-    Preprocessing,
-    Record,
-    SchemaTooNew,
-    StoreError,
-    UnknownName,
-    compare,
-    compare_interval,
-    counted,
-    shown_utc,
-    utc_of,
-)
+from components.contracts.errors import SchemaTooNew, StoreError, UnknownName
+from components.contracts.models import Preprocessing
+from components.contracts.records import FileDigest, Record
+from components.contracts.verdicts import Estimate, compare, compare_interval
+from components.contracts.wording import counted, shown_utc, utc_of
 
 
 def estimate(low: float, value: float, high: float) -> Estimate:

@@ -17,9 +17,9 @@ from botocore.exceptions import ClientError
 from shapes import free_port, visionloop_process, write_pictures
 
 from components import dataversions
-from components.contracts import ConfigError, DataDiffers, DataError
-from flows.data import add, ensure
-from flows.run import Workspace
+from components.contracts.errors import ConfigError, DataDiffers, DataError
+from flows.workspace.data import add, ensure
+from flows.workspace.workspace import Workspace
 
 
 def test_the_pin_names_exactly_the_bytes(workspace: Path) -> None:
@@ -131,8 +131,8 @@ def test_an_unreadable_folder_is_named() -> None:
     """As a user without the right to read it; root becomes one first."""
     script = (
         "import os, pathlib, sys\n"
-        "from components.contracts import DataError\n"
-        "from flows.data import _incoming\n"
+        "from components.contracts.records import DataError\n"
+        "from flows.workspace.data import _incoming\n"
         "import dvc.fs, dvc.ignore, dvc.repo\n"
         "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
         "try: _incoming(pathlib.Path(sys.argv[1]), pathlib.Path('data'))\n"

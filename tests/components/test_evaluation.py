@@ -8,7 +8,11 @@ import pandas as pd
 import pytest
 
 from components import evaluation, plugins
-from components.contracts import Engine, EngineUnavailable, Evaluation, Measurement, Preprocessing, Splits, Stored
+from components.contracts.data import Splits
+from components.contracts.errors import EngineUnavailable
+from components.contracts.models import Engine, Preprocessing
+from components.contracts.records import Stored
+from components.contracts.verdicts import Evaluation, Measurement
 from components.evaluation import EvaluationConfig, evaluate, measure, summarised
 from components.machine import fingerprint
 from components.store import Store

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from components import export
-from components.contracts import Checkpoint, ConfigError, Engine, ExportError, Splits, Stored
+from components.contracts.data import Splits
+from components.contracts.errors import ConfigError, ExportError
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.records import Stored
 from components.export import ExportConfig, Graph, TargetConfig
 from components.store import Store
 
@@ -37,7 +40,7 @@ def test_tensorrt_is_built_ahead_of_time_and_says_what_for(trained: Path, tmp_pa
     import torch
 
     from components import plugins
-    from components.contracts import EngineUnavailable
+    from components.contracts.errors import EngineUnavailable
 
     engine = build(trained, tmp_path / "out", target="tensorrt")
     assert engine.size_bytes > 10_000

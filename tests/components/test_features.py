@@ -10,7 +10,8 @@ from shapes import write_pictures
 
 from components import features, plugins
 from components.checkpoints import ImageModel
-from components.contracts import Backbone, DataDiffers
+from components.contracts.errors import DataDiffers
+from components.contracts.families import Backbone
 from components.images import batches, decode, pixel_digest
 
 

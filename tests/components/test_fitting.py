@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from components.contracts import CheckpointMismatch, MetricSink, TamperedArtefact, TrainingDiverged
+from components.contracts.errors import CheckpointMismatch, TamperedArtefact, TrainingDiverged
+from components.contracts.progress import MetricSink
 from components.fitting import LEFTOVERS, PROGRESS, Examples, FitResult, FittingConfig, fit
 
 CONFIG = FittingConfig(epochs=4, batch_size=8, learning_rate=0.01, checkpoint_every_s=0)

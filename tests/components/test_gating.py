@@ -8,24 +8,15 @@ import pandas as pd
 import pytest
 
 from components import plugins
-from components.contracts import (
-    Answers,
-    ClassMetrics,
-    ConfigError,
-    Engine,
-    Estimate,
-    Evaluation,
-    Evidence,
-    Finding,
-    Measurement,
-    Preprocessing,
-    Stored,
-    TamperedArtefact,
-    UnknownName,
-)
+from components.contracts.errors import ConfigError, TamperedArtefact, UnknownName
+from components.contracts.families import Answers, Evidence
+from components.contracts.models import Engine, Preprocessing
+from components.contracts.records import Stored
+from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Finding, Measurement
 from components.gating import Champion, GateConfig, GatingConfig, Judged, check, judge
+from components.intervals import wilson
 from components.store import describe
-from components.tasks.classification import Task, wilson
+from components.tasks.classification import Task
 
 CLASSES = ("a", "b", "c")
 RNG = np.random.default_rng(0)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from components.colours import matrix_profile
-from components.contracts import Preprocessing, UndecodableImage
+from components.contracts.errors import UndecodableImage
+from components.contracts.models import Preprocessing
 from components.formats import Accepted
 from components.images import Picture, batches, decode, in_threads, pixel_digest, prepare
 

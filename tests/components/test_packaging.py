@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from components.contracts import Release
+from components.contracts.releases import Release
 from components.images import STATISTICS, appearance, decode, prepare
 from components.packaging import fit_threshold
 from components.releases import GOLDEN, REFERENCE

@@ -13,7 +13,7 @@ import pytest
 from shapes import visionloop
 
 from components import plugins
-from components.contracts import PluginFailed
+from components.contracts.errors import PluginFailed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -33,7 +33,7 @@ def test_imports_of_compiled_code_are_those_of_its_text() -> None:
     assert found > 500
 
 
-_HEAD = "from pydantic import BaseModel, ConfigDict\nfrom components.contracts import *\n"
+_HEAD = "from pydantic import BaseModel, ConfigDict\nfrom components.contracts.records import *\n"
 _GATE = _HEAD + "class Gate(BaseModel):\n    floor: float = 0.5\n"
 
 

@@ -13,17 +13,9 @@ from bundles import evidence
 from stores import s3_bucket
 
 from components import releases
-from components.contracts import (
-    ConfigError,
-    RegistryUnavailable,
-    Release,
-    Route,
-    Routes,
-    SchemaTooNew,
-    Stored,
-    StoreError,
-    TamperedArtefact,
-)
+from components.contracts.errors import ConfigError, RegistryUnavailable, SchemaTooNew, StoreError, TamperedArtefact
+from components.contracts.records import Stored
+from components.contracts.releases import Release, Route, Routes
 from components.objects import open_objects, safe_name
 from components.releases import ReleaseStore
 from components.store import MANIFEST, seal, unseal

@@ -7,7 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from components.contracts import SPLITS, DataError, Dataset, DataVersion, FileDigest, Splits, Stored
+from components.contracts.data import SPLITS, Dataset, DataVersion, Splits
+from components.contracts.errors import DataError
+from components.contracts.records import FileDigest, Stored
 from components.splitting import SplittingConfig, TestLedger, split
 from components.store import describe
 

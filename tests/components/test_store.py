@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from components.contracts import FileDigest, StoreError, TamperedArtefact
+from components.contracts.errors import StoreError, TamperedArtefact
+from components.contracts.records import FileDigest
 from components.store import MANIFEST, Store, read_manifest, seal, unseal, write_atomically
 
 RECORD = FileDigest(name="x", sha256="y", bytes=3)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.contracts import ConfigError, UnknownName, WeightsUnavailable
+from components.contracts.errors import ConfigError, UnknownName, WeightsUnavailable
 from components.training import Augmentation, TrainingConfig, check
 
 ROOT = Path()

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from shapes import picture, write_pictures
 
-from components.contracts import DataError, DataRejected, Dataset, DataVersion
+from components.contracts.data import Dataset, DataVersion
+from components.contracts.errors import DataError, DataRejected
 from components.formats import PINNED, Accepted
 from components.validation import ValidationConfig, validate
 

@@ -14,19 +14,12 @@ from watched import START, sample
 
 from components import plugins
 from components.checkpoints import assemble
-from components.contracts import (
-    Backbone,
-    Detector,
-    Engine,
-    Evaluation,
-    Evidence,
-    Preprocessing,
-    Sample,
-    Shift,
-    Stored,
-    UnknownName,
-    WeightsUnavailable,
-)
+from components.contracts.errors import UnknownName, WeightsUnavailable
+from components.contracts.families import Backbone, Evidence
+from components.contracts.models import Engine, Preprocessing
+from components.contracts.records import Stored
+from components.contracts.verdicts import Evaluation
+from monitoring.verdicts import Detector, Sample, Shift
 
 SMALL = {
     "efficientnet_lite0": {"image_size": 64},

@@ -23,13 +23,13 @@ from looped import MODEL, loop_of, predict, promoted
 from served import png, server
 from shapes import visionloop
 
-from components.contracts import ConfigError, RegistryUnavailable, StoreError, VisionloopError, WorkspaceBusy
+from components.contracts.errors import ConfigError, RegistryUnavailable, StoreError, VisionloopError, WorkspaceBusy
 from components.store import seal
-from flows import backup as backups
-from flows.backup import backup, read, restore
-from flows.deciding import desk, registry_of
-from flows.run import Workspace
-from flows.settings import read_settings
+from flows.workspace import backup as backups
+from flows.workspace.backup import backup, read, restore
+from flows.workspace.desk import desk, registry_of
+from flows.workspace.settings import read_settings
+from flows.workspace.workspace import Workspace
 
 
 def answer(*arguments: str, cwd: Path, status: int = 0) -> dict[str, Any]:

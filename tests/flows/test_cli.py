@@ -72,7 +72,7 @@ def test_a_wrong_bound_on_pictures_is_an_error(workspace: Path, name: str, value
 def test_whatever_surrounds_a_workspace_it_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd characters in its path, a hook's environment, ignore rules of others, a repository around it."""
     from components.dataversions import verify
-    from flows.settings import read_settings
+    from flows.workspace.settings import read_settings
     from registry.ledger import Ledger
 
     outer = tmp_path / "a?b#c%d$HOME {x} \u00e9"
@@ -189,8 +189,8 @@ def test_an_intact_store_verifies(trained: Path) -> None:
 
 def test_the_embedded_digits_hash_to_the_committed_pin(tmp_path: Path) -> None:
     from components import dataversions
-    from flows.data import ensure
-    from flows.demo import prepare
+    from flows.demo.workspace import prepare
+    from flows.workspace.data import ensure
 
     workspace = prepare(tmp_path / "demo")
     version = ensure(workspace, "digits")
@@ -218,8 +218,8 @@ def test_the_module_runs_as_visionloop(tmp_path: Path) -> None:
 
 
 def test_the_demo_never_overwrites_the_pin_of_another_workspace(workspace: Path) -> None:
-    from components.contracts import ConfigError
-    from flows.demo import prepare
+    from components.contracts.errors import ConfigError
+    from flows.demo.workspace import prepare
 
     before = [(workspace / name).read_bytes() for name in ("data.dvc", "data.test-ledger.csv")]
     with pytest.raises(ConfigError, match="began with other data than this demo's"):

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.contracts import ConfigError, UnknownName
-from flows.config import SHIPPED, load_recipe, peek, recipe_files, resolved
-from flows.yaml_reading import parse_yaml
+from components.contracts.errors import ConfigError, UnknownName
+from flows.workspace.recipes import SHIPPED, load_recipe, peek, recipe_files, resolved
+from flows.workspace.yaml_reading import parse_yaml
 
 SHIPPED_NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from shapes import LENIENT, visionloop
 
-from components.contracts import DataError
-from flows.run import Workspace
-from flows.settings import began, identity, standing
+from components.contracts.errors import DataError
+from flows.workspace.settings import began, identity, standing
+from flows.workspace.workspace import Workspace
 
 
 def tree_of(root: Path) -> dict[str, bytes]:

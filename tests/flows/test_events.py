@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from shapes import free_port
 
-from flows import events
-from flows.settings import Settings, read_settings
+from flows.orchestrator import events
+from flows.workspace.settings import Settings, read_settings
 
 PLAIN = Settings("", True, "", 1, "", "", (), "")
 _EMIT = """

@@ -19,10 +19,10 @@ import typer
 from shapes import free_port, visionloop
 from typer.testing import CliRunner
 
-from components.contracts import ConfigError, RegistryUnavailable
-from flows import settings
-from flows.answering import HERE, AsJson, Commands, InWorkspace
-from flows.failures import explained
+from components.contracts.errors import ConfigError, RegistryUnavailable
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace
+from flows.cli.failures import explained
+from flows.workspace import settings
 from registry import tracking
 from registry.models import _reachable
 
@@ -125,7 +125,7 @@ def _commands(app: typer.Typer) -> Iterator[object]:
 
 
 def test_every_command_answers_so() -> None:
-    from flows.cli.main import app
+    from flows.cli.app import app
 
     assert {getattr(found, "__name__", None) for found in _commands(app)} == {"_Command"}
 
@@ -248,7 +248,7 @@ def test_every_command_that_a_text_of_ours_advises_exists() -> None:
     """Of messages, help and comments alike: `visionloop data pull --force` is a command, and takes the option."""
     from typer.main import get_command
 
-    from flows.cli.main import app
+    from flows.cli.app import app
 
     root: Any = get_command(app)
     repository, found = Path(__file__).resolve().parents[2], 0

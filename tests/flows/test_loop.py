@@ -19,12 +19,12 @@ import pytest
 from looped import MODEL, loop_of, now, predict, promoted
 from shapes import commit, visionloop, write_pictures
 
-from components.contracts import ConfigError, UnknownName
-from flows.alarming import DRIFT, announce, start, sweep, tell_of_data
-from flows.deploying import automate, deploy, make_pool
-from flows.tracing import trail, training_runs
+from components.contracts.errors import ConfigError, UnknownName
+from flows.loop.alarms import DRIFT, announce, sweep, tell_of_data
+from flows.loop.flow_runs import start, trail, training_runs
+from flows.up.deployments import automate, deploy, make_pool
 from monitoring.governor import Request
-from serving.deployment import Limits
+from serving.engines.queueing import Limits
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_prefect_away_at_the_alarm_and_back_later(
     loop = loop_of(deployed)
     since = datetime.datetime.fromisoformat(now())
     predict(deployed, 120, shift=4, name="away")
-    from flows.watching import Stretch, judge_window
+    from flows.loop.windows import Stretch, judge_window
 
     judged = judge_window(loop, Stretch(since, since + datetime.timedelta(minutes=5)), datetime.datetime.now(datetime.UTC))
     assert judged is not None
@@ -180,7 +180,7 @@ def test_prefect_away_at_the_alarm_and_back_later(
     announce(loop, judged.alarm, told=lines.append)
     assert sweep(loop, told=lines.append, grace_s=0) == []
     assert any("no Prefect server is known here: visionloop up" in line for line in lines)
-    monkeypatch.setattr("flows.alarming.start", lambda *_: (_ for _ in ()).throw(ConnectionError("nobody there")))
+    monkeypatch.setattr("flows.loop.flow_runs.start", lambda *_: (_ for _ in ()).throw(ConnectionError("nobody there")))
     loop.settings = dataclasses.replace(loop.settings, prefect_api_url="http://127.0.0.1:9/api")
     lines.clear()
     assert sweep(loop, told=lines.append, grace_s=0) == []
@@ -217,7 +217,7 @@ def test_the_loop_trains_when_there_are_new_data_and_only_then(
 ) -> None:
     """Refused without data, granted with, refused again as a duplicate; the schedule is skipped when nothing changed."""
     people: list[str] = []
-    monkeypatch.setattr("flows.governing.notify", lambda *given: people.append(given[3]["by"]))
+    monkeypatch.setattr("flows.loop.permits.notify", lambda *given: people.append(given[3]["by"]))
     root = promoted(trained, tmp_path / "workspace")
     make_pool()
     deploy(loop_of(root))
@@ -265,8 +265,8 @@ def test_a_refused_run_ends_as_skipped_and_says_why(deployed: Path) -> None:
 
 
 def test_a_workspace_that_is_busy_gives_the_grant_back(trained: Path, tmp_path: Path, prefect_server: str) -> None:
-    from components.contracts import WorkspaceBusy
-    from flows.run import Workspace
+    from components.contracts.errors import WorkspaceBusy
+    from flows.workspace.workspace import Workspace
 
     root = promoted(trained, tmp_path / "workspace")
     identifier = alarm(root, "busy")
@@ -286,7 +286,7 @@ def test_a_cancelled_training_is_not_taken_up_by_the_sweep(deployed: Path) -> No
     loop = loop_of(deployed)
     since = datetime.datetime.fromisoformat(now())
     predict(deployed, 120, shift=4, name="cancelled")
-    from flows.watching import Stretch, judge_window
+    from flows.loop.windows import Stretch, judge_window
 
     judged = judge_window(loop, Stretch(since, since + datetime.timedelta(minutes=5)), datetime.datetime.now(datetime.UTC))
     assert judged is not None
@@ -308,8 +308,8 @@ def test_the_world_s_fault_gives_the_grant_back(trained: Path, tmp_path: Path, p
     root = promoted(trained, tmp_path / "workspace")
     identifier = alarm(root, "world")
     new_data(root, 9500)
-    from components.contracts import RegistryUnavailable
-    from flows.governing import governed
+    from components.contracts.errors import RegistryUnavailable
+    from flows.loop.permits import governed
 
     with pytest.raises(RegistryUnavailable), governed("smoke", root, "drift", identifier):
         raise RegistryUnavailable("MLflow is away")
@@ -408,9 +408,9 @@ def test_a_port_that_is_taken_is_said(trained: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
-    from flows.run import Workspace
-    from flows.settings import read_settings, standing
-    from flows.standing import Up
+    from flows.up.processes import Up
+    from flows.workspace.settings import read_settings
+    from flows.workspace.workspace import Workspace
 
     workspace = Workspace.create(tmp_path / "workspace")
     up = Up(workspace, read_settings(workspace.state))
@@ -418,7 +418,7 @@ def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
     assert up.credential.startswith("visionloop:")
     (up.folder / "server.json").write_text(json.dumps(facts))
     assert up.process("server") is None
-    assert standing(workspace.state) == {}
+    assert processes(workspace.state) == {}
     assert (up.folder / "auth").stat().st_mode & 0o777 == 0o600
     assert up.folder.stat().st_mode & 0o777 == 0o700
 
@@ -446,12 +446,12 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 def test_what_trains_gives_way_to_what_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleepers: list[subprocess.Popen[bytes]]
 ) -> None:
-    from flows import standing
-    from flows.run import Workspace
-    from flows.settings import read_settings
+    from flows.up import processes
+    from flows.workspace.settings import read_settings
+    from flows.workspace.workspace import Workspace
 
     workspace = Workspace.create(tmp_path / "workspace")
-    up = standing.Up(workspace, read_settings(workspace.state))
+    up = processes.Up(workspace, read_settings(workspace.state))
     spawn = subprocess.Popen
     asked: list[list[str]] = []
 
@@ -460,26 +460,26 @@ def test_what_trains_gives_way_to_what_answers(
         sleepers.append(spawn(SLEEP, **options))
         return sleepers[-1]
 
-    monkeypatch.setattr("flows.standing.subprocess.Popen", sleeper)
-    server = standing.Standing("server", os.getpid(), "http://127.0.0.1:9/api")
+    monkeypatch.setattr("flows.up.processes.subprocess.Popen", sleeper)
+    server = processes.Standing("server", os.getpid(), "http://127.0.0.1:9/api")
     worker = up.start_worker(server, "pool", told=lambda _: None)
     assert gives_way(worker.pid)
-    assert asked[0][1:-2] == ["-P", "-m", "flows.worker", "pool"]
+    assert asked[0][1:-2] == ["-P", "-m", "flows.up.worker", "pool"]
     assert asked[0][-1] == "2"
 
 
 def test_a_worker_is_ours_whatever_the_workspace_calls_its_folders(prefect_server: str, tmp_path: Path) -> None:
     """The real command, in a workspace with folders of these names."""
-    from flows import standing
-    from flows.run import Workspace
-    from flows.settings import read_settings
+    from flows.up import processes
+    from flows.workspace.settings import read_settings
+    from flows.workspace.workspace import Workspace
 
     workspace = Workspace.create(tmp_path / "workspace")
     for name in ("flows", "components", "prefect"):
         (workspace.root / name).mkdir()
         (workspace.root / name / "__init__.py").write_text("raise SystemExit('a folder of the workspace')")
-    up = standing.Up(workspace, read_settings(workspace.state))
-    up.start_worker(standing.Standing("server", os.getpid(), prefect_server), "a-pool", told=lambda _: None)
+    up = processes.Up(workspace, read_settings(workspace.state))
+    up.start_worker(processes.Standing("server", os.getpid(), prefect_server), "a-pool", told=lambda _: None)
     try:
         deadline = time.monotonic() + 60
         while "started!" not in up.tail("worker"):
@@ -499,7 +499,7 @@ def test_a_flow_run_gives_way_in_the_session_that_prefect_gives_it(
     from prefect.workers.base import BaseWorker
     from prefect.workers.process import ProcessWorker
 
-    from flows.worker import YieldingWorker
+    from flows.up.worker import YieldingWorker
 
     async def started(self: Any, flow_run: Any, configuration: Any, task_status: Any) -> int:
         sleepers.append(subprocess.Popen(SLEEP, start_new_session=True))
@@ -528,7 +528,7 @@ def test_two_sessions_give_way_though_the_kernel_takes_one_at_a_time(
     refusals: int, gave_way: bool, monkeypatch: pytest.MonkeyPatch, sleepers: list[subprocess.Popen[bytes]]
 ) -> None:
     """Without CAP_SYS_ADMIN a session's niceness can be written ten times a second; who is refused for long is told."""
-    from flows import standing
+    from flows.up import processes
 
     sleepers.append(subprocess.Popen(SLEEP, start_new_session=True))
     write = Path.write_text
@@ -541,13 +541,13 @@ def test_two_sessions_give_way_though_the_kernel_takes_one_at_a_time(
         return write(path, text)
 
     monkeypatch.setattr(Path, "write_text", busy)
-    assert standing.give_way(sleepers[0].pid) is gave_way
+    assert processes.give_way(sleepers[0].pid) is gave_way
     assert len(refused) == min(refusals, 10)
     assert not gave_way or gives_way(sleepers[0].pid)
 
 
 def test_a_process_is_known_by_its_beginning(tmp_path: Path) -> None:
-    from flows.settings import began
+    from flows.workspace.settings import began
 
     first = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     time.sleep(0.05)  # the kernel counts the beginning in hundredths of a second
@@ -570,7 +570,7 @@ def test_a_process_is_known_by_its_beginning(tmp_path: Path) -> None:
 def test_status_tells_when_nobody_watches() -> None:
     from types import SimpleNamespace
 
-    from flows.keeping import _unwatched
+    from flows.up.stack import _unwatched
 
     loop: Any = SimpleNamespace(model="m", config=SimpleNamespace(every_minutes=10))
 

@@ -169,9 +169,9 @@ def test_an_alarm_trains_once_and_a_killed_training_is_taken_up_once(up: Path) -
 def deliver(root: Path, identifier: str, count: int) -> None:
     """Send the alarm's event again, as a client that repeats itself."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom flows.run import Workspace\nfrom flows.settings import prepare_environment\n"
+        "import sys\nfrom pathlib import Path\nfrom flows.training.run import Workspace\nfrom flows.workspace.settings import prepare_environment\n"
         "workspace = Workspace.find(Path('.'))\nprepare_environment(workspace.state)\n"
-        "from flows.alarming import DRIFT, emit\nfrom flows.watching import open_loop\n"
+        "from flows.loop.alarms import DRIFT, emit\nfrom flows.loop.windows import open_loop\n"
         f"loop = open_loop(Path('.'), '{MODEL}')\nalarm = loop.outbox.alarm(sys.argv[1])\n"
         f"[emit(loop, DRIFT, alarm) for _ in range({count})]\n"
         "assert 'prefect' not in sys.modules, 'the server of `up` did not take the plain request'\n"
@@ -230,8 +230,8 @@ def test_up_twice_is_up_once_and_a_run_whose_worker_died_is_marked_as_crashed(up
 
 def _asked(root: Path, code: str, *arguments: str) -> Any:
     program = (
-        "import json, sys\nfrom pathlib import Path\nfrom flows.run import Workspace\nfrom flows.settings import prepare_environment\n"
-        "prepare_environment(Workspace.find(Path('.')).state)\nfrom flows.watching import open_loop\n"
+        "import json, sys\nfrom pathlib import Path\nfrom flows.training.run import Workspace\nfrom flows.workspace.settings import prepare_environment\n"
+        "prepare_environment(Workspace.find(Path('.')).state)\nfrom flows.loop.windows import open_loop\n"
         f"loop = open_loop(Path('.'), '{MODEL}')\n{code}"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
@@ -242,13 +242,13 @@ def _asked(root: Path, code: str, *arguments: str) -> Any:
 
 
 def heartbeats(root: Path) -> Any:
-    code = "from flows.tracing import events\nprint(json.dumps(events(loop, ['prefect.flow-run.heartbeat'])))"
+    code = "from flows.loop.flow_runs import events\nprint(json.dumps(events(loop, ['prefect.flow-run.heartbeat'])))"
     return _asked(root, code)
 
 
 def states(root: Path, identifier: str, name: str) -> Any:
     code = (
-        "from flows.tracing import training_runs\n"
+        "from flows.loop.flow_runs import training_runs\n"
         "print(json.dumps([r for r in training_runs(loop, request=sys.argv[1]) if r['state'] == sys.argv[2]]))"
     )
     return _asked(root, code, identifier, name)
@@ -259,9 +259,9 @@ def test_mlflow_s_pages_ask_for_the_credential(tmp_path: Path) -> None:
     import urllib.error
     import urllib.request
 
-    from flows.run import Workspace
-    from flows.settings import read_settings
-    from flows.standing import Up
+    from flows.up.processes import Up
+    from flows.workspace.settings import read_settings
+    from flows.workspace.workspace import Workspace
 
     workspace = Workspace.create(tmp_path / "workspace")
     up = Up(workspace, read_settings(workspace.state))

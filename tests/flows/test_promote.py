@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from shapes import LENIENT, commit, picture, visionloop
 
-from flows.notifications import notify
-from flows.settings import Settings
+from flows.orchestrator.notifications import notify
+from flows.workspace.settings import Settings
 from registry import approval
 
 

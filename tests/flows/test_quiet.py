@@ -54,7 +54,7 @@ def test_the_listener_hears_names_and_addresses_of_children_too(listener: Listen
 
 def test_importing_and_serving_ask_for_nothing(listener: Listener, tmp_path: Path) -> None:
     # The environment first, as every command does; components alone is what the engine's process imports.
-    done = run(listener, "-c", f"import flows.cli.main, components\nimport {LIBRARIES}", cwd=tmp_path)
+    done = run(listener, "-c", f"import flows.cli.app, components\nimport {LIBRARIES}", cwd=tmp_path)
     assert (done.returncode, listener.heard()) == (0, []), done.stderr
     with tarfile.open(next((ROOT / "tests" / "older").glob("*.tar.xz"))) as archive:
         archive.extractall(tmp_path, filter="tar")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.settings import sqlite_url
+from flows.workspace.settings import sqlite_url
 from registry.ledger import Ledger, Principal
 
 _MOUNTED = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd "$0" && exec "$@"'

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.pages import figures
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -49,11 +51,10 @@ def test_the_report_says_what_the_records_say(report: Path, trained: Path) -> No
 
 
 def test_names_of_files_and_classes_are_escaped(trained: Path) -> None:
-    from flows import report
 
-    rendered = report.environment().from_string("{{ name }}").render(name="<img src=x onerror=alert(1)>")
+    rendered = figures.environment().from_string("{{ name }}").render(name="<img src=x onerror=alert(1)>")
     assert "<img" not in rendered
-    assert "| safe" not in (report._TEMPLATES / "report.html").read_text()
+    assert "| safe" not in (figures._TEMPLATES / "report.html").read_text()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page in")

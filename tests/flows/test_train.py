@@ -18,9 +18,10 @@ import pytest
 import requests
 from shapes import visionloop, visionloop_process
 
-from components.contracts import Measurement
+from components.contracts.verdicts import Measurement
 from components.store import MANIFEST, Store, read_manifest
-from flows.run import STAGES, Workspace
+from flows.training.run import STAGES
+from flows.workspace.workspace import Workspace
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_nothing_of_ours_is_pickled(trained: Path) -> None:
 def test_the_same_command_again_does_nothing_new(
     trained: Path, tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import steps
+    from flows.training import steps
 
     # The machine of these tests may have been busy when the engines were measured.
     monkeypatch.setattr(steps, "_worth_measuring_again", lambda _: False)
@@ -106,7 +107,7 @@ def test_the_same_command_again_does_nothing_new(
 def test_a_latency_is_measured_again_when_it_was_noisy_or_on_demand(
     trained: Path, tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import steps
+    from flows.training import steps
 
     root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
     asked: list[int] = []
@@ -212,7 +213,7 @@ def test_bad_data_stops_the_run_and_keeps_the_data_docs(workspace: Path, prefect
 
 
 def test_a_second_run_at_the_same_time_is_refused(workspace: Path, prefect_server: str) -> None:
-    from flows.run import Workspace
+    from flows.workspace.workspace import Workspace
 
     with Workspace.find(workspace).locked("visionloop train smoke"):
         refused = visionloop_process("train", "-r", "smoke", cwd=workspace)
@@ -237,8 +238,8 @@ def test_a_backbone_of_the_workspace_goes_all_the_way(trained: Path, tmp_path: P
 
 
 def test_other_bytes_under_the_same_weights_file_are_another_training(workspace: Path, prefect_server: str) -> None:
-    from flows.opening import opened
-    from flows.steps import training_key
+    from flows.training.opening import opened
+    from flows.training.run import training_key
 
     splits: Any = SimpleNamespace(record=SimpleNamespace(digest=lambda: "splits"))
     keys = []

@@ -20,16 +20,18 @@ from failpoints import Died, Failpoints
 from looped import MODEL, champion, loop_of, now, predict, promoted
 from shapes import visionloop
 
-from components.contracts import ConfigError, RegistryUnavailable
+from components import predictionlog
+from components.contracts.errors import ConfigError, RegistryUnavailable
 from components.objects import open_objects
+from components.predictionlog import read_stretch
 from components.store import seal, unseal
-from flows import alarming, watching
-from flows.alarming import announce
-from flows.deciding import desk
+from flows.loop import alarms, windows
+from flows.loop.alarms import announce
+from flows.workspace.desk import desk
 from monitoring import outbox as outbox_module
 from monitoring.evidently_report import Measured
 from monitoring.outbox import Outbox
-from serving.segments import read_stretch, seal_all
+from serving.log.sealing import seal_all
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         found = desk(folder, model)
         return dataclasses.replace(found, settings=dataclasses.replace(found.settings, prefect_api_url=""))
 
-    monkeypatch.setattr(watching, "desk", without)
+    monkeypatch.setattr(windows, "desk", without)
 
 
 def told(*arguments: str, cwd: Path) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def test_scheduled_windows_are_those_that_ended(root: Path) -> None:
     hour = datetime.timedelta(hours=1)
     end = datetime.datetime.now(datetime.UTC).replace(minute=0, second=0, microsecond=0)
     loop = loop_of(root)
-    spans = watching.stretches(loop, datetime.datetime.now(datetime.UTC))
+    spans = windows.stretches(loop, datetime.datetime.now(datetime.UTC))
     assert [(s.since, s.until) for s in spans] == [(end - 2 * hour, end - hour), (end - hour, end)]
     # Nobody reigned before the promotion a moment ago: such windows are not judged.
     found = told("watch", cwd=root)
@@ -412,16 +414,15 @@ def test_only_the_days_of_a_window_are_looked_through(root: Path, monkeypatch: p
     for days in (3, 30, 300):
         predict(root, 5, name=f"old{days}", at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days))
     predict(root, 300)
-    from serving import segments
 
     read: list[str] = []
-    real = segments._segment
+    real = predictionlog._segment
 
     def counted(objects: Any, name: str) -> Any:
         read.append(name)
         return real(objects, name)
 
-    monkeypatch.setattr("serving.segments._segment", counted)
+    monkeypatch.setattr("components.predictionlog._segment", counted)
     assert watch(root, since)["window"]["window"]["rows"] == 300
     assert len(read) == 1
 
@@ -433,18 +434,18 @@ def test_old_windows_are_forgotten(root: Path) -> None:
     watch(root, since)
     loop = loop_of(root)
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=100)
-    assert watching.prune(loop, datetime.datetime.now(datetime.UTC)) == 0
+    assert windows.prune(loop, datetime.datetime.now(datetime.UTC)) == 0
     snapshots = list((root / ".visionloop" / "monitoring" / "evidently").rglob("snapshots/*.json"))
     assert len(snapshots) == 1
-    assert watching.prune(loop, later) == 1
-    assert watching.windows(loop) == []
+    assert windows.prune(loop, later) == 1
+    assert windows.windows(loop) == []
     assert not snapshots[0].exists()
     assert len(loop.outbox.alarms(MODEL)) == 1  # what was decided stays
 
 
 PLACES = [
-    (watching, "write_atomically"),
-    (watching, "_write_rows"),
+    (windows, "write_atomically"),
+    (windows, "_write_rows"),
     (Measured, "save_page"),
     (Measured, "keep"),
     (Outbox, "raise_alarm"),
@@ -454,7 +455,7 @@ PLACES = [
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_watch_that_dies_anywhere_alarms_once(root: Path, when: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at each step in turn, and run again: one alarm, one verdict."""
-    span = watching.Stretch(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
+    span = windows.Stretch(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
     predict(root, 200, shift=4, capture=True)
     loop = loop_of(root)
     died = []
@@ -467,20 +468,20 @@ def test_a_watch_that_dies_anywhere_alarms_once(root: Path, when: Any, monkeypat
                 loop.config = loop.config.model_copy(
                     update={"drift": loop.config.drift.model_copy(update={"most_images": 1000 + nth})}
                 )
-                watching.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
+                windows.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
             except Died:
                 died.append(points.hit)
-        judged = watching.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
+        judged = windows.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
         assert judged is not None
         assert judged.verdict.status == "drift"
-        assert watching.recorded(judged.folder) == judged.verdict
+        assert windows.recorded(judged.folder) == judged.verdict
         assert len(loop.outbox.alarms(MODEL)) == 1
         if not points.hit:
             break
     assert set(died) == {name for _, name in PLACES}
 
 
-TELLING = [(alarming, "emit"), (Outbox, "emitted"), (alarming, "notify")]
+TELLING = [(alarms, "emit"), (Outbox, "emitted"), (alarms, "notify")]
 _KILLED = """
 import os, signal, sys
 import pytest
@@ -528,7 +529,7 @@ def test_a_watch_killed_after_any_step_alarms_once(champions: Path, tmp_path: Pa
         alarm = f"drift:{MODEL}:{window['id']}"
         assert [a["alarm"] for a in told("alarms", cwd=root)["alarms"]] == [alarm]
         # However far the first one had come in telling, the sweep has it until a training asked the governor.
-        assert alarming.pending(loop_of(root)) == [alarm]
+        assert alarms.pending(loop_of(root)) == [alarm]
         shutil.rmtree(root)
     assert set(died) == {name for _, name in [*PLACES, *TELLING]}
     assert died.index("raise_alarm") < died.index("_write_rows") < died.index("emit") < died.index("notify")
@@ -539,21 +540,21 @@ def test_a_watch_killed_after_any_step_alarms_once(champions: Path, tmp_path: Pa
 def test_a_watch_that_dies_while_it_tells_leaves_the_alarm_to_the_sweep(
     root: Path, when: Any, nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    span = watching.Stretch(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
+    span = windows.Stretch(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
     predict(root, 120, shift=4)
     loop = loop_of(root)
-    judged = watching.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
+    judged = windows.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
     assert judged is not None
     assert judged.alarm is not None
-    monkeypatch.setattr(alarming, "emit", lambda *_: True)
+    monkeypatch.setattr(alarms, "emit", lambda *_: True)
     with monkeypatch.context() as patch:
         points = Failpoints(TELLING, nth=nth, when=when)
         points(patch)
         with pytest.raises(Died):
             announce(loop, judged.alarm, told=lambda _: None)
     assert points.hit == ["emit", "emitted", "notify"][nth - 1]
-    assert alarming.pending(loop) == [judged.alarm.id]
-    again = watching.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
+    assert alarms.pending(loop) == [judged.alarm.id]
+    again = windows.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
     assert again is not None
     assert (again.fresh, again.alarm) == (False, None)
     assert len(loop.outbox.alarms(MODEL)) == 1
@@ -725,11 +726,11 @@ def test_the_newest_window_speaks_for_all_that_saw_the_same(root: Path) -> None:
     for name in ("w1", "w2"):
         verdict = _drift(digest)
         loop.outbox.raise_alarm(verdict, name)
-    assert alarming.pending(loop) == [outbox_module.alarm_id(MODEL, "w2")]
+    assert alarms.pending(loop) == [outbox_module.alarm_id(MODEL, "w2")]
 
 
 def _drift(digest: str) -> Any:
-    from components.contracts import DriftVerdict, Shift, WindowFacts
+    from monitoring.verdicts import DriftVerdict, Shift, WindowFacts
 
     at = now()
     facts = WindowFacts(

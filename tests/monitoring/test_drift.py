@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from watched import END, START, release, rows, sample
 
-from components.contracts import ConfigError, DriftVerdict, Release, Sample, Stored, UnknownName
+from components.contracts.errors import ConfigError, UnknownName
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from monitoring import calibration
 from monitoring.detectors.confidence import Detector as Confidence
 from monitoring.detectors.embeddings import Detector as Embeddings
@@ -20,6 +22,7 @@ from monitoring.detectors.predicted_classes import Detector as PredictedClasses
 from monitoring.drift import DetectorConfig, DriftPolicy, as_json, check, judge
 from monitoring.evidently_report import measure
 from monitoring.reference import load_reference
+from monitoring.verdicts import DriftVerdict, Sample
 from monitoring.window import Slice, open_window
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from components.contracts import ConfigError
+from components.contracts.errors import ConfigError
 from components.databases import Database
 from components.databases import now as real_now
 from monitoring.governor import Decision, Governor, GovernorPolicy, Granted, Known, Request, decide

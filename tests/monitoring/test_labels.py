@@ -15,14 +15,14 @@ import pytest
 from shapes import write_pictures
 from watched import sha
 
-from components.contracts import ConfigError, DataError
+from components.contracts.errors import ConfigError, DataError
 from components.databases import Database
-from flows.data import _incoming
-from flows.labelling import move_relabelled
+from flows.loop.labels import move_relabelled
+from flows.workspace.data import _incoming
 from monitoring.labels import Label, Labels, read_file, resolve
 
 if TYPE_CHECKING:
-    from flows.looping import Loop
+    from flows.loop.loop import Loop
 
 KNOWN = {"p1": sha("1"), "p2": sha("2"), "p3": sha("3")}
 

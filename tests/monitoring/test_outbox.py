@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from watched import END, START
 
-from components.contracts import DriftStatus, DriftVerdict, RegistryUnavailable, Shift, UnknownName, WindowFacts
+from components.contracts.errors import RegistryUnavailable, UnknownName
 from components.databases import Database, now
 from monitoring.governor import Governor, GovernorPolicy, Request
 from monitoring.outbox import Outbox, alarm_id, window_id
 from monitoring.records import open_records
+from monitoring.verdicts import DriftStatus, DriftVerdict, Shift, WindowFacts
 
 
 def drift(*detectors: str, status: DriftStatus = "drift", model: str = "digits", version: str = "1") -> DriftVerdict:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from watched import reference_file, release, sample
 
-from components.contracts import ReferenceUnavailable, Release, Stored
+from components.contracts.errors import ReferenceUnavailable
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from monitoring.reference import load_reference
 
 

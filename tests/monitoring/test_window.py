@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from watched import END, START, release, rows, sample
 
-from components.contracts import Release, Stored
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from monitoring.window import Slice, Window, open_window
 
 

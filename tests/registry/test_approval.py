@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.contracts import ConfigError, DecisionRefused, UnknownName, VisionloopError
+from components.contracts.errors import ConfigError, DecisionRefused, UnknownName, VisionloopError
 from components.databases import now
 from registry import approval
 from registry.approval import person

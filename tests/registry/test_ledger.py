@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from components.contracts import RegistryUnavailable, TamperedArtefact
+from components.contracts.errors import RegistryUnavailable, TamperedArtefact
 from registry.ledger import GENESIS, Ledger, Principal
 
 FLOW = Principal(name="flow", method="machine")

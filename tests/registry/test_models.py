@@ -11,7 +11,8 @@ import pytest
 from bundles import HISTORY, evidence
 from mlflow import MlflowClient
 
-from components.contracts import Candidate, RegistryUnavailable, Rejection, StoreError, TamperedArtefact
+from components.contracts.errors import RegistryUnavailable, StoreError, TamperedArtefact
+from components.contracts.verdicts import Candidate, Rejection
 from components.store import sha256_file
 from registry import models, tracking
 from registry.ledger import Ledger

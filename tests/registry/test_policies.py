@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from components.contracts import shown_utc
+from components.contracts.wording import shown_utc
 from registry import policies
 from registry.approval import person
 from registry.ledger import Entry, Ledger, Principal

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from stores import s3_bucket
 
 from components import releases as releases_module
-from components.contracts import DecisionRefused, RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError
+from components.contracts.errors import DecisionRefused, RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError
 from components.databases import now
 from components.releases import ReleaseStore
 from registry import approval, models, promotion

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from served import Server, publish, server, smoke_release
 
-from components.contracts import Release, Stored
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from components.releases import ReleaseStore
-from flows.run import Workspace
+from flows.workspace.workspace import Workspace
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def test_a_job_killed_at_random_ends_with_the_same_rows(stage: Path, photos: Pat
         time.sleep(0.005)
     os.killpg(job.pid, signal.SIGSTOP)
     if psutil.Process(job.pid).status() == psutil.STATUS_STOPPED:  # not ended already
-        engines = [child for child in psutil.Process(job.pid).children() if "serving.engine" in child.cmdline()]
+        engines = [child for child in psutil.Process(job.pid).children() if "serving.engines.process" in child.cmdline()]
         assert [engine.nice() for engine in engines] == [os.nice(0)]  # a batch has nobody to refuse
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()

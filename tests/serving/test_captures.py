@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from components.contracts import ConfigError, TamperedArtefact
-from serving.captures import CaptureConfig, Captures
+from components.contracts.errors import ConfigError, TamperedArtefact
+from serving.log.captures import CaptureConfig, Captures
 
 
 def image(number: int) -> tuple[str, bytes]:
@@ -57,7 +57,7 @@ def test_the_bytes_of_an_erased_image_never_touch_the_disk_again(tmp_path: Path,
     sha, data = image(1)
     captures.erase(sha, by="ann", reason="asked for")
     written: list[Path] = []
-    monkeypatch.setattr("serving.captures.write_atomically", lambda path, _: written.append(path))
+    monkeypatch.setattr("serving.log.captures.write_atomically", lambda path, _: written.append(path))
     assert captures.keep(sha, data) is False
     assert written == []
 

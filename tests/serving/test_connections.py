@@ -12,9 +12,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from serving.app import HttpGate
-from serving.connections import BoundedHttp
 from serving.metrics import Metrics
+from serving.protocols.connections import BoundedHttp
+from serving.protocols.http import HttpGate
 
 REQUEST_TIMEOUT_S, KEEP_ALIVE_S = 15.0, 60.0
 PICTURE = b"POST /predict HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc"

@@ -19,7 +19,8 @@ from bundles import evidence
 from served import MODEL, Server, jpeg, mutated, png, publish, route, server, variant
 from shapes import KINDS
 
-from components.contracts import Release, Stored
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from components.releases import ReleaseStore
 from registry import approval
 from registry.approval import person

@@ -30,15 +30,18 @@ from PIL import Image
 from served import MODEL, Reply, Server, health, jpeg, png, publish, route, server, variant
 from shapes import KINDS, free_port, visionloop_process
 
-from components.contracts import Release, Stored
+from components import predictionlog
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from components.objects import open_objects
 from components.releases import ReleaseStore
 from components.store import seal, unseal
-from serving import segments
-from serving.auth import ROLES, Tokens
-from serving.deployment import Deployment, Limits
-from serving.frames import Facts, Form
+from serving.engines.deployment import Deployment
+from serving.engines.frames import Facts, Form
+from serving.engines.queueing import Limits
+from serving.log import audit, sealing
 from serving.metrics import Metrics
+from serving.protocols.auth import ROLES, Tokens
 
 
 def releases(workspace: Path) -> ReleaseStore:
@@ -83,12 +86,12 @@ def log_rows(workspace: Path) -> list[dict[str, Any]]:
     state = workspace / ".visionloop"
     deadline = time.monotonic() + 30
     while True:
-        segments.seal_all(state / "serving" / "journal", str(state / "predictions"))
+        sealing.seal_all(state / "serving" / "journal", str(state / "predictions"))
         # A sealing process of the server's own may be at one of them: it takes only time that nobody wants.
-        if not segments.unsealed(state / "serving" / "journal") or time.monotonic() > deadline:
+        if not audit.unsealed(state / "serving" / "journal") or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    tables = list(segments.read_log(str(state / "predictions")))
+    tables = list(predictionlog.read_log(str(state / "predictions")))
     return pa.concat_tables(tables).to_pylist() if tables else []
 
 
@@ -486,7 +489,7 @@ def test_a_full_disk_loses_rows_that_are_counted_for_good_and_no_answer(stage: P
         assert mine.stop(end) == (0 if end == signal.SIGTERM else -end)
     verified()
     assert len(log_rows(stage)) == 2
-    (segment,) = segments.segments(open_objects(str(stage / ".visionloop" / "predictions")))
+    (segment,) = predictionlog.segments(open_objects(str(stage / ".visionloop" / "predictions")))
     assert [gap["gap"] for gap in segment.gaps] == [24]
     assert "2 predictions, 0 twice, 24 lost" in verified()
 
@@ -677,7 +680,7 @@ ROUTES = {
 
 
 def test_every_route_is_among_those_whose_role_is_tested() -> None:
-    from serving.app import specification
+    from serving.protocols.http import specification
 
     named = {(method.upper(), path) for path, item in specification()["paths"].items() for method in item}
     tested = {
@@ -756,7 +759,7 @@ def test_a_server_loads_no_heavy_library(stage: Path) -> None:
             assert not [name for name in ("libtorch", "mlflow", "prefect", "sqlalchemy") if name in mapped]
         assert "openvino" not in Path(f"/proc/{mine.process.pid}/maps").read_text()
     program = (
-        "import serving.server, serving.worker, serving.app, serving.grpc_app, serving.batch, serving.segments, sys;"
+        "import serving.server, serving.engines.worker, serving.protocols.http, serving.protocols.grpc, serving.batch, serving.log.sealing, sys;"
         "print(sorted({n.split('.')[0] for n in sys.modules}))"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -312,10 +312,10 @@ def test_the_same_key_is_answered_the_same_and_once(running: Server) -> None:
 
 def test_answers_are_remembered_by_the_pictures_that_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many pictures a request with a key has: memory is bounded by all of them."""
-    from serving.captures import Captures
-    from serving.frames import Form
+    from serving.engines.frames import Form
     from serving.inference import Answered, Inference, Rejected
-    from serving.journal import Journal, JournalConfig
+    from serving.log.captures import Captures
+    from serving.log.journal import Journal, JournalConfig
     from serving.metrics import Metrics
 
     metrics = Metrics()
@@ -386,12 +386,13 @@ def test_the_page_of_the_routes_works_in_a_browser(running: Server, tmp_path: Pa
 
 
 def test_the_specification_names_every_route_and_no_other() -> None:
-    from serving.app import Access, Http, routes_of, specification
-    from serving.auth import Tokens
-    from serving.captures import Captures
     from serving.inference import Inference
-    from serving.journal import Journal, JournalConfig
+    from serving.log.captures import Captures
+    from serving.log.journal import Journal, JournalConfig
     from serving.metrics import Metrics
+    from serving.protocols.admission import Access
+    from serving.protocols.auth import Tokens
+    from serving.protocols.http import Http, routes_of, specification
 
     metrics = Metrics()
     inference = Inference({}, Journal(Path("j"), JournalConfig(), metrics), Captures(Path("c")), metrics)

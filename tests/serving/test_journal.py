@@ -20,11 +20,13 @@ from failpoints import Died, Failpoints
 from stores import s3_bucket
 
 from components import objects as objects_module
-from components.contracts import ConfigError, SchemaTooNew, TamperedArtefact
+from components import predictionlog
+from components.contracts.errors import ConfigError, SchemaTooNew, TamperedArtefact
+from components.journals import HEAD_BYTES, encode_row, read_losses, read_rows
 from components.objects import open_objects
 from components.store import seal, unseal
-from serving import segments
-from serving.journal import HEAD_BYTES, Journal, JournalConfig, encode_row, read_losses, read_rows
+from serving.log import audit, sealing
+from serving.log.journal import Journal, JournalConfig
 from serving.metrics import Metrics
 
 
@@ -120,7 +122,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         return opened(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr("serving.journal.os.open", open_)
+    monkeypatch.setattr("serving.log.journal.os.open", open_)
     return full
 
 
@@ -196,8 +198,8 @@ def test_a_sync_that_fails_once_is_made_again(tmp_path: Path, monkeypatch: pytes
             raise OSError(errno.EMFILE, "too many open files")
         return real(descriptor)
 
-    monkeypatch.setattr("serving.journal.os.dup", dup)
-    monkeypatch.setattr("serving.journal.os.fdatasync", lambda _: synced.set())
+    monkeypatch.setattr("serving.log.journal.os.dup", dup)
+    monkeypatch.setattr("serving.log.journal.os.fdatasync", lambda _: synced.set())
     desk = Desk(tmp_path, sync_s=0.05)
     desk.run([row(1)], close=False)
     assert synced.wait(10)
@@ -210,11 +212,11 @@ def test_a_journal_is_rotated_by_size_and_sealed_ones_hold_every_row(tmp_path: P
     desk.run(*[[row(n)] for n in range(10)])
     assert desk.rotations > 2
     url = str(tmp_path / "log")
-    assert segments.seal_all(tmp_path / "j", url) == desk.rotations
+    assert sealing.seal_all(tmp_path / "j", url) == desk.rotations
     assert list((tmp_path / "j").glob("*.journal")) == []
-    found = [int(i, 16) for table in segments.read_log(url) for i in table["prediction_id"].to_pylist()]
+    found = [int(i, 16) for table in predictionlog.read_log(url) for i in table["prediction_id"].to_pylist()]
     assert found == list(range(10))
-    checked = segments.verify(url, tmp_path / "j")
+    checked = audit.verify(url, tmp_path / "j")
     assert (checked.rows, checked.duplicates, checked.broken, checked.lost_rows) == (10, 0, (), 0)
 
 
@@ -229,9 +231,9 @@ def test_a_journal_that_is_written_is_left_alone(journals: Path, tmp_path: Path)
     (path,) = journals.glob("*.journal")
     with path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert segments.seal_all(journals, str(tmp_path / "log")) == 0
-    assert segments.seal_all(journals, str(tmp_path / "log")) == 1
-    assert segments.seal_all(journals, str(tmp_path / "log")) == 0
+        assert sealing.seal_all(journals, str(tmp_path / "log")) == 0
+    assert sealing.seal_all(journals, str(tmp_path / "log")) == 1
+    assert sealing.seal_all(journals, str(tmp_path / "log")) == 0
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -257,13 +259,13 @@ def test_a_death_at_any_step_of_sealing_keeps_every_row_once(
             Failpoints(places, nth=nth, when=when)(patched)
             died = False
             try:
-                segments.seal_all(tmp_path / f"j{nth}", url)
+                sealing.seal_all(tmp_path / f"j{nth}", url)
             except Died:
                 died = True
-        segments.seal_all(tmp_path / f"j{nth}", url)
-        found = [int(i, 16) for table in segments.read_log(url) for i in table["prediction_id"].to_pylist()]
+        sealing.seal_all(tmp_path / f"j{nth}", url)
+        found = [int(i, 16) for table in predictionlog.read_log(url) for i in table["prediction_id"].to_pylist()]
         assert found == list(range(5))
-        checked = segments.verify(url, tmp_path / f"j{nth}")
+        checked = audit.verify(url, tmp_path / f"j{nth}")
         assert (checked.rows, checked.duplicates, checked.broken) == (5, 0, ())
         if not died:
             break
@@ -272,46 +274,46 @@ def test_a_death_at_any_step_of_sealing_keeps_every_row_once(
 
 def test_sealing_at_once_by_many_keeps_every_row_once(journals: Path, tmp_path: Path) -> None:
     url = str(tmp_path / "log")
-    threads = [threading.Thread(target=segments.seal_all, args=(journals, url)) for _ in range(6)]
+    threads = [threading.Thread(target=sealing.seal_all, args=(journals, url)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert segments.verify(url, journals).rows == 5
+    assert audit.verify(url, journals).rows == 5
 
 
 def test_the_sealing_process_seals_and_imports_no_pandas(journals: Path, tmp_path: Path) -> None:
     """Importing it costs more than sealing, and pyarrow does so unasked."""
     url = str(tmp_path / "log")
-    command = [sys.executable, "-X", "importtime", "-m", "serving.sealing", str(journals), url, "low"]
+    command = [sys.executable, "-X", "importtime", "-m", "serving.log.seal_process", str(journals), url, "low"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "pyarrow.parquet" in done.stderr
     assert "pandas.core" not in done.stderr
-    checked = segments.verify(url, journals)
+    checked = audit.verify(url, journals)
     assert (checked.rows, checked.broken, checked.unsealed) == (5, (), 0)
 
 
 def test_a_changed_segment_is_refused_and_reported(journals: Path, tmp_path: Path) -> None:
     url = str(tmp_path / "log")
-    segments.seal_all(journals, url)
+    sealing.seal_all(journals, url)
     (path,) = (tmp_path / "log").rglob("*.parquet")
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(TamperedArtefact, match="was changed after it was sealed"):
-        list(segments.read_log(url))
-    assert len(segments.verify(url, journals).broken) == 1
+        list(predictionlog.read_log(url))
+    assert len(audit.verify(url, journals).broken) == 1
     path.write_bytes(data)
     (manifest,) = (tmp_path / "log").rglob("*.json")
     sealed = manifest.read_bytes()
     manifest.write_bytes(sealed.replace(b'"rows":5', b'"rows":4'))
-    assert "changed after it was sealed" in segments.verify(url, journals).broken[0]
+    assert "changed after it was sealed" in audit.verify(url, journals).broken[0]
     body = unseal(sealed)
     assert body is not None
     manifest.write_bytes(seal(body | {"schema_version": 99}))
     with pytest.raises(SchemaTooNew, match="schema version 99"):
-        segments.segments(open_objects(url))
+        predictionlog.segments(open_objects(url))
     manifest.unlink()
-    assert "has no manifest" in segments.verify(url, journals).broken[0]
+    assert "has no manifest" in audit.verify(url, journals).broken[0]
 
 
 def test_the_log_is_read_by_model_and_time(tmp_path: Path) -> None:
@@ -321,10 +323,10 @@ def test_the_log_is_read_by_model_and_time(tmp_path: Path) -> None:
     start = 1_770_000_000.0
     desk.run([row(n, model="a" if n % 2 else "b", at=start + 60 * n) for n in range(10)])
     url = str(tmp_path / "log")
-    segments.seal_all(tmp_path / "j", url)
+    sealing.seal_all(tmp_path / "j", url)
 
     def found(**options: Any) -> list[int]:
-        return [int(i, 16) for t in segments.read_log(url, **options) for i in t["prediction_id"].to_pylist()]
+        return [int(i, 16) for t in predictionlog.read_log(url, **options) for i in t["prediction_id"].to_pylist()]
 
     def at(number: int) -> datetime.datetime:
         return datetime.datetime.fromtimestamp(start + 60 * number, datetime.UTC)
@@ -341,13 +343,13 @@ def test_an_export_tells_of_the_losses_of_its_own_time(tmp_path: Path) -> None:
     gap = {"gap": 7, "since": start + 100, "until": start + 200, "reason": "disk"}
     journals.mkdir()
     (journals / "a.journal").write_bytes(b"VLJ1" + row(1, at=start) + encode_row(gap) + row(2, at=start + 1000))
-    assert segments.seal_all(journals, url) == 1
+    assert sealing.seal_all(journals, url) == 1
 
     def lost(since: float, until: float) -> int:
         moments = [datetime.datetime.fromtimestamp(start + at, datetime.UTC) for at in (since, until)]
-        return segments.export(url, tmp_path / "out.csv", since=moments[0], until=moments[1]).lost
+        return audit.export(url, tmp_path / "out.csv", since=moments[0], until=moments[1]).lost
 
-    assert segments.export(url, tmp_path / "out.csv").lost == 7
+    assert audit.export(url, tmp_path / "out.csv").lost == 7
     assert [lost(0, 150), lost(150, 400), lost(0, 100), lost(201, 2000)] == [7, 7, 0, 0]
 
 
@@ -356,9 +358,9 @@ def test_an_export_holds_every_row(journals: Path, tmp_path: Path, suffix: str) 
     import pandas as pd
 
     url = str(tmp_path / "log")
-    segments.seal_all(journals, url)
+    sealing.seal_all(journals, url)
     out = tmp_path / f"out{suffix}"
-    assert segments.export(url, out).rows == 5
+    assert audit.export(url, out).rows == 5
     read: Any = {".parquet": pd.read_parquet, ".csv": pd.read_csv, ".jsonl": lambda p: pd.read_json(p, lines=True)}[suffix]
     frame = read(out)
     assert len(frame) == 5
@@ -366,23 +368,23 @@ def test_an_export_holds_every_row(journals: Path, tmp_path: Path, suffix: str) 
     assert list(json.loads(probabilities) if isinstance(probabilities, str) else probabilities) == [0.5, 0.5]
     assert [path.name for path in tmp_path.glob(".*")] == []
     with pytest.raises(ConfigError, match=r"\.parquet, \.csv or \.jsonl"):
-        segments.export(url, tmp_path / "out.xlsx")
+        audit.export(url, tmp_path / "out.xlsx")
 
 
 def test_segments_go_to_s3_and_wait_when_it_is_away(tmp_path: Path, journals: Path) -> None:
-    from components.contracts import RegistryUnavailable
+    from components.contracts.errors import RegistryUnavailable
 
     with s3_bucket("log") as bucket:
         url = f"{bucket}/predictions"
         there = os.environ["AWS_ENDPOINT_URL"]
         os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
         with pytest.raises(RegistryUnavailable, match="does not answer"):
-            segments.seal_all(journals, url)
+            sealing.seal_all(journals, url)
         assert len(list(journals.glob("*.journal"))) == 1
         os.environ["AWS_ENDPOINT_URL"] = there
-        assert segments.seal_all(journals, url) == 1
-        assert sum(len(table) for table in segments.read_log(url)) == 5
-        assert segments.verify(url, journals).rows == 5
+        assert sealing.seal_all(journals, url) == 1
+        assert sum(len(table) for table in predictionlog.read_log(url)) == 5
+        assert audit.verify(url, journals).rows == 5
 
 
 def test_a_sealer_never_sees_a_journal_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,14 +394,14 @@ def test_a_sealer_never_sees_a_journal_before_it_is_locked(tmp_path: Path, monke
 
     def flock(file: Any, operation: int) -> None:
         if operation == fcntl.LOCK_EX:
-            assert segments.seal_all(tmp_path / "j", str(tmp_path / "log")) == 0
+            assert sealing.seal_all(tmp_path / "j", str(tmp_path / "log")) == 0
         real(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
     assert desk.run([row(1)], [row(2)]) == [True, True]
     monkeypatch.undo()
-    assert segments.seal_all(tmp_path / "j", str(tmp_path / "log")) == 1
-    assert segments.verify(str(tmp_path / "log"), tmp_path / "j").rows == 2
+    assert sealing.seal_all(tmp_path / "j", str(tmp_path / "log")) == 1
+    assert audit.verify(str(tmp_path / "log"), tmp_path / "j").rows == 2
 
 
 @pytest.mark.parametrize("tail", [bytes(64), bytes(5), b"\xff" * 40])
@@ -408,8 +410,8 @@ def test_what_a_power_loss_leaves_at_the_end_does_not_stop_sealing(journals: Pat
     path.write_bytes(path.read_bytes() + tail)
     (journals / "00-empty.journal").write_bytes(bytes(100))
     (journals / "01-other.journal").write_bytes(b"something else entirely")
-    assert segments.seal_all(journals, str(tmp_path / "log")) == 1
-    checked = segments.verify(str(tmp_path / "log"), journals)
+    assert sealing.seal_all(journals, str(tmp_path / "log")) == 1
+    checked = audit.verify(str(tmp_path / "log"), journals)
     assert (checked.rows, checked.lost_rows) == (5, 0)
     assert checked.broken == ("01-other.damaged cannot be read as a journal; look at it, then remove it",)
 
@@ -419,8 +421,8 @@ def test_damage_in_the_middle_costs_its_row_and_is_told(journals: Path, tmp_path
     data = bytearray(path.read_bytes())
     data[HEAD_BYTES + len(row(0)) + len(row(1)) // 2] ^= 0xFF
     path.write_bytes(bytes(data))
-    segments.seal_all(journals, str(tmp_path / "log"))
-    checked = segments.verify(str(tmp_path / "log"), journals)
+    sealing.seal_all(journals, str(tmp_path / "log"))
+    checked = audit.verify(str(tmp_path / "log"), journals)
     assert (checked.rows, checked.lost_rows) == (4, 1)
 
 
@@ -458,12 +460,12 @@ def test_no_loss_is_forgotten_and_none_counted_twice_however_servers_end(
     )
     full.clear()
     for sealed in (False, True, True):
-        checked = segments.verify(url, tmp_path / "3")
+        checked = audit.verify(url, tmp_path / "3")
         assert (checked.lost_rows, checked.rows, checked.broken) == (9, rows if sealed else 0, ())
         assert {loss.reason for loss in checked.losses} == {"No space left on device (ENOSPC)"}
         assert all(loss.since and loss.until >= loss.since for loss in checked.losses)
-        assert segments.export(url, tmp_path / "out.csv", journals=tmp_path / "3").lost == 9
-        segments.seal_all(tmp_path / "3", url)
+        assert audit.export(url, tmp_path / "out.csv", journals=tmp_path / "3").lost == 9
+        sealing.seal_all(tmp_path / "3", url)
 
 
 def test_a_count_that_was_cut_short_leaves_the_one_before_it_and_is_told(tmp_path: Path, full: threading.Event) -> None:
@@ -476,12 +478,12 @@ def test_a_count_that_was_cut_short_leaves_the_one_before_it_and_is_told(tmp_pat
     data[counted.place + 20] ^= 1
     path.write_bytes(data)
     for _ in range(2):  # in the journal, and sealed
-        checked = segments.verify(str(tmp_path / "log"), tmp_path / "left")
+        checked = audit.verify(str(tmp_path / "log"), tmp_path / "left")
         assert sorted((loss.lost, loss.reason) for loss in checked.losses) == [
             (1, "the count of what was lost is damaged"),
             (2, "No space left on device (ENOSPC)"),
         ]
-        segments.seal_all(tmp_path / "left", str(tmp_path / "log"))
+        sealing.seal_all(tmp_path / "left", str(tmp_path / "log"))
 
 
 def test_a_journal_that_is_removed_under_its_server_is_a_loss(tmp_path: Path) -> None:
@@ -491,7 +493,7 @@ def test_a_journal_that_is_removed_under_its_server_is_a_loss(tmp_path: Path) ->
     while desk.figure("journal_lost_rows_total") < 2:
         time.sleep(0.01)
     desk.journal.close()
-    (loss,) = segments.verify(str(tmp_path / "log"), tmp_path / "j").losses
+    (loss,) = audit.verify(str(tmp_path / "log"), tmp_path / "j").losses
     assert (loss.lost, loss.reason) == (2, "the journal was removed")
 
 
@@ -544,8 +546,8 @@ def test_times_with_an_offset_mean_the_same_moment(journals: Path, tmp_path: Pat
     import datetime
 
     url = str(tmp_path / "log")
-    segments.seal_all(journals, url)
+    sealing.seal_all(journals, url)
     moment = datetime.datetime.fromtimestamp(1_770_000_002, datetime.UTC)
     for hours in (-11, 0, 9, 14):
         since = moment.astimezone(datetime.timezone(datetime.timedelta(hours=hours)))
-        assert sum(len(table) for table in segments.read_log(url, since=since)) == 3
+        assert sum(len(table) for table in predictionlog.read_log(url, since=since)) == 3

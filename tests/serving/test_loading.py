@@ -24,15 +24,19 @@ import pytest
 from served import MODEL, Server, png, publish, route, server, variant
 from shapes import KINDS
 
-from components.contracts import PluginFailed, Release, Stored
+from components.contracts.errors import PluginFailed
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from components.formats import Accepted
 from components.releases import ReleaseStore
-from serving.deployment import Deployment, Limits, ReleaseRefused, _Job, _Margin, _Yielding
-from serving.frames import Facts, Form, Outcome, Refusal, Splitter, encode_answer
+from serving.engines.deployment import Deployment, ReleaseRefused
+from serving.engines.frames import Facts, Form, Outcome, Refusal, Splitter, encode_answer
+from serving.engines.queueing import Job, Limits, Margin
+from serving.engines.worker import Loaded, Order
+from serving.engines.yielding import Yielding
 from serving.metrics import Metrics
 from serving.routing import Following, Routed
 from serving.server import _Sealer
-from serving.worker import Loaded, Order
 
 CODE = Path(__file__).resolve().parents[2]
 
@@ -49,7 +53,7 @@ class Served:
 
 
 def test_a_loading_process_stands_still_while_pictures_wait_and_goes_on_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.deployment._YIELD_S", 0.1)
+    monkeypatch.setattr("serving.engines.yielding._YIELD_S", 0.1)
     served: Any = Served()
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
 
@@ -61,7 +65,7 @@ def test_a_loading_process_stands_still_while_pictures_wait_and_goes_on_after(mo
         return found
 
     async def act() -> tuple[list[str], float, int, list[str], float, list[str]]:
-        yielding = _Yielding(process, [Served(), served])  # type: ignore[list-item]
+        yielding = Yielding(process, [Served(), served])  # type: ignore[list-item]
         served.behind = True
         await asyncio.sleep(0.05)  # it stands still for the first time
         before, patient = _cpu_s(process), served.patient
@@ -94,14 +98,14 @@ def _cpu_s(process: subprocess.Popen[bytes]) -> float:
 
 
 def test_a_loading_process_stands_still_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.deployment._YIELD_S", 0.1)
-    monkeypatch.setattr("serving.deployment._MOST_STILL_S", 0.3)
+    monkeypatch.setattr("serving.engines.yielding._YIELD_S", 0.1)
+    monkeypatch.setattr("serving.engines.yielding._MOST_STILL_S", 0.3)
     served: Any = Served()
     served.behind = True
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
 
     async def act() -> tuple[float, str, list[int]]:
-        yielding = _Yielding(process, [served])
+        yielding = Yielding(process, [served])
         await asyncio.sleep(1.5)
         found, patient = yielding.stood_still_s, [served.patient]
         await asyncio.sleep(0.2)
@@ -145,17 +149,17 @@ def test_the_time_that_a_release_stands_still_is_not_held_against_it(
             await made.close()
 
     # It hardly goes on in between, so that it certainly is not up within its time.
-    monkeypatch.setattr("serving.deployment._LOAD_S", 0.001)
-    monkeypatch.setattr("serving.deployment._YIELD_S", 5.0)
+    monkeypatch.setattr("serving.engines.yielding._LOAD_S", 0.001)
+    monkeypatch.setattr("serving.engines.yielding._YIELD_S", 5.0)
     assert asyncio.run(act())
 
 
 def test_a_release_comes_up_though_pictures_never_stop_waiting(
     smoke: Stored[Release], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.deployment._LOAD_S", 0.001)
-    monkeypatch.setattr("serving.deployment._YIELD_S", 0.5)
-    monkeypatch.setattr("serving.deployment._MOST_STILL_S", 3.0)
+    monkeypatch.setattr("serving.engines.yielding._LOAD_S", 0.001)
+    monkeypatch.setattr("serving.engines.yielding._YIELD_S", 0.5)
+    monkeypatch.setattr("serving.engines.yielding._MOST_STILL_S", 3.0)
     served: Any = Served()
     served.behind = True
 
@@ -286,7 +290,7 @@ def test_sealing_gives_way_and_takes_a_share_only_when_it_has_fallen_behind_or_t
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other kernels have no idle class")
 def test_sealing_is_of_the_idle_class_when_it_gives_way() -> None:
     code = (
-        "import os, sys; from serving.sealing import _step_back; _step_back(sys.argv[1]);"
+        "import os, sys; from serving.log.seal_process import _step_back; _step_back(sys.argv[1]);"
         "print(os.sched_getscheduler(0) == os.SCHED_IDLE, os.nice(0))"
     )
     told = [subprocess.check_output([sys.executable, "-c", code, how], cwd=CODE, text=True) for how in ("idle", "low")]
@@ -332,7 +336,7 @@ def test_a_change_of_releases_makes_late_what_would_else_be_refused(smoke: Store
 def test_the_margin_is_what_the_machine_needs(noise: float, least: float, most: float) -> None:
     """Waits that miss the expectation by a log-normal factor: 99 % end inside the bound, and no more is given away for it."""
     rng = np.random.default_rng(7)
-    margin = _Margin()
+    margin = Margin()
     shares, waits = [], []
     for factor in np.exp(noise * rng.standard_normal(40_000)):
         shares.append(margin.share)
@@ -363,13 +367,13 @@ def test_the_margin_learns_only_from_what_had_to_wait_as_usual(smoke: Stored[Rel
             if what == "new process":
                 made._up_since = loop.time() - 0.5
             queued_at, lone = loop.time() - waited_s, what != "one of many"
-            job = _Job(Form.ENCODED, b"", queued_at, math.inf, loop.create_future(), lone=lone)
+            job = Job(Form.ENCODED, b"", queued_at, math.inf, loop.create_future(), lone=lone)
             made._flying[1] = (0.0, [job])
             answer = encode_answer(1, [Refusal(Outcome.UNDECODABLE, "damaged")], decode_ms=10.0, infer_ms=10.0)
             for kind, payload in Splitter().feed(answer):
                 made._received(link, kind, payload)  # type: ignore[arg-type]
             assert job.future.done()
-            found.append(made._margin.share - _Margin().share)
+            found.append(made._margin.share - Margin().share)
         return found
 
     at_once, in_time, late, *excused = asyncio.run(act())
@@ -393,7 +397,7 @@ def test_the_cost_of_a_picture_is_that_of_a_busy_machine(smoke: Stored[Release])
             found = [made._picture_ms]
             for result, others in ((facts, 0), (refusal, 1), (facts, 1)):
                 answer = encode_answer(9, [result], decode_ms=100.0, infer_ms=100.0)
-                job = _Job(Form.ENCODED, b"", 0.0, math.inf, asyncio.get_running_loop().create_future())
+                job = Job(Form.ENCODED, b"", 0.0, math.inf, asyncio.get_running_loop().create_future())
                 made._flying = {9: (0.0, [job]), **{number: (0.0, []) for number in range(others)}}
                 ((kind, payload),) = Splitter().feed(answer)
                 made._received(made._link, kind, payload)
@@ -434,7 +438,7 @@ def test_whoever_waits_longer_than_promised_is_told_so_suspects_too(smoke: Store
         for jobs in (made._waiting, made._suspects):
             for late_s in (-1.0, 60.0):
                 futures.append(loop.create_future())
-                jobs.append(_Job(Form.ENCODED, b"", loop.time(), loop.time() + late_s, futures[-1]))
+                jobs.append(Job(Form.ENCODED, b"", loop.time(), loop.time() + late_s, futures[-1]))
         watching = loop.create_task(made._watch())
         await asyncio.wait(futures, timeout=20, return_when=asyncio.FIRST_COMPLETED)
         watching.cancel()
@@ -468,7 +472,7 @@ def test_an_engine_that_hears_of_nothing_ends_with_its_server() -> None:
 import os, signal, subprocess, sys, time
 theirs = int(sys.argv[1])
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
-command = [sys.executable, "-m", "serving.engine", str(theirs), str(os.getpid()), "0"]
+command = [sys.executable, "-m", "serving.engines.process", str(theirs), str(os.getpid()), "0"]
 print(subprocess.Popen(command, pass_fds=[theirs], process_group=0).pid, flush=True)
 time.sleep(60)
 """
@@ -504,7 +508,7 @@ def _ignores(pid: int, number: signal.Signals) -> bool:
 def test_an_engine_whose_server_is_gone_already_does_not_begin() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        command = [sys.executable, "-m", "serving.engine", str(theirs.fileno()), str(os.getppid()), "0"]
+        command = [sys.executable, "-m", "serving.engines.process", str(theirs.fileno()), str(os.getppid()), "0"]
         done = subprocess.run(command, pass_fds=[theirs.fileno()], cwd=CODE, timeout=30, check=False)
     assert done.returncode == 1
 

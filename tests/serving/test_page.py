@@ -16,9 +16,10 @@ from browser import Browser, browser
 from served import MODEL, Server, png, publish, server, variant
 from shapes import visionloop
 
-from components.contracts import Release, Stored
+from components.contracts.records import Stored
+from components.contracts.releases import Release
 from components.releases import ReleaseStore
-from serving.auth import Tokens
+from serving.protocols.auth import Tokens
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from served import png, server
 from shapes import LENIENT, visionloop_process
 from stores import fresh_database, s3_bucket
 
-from serving import segments
+from components import predictionlog
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +68,6 @@ def test_promoted_on_postgresql_served_from_s3_and_logged_there(
     assert kinds == ["requested", "approved", "promoted", "requested", "approved", "promoted", "rolled_back"]
     run("ledger", "verify")
     run("reconcile")
-    versions = [v for table in segments.read_log("s3://team/predictions") for v in table["version"].to_pylist()]
+    versions = [v for table in predictionlog.read_log("s3://team/predictions") for v in table["version"].to_pylist()]
     assert set(versions) == {version, following}
     assert not any(path.exists() for path in local)  # nothing went to the laptop's defaults

@@ -1,0 +1,220 @@
+"""Records of judgement: evaluations, measurements, findings, verdicts, and the comparisons that decide them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from pydantic import (
+    Field,
+)
+
+from components.contracts.records import FileDigest, Record
+
+
+class Estimate(Record):
+    """A measured value with its 95 % interval and the number of images behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int = Field(ge=1)
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] (n={self.n})"
+
+
+class ClassMetrics(Record):
+    """One class on one split. Precision and F1 are absent when the class was never predicted."""
+
+    name: str
+    support: int
+    precision: Estimate | None
+    recall: Estimate
+    f1: Estimate | None
+
+
+class Evaluation(Record):
+    """What one engine answered on one split; deterministic, so it is cached by content."""
+
+    engine: str
+    engine_digest: str
+    test_digest: str
+    status: Literal["evaluated", "not executed here", "not comparable"]
+    """`not comparable`: a champion that shares too few classes or test images with the data to be asked about them."""
+    reason: str = ""
+    """Why it was not executed, or what is wrong with its answers; empty when nothing is."""
+    num_images: int = 0
+    metrics: dict[str, Estimate] = {}
+    per_class: tuple[ClassMetrics, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Rows are true classes, columns predictions."""
+    reliability: tuple[tuple[float, float, int], ...] = ()
+    """(mean confidence, accuracy, count) of each non-empty confidence bin."""
+    predictions: FileDigest | None = None
+
+
+class Measurement(Record):
+    """Latency and size of one engine on one machine; never comes from another machine."""
+
+    engine: str
+    engine_digest: str
+    status: Literal["measured", "not executed here"]
+    reason: str = ""
+    machine: str
+    """Fingerprint of the machine: processor, cores, operating system."""
+    batch_size: int = 1
+    num_threads: int = 0
+    num_runs: int = 0
+    latency_p50_ms: float | None = None
+    latency_p90_ms: float | None = None
+    latency_p99_ms: float | None = None
+    """Each the median of the rounds' own percentiles, so that one noisy round does not decide."""
+    rounds_p50_ms: tuple[float, ...] = ()
+    rounds_p99_ms: tuple[float, ...] = ()
+    num_attempts: int = 1
+    """How often it was measured because the rounds disagreed; this is the attempt whose rounds agreed best."""
+    size_bytes: int = 0
+
+    @property
+    def spread(self) -> float:
+        """The slowest round's median latency over the fastest one's; 1 where there are no rounds."""
+        return max(self.rounds_p50_ms) / min(self.rounds_p50_ms) if self.rounds_p50_ms else 1.0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the rounds disagree so much that something else was at work on the machine."""
+        return self.spread > 1.5
+
+
+FindingStatus = Literal["pass", "fail", "inconclusive", "not applicable", "not executed here"]
+
+
+class Finding(Record):
+    """One gate's answer about one engine."""
+
+    gate: str
+    status: FindingStatus
+    message: str
+    value: float | None = None
+    threshold: float | None = None
+    n: int | None = None
+
+
+VerdictStatus = Literal["pass", "fail", "inconclusive", "not executed here"]
+
+
+class EngineVerdict(Record):
+    """All findings of one engine and what follows from them."""
+
+    engine: str
+    engine_digest: str
+    required: bool
+    serving: bool
+    status: VerdictStatus
+    findings: tuple[Finding, ...]
+
+
+class Verdict(Record):
+    """Whether this candidate may be asked for approval. Anything but `pass` is a rejection."""
+
+    status: Literal["pass", "fail", "inconclusive"]
+    serving_engine: str
+    engines: tuple[EngineVerdict, ...]
+    reasons: tuple[str, ...]
+    """Why it is not a pass; empty on a pass."""
+    policy_digest: str
+
+
+class Lineage(Record):
+    """Where a model comes from, as it is written into MLflow and the ledger."""
+
+    run_id: str
+    recipe: str
+    data_version: str
+    git_commit: str
+    git_dirty: bool
+    code_version: str
+    config_digest: str
+    lock_digest: str
+
+
+class Candidate(Record):
+    """A registered model version that waits for a person's approval."""
+
+    model: str
+    version: str
+    candidate_digest: str
+    mlflow_run_id: str
+    ledger_seq: int
+
+
+class Rejection(Record):
+    """A model that was judged and refused; the evidence is kept."""
+
+    model: str
+    status: Literal["fail", "inconclusive"]
+    reasons: tuple[str, ...]
+    candidate_digest: str
+    mlflow_run_id: str
+    ledger_seq: int
+
+
+def compare(value: float | None, threshold: float, *, at_least: bool) -> Literal["pass", "fail", "inconclusive"]:
+    """The one comparison of a gate. A missing or non-finite value or threshold is inconclusive, never a pass."""
+    if value is None or not math.isfinite(value) or not math.isfinite(threshold):
+        return "inconclusive"
+    met = value >= threshold if at_least else value <= threshold
+    return "pass" if met else "fail"
+
+
+def compare_interval(estimate: Estimate | None, floor: float) -> Literal["pass", "fail", "inconclusive"]:
+    """Three-way comparison of an estimate with a floor.
+
+    Pass when the whole 95 % interval lies at or above the floor, fail when the whole interval lies below it,
+    else inconclusive: the images do not decide.
+    """
+    if estimate is None or not all(math.isfinite(v) for v in (estimate.low, estimate.value, estimate.high, floor)):
+        return "inconclusive"
+    if estimate.low >= floor:
+        return "pass"
+    return "fail" if estimate.high < floor else "inconclusive"
+
+
+def shared_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...]:
+    """The classes that both know, in the order of `ours`."""
+    known = set(theirs)
+    return tuple(name for name in ours if name in known)
+
+
+_MOST_IMAGES = 10_000_000
+
+
+def enough(decides: Callable[[int], bool], n: int) -> int | None:
+    """About how many, more than the `n` that are there, it takes until `decides` holds, rounded up to two digits.
+
+    None when ten million would not do: then the measured value lies on the limit itself.
+    """
+    high = n + 1
+    while not decides(high):
+        high *= 2
+        if high > _MOST_IMAGES:
+            return None
+    low = max(n, high // 2)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decides(middle) else (middle, high)
+    step = int(10 ** max(0, len(str(high)) - 2))
+    return -(-high // step) * step
+
+
+def too_few(what: str, n: int, needed: int | None, *, exactly: bool = False) -> str:
+    """Why something is inconclusive and what would decide it, in the one sentence for all that is.
+
+    `needed` is the number that would decide, estimated by `enough` or demanded `exactly`; None when no number would.
+    """
+    if needed is None:
+        return f"{n} {what} do not decide, and no number of them would as long as the value lies on the limit itself"
+    return f"too few {what} to decide: there are {n}, {'' if exactly else 'about '}{needed} would do"

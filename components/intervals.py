@@ -1,0 +1,51 @@
+"""95 % intervals: Wilson's of a share, the bootstrap of a mean."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from components.contracts.verdicts import Estimate
+
+_Z95 = 1.959963984540054
+
+
+RESAMPLES = 1000
+
+
+SEED = 20240717
+
+
+Floats = npt.NDArray[np.float64]
+
+
+Labels = npt.NDArray[np.int64]
+
+
+def wilson(hits: int, n: int) -> Estimate:
+    """Share hits / n with its 95 % Wilson score interval; raises ValueError on n = 0."""
+    if n <= 0:
+        raise ValueError("a share of no images has no value")
+    share, z2 = hits / n, _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # Rounding must not put the value outside its own interval at 0 and 1.
+    low, high = min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+    return Estimate(value=share, low=low, high=high, n=n, method="wilson")
+
+
+def resamples(n: int) -> Labels:
+    # A fixed seed: the same answers must give the same interval on every rerun and machine.
+    picks: Labels = np.random.default_rng(SEED).integers(0, n, size=(RESAMPLES, n))
+    return picks
+
+
+def bootstrap(value: float, resampled: Floats, n: int) -> Estimate:
+    return interval(value, resampled, n, "bootstrap")
+
+
+def interval(value: float, sampled: Floats, n: int, method: str) -> Estimate:
+    low, high = np.quantile(sampled, [0.025, 0.975])
+    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value), n=n, method=method)

@@ -1,0 +1,81 @@
+"""`visionloop`: the loop on the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from components import garbage
+from flows.cli.answers import Commands
+from flows.cli.backup import add_backup_commands
+from flows.cli.data import data_app
+from flows.cli.loop import add_loop_commands
+from flows.cli.registry import add_registry_commands
+from flows.cli.serving import add_serving_commands
+from flows.cli.training import recipe_app, store_app
+
+app = Commands(
+    name="visionloop",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="""Turn labelled images into engines that are judged and approved before they are served.
+
+    The loop, in order:
+
+    \b
+      visionloop init DIR                a workspace: git, DVC, your recipes
+      visionloop data add FOLDER         one sub-folder per class -> a pinned data version
+      visionloop recipe list | show      what can be trained, and how
+      visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
+      visionloop candidates | show V     what waits for a person, with the evidence beside the champion
+      visionloop approve V --as WHO      a second person decides; also reject
+      visionloop promote V               everything is checked again, then it goes live; rollback goes back
+      visionloop serve --model NAME      answers over HTTP and gRPC; picks up a new champion by itself
+      visionloop predict SOURCE          a folder, .parquet or s3:// through the champion, resumable
+      visionloop predictions export      what was answered; also verify and erase
+      visionloop up | status | down      what the loop needs: Prefect server, schedules, automations, a worker; deploy
+      visionloop watch | windows         does what the champion sees still look like its reference?
+      visionloop alarms | sweep          drift that was seen, and what came of it
+      visionloop labels import FILE      what people say that images of production show; data add --from-predictions
+      visionloop governor history        what may train without a person, and why or why not; stop, start, reset
+      visionloop history | who-served    what was decided, and what served at any moment
+      visionloop runs                    what was run, and what came of it
+      visionloop store verify            every artefact against its digests
+      visionloop backup FILE | restore   one file that a workspace can be made anew from, while it is in use
+      visionloop report                  the page of all this
+      visionloop demo                    all of it on real digits, in a scratch workspace
+
+    Every command that answers takes --json and then prints one JSON object as its last line.
+    Exit status: 0 done, 1 the answer is no (rejected, drifted, not as it should be), 2 an error that says what to do.""",
+)
+app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(store_app, name="store")
+add_registry_commands(app)
+add_serving_commands(app)
+add_loop_commands(app)
+add_backup_commands(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from flows.workspace.workspace import version
+
+        print(f"visionloop {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def every(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before any command."""
+
+
+def run() -> None:
+    """Run the command that the command line names."""
+    garbage.skip_at_exit()
+    app()

@@ -1,0 +1,49 @@
+"""The command that shows the loop close."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.answers import AsJson, finish
+from flows.cli.app import app
+from flows.cli.training import _trained
+
+
+@app.command()
+def demo(
+    directory: Annotated[
+        Path, typer.Option("--directory", help="Scratch workspace; kept, so a second demo goes on where this one stopped.")
+    ] = Path(".demo"),
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the Prefect server.")] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="Leave nothing running at the end: no pages to look at.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """The whole loop on the embedded digits, in a scratch workspace: no account, no server of yours, no download."""
+    from flows.demo.workspace import prepare
+    from flows.workspace.settings import prepare_environment, read_settings
+
+    def told(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    workspace = prepare(directory)
+    prepare_environment(workspace.state)
+    from flows.demo.story import Show
+    from flows.up.processes import Up
+
+    show = Show(workspace, lambda: _trained(workspace.root, "digits", [], None), told, port=port)
+    up = Up(workspace, read_settings(workspace.state))
+    try:
+        phases = show.run()
+        if not stop:
+            up.start_pages(told=lambda line: told(f"  {line}"))
+        answer = show.finish({} if stop else up.addresses())
+    finally:
+        if stop:
+            up.stop(told=told)
+    finish(answer | {"phases": phases}, json_, lambda: show.text(answer))
+    if phases["train"]["outcome"] != "candidate":
+        raise typer.Exit(1)

@@ -1,0 +1,189 @@
+"""Commands about workspaces, recipes, training runs and their store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from components import garbage
+from components.contracts.errors import ConfigError
+from components.contracts.wording import counted
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
+from flows.cli.app import app
+
+recipe_app = Commands(help="What can be trained, and how.")
+
+
+store_app = Commands(help="Published artefacts.")
+
+
+@app.command()
+def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE, json_: AsJson = False) -> None:
+    """Make a workspace: git and DVC, ready for `data add`."""
+    from components import dataversions
+    from flows.workspace.workspace import Workspace
+
+    workspace = Workspace.create(directory)
+    repository = dataversions.repository(workspace.root)
+    within = "" if repository == workspace.root else f" It is part of the git repository {repository}."
+    finish(
+        {"workspace": str(workspace.root), "repository": str(repository)},
+        json_,
+        lambda: f"Workspace {workspace.root} is ready.{within} Next: visionloop data add FOLDER (one sub-folder per class)",
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a .yaml file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="Override, such as training.fit.epochs=5. May be repeated.")
+    ] = None,
+    as_: Annotated[
+        str | None, typer.Option("--as", help="Who asks for it, and then cannot approve it; your login name by default.")
+    ] = None,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="Time the engines anew: the machine was busy when they were measured.")
+    ] = False,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Validate, split, train, export, evaluate, judge, package and register, in one run that can be resumed."""
+    from flows.orchestrator.events import expect_server
+    from flows.workspace.recipes import load_recipe
+    from flows.workspace.settings import prepare_environment, read_settings
+    from flows.workspace.workspace import Workspace
+
+    found = Workspace.find(workspace)
+    # Before Prefect is even imported: a typo should cost no time.
+    load_recipe(recipe, set_ or [], workspace=found.root)
+    prepare_environment(found.state)
+    found.expect_writable()
+    expect_server(read_settings(found.state))
+    _train(found.root, recipe, set_ or [], as_, json_, measure_again=measure_again)
+
+
+def _trained(
+    root: Path, recipe: str, overrides: list[str], by: str | None, *, measure_again: bool = False
+) -> dict[str, Any]:
+    from flows.workspace.settings import login_name
+    from registry.approval import person
+
+    requester = person(by or login_name()).name
+    with garbage.kept():
+        from flows.train import train as flow
+
+    call: Any = flow  # its states confuse the types of Prefect's decorator
+    summary: dict[str, Any] = call(
+        recipe, str(root), overrides, requested_by=requester, quiet=False, measure_again=measure_again
+    )
+    return summary
+
+
+def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool, *, measure_again: bool) -> None:
+    summary = _trained(root, recipe, overrides, by, measure_again=measure_again)
+    finish(summary, as_json, lambda: _told(summary))
+    if summary["outcome"] != "candidate":
+        raise typer.Exit(1)
+
+
+def _told(summary: dict[str, Any]) -> str:
+    from flows.training.summary import told
+
+    return told(summary)
+
+
+@app.command()
+def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """What was run in this workspace: when it was first started, what came of it, and what was set."""
+    from flows.training.past_runs import past_runs, told
+    from flows.workspace.workspace import Workspace
+
+    found = past_runs(Workspace.find(workspace))
+    lines = [told(run) for run in found]
+    finish({"runs": found}, json_, lambda: "\n".join(lines) or "No runs yet. Next: visionloop train --recipe NAME")
+
+
+def _root_of(folder: Path) -> Path | None:
+    """The workspace's root, so that its recipes and plug-ins are known; None outside of one."""
+    from flows.workspace.workspace import Workspace
+
+    try:
+        return Workspace.find(folder).root
+    except ConfigError:
+        return None
+
+
+@recipe_app.command("list")
+def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
+    """The shipped recipes and the workspace's own."""
+    from flows.workspace.recipes import load_recipe, recipe_files
+
+    root = _root_of(workspace)
+    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    for name in sorted(recipe_files(root)):
+        try:
+            found[name] = load_recipe(name, workspace=root).description
+        except ConfigError as error:
+            problems[name] = str(error)
+    lines = [f"{name:16} {text}" for name, text in found.items()]
+    lines += [f"{name:16} cannot be used: {problem}" for name, problem in problems.items()]
+    finish({"recipes": found, "problems": problems}, json_, lambda: "\n".join(lines))
+
+
+@recipe_app.command("show")
+def recipe_show(
+    recipe: str,
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="Override to apply first.")] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """A recipe with every default written out."""
+    import yaml
+
+    from flows.workspace.recipes import load_recipe, resolved
+
+    values = resolved(load_recipe(recipe, set_ or [], workspace=_root_of(workspace)))
+    finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
+
+
+@recipe_app.command("schema")
+def recipe_schema(json_: AsJson = False) -> None:
+    """JSON Schema of a recipe, for editors."""
+    from flows.workspace.recipes import RunConfig
+
+    schema = RunConfig.model_json_schema()
+    finish(schema, json_, lambda: json.dumps(schema, indent=1))
+
+
+@store_app.command("verify")
+def store_verify(
+    discard: Annotated[
+        bool, typer.Option(help="Set what does not verify aside, so that the next run makes it anew.")
+    ] = False,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Check every published artefact against its manifest. Exit status 1 when one does not verify."""
+    from components.contracts.errors import TamperedArtefact
+    from components.store import read_manifest
+    from flows.workspace.workspace import Workspace
+
+    found = Workspace.find(workspace)
+    store, broken, intact = found.store, [], 0
+    for folder in store.artefacts():
+        try:
+            read_manifest(folder)
+            intact += 1
+        except TamperedArtefact as error:
+            moved = str(store.discard(folder)) if discard else None
+            broken.append({"folder": str(folder), "problem": str(error), "moved_to": moved})
+    lines = [f"{counted(intact, 'artefact')} intact, {len(broken)} not"]
+    lines += [f"{b['problem']}" + (f" Moved to {b['moved_to']}" if b["moved_to"] else "") for b in broken]
+    finish({"intact": intact, "broken": broken}, json_, lambda: "\n".join(lines))
+    if broken and not discard:
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""The demo: a loop that closes on real digits while one watches."""

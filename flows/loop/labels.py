@@ -1,0 +1,170 @@
+"""Labels in, data out: a file into the loop's tables, and labelled images of production into the next data version."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.contracts.errors import DataError, UndecodableImage
+from components.contracts.wording import counted
+from components.formats import format_of
+from components.images import decode
+from components.store import sha256_file
+from flows.loop.loop import Loop
+from flows.loop.windows import capture_path, captured, champion_at, release_of
+from flows.workspace.workspace import Workspace
+from monitoring.labels import Imported, read_file, resolve
+
+
+def import_labels(
+    loop: Loop, path: Path, *, by: str | None, skip_unknown: bool = False, new_classes: bool = False
+) -> tuple[Imported, int]:
+    """Take a file of labels, whole or not at all; returns what came of it, and how many rows were unknown.
+
+    Raises ConfigError or DataError; then nothing was imported.
+    """
+    rows = read_file(path, by=by)
+    given = [row for row in rows if row["label"]]
+    if not given:
+        raise DataError(f"{path} holds no label: fill the column `label`, rows without one are left out")
+    by_prediction, images, problems = known_predictions(loop)
+    unknown = 0
+    if skip_unknown:
+        there = [row for row in given if row["image_sha256"] in images or row["prediction_id"] in by_prediction]
+        unknown, given = len(given) - len(there), there
+        if unknown and problems:
+            raise DataError(
+                f"the log does not know {counted(unknown, 'row')} of the file, but part of it cannot be read "
+                f"({problems[0]}): they may be there. Nothing was imported; see `visionloop predictions verify`"
+            )
+    classes = None if new_classes else _classes(loop)
+    try:
+        labels = resolve(given, by_prediction=by_prediction, images=images, classes=classes)
+    except DataError as error:
+        for problem in problems[:1]:
+            error.add_note(f"part of the prediction log cannot be read: {problem}")
+        raise
+    return loop.labels.append(loop.model, labels, source=path, skipped=len(rows) - len(given) - unknown), unknown
+
+
+def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str], tuple[str, ...]]:
+    """Image digest by prediction id, all image digests, and what cannot be read, of all that the log holds of the model."""
+    from datetime import UTC, datetime, timedelta
+
+    from components.predictionlog import read_stretch
+
+    since, until = datetime.fromtimestamp(0, UTC), datetime.now(UTC) + timedelta(days=366)
+    journals = loop.workspace.state / "serving" / "journal"
+    columns = ("prediction_id", "image_sha256", "model", "ingest_at")
+    log = read_stretch(loop.settings.predictions_url, journals, model=loop.model, since=since, until=until, columns=columns)
+    pairs: dict[str, str] = {}
+    for table in log.tables:
+        pairs |= dict(zip(table["prediction_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True))
+    return pairs, set(pairs.values()), log.problems
+
+
+def _classes(loop: Loop) -> tuple[str, ...]:
+    from datetime import UTC, datetime
+
+    entry = champion_at(loop, datetime.now(UTC))
+    if entry is None:
+        raise DataError(f"{loop.model} has no champion, so there is no list of its classes; use --new-classes")
+    return release_of(loop, entry).record.engine.classes
+
+
+_NAME = 24
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tif"}
+"""Digits of an image's digest that name its file in the data."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Labelled images of production, one folder a class, ready to be added."""
+
+    folder: Path
+    images: int
+    not_kept: int
+    """Labelled images whose bytes were not captured, or were erased or outdated since."""
+    damaged: int
+
+
+def training_copies(workspace: Workspace, sha: str) -> list[str]:
+    """Files of data/ that are the image of this sha256, as `gathered` names them."""
+    found = [path for path in workspace.data.glob(f"*/{sha[:_NAME]}.*") if sha256_file(path) == sha]
+    return sorted(str(path.relative_to(workspace.root)) for path in found)
+
+
+def move_relabelled(loop: Loop) -> int:
+    """Rename images of production into the class that they are said to show now; returns how many.
+
+    Their files are named by their digest, so nothing else is touched, and a rename loses nothing, whenever it is cut short.
+    Raises DataError, before anything is renamed, where a file of that name with other bytes would be overwritten.
+    """
+    data = loop.workspace.data
+    classes = [folder for folder in data.glob("*") if folder.is_dir()]
+    moves: dict[Path, list[Path]] = {}
+    for sha, label in loop.labels.latest(loop.model).items():
+        for folder in classes:
+            if folder.name != label.label:
+                for path in sorted(folder.glob(f"{sha[:_NAME]}.*")):
+                    moves.setdefault(data / label.label / path.name, []).append(path)
+    for target, paths in moves.items():
+        first, *others = [target, *paths] if target.exists() else paths
+        digest = sha256_file(first)
+        for path in others:
+            if sha256_file(path) != digest:
+                raise DataError(
+                    f"{path} is said to show {target.parent.name!r} now, and {first} has its name and other bytes: moved, "
+                    f"one would overwrite the other. Nothing was moved; rename or remove one of them and try again"
+                )
+    for target, paths in moves.items():
+        target.parent.mkdir(exist_ok=True)
+        for path in paths:
+            path.replace(target)
+    return sum(len(paths) for paths in moves.values())
+
+
+@contextmanager
+def gathered(loop: Loop) -> Iterator[Gathered]:
+    """The images that were captured and labelled, copied into a folder for as long as the context lasts.
+
+    Each is checked against the sha256 it is named by. Raises DataError when there is none.
+    """
+    there = captured(loop.workspace)
+    said = loop.labels.latest(loop.model)
+    scratch = loop.workspace.state / "tmp" / f"labelled-{uuid.uuid4().hex}"
+    images = damaged = 0
+    try:
+        for sha, label in sorted(said.items()):
+            if sha not in there:
+                continue
+            path = capture_path(loop.workspace, sha)
+            try:
+                if sha256_file(path) != sha:
+                    raise UndecodableImage("not the image it is named after")
+                decode(path.read_bytes())
+            except (OSError, UndecodableImage):
+                damaged += 1
+                continue
+            folder = scratch / label.label
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / f"{sha[:_NAME]}{_suffix(path)}")
+            images += 1
+        if not images:
+            raise DataError(
+                f"no image of {loop.model} is both captured and labelled ({len(said)} labelled, {len(there)} captured). "
+                f"Serve with --capture-share, and import labels (visionloop labels import FILE)"
+            )
+        yield Gathered(scratch, images, len(set(said) - there), damaged)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _suffix(path: Path) -> str:
+    with path.open("rb") as file:
+        found = format_of(file.read(4096))
+    return _SUFFIXES.get(found, ".img")

@@ -1,0 +1,300 @@
+"""What `flows/watch.py` does with one window: read it, judge it, leave its evidence, and make an alarm durable.
+
+    .visionloop/monitoring/<model>/windows/<window>/
+        rows.parquet     what was judged: ids, digests, answers
+        to-label.csv     the images whose labels would teach most, of a window that drifted
+        report.html      Evidently's page, of a window that drifted
+        verdict.json     written last, and the alarm's row first: a window without a verdict is judged again
+
+A window is judged once for the rows it has. Rows that come late, or a policy that changed, judge it again; its alarm stays
+one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import itertools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.contracts.errors import ConfigError, MonitoringError, StoreError
+from components.contracts.records import Stored
+from components.contracts.releases import Release
+from components.contracts.wording import utc_of
+from components.releases import ReleaseStore
+from components.store import explained, seal, unseal, write_atomically
+from flows.loop.loop import Loop
+from flows.workspace.desk import desk
+from flows.workspace.workspace import Workspace
+from monitoring.outbox import Alarm, window_id
+from monitoring.verdicts import DriftVerdict, Sample
+
+if TYPE_CHECKING:
+    from monitoring.evidently_report import Measured
+    from monitoring.window import Window
+    from registry.ledger import Entry
+
+VERDICT, ROWS, PAGE, TO_LABEL = "verdict.json", "rows.parquet", "report.html", "to-label.csv"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """When a window begins and ends, UTC."""
+
+    since: datetime.datetime
+    until: datetime.datetime
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One window and what came of it."""
+
+    window: str
+    verdict: DriftVerdict
+    folder: Path
+    fresh: bool
+    """Judged now; False when it had been judged with these rows before."""
+    alarm: Alarm | None
+    """The alarm, when this judgement made it."""
+    problem: str = ""
+    """What could not be kept beside the verdict."""
+
+
+def open_loop(folder: Path, model: str | None) -> Loop:
+    """The loop of a model of the ledger; raises ConfigError or UnknownName."""
+    found = desk(folder, model)
+    return Loop(found.workspace, found.settings, found.model)
+
+
+def stretches(
+    loop: Loop,
+    now: datetime.datetime,
+    *,
+    minutes: float | None = None,
+    since: str | None = None,
+    until: str | None = None,
+) -> list[Stretch]:
+    """The windows to look at: the scheduled ones that ended, oldest first, or the one that is asked for.
+
+    Raises ConfigError for a window that has no length.
+    """
+    if since is not None or until is not None:
+        end = _utc(until) if until else now
+        begin = _utc(since) if since else end - datetime.timedelta(minutes=loop.config.every_minutes)
+        if begin >= end:
+            raise ConfigError(
+                f"the window from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC has no length; name an earlier --since"
+            )
+        return [Stretch(begin, end)]
+    if minutes is not None:
+        if not 0 < minutes <= 366 * 24 * 60:
+            raise ConfigError(f"--minutes {minutes:g} is no length of a window; expected more than 0, at most a year")
+        return [Stretch(now - datetime.timedelta(minutes=minutes), now)]
+    length = loop.config.every_minutes * 60
+    last = int(now.timestamp()) // length * length
+    moments = [last - length * number for number in range(loop.config.look_back, -1, -1)]
+    at = [datetime.datetime.fromtimestamp(moment, datetime.UTC) for moment in moments]
+    return [Stretch(since, until) for since, until in itertools.pairwise(at)]
+
+
+def _utc(text: str) -> datetime.datetime:
+    try:
+        return utc_of(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is {error}") from None
+
+
+def champion_at(loop: Loop, moment: datetime.datetime) -> Entry | None:
+    """The ledger's row that was in force at a moment."""
+    from registry import approval
+    from registry.ledger import Ledger
+
+    return approval.served_at(Ledger(loop.settings.ledger_url).entries(loop.model), moment)
+
+
+def release_of(loop: Loop, entry: Entry) -> Stored[Release]:
+    """The verified release that a ledger row made champion."""
+    cache = loop.workspace.state / "monitoring" / loop.model / "releases"
+    return ReleaseStore(loop.settings.releases_url).fetch(loop.model, entry.body["release"], cache=cache)
+
+
+def read_window(loop: Loop, stretch: Stretch, entry: Entry, release: Stored[Release], now: datetime.datetime) -> Window:
+    """The rows of the champion's release in this stretch of the log."""
+    from components.predictionlog import read_stretch
+    from monitoring.window import Slice, open_window
+
+    log = read_stretch(
+        loop.settings.predictions_url,
+        loop.workspace.state / "serving" / "journal",
+        model=loop.model,
+        since=stretch.since,
+        until=stretch.until,
+        now=now,
+    )
+    return open_window(
+        Slice(log.tables, log.lost, log.problems),
+        release.record,
+        entry.body["release"],
+        entry.body["version"],
+        since=stretch.since,
+        until=stretch.until,
+        most=loop.config.drift.most_images,
+    )
+
+
+def recorded(folder: Path) -> DriftVerdict | None:
+    """The verdict that a window has; None before its first, or when its file was changed by hand."""
+    try:
+        body = unseal((folder / VERDICT).read_bytes())
+        return DriftVerdict.read(body) if body is not None else None
+    except (OSError, StoreError):
+        return None
+
+
+def judge_window(loop: Loop, stretch: Stretch, now: datetime.datetime) -> Judged | None:
+    """Judge a stretch of the log; None when nothing reigned then."""
+    entry = champion_at(loop, stretch.until)
+    if entry is None:
+        return None
+    release = release_of(loop, entry)
+    window = read_window(loop, stretch, entry, release, now)
+    name = window_id(loop.model, window.facts.since, window.facts.until, window.facts.release)
+    folder = loop.folder / name
+    known = recorded(folder)
+    policy = loop.config.drift.digest()
+    if known is not None and (known.window, known.policy) == (window.facts, policy):
+        return Judged(name, known, folder, False, None)
+    return _judge(loop, window, release, name, folder)
+
+
+def _judge(loop: Loop, window: Window, release: Stored[Release], name: str, folder: Path) -> Judged:
+    from monitoring.drift import judge
+    from monitoring.reference import load_reference
+
+    reference = load_reference(release)
+    verdict, measured = judge(reference, window, loop.config.drift, reference_sha256=release.record.reference.sha256)
+    alarm = None
+    if verdict.status == "drift":
+        # Before anything that can fail: an alarm is a row first.
+        alarm, new = loop.outbox.raise_alarm(verdict, name)
+        alarm = alarm if new else None
+    folder.mkdir(parents=True, exist_ok=True)
+    with explained("write the evidence of a window into", folder):
+        _write_rows(window, folder / ROWS)
+        if verdict.status == "drift":
+            _write_to_label(loop, reference, window, folder / TO_LABEL)
+        problem = _keep_report(loop, (reference, window), measured, verdict, name, folder)
+        write_atomically(folder / VERDICT, seal(verdict.to_json()))
+    return Judged(name, verdict, folder, True, alarm, problem)
+
+
+def _keep_report(
+    loop: Loop, compared: tuple[Sample, Window], measured: Measured | None, verdict: DriftVerdict, name: str, folder: Path
+) -> str:
+    """Evidently's page and history: for people, never needed for the verdict; returns what went wrong."""
+    from monitoring.drift import picture
+
+    try:
+        if measured is None and verdict.status == "drift":
+            measured = picture(*compared)
+        if measured is None:
+            return ""
+        if verdict.status == "drift":
+            measured.save_page(folder / PAGE)
+        measured.keep(evidently_workspace(loop.workspace), loop.model, name, [verdict.status, verdict.diagnosis])
+    except Exception as error:
+        # Evidently's drawing and its storage raise what they like.
+        return f"Evidently's page or history was not written ({type(error).__name__}: {str(error)[:120]})"
+    return ""
+
+
+def evidently_workspace(workspace: Workspace) -> Path:
+    """Evidently's own folder: `evidently ui --workspace` shows its history."""
+    return workspace.state / "monitoring" / "evidently"
+
+
+def _write_rows(window: Window, path: Path) -> None:
+    data = io.BytesIO()
+    window.frame.to_parquet(data, index=False)
+    write_atomically(path, data.getvalue())
+
+
+def _write_to_label(loop: Loop, reference: Any, window: Window, path: Path) -> None:
+    from monitoring.labelling import most_useful
+
+    chosen = most_useful(
+        reference,
+        window,
+        available=captured(loop.workspace),
+        known=loop.labels.latest(loop.model).keys(),
+        count=loop.config.to_label,
+    )
+    table = chosen[["prediction_id", "image_sha256", "predicted", "confidence", "novelty"]].assign(
+        # From the workspace's root on: in a copy of it, its own images.
+        image=[str(capture_path(loop.workspace, sha).relative_to(loop.workspace.root)) for sha in chosen["image_sha256"]],
+        label="",
+        labelled_by="",
+    )
+    write_atomically(path, table.to_csv(index=False).encode())
+
+
+def captured(workspace: Workspace) -> set[str]:
+    """Digests of the images of production whose bytes were kept."""
+    return {path.name for path in (workspace.state / "serving" / "captures").glob("??/*") if len(path.name) == 64}
+
+
+def capture_path(workspace: Workspace, sha256: str) -> Path:
+    """Where the bytes of a kept image lie."""
+    return workspace.state / "serving" / "captures" / sha256[:2] / sha256
+
+
+def windows(loop: Loop, last: int = 200) -> list[tuple[str, DriftVerdict]]:
+    """The latest judged windows with their verdicts, oldest first."""
+    # Names begin with the time, so only what is shown is read.
+    names = sorted((path.parent.name for path in loop.folder.glob(f"*/{VERDICT}")), reverse=True)[: 2 * last]
+    found = [(name, recorded(loop.folder / name)) for name in names]
+    judged = [(name, verdict) for name, verdict in found if verdict is not None]
+    return sorted(judged, key=lambda pair: (pair[1].window.until, pair[1].window.since, pair[0]))[-last:]
+
+
+def prune(loop: Loop, now: datetime.datetime) -> int:
+    """Remove windows older than the loop keeps them, with their reports; returns how many."""
+    from monitoring.evidently_report import forget
+
+    oldest = f"{now - datetime.timedelta(days=loop.config.keep_days):%Y-%m-%dT%H%M}Z"
+    old = [path for path in loop.folder.glob("*") if path.is_dir() and path.name < oldest]
+    for path in old:
+        forget(evidently_workspace(loop.workspace), loop.model, path.name)
+        shutil.rmtree(path, ignore_errors=True)
+    return len(old)
+
+
+def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:
+    """Accuracy on the labelled images of a window, with its interval; None while none is labelled.
+
+    Which images were labelled is not chance (uncertain ones come first), so it leans downwards; n is told with it.
+    """
+    from components.intervals import wilson
+    from components.tables import read_frame
+    from flows.training.results import estimate_json
+
+    path = loop.folder / name / ROWS
+    if not path.is_file():
+        return None
+    rows = read_frame(path, ["image_sha256", "predicted"]).drop_duplicates("image_sha256")
+    said = loop.labels.latest(loop.model)
+    right = [
+        said[sha].label == predicted
+        for sha, predicted in zip(rows["image_sha256"].to_list(), rows["predicted"].to_list(), strict=True)
+        if sha in said
+    ]
+    return estimate_json(wilson(sum(right), len(right))) if right else None
+
+
+def expect_reigning(loop: Loop, judged: list[Judged]) -> None:
+    """Raise MonitoringError when no window could be looked at because nothing was ever promoted."""
+    if not judged and champion_at(loop, datetime.datetime.now(datetime.UTC)) is None:
+        raise MonitoringError(f"{loop.model} has no champion: nothing is served that could drift (visionloop candidates)")

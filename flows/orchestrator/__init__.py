@@ -1,0 +1,1 @@
+"""What knows Prefect's API apart from the flows: events, notifications, retries."""

@@ -1,0 +1,164 @@
+"""Figures of the pages: SVG with text in it, the same bytes for the same data."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from components.contracts.data import Splits
+from components.contracts.records import Stored
+from components.contracts.verdicts import Evaluation
+from components.images import decode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+_INK, _BLUE, _ORANGE, _GREY = "#1c2430", "#2563a8", "#c2571a", "#9aa4b1"
+
+
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
+
+
+def environment() -> jinja2.Environment:
+    """Templates that escape whatever they are given."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+
+
+def prepare_figures() -> None:
+    """Matplotlib as every page of ours uses it: SVG with text in it, the same bytes for the same data."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "visionloop",
+            "svg.fonttype": "none",
+            # Class names are text, whatever dollars they hold.
+            "text.parse_math": False,
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans"],
+            "font.size": 9,
+            "axes.edgecolor": _GREY,
+            "axes.labelcolor": _INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+
+
+def as_svg(figure: Figure) -> Markup:
+    """The figure as SVG to be put into a page; closes it."""
+    from matplotlib import pyplot
+
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+    svg = text.getvalue()
+    return Markup(svg[svg.index("<svg") :])  # noqa: S704  (drawn by matplotlib, which escapes every label)
+
+
+def engine_figure(evaluations: Sequence[Stored[Evaluation]]) -> Markup:
+    """Accuracy of every engine that was executed."""
+    from matplotlib import pyplot
+
+    executed = [e.record for e in evaluations if "accuracy" in e.record.metrics]
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(executed) + 0.8))
+    for place, evaluation in enumerate(reversed(executed)):
+        e = evaluation.metrics["accuracy"]
+        axes.errorbar(e.value, place, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=_BLUE, capsize=3)
+    axes.set_yticks(range(len(executed)), [evaluation.engine for evaluation in reversed(executed)])
+    axes.set_xlabel("accuracy, 95 % interval")
+    axes.grid(axis="x", color="#eceff3")
+    return as_svg(figure)
+
+
+def curves_figure(history: list[dict[str, float]]) -> Markup:
+    """Losses and accuracy by epoch."""
+    from matplotlib import pyplot
+
+    frame = pd.DataFrame(history)
+    figure, axes = pyplot.subplots(figsize=(5, 3))
+    axes.plot(frame["epoch"], frame["train_loss"], color=_GREY, label="train loss")
+    axes.plot(frame["epoch"], frame["valid_loss"], color=_BLUE, label="valid loss")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    right = axes.twinx()
+    right.plot(frame["epoch"], frame["valid_accuracy"], color=_ORANGE, label="valid accuracy")
+    right.set_ylabel("accuracy")
+    lines = [*axes.get_lines(), *right.get_lines()]
+    # Above the axes: inside, there is no corner that some curve does not pass.
+    labels = [str(line.get_label()) for line in lines]
+    axes.legend(lines, labels, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return as_svg(figure)
+
+
+def splits_figure(splits: Splits) -> Markup:
+    """Images a class, by split."""
+    from matplotlib import pyplot
+
+    classes = list(splits.classes)[:40]
+    figure, axes = pyplot.subplots(figsize=(5, max(2.0, 0.26 * len(classes) + 0.8)))
+    left = [0] * len(classes)
+    for (name, counts), color in zip(splits.class_counts.items(), (_BLUE, _ORANGE, _GREY, _INK), strict=True):
+        widths = [counts.get(label, 0) for label in classes]
+        axes.barh(classes, widths, left=left, color=color, label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("images")
+    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return as_svg(figure)
+
+
+def confusion_figure(evaluation: Evaluation) -> Markup:
+    """True classes against predicted ones."""
+    from matplotlib import pyplot
+
+    counts = evaluation.confusion
+    names = [metrics.name for metrics in evaluation.per_class]
+    figure, axes = pyplot.subplots(figsize=(5, 4.4))
+    shares = [[value / max(1, sum(row)) for value in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(counts) <= 20:
+        for i, row in enumerate(counts):
+            for j, value in enumerate(row):
+                if value:
+                    axes.text(j, i, str(value), ha="center", va="center", color="white" if shares[i][j] > 0.5 else _INK)
+        axes.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names), default=0) > 3 else 0)
+        axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    return as_svg(figure)
+
+
+def reliability_figure(evaluation: Evaluation) -> Markup:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 4.4))
+    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1)
+    if evaluation.reliability:
+        confidence, accuracy, counts = zip(*evaluation.reliability, strict=True)
+        sizes = [12 + 240 * count / max(counts) for count in counts]
+        axes.scatter(confidence, accuracy, s=sizes, color=_BLUE, alpha=0.7)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("mean confidence of a bin (area: images in it)")
+    axes.set_ylabel("accuracy of the bin")
+    return as_svg(figure)
+
+
+def thumbnail(path: Path) -> str:
+    image = decode(path.read_bytes()).srgb().copy()
+    image.thumbnail((160, 160))
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

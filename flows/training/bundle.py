@@ -1,0 +1,253 @@
+"""What a run leaves behind: the bundle that is registered, the summary and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from components.contracts.records import Record, canonical_json, sha256_text
+from components.contracts.verdicts import Candidate, Rejection
+from components.gating import policy
+from components.store import sha256_file, write_atomically
+from flows.training.results import Results, bound_digests, candidate_digest, estimate_json, estimates_json
+from flows.training.run import Run
+from registry.approval import person
+from registry.ledger import Ledger
+from registry.models import Evidence
+from registry.policies import notes
+
+
+def assemble(run: Run, results: Results) -> Evidence:
+    """The bundle of a candidate: weights, engines, evidence, report and model card."""
+    from flows.training.model_card import model_card
+    from flows.training.report import render
+
+    verdict = results.verdict.record
+    folder = run.folder / ".bundle"
+    folder.mkdir(exist_ok=True)
+    files: dict[str, Path] = {}
+
+    def document(name: str, text: str) -> None:
+        path = folder / name.replace("/", "-")
+        path.write_text(text)
+        files[name] = path
+
+    def record(name: str, value: Record) -> None:
+        document(f"evidence/{name}.json", json.dumps(value.to_json(), indent=1))
+
+    checkpoint = results.checkpoint
+    files["checkpoint/weights.safetensors"] = checkpoint.folder / checkpoint.record.weights.name
+    record("checkpoint", checkpoint.record)
+    record("dataset", results.dataset.record)
+    record("splits", results.splits.record)
+    record("verdict", verdict)
+    document("evidence/config.json", json.dumps(run.config.to_json(), indent=1))
+    document("evidence/policy.json", json.dumps(policy(run.config.gating), indent=1))
+    document("evidence/lineage.json", json.dumps(run.lineage.to_json(), indent=1))
+    files["evidence/splits.parquet"] = results.splits.folder / results.splits.record.table.name
+    files["evidence/history.json"] = checkpoint.folder / checkpoint.record.history.name
+    for stored in results.engines:
+        for file in stored.record.files:
+            files[f"engines/{stored.record.name}/{file.name}"] = stored.folder / file.name
+        record(f"{stored.record.name}.engine", stored.record)
+    for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True):
+        name = evaluation.record.engine
+        record(f"{name}.evaluation", evaluation.record)
+        record(f"{name}.measurement", measurement.record)
+        if evaluation.record.predictions is not None:
+            files[f"evidence/{name}.predictions.parquet"] = evaluation.folder / evaluation.record.predictions.name
+    if results.champion is not None:
+        record("champion.evaluation", results.champion.record)
+    if results.release is not None:
+        record("release", results.release.record)
+        for file in (results.release.record.reference, results.release.record.golden):
+            files[f"release/{file.name}"] = results.release.folder / file.name
+    document("model-card.md", model_card(run, results))
+    document("report.html", render(run, results, None, notes_of(run, results)))
+    return Evidence(
+        model=run.config.model,
+        candidate_digest=candidate_digest(run, results),
+        training_key=_training_key(run, results),
+        verdict=verdict,
+        files=files,
+        tags=_tags(run, results),
+        params=_flat(run.config.to_json()),
+        metrics=_metrics(results),
+        history=results.history,
+        bound=bound_digests(results),
+        summary=_for_approver(run, results),
+        requester=person(run.requested_by) if run.requested_by else None,
+    )
+
+
+def _for_approver(run: Run, results: Results) -> dict[str, Any]:
+    """What a person reads before deciding: the serving engine's figures beside the champion's, and what the gates said."""
+    verdict = results.verdict.record
+    serving = next(e.record for e in results.evaluations if e.record.engine == verdict.serving_engine)
+    latency = next(m.record for m in results.measurements if m.record.engine == verdict.serving_engine)
+    engine = next(e.record for e in results.engines if e.record.name == verdict.serving_engine)
+    champion = results.champion.record if results.champion else None
+    new, gone = results.classes_changed
+    return {
+        "run": run.id,
+        "reason": run.reason,
+        "recipe": run.lineage.recipe,
+        "git": run.lineage.git_commit + (" with uncommitted changes" if run.lineage.git_dirty else ""),
+        "data_version": run.data.dvc_hash,
+        "images": dict(results.splits.record.counts),
+        "classes": list(results.splits.record.classes),
+        "serving_engine": verdict.serving_engine,
+        "metrics": estimates_json(serving),
+        "recall": {c.name: estimate_json(c.recall) for c in serving.per_class},
+        "champion": estimates_json(champion) if champion else None,
+        "champion_version": results.reigning.version if results.reigning else None,
+        "champion_images": champion.num_images if champion else None,
+        "champion_reason": champion.reason if champion else "",
+        "classes_new": new,
+        "classes_gone": gone,
+        "latency_p50_ms": latency.latency_p50_ms,
+        "latency_p99_ms": latency.latency_p99_ms,
+        "machine": latency.machine,
+        "size_bytes": engine.size_bytes,
+        "decision": results.release.record.decision.to_json() if results.release else None,
+        "findings": [
+            {"engine": e.engine, "gate": f.gate, "status": f.status, "message": f.message}
+            for e in verdict.engines
+            for f in e.findings
+        ],
+        "policy": recorded_policy(run, results),
+    }
+
+
+def recorded_policy(run: Run, results: Results) -> dict[str, Any]:
+    """All that the gates were told, defaults included, as the ledger keeps it for later comparison."""
+    verdict = results.verdict.record
+    settings = policy(run.config.gating)
+    return {
+        "gates": [
+            {"gate": chosen.gate, "engines": list(chosen.engines), "settings": settings[f"{index}:{chosen.gate}"]}
+            for index, chosen in enumerate(run.config.gating.gates)
+        ],
+        "engines": {engine.engine: {"required": engine.required} for engine in verdict.engines},
+        "serving": verdict.serving_engine,
+    }
+
+
+def notes_of(run: Run, results: Results) -> list[str]:
+    """What the reader of the report has to know of earlier policies, and of rejections of the same weights."""
+    entries = Ledger(run.settings.ledger_url).entries(run.config.model)
+    body = {"bound": bound_digests(results), "summary": {"policy": recorded_policy(run, results)}}
+    return notes(entries, body, subject=candidate_digest(run, results))
+
+
+def _training_key(run: Run, results: Results) -> str:
+    from flows.training.run import training_key
+
+    return training_key(run, results.splits)
+
+
+def _tags(run: Run, results: Results) -> dict[str, str]:
+    # Run, data and commit have the shorter names below, which the run of the training has as well.
+    named = ("schema_version", "run_id", "data_version", "git_commit")
+    lineage = {f"visionloop.{name}": str(value) for name, value in run.lineage.to_json().items() if name not in named}
+    return lineage | {
+        "visionloop.run": run.id,
+        "visionloop.data": run.data.dvc_hash,
+        "visionloop.git": run.lineage.git_commit,
+        "visionloop.test_digest": results.splits.record.test_digest,
+        "visionloop.weights_sha256": results.checkpoint.record.weights.sha256,
+        "visionloop.serving_engine": results.verdict.record.serving_engine,
+    }
+
+
+def _metrics(results: Results) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True):
+        name = evaluation.record.engine
+        found |= {f"evaluation.{name}.{metric}": e.value for metric, e in evaluation.record.metrics.items()}
+        for percentile in ("p50", "p90", "p99"):
+            value = getattr(measurement.record, f"latency_{percentile}_ms")
+            if value is not None:
+                found[f"evaluation.{name}.latency_{percentile}_ms"] = value
+    return found
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(values, dict):
+        return {
+            name: text
+            for key, value in values.items()
+            if key != "schema_version"
+            for name, text in _flat(value, f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {prefix: json.dumps(values) if isinstance(values, list) else str(values)}
+
+
+def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report: Path) -> dict[str, Any]:
+    """The run as JSON data: what `visionloop train --json` prints."""
+    verdict = results.verdict.record
+    return {
+        "run": run.id,
+        "model": run.config.model,
+        "version": outcome.version if isinstance(outcome, Candidate) else None,
+        "outcome": "candidate" if isinstance(outcome, Candidate) else "rejection",
+        "candidate_digest": outcome.candidate_digest,
+        "verdict": verdict.status,
+        "reasons": list(verdict.reasons),
+        "findings": [
+            {"engine": engine.engine, "engine_status": engine.status, **finding.model_dump(exclude={"schema_version"})}
+            for engine in verdict.engines
+            for finding in engine.findings
+        ],
+        "engines": {
+            evaluation.record.engine: {
+                "status": evaluation.record.status,
+                "reason": evaluation.record.reason,
+                "metrics": estimates_json(evaluation.record),
+                "latency_ms": {
+                    "p50": measurement.record.latency_p50_ms,
+                    "p90": measurement.record.latency_p90_ms,
+                    "p99": measurement.record.latency_p99_ms,
+                    "n": measurement.record.num_runs,
+                },
+                "size_bytes": measurement.record.size_bytes,
+            }
+            for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True)
+        },
+        "serving_engine": verdict.serving_engine,
+        "data": {
+            "version": run.data.dvc_hash,
+            "kept": results.dataset.record.num_kept,
+            "quarantined": results.dataset.record.num_quarantined,
+            "splits": dict(results.splits.record.counts),
+            "warnings": list(results.dataset.record.warnings),
+        },
+        "git_commit": run.lineage.git_commit,
+        "seconds": {
+            name: {"seconds": round(seconds, 2), "cached": cached}
+            for name, (seconds, cached) in run.console.durations.items()
+        },
+        "report": str(report),
+        "run_folder": str(run.folder),
+    }
+
+
+def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> Path:
+    """`report.html` of the run, with what registration answered; left alone when it says just that already."""
+    path = run.folder / "report.html"
+    told = notes_of(run, results)
+    shown = [outcome.digest(), *told, results.verdict.record.digest(), *(m.record.digest() for m in results.measurements)]
+    mark = f"<!-- {sha256_text(canonical_json([*shown, report_source()]))} -->\n"
+    if not path.exists() or not path.read_text().endswith(mark):
+        from flows.training.report import render
+
+        write_atomically(path, (render(run, results, outcome, told) + mark).encode())
+    return path
+
+
+def report_source() -> str:
+    """Digest of what draws the report: a changed template draws it anew."""
+    folder = Path(__file__).resolve().parent
+    templates = [folder / "templates" / name for name in ("report.html", "style.html")]
+    return sha256_text("".join(sha256_file(path) for path in (folder / "report.py", *templates)))

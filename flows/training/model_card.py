@@ -1,0 +1,75 @@
+"""The model card: what a user of the model has to know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from components.contracts.records import Stored
+from components.contracts.verdicts import Evaluation
+from components.contracts.wording import counted
+from components.gating import policy
+from flows.training.run import Run
+
+if TYPE_CHECKING:
+    from flows.training.results import Results
+
+
+VERDICTS = {"pass": "candidate", "fail": "rejected", "inconclusive": "undecided"}
+"""What a verdict makes of a model: what the test images do not decide was not rejected for what it is."""
+
+
+def model_card(run: Run, results: Results) -> str:
+    """What a user of the model has to know, in Markdown."""
+    shown, checkpoint, verdict = evaluation_shown(results).record, results.checkpoint.record, results.verdict.record
+    new, gone = results.classes_changed
+    champion = f"the champion, version {results.reigning.version}," if results.reigning else ""
+    lines = [
+        f"# {run.config.model}",
+        "",
+        run.config.description,
+        "",
+        f"- Task: {checkpoint.task} into {counted(len(checkpoint.classes), 'class')}: {', '.join(checkpoint.classes)}",
+        f"- Backbone: {checkpoint.backbone}; weights: {run.config.training.weights}; mode: {run.config.training.mode}",
+        f"- Input: {checkpoint.preprocessing.width}x{checkpoint.preprocessing.height} pixels, "
+        f"{checkpoint.preprocessing.channels} channel(s), uint8; scaling is inside the engine",
+        f"- Data version {run.data.dvc_hash}, git {run.lineage.git_commit}; "
+        f"{counted(results.dataset.record.num_kept, 'image')} kept, {results.dataset.record.num_quarantined} quarantined",
+        f"- Verdict: {VERDICTS[verdict.status]}; serving engine: {verdict.serving_engine}",
+        *([f"- New classes, which {champion} does not know: {', '.join(new)}"] if new else []),
+        *([f"- Classes that {champion} knows and this model does not: {', '.join(gone)}"] if gone else []),
+        "",
+        f"## Measured on the frozen test split, {shown.engine}, 95 % intervals",
+        "",
+        "| metric | value | interval | n |",
+        "|---|---|---|---|",
+        *(f"| {name} | {e.value:.4f} | {e.low:.4f} to {e.high:.4f} | {e.n} |" for name, e in shown.metrics.items()),
+        "",
+        "## Gates that judged it",
+        "",
+        *(f"- {line}" for line in _gates(run)),
+        "",
+        "## Limits",
+        "",
+        "These figures hold for images like the test split's. Nothing is claimed about other cameras, other classes or "
+        "pictures that hold none of the classes.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _gates(run: Run) -> list[str]:
+    """One line a gate: its settings, defaults included, and the engines it judges."""
+    settings = policy(run.config.gating)
+    return [
+        f"{chosen.gate}: {', '.join(f'{name} {value}' for name, value in settings[f'{index}:{chosen.gate}'].items())}"
+        + (f" (only {', '.join(chosen.engines)})" if chosen.engines else "")
+        for index, chosen in enumerate(run.config.gating.gates)
+    ]
+
+
+def evaluation_shown(results: Results) -> Stored[Evaluation]:
+    """The serving engine's evaluation, or the reference's where that engine could not run."""
+    for evaluation in results.evaluations:
+        if evaluation.record.engine == results.verdict.record.serving_engine and evaluation.record.metrics:
+            return evaluation
+    return results.evaluations[0]

@@ -1,0 +1,61 @@
+"""Opening a run: recipe, workspace, lock and data are checked before any stage starts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+from prefect import runtime
+
+from components.contracts.wording import counted
+from flows import stopping
+from flows.terminal import Console
+from flows.training.run import STAGES, Run
+from flows.workspace.data import ensure
+from flows.workspace.recipes import load_recipe
+from flows.workspace.settings import Settings, read_settings
+from flows.workspace.workspace import Workspace
+
+
+@contextmanager
+def opened(
+    recipe: str, folder: Path, overrides: Sequence[str], reason: str, *, requested_by: str, quiet: bool
+) -> Iterator[Run]:
+    """A run whose recipe is valid, whose data are the pinned ones and whose workspace is held."""
+    workspace = Workspace.find(folder)
+    config = load_recipe(recipe, overrides, workspace=workspace.root)
+    settings = read_settings(workspace.state)
+    with workspace.locked(f"visionloop train {recipe}"), Console(len(STAGES), quiet=quiet) as console:
+        data = ensure(workspace, config.source)
+        run = Run(workspace, config, data, settings, console, requested_by=requested_by, reason=reason, overrides=overrides)
+        console.line(
+            f"run {run.id}: recipe {config.name}, {counted(data.num_files, 'file')} of data version {data.dvc_hash[:12]} "
+            f"({reason})"
+        )
+        for name, why in run.absent.items():
+            console.line(f"    {name}: {why}")
+        flow_run = runtime.flow_run.id  # of this thread alone
+        with stopping.at_once(console.stopped, lambda text: _crashed(settings, flow_run, text)):
+            yield run
+
+
+def _crashed(settings: Settings, flow_run: str | None, text: str) -> None:
+    """Tell the Prefect server of a run that is stopped, if it hears it at once; else it would look as if it still ran."""
+
+    def authorised(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if settings.prefect_authorization:
+            request.headers["Authorization"] = settings.prefect_authorization
+        return request
+
+    if settings.prefect_api_url and flow_run:
+        with contextlib.suppress(requests.RequestException, ValueError):
+            requests.post(
+                f"{settings.prefect_api_url.rstrip('/')}/flow_runs/{flow_run}/set_state",
+                json={"state": {"type": "CRASHED", "message": text}, "force": True},
+                auth=authorised,  # a callable, so that ~/.netrc is not read
+                timeout=1.5,
+                allow_redirects=False,  # the credential is for this server
+            )

@@ -1,0 +1,158 @@
+"""The report: one self-contained HTML page with the pictures a person wants before approving a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from components.contracts.records import Stored
+from components.contracts.verdicts import Candidate, Estimate, Evaluation, Rejection
+from components.tables import read_frame
+from flows.training.run import Run
+
+if TYPE_CHECKING:
+    from flows.training.results import Results
+from flows.pages.figures import (
+    confusion_figure,
+    curves_figure,
+    engine_figure,
+    environment,
+    prepare_figures,
+    reliability_figure,
+    splits_figure,
+    thumbnail,
+)
+from flows.training.model_card import VERDICTS, evaluation_shown
+
+_SHOWN = 12
+
+
+def render(run: Run, results: Results, outcome: Candidate | Rejection | None, notes: Sequence[str]) -> str:
+    """HTML of the report; `outcome` is None in the copy that is registered, which cannot know its own version.
+
+    `notes` are what the ledger says of earlier gate policies and of rejections of the same weights.
+    """
+    shown = evaluation_shown(results)
+    verdict = results.verdict.record
+    version = outcome.version if isinstance(outcome, Candidate) else ""
+    title = f"candidate, version {version}" if version else VERDICTS[verdict.status]
+    new, gone = results.classes_changed
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            model=run.config.model,
+            outcome_title=title,
+            version=version,
+            registered=outcome is None,
+            run_id=run.id,
+            lineage=run.lineage,
+            verdict=verdict,
+            notes=notes,
+            champion=results.reigning.version if results.reigning else "",
+            classes_new=new,
+            classes_gone=gone,
+            engines=[
+                _engine_row(*found) for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
+            ],
+            n_test=shown.record.num_images,
+            machine=results.measurements[0].record.machine,
+            checkpoint=results.checkpoint.record,
+            splits=results.splits.record,
+            dataset=results.dataset.record,
+            shown=shown.record.engine,
+            per_class=[
+                {"name": m.name, "support": m.support, "cells": [_cell(e) for e in (m.precision, m.recall, m.f1)]}
+                for m in shown.record.per_class
+            ],
+            figures=_figures(results, shown),
+            mistakes=_mistakes(run, shown),
+            examples=_examples(run, results),
+            quarantined=read_frame(results.dataset.folder / results.dataset.record.quarantine.name)
+            .head(20)
+            .to_dict("records"),
+            provenance=_provenance(run, results),
+        )
+    )
+
+
+def _cell(estimate: Estimate | None) -> tuple[str, str]:
+    if estimate is None:
+        return "never predicted", ""
+    return f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}"
+
+
+def _engine_row(engine: Any, evaluation: Any, measurement: Any) -> dict[str, Any]:
+    metrics, measured = evaluation.record.metrics, measurement.record
+    latency = (measured.latency_p50_ms, measured.latency_p90_ms, measured.latency_p99_ms)
+    return {
+        "name": engine.record.name,
+        "runtime": engine.record.runtime,
+        "built_for": ", ".join(engine.record.built_for),
+        "executed": bool(metrics),
+        "reason": evaluation.record.reason,
+        "cells": [_cell(metrics.get(name)) for name in ("accuracy", "mean_class_accuracy", "log_loss", "ece")],
+        "latency": " / ".join("-" if value is None else f"{value:.2f}" for value in latency),
+        "size": _size(measured.size_bytes),
+    }
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
+
+
+def _figures(results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
+    prepare_figures()
+    return {
+        "engines": engine_figure(results.evaluations),
+        "curves": curves_figure(results.history),
+        "splits": splits_figure(results.splits.record),
+        "confusion": confusion_figure(shown.record),
+        "reliability": reliability_figure(shown.record),
+    }
+
+
+def _mistakes(run: Run, shown: Stored[Evaluation]) -> list[dict[str, Any]]:
+    if shown.record.predictions is None:
+        return []
+    columns = ["path", "label", "predicted", "confidence"]
+    frame = read_frame(shown.folder / shown.record.predictions.name, columns)
+    wrong = frame[frame["label"] != frame["predicted"]].nlargest(_SHOWN, "confidence")
+    names = [metrics.name for metrics in shown.record.per_class]
+    return [
+        {
+            "path": row["path"],
+            "label": names[row["label"]],
+            "predicted": names[row["predicted"]],
+            "confidence": row["confidence"],
+            "image": thumbnail(run.workspace.data / row["path"]),
+        }
+        for row in wrong.to_dict("records")
+    ]
+
+
+def _examples(run: Run, results: Results) -> list[dict[str, Any]]:
+    table = read_frame(results.splits.folder / results.splits.record.table.name)
+    chosen = table[table["split"] == "train"].groupby("label", sort=True).head(2).head(2 * _SHOWN)
+    return [
+        {"path": row["path"], "label": row["label"], "image": thumbnail(run.workspace.data / row["path"])}
+        for row in chosen.to_dict("records")
+    ]
+
+
+def _provenance(run: Run, results: Results) -> list[tuple[str, str]]:
+    lineage = run.lineage
+    return [
+        ("run", run.id),
+        ("recipe", f"{lineage.recipe} (config {lineage.config_digest[:16]})"),
+        ("data version", lineage.data_version),
+        ("test ledger", results.dataset.record.data.ledger_sha256),
+        ("test split", results.splits.record.test_digest),
+        ("weights", results.checkpoint.record.weights.sha256),
+        ("git commit", lineage.git_commit + (" with uncommitted changes" if lineage.git_dirty else "")),
+        ("code", lineage.code_version),
+        ("locked libraries", lineage.lock_digest),
+        ("gate policy", results.verdict.record.policy_digest),
+    ]

@@ -1,0 +1,83 @@
+"""What the stages of a run found, and the digests that an approval is bound to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from components.contracts.data import Dataset, Splits
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.records import Stored, canonical_json, sha256_text
+from components.contracts.releases import Release
+from components.contracts.verdicts import Estimate, Evaluation, Measurement, Verdict
+from flows.training.run import Run
+from registry.models import Reigning
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the stages found, in the order of the engines: the torch reference first."""
+
+    dataset: Stored[Dataset]
+    splits: Stored[Splits]
+    checkpoint: Stored[Checkpoint]
+    engines: Sequence[Stored[Engine]]
+    evaluations: Sequence[Stored[Evaluation]]
+    measurements: Sequence[Stored[Measurement]]
+    reigning: Reigning | None
+    """Today's champion, None where none was ever promoted."""
+    champion: Stored[Evaluation] | None
+    """What it answered on the test images of the classes that it shares with the data."""
+    verdict: Stored[Verdict]
+    release: Stored[Release] | None
+    """Absent when the verdict is no pass: nothing that was refused is packaged."""
+
+    @property
+    def classes_changed(self) -> tuple[list[str], list[str]]:
+        """Classes that the champion does not know, and classes of the champion that the candidate no longer knows."""
+        ours = self.splits.record.classes
+        theirs = self.reigning.engine.record.classes if self.reigning else ours
+        return [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """One row an epoch."""
+        rows: list[dict[str, float]] = json.loads((self.checkpoint.folder / self.checkpoint.record.history.name).read_text())
+        return rows
+
+
+def bound_digests(results: Results) -> dict[str, Any]:
+    """What an approval of this candidate is bound to: any change of one of these makes it another candidate."""
+    return {
+        "data": results.dataset.record.data.digest(),
+        "split": results.splits.record.test_digest,
+        "weights": results.checkpoint.record.weights.sha256,
+        "engines": {stored.record.name: stored.record.digest() for stored in results.engines},
+        "serving": results.verdict.record.serving_engine,
+        "policy": results.verdict.record.policy_digest,
+        "evidence": {stored.record.engine: stored.record.digest() for stored in results.evaluations},
+        "verdict": results.verdict.record.status,
+        "release": results.release.record.digest() if results.release else "none",
+        "champion": results.champion.record.engine_digest if results.champion else "none",
+    }
+
+
+def candidate_digest(run: Run, results: Results) -> str:
+    """Identity of a candidate: what it is made of, whom it was compared with and what each gate said.
+
+    Measured milliseconds are in its evidence, not in its identity: a slower minute makes no new model.
+    """
+    verdict = results.verdict.record
+    findings = [[e.engine, f.gate, f.status] for e in verdict.engines for f in e.findings]
+    return sha256_text(canonical_json([run.config.model, bound_digests(results), findings]))
+
+
+def estimate_json(estimate: Estimate) -> dict[str, float | int]:
+    """An estimate as summaries and the ledger hold it."""
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def estimates_json(evaluation: Evaluation) -> dict[str, Any]:
+    return {name: estimate_json(estimate) for name, estimate in evaluation.metrics.items()}

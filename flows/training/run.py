@@ -1,0 +1,231 @@
+"""The workspace and the run: where things lie, and the one cache.
+
+A run is known by what determines its result (recipe, data version, code, locked libraries), so the same command finds the
+same run folder again. Each stage's result lives in the store under a key of its inputs; the run folder holds relative
+links to it, so `ls` shows the way of the data and nothing is stored twice. See infra/decisions/0002.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from components import dataversions, plugins
+from components.contracts.data import DataVersion, Splits
+from components.contracts.errors import VisionloopError
+from components.contracts.progress import Progress
+from components.contracts.records import RecordT, Stored, canonical_json, sha256_text
+from components.contracts.verdicts import Lineage
+from components.export import TargetConfig, absent
+from components.store import sha256_file, write_atomically
+from components.training import local_weights
+from flows.terminal import Console
+from flows.workspace.recipes import RunConfig
+from flows.workspace.settings import Settings
+from flows.workspace.workspace import Workspace, version
+
+STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "registration")
+_CODE = Path(__file__).resolve().parent.parent
+
+
+@functools.cache
+def lock_digest() -> str:
+    """sha256 of the locked versions: requirements.lock beside the code, else every installed distribution."""
+    lock = _CODE / "requirements.lock"
+    if lock.is_file():
+        return sha256_file(lock)
+    installed = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
+    return sha256_text("\n".join(installed))
+
+
+def code_digest(workspace_plugins: Path) -> str:
+    """sha256 over every source file that can change a result, the workspace's plug-ins included."""
+    digest = hashlib.sha256()
+    for folder in (_CODE / "components", _CODE / "registry", workspace_plugins):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def run_id(workspace: Workspace, config: RunConfig, data: DataVersion, settings: Settings) -> str:
+    """Names a run by all that can change what comes of it: recipe, data, code, libraries and threads."""
+    identity = [config.digest(), data.digest(), code_digest(workspace.plugins), lock_digest(), settings.num_threads]
+    return f"{config.name}-{sha256_text(canonical_json(identity))[:12]}"
+
+
+class Run:
+    """One run of the training flow in a workspace."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        config: RunConfig,
+        data: DataVersion,
+        settings: Settings,
+        console: Console,
+        *,
+        requested_by: str = "",
+        reason: str = "manual",
+        overrides: Sequence[str] = (),
+    ) -> None:
+        self.requested_by, self.reason = requested_by, reason
+        self.workspace = workspace
+        self.config = config
+        self.data = data
+        self.settings = settings
+        self.console = console
+        self.store = workspace.store
+        self.absent = absent(config.export)
+        """Engines that cannot be built on this machine, with the reason."""
+        commit, dirty = dataversions.git_state(workspace.root)
+        code = code_digest(workspace.plugins)
+        self.id = run_id(workspace, config, data, settings)
+        self.folder = workspace.runs / self.id
+        self.lineage = Lineage(
+            run_id=self.id,
+            recipe=config.name,
+            data_version=data.dvc_hash,
+            git_commit=commit,
+            git_dirty=dirty,
+            code_version=f"{version()}+{code[:12]}",
+            config_digest=config.digest(),
+            lock_digest=lock_digest(),
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        described = {"run": self.lineage.to_json(), "config": config.to_json(), "set": list(overrides)}
+        path = self.folder / "config.json"
+        write_atomically(path, json.dumps(described | {"started": _first_start(path)}, indent=1).encode())
+
+    @property
+    def plugin_folder(self) -> Path | None:
+        """The workspace's own plug-ins, for processes that load them anew."""
+        return self.workspace.plugins if self.workspace.plugins.is_dir() else None
+
+    @property
+    def targets(self) -> tuple[TargetConfig, ...]:
+        """What is built here: the reference first."""
+        return tuple(target for target in self.config.export.all_targets if target.name not in self.absent)
+
+    def stage(
+        self,
+        name: str,
+        record: type[RecordT],
+        compute: Callable[[Path, Progress], RecordT],
+        *,
+        inputs: Mapping[str, str],
+        instance: str = "",
+        leftovers: Sequence[str] = (),
+        anew: bool = False,
+    ) -> Stored[RecordT]:
+        """The stage's result from the store, or computed into a hidden folder and published.
+
+        The key covers `inputs` (digests of records, configs and plug-ins), the stage's source with everything it imports,
+        and the locked libraries. A stage with `leftovers` takes up what a killed run left: files of these names serve to
+        resume and are removed when the result is published. What another failed stage leaves is kept in the run folder.
+        With `anew` it is computed whatever the store holds, and replaces that.
+        """
+        place = f"{STAGES.index(name) + 1}-{name}"
+        label = f"{name} {instance}".strip()
+        key = self.key(name, inputs, instance)
+        kind = f"{name}/{instance}" if instance else name
+        with self.console.stage(label, STAGES.index(name) + 1) as (progress, cached):
+            found = None if anew else self.store.open(kind, key, record)
+            if found is not None:
+                cached.append(True)
+            else:
+                resumable = bool(leftovers)
+                with self.store.writing(kind, key, resumable=resumable) as out:
+                    try:
+                        result = compute(out, progress)
+                    except VisionloopError as error:
+                        self._keep_evidence(out, place, error, resumable=resumable)
+                        raise
+                found = self.store.publish(
+                    kind,
+                    key,
+                    result,
+                    inputs=inputs,
+                    provenance=self.lineage.to_json(),
+                    resumable=resumable,
+                    leftovers=leftovers,
+                    replace=anew,
+                )
+        self.link(found.folder, f"{place}/{instance}" if instance else place)
+        return found
+
+    def stored(
+        self, name: str, record: type[RecordT], *, inputs: Mapping[str, str], instance: str
+    ) -> Stored[RecordT] | None:
+        """What the store holds of a stage with these inputs; None when it was not computed yet."""
+        return self.store.open(f"{name}/{instance}", self.key(name, inputs, instance), record)
+
+    def key(self, name: str, inputs: Mapping[str, str], instance: str = "") -> str:
+        """The store key of a stage with these inputs."""
+        module = "registry/models.py" if name == "registration" else f"components/{name}.py"
+        parts = {
+            "stage": name,
+            "instance": instance,
+            "inputs": dict(inputs),
+            "source": plugins.source_digest(_CODE / module),
+            "lock": lock_digest(),
+        }
+        return sha256_text(canonical_json(parts))[:32]
+
+    def link(self, target: Path, name: str) -> None:
+        """Point `name` in the run folder at a published folder, by a relative link."""
+        link = self.folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        relative = os.path.relpath(target, link.parent)
+        if link.is_symlink() and os.readlink(link) == relative:
+            return
+        temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(relative)
+        os.replace(temporary, link)
+
+    def _keep_evidence(self, out: Path, place: str, error: VisionloopError, *, resumable: bool) -> None:
+        if resumable or not any(out.iterdir()):
+            return
+        kept = self.folder / f"{place}.failed"
+        if kept.exists():
+            shutil.rmtree(kept)
+        shutil.copytree(out, kept)
+        docs = kept / "data_docs" / "index.html"
+        error.add_note(f"What it wrote is kept in {kept}" + (f"; open {docs}" if docs.exists() else ""))
+
+
+def _first_start(path: Path) -> str:
+    """When a run was first started, UTC: a run that goes on keeps it."""
+    try:
+        return str(json.loads(path.read_text())["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def member_digests(**members: str) -> dict[str, str]:
+    """Source digests of the plug-ins a stage uses, as stage inputs: member_digests(backbones="small_cnn")."""
+    return {f"{family}/{name}": plugins.member_digest(family, name) for family, name in members.items()}
+
+
+def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
+    config = run.config.training
+    local = local_weights(config, run.workspace.root)
+    return {
+        "weights": sha256_file(local) if local else "",
+        "splits": splits.record.digest(),
+        "config": config.digest(),
+        "num_threads": str(run.settings.num_threads),
+        **member_digests(backbones=config.backbone, tasks=config.task),
+    }
+
+
+def training_key(run: Run, splits: Stored[Splits]) -> str:
+    """What the MLflow run of this training is found by."""
+    return run.key("training", training_inputs(run, splits))

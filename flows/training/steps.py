@@ -1,0 +1,331 @@
+"""The stages as Prefect tasks: what each one's result depends on, and how often it is tried again. No logic.
+
+Retries are for faults of the world (MLflow away for a moment). A verdict is a value, and a wrong recipe or bad data does not
+get better by trying again. Prefect's result cache is off: the store's verified manifests are the only cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from components import dataversions, plugins
+from components.contracts.data import Dataset, Splits
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.progress import Progress
+from components.contracts.records import Stored, canonical_json
+from components.contracts.releases import Release
+from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, Verdict
+from components.evaluation import evaluate, measure
+from components.export import Graph, TargetConfig, export, export_graph
+from components.fitting import LEFTOVERS
+from components.gating import Champion, Judged, judge
+from components.machine import fingerprint
+from components.packaging import package
+from components.splitting import TestLedger, split
+from components.store import write_atomically
+from components.training import train
+from components.validation import validate
+from flows.orchestrator.notifications import Event, notify
+from flows.orchestrator.retries import REGISTRY_POLICY
+from flows.training.run import Run, member_digests, training_inputs, training_key
+from flows.workspace.desk import artifacts_of, registry_of
+from registry.models import Reigning
+from registry.tracking import LiveMetrics
+
+
+@task(name="validation", cache_policy=NO_CACHE)
+def validation(run: Run) -> Stored[Dataset]:
+    def compute(out: Path, progress: Progress) -> Dataset:
+        return validate(
+            run.workspace.data,
+            run.data,
+            run.config.validation,
+            out=out,
+            accepted=run.settings.accepted,
+            progress=progress,
+        )
+
+    inputs = {
+        "data": run.data.digest(),
+        "config": run.config.validation.digest(),
+        "accepted": canonical_json(dataclasses.asdict(run.settings.accepted)),
+    }
+    return run.stage("validation", Dataset, compute, inputs=inputs)
+
+
+@task(name="splitting", cache_policy=NO_CACHE)
+def splitting(run: Run, dataset: Stored[Dataset]) -> Stored[Splits]:
+    def compute(out: Path, progress: Progress) -> Splits:
+        ledger = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
+        return split(dataset, ledger, run.config.splitting, out=out, progress=progress)
+
+    inputs = {"dataset": dataset.record.digest(), "config": run.config.splitting.digest()}
+    return run.stage("splitting", Splits, compute, inputs=inputs)
+
+
+@task(name="training", cache_policy=NO_CACHE)
+def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
+    config = run.config.training
+    key = training_key(run, splits)
+
+    def compute(out: Path, progress: Progress) -> Checkpoint:
+        sink = LiveMetrics(
+            run.settings.tracking_uri,
+            run.config.model,
+            key,
+            artifacts=artifacts_of(run.workspace, run.settings),
+            tags={"visionloop.run": run.id, "visionloop.data": run.data.dvc_hash, "visionloop.git": run.lineage.git_commit},
+        )
+        try:
+            return train(
+                splits,
+                run.workspace.data,
+                config,
+                out=out,
+                cache=run.workspace.cache,
+                root=run.workspace.root,
+                num_threads=run.settings.num_threads,
+                sink=sink,
+                progress=progress,
+            )
+        finally:
+            sink.close()
+            if sink.problem:
+                run.console.line(f"    live curves are late ({sink.problem}); registration will write them")
+
+    return run.stage("training", Checkpoint, compute, inputs=training_inputs(run, splits), leftovers=LEFTOVERS)
+
+
+@task(name="export graph", cache_policy=NO_CACHE)
+def graph(run: Run, checkpoint: Stored[Checkpoint]) -> Stored[Graph]:
+    def compute(out: Path, _: Progress) -> Graph:
+        return export_graph(checkpoint, out=out, plugin_folder=run.plugin_folder)
+
+    inputs = {"checkpoint": checkpoint.record.digest(), **_module_digests(run)}
+    return run.stage("export", Graph, compute, inputs=inputs, instance="graph")
+
+
+def _module_digests(run: Run) -> dict[str, str]:
+    return member_digests(backbones=run.config.training.backbone, tasks=run.config.training.task)
+
+
+@task(name="export", cache_policy=NO_CACHE)
+def engine(
+    run: Run, checkpoint: Stored[Checkpoint], interchange: Stored[Graph], splits: Stored[Splits], target: TargetConfig
+) -> Stored[Engine]:
+    def compute(out: Path, _: Progress) -> Engine:
+        return export(checkpoint, interchange, splits, run.workspace.data, target, out=out, plugin_folder=run.plugin_folder)
+
+    inputs = {
+        "checkpoint": checkpoint.record.digest(),
+        "graph": interchange.record.digest(),
+        "splits": splits.record.digest(),
+        # Whether it is required decides about the verdict, not about the engine.
+        "config": target.model_copy(update={"required": True}).digest(),
+        "built_by": plugins.load("targets", target.target, target.settings).built_by(),
+        **member_digests(targets=target.target),
+        **_module_digests(run),
+    }
+    return run.stage("export", Engine, compute, inputs=inputs, instance=target.name)
+
+
+@task(name="evaluation", cache_policy=NO_CACHE)
+def evaluation(run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role: str = "") -> Stored[Evaluation]:
+    config, task_name = run.config.evaluation, run.config.training.task
+    task_settings = dict(run.config.training.task_settings)
+
+    def compute(out: Path, progress: Progress) -> Evaluation:
+        judge_of = plugins.load("tasks", task_name, task_settings)
+        return evaluate(engine, splits, run.workspace.data, judge_of, config, out=out, progress=progress)
+
+    inputs = {
+        "engine": engine.record.digest(),
+        "test": splits.record.test_digest,
+        "classes": ", ".join(splits.record.classes),
+        "num_threads": str(config.num_threads),
+        "task_settings": canonical_json(task_settings),
+        # Whether an engine can run is a property of the machine.
+        "machine": fingerprint(),
+        **member_digests(tasks=task_name),
+        # A champion's target may be a plug-in that the workspace has no more.
+        **(member_digests(targets=engine.record.target) if engine.record.target in plugins.names("targets") else {}),
+    }
+    return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name)
+
+
+@task(name="measurement", cache_policy=NO_CACHE)
+def measurements(
+    run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits], *, anew: bool = False
+) -> list[Stored[Measurement]]:
+    """Latencies of all engines, measured in turns; what is stored counts, unless it was noisy or is wanted `anew`."""
+    config = run.config.evaluation
+    measured: dict[str, Measurement] = {}
+
+    def inputs(engine: Stored[Engine]) -> dict[str, str]:
+        return {
+            "engine": engine.record.digest(),
+            "config": config.digest(),
+            "machine": fingerprint(),
+            **member_digests(targets=engine.record.target),
+        }
+
+    def name(engine: Stored[Engine]) -> str:
+        return f"{engine.record.name}-latency"
+
+    before = {e.record.name: run.stored("evaluation", Measurement, inputs=inputs(e), instance=name(e)) for e in engines}
+    wanted = [e for e in engines if anew or (kept := before[e.record.name]) is None or _worth_measuring_again(kept.record)]
+
+    def found(engine: Stored[Engine]) -> Stored[Measurement]:
+        def compute(_: Path, progress: Progress) -> Measurement:
+            if not measured:
+                taken = measure(wanted, splits, run.workspace.data, config, progress=progress)
+                measured.update({record.engine: record for record in taken})
+            record, kept = measured[engine.record.name], before[engine.record.name]
+            if kept is None or anew:
+                return record
+            attempts = record.num_attempts + kept.record.num_attempts
+            better = min(record, kept.record, key=lambda one: one.spread)
+            return better.model_copy(update={"num_attempts": attempts})
+
+        return run.stage(
+            "evaluation", Measurement, compute, inputs=inputs(engine), instance=name(engine), anew=engine in wanted
+        )
+
+    return [found(engine) for engine in engines]
+
+
+def _worth_measuring_again(kept: Measurement) -> bool:
+    """A machine that is noisy every time is so by nature: it is not measured at every run for ever."""
+    return kept.noisy and kept.num_attempts < 6
+
+
+@task(name="champion", **REGISTRY_POLICY)
+def champion(run: Run) -> Reigning | None:
+    """Today's champion, or None where the ledger proves that none was ever promoted.
+
+    Raises RegistryUnavailable when the ledger has lost rows that MLflow knows of: then nothing is proven.
+    """
+    registry = registry_of(run.workspace, run.settings)
+    entry = registry.champion(run.config.model)
+    if entry is None:
+        return None
+    folder = run.workspace.cache / "champions" / run.config.model
+    return Reigning(str(entry.body["version"]), registry.fetch_engine(run.config.model, entry, out=folder))
+
+
+@task(name="gating", cache_policy=NO_CACHE)
+def gating(
+    run: Run,
+    engines: Sequence[Stored[Engine]],
+    evaluations: Sequence[Stored[Evaluation]],
+    measurements: Sequence[Stored[Measurement]],
+    reigning: Reigning | None,
+    champion_evaluation: Stored[Evaluation] | None,
+) -> Stored[Verdict]:
+    config, chosen = run.config.gating, run.config.export
+    required = {target.name: target.required for target in chosen.all_targets}
+
+    def compute(_: Path, __: Progress) -> Verdict:
+        judged = [
+            Judged(engine, evaluation, measurement.record, required[engine.record.name])
+            for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True)
+        ]
+        return judge(
+            judged[1:],
+            evaluations[0],
+            Champion(reigning.engine.record, champion_evaluation) if reigning and champion_evaluation else None,
+            config,
+            serving=chosen.serving,
+            champion_known=True,
+            absent={name: (reason, required[name]) for name, reason in run.absent.items()},
+        )
+
+    inputs = {
+        "config": config.digest(),
+        "export": chosen.digest(),
+        "absent": ", ".join(sorted(run.absent)),
+        "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
+    }
+    for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):
+        name = engine.record.name
+        inputs |= {f"{name}.evaluation": evaluation.record.digest(), f"{name}.measurement": measurement.record.digest()}
+    for gate in config.gates:
+        inputs |= member_digests(gates=gate.gate)
+    return run.stage("gating", Verdict, compute, inputs=inputs)
+
+
+@task(name="packaging", cache_policy=NO_CACHE)
+def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits]) -> Stored[Release]:
+    config, training_config = run.config.packaging, run.config.training
+    serving = next(stored for stored in engines if stored.record.name == run.config.export.serving)
+    task_settings = dict(training_config.task_settings)
+
+    def compute(out: Path, progress: Progress) -> Release:
+        return package(
+            run.config.model,
+            serving,
+            splits,
+            run.workspace.data,
+            (training_config.task, task_settings),
+            config,
+            num_threads=run.settings.num_threads,
+            out=out,
+            progress=progress,
+        )
+
+    inputs = {
+        "model": run.config.model,
+        "engine": serving.record.digest(),
+        "splits": splits.record.digest(),
+        "config": config.digest(),
+        "task_settings": canonical_json(task_settings),
+        # Its answers are this processor's.
+        "machine": fingerprint(),
+        **member_digests(targets=serving.record.target, tasks=training_config.task),
+    }
+    return run.stage("packaging", Release, compute, inputs=inputs)
+
+
+@task(name="registration", **REGISTRY_POLICY)
+def registration(run: Run, results: Any) -> Candidate | Rejection:
+    """Record the candidate in MLflow and the ledger; the ledger decides whether that happened before."""
+    from flows.training.bundle import assemble
+    from flows.training.results import candidate_digest
+
+    registry = registry_of(run.workspace, run.settings)
+    with run.console.stage("registration", run.console.total) as (_, cached):
+        known = registry.recorded(run.config.model, candidate_digest(run, results))
+        if known is not None:
+            cached.append(True)
+        outcome = known or registry.register(assemble(run, results))
+        if known is None:
+            _tell(run, outcome)
+        folder = run.folder / f"{run.console.total}-registration"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / "outcome.json", json.dumps(outcome.to_json(), indent=1).encode())
+    return outcome
+
+
+def _tell(run: Run, outcome: Candidate | Rejection) -> None:
+    by = run.requested_by or "flows/train"
+    if isinstance(outcome, Candidate):
+        event: Event = "requested"
+        facts = {"version": outcome.version, "by": by, "reason": f"run {run.id}", "seq": outcome.ledger_seq}
+    else:
+        event = "rejected"
+        facts = {
+            "version": "(none)",
+            "by": "the gates",
+            "requested_by": by,
+            "verdict": outcome.status,
+            "reason": "; ".join(outcome.reasons),
+            "seq": outcome.ledger_seq,
+        }
+    notify(run.settings, event, run.config.model, facts, told=lambda line: run.console.line(f"    {line}"))

@@ -1,0 +1,1 @@
+"""Where things lie: the workspace, its settings, recipes, data, registry and backup."""

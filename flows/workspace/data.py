@@ -1,0 +1,393 @@
+"""Data commands: bring images into a workspace, pin them as a version, and get them back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from components import dataversions, plugins
+from components.contracts.data import DataVersion
+from components.contracts.errors import DataDiffers, DataError, UndecodableImage
+from components.contracts.families import Source
+from components.contracts.progress import Progress, silent
+from components.contracts.wording import counted
+from components.formats import PINNED, Accepted, check_size, refusal
+from components.images import check, decode, in_threads, pixel_digest
+from components.samples import OF_FILE_MANAGERS, alike, class_name_problem, class_twins
+from components.splitting import TestLedger
+from components.store import explained, sha256_file
+from flows.workspace.workspace import Workspace
+
+DEFAULT_TEST_SHARE = 0.2
+_BY_SETTING = "VISIONLOOP_FORMATS, VISIONLOOP_MAX_PIXELS or VISIONLOOP_MAX_IMAGE_MB, which serving needs too"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or folder that is no part of the new version, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Added:
+    """What `data add` did. Of a folder, found = copied + there already + left out."""
+
+    version: DataVersion
+    num_found: int
+    num_copied: int
+    num_already_there: int
+    left_out: tuple[LeftOut, ...]
+    num_new_test: int
+    undecodable: tuple[str, ...]
+    refused: dict[str, str]
+    """Files that were not copied, as serving would refuse them, and why, by class and name; they are left out, too."""
+    class_counts: dict[str, int]
+
+
+def add(
+    workspace: Workspace,
+    folder: Path | None,
+    *,
+    test_share: float | None,
+    accepted: Accepted = PINNED,
+    progress: Progress = silent,
+) -> Added:
+    """Copy `folder` (one sub-folder per class) into data/, freeze the side of every new picture, pin the version.
+
+    What serving would refuse by `accepted` is left out. Raises DataError when that is everything, or when it lies in data/
+    and is not pinned yet.
+
+    Without a folder, what lies in data/ is pinned as it is. Nothing is removed or overwritten; a run that is killed leaves
+    the old version pinned, and running again completes it.
+    """
+    root = workspace.root
+    incoming = _incoming(folder, workspace.data) if folder is not None else None
+    refused: dict[str, str] = {}
+    ledger = _ledger(root, test_share)
+    copied = there = found = 0
+    left_out: list[LeftOut] = []
+    if incoming is not None:
+        refused = _refused(incoming.files, accepted)
+        taken = [(label, path) for label, path in incoming.files if f"{label}/{path.name}" not in refused]
+        plan, there = _plan(taken, workspace.data)
+        copied, vanished = _copy(plan, workspace.data, scratch=workspace.state / "tmp")
+        left_out = [*incoming.left_out, *(LeftOut(name, why) for name, why in refused.items()), *vanished]
+        found = copied + there + len(left_out)
+    if not workspace.data.is_dir():
+        raise DataError(f"{workspace.data} is not there; name a folder: `visionloop data add FOLDER`")
+    lies_there = dataversions.listing(workspace.data)
+    if incoming is None:
+        reason = "the workspace's .dvcignore leaves it out of versions"
+        left_out = [LeftOut(dataversions.shown(path.relative_to(root)), reason) for path in lies_there.ignored]
+        found = len(lies_there.files) + len(left_out)
+        there = len(lies_there.files)
+    pictures, undecodable = _pictures(lies_there, ledger, workspace.data, accepted, progress)
+    # Before the ledger changes: what can fail for want of space is done, and pin and ledger still agree if it does.
+    dataversions.store(root)
+    extended = ledger.extended(pictures)
+    extended.write(root / dataversions.TEST_LEDGER)
+    version = dataversions.pin(root)
+    empty = [path.name for path in workspace.data.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return Added(
+        version=version,
+        num_found=found,
+        num_copied=copied,
+        num_already_there=there,
+        left_out=tuple(left_out),
+        num_new_test=sum(extended.members.values()) - sum(ledger.members.values()),
+        undecodable=tuple(sorted(undecodable)),
+        refused=refused,
+        # An empty folder is no part of a version, and surely not meant.
+        class_counts={label: len(lies_there.classes.get(label, ())) for label in sorted({*empty, *lies_there.classes})},
+    )
+
+
+def _ledger(root: Path, test_share: float | None) -> TestLedger:
+    """The frozen test ledger, an empty one for a first version; raises DataError where it is lost or of another share."""
+    path = root / dataversions.TEST_LEDGER
+    if not path.exists():
+        if not dataversions.adoptable(root):
+            raise DataError(f"{path} is missing; restore it with `git checkout -- {path.name}`")
+        return TestLedger(test_share or DEFAULT_TEST_SHARE, {})
+    ledger = TestLedger.read(path)
+    if test_share is not None and test_share != ledger.test_share:
+        raise DataError(
+            f"the test share of this data set is frozen at {ledger.test_share}; "
+            f"leave --test-share out, or start another workspace"
+        )
+    return ledger
+
+
+def _pictures(
+    lies_there: dataversions.Listing, ledger: TestLedger, data: Path, accepted: Accepted, progress: Progress
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """(digest of pixels, class) of all in data/, and what cannot be decoded; raises DataError for what serving would refuse.
+
+    Every picture is looked at, not only those DVC calls new: the ledger must not depend on what DVC's cache still holds.
+    """
+    touched = [path for paths in lies_there.classes.values() for path in paths]
+    undecodable: list[str] = []
+    new_but_refused: list[str] = []
+    pictures: list[tuple[str, str]] = []
+    looked = in_threads(lambda path: _picture(path, accepted), touched, progress=progress)
+    for path, (picture, why) in zip(touched, looked, strict=True):
+        name = path.relative_to(data).as_posix()
+        if picture is None:
+            undecodable.append(name)
+        else:
+            pictures.append((picture, path.parent.name))
+        if why and picture is not None and picture not in ledger.members:
+            new_but_refused.append(f"{name}: {why}")
+    if new_but_refused:
+        raise DataError(
+            f"serving would refuse {counted(len(new_but_refused), 'new picture')} in {data} "
+            f"({'; '.join(new_but_refused[:3])}); convert or remove them, or accept them by {_BY_SETTING}. "
+            f"Nothing was pinned"
+        )
+    return pictures, undecodable
+
+
+def ensure(workspace: Workspace, source: str | None) -> DataVersion:
+    """The verified pinned version; an empty workspace whose recipe names a source is filled from it first.
+
+    Raises DataDiffers when the bytes are not the pinned ones; what was there before is untouched.
+    """
+    if source is not None and not workspace.data.exists():
+        pinned = dataversions.pinned(workspace.root)
+        fetch(workspace, source, expected=pinned)
+        dataversions.keep(workspace.root)
+        return pinned
+    return dataversions.verify(workspace.root)
+
+
+def fetch(workspace: Workspace, source: str, *, expected: DataVersion | None = None) -> None:
+    """Write the images of a source plug-in into data/, all or nothing; raises DataDiffers when they are not the expected."""
+    member: Source = plugins.load("sources", source)
+    scratch = workspace.state / "tmp" / uuid.uuid4().hex
+    scratch.mkdir(parents=True)
+    try:
+        member.fetch(out=scratch)
+        try:
+            _incoming(scratch, workspace.data)
+        except DataError as error:
+            raise DataError(f"source {source!r} wrote no data set; nothing was kept. {error}") from error
+        found = dataversions.hash_of(workspace.root, scratch)
+        if expected is not None and found != expected.dvc_hash:
+            raise DataDiffers(
+                f"source {source!r} made other bytes than data.dvc pins ({expected.dvc_hash}, not {found}); they were not "
+                f"kept. Install the locked versions (`make setup`)"
+            )
+        os.rename(scratch, workspace.data)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    files: list[tuple[str, Path]]
+    """(class, file)"""
+    left_out: list[LeftOut]
+
+
+def _told(left_out: list[LeftOut]) -> str:
+    """The first files that are left out, as the end of an error."""
+    return "".join(f"; {left.file} is left out: {left.reason}" for left in left_out[:3])
+
+
+def _incoming(folder: Path, data: Path) -> _Incoming:
+    """What a folder has to add, every file of it either taken or left out for a reason; refused before anything is copied.
+
+    Raises DataError for a folder of another shape, for what cannot be read, and for names that no version can hold.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected one sub-folder per class, with images in it")
+    given, there = folder.resolve(), data.resolve()
+    if given == there or given.is_relative_to(there) or there.is_relative_to(given):
+        raise DataError(
+            f"{folder} is the workspace's own data folder, lies in it or holds it; to pin what is in {data}, "
+            f"run `visionloop data add` without a folder"
+        )
+    rules = dataversions.ignore_rules(data)
+    found = _Incoming([], [])
+    try:
+        labels = _taken(folder, folder, data, rules, found.left_out)
+        loose = [path.name for path in labels if not path.is_dir()]
+        classes = [path for path in labels if path.is_dir()]
+        if not classes:
+            raise DataError(
+                f"{folder} has no sub-folders; expected one per class, such as {folder}/cat and {folder}/dog"
+                f"{_told(found.left_out)}"
+            )
+        if loose:
+            raise DataError(
+                f"{folder} holds files beside the class folders ({', '.join(sorted(loose)[:3])}); move each into its class"
+            )
+        for path in classes:
+            problem = None if (data / path.name).is_dir() else class_name_problem(path.name)
+            if problem:
+                raise DataError(f"{dataversions.shown(path)} cannot be the name of a class: {problem}; rename the folder")
+            images = _taken(path, folder, data / path.name, rules, found.left_out)
+            deeper = [image for image in images if image.is_dir()]
+            if deeper:
+                raise DataError(
+                    f"{dataversions.shown(deeper[0])} is a folder inside a class; images have to lie directly in their "
+                    f"class folder"
+                )
+            if not images:
+                inside = [left for left in found.left_out if left.file.startswith(f"{dataversions.shown(Path(path.name))}/")]
+                raise DataError(
+                    f"class {path.name!r} has no images in {folder}; add some, or remove the empty folder{_told(inside)}"
+                )
+            found.files.extend((path.name, image) for image in images)
+        unreadable = [path for _, path in found.files if not os.access(path, os.R_OK)]
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}; give read permission and run again") from error
+    if unreadable:
+        raise DataError(f"cannot read {unreadable[0]}: permission denied; give read permission and run again")
+    return found
+
+
+def _taken(
+    place: Path,
+    folder: Path,
+    destination: Path,
+    rules: Callable[[str, list[str], list[str]], tuple[list[str], list[str]]],
+    left_out: list[LeftOut],
+) -> list[Path]:
+    """Files and folders of `place` that are not left out, sorted; names are judged as if they lay in `destination`."""
+    taken = []
+    for path in sorted(place.iterdir()):
+        name, reason = path.name, None
+        if name.startswith("."):
+            reason = "hidden"
+        elif name.casefold() in OF_FILE_MANAGERS:
+            reason = "left by a file manager"
+        elif path.is_symlink() and not path.exists():
+            reason = "a link that leads nowhere"
+        elif not (path.is_file() or path.is_dir()):
+            reason = "no regular file"
+        else:
+            dataversions.expect_utf8(path)
+            kept = rules(str(destination.absolute()), [name] if path.is_dir() else [], [] if path.is_dir() else [name])
+            reason = None if any(kept) else "the workspace's .dvcignore leaves it out of versions"
+        if reason is None:
+            taken.append(path)
+        else:
+            shown = dataversions.shown(path.relative_to(folder)) + ("/" if path.is_dir() and not path.is_symlink() else "")
+            left_out.append(LeftOut(shown, reason))
+    return taken
+
+
+def _plan(files: list[tuple[str, Path]], data: Path) -> tuple[list[tuple[Path, Path]], int]:
+    """(file, where it goes) for what is to be copied, and how many files are there already, byte for byte.
+
+    A name that is taken by other bytes, or by a name that another file system would not tell from it, gets a digest.
+    Raises DataError for a name or path that would be too long.
+    """
+    plan: list[tuple[Path, Path]] = []
+    there = 0
+    taken: dict[tuple[str, str], Path] = {}
+    known: set[str] = set()
+    for label, path in files:
+        folder = data / label
+        if label not in known:
+            known.add(label)
+            taken |= {(label, alike(name)): folder / name for name in (os.listdir(folder) if folder.is_dir() else ())}
+        destination = folder / path.name
+        holder = destination if destination.exists() else taken.get((label, alike(path.name)))
+        if holder is not None:
+            digest = sha256_file(path)
+            while holder is not None and sha256_file(holder) != digest:
+                length = 12 if destination.name == path.name else 64
+                destination = folder / f"{path.stem}-{digest[:length]}{path.suffix}"
+                holder = destination if destination.exists() else taken.get((label, alike(destination.name)))
+            if holder is not None:
+                there += 1
+                continue
+        taken[label, alike(destination.name)] = path
+        plan.append((path, destination))
+    longest_name, longest_path = (os.pathconf(data.parent, limit) for limit in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    for path, destination in plan:
+        if len(os.fsencode(destination.name)) > longest_name or len(os.fsencode(destination)) >= longest_path:
+            raise DataError(
+                f"{dataversions.shown(path)} would become {dataversions.shown(destination)}, which is too long for the "
+                f"workspace's disk ({longest_name} bytes a name, {longest_path} a path); shorten it"
+            )
+    return plan, there
+
+
+def _copy(plan: list[tuple[Path, Path]], data: Path, *, scratch: Path) -> tuple[int, list[LeftOut]]:
+    scratch.mkdir(parents=True, exist_ok=True)
+    vanished: list[LeftOut] = []
+    for path, destination in plan:
+        # Not beside the destination: a kill must not leave a file that becomes part of the version.
+        temporary = scratch / uuid.uuid4().hex
+        try:
+            with explained("copy into", data):
+                shutil.copyfile(path, temporary)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, destination)
+        except OSError as error:
+            if not path.exists():
+                name = dataversions.shown(Path(path.parent.name, path.name))
+                vanished.append(LeftOut(name, "it vanished while it was copied"))
+                continue
+            raise DataError(
+                f"cannot copy {dataversions.shown(path)}: {error.strerror}. The old version is still the pinned one; "
+                f"mend it and run the command again, it goes on where it stopped"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    return len(plan) - len(vanished), vanished
+
+
+def _refused(files: list[tuple[str, Path]], accepted: Accepted) -> dict[str, str]:
+    """The files that serving would refuse and why, by class and name; raises DataError when that is all of them."""
+
+    def reason(path: Path) -> str:
+        try:
+            check_size(path.stat().st_size, accepted)  # before a film is read whole
+            check(path.read_bytes(), accepted)
+        except UndecodableImage as error:
+            return str(error)
+        except FileNotFoundError:
+            return "it vanished while it was looked at"
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; mend it and run the command again") from error
+        return ""
+
+    reasons = list(in_threads(reason, [path for _, path in files]))
+    if files and all(reasons):
+        raise DataError(
+            f"of {counted(len(files), 'file')} none is a picture that is accepted ({files[0][1]}: {reasons[0]}); "
+            f"convert them, or accept them by {_BY_SETTING}. Nothing was changed"
+        )
+    return {f"{label}/{path.name}": why for (label, path), why in zip(files, reasons, strict=True) if why}
+
+
+def _picture(path: Path, accepted: Accepted) -> tuple[str | None, str]:
+    """The digest of a picture, None when it cannot be decoded, and why serving would refuse it."""
+    try:
+        content = path.read_bytes()
+        picture = decode(content)
+    except UndecodableImage as error:
+        return None, str(error)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; mend it and run the command again") from error
+    return pixel_digest(picture)[:32], refusal(content, picture.width, picture.height, accepted)
+
+
+def class_note(class_counts: dict[str, int], minimum: int) -> Iterable[str]:
+    """What training will object to, said early."""
+    if len(class_counts) < 2:
+        yield "only one class so far: training needs at least two"
+    yield from class_twins(class_counts)
+    for label, count in class_counts.items():
+        if count < minimum:
+            yield f"class {label!r} has {counted(count, 'image')}: training needs at least {minimum}"

@@ -1,0 +1,65 @@
+"""Opening a workspace's registry, and telling which model is meant when nobody names one."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.contracts.errors import ConfigError, UnknownName
+from components.contracts.wording import counted
+from components.releases import ReleaseStore
+from flows.workspace.settings import Settings, read_settings
+from flows.workspace.workspace import Workspace
+from registry import tracking
+from registry.ledger import Ledger
+from registry.models import Registry
+from registry.promotion import Promotion
+
+
+def artifacts_of(workspace: Workspace, settings: Settings) -> Path | None:
+    """Where MLflow keeps files when no server decides that; a workspace that was moved or copied is told so once."""
+    if not settings.tracking_is_local:
+        return None
+    artifacts = workspace.state / "mlflow-artifacts"
+    if moved := tracking.settle(settings.tracking_uri, artifacts):
+        print(f"Note: {moved}", file=sys.stderr, flush=True)
+    return artifacts
+
+
+def registry_of(workspace: Workspace, settings: Settings) -> Registry:
+    """The registry of a workspace: MLflow and the ledger."""
+    return Registry(settings.tracking_uri, Ledger(settings.ledger_url), artifacts=artifacts_of(workspace, settings))
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A workspace's registry, for one model. What needs MLflow is made when it is asked for."""
+
+    workspace: Workspace
+    settings: Settings
+    ledger: Ledger
+    model: str
+
+    @property
+    def promotion(self) -> Promotion:
+        registry = registry_of(self.workspace, self.settings)
+        return Promotion(registry, ReleaseStore(self.settings.releases_url), self.model)
+
+
+def desk(folder: Path, model: str | None) -> Desk:
+    """The registry of the workspace at `folder`; raises ConfigError when it knows several models and none is named."""
+    workspace = Workspace.find(folder)
+    settings = read_settings(workspace.state)
+    ledger = Ledger(settings.ledger_url)
+    known = sorted({entry.model for entry in ledger.entries()})
+    if model is None:
+        if len(known) != 1:
+            hint = (
+                f"name one with --model: {', '.join(known)}" if known else "train one first: visionloop train --recipe NAME"
+            )
+            raise ConfigError(f"the ledger knows {counted(len(known), 'model')}; {hint}")
+        model = known[0]
+    elif model not in known:
+        raise UnknownName("model", model, known)
+    return Desk(workspace, settings, ledger, model)

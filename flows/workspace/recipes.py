@@ -1,0 +1,184 @@
+"""Recipes: YAML files parsed into RunConfig, one section per stage. A typo dies here, before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError, field_validator
+
+from components import plugins
+from components.contracts.errors import ConfigError, PluginFailed, UnknownName
+from components.contracts.records import Record, plain
+from components.evaluation import EvaluationConfig
+from components.export import ExportConfig
+from components.export import check as check_export
+from components.gating import GatingConfig
+from components.gating import check as check_gating
+from components.packaging import PackagingConfig
+from components.splitting import SplittingConfig
+from components.training import TrainingConfig
+from components.training import check as check_training
+from components.validation import ValidationConfig
+from flows.workspace.yaml_reading import parse_yaml, read_mapping
+
+SHIPPED = Path(__file__).resolve().parent / "recipes"
+_SUFFIXES = (".yml", ".yaml")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+class RunConfig(Record):
+    """One run, completely: every default is written out in the run folder and in MLflow."""
+
+    name: str
+    model: str
+    """Registered model name; part of every key in the ledger."""
+    description: str = ""
+    source: str | None = None
+    """Source plug-in that can make the pinned data where `data/` is empty; none for a folder of one's own."""
+    validation: ValidationConfig = ValidationConfig()
+    splitting: SplittingConfig = SplittingConfig()
+    training: TrainingConfig
+    export: ExportConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gating: GatingConfig
+    packaging: PackagingConfig = PackagingConfig()
+
+    @field_validator("name", "model")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is not a plain name; use a-z, 0-9, '.', '_' and '-', at most 63")
+        return value
+
+
+def recipe_files(workspace: Path | None) -> dict[str, Path]:
+    """Every recipe by name: the shipped ones and the workspace's own, which win."""
+    folders = [SHIPPED, *([workspace / "recipes"] if workspace else [])]
+    return {path.stem: path for folder in folders for suffix in _SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))}
+
+
+def _values(path: Path) -> dict[str, Any]:
+    twin = path.with_suffix(".yml")
+    if path.suffix == ".yaml" and twin.exists():
+        raise ConfigError(f"{path} and {twin.name} are both recipe {path.stem!r}; remove or rename one")
+    return read_mapping(path, "recipe")
+
+
+def peek(path: Path) -> RunConfig:
+    """A recipe's sections as they are, without asking whether what they name exists; raises ConfigError."""
+    return parse(_values(path), place=str(path))
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path | None = None) -> RunConfig:
+    """The recipe of this name or path with `section.key=value` overrides; raises ConfigError naming the key.
+
+    Everything it names (plug-ins, their settings, weights, engines) is checked to exist.
+    """
+    files = recipe_files(workspace)
+    path = Path(recipe) if recipe.endswith(_SUFFIXES) else files.get(recipe)
+    if path is None:
+        raise UnknownName("recipe", recipe, list(files))
+    values = _values(path)
+    for override in overrides:
+        _apply(values, override)
+    place = " ".join([str(path), *(f"--set {override}" for override in overrides)])
+    config = parse(values, place=place)
+    try:
+        check_training(config.training, workspace or Path())
+        check_export(config.export)
+        check_gating(config.gating, [target.name for target in config.export.all_targets])
+        if config.source is not None:
+            plugins.load("sources", config.source)
+    except PluginFailed:
+        raise  # it names a file of its own
+    except ConfigError as error:
+        error.args = (f"{place}: {error}",)
+        raise
+    return config
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """What a run of this recipe uses: every default written out, those of its plug-ins too. A recipe again."""
+    values = config.to_json()
+
+    def settings(family: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = plugins.load(family, name, dict(given)).model_dump(mode="json")
+        return found
+
+    training = values["training"]
+    for family, key in (("backbones", "backbone"), ("tasks", "task")):
+        training[f"{key}_settings"] = settings(family, training[key], training[f"{key}_settings"])
+    for target in values["export"]["targets"]:
+        target["settings"] = settings("targets", target["target"], target["settings"])
+    for gate in values["gating"]["gates"]:
+        gate["settings"] = settings("gates", gate["gate"], gate["settings"])
+    return values
+
+
+def parse(values: dict[str, Any], *, place: str) -> RunConfig:
+    """Values to RunConfig; raises ConfigError that names the key and, for an unknown one, the valid keys."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(values), strict=True)
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise ConfigError(f"{place}: {error}") from error
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            valid = _fields(problem["loc"][:-1])
+            raise UnknownName(f"key in {place}:", key, valid) from error
+        raise ConfigError(f"{place}: {f'{key}: ' if key else ''}{plain(problem)}{_hint(problem)}") from error
+
+
+def _hint(problem: Mapping[str, Any]) -> str:
+    """What was given instead, where YAML may have read a plain value as something else than was meant."""
+    given, kind = problem["input"], problem["type"]
+    if kind in ("missing", "value_error"):
+        return ""  # the message says it
+    if isinstance(given, (list, dict)):
+        return ", not a list" if isinstance(given, list) else ", not a section"
+    if not isinstance(given, (str, bool, int, float, type(None))):
+        return ""
+    shown = json.dumps(given, ensure_ascii=False)[:60]
+    if kind == "string_type":
+        return f", not {shown}; quote it, such as '{shown}'"
+    if kind == "bool_type":
+        return f", not {shown}; write true or false"
+    return f", not {shown}"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as training.fit.epochs=5")
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if isinstance(section, list):
+            raise ConfigError(
+                f"--set {override!r}: {parent!r} is a list, whose items cannot be set one by one; give it whole, "
+                f"as it stands in the recipe: {parent}=[...]"
+            )
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+    section[last] = parse_yaml(text, f"the value of --set {override!r}")
+
+
+def _fields(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model at this place of RunConfig."""
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation), *(a for c in get_args(annotation) for a in get_args(c))]
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return [name for name in model.model_fields if name != "schema_version"]

@@ -1,0 +1,1 @@
+"""Transports and who may use them: HTTP, gRPC, the Open Inference tensors, connections, credentials, admission."""
