@@ -1,11 +1,12 @@
 """A workspace's own plug-in against its family's protocol: its class when it is loaded, and every answer where it comes in.
 
 What is wrong with it is told by file and line. Which kinds of answers a family gives is read from the protocols of
-`contracts.py`, so there is nothing to keep in step.
+`components/contracts/`, so there is nothing to keep in step.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import re
@@ -17,8 +18,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from components.contracts import records
 from components.contracts.errors import PluginFailed, VisionloopError, causes, in_short
+
+_CONTRACTS = ("components.contracts.families", "monitoring.verdicts")
+"""Modules that hold the protocols, with the records that they speak of. By name: an edit of one re-keys who imports it."""
 
 
 def place_of(error: BaseException, folder: Path) -> str | None:
@@ -68,7 +71,12 @@ def check_class(kind: str, member: Any, path: Path) -> None:
 
 def _contract(kind: str) -> Mapping[str, Any]:
     """The public methods and properties of a protocol."""
-    return {name: part for name, part in vars(getattr(records, kind)).items() if not name.startswith("_")}
+    return {name: part for name, part in vars(_known(kind)).items() if not name.startswith("_")}
+
+
+def _known(name: str) -> Any:
+    """A class of the contracts by its name; None for none of ours."""
+    return next((found for home in _CONTRACTS if (found := getattr(importlib.import_module(home), name, None))), None)
 
 
 class Checked:
@@ -142,10 +150,10 @@ def _is(answer: Any, annotation: str) -> bool:
         for part in name.split("."):
             library = getattr(library, part, None)
         return library is None or isinstance(answer, library)  # type: ignore[arg-type]
-    if isinstance(answer, bool) or not isinstance(answer, _KINDS.get(kind) or getattr(records, kind)):
+    if isinstance(answer, bool) or not isinstance(answer, _KINDS.get(kind) or _known(kind)):
         return False
     # Values that are records of ours, as in dict[str, Estimate].
-    named = [getattr(records, name, None) for name in re.findall(r"\b[A-Z]\w+", inside)]
+    named = [_known(name) for name in re.findall(r"\b[A-Z]\w+", inside)]
     records = tuple(found for found in named if isinstance(found, type))
     values = answer.values() if isinstance(answer, Mapping) else answer
     return not records or all(isinstance(value, records) for value in values)

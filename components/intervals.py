@@ -10,17 +10,9 @@ import numpy.typing as npt
 from components.contracts.verdicts import Estimate
 
 _Z95 = 1.959963984540054
-
-
 RESAMPLES = 1000
-
-
 SEED = 20240717
-
-
 Floats = npt.NDArray[np.float64]
-
-
 Labels = npt.NDArray[np.int64]
 
 

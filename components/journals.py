@@ -12,33 +12,15 @@ from typing import Any
 import orjson
 
 SUFFIX = ".journal"
-
-
 MAGIC = b"VLJ2"
-
-
 OLDER_MAGIC = b"VLJ1"
-
-
 BLOCK = 4096
 """Of a disk: a write that is cut short spoils no more than the block that it was for."""
-
-
 HEAD_BYTES = 3 * BLOCK
-
-
 _FRAME = struct.Struct("<II")
-
-
 _JSON = struct.Struct("<I")
-
-
 _COUNT = struct.Struct("<QQdd96s")
-
-
 _CHECKSUM = struct.Struct("<I")
-
-
 MAX_ROW = 16 << 20
 
 

@@ -21,17 +21,9 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION = 1
-
-
 DAMAGED = ".damaged"
-
-
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, struct.error)
-
-
 _VERSION_KEY = b"visionloop.schema_version"
-
-
 TEXT_COLUMNS = (
     "prediction_id",
     "idempotency_key",
@@ -45,8 +37,6 @@ TEXT_COLUMNS = (
     "image_sha256",
     "predicted",
 )
-
-
 TIME_COLUMNS = ("event_at", "ingest_at")
 
 
@@ -229,11 +219,7 @@ def read_stretch(
 
 _CLOCKS = datetime.timedelta(minutes=5)
 """Difference of the clocks of two machines that is nobody's fault."""
-
-
 _WRONG_CLOCK = "the clock of a server is wrong"
-
-
 _MANY_DAYS = 60
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,9 @@ from components.contracts.progress import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+
+Say = Callable[[str], None]
+"""Says a line to whoever is looking on."""
 
 
 class Console:
@@ -102,6 +103,3 @@ class Console:
 def figure(estimate: Mapping[str, float]) -> str:
     """An estimate as `estimate_json` gives it, with its interval and n."""
     return f"{estimate['value']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}] n={estimate['n']}"
-
-
-Told = Callable[[str], None]

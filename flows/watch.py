@@ -19,7 +19,7 @@ from flows.loop.permits import overdue
 from flows.loop.windows import Judged, Stretch, expect_reigning, judge_window, open_loop, prune, stretches
 from flows.orchestrator.notifications import notify
 from flows.orchestrator.retries import REGISTRY_POLICY
-from flows.terminal import Told
+from flows.terminal import Say
 from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 from monitoring.drift import as_json
@@ -32,14 +32,14 @@ def judging(loop: Loop, stretch: Stretch, now: datetime.datetime) -> Judged | No
 
 
 @task(name="announcing", **REGISTRY_POLICY)
-def announcing(loop: Loop, judged: Judged, told: Told) -> None:
+def announcing(loop: Loop, judged: Judged, told: Say) -> None:
     """The event and the notification of a new alarm."""
     if judged.alarm is not None:
         announce(loop, judged.alarm, told=told)
 
 
 @task(name="sweeping", **REGISTRY_POLICY)
-def sweeping(loop: Loop, told: Told, grace_s: float | None) -> list[Started]:
+def sweeping(loop: Loop, told: Say, grace_s: float | None) -> list[Started]:
     """What was alarmed, killed or queued and is still waiting for its training."""
     return sweep(loop, told=told, grace_s=grace_s)
 

@@ -68,8 +68,6 @@ class Shift(Record):
 
 
 DriftStatus = Literal["pass", "drift", "inconclusive", "no data"]
-
-
 Diagnosis = Literal["none", "broken input", "appearance", "class mix", "content", "confidence"]
 
 

@@ -31,8 +31,6 @@ class Dataset(Record):
 
 
 SplitName = Literal["train", "valid", "calibration", "test"]
-
-
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "calibration", "test")
 
 

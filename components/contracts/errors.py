@@ -1,4 +1,30 @@
-"""Every error of visionloop, and how an error is told in a line."""
+"""Every error of visionloop, and how an error is told in a line.
+
+Exceptions::
+
+    VisionloopError                 something is wrong that a person can act on
+    ├── ConfigError (ValueError)    a recipe, an override or a command-line value
+    │   ├── UnknownName             a plug-in, class or key that does not exist; lists the valid ones
+    │   └── PluginFailed            a workspace's own plug-in cannot be used, raised, or answered something else
+    ├── DataError                   the images or their version
+    │   ├── UndecodableImage        one file is not an image we accept; the reason is its message
+    │   ├── DataDiffers             the folder is not what data.dvc says
+    │   └── DataRejected            validation refused the data set
+    ├── StoreError                  an artefact could not be written or read
+    │   ├── TamperedArtefact        bytes differ from the digests in their manifest
+    │   └── SchemaTooNew            written by a newer visionloop
+    ├── WorkspaceBusy               another run holds this workspace
+    ├── TrainingDiverged            the loss is not finite
+    ├── CheckpointMismatch          a checkpoint belongs to another config or other data
+    ├── ExportError                 a target could not build its engine
+    ├── EngineUnavailable           an engine cannot be executed on this machine
+    ├── WeightsUnavailable          pretrained weights could not be had
+    ├── RegistryUnavailable         MLflow, the ledger or the release store does not answer
+    ├── OrchestratorUnavailable     the Prefect server that is named does not answer
+    ├── DecisionRefused             the ledger's rules do not allow this approval, rejection, promotion or rollback
+    └── MonitoringError             a window of predictions cannot be judged
+        └── ReferenceUnavailable    what production is compared with is missing, changed or another encoder's
+"""
 
 from __future__ import annotations
 

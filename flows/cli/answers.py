@@ -37,6 +37,15 @@ def finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> No
     print(json.dumps(answer, allow_nan=False) if as_json else text(), file=_output.get())
 
 
+def to_stderr(line: str) -> None:
+    """Say a line beside the answer."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def silent(_: str) -> None:
+    """Say nothing."""
+
+
 @contextlib.contextmanager
 def _alone(as_json: bool) -> Iterator[None]:
     """With --json, standard output is the object's alone: what libraries and plug-ins print would run into it."""

@@ -10,10 +10,12 @@ from components import garbage
 from flows.cli.answers import Commands
 from flows.cli.backup import add_backup_commands
 from flows.cli.data import data_app
+from flows.cli.demo import demo
 from flows.cli.loop import add_loop_commands
 from flows.cli.registry import add_registry_commands
 from flows.cli.serving import add_serving_commands
-from flows.cli.training import recipe_app, store_app
+from flows.cli.training import add_training_commands
+from flows.cli.up import add_up_commands
 
 app = Commands(
     name="visionloop",
@@ -49,13 +51,14 @@ app = Commands(
     Every command that answers takes --json and then prints one JSON object as its last line.
     Exit status: 0 done, 1 the answer is no (rejected, drifted, not as it should be), 2 an error that says what to do.""",
 )
+add_training_commands(app)
 app.add_typer(data_app, name="data")
-app.add_typer(recipe_app, name="recipe")
-app.add_typer(store_app, name="store")
 add_registry_commands(app)
 add_serving_commands(app)
 add_loop_commands(app)
+add_up_commands(app)
 add_backup_commands(app)
+app.command()(demo)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.answers import AsJson, finish
-from flows.cli.app import app
-from flows.cli.training import _trained
+from flows.cli.answers import AsJson, finish, to_stderr
+from flows.cli.training import run_training
 
 
-@app.command()
 def demo(
     directory: Annotated[
         Path, typer.Option("--directory", help="Scratch workspace; kept, so a second demo goes on where this one stopped.")
@@ -26,24 +23,21 @@ def demo(
     from flows.demo.workspace import prepare
     from flows.workspace.settings import prepare_environment, read_settings
 
-    def told(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     workspace = prepare(directory)
     prepare_environment(workspace.state)
     from flows.demo.story import Show
     from flows.up.processes import Up
 
-    show = Show(workspace, lambda: _trained(workspace.root, "digits", [], None), told, port=port)
+    show = Show(workspace, lambda: run_training(workspace.root, "digits", [], None), to_stderr, port=port)
     up = Up(workspace, read_settings(workspace.state))
     try:
         phases = show.run()
         if not stop:
-            up.start_pages(told=lambda line: told(f"  {line}"))
+            up.start_pages(told=lambda line: to_stderr(f"  {line}"))
         answer = show.finish({} if stop else up.addresses())
     finally:
         if stop:
-            up.stop(told=told)
+            up.stop(told=to_stderr)
     finish(answer | {"phases": phases}, json_, lambda: show.text(answer))
     if phases["train"]["outcome"] != "candidate":
         raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,6 @@ from flows.terminal import figure
 
 if TYPE_CHECKING:
     from flows.loop.loop import Loop
-from flows.cli.up import deploy, down, status, up
 
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
 By = Annotated[str, typer.Option("--as", help="Your name, as others will read it; nobody checks it.")]
@@ -27,18 +25,10 @@ governor_app = Commands(help="What may train without a person, and what was deci
 
 def add_loop_commands(app: Commands) -> None:
     """Put the loop's commands on the command line."""
-    for command in (watch, windows, alarms, sweep, report, up, deploy, status, down):
+    for command in (watch, windows, alarms, sweep, report):
         app.command()(command)
     app.add_typer(labels_app, name="labels")
     app.add_typer(governor_app, name="governor")
-
-
-def _told(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(_: str) -> None:
-    return None
 
 
 def _loop(workspace: Path, model: str | None) -> Loop:

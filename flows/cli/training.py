@@ -12,15 +12,19 @@ from components import garbage
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
-from flows.cli.app import app
 
 recipe_app = Commands(help="What can be trained, and how.")
-
-
 store_app = Commands(help="Published artefacts.")
 
 
-@app.command()
+def add_training_commands(app: Commands) -> None:
+    """Put them onto the command line."""
+    for command in (init, train, runs):
+        app.command()(command)
+    app.add_typer(recipe_app, name="recipe")
+    app.add_typer(store_app, name="store")
+
+
 def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE, json_: AsJson = False) -> None:
     """Make a workspace: git and DVC, ready for `data add`."""
     from components import dataversions
@@ -36,7 +40,6 @@ def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.
     )
 
 
-@app.command()
 def train(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a .yaml file.")],
     set_: Annotated[
@@ -66,7 +69,7 @@ def train(
     _train(found.root, recipe, set_ or [], as_, json_, measure_again=measure_again)
 
 
-def _trained(
+def run_training(
     root: Path, recipe: str, overrides: list[str], by: str | None, *, measure_again: bool = False
 ) -> dict[str, Any]:
     from flows.workspace.settings import login_name
@@ -84,7 +87,7 @@ def _trained(
 
 
 def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool, *, measure_again: bool) -> None:
-    summary = _trained(root, recipe, overrides, by, measure_again=measure_again)
+    summary = run_training(root, recipe, overrides, by, measure_again=measure_again)
     finish(summary, as_json, lambda: _told(summary))
     if summary["outcome"] != "candidate":
         raise typer.Exit(1)
@@ -96,7 +99,6 @@ def _told(summary: dict[str, Any]) -> str:
     return told(summary)
 
 
-@app.command()
 def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """What was run in this workspace: when it was first started, what came of it, and what was set."""
     from flows.training.past_runs import past_runs, told

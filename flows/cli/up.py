@@ -7,8 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from components.contracts.wording import counted
-from flows.cli.answers import HERE, AsJson, InWorkspace, finish
-from flows.cli.loop import _silent, _told
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, silent, to_stderr
+
+
+def add_up_commands(app: Commands) -> None:
+    """Put them onto the command line."""
+    for command in (up, deploy, status, down):
+        app.command()(command)
 
 
 def up(
@@ -33,7 +38,7 @@ def up(
 
     found = Workspace.find(workspace)
     prepare_environment(found.state)
-    told = _silent if json_ else _told
+    told = silent if json_ else to_stderr
     standing = Up(found, read_settings(found.state))
     with standing.locked():
         from flows.up.stack import keep_up
@@ -60,7 +65,7 @@ def deploy(
     from flows.up.stack import deploy_all
 
     expect_server(read_settings(found.state))
-    models = deploy_all(Up(found, read_settings(found.state)), model or [], told=_silent if json_ else _told)
+    models = deploy_all(Up(found, read_settings(found.state)), model or [], told=silent if json_ else to_stderr)
     finish({"models": models}, json_, lambda: f"Deployed: {', '.join(models) or 'no model yet'}.")
 
 
@@ -125,5 +130,5 @@ def down(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     found = Workspace.find(workspace)
     standing = Up(found, read_settings(found.state))
     with standing.locked():
-        ended = standing.stop(told=_silent if json_ else _told)
+        ended = standing.stop(told=silent if json_ else to_stderr)
     finish({"stopped": ended}, json_, lambda: f"Stopped: {', '.join(ended) or 'nothing ran'}.")

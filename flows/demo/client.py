@@ -16,9 +16,9 @@ from typing import Any
 
 from components.contracts.errors import VisionloopError
 from components.intervals import wilson
-from flows.demo.story import Told
 from flows.demo.workspace import MODEL
 from flows.demo.world import Picture
+from flows.terminal import Say
 from flows.training.results import estimate_json
 from flows.workspace.settings import environment_with
 from flows.workspace.workspace import Workspace
@@ -41,7 +41,7 @@ def command_line(workspace: Workspace, *arguments: str, accepted: tuple[int, ...
 
 
 @contextmanager
-def start_server(workspace: Workspace, told: Told) -> Iterator[int]:
+def start_server(workspace: Workspace, told: Say) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

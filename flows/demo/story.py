@@ -28,6 +28,7 @@ from flows.demo.workspace import MODEL, commit
 from flows.demo.world import Picture, black, fill, halves, moved
 from flows.loop.alarms import sweep
 from flows.loop.loop import Loop
+from flows.terminal import Say, figure
 from flows.up.processes import Up
 from flows.workspace.desk import desk
 from flows.workspace.settings import read_settings
@@ -37,7 +38,6 @@ from registry import approval
 APPROVER, LABELLER = "demo-approver", "demo-labeller"
 _CLEAN, _SHIFTED, _BLACK = 400, 500, 300
 _RETRAIN_S = 900.0
-Told = Callable[[str], None]
 
 
 @dataclass
@@ -45,11 +45,11 @@ class Story:
     """What the demo has done so far."""
 
     path: Path
-    told: Told
+    told: Say
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, workspace: Workspace, told: Told) -> Story:
+    def open(cls, workspace: Workspace, told: Say) -> Story:
         path = workspace.state / "demo.json"
         phases = json.loads(path.read_text()) if path.is_file() else {}
         return cls(path, told, phases)
@@ -70,7 +70,7 @@ class Story:
 class Show:
     """The phases, in order."""
 
-    def __init__(self, workspace: Workspace, train: Callable[[], dict[str, Any]], told: Told, *, port: int | None) -> None:
+    def __init__(self, workspace: Workspace, train: Callable[[], dict[str, Any]], told: Say, *, port: int | None) -> None:
         self.workspace, self._train, self._told, self._port = workspace, train, told, port
         self.story = Story.open(workspace, told)
         self._world: tuple[list[Picture], list[Picture]] | None = None
@@ -140,7 +140,6 @@ class Show:
 
     def text(self, answer: dict[str, Any]) -> str:
         """The end of the story for a terminal."""
-        from flows.terminal import figure
         from flows.training.summary import told
 
         phases = self.story.phases
@@ -199,7 +198,7 @@ class Show:
         since = _now()
         answers = ask(port, [*traffic[: _CLEAN // 2], *asked[: _CLEAN // 2]])
         verdict = self._watch(since)
-        self._told(f"  accuracy {_figure(answers)}; watch says {verdict['status']}: {verdict['reasons'][0]}")
+        self._told(f"  accuracy {figure(answers['accuracy'])}; watch says {verdict['status']}: {verdict['reasons'][0]}")
         _expect(verdict["status"] == "pass", f"clean traffic is {verdict['status']}, expected pass", verdict)
         return {"answers": answers, "verdict": verdict}
 
@@ -209,14 +208,14 @@ class Show:
         traffic, asked = self.world
         since = _now()
         answers = ask(port, [moved(picture) for picture in traffic[:_SHIFTED]])
-        self._told(f"  accuracy on shifted pictures {_figure(answers)}")
+        self._told(f"  accuracy on shifted pictures {figure(answers['accuracy'])}")
         verdict = self._watch(since)
         for reason in verdict["reasons"]:
             self._told(f"  watch: {reason}")
         _expect(verdict["status"] == "drift", f"shifted traffic is {verdict['status']}, expected drift", verdict)
         # After the window: what is measured with must not be proposed for labelling.
         before = ask(port, [moved(picture) for picture in asked])
-        self._told(f"  other shifted pictures, before retraining: accuracy {_figure(before)}")
+        self._told(f"  other shifted pictures, before retraining: accuracy {figure(before['accuracy'])}")
         alarm = self.loop.outbox.alarms(MODEL)[-1]
         self._await_decision(alarm.id, 1)
         made = trail(self.loop, alarm.id, wait_s=20)
@@ -235,7 +234,7 @@ class Show:
         path = Path(story["verdict"]["folder"]) / "to-label.csv"
         filled = self.workspace.state / "tmp" / "labelled.csv"
         filled.parent.mkdir(exist_ok=True)
-        images = fill(path, filled, known)
+        images = fill(path, filled, known, LABELLER)
         other = {moved(picture).sha256 for picture in asked} | {picture.sha256 for picture in asked}
         _expect(not images & other, "an image that is measured with was labelled", sorted(images & other))
         done = command_line(self.workspace, "labels", "import", str(filled), "--as", LABELLER, "-m", MODEL)
@@ -300,8 +299,8 @@ class Show:
         clean = ask(port, asked)
         before = self.story.phases["shifted"]["before"]
         self._told(
-            f"  other shifted pictures: accuracy {_figure(before)} before, {_figure(after)} after; "
-            f"clean ones {_figure(clean)}"
+            f"  other shifted pictures: accuracy {figure(before['accuracy'])} before, {figure(after['accuracy'])} after; "
+            f"clean ones {figure(clean['accuracy'])}"
         )
         return {"requests": len(seen), "failed": len(failed), "after": after, "clean_after": clean, "version": version}
 
@@ -394,9 +393,3 @@ def _seconds_between(earlier: str | None, later: str | None) -> float | None:
         return None
     moments = [datetime.datetime.fromisoformat(text) for text in (earlier, later)]
     return round((moments[1] - moments[0]).total_seconds(), 1)
-
-
-def _figure(answers: dict[str, Any]) -> str:
-    from flows.terminal import figure
-
-    return figure(answers["accuracy"])

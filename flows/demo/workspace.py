@@ -10,7 +10,7 @@ from components.store import write_atomically
 from flows.loop.loop import LOOPS
 from flows.workspace.workspace import Workspace
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
+_REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = "digits"
 LOOP = """# The demo's loop: windows are looked at when it asks, and a person labels 300 images.
 recipe: digits

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from components import plugins
-from flows.demo.story import LABELLER
 from flows.workspace.workspace import Workspace
 
 
@@ -71,14 +70,14 @@ def black(number: int) -> Picture:
     return Picture(f"black-{number}", "", data.getvalue())
 
 
-def fill(path: Path, filled: Path, known: dict[str, str]) -> set[str]:
+def fill(path: Path, filled: Path, known: dict[str, str], labeller: str) -> set[str]:
     """Fill in the labels of the images that the labeller knows; returns the images."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     labelled = set()
     for row in rows:
         row["label"] = known.get(row["image_sha256"], "")
-        row["labelled_by"] = LABELLER if row["label"] else ""
+        row["labelled_by"] = labeller if row["label"] else ""
         labelled |= {row["image_sha256"]} if row["label"] else set()
     with filled.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

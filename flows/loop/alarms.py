@@ -7,7 +7,6 @@ ask the same governor, which grants each alarm once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 from components import dataversions
 from components.contracts.errors import DataError
@@ -16,11 +15,11 @@ from flows.loop.flow_runs import TIMEOUT_S, Started, start, training_parameters
 from flows.loop.loop import Loop
 from flows.orchestrator import events
 from flows.orchestrator.notifications import notify
+from flows.terminal import Say
 from monitoring.outbox import Alarm
 
 DRIFT = "visionloop.drift.detected"
 DATA = "visionloop.data.added"
-Told = Callable[[str], None]
 
 
 def emit(loop: Loop, event: str, alarm: Alarm) -> bool:
@@ -38,7 +37,7 @@ def emit(loop: Loop, event: str, alarm: Alarm) -> bool:
     return True
 
 
-def announce(loop: Loop, alarm: Alarm, *, told: Told) -> None:
+def announce(loop: Loop, alarm: Alarm, *, told: Say) -> None:
     """Tell the automation and people about a new alarm; what fails is told, and found again by the sweep."""
     try:
         if emit(loop, DRIFT, alarm):
@@ -68,7 +67,7 @@ def awaiting_data(loop: Loop) -> list[str]:
     return loop.governor.awaiting_data(loop.model, version)
 
 
-def tell_of_data(loop: Loop, *, told: Told) -> list[str]:
+def tell_of_data(loop: Loop, *, told: Say) -> list[str]:
     """Raise the alarm that waited for data again, now that there are new ones; returns the keys that were told."""
     woken = []
     for key in awaiting_data(loop):
@@ -81,7 +80,7 @@ def tell_of_data(loop: Loop, *, told: Told) -> list[str]:
     return woken
 
 
-def sweep(loop: Loop, *, told: Told, grace_s: float | None = None) -> list[Started]:
+def sweep(loop: Loop, *, told: Say, grace_s: float | None = None) -> list[Started]:
     """Start what nobody started, through the training deployment; running again starts nothing twice.
 
     Raises nothing for a Prefect server that is away: what is pending stays pending, and that is told. Raises ConfigError

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.loop.loop import Loop
-from flows.orchestrator import events
 
 _NEAR = datetime.timedelta(minutes=10)
 """An automation acts within moments of its event."""
@@ -138,8 +137,6 @@ def _woken_before(executed: dict[str, Any], seen: list[dict[str, Any]]) -> dict[
 
 
 DEPLOYMENT = "train"
-
-
 TIMEOUT_S = 30.0
 
 

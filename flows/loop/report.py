@@ -133,17 +133,17 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
     splits = _load(run / "2-splitting", Splits)
     verdict = _load(run / "6-gating", Verdict)
     history = run / "3-training" / "history.json"
-    figures: dict[str, Markup] = {}
+    drawn: dict[str, Markup] = {}
     if history.is_file():
-        figures["Training"] = figures.curves_figure(json.loads(history.read_text()))
+        drawn["Training"] = figures.curves_figure(json.loads(history.read_text()))
     if splits is not None:
-        figures["Splits"] = figures.splits_figure(splits.record)
+        drawn["Splits"] = figures.splits_figure(splits.record)
     if evaluation is not None:
-        figures["Confusion on the frozen test split"] = figures.confusion_figure(evaluation.record)
+        drawn["Confusion on the frozen test split"] = figures.confusion_figure(evaluation.record)
     places = [path for path in sorted((run / "5-evaluation").glob("*")) if path.name != "champion"]
     executed = [found for path in places if (found := _load(path, Evaluation)) is not None]
     if executed:
-        figures["Engines"] = figures.engine_figure(executed)
+        drawn["Engines"] = figures.engine_figure(executed)
     return {
         "version": state.version,
         "status": state.status,
@@ -154,7 +154,7 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
         "requested_at": shown_utc(state.requested.at),
         "decision": state.decision,
         "promoted_at": shown_utc(state.promoted.at) if state.promoted else None,
-        "figures": figures,
+        "figures": drawn,
         "findings": [(e.engine, e.status, f) for e in verdict.record.engines for f in e.findings] if verdict else [],
         "link": _link(run / "report.html", folder),
     }

@@ -22,15 +22,13 @@ if TYPE_CHECKING:
 
 
 _INK, _BLUE, _ORANGE, _GREY = "#1c2430", "#2563a8", "#c2571a", "#9aa4b1"
-
-
-_TEMPLATES = Path(__file__).resolve().parent / "templates"
+TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def environment() -> jinja2.Environment:
     """Templates that escape whatever they are given."""
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
 
 

@@ -11,7 +11,7 @@ from components.contracts.verdicts import Candidate, Rejection
 from components.gating import policy
 from components.store import sha256_file, write_atomically
 from flows.training.results import Results, bound_digests, candidate_digest, estimate_json, estimates_json
-from flows.training.run import Run
+from flows.training.run import Run, training_key
 from registry.approval import person
 from registry.ledger import Ledger
 from registry.models import Evidence
@@ -68,7 +68,7 @@ def assemble(run: Run, results: Results) -> Evidence:
     return Evidence(
         model=run.config.model,
         candidate_digest=candidate_digest(run, results),
-        training_key=_training_key(run, results),
+        training_key=training_key(run, results.splits),
         verdict=verdict,
         files=files,
         tags=_tags(run, results),
@@ -139,12 +139,6 @@ def notes_of(run: Run, results: Results) -> list[str]:
     entries = Ledger(run.settings.ledger_url).entries(run.config.model)
     body = {"bound": bound_digests(results), "summary": {"policy": recorded_policy(run, results)}}
     return notes(entries, body, subject=candidate_digest(run, results))
-
-
-def _training_key(run: Run, results: Results) -> str:
-    from flows.training.run import training_key
-
-    return training_key(run, results.splits)
 
 
 def _tags(run: Run, results: Results) -> dict[str, str]:
@@ -248,6 +242,9 @@ def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> 
 
 def report_source() -> str:
     """Digest of what draws the report: a changed template draws it anew."""
-    folder = Path(__file__).resolve().parent
-    templates = [folder / "templates" / name for name in ("report.html", "style.html")]
-    return sha256_text("".join(sha256_file(path) for path in (folder / "report.py", *templates)))
+    from flows.pages import figures
+    from flows.training import report
+
+    drawn_by = [Path(str(module.__file__)) for module in (report, figures)]
+    templates = [figures.TEMPLATES / name for name in ("report.html", "style.html")]
+    return sha256_text("".join(sha256_file(path) for path in (*drawn_by, *templates)))

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from components.contracts.records import Stored
 from components.contracts.verdicts import Evaluation
 from components.contracts.wording import counted
 from components.gating import policy
+from flows.training.results import Results
 from flows.training.run import Run
-
-if TYPE_CHECKING:
-    from flows.training.results import Results
-
 
 VERDICTS = {"pass": "candidate", "fail": "rejected", "inconclusive": "undecided"}
 """What a verdict makes of a model: what the test images do not decide was not rejected for what it is."""

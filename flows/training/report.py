@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
 from components.contracts.records import Stored
 from components.contracts.verdicts import Candidate, Estimate, Evaluation, Rejection
 from components.tables import read_frame
-from flows.training.run import Run
-
-if TYPE_CHECKING:
-    from flows.training.results import Results
 from flows.pages.figures import (
     confusion_figure,
     curves_figure,
@@ -25,6 +21,8 @@ from flows.pages.figures import (
     thumbnail,
 )
 from flows.training.model_card import VERDICTS, evaluation_shown
+from flows.training.results import Results
+from flows.training.run import Run
 
 _SHOWN = 12
 

@@ -32,7 +32,7 @@ from flows.workspace.settings import Settings
 from flows.workspace.workspace import Workspace, version
 
 STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "registration")
-_CODE = Path(__file__).resolve().parent.parent
+_CODE = Path(__file__).resolve().parents[2]
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -34,6 +33,7 @@ from components.training import train
 from components.validation import validate
 from flows.orchestrator.notifications import Event, notify
 from flows.orchestrator.retries import REGISTRY_POLICY
+from flows.training.results import Results, candidate_digest
 from flows.training.run import Run, member_digests, training_inputs, training_key
 from flows.workspace.desk import artifacts_of, registry_of
 from registry.models import Reigning
@@ -294,10 +294,9 @@ def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits
 
 
 @task(name="registration", **REGISTRY_POLICY)
-def registration(run: Run, results: Any) -> Candidate | Rejection:
+def registration(run: Run, results: Results) -> Candidate | Rejection:
     """Record the candidate in MLflow and the ledger; the ledger decides whether that happened before."""
     from flows.training.bundle import assemble
-    from flows.training.results import candidate_digest
 
     registry = registry_of(run.workspace, run.settings)
     with run.console.stage("registration", run.console.total) as (_, cached):

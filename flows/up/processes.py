@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ import psutil
 
 from components.contracts.errors import ConfigError, VisionloopError, WorkspaceBusy
 from components.store import write_atomically
+from flows.terminal import Say
 from flows.workspace.settings import (
     UP,
     Settings,
@@ -47,7 +48,6 @@ from flows.workspace.workspace import Workspace
 PORT = 4200
 _START_S = 180.0
 _STOP_S = 20.0
-Told = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Up:
             return False
         return place not in (None, str(self.folder))
 
-    def start(self, *, port: int | None, told: Told) -> Standing:
+    def start(self, *, port: int | None, told: Say) -> Standing:
         """The server and the worker, where they do not run already. Raises ConfigError for a port that is taken."""
         server = self.process("server")
         foreign = self._settings.prefect_api_url
@@ -138,7 +138,7 @@ class Up:
         """What a process needs to talk to the server."""
         return {"PREFECT_API_URL": api, "PREFECT_API_AUTH_STRING": self.credential}
 
-    def _start_server(self, port: int | None, told: Told) -> Standing:
+    def _start_server(self, port: int | None, told: Say) -> Standing:
         chosen = _free(port if port is not None else PORT, fixed=port is not None)
         api = f"http://127.0.0.1:{chosen}/api"
         home = self.folder / "prefect"
@@ -160,7 +160,7 @@ class Up:
         self._wait(started, told)
         return started
 
-    def start_worker(self, server: Standing, pool: str, *, told: Told) -> Standing:
+    def start_worker(self, server: Standing, pool: str, *, told: Say) -> Standing:
         """The worker that runs the deployments of this machine, where it does not run already."""
         running = self.process("worker")
         if running is not None and running.api == server.api:
@@ -200,7 +200,7 @@ class Up:
         write_atomically(self.folder / f"{name}.json", json.dumps(facts).encode())
         return Standing(name, process.pid, api)
 
-    def _wait(self, server: Standing, told: Told) -> None:
+    def _wait(self, server: Standing, told: Say) -> None:
         begun = said = time.monotonic()
         while not healthy(server.api, self.credential):
             if self.process("server") is None:
@@ -224,7 +224,7 @@ class Up:
         except OSError:
             return ""
 
-    def start_pages(self, *, told: Told) -> dict[str, str]:
+    def start_pages(self, *, told: Say) -> dict[str, str]:
         """MLflow's and Evidently's pages on loopback, for looking; returns their addresses.
 
         MLflow's ask for the credential that Prefect's do. Evidently's can be read by everybody on this machine, and written
@@ -267,7 +267,7 @@ class Up:
         }
         return command, own
 
-    def _page(self, name: str, how: tuple[list[str], dict[str, str]], port: int, told: Told) -> str:
+    def _page(self, name: str, how: tuple[list[str], dict[str, str]], port: int, told: Say) -> str:
         command, own = how
         running = self.process(name)
         if running is None:
@@ -282,7 +282,7 @@ class Up:
         running = {shown: self.process(name) for name, shown in names.items()}
         return {shown: found.api.removesuffix("/api") for shown, found in running.items() if found is not None}
 
-    def stop(self, *, told: Told) -> list[str]:
+    def stop(self, *, told: Say) -> list[str]:
         """End the worker, then the server; returns what was ended. Runs that the worker started end with it."""
         ended = []
         for name in ("evidently", "mlflow", "worker", "server"):
@@ -317,7 +317,7 @@ def give_way(pid: int) -> bool:
     return False
 
 
-def _end(running: Standing, told: Told) -> None:
+def _end(running: Standing, told: Say) -> None:
     """SIGTERM to a process and what it started, SIGKILL to what is left after a while."""
     try:
         process = psutil.Process(running.pid)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from components.contracts.errors import ConfigError, VisionloopError
 from components.contracts.wording import counted
 from flows.loop.alarms import pending, sweep
 from flows.loop.loop import Loop, configured
+from flows.terminal import Say
 from flows.up.processes import Standing, Up, healthy
 from flows.workspace.settings import read_settings
 from monitoring.verdicts import DriftVerdict
 
 if TYPE_CHECKING:
     from registry.ledger import Entry
-
-Told = Callable[[str], None]
 
 
 def models_of(up: Up, named: Sequence[str]) -> list[str]:
@@ -31,7 +30,7 @@ def models_of(up: Up, named: Sequence[str]) -> list[str]:
     return sorted(known | set(configured(up.workspace)))
 
 
-def deploy_all(up: Up, named: Sequence[str], *, told: Told) -> dict[str, Any]:
+def deploy_all(up: Up, named: Sequence[str], *, told: Say) -> dict[str, Any]:
     """Pool, deployments and automations on the Prefect server that is known here; what is there is brought up to date."""
     settings = read_settings(up.workspace.state)
     if not settings.prefect_api_url:
@@ -44,7 +43,7 @@ def _loops(up: Up, models: Sequence[str]) -> list[Loop]:
     return [Loop(up.workspace, settings, model) for model in models]
 
 
-def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
+def _deployed(loops: Sequence[Loop], told: Say) -> dict[str, Any]:
     from flows.up.deployments import automate, deploy, make_pool
 
     make_pool()
@@ -56,7 +55,7 @@ def _deployed(loops: Sequence[Loop], told: Told) -> dict[str, Any]:
     return found
 
 
-def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Told) -> dict[str, Any]:
+def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Say) -> dict[str, Any]:
     """Server, pool, deployments, automations, worker; a training that was stopped is taken up again."""
     models = models_of(up, named)
     for loop in _loops(up, models):

@@ -25,7 +25,7 @@ from components.training import check as check_training
 from components.validation import ValidationConfig
 from flows.workspace.yaml_reading import parse_yaml, read_mapping
 
-SHIPPED = Path(__file__).resolve().parent / "recipes"
+SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 _SUFFIXES = (".yml", ".yaml")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 

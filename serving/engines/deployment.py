@@ -32,7 +32,7 @@ from serving.engines.queueing import Job, Limits, Margin, NotServing, Overloaded
 from serving.engines.yielding import YIELD_WAIT_S, Yielding
 from serving.metrics import Metrics, log
 
-_CODE = Path(__file__).resolve().parent.parent
+_CODE = Path(__file__).resolve().parents[2]
 _MAX_BLOCKED = 1000
 _MAX_BACKOFF_S = 10.0
 _SWITCH_PATIENCE = 4.0

@@ -1,4 +1,6 @@
-"""Where the engine's own process begins: `python -m serving.engines.process FD SERVER NICENESS`. See serving/engines/worker.py.
+"""Where the engine's own process begins: `python -m serving.engines.process FD SERVER NICENESS`.
+
+What it runs is serving/engines/worker.py.
 
 It is bound to its server before it imports anything that takes time: from then on it cannot be left behind, also while the
 server has made it stand still.

@@ -7,19 +7,27 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import Sequence
-
-from serving.engines.deployment import Deployment
+from typing import Protocol
 
 YIELD_WAIT_S = 0.04
 """A release that is loading stands still while a picture of those that are served would wait longer than this."""
-
-
 _YIELD_S, _LOAD_S = 1.0, 0.01
 """How long it stands still at most at a time, and how long it goes on then."""
-
-
 _MOST_STILL_S = 60.0
 """How long it stands still in all: then it goes on whatever waits, so that also under full load a release comes up."""
+
+
+class Served(Protocol):
+    """A deployment that answers."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether a picture would wait too long now."""
+        ...
+
+    def be_patient(self) -> None:
+        """Take pictures with a longer wait for a moment."""
+        ...
 
 
 class Yielding:
@@ -28,7 +36,7 @@ class Yielding:
     Priorities would do the same, but one that was lowered cannot be raised again without privileges.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], served: Sequence[Deployment]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], served: Sequence[Served]) -> None:
         self._process, self._served = process, served
         self._loop = asyncio.get_running_loop()
         self._stood_still_s = 0.0

@@ -35,7 +35,7 @@ def test_a_stage_has_one_name_everywhere(stage: str) -> None:
     assert (ROOT / "components" / f"{stage}.py").is_file()
     assert (ROOT / "tests" / "components" / f"test_{stage}.py").is_file()
     assert stage in RunConfig.model_fields
-    assert f'name="{stage}"' in (ROOT / "flows" / "steps.py").read_text()
+    assert f'name="{stage}"' in (ROOT / "flows" / "training" / "steps.py").read_text()
 
 
 def test_the_environment_is_read_in_one_place() -> None:

@@ -53,7 +53,7 @@ def test_an_engine_answers_without_torch(target: str, trained: Path) -> None:
 import json
 from pathlib import Path
 from components import plugins
-from components.contracts import Engine
+from components.contracts.models import Engine
 from components.images import load_prepared
 from components.store import Store
 store = Store(Path(".visionloop/store"))

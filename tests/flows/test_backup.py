@@ -186,8 +186,8 @@ def test_what_is_no_whole_backup_is_refused_before_anything_is_written(
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-import flows.backup as backups
-from flows.run import Workspace
+import flows.workspace.backup as backups
+from flows.workspace.workspace import Workspace
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 what, one, two = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 if what == "backup":

@@ -25,8 +25,8 @@ PLAIN = Settings("", True, "", 1, "", "", (), "")
 _EMIT = """
 import dataclasses, json, sys
 from pathlib import Path
-from flows.events import emit
-from flows.settings import prepare_environment, read_settings
+from flows.orchestrator.events import emit
+from flows.workspace.settings import prepare_environment, read_settings
 prepare_environment(Path.cwd())
 settings = dataclasses.replace(read_settings(Path.cwd()), prefect_api_url=sys.argv[1])
 try:

@@ -409,7 +409,7 @@ def test_a_port_that_is_taken_is_said(trained: Path, tmp_path: Path, monkeypatch
 
 def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
     from flows.up.processes import Up
-    from flows.workspace.settings import read_settings
+    from flows.workspace.settings import read_settings, standing
     from flows.workspace.workspace import Workspace
 
     workspace = Workspace.create(tmp_path / "workspace")
@@ -418,7 +418,7 @@ def test_a_pid_that_was_given_away_is_nobody_of_ours(tmp_path: Path) -> None:
     assert up.credential.startswith("visionloop:")
     (up.folder / "server.json").write_text(json.dumps(facts))
     assert up.process("server") is None
-    assert processes(workspace.state) == {}
+    assert standing(workspace.state) == {}
     assert (up.folder / "auth").stat().st_mode & 0o777 == 0o600
     assert up.folder.stat().st_mode & 0o777 == 0o700
 

@@ -54,7 +54,7 @@ def test_names_of_files_and_classes_are_escaped(trained: Path) -> None:
 
     rendered = figures.environment().from_string("{{ name }}").render(name="<img src=x onerror=alert(1)>")
     assert "<img" not in rendered
-    assert "| safe" not in (figures._TEMPLATES / "report.html").read_text()
+    assert "| safe" not in (figures.TEMPLATES / "report.html").read_text()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page in")

@@ -65,7 +65,7 @@ def test_a_loading_process_stands_still_while_pictures_wait_and_goes_on_after(mo
         return found
 
     async def act() -> tuple[list[str], float, int, list[str], float, list[str]]:
-        yielding = Yielding(process, [Served(), served])  # type: ignore[list-item]
+        yielding = Yielding(process, [Served(), served])
         served.behind = True
         await asyncio.sleep(0.05)  # it stands still for the first time
         before, patient = _cpu_s(process), served.patient

@@ -357,12 +357,12 @@ def test_a_grpc_message_over_the_limit_is_refused(running: Server) -> None:
 
 
 def test_the_generated_code_is_that_of_the_protocol_files(tmp_path: Path) -> None:
-    protocols = sorted(path.relative_to(CODE) for path in CODE.glob("serving/*.proto"))
+    protocols = sorted(path.relative_to(CODE) for path in CODE.glob("serving/protocols/*.proto"))
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", f"--python_out={tmp_path}", *map(str, protocols)]
     subprocess.run(command, cwd=CODE, check=True)
     assert [path.name for path in protocols] == ["health.proto", "open_inference.proto"]
-    for path in sorted(tmp_path.glob("serving/*.py")):
-        assert path.read_text() == (CODE / "serving" / path.name).read_text()
+    for path in sorted(tmp_path.glob("serving/protocols/*.py")):
+        assert path.read_text() == (CODE / "serving" / "protocols" / path.name).read_text()
 
 
 def test_outputs_asked_for_twice_are_refused(running: Server) -> None:
@@ -415,8 +415,8 @@ def test_the_messages_of_grpc_are_bounded_together() -> None:
 def test_a_large_message_of_typed_values_counts_as_what_it_unpacks_to() -> None:
     # In a process of its own: Triton's client, which is loaded here, registers messages of the same names.
     code = """
-from serving import open_inference_pb2 as pb
-from serving.grpc_app import _growth
+from serving.protocols import open_inference_pb2 as pb
+from serving.protocols.grpc import _growth
 numbers, pictures, raw, many = (pb.ModelInferRequest() for _ in range(4))
 numbers.inputs.add().contents.uint_contents.extend([1] * 1000)
 numbers.raw_input_contents.append(b"x")
