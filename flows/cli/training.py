@@ -43,7 +43,12 @@ def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.
 def train(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a .yaml file.")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", "-s", help="Override, such as training.fit.epochs=5. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            help="Override, such as training.fit.epochs=5 or gating.gates.accuracy.floor=0.9. May be repeated.",
+        ),
     ] = None,
     as_: Annotated[
         str | None, typer.Option("--as", help="Who asks for it, and then cannot approve it; your login name by default.")

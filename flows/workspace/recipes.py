@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -76,13 +77,14 @@ def peek(path: Path) -> RunConfig:
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path | None = None) -> RunConfig:
     """The recipe of this name or path with `section.key=value` overrides; raises ConfigError naming the key.
 
+    An entry of a list goes by its plug-in's name; what it has no key for is a setting: `gating.gates.accuracy.floor=0.9`.
     Everything it names (plug-ins, their settings, weights, engines) is checked to exist.
     """
     files = recipe_files(workspace)
     path = Path(recipe) if recipe.endswith(_SUFFIXES) else files.get(recipe)
     if path is None:
         raise UnknownName("recipe", recipe, list(files))
-    values = _values(path)
+    values = _unshared(_values(path))
     for override in overrides:
         _apply(values, override)
     place = " ".join([str(path), *(f"--set {override}" for override in overrides)])
@@ -155,18 +157,60 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as training.fit.epochs=5")
-    *parents, last = key.split(".")
-    section = values
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if isinstance(section, list):
-            raise ConfigError(
-                f"--set {override!r}: {parent!r} is a list, whose items cannot be set one by one; give it whole, "
-                f"as it stands in the recipe: {parent}=[...]"
-            )
-        if not isinstance(section, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
-    section[last] = parse_yaml(text, f"the value of --set {override!r}")
+    path = key.split(".")
+    last = path[-1]
+    place: Any = values
+    location: list[str] = []
+    for part, following in itertools.pairwise(path):
+        if isinstance(place, list):
+            place, part = _entry(place, location[-1], part, override), location[-1]
+            if following not in _fields(tuple(location)):
+                place, part = place.setdefault("settings", {}), "settings"
+        else:
+            place = place.setdefault(part, {})
+            location.append(part)
+        if not isinstance(place, (dict, list)):
+            raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
+    if isinstance(place, list):
+        _entry(place, location[-1], last, override)
+        raise ConfigError(
+            f"--set {override!r}: {last!r} is an entry of {location[-1]!r}; name a key of it, such as {key}.KEY"
+        )
+    place[last] = parse_yaml(text, f"the value of --set {override!r}")
+
+
+def _entry(entries: list[Any], key: str, name: str, override: str) -> dict[str, Any]:
+    """The entry of a list that a plug-in's name, or an engine's such as openvino-int8, means; raises ConfigError."""
+    families = [family.removesuffix("s") for family in plugins.FAMILIES]
+    named: dict[str, list[dict[str, Any]]] = {}
+    engines: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        for family in families:
+            if isinstance(entry, dict) and family in entry:
+                named.setdefault(str(entry[family]), []).append(entry)
+                if family == "target":
+                    engines.setdefault(f"{entry['target']}-{entry.get('precision', 'fp32')}", []).append(entry)
+    valid = [*named, *engines]
+    if name.isdecimal() or not valid:
+        raise ConfigError(
+            f"--set {override!r}: {key!r} is a list, whose items cannot be set one by one; give it whole, "
+            f"as it stands in the recipe: {key}=[...]" + (f"; or name one of them: {', '.join(valid)}" if valid else "")
+        )
+    found = engines.get(name) or named.get(name)
+    if not found:
+        raise UnknownName(f"entry of {key!r} in --set {override!r}:", name, valid)
+    if len(found) > 1:
+        meant = [engine for engine, of in engines.items() if of[0] in found]
+        instead = f"name one of {', '.join(meant)}" if len(meant) > 1 else f"give the list whole: {key}=[...]"
+        raise ConfigError(f"--set {override!r}: {len(found)} entries of {key!r} are {name!r}; {instead}")
+    return found[0]
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places are one object, as aliases of YAML make them: an override is of one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(inside) for key, inside in value.items()}
+    return [_unshared(inside) for inside in value] if isinstance(value, list) else value
 
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:
@@ -175,6 +219,8 @@ def _fields(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(part, int):
             continue
+        if part not in model.model_fields:
+            return []
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation), *(a for c in get_args(annotation) for a in get_args(c))]
         models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]

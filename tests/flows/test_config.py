@@ -31,6 +31,68 @@ def test_overrides_are_validated_like_the_file() -> None:
     assert config.digest() != load_recipe("digits").digest()
 
 
+def test_an_override_finds_the_entry_of_a_list_by_its_name() -> None:
+    config = load_recipe(
+        "digits",
+        [
+            "gating.gates.accuracy.floor=0.8",
+            "gating.gates.latency.engines=[openvino-int8]",
+            "gating.gates.parity.settings.min_images=50",
+            "gating.gates.parity.min_agreement.int8=0.9",
+            "export.targets.openvino-int8.required=false",
+            "export.targets.onnxruntime.precision=fp32",
+        ],
+    )
+    gates = {gate.gate: gate for gate in config.gating.gates}
+    assert gates["accuracy"].settings == {"floor": 0.8}
+    assert (gates["latency"].engines, gates["latency"].settings) == (("openvino-int8",), {"max_p99_ms": 20})
+    assert gates["parity"].settings == {"min_images": 50, "min_agreement": {"int8": 0.9}}
+    assert gates["class_recall"].settings == {"floor": 0.90}
+    required = {target.name: target.required for target in config.export.targets}
+    assert (required["openvino-int8"], required["openvino-fp32"]) == (False, True)
+
+
+def test_an_override_of_one_gate_leaves_another_that_shares_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    text = (SHIPPED / "digits.yaml").read_text()
+    shared = text.replace("accuracy, settings: {floor: 0.96}", "accuracy, settings: &floor {floor: 0.96}")
+    path.write_text(shared.replace("class_recall, settings: {floor: 0.90}", "class_recall, settings: *floor"))
+    gates = {gate.gate: gate.settings for gate in load_recipe(str(path), ["gating.gates.accuracy.floor=0.5"]).gating.gates}
+    assert (gates["accuracy"], gates["class_recall"]) == ({"floor": 0.5}, {"floor": 0.96})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gating.gates.acuracy.floor=1", "unknown entry of 'gates' .* 'acuracy'; valid: accuracy, class_recall, latency"),
+        ("gating.gates.accuracy.flor=0.5", "unknown setting of gate 'accuracy' 'flor'; valid: floor"),
+        (
+            "gating.gates.accuracy=0.5",
+            "'accuracy' is an entry of 'gates'; name a key of it, such as gating.gates.accuracy.KEY",
+        ),
+        ("gating.gates.accuracy.floor.deep=1", "'floor' is a value, not a section"),
+        ("gating.gates.3.floor=1", "'gates' is a list, .*give it whole, .*; or name one of them: accuracy, class_recall"),
+        (
+            "export.targets.openvino.required=false",
+            "2 entries of 'targets' are 'openvino'; name one of openvino-fp32, openvino-int8$",
+        ),
+    ],
+)
+def test_an_override_of_no_one_entry_is_refused_with_the_names(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("digits", [override])
+
+
+def test_two_gates_of_one_name_are_not_told_apart() -> None:
+    twice = "gating.gates=[{gate: accuracy, settings: {floor: 0.9}}, {gate: accuracy, settings: {floor: 0.5}, engines: [openvino-int8]}]"
+    with pytest.raises(ConfigError, match=r"2 entries of 'gates' are 'accuracy'; give the list whole: gates=\[...\]"):
+        load_recipe("digits", [twice, "gating.gates.accuracy.floor=0.1"])
+    with pytest.raises(ConfigError, match="'gates' is a list, whose items cannot be set one by one"):
+        load_recipe("digits", ["gating.gates=[3]", "gating.gates.accuracy.floor=0.1"])
+    with pytest.raises(UnknownName, match="unknown key in .* 'gatings'; valid: .*gating"):
+        load_recipe("digits", ["gatings=[{gate: accuracy}]", "gatings.accuracy.floor=0.1"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
