@@ -28,7 +28,7 @@ app = Commands(
     \b
       visionloop init DIR                a workspace: git, DVC, your recipes
       visionloop data add FOLDER         one sub-folder per class -> a pinned data version
-      visionloop recipe list | show      what can be trained, and how
+      visionloop recipe list | show      what can be trained, and how; new NAME --from RECIPE copies one to edit
       visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop approve V --as WHO      a second person decides; also reject

@@ -129,6 +129,28 @@ def recipe_show(
     finish(values, json_, lambda: yaml.safe_dump(values, sort_keys=False).rstrip())
 
 
+@recipe_app.command("new")
+def recipe_new(
+    name: Annotated[str, typer.Argument(help="Name of the recipe and of the model that it trains.")],
+    from_: Annotated[str, typer.Option("--from", help="The recipe to copy: a shipped one or one of the workspace.")],
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Write recipes/NAME.yaml: a copy of a recipe, with its comments, to be edited."""
+    from flows.workspace.new_recipe import new_recipe
+    from flows.workspace.workspace import Workspace
+
+    made = new_recipe(Workspace.find(workspace).root, name, from_)
+    finish(
+        made.to_json(),
+        json_,
+        lambda: (
+            f"{made.file} is a copy of {made.copied_from!r} for the model {made.model!r}. "
+            f"Next: edit it; visionloop recipe show {name}"
+        ),
+    )
+
+
 @recipe_app.command("schema")
 def recipe_schema(json_: AsJson = False) -> None:
     """JSON Schema of a recipe, for editors."""

@@ -27,7 +27,7 @@ from components.validation import ValidationConfig
 from flows.workspace.yaml_reading import parse_yaml, read_mapping
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
-_SUFFIXES = (".yml", ".yaml")
+SUFFIXES = (".yml", ".yaml")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -51,15 +51,20 @@ class RunConfig(Record):
     @field_validator("name", "model")
     @classmethod
     def _plain(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
-            raise ValueError(f"{value!r} is not a plain name; use a-z, 0-9, '.', '_' and '-', at most 63")
+        expect_plain_name(value)
         return value
+
+
+def expect_plain_name(value: str) -> None:
+    """Raise ConfigError unless a recipe or a model can be named like this."""
+    if not _NAME.fullmatch(value):
+        raise ConfigError(f"{value!r} is not a plain name; use a-z, 0-9, '.', '_' and '-', at most 63")
 
 
 def recipe_files(workspace: Path | None) -> dict[str, Path]:
     """Every recipe by name: the shipped ones and the workspace's own, which win."""
     folders = [SHIPPED, *([workspace / "recipes"] if workspace else [])]
-    return {path.stem: path for folder in folders for suffix in _SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))}
+    return {path.stem: path for folder in folders for suffix in SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))}
 
 
 def _values(path: Path) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
     Everything it names (plug-ins, their settings, weights, engines) is checked to exist.
     """
     files = recipe_files(workspace)
-    path = Path(recipe) if recipe.endswith(_SUFFIXES) else files.get(recipe)
+    path = Path(recipe) if recipe.endswith(SUFFIXES) else files.get(recipe)
     if path is None:
         raise UnknownName("recipe", recipe, list(files))
     values = _unshared(_values(path))

@@ -7,7 +7,10 @@ written. A key that is there twice, a tag, and aliases that multiply are refused
 from __future__ import annotations
 
 import codecs
+import contextlib
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +110,7 @@ def _values(node: Any, sizes: dict[int, int]) -> int:
 
 def read_mapping(path: Path, what: str, *, may_be_empty: bool = False) -> dict[str, Any]:
     """The mapping that a file holds; `what` names the file's kind in errors. Raises ConfigError with the line."""
-    try:
-        if not path.is_file() and path.exists():
-            raise ConfigError(f"cannot read {what} {path}: it is not a file")
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
-    if len(data) > _MOST_BYTES:
-        raise ConfigError(f"{what} {path} is larger than 1 MiB; this is not a {what}")
-    values = parse_yaml(_text(data, f"{what} {path}"), f"{what} {path}")
+    values = parse_yaml(_read(path, what), f"{what} {path}")
     if values is None and may_be_empty:
         return {}
     if values is None:
@@ -124,6 +118,26 @@ def read_mapping(path: Path, what: str, *, may_be_empty: bool = False) -> dict[s
     if not isinstance(values, dict):
         raise ConfigError(f"{what} {path} is not a mapping, lines such as `key: value`; it holds {_kind(values)}")
     return values
+
+
+def with_values(path: Path, values: Mapping[str, str], what: str) -> str:
+    """A file's text with other values for some of its first-level keys, everything else and every comment as it was.
+
+    Raises ConfigError where a value cannot be replaced by itself, such as one that is aliased elsewhere.
+    """
+    expected = {**read_mapping(path, what), **values}
+    text = _read(path, what)
+    root: Any = _Loader(text).get_single_node()
+    nodes = [(node, values[key.value]) for key, node in root.value if key.value in values]
+    # From the end, so that the places before stay where they are.
+    for node, value in sorted(nodes, key=lambda found: found[0].start_mark.index, reverse=True):
+        written = value if parse_yaml(value, what) == value else json.dumps(value)
+        text = text[: node.start_mark.index] + written + text[node.end_mark.index :]
+    with contextlib.suppress(ConfigError):
+        if parse_yaml(text, what) == expected:
+            return text
+    names = " and ".join(values)
+    raise ConfigError(f"{what} {path} cannot be copied: write its {names} plainly, as `key: value` on a line each")
 
 
 def parse_yaml(text: str, place: str) -> Any:
@@ -138,6 +152,19 @@ def parse_yaml(text: str, place: str) -> Any:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         hint = "; indent with spaces, not with tabs" if "'\\t'" in problem else ""
         raise ConfigError(f"{place} is not valid YAML{line}: {problem}{hint}") from error
+
+
+def _read(path: Path, what: str) -> str:
+    try:
+        if not path.is_file() and path.exists():
+            raise ConfigError(f"cannot read {what} {path}: it is not a file")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
+    if len(data) > _MOST_BYTES:
+        raise ConfigError(f"{what} {path} is larger than 1 MiB; this is not a {what}")
+    return _text(data, f"{what} {path}")
 
 
 def _text(data: bytes, place: str) -> str:
