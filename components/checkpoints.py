@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +11,7 @@ from torch import nn
 
 from components import plugins
 from components.contracts.errors import CheckpointMismatch
-from components.contracts.families import Backbone
+from components.contracts.families import Backbone, Task
 from components.contracts.models import Checkpoint, Preprocessing
 from components.contracts.records import FileDigest, Stored
 from components.store import describe
@@ -44,7 +43,7 @@ class ImageModel(nn.Module):
         return self.head(embedding), embedding
 
 
-def assemble(backbone: Backbone, task: Any, num_classes: int) -> ImageModel:
+def assemble(backbone: Backbone, task: Task, num_classes: int) -> ImageModel:
     """An untrained module of these parts."""
     return ImageModel(backbone.build(), task.head(backbone.embedding_dim, num_classes), backbone.preprocessing)
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from components import plugins
 from components.contracts.data import Splits
 from components.contracts.errors import ConfigError, EngineUnavailable
-from components.contracts.families import Predictor
+from components.contracts.families import Predictor, Task
 from components.contracts.models import Engine
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored
@@ -53,7 +53,7 @@ def evaluate(
     engine: Stored[Engine],
     splits: Stored[Splits],
     data: Path,
-    task: Any,
+    task: Task,
     config: EvaluationConfig,
     *,
     out: Path,
@@ -61,7 +61,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer every test image and score the answers; writes predictions.parquet (one row an image).
 
-    Labels and logits of that table are over the classes that the data and the engine share, in the data's order.
+    Logits of that table are over the classes that the data and the engine share, in the data's order.
     """
     record = engine.record
     common: dict[str, Any] = {
@@ -69,16 +69,17 @@ def evaluate(
         "engine_digest": record.digest(),
         "test_digest": splits.record.test_digest,
     }
-    classes = shared_classes(splits.record.classes, record.classes)
+    ours = task.classes(splits.record.classes)
+    classes = shared_classes(ours, record.classes)
     if len(classes) < 2:
         # Among one class every answer is right, whoever gives it.
         shared = f"only {classes[0]!r}" if classes else "none"
-        reason = f"of its classes ({', '.join(record.classes)}) the data ({', '.join(splits.record.classes)}) share {shared}"
+        reason = f"of its classes ({', '.join(record.classes)}) the data ({', '.join(ours)}) share {shared}"
         return Evaluation(**common, status="not comparable", reason=reason)
     table = rows(splits, "test")
     if len(table) == 0:
         return Evaluation(**common, status="not executed here", reason="the test split is empty")
-    table = table[table["label"].isin(classes)].reset_index(drop=True)
+    table = table[task.concerns(list(table["label"]), classes)].reset_index(drop=True)
     if len(table) == 0:
         reason = f"the test split holds no image of the classes that it shares with the data ({', '.join(classes)})"
         return Evaluation(**common, status="not comparable", reason=reason)
@@ -93,25 +94,33 @@ def evaluate(
     logits = np.concatenate([answer[0] for answer in answers]).astype(np.float32)
     embedding = np.concatenate([answer[1] for answer in answers])
     _check_shapes(record, len(table), logits, embedding)
-    logits = logits[:, [record.classes.index(name) for name in classes]]
-    labels = np.array([classes.index(name) for name in table["label"]], dtype=np.int64)
+    logits = task.select(logits, record.classes, classes)
+    targets = task.targets(list(table["label"]), classes)
     if not np.isfinite(logits).all():
         # Kept as evidence: the gates call it inconclusive, and a person can see which images it was.
-        _write(table, labels, logits, embedding, np.full_like(logits, np.nan, dtype=np.float64), out)
+        _write(table, logits, embedding, out)
         bad = int((~np.isfinite(logits).all(axis=1)).sum())
         reason = f"its logits on {bad} of {len(table)} test images are not finite numbers"
         return Evaluation(**common, status="evaluated", reason=reason)
-    predicted = logits.argmax(axis=1)
-    _write(table, labels, logits, embedding, task.probabilities(logits, record.temperature), out)
-    matrix = task.confusion(predicted, labels, len(classes))
+    readings = task.read(task.probabilities(logits, record.temperature), classes)
+    _write(
+        table.assign(
+            predicted=[reading.label for reading in readings],
+            confidence=np.array([reading.confidence for reading in readings], dtype=np.float32),
+            right=task.right(logits, targets),
+        ),
+        logits,
+        embedding,
+        out,
+    )
     return Evaluation(
         **common,
         status="evaluated",
         num_images=len(table),
-        metrics=task.metrics(logits, labels, record.temperature),
-        per_class=task.per_class(predicted, labels, classes),
-        confusion=tuple(tuple(int(count) for count in row) for row in matrix),
-        reliability=task.reliability(logits, labels, record.temperature),
+        metrics=task.metrics(logits, targets, record.temperature),
+        per_class=task.per_class(logits, targets, classes),
+        confusion=task.confusion(logits, targets, len(classes)),
+        reliability=task.reliability(logits, targets, record.temperature),
         predictions=describe(out / PREDICTIONS, within=out),
     )
 
@@ -135,28 +144,10 @@ def _check_shapes(engine: Engine, n: int, logits: npt.NDArray[Any], embedding: n
         )
 
 
-def _write(
-    table: pd.DataFrame,
-    labels: npt.NDArray[np.int64],
-    logits: npt.NDArray[np.float32],
-    embedding: npt.NDArray[Any],
-    probabilities: npt.NDArray[np.float64],
-    out: Path,
-) -> None:
-    import pandas as pd
-
-    predicted = logits.argmax(axis=1)
-    frame = pd.DataFrame(
-        {
-            "sha256": table["sha256"],
-            "path": table["path"],
-            "label": labels,
-            "predicted": predicted,
-            "confidence": probabilities.max(axis=1).astype(np.float32),
-            "logits": list(logits),
-            "embedding": list(embedding.astype(np.float16)),
-        }
-    )
+def _write(table: pd.DataFrame, logits: npt.NDArray[np.float32], embedding: npt.NDArray[Any], out: Path) -> None:
+    """Rows with sha256, path and label, and with predicted, confidence and right where the answers are finite."""
+    columns = [name for name in ("sha256", "path", "label", "predicted", "confidence", "right") if name in table]
+    frame = table[columns].assign(logits=list(logits), embedding=list(embedding.astype(np.float16)))
     frame.to_parquet(out / PREDICTIONS, index=False)
 
 

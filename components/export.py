@@ -250,7 +250,8 @@ def _own_temperature(target: Target, engine: Engine, out: Path, splits: Stored[S
     logits = [predictor.predict(batch)[0] for batch in batches(paths, engine.preprocessing, batch_size=32)]
     record = request["checkpoint"]["record"]
     task = plugins.load("tasks", record["task"], record["task_settings"])
-    return float(task.fit_temperature(np.concatenate(logits), table["class_index"].to_numpy()))
+    targets = task.targets(list(table["label"]), record["classes"])
+    return float(task.fit_temperature(np.concatenate(logits), targets))
 
 
 def _die_with_parent(parent: int) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from components.contracts.errors import CheckpointMismatch, TamperedArtefact, TrainingDiverged
+from components.contracts.families import Task
 from components.contracts.progress import MetricSink, NullSink, Progress, silent
 from components.contracts.records import Record
 from components.store import seal, sha256_file, unseal, write_atomically
@@ -50,10 +51,10 @@ class FittingConfig(Record):
 
 @dataclass(frozen=True)
 class Examples:
-    """Inputs (n, ...) and int64 labels (n,), in memory or memory-mapped."""
+    """Inputs (n, ...) and the task's targets (n, ...), in memory or memory-mapped."""
 
     inputs: torch.Tensor
-    labels: torch.Tensor
+    targets: torch.Tensor
 
 
 @dataclass
@@ -83,7 +84,7 @@ Augment = Callable[["torch.Tensor", "torch.Generator"], "torch.Tensor"]
 def fit(
     model: nn.Module,
     logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    task: Task,
     train: Examples,
     valid: Examples,
     config: FittingConfig,
@@ -105,19 +106,19 @@ def fit(
         # The head of a resumed run must be drawn from the same seed as the first time; the caller built the model.
         optimizer = _adamw(model, config)
         state, best = _resume(model, optimizer, identity, out)
-        steps = math.ceil(len(train.labels) / config.batch_size)
+        steps = math.ceil(len(train.targets) / config.batch_size)
         last_saved = time.monotonic()
         for epoch in range(state.epoch, config.epochs):
             if state.epoch - 1 - state.best_epoch >= config.patience:
                 break
-            order = torch.randperm(len(train.labels), generator=_generator(config.seed, epoch))
+            order = torch.randperm(len(train.targets), generator=_generator(config.seed, epoch))
             model.train()
             for step in range(state.step, steps):
                 rate = _rate(config, epoch * steps + step, config.epochs * steps, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-                value = _step(model, optimizer, logits_of, loss, train, chosen, (config.seed, epoch, step), augment)
+                value = _step(model, optimizer, logits_of, task.loss, train, chosen, (config.seed, epoch, step), augment)
                 if not math.isfinite(value):
                     raise TrainingDiverged(
                         f"the loss became {value} at epoch {epoch + 1}, step {step + 1} (learning rate {rate:.3g}); nothing "
@@ -130,12 +131,12 @@ def fit(
                 if time.monotonic() - last_saved > config.checkpoint_every_s:
                     _save(model, optimizer, state, best, identity, out)
                     last_saved = time.monotonic()
-            valid_loss, valid_accuracy = evaluate(model, logits_of, loss, valid, config.batch_size)
+            valid_loss, valid_score = evaluate(model, logits_of, task, valid, config.batch_size)
             measured = {
                 "epoch": float(epoch + 1),
                 "train_loss": state.loss_sum / max(1, state.seen),
                 "valid_loss": valid_loss,
-                "valid_accuracy": valid_accuracy,
+                f"valid_{task.headline}": valid_score,
                 "learning_rate": _rate(config, (epoch + 1) * steps, config.epochs * steps, steps),
             }
             if not math.isfinite(valid_loss):
@@ -148,7 +149,9 @@ def fit(
                 best = {name: value.detach().clone() for name, value in model.state_dict().items()}
             state.epoch, state.step, state.loss_sum, state.seen = epoch + 1, 0, 0.0, 0
             sink.log(epoch + 1, measured)
-            progress((epoch + 1) * steps, config.epochs * steps, f"epoch {epoch + 1}: valid accuracy {valid_accuracy:.4f}")
+            progress(
+                (epoch + 1) * steps, config.epochs * steps, f"epoch {epoch + 1}: valid {task.headline} {valid_score:.4f}"
+            )
             if time.monotonic() - last_saved > config.checkpoint_every_s:
                 _save(model, optimizer, state, best, identity, out)
                 last_saved = time.monotonic()
@@ -177,7 +180,7 @@ def _step(
     # Dropout draws from torch's global generator: seeded per step, restored by _deterministic.
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
     optimizer.zero_grad(set_to_none=True)
-    value = loss(logits_of(model, inputs), train.labels[chosen])
+    value = loss(logits_of(model, inputs), train.targets[chosen])
     found = float(value.detach())
     if math.isfinite(found):
         value.backward()  # type: ignore[no-untyped-call]
@@ -188,14 +191,14 @@ def _step(
 def evaluate(
     model: nn.Module,
     logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    task: Task,
     examples: Examples,
     batch_size: int,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy in evaluation mode."""
+    """Mean loss and share of right answers in evaluation mode."""
     logits = predict(model, logits_of, examples.inputs, batch_size)
-    accuracy = float((logits.argmax(dim=1) == examples.labels).double().mean())
-    return float(loss(logits, examples.labels)), accuracy
+    right = task.right(logits.numpy(), examples.targets.numpy())
+    return float(task.loss(logits, examples.targets)), float(right.mean())
 
 
 def predict(

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from components import plugins
 from components.contracts.errors import TamperedArtefact
-from components.contracts.families import Answers, Evidence, Gate
+from components.contracts.families import Answers, Evidence, Gate, Task
 from components.contracts.models import Engine
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import (
@@ -81,6 +81,7 @@ def judge(
     reference: Stored[Evaluation] | None,
     champion: Champion | None,
     config: GatingConfig,
+    task: Task,
     *,
     serving: str,
     champion_known: bool,
@@ -93,8 +94,8 @@ def judge(
     engines that are built here for other machines as not required.
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
-    reference_answers = _answers(reference, judged[0].engine.record.classes) if judged else None
-    champion_answers, champion_missing = _answers_of_champion(champion, judged)
+    reference_answers = _answers(reference, judged[0].engine.record.classes, task) if judged else None
+    champion_answers, champion_missing = _answers_of_champion(champion, judged, task)
     verdicts = []
     for item in judged:
         engine = item.engine.record
@@ -108,11 +109,12 @@ def judge(
                 engine=engine,
                 evaluation=item.evaluation.record,
                 measurement=item.measurement,
-                answers=_answers(item.evaluation, engine.classes),
+                answers=_answers(item.evaluation, engine.classes, task),
                 reference=reference_answers,
                 champion=champion_answers,
                 champion_known=champion_known and not champion_missing,
                 champion_missing=champion_missing,
+                headline=task.headline,
                 champion_classes=champion.engine.classes if champion is not None else (),
             )
             findings = [gate.judge(evidence) for g, gate in gates if not g.engines or engine.name in g.engines]
@@ -198,7 +200,7 @@ def _finding(gate: str, status: FindingStatus, message: str) -> Finding:
     return Finding(gate=gate, status=status, message=message)
 
 
-def _answers_of_champion(champion: Champion | None, judged: Sequence[Judged]) -> tuple[Answers | None, str]:
+def _answers_of_champion(champion: Champion | None, judged: Sequence[Judged], task: Task) -> tuple[Answers | None, str]:
     """The champion's answers, or why there are none although there is a champion."""
     if champion is None:
         return None, ""
@@ -206,14 +208,14 @@ def _answers_of_champion(champion: Champion | None, judged: Sequence[Judged]) ->
     if record.engine_digest != champion.engine.digest():
         return None, "its evaluation is of another engine"
     classes = judged[0].engine.record.classes if judged else ()
-    answers = _answers(champion.evaluation, shared_classes(classes, champion.engine.classes))
+    answers = _answers(champion.evaluation, shared_classes(classes, champion.engine.classes), task)
     if answers is not None:
         return answers, ""
     here = {"not executed here": "its engine cannot be executed here: ", "not comparable": "", "evaluated": ""}
     return None, here[record.status] + (record.reason or "it gave no answers on the test images")
 
 
-def _answers(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...]) -> Answers | None:
+def _answers(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...], task: Task) -> Answers | None:
     """The answers behind an evaluation, whose logits are over `classes`; raises TamperedArtefact."""
     if evaluation is None or evaluation.record.predictions is None:
         return None
@@ -224,8 +226,7 @@ def _answers(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...]) ->
     logits = np.stack(list(frame["logits"])).astype(np.float32)
     if logits.shape[1] != len(classes):
         raise TamperedArtefact(f"{path} has logits of {logits.shape[1]} classes, expected {len(classes)}; run again")
-    labels = frame["label"].to_numpy(dtype=np.int64)
-    return Answers(image_ids=tuple(frame["sha256"]), labels=labels, logits=logits, classes=classes)
+    return Answers(tuple(frame["sha256"]), tuple(frame["label"]), logits, classes, task)
 
 
 def policy(config: GatingConfig) -> Mapping[str, Any]:

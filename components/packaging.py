@@ -17,7 +17,7 @@ from pydantic import Field
 
 from components import plugins
 from components.contracts.data import Splits
-from components.contracts.families import Predictor
+from components.contracts.families import Predictor, Task
 from components.contracts.models import Engine, Precision
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored
@@ -66,7 +66,7 @@ def package(
     Raises EngineUnavailable where the engine cannot run.
     """
     record = engine.record
-    reader = plugins.load("tasks", *task)
+    reader: Task = plugins.load("tasks", *task)
     predictor: Predictor = plugins.load("targets", record.target, record.settings).load(engine, num_threads=num_threads)
     valid, test = rows(splits, "valid"), rows(splits, "test")
     table = _sample(test, valid, config.reference_images)
@@ -101,7 +101,7 @@ def _sample(test: pd.DataFrame, valid: pd.DataFrame, most: int) -> pd.DataFrame:
 
 
 def _answers(
-    engine: Engine, predictor: Predictor, task: Any, data: Path, table: pd.DataFrame, progress: Progress
+    engine: Engine, predictor: Predictor, task: Task, data: Path, table: pd.DataFrame, progress: Progress
 ) -> pd.DataFrame:
     import pandas as pd
 
@@ -111,20 +111,23 @@ def _answers(
         return prepare(picture, engine.preprocessing), picture.width, picture.height, len(raw)
 
     pictures = list(in_threads(read, list(table["path"]), progress=progress))
-    probabilities, embeddings = [], []
+    given, embeddings = [], []
     for start in range(0, len(pictures), _BATCH):
         logits, embedding = predictor.predict(np.stack([picture[0] for picture in pictures[start : start + _BATCH]]))
-        probabilities.append(task.probabilities(logits, engine.temperature))
+        given.append(logits)
         embeddings.append(embedding.astype(np.float16))
-    probability, embedding = np.concatenate(probabilities), np.concatenate(embeddings)
+    embedding = np.concatenate(embeddings)
+    probability = task.probabilities(np.concatenate(given), engine.temperature)
+    readings = task.read(probability, engine.classes)
     looks = np.array([appearance(picture[0]) for picture in pictures], dtype=np.float32)
     return pd.DataFrame(
         {
             "image_sha256": table["sha256"],
             "split": table["split"],
-            "label": table["class_index"],
-            "predicted": probability.argmax(axis=1),
-            "confidence": probability.max(axis=1).astype(np.float32),
+            "label": table["label"],
+            "predicted": [reading.label for reading in readings],
+            "confidence": np.array([reading.confidence for reading in readings], dtype=np.float32),
+            "right": task.right(np.concatenate(given), task.targets(list(table["label"]), engine.classes)),
             "probabilities": list(probability.astype(np.float32)),
             "embedding": list(embedding),
             "width": np.array([picture[1] for picture in pictures], dtype=np.int32),
@@ -136,13 +139,14 @@ def _answers(
 
 
 def _write_golden(
-    engine: Engine, predictor: Predictor, task: Any, data: Path, valid: pd.DataFrame, count: int, path: Path
+    engine: Engine, predictor: Predictor, task: Task, data: Path, valid: pd.DataFrame, count: int, path: Path
 ) -> None:
-    """Encoded pictures and prepared pixels with their answers, the classes taking turns."""
+    """Encoded pictures and prepared pixels with their answers, the strata taking turns."""
     from safetensors.numpy import save
 
-    turn = valid.groupby("class_index").cumcount()
-    chosen = valid.assign(turn=turn).sort_values(["turn", "class_index"]).head(count)
+    strata = valid["label"].map(task.stratum)
+    chosen = valid.assign(stratum=strata, turn=strata.groupby(strata).cumcount())
+    chosen = chosen.sort_values(["turn", "stratum"], kind="stable").head(count)
     encoded = [(data / name).read_bytes() for name in chosen["path"]]
     pixels = np.stack([prepare(decode(raw), engine.preprocessing) for raw in encoded])
     logits, embedding = predictor.predict(pixels)
@@ -157,7 +161,7 @@ def _write_golden(
 
 def _rule(answers: pd.DataFrame, config: PackagingConfig) -> DecisionRule:
     confidence = answers["confidence"].to_numpy(dtype=np.float64)
-    correct = (answers["predicted"] == answers["label"]).to_numpy()
+    correct = answers["right"].to_numpy(dtype=bool)
     valid, test = (answers["split"] == name for name in ("valid", "test"))
     threshold = fit_threshold(confidence[valid], correct[valid], config.target_accuracy, config.min_confidence)
     answered = confidence[test] >= threshold

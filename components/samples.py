@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 
 def rows(splits: Stored[Splits], name: SplitName) -> pd.DataFrame:
-    """The images of one split in a fixed order: path (relative to data/), label, sha256, picture, class_index."""
+    """The images of one split in a fixed order: path (relative to data/), label, sha256, picture."""
     table = read_frame(splits.folder / splits.record.table.name)
-    chosen = table[table["split"] == name].reset_index(drop=True)
-    index = {label: position for position, label in enumerate(splits.record.classes)}
-    return chosen.assign(class_index=chosen["label"].map(index).astype("int64"))
+    return table[table["split"] == name].reset_index(drop=True)
 
 
 MAX_CLASS_NAME_BYTES = 255

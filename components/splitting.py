@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from components.contracts.data import SPLITS, Dataset, SplitName, Splits
 from components.contracts.errors import DataError
+from components.contracts.families import Task
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.wording import counted
@@ -111,13 +112,19 @@ def _rank(purpose: str, picture: str) -> str:
 
 
 def split(
-    dataset: Stored[Dataset], ledger: TestLedger, config: SplittingConfig, *, out: Path, progress: Progress = silent
+    dataset: Stored[Dataset],
+    ledger: TestLedger,
+    config: SplittingConfig,
+    task: Task,
+    *,
+    out: Path,
+    progress: Progress = silent,
 ) -> Splits:
     """Assign every kept image to a split; writes splits.parquet (path, label, sha256, picture, split).
 
-    Raises DataError when an image is not in the ledger or a class would be missing from a split.
+    The strata are the task's. Raises DataError when an image is not in the ledger or one of the task's classes would be
+    missing from a split.
     """
-
     table = read_frame(dataset.folder / dataset.record.samples.name)
     unseen = table[~table["picture"].isin(ledger.members.keys())]
     if len(unseen):
@@ -125,14 +132,15 @@ def split(
             f"the test ledger lacks {counted(len(unseen), 'image')} (first: {unseen['path'].iloc[0]}); "
             f"run `visionloop data add` so that their side is decided once and for ever"
         )
-    side = _assign(table, ledger, config)
+    side = _assign(table, ledger, config, task)
     table = table.assign(split=table["picture"].map(side)).sort_values(["split", "path"], ignore_index=True)
     counts: dict[SplitName, int] = {name: int((table["split"] == name).sum()) for name in SPLITS}
     class_counts: dict[SplitName, dict[str, int]] = {
         name: dict(sorted(Counter(table.loc[table["split"] == name, "label"]).items())) for name in SPLITS
     }
+    classes = set(task.classes(dataset.record.classes))
     for name in SPLITS:
-        missing = sorted(set(dataset.record.classes) - set(class_counts[name]))
+        missing = sorted(classes - set(task.classes(list(class_counts[name]))))
         if missing:
             raise DataError(
                 f"class {missing[0]!r} has no image in the {name} split ({counted(len(missing), 'class')} without one); "
@@ -155,10 +163,10 @@ def split(
     )
 
 
-def _assign(table: pd.DataFrame, ledger: TestLedger, config: SplittingConfig) -> dict[str, SplitName]:
+def _assign(table: pd.DataFrame, ledger: TestLedger, config: SplittingConfig, task: Task) -> dict[str, SplitName]:
     side: dict[str, SplitName] = {}
     pictures = table.drop_duplicates("picture")
-    for _, members in pictures.groupby("label", sort=True):
+    for _, members in pictures.groupby(pictures["label"].map(task.stratum), sort=True):
         rest = [picture for picture in members["picture"] if not ledger.members[picture]]
         side |= {picture: "test" for picture in members["picture"] if ledger.members[picture]}
         rest.sort(key=lambda picture: _rank(f"{config.seed}", picture))

@@ -15,7 +15,7 @@ from pydantic import Field
 from components import plugins
 from components.contracts.data import SplitName, Splits
 from components.contracts.errors import ConfigError, UnknownName, WeightsUnavailable
-from components.contracts.families import Backbone
+from components.contracts.families import Backbone, Task
 from components.contracts.models import Checkpoint, Preprocessing
 from components.contracts.progress import MetricSink, Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
@@ -27,6 +27,7 @@ from components.store import describe, sha256_file
 from components.weights import from_safetensors
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
     from components.checkpoints import ImageModel
@@ -138,10 +139,11 @@ def train(
     check(config, root)
     torch.set_num_threads(num_threads)
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
-    task: Any = plugins.load("tasks", config.task, dict(config.task_settings))
+    task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
     with torch.random.fork_rng():
         torch.manual_seed(config.fit.seed)
-        model = assemble(backbone, task, len(splits.record.classes))
+        classes = task.classes(splits.record.classes)
+        model = assemble(backbone, task, len(classes))
     local = local_weights(config, root)
     if config.weights != "random":
         given = from_safetensors(local) if local else backbone.pretrained(config.weights, cache=cache)
@@ -170,7 +172,7 @@ def train(
         backbone=config.backbone,
         backbone_settings=config.backbone_settings,
         preprocessing=backbone.preprocessing,
-        classes=splits.record.classes,
+        classes=classes,
         embedding_dim=backbone.embedding_dim,
         weights=weights,
         history=describe(out / "history.json", within=out),
@@ -187,19 +189,19 @@ def _fit_all(
     data: Path,
     config: TrainingConfig,
     backbone: Backbone,
-    task: Any,
+    task: Task,
     arguments: dict[str, Any],
 ) -> tuple[FitResult, torch.Tensor, np.ndarray[Any, np.dtype[np.int64]]]:
     def logits_of(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = module(images)[0]
         return logits
 
-    train_set = _pixels(splits, "train", data, backbone.preprocessing)
-    valid_set = _pixels(splits, "valid", data, backbone.preprocessing)
+    train_set = _pixels(splits, "train", data, backbone.preprocessing, task)
+    valid_set = _pixels(splits, "valid", data, backbone.preprocessing, task)
     augment = config.augmentation if config.augmentation.active else None
-    result = fit(model, logits_of, task.loss, train_set, valid_set, config.fit, augment=augment, **arguments)
+    result = fit(model, logits_of, task, train_set, valid_set, config.fit, augment=augment, **arguments)
     logits = predict(model, logits_of, valid_set.inputs, config.fit.batch_size)
-    return result, logits, valid_set.labels.numpy()
+    return result, logits, valid_set.targets.numpy()
 
 
 def _fit_head(
@@ -208,7 +210,7 @@ def _fit_head(
     data: Path,
     config: TrainingConfig,
     backbone: Backbone,
-    task: Any,
+    task: Task,
     cache: Path,
     num_threads: int,
     arguments: dict[str, Any],
@@ -229,19 +231,25 @@ def _fit_head(
             num_threads=num_threads,
             progress=arguments["progress"],
         )
-        sets.append(Examples(torch.from_numpy(features), torch.tensor(table["class_index"].to_numpy())))
+        sets.append(Examples(torch.from_numpy(features), _targets(table, splits, task)))
     train_set, valid_set = sets
 
     def logits_of(module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = module(features)
         return logits
 
-    result = fit(model.head, logits_of, task.loss, train_set, valid_set, config.fit, **arguments)
+    result = fit(model.head, logits_of, task, train_set, valid_set, config.fit, **arguments)
     logits = predict(model.head, logits_of, valid_set.inputs, config.fit.batch_size)
-    return result, logits, valid_set.labels.numpy()
+    return result, logits, valid_set.targets.numpy()
 
 
-def _pixels(splits: Stored[Splits], name: SplitName, data: Path, preprocessing: Preprocessing) -> Examples:
+def _targets(table: pd.DataFrame, splits: Stored[Splits], task: Task) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(task.targets(list(table["label"]), task.classes(splits.record.classes)))
+
+
+def _pixels(splits: Stored[Splits], name: SplitName, data: Path, preprocessing: Preprocessing, task: Task) -> Examples:
     import torch
 
     table = rows(splits, name)
@@ -251,4 +259,4 @@ def _pixels(splits: Stored[Splits], name: SplitName, data: Path, preprocessing: 
     for batch in batches([data / path for path in table["path"]], preprocessing, batch_size=256):
         images[done : done + len(batch)] = batch
         done += len(batch)
-    return Examples(torch.from_numpy(images), torch.tensor(table["class_index"].to_numpy()))
+    return Examples(torch.from_numpy(images), _targets(table, splits, task))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,39 +47,128 @@ class Backbone(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One answer in words: what a log, a protocol and a person are told."""
+
+    label: str
+    confidence: float
+    """In [0, 1]; what the decision rule compares with its threshold."""
+
+
+@dataclass(frozen=True)
+class OutputField:
+    """One tensor of a task's answers in the serving protocol, one row a picture."""
+
+    name: str
+    datatype: Literal["BOOL", "BYTES", "FP32", "INT64"]
+    shape: tuple[int, ...]
+    """Of one picture; empty for a single value."""
+    values: Callable[[npt.NDArray[np.float32]], npt.NDArray[Any] | list[bytes]]
+    """From probabilities (n, width) to n rows."""
+
+
 class Task(Protocol):
-    """What a model learns to answer: head, loss, and metrics with their uncertainty; its fields are its settings."""
+    """What a model learns to answer; it owns all that depends on what is predicted. Its fields are its settings.
+
+    An annotation is the name of the class folder that an image lies in, or the label that a person gave it later. Whatever
+    else is known of images, and who asks, is nobody's question but the task's. Nothing here imports torch before `head` or
+    `loss` is called: servers and monitors ask the same task.
+    """
+
+    @property
+    def headline(self) -> str:
+        """The metric that a person reads first: the share of images whose answer is `right`."""
+        ...
+
+    @property
+    def figures(self) -> tuple[Literal["confusion", "reliability"], ...]:
+        """The figures of a page that say something about this task."""
+        ...
+
+    def classes(self, labels: Sequence[str]) -> tuple[str, ...]:
+        """What a model answers about, from all annotations of a data set; sorted."""
+        ...
+
+    def stratum(self, label: str) -> str:
+        """The group of an annotation that splitting divides evenly."""
+        ...
+
+    def targets(self, labels: Sequence[str], classes: Sequence[str]) -> npt.NDArray[Any]:
+        """One row an image, as `loss` and the metrics take them; raises DataError for an annotation of no class."""
+        ...
 
     def head(self, embedding_dim: int, num_classes: int) -> torch.nn.Module:
         """Embeddings (n, embedding_dim) to logits (n, num_classes)."""
         ...
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...
-
-    def probabilities(self, logits: npt.NDArray[Any], temperature: float) -> npt.NDArray[Any]:
-        """(n, classes), float64."""
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean over the batch."""
         ...
 
-    def fit_temperature(self, logits: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> float: ...
+    def fit_temperature(self, logits: npt.NDArray[Any], targets: npt.NDArray[Any]) -> float:
+        """What logits are divided by before they are probabilities; positive."""
+        ...
 
-    def metrics(
-        self, logits: npt.NDArray[Any], labels: npt.NDArray[np.int64], temperature: float
-    ) -> dict[str, Estimate]: ...
+    def width(self, classes: Sequence[str]) -> int:
+        """How many probabilities an answer has."""
+        ...
+
+    def probabilities(self, logits: npt.NDArray[Any], temperature: float) -> npt.NDArray[Any]:
+        """(n, width), float64."""
+        ...
+
+    def read(self, probabilities: npt.NDArray[Any], classes: Sequence[str]) -> list[Reading]:
+        """What n answers say."""
+        ...
+
+    def outputs(self, classes: Sequence[str]) -> tuple[OutputField, ...]:
+        """Tensors of the serving protocol beside label, unsure, confidence, embedding and prediction_id."""
+        ...
+
+    def drift_columns(self, probabilities: npt.NDArray[Any], classes: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """What monitoring compares, by name, one value an image: numbers as numbers, text as categories.
+
+        `confidence` (numbers) and `predicted` (text) are always among them.
+        """
+        ...
+
+    def right(self, logits: npt.NDArray[Any], targets: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Which answers are right, one an image."""
+        ...
+
+    def agree(self, logits: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Which images two engines answer the same."""
+        ...
+
+    def concerns(self, labels: Sequence[str], classes: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Which images can be judged among these classes alone."""
+        ...
+
+    def select(self, logits: npt.NDArray[Any], classes: Sequence[str], chosen: Sequence[str]) -> npt.NDArray[Any]:
+        """Logits over `classes` as logits over the `chosen` ones of them, in the order of these."""
+        ...
+
+    def metrics(self, logits: npt.NDArray[Any], targets: npt.NDArray[Any], temperature: float) -> dict[str, Estimate]:
+        """Every metric with its interval and n, the headline among them; raises ValueError on no images."""
+        ...
 
     def per_class(
-        self, predicted: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], classes: tuple[str, ...]
-    ) -> tuple[ClassMetrics, ...]: ...
+        self, logits: npt.NDArray[Any], targets: npt.NDArray[Any], classes: tuple[str, ...]
+    ) -> tuple[ClassMetrics, ...]:
+        """Precision, recall and F1 of every class that has images."""
+        ...
 
     def confusion(
-        self, predicted: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num_classes: int
-    ) -> npt.NDArray[np.int64]:
-        """Counts (true class, predicted class)."""
+        self, logits: npt.NDArray[Any], targets: npt.NDArray[Any], num_classes: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """Counts (true class, predicted class); empty where an image has no one class."""
         ...
 
     def reliability(
-        self, logits: npt.NDArray[Any], labels: npt.NDArray[np.int64], temperature: float
+        self, logits: npt.NDArray[Any], targets: npt.NDArray[Any], temperature: float
     ) -> tuple[tuple[float, float, int], ...]:
-        """(mean confidence, accuracy, count) of each non-empty confidence bin."""
+        """(mean confidence, share that is right, count) of each non-empty confidence bin."""
         ...
 
 
@@ -143,25 +232,33 @@ class Answers:
     """What an engine answered on the test split, images in the split's order."""
 
     image_ids: tuple[str, ...]
-    labels: npt.NDArray[np.int64]
-    """Positions in `classes`."""
+    labels: tuple[str, ...]
+    """The annotations."""
     logits: npt.NDArray[np.float32]
-    """One column a class, in the order of `classes`."""
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...]
+    """What the logits are about."""
+    task: Task
 
     @property
-    def predicted(self) -> npt.NDArray[np.int64]:
-        top: npt.NDArray[np.int64] = self.logits.argmax(axis=1)
-        return top
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Which of them are right."""
+        return self.task.right(self.logits, self.task.targets(self.labels, self.classes))
+
+    def agree(self, other: Answers) -> npt.NDArray[np.bool_]:
+        """Which of them another engine answers the same; both are about the same images and classes."""
+        return self.task.agree(self.logits, other.logits)
 
     def among(self, classes: tuple[str, ...]) -> Answers:
-        """The answers on the images of these classes, chosen among these classes alone; matched by name."""
-        columns = [self.classes.index(name) for name in classes]
-        place = {column: position for position, column in enumerate(columns)}
-        kept = [row for row, label in enumerate(self.labels) if int(label) in place]
-        labels = self.labels[kept].copy()
-        labels[:] = [place[int(label)] for label in labels]
-        return Answers(tuple(self.image_ids[row] for row in kept), labels, self.logits[kept][:, columns], classes)
+        """The answers on the images that can be judged among these classes, chosen among them alone; matched by name."""
+        kept = self.task.concerns(self.labels, classes)
+        chosen = [row for row, is_kept in enumerate(kept) if is_kept]
+        return Answers(
+            tuple(self.image_ids[row] for row in chosen),
+            tuple(self.labels[row] for row in chosen),
+            self.task.select(self.logits[chosen], self.classes, classes),
+            classes,
+            self.task,
+        )
 
 
 @dataclass(frozen=True)
@@ -179,6 +276,8 @@ class Evidence:
     """True when the ledger proves that there never was a champion, or when the champion's answers are there."""
     champion_missing: str = ""
     """Why there are no answers of the champion that there is; empty when they are there, or when there is no champion."""
+    headline: str = "accuracy"
+    """Name of the task's headline metric."""
     champion_classes: tuple[str, ...] = ()
     """All classes that the champion knows, in its own order."""
 

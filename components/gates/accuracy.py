@@ -1,4 +1,4 @@
-"""Accuracy floor: the whole 95 % interval has to lie at or above it."""
+"""Floor of the task's headline metric, which is accuracy for classes: the whole 95 % interval has to lie at or above it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class Gate(BaseModel):
     floor: float = Field(gt=0, lt=1)
 
     def judge(self, evidence: Evidence) -> Finding:
-        estimate = evidence.evaluation.metrics.get("accuracy")
+        name = evidence.headline
+        estimate = evidence.evaluation.metrics.get(name)
         status = compare_interval(estimate, self.floor)
         if estimate is None:
             why = f": {evidence.evaluation.reason}" if evidence.evaluation.reason else ""
-            return Finding(gate="accuracy", status=status, message=f"no accuracy was measured{why}", threshold=self.floor)
+            return Finding(gate="accuracy", status=status, message=f"no {name} was measured{why}", threshold=self.floor)
         if status == "inconclusive":
             meaning = too_few("test images", estimate.n, enough(lambda n: self._decides(estimate.value, n), estimate.n))
         else:
@@ -28,7 +29,7 @@ class Gate(BaseModel):
         return Finding(
             gate="accuracy",
             status=status,
-            message=f"accuracy {estimate}, floor {self.floor:g}: {meaning}",
+            message=f"{name} {estimate}, floor {self.floor:g}: {meaning}",
             value=estimate.value,
             threshold=self.floor,
             n=estimate.n,

@@ -44,11 +44,11 @@ class Gate(BaseModel):
         if answers.classes != champion.classes:
             answers = answers.among(champion.classes)
         among = _told_classes(evidence, len(champion.image_ids))
-        if answers.image_ids != champion.image_ids or not np.array_equal(answers.labels, champion.labels):
+        if answers.image_ids != champion.image_ids or answers.labels != champion.labels:
             return _inconclusive(f"the champion was asked about other test images or labels than this engine{among}")
         if not (np.isfinite(answers.logits).all() and np.isfinite(champion.logits).all()):
             return _inconclusive("some answers are not finite numbers")
-        mine, theirs = answers.predicted == answers.labels, champion.predicted == champion.labels
+        mine, theirs = answers.right, champion.right
         n, counts = len(mine), _paired(mine, theirs)
         low, high = difference_interval(*counts)
         difference, flips = float(mine.mean() - theirs.mean()), float((theirs & ~mine).mean())

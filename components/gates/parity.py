@@ -16,7 +16,7 @@ _MIN_AGREEMENT: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.995, "int8": 
 
 
 class Gate(BaseModel):
-    """Share of equal top-1 for every precision, and for fp32 also the largest |logit difference|.
+    """Share of equal answers for every precision, and for fp32 also the largest |logit difference|.
 
     A quantised engine's logits may differ by more than any useful bound while its answers agree, so the bound on logits
     is fp32's alone.
@@ -48,11 +48,11 @@ class Gate(BaseModel):
         floor = self.min_agreement.get(evidence.engine.precision)
         if floor is None:
             return _inconclusive(f"no min_agreement is set for precision {evidence.engine.precision}", n=n)
-        agreement = float((answers.predicted == reference.predicted).mean())
+        agreement = float(answers.agree(reference).mean())
         difference = float(np.abs(answers.logits - reference.logits).max())
         status = compare(agreement, floor, at_least=True)
         text = (
-            f"top-1 equal on {agreement:.4%} of {counted(n, 'image')} (floor {floor:.1%}), "
+            f"equal answers on {agreement:.4%} of {counted(n, 'image')} (floor {floor:.1%}), "
             f"largest |logit difference| {difference:.2g}"
         )
         if evidence.engine.precision == "fp32":

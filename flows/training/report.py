@@ -115,15 +115,14 @@ def _figures(results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
 def _mistakes(run: Run, shown: Stored[Evaluation]) -> list[dict[str, Any]]:
     if shown.record.predictions is None:
         return []
-    columns = ["path", "label", "predicted", "confidence"]
+    columns = ["path", "label", "predicted", "confidence", "right"]
     frame = read_frame(shown.folder / shown.record.predictions.name, columns)
-    wrong = frame[frame["label"] != frame["predicted"]].nlargest(_SHOWN, "confidence")
-    names = [metrics.name for metrics in shown.record.per_class]
+    wrong = frame[~frame["right"]].nlargest(_SHOWN, "confidence")
     return [
         {
             "path": row["path"],
-            "label": names[row["label"]],
-            "predicted": names[row["predicted"]],
+            "label": row["label"],
+            "predicted": row["predicted"],
             "confidence": row["confidence"],
             "image": thumbnail(run.workspace.data / row["path"]),
         }

@@ -20,6 +20,7 @@ from pathlib import Path
 from components import dataversions, plugins
 from components.contracts.data import DataVersion, Splits
 from components.contracts.errors import VisionloopError
+from components.contracts.families import Task
 from components.contracts.progress import Progress
 from components.contracts.records import RecordT, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import Lineage
@@ -107,6 +108,18 @@ class Run:
     def plugin_folder(self) -> Path | None:
         """The workspace's own plug-ins, for processes that load them anew."""
         return self.workspace.plugins if self.workspace.plugins.is_dir() else None
+
+    @property
+    def task(self) -> Task:
+        """What is predicted."""
+        task: Task = plugins.load("tasks", self.config.training.task, dict(self.config.training.task_settings))
+        return task
+
+    @property
+    def task_inputs(self) -> dict[str, str]:
+        """The task as an input of stages."""
+        settings = canonical_json(dict(self.config.training.task_settings))
+        return {"task_settings": settings, **member_digests(tasks=self.config.training.task)}
 
     @property
     def targets(self) -> tuple[TargetConfig, ...]:

@@ -64,9 +64,9 @@ def validation(run: Run) -> Stored[Dataset]:
 def splitting(run: Run, dataset: Stored[Dataset]) -> Stored[Splits]:
     def compute(out: Path, progress: Progress) -> Splits:
         ledger = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
-        return split(dataset, ledger, run.config.splitting, out=out, progress=progress)
+        return split(dataset, ledger, run.config.splitting, run.task, out=out, progress=progress)
 
-    inputs = {"dataset": dataset.record.digest(), "config": run.config.splitting.digest()}
+    inputs = {"dataset": dataset.record.digest(), "config": run.config.splitting.digest(), **run.task_inputs}
     return run.stage("splitting", Splits, compute, inputs=inputs)
 
 
@@ -138,22 +138,19 @@ def engine(
 
 @task(name="evaluation", cache_policy=NO_CACHE)
 def evaluation(run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role: str = "") -> Stored[Evaluation]:
-    config, task_name = run.config.evaluation, run.config.training.task
-    task_settings = dict(run.config.training.task_settings)
+    config = run.config.evaluation
 
     def compute(out: Path, progress: Progress) -> Evaluation:
-        judge_of = plugins.load("tasks", task_name, task_settings)
-        return evaluate(engine, splits, run.workspace.data, judge_of, config, out=out, progress=progress)
+        return evaluate(engine, splits, run.workspace.data, run.task, config, out=out, progress=progress)
 
     inputs = {
         "engine": engine.record.digest(),
         "test": splits.record.test_digest,
         "classes": ", ".join(splits.record.classes),
         "num_threads": str(config.num_threads),
-        "task_settings": canonical_json(task_settings),
+        **run.task_inputs,
         # Whether an engine can run is a property of the machine.
         "machine": fingerprint(),
-        **member_digests(tasks=task_name),
         # A champion's target may be a plug-in that the workspace has no more.
         **(member_digests(targets=engine.record.target) if engine.record.target in plugins.names("targets") else {}),
     }
@@ -242,6 +239,7 @@ def gating(
             evaluations[0],
             Champion(reigning.engine.record, champion_evaluation) if reigning and champion_evaluation else None,
             config,
+            run.task,
             serving=chosen.serving,
             champion_known=True,
             absent={name: (reason, required[name]) for name, reason in run.absent.items()},
@@ -251,6 +249,7 @@ def gating(
         "config": config.digest(),
         "export": chosen.digest(),
         "absent": ", ".join(sorted(run.absent)),
+        **run.task_inputs,
         "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
     }
     for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):
@@ -285,10 +284,10 @@ def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits
         "engine": serving.record.digest(),
         "splits": splits.record.digest(),
         "config": config.digest(),
-        "task_settings": canonical_json(task_settings),
+        **run.task_inputs,
         # Its answers are this processor's.
         "machine": fingerprint(),
-        **member_digests(targets=serving.record.target, tasks=training_config.task),
+        **member_digests(targets=serving.record.target),
     }
     return run.stage("packaging", Release, compute, inputs=inputs)
 

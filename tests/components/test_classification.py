@@ -20,7 +20,7 @@ def test_metrics_agree_with_scikit_learn() -> None:
     assert found["accuracy"].value == pytest.approx(accuracy_score(LABELS, predicted))
     assert found["log_loss"].value == pytest.approx(log_loss(LABELS, TASK.probabilities(LOGITS, 1.0)))
     precision, recall, f1, support = precision_recall_fscore_support(LABELS, predicted)
-    for index, metrics in enumerate(TASK.per_class(predicted, LABELS, CLASSES)):
+    for index, metrics in enumerate(TASK.per_class(LOGITS, LABELS, CLASSES)):
         assert metrics.precision is not None
         assert metrics.f1 is not None
         assert metrics.precision.value == pytest.approx(precision[index])
@@ -28,7 +28,7 @@ def test_metrics_agree_with_scikit_learn() -> None:
         assert metrics.f1.value == pytest.approx(f1[index])
         assert metrics.support == support[index]
     assert found["mean_class_accuracy"].value == pytest.approx(recall.mean())
-    assert np.array_equal(TASK.confusion(predicted, LABELS, 4), confusion_matrix(LABELS, predicted))
+    assert np.array_equal(TASK.confusion(LOGITS, LABELS, 4), confusion_matrix(LABELS, predicted))
 
 
 def test_every_estimate_lies_in_its_interval_and_repeats_exactly() -> None:
@@ -49,7 +49,7 @@ def test_wilson_is_the_published_interval() -> None:
 
 
 def test_a_class_that_is_never_predicted_has_no_precision() -> None:
-    metrics = TASK.per_class(np.zeros(10, dtype=np.int64), np.arange(10) % 2, ("a", "b"))
+    metrics = TASK.per_class(np.eye(2)[np.zeros(10, dtype=np.int64)], np.arange(10) % 2, ("a", "b"))
     assert metrics[1].precision is None
     assert metrics[1].f1 is None
     assert metrics[1].recall.value == 0
@@ -86,7 +86,7 @@ def test_a_perfect_score_on_few_images_is_not_certain() -> None:
     found = TASK.metrics(np.eye(4)[labels] * 9, labels, 1.0)
     assert found["mean_class_accuracy"].value == 1.0
     assert found["mean_class_accuracy"].low < 0.99
-    for metrics in TASK.per_class(labels, labels, CLASSES):
+    for metrics in TASK.per_class(np.eye(4)[labels], labels, CLASSES):
         assert metrics.f1 is not None
         assert metrics.f1.value == 1.0
         assert metrics.f1.low < 0.95

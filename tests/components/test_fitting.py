@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from components.contracts.errors import CheckpointMismatch, TamperedArtefact, TrainingDiverged
 from components.contracts.progress import MetricSink
 from components.fitting import LEFTOVERS, PROGRESS, Examples, FitResult, FittingConfig, fit
+from components.tasks.classification import Task
 
 CONFIG = FittingConfig(epochs=4, batch_size=8, learning_rate=0.01, checkpoint_every_s=0)
 
@@ -54,7 +54,7 @@ def run(
     return fit(
         model,
         lambda module, inputs: module(inputs),
-        functional.cross_entropy,
+        Task(),
         train,
         VALID,
         config,
@@ -128,7 +128,7 @@ def test_a_nan_loss_stops_the_run_at_once(tmp_path: Path) -> None:
     broken = TRAIN.inputs.clone()
     broken[17] = math.nan
     with pytest.raises(TrainingDiverged, match=r"nan at epoch 1, step \d+.*Lower training.fit.learning_rate"):
-        run(tmp_path / "out", train=Examples(broken, TRAIN.labels))
+        run(tmp_path / "out", train=Examples(broken, TRAIN.targets))
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_every_step_draws_other_random_numbers(tmp_path: Path) -> None:
     fit(
         model,
         lambda module, inputs: module(inputs),
-        functional.cross_entropy,
+        Task(),
         TRAIN,
         VALID,
         CONFIG,

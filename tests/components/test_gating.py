@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def evaluated(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "predictions.parquet"
     names = [f"{i:064d}" for i in range(len(labels))]
-    pd.DataFrame({"sha256": names, "label": labels, "logits": list(logits.astype(np.float32))}).to_parquet(path)
-    task, predicted = Task(), logits.argmax(axis=1)
+    said = [CLASSES[label] for label in labels]
+    pd.DataFrame({"sha256": names, "label": said, "logits": list(logits.astype(np.float32))}).to_parquet(path)
+    task = Task()
     finite = bool(np.isfinite(logits).all()) and len(labels) > 0
     record = Evaluation(
         engine=of.name,
@@ -84,7 +86,7 @@ def evaluated(
         status="evaluated",
         num_images=len(labels),
         metrics=task.metrics(logits, labels, 1.0) if finite else {},
-        per_class=task.per_class(predicted, labels, CLASSES) if finite else (),
+        per_class=task.per_class(logits, labels, CLASSES) if finite else (),
         predictions=describe(path, within=folder),
     )
     return Stored(record, folder)
@@ -94,7 +96,7 @@ def verdict(tmp_path: Path, *items: Judged, policy: GatingConfig = POLICY, **cha
     reference = evaluated(engine("torch_reference-fp32", "fp32"), tmp_path / "reference")
     values: dict[str, Any] = {"serving": "openvino-int8", "champion_known": True} | changes
     champion = values.pop("champion", None)
-    return judge(items, values.pop("reference", reference), champion, policy, **values)
+    return judge(items, values.pop("reference", reference), champion, policy, Task(), **values)
 
 
 def item(tmp_path: Path, of: Engine | None = None, *, required: bool = True, **changes: Any) -> Judged:
@@ -227,7 +229,7 @@ def champion_of(folder: Path, classes: tuple[str, ...], wrong: int = 0) -> Champ
     shared = tuple(name for name in CLASSES if name in classes)
     columns = [CLASSES.index(name) for name in shared]
     kept = np.isin(LABELS, columns)
-    labels = np.searchsorted(columns, LABELS[kept])
+    labels = [CLASSES[label] for label in LABELS[kept]]
     logits = GOOD[kept][:, columns].copy()
     logits[:wrong] = np.roll(logits[:wrong], 1, axis=1)
     folder.mkdir()
@@ -294,9 +296,16 @@ def test_wrong_policies_are_refused_before_any_work() -> None:
         check(GatingConfig(gates=(GateConfig(gate="parity", engines=("x",)),)), ["y"])
 
 
+def answered(
+    logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] = LABELS, names: Sequence[str] | None = None
+) -> Answers:
+    ids = tuple(names or (f"{i:064d}" for i in range(len(labels))))
+    return Answers(ids, tuple(CLASSES[label] for label in labels), logits.astype(np.float32), CLASSES, Task())
+
+
 def evidence(**changes: Any) -> Evidence:
     of = engine()
-    answers = Answers(tuple(f"{i:064d}" for i in range(300)), LABELS, GOOD.astype(np.float32))
+    answers = answered(GOOD)
     values: dict[str, Any] = {
         "engine": of,
         "evaluation": Evaluation(
@@ -321,7 +330,7 @@ def evidence(**changes: Any) -> Evidence:
 def flipped(count: int) -> Answers:
     logits = GOOD.copy()
     logits[:count] = np.roll(logits[:count], 1, axis=1)
-    return Answers(tuple(f"{i:064d}" for i in range(300)), LABELS, logits.astype(np.float32))
+    return answered(logits)
 
 
 def ask(gate: str, found: Evidence, **settings: Any) -> Finding:
@@ -366,7 +375,7 @@ def test_parity_gate_compares_image_by_image() -> None:
     assert ask("parity", evidence(answers=flipped(5))).status == "pass"
     assert ask("parity", evidence(answers=flipped(10))).status == "fail"
     assert ask("parity", evidence(reference=None)).status == "inconclusive"
-    other = Answers(tuple("x" for _ in range(300)), LABELS, GOOD.astype(np.float32))
+    other = answered(GOOD, names=["x"] * 300)
     assert ask("parity", evidence(answers=other)).status == "inconclusive"
     few = ask("parity", evidence(), min_images=1000)
     assert (few.status, few.message) == ("inconclusive", "too few test images to decide: there are 300, 1000 would do")
@@ -378,7 +387,7 @@ def test_parity_gate_compares_image_by_image() -> None:
 
 
 def test_parity_gate_bounds_the_logits_of_fp32() -> None:
-    close = Answers(evidence().answers.image_ids, LABELS, (GOOD + 0.5).astype(np.float32))  # type: ignore[union-attr]
+    close = answered(GOOD + 0.5)
     assert ask("parity", evidence(answers=close)).status == "pass"
     assert ask("parity", evidence(engine=engine("onnxruntime-fp32", "fp32"), answers=close)).status == "fail"
 
@@ -403,9 +412,9 @@ def test_no_regression_gate_is_paired() -> None:
     assert "do not decide, and no number of them would" in undecided.message  # it is worse by the margin itself
     few = ask("no_regression", evidence(champion=same, answers=flipped(3)))
     assert "too few test images to decide: there are 300, about" in few.message
-    shorter = Answers(same.image_ids[:10], LABELS[:10], GOOD[:10].astype(np.float32))  # type: ignore[union-attr]
+    shorter = answered(GOOD[:10], LABELS[:10])
     assert ask("no_regression", evidence(champion=shorter)).status == "inconclusive"
-    relabelled = Answers(same.image_ids, (LABELS + 1) % 3, GOOD.astype(np.float32))  # type: ignore[union-attr]
+    relabelled = answered(GOOD, (LABELS + 1) % 3)
     assert ask("no_regression", evidence(champion=relabelled)).status == "inconclusive"
 
 
@@ -414,9 +423,7 @@ def test_negative_flips_have_a_budget_of_their_own() -> None:
     champion, candidate = GOOD.copy(), GOOD.copy()
     champion[:15] = np.roll(champion[:15], 1, axis=1)
     candidate[15:30] = np.roll(candidate[15:30], 1, axis=1)
-    names = evidence().answers.image_ids  # type: ignore[union-attr]
-    first = Answers(names, LABELS, champion.astype(np.float32))
-    second = Answers(names, LABELS, candidate.astype(np.float32))
+    first, second = answered(champion), answered(candidate)
     finding = ask("no_regression", evidence(champion=first, answers=second), margin=0.2, max_negative_flips=0.03)
     assert finding.value == 0
     assert finding.status == "fail"

@@ -12,6 +12,7 @@ from components.contracts.errors import DataError
 from components.contracts.records import FileDigest, Stored
 from components.splitting import SplittingConfig, TestLedger, split
 from components.store import describe
+from components.tasks.classification import Task
 
 VERSION = DataVersion(dvc_hash="h", num_files=1, bytes=1, ledger_sha256="l")
 
@@ -50,7 +51,7 @@ def sides(splits: Splits, folder: Path) -> dict[str, str]:
 def run(tmp_path: Path, name: str, members: list[tuple[str, str]], ledger: TestLedger) -> tuple[Splits, dict[str, str]]:
     out = tmp_path / f"{name}-out"
     out.mkdir()
-    found = split(dataset(tmp_path / name, members), ledger, SplittingConfig(), out=out)
+    found = split(dataset(tmp_path / name, members), ledger, SplittingConfig(), Task(), out=out)
     return found, sides(found, out)
 
 
