@@ -45,6 +45,7 @@ def alarm(root: Path, name: str) -> str:
     done = visionloop("watch", "--since", since, "--json", cwd=root)
     found = json.loads(done.stdout.strip().splitlines()[-1])
     (identifier,) = found["alarms"]
+    assert identifier in visionloop("alarms", cwd=root).stdout
     return str(identifier)
 
 
@@ -334,9 +335,6 @@ def test_what_the_governor_said_is_shown(deployed: Path) -> None:
         done = visionloop("governor", *arguments, cwd=deployed)
         assert done.returncode == 0, done.stderr
         assert words in done.stdout
-    alarms = visionloop("alarms", cwd=deployed).stdout
-    assert "drift:shapes:" in alarms
-
 
 def test_status_without_processes_says_what_is_missing(deployed: Path, prefect_server: str) -> None:
     done = visionloop("status", "--json", cwd=deployed)
