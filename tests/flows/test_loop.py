@@ -336,6 +336,7 @@ def test_what_the_governor_said_is_shown(deployed: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert words in done.stdout
 
+
 def test_status_without_processes_says_what_is_missing(deployed: Path, prefect_server: str) -> None:
     done = visionloop("status", "--json", cwd=deployed)
     assert done.returncode == 1
