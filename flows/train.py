@@ -14,6 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.loop.permits import Cause, governed
 from flows.training import steps
 from flows.training.bundle import summarise, write_report
+from flows.training.chosen import ChosenRecipe, named
 from flows.training.opening import opened
 from flows.training.results import Results
 
@@ -39,23 +40,16 @@ def train(
     (`cause`, with the `request` it came by: an alarm's id, or a run to take up again) runs when the governor grants it; else
     it ends as Skipped, saying why. `measure_again` times the engines anew, whatever was measured before.
     """
-    with governed(recipe, Path(workspace), cause, request) as permit:
+    chosen = named(recipe, Path(workspace), overrides)
+    with governed(chosen, cause, request) as permit:
         if not permit.granted:
             return Completed(name="Skipped", message=permit.told["reason"], data=permit.told)
-        permit.summary = _train(recipe, workspace, overrides, reason, requested_by, quiet, measure_again)
+        permit.summary = _train(chosen, reason, requested_by, quiet, measure_again)
         return permit.summary
 
 
-def _train(
-    recipe: str,
-    workspace: str,
-    overrides: Sequence[str],
-    reason: str,
-    requested_by: str,
-    quiet: bool,
-    measure_again: bool,
-) -> dict[str, Any]:
-    with opened(recipe, Path(workspace), overrides, reason, requested_by=requested_by, quiet=quiet) as run:
+def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, measure_again: bool) -> dict[str, Any]:
+    with opened(recipe, reason, requested_by=requested_by, quiet=quiet) as run:
         dataset = steps.validation(run)
         splits = steps.splitting(run, dataset)
         checkpoint = steps.training(run, splits)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from flows.cli.answers import AsJson, finish, to_stderr
-from flows.cli.training import run_training
 
 
 def demo(
@@ -26,9 +25,11 @@ def demo(
     workspace = prepare(directory)
     prepare_environment(workspace.state)
     from flows.demo.story import Show
+    from flows.starting import start_training
+    from flows.training.chosen import choose
     from flows.up.processes import Up
 
-    show = Show(workspace, lambda: run_training(workspace.root, "digits", [], None), to_stderr, port=port)
+    show = Show(workspace, lambda: start_training(choose("digits", workspace), by=None), to_stderr, port=port)
     up = Up(workspace, read_settings(workspace.state))
     try:
         phases = show.run()

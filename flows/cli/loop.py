@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components import garbage
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted, shown_utc
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment
@@ -60,20 +59,12 @@ def watch(
     """Compare what the champion answered with its reference sample. Exit status 1 when a window drifted."""
     if minutes is not None and (since or until):
         raise ConfigError("give --minutes, or --since and --until, not both")
-    span = [
-        moment("--since", since, past=True).isoformat() if since else None,
-        moment("--until", until).isoformat() if until else None,
-    ]
+    begin = moment("--since", since, past=True) if since else None
+    end = moment("--until", until) if until else None
     loop = _loop(workspace, model)
-    from flows.orchestrator.events import expect_server
+    from flows.starting import start_watch
 
-    expect_server(loop.settings)
-    loop.workspace.expect_writable()
-    with garbage.kept():
-        from flows.watch import watch as flow
-
-    call: Any = flow  # its states confuse the types of Prefect's decorator
-    found: dict[str, Any] = call(loop.model, str(loop.workspace.root), minutes, span[0], span[1], quiet=json_)
+    found = start_watch(loop, minutes=minutes, since=begin, until=end, quiet=json_)
     finish(found, json_, lambda: _shown_windows(found))
     if any(window["status"] == "drift" for window in found["windows"]):
         raise typer.Exit(1)

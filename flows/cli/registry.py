@@ -318,14 +318,9 @@ def reject(
 def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Check an approved version again, publish its release, and make it champion. Servers switch by themselves."""
     found = _desk(workspace, model)
-    from flows.orchestrator.events import expect_server
+    from flows.starting import start_promotion
 
-    expect_server(found.settings)
-    found.workspace.expect_writable()
-    with garbage.kept():
-        from flows.promote import promote as flow
-
-    moved = flow(version, found.model, str(found.workspace.root), quiet=json_)
+    moved = start_promotion(found, version, quiet=json_)
     finish(moved, json_, lambda: f"{found.model} serves version {version} now (release {moved['release'][:12]}).")
 
 

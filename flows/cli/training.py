@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from components import garbage
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
@@ -60,48 +59,20 @@ def train(
     json_: AsJson = False,
 ) -> None:
     """Validate, split, train, export, evaluate, judge, package and register, in one run that can be resumed."""
-    from flows.orchestrator.events import expect_server
-    from flows.workspace.recipes import load_recipe
-    from flows.workspace.settings import prepare_environment, read_settings
+    from flows.starting import start_training
+    from flows.training.chosen import choose
+    from flows.training.summary import told
+    from flows.workspace.settings import prepare_environment
     from flows.workspace.workspace import Workspace
 
     found = Workspace.find(workspace)
     # Before Prefect is even imported: a typo should cost no time.
-    load_recipe(recipe, set_ or [], workspace=found.root)
+    chosen = choose(recipe, found, set_ or [])
     prepare_environment(found.state)
-    found.expect_writable()
-    expect_server(read_settings(found.state))
-    _train(found.root, recipe, set_ or [], as_, json_, measure_again=measure_again)
-
-
-def run_training(
-    root: Path, recipe: str, overrides: list[str], by: str | None, *, measure_again: bool = False
-) -> dict[str, Any]:
-    from flows.workspace.settings import login_name
-    from registry.approval import person
-
-    requester = person(by or login_name()).name
-    with garbage.kept():
-        from flows.train import train as flow
-
-    call: Any = flow  # its states confuse the types of Prefect's decorator
-    summary: dict[str, Any] = call(
-        recipe, str(root), overrides, requested_by=requester, quiet=False, measure_again=measure_again
-    )
-    return summary
-
-
-def _train(root: Path, recipe: str, overrides: list[str], by: str | None, as_json: bool, *, measure_again: bool) -> None:
-    summary = run_training(root, recipe, overrides, by, measure_again=measure_again)
-    finish(summary, as_json, lambda: _told(summary))
+    summary = start_training(chosen, by=as_, measure_again=measure_again)
+    finish(summary, json_, lambda: told(summary))
     if summary["outcome"] != "candidate":
         raise typer.Exit(1)
-
-
-def _told(summary: dict[str, Any]) -> str:
-    from flows.training.summary import told
-
-    return told(summary)
 
 
 def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:

@@ -8,17 +8,16 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from components import dataversions
 from components.contracts.errors import ConfigError, DataDiffers, RegistryUnavailable, StoreError, WorkspaceBusy
 from flows.loop.loop import Loop
 from flows.orchestrator.notifications import notify
+from flows.training.chosen import ChosenRecipe
 from flows.training.run import run_id
-from flows.workspace.recipes import load_recipe
+from flows.workspace.recipes import RunConfig
 from flows.workspace.settings import read_settings
-from flows.workspace.workspace import Workspace
 from monitoring.governor import Decision, Governor, Request
 from monitoring.outbox import Alarm
 
@@ -42,7 +41,7 @@ class Permit:
 
 
 @contextmanager
-def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Permit]:
+def governed(recipe: ChosenRecipe, cause: Cause, key: str) -> Iterator[Permit]:
     """Whether this training may run. A person's own needs no permit; others hold a lease for as long as they run.
 
     `key` is the id of the alarm, or the scheduled run that is taken up again.
@@ -54,16 +53,15 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
         return
     if cause not in ("drift", "schedule"):
         raise ConfigError(f"unknown cause {cause!r}; valid: drift, manual, schedule")
-    workspace = Workspace.find(folder)
-    model = load_recipe(recipe, workspace=workspace.root).model
-    loop = Loop(workspace, read_settings(workspace.state), model)
+    model = recipe.config.model
+    loop = Loop(recipe.workspace, read_settings(recipe.workspace.state), model)
     raised = loop.outbox.alarm(key) if cause == "drift" else None
     if raised is not None and raised.model != model:
         raise ConfigError(f"alarm {key!r} is about model {raised.model!r}, this deployment trains {model!r}")
     if cause == "schedule" and key and not loop.governor.asked(key, model, cause):
         raise ConfigError(f"no scheduled run {key!r} was ever asked for; leave `request` empty for a new one")
     holder = uuid.uuid4().hex
-    request = _request(loop, recipe, cause, raised, key)
+    request = _request(loop, recipe.config, cause, raised, key)
     decision = loop.governor.ask(request, holder=holder)
     if decision.answer != "granted":
         _tell(loop, request, decision)
@@ -98,11 +96,10 @@ def governed(recipe: str, folder: Path, cause: Cause, key: str) -> Iterator[Perm
         beat.join(5)
 
 
-def _request(loop: Loop, recipe: str, cause: Literal["drift", "schedule"], raised: Alarm | None, key: str) -> Request:
+def _request(loop: Loop, config: RunConfig, cause: Literal["drift", "schedule"], raised: Alarm | None, key: str) -> Request:
     from registry import approval
     from registry.ledger import Ledger
 
-    config = load_recipe(recipe, workspace=loop.workspace.root)
     data = dataversions.pinned(loop.workspace.root)
     entries = Ledger(loop.settings.ledger_url).entries(loop.model)
     judged = [

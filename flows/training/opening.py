@@ -1,11 +1,10 @@
-"""Opening a run: recipe, workspace, lock and data are checked before any stage starts."""
+"""Opening a run: lock and data are checked before any stage starts."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import requests
 from prefect import runtime
@@ -13,24 +12,21 @@ from prefect import runtime
 from components.contracts.wording import counted
 from flows import stopping
 from flows.terminal import Console
+from flows.training.chosen import ChosenRecipe
 from flows.training.run import STAGES, Run
 from flows.workspace.data import ensure
-from flows.workspace.recipes import load_recipe
 from flows.workspace.settings import Settings, read_settings
-from flows.workspace.workspace import Workspace
 
 
 @contextmanager
-def opened(
-    recipe: str, folder: Path, overrides: Sequence[str], reason: str, *, requested_by: str, quiet: bool
-) -> Iterator[Run]:
-    """A run whose recipe is valid, whose data are the pinned ones and whose workspace is held."""
-    workspace = Workspace.find(folder)
-    config = load_recipe(recipe, overrides, workspace=workspace.root)
+def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool) -> Iterator[Run]:
+    """A run whose data are the pinned ones and whose workspace is held."""
+    workspace, config = recipe.workspace, recipe.config
     settings = read_settings(workspace.state)
-    with workspace.locked(f"visionloop train {recipe}"), Console(len(STAGES), quiet=quiet) as console:
+    with workspace.locked(f"visionloop train {recipe.name}"), Console(len(STAGES), quiet=quiet) as console:
         data = ensure(workspace, config.source)
-        run = Run(workspace, config, data, settings, console, requested_by=requested_by, reason=reason, overrides=overrides)
+        asked = {"requested_by": requested_by, "reason": reason}
+        run = Run(workspace, config, data, settings, console, overrides=recipe.overrides, **asked)
         console.line(
             f"run {run.id}: recipe {config.name}, {counted(data.num_files, 'file')} of data version {data.dvc_hash[:12]} "
             f"({reason})"

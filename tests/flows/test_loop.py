@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import psutil
 import pytest
@@ -23,6 +24,8 @@ from components.contracts.errors import ConfigError, UnknownName
 from flows.loop.alarms import DRIFT, announce, sweep, tell_of_data
 from flows.loop.flow_runs import start, trail, training_runs
 from flows.up.deployments import automate, deploy, make_pool
+from flows.workspace import recipes
+from flows.workspace.workspace import Workspace
 from monitoring.governor import Request
 from serving.engines.queueing import Limits
 
@@ -230,7 +233,9 @@ def test_the_loop_trains_when_there_are_new_data_and_only_then(
     new_data(root, 9000)
     loop = loop_of(root)
     assert tell_of_data(loop, told=lambda _: None) == [identifier]
-    done = train(root, cause="drift", request=identifier, reason="drift in a window")
+    with mock.patch.object(recipes, "parse", wraps=recipes.parse) as parsing:
+        done = train(root, cause="drift", request=identifier, reason="drift in a window")
+    assert parsing.call_count == 1
     assert done["outcome"] in ("candidate", "rejection"), done
     # Champion and candidate are two models, judged by the same images.
     (finding,) = (f for f in done["findings"] if (f["gate"], f["engine"]) == ("no_regression", "openvino-int8"))
@@ -311,12 +316,14 @@ def test_the_world_s_fault_gives_the_grant_back(trained: Path, tmp_path: Path, p
     new_data(root, 9500)
     from components.contracts.errors import RegistryUnavailable
     from flows.loop.permits import governed
+    from flows.training.chosen import choose
 
-    with pytest.raises(RegistryUnavailable), governed("smoke", root, "drift", identifier):
+    smoke = choose("smoke", Workspace.find(root))
+    with pytest.raises(RegistryUnavailable), governed(smoke, "drift", identifier):
         raise RegistryUnavailable("MLflow is away")
     loop = loop_of(root)
     assert loop.governor.due(MODEL) == [identifier]
-    with pytest.raises(ValueError, match="a bug"), governed("smoke", root, "drift", identifier):
+    with pytest.raises(ValueError, match="a bug"), governed(smoke, "drift", identifier):
         raise ValueError("a bug")
     (run,) = loop.governor.runs(MODEL)
     assert (run.state, run.outcome, run.attempts) == ("finished", "failed", 2)

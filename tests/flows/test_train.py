@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from shapes import visionloop, visionloop_process
 from components.contracts.verdicts import Measurement
 from components.store import MANIFEST, Store, read_manifest
 from flows.training.run import STAGES
+from flows.workspace import recipes
 from flows.workspace.workspace import Workspace
 
 
@@ -94,8 +96,10 @@ def test_the_same_command_again_does_nothing_new(
     monkeypatch.setattr(steps, "_worth_measuring_again", lambda _: False)
     root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
     before = {path: path.stat().st_mtime_ns for path in Store(root / ".visionloop" / "store").artefacts()}
-    done = visionloop("train", "-r", "smoke", "--json", cwd=root)
+    with mock.patch.object(recipes, "parse", wraps=recipes.parse) as parsing:
+        done = visionloop("train", "-r", "smoke", "--json", cwd=root)
     assert done.returncode == 0, done.stderr
+    assert parsing.call_count == 1
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert all(stage["cached"] for stage in summary["seconds"].values()), summary["seconds"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -238,6 +242,7 @@ def test_a_backbone_of_the_workspace_goes_all_the_way(trained: Path, tmp_path: P
 
 
 def test_other_bytes_under_the_same_weights_file_are_another_training(workspace: Path, prefect_server: str) -> None:
+    from flows.training.chosen import choose
     from flows.training.opening import opened
     from flows.training.run import training_key
 
@@ -245,8 +250,8 @@ def test_other_bytes_under_the_same_weights_file_are_another_training(workspace:
     keys = []
     for content in (b"some", b"some", b"other"):
         (workspace / "start.safetensors").write_bytes(content)
-        overrides = ["training.weights=start.safetensors"]
-        with opened("smoke", workspace, overrides, "manual", requested_by="", quiet=True) as run:
+        recipe = choose("smoke", Workspace.find(workspace), ["training.weights=start.safetensors"])
+        with opened(recipe, "manual", requested_by="", quiet=True) as run:
             keys.append(training_key(run, splits))
     assert keys[0] == keys[1] != keys[2]
 

@@ -1,0 +1,79 @@
+"""What a person starts, in this process: a training, a promotion, a look at windows. Prefect is imported here, not before.
+
+Who calls has prepared the environment (`flows.workspace.settings.prepare_environment`).
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING, Any
+
+from components import garbage
+from flows.training.chosen import ChosenRecipe, handed_on
+from flows.workspace.settings import Settings, login_name, read_settings
+from flows.workspace.workspace import Workspace
+
+if TYPE_CHECKING:
+    from flows.loop.loop import Loop
+    from flows.workspace.desk import Desk
+
+
+def start_training(recipe: ChosenRecipe, *, by: str | None, measure_again: bool = False) -> dict[str, Any]:
+    """Train by a recipe that is parsed already; returns the summary of the run.
+
+    `by` asked for it, the login name by default. Raises VisionloopError.
+    """
+    from registry.approval import person
+
+    _expect_ready(recipe.workspace, read_settings(recipe.workspace.state))
+    requester = person(by or login_name()).name
+    with garbage.kept():
+        from flows.train import train
+
+    call: Any = train  # its states confuse the types of Prefect's decorator
+    with handed_on(recipe):
+        summary: dict[str, Any] = call(
+            recipe.name,
+            str(recipe.workspace.root),
+            recipe.overrides,
+            requested_by=requester,
+            quiet=False,
+            measure_again=measure_again,
+        )
+    return summary
+
+
+def start_promotion(desk: Desk, version: str, *, quiet: bool) -> dict[str, Any]:
+    """Make an approved version the champion; returns model, version, ledger row and release. Raises VisionloopError."""
+    _expect_ready(desk.workspace, desk.settings)
+    with garbage.kept():
+        from flows.promote import promote
+
+    return promote(version, desk.model, str(desk.workspace.root), quiet=quiet)
+
+
+def start_watch(
+    loop: Loop,
+    *,
+    minutes: float | None = None,
+    since: datetime.datetime | None = None,
+    until: datetime.datetime | None = None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Judge windows, as `flows.watch.watch` does; returns their verdicts as JSON data. Raises VisionloopError."""
+    _expect_ready(loop.workspace, loop.settings)
+    with garbage.kept():
+        from flows.watch import watch
+
+    call: Any = watch  # its states confuse the types of Prefect's decorator
+    span = [moment.isoformat() if moment is not None else None for moment in (since, until)]
+    found: dict[str, Any] = call(loop.model, str(loop.workspace.root), minutes, *span, quiet=quiet)
+    return found
+
+
+def _expect_ready(workspace: Workspace, settings: Settings) -> None:
+    """Before Prefect is imported, which takes seconds: what can only fail should fail at once."""
+    from flows.orchestrator.events import expect_server
+
+    workspace.expect_writable()
+    expect_server(settings)
