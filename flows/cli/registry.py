@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from components import garbage
-from components.contracts.errors import VisionloopError
 from components.contracts.wording import counted, shown_utc
-from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment, silent, to_stderr
 from flows.terminal import figure
 
 if TYPE_CHECKING:
     from flows.workspace.desk import Desk
+    from flows.workspace.versions import Row, VersionShown
     from registry.approval import State
-    from registry.ledger import Entry, Principal, Rule
+    from registry.ledger import Entry
 
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
 Version = Annotated[str, typer.Argument(help="Version of the model, as `visionloop candidates` lists it.")]
@@ -47,10 +46,6 @@ def _desk(workspace: Path, model: str | None) -> Desk:
     return desk(workspace, model)
 
 
-def _told(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def candidates(
     every: Annotated[bool, typer.Option("--all", help="Also versions that were rejected, or champion before.")] = False,
     model: OfModel = None,
@@ -58,14 +53,10 @@ def candidates(
     json_: AsJson = False,
 ) -> None:
     """Versions that wait for a decision or for their promotion, and the champion."""
-    from registry import approval
+    from flows.workspace.versions import candidates as listed
 
     found = _desk(workspace, model)
-    shown = [
-        state
-        for state in approval.states(found.ledger.entries(found.model), found.ledger.now())
-        if every or state.status in ("waiting", "approved", "expired", "champion")
-    ]
+    shown = listed(found, every=every)
     lines = [f"{found.model}:"] + [_line(state) for state in shown]
     finish(
         {"model": found.model, "candidates": [_state_json(state) for state in shown]},
@@ -111,45 +102,30 @@ def _state_json(state: State) -> dict[str, Any]:
 
 def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """One version for the person who decides: the verdict in words, the champion beside it, what an approval is bound to."""
-    from registry import approval
-    from registry.policies import notes
+    from flows.workspace.versions import show as look_at
 
     found = _desk(workspace, model)
-    entries = found.ledger.entries(found.model)
-    state = approval.state_of(entries, version, found.ledger.now())
-    champion = approval.champion(entries)
-    then = approval.compared_with(entries, state.requested)
-    answer = _state_json(state) | {
+    shown = look_at(found, version)
+    answer = _state_json(shown.state) | {
         "model": found.model,
-        "bound": state.requested.body["bound"],
-        "champion_version": champion.body["version"] if champion else None,
-        "compared_with": then.body["version"] if then else None,
-        "notes": notes(entries, state.requested.body, subject=state.requested.subject),
-        "same_account": _account_note(state),
-        "report": _report(found, state),
+        "bound": shown.state.requested.body["bound"],
+        "champion_version": shown.champion.body["version"] if shown.champion else None,
+        "compared_with": shown.compared_with.body["version"] if shown.compared_with else None,
+        "notes": list(shown.notes),
+        "same_account": shown.same_account,
+        "report": str(shown.report) if shown.report else None,
     }
-    finish(answer, json_, lambda: _page(state, champion, then, answer))
+    finish(answer, json_, lambda: _page(found.model, shown))
 
 
-def _account_note(state: State) -> str | None:
-    from registry.policies import account_note
-
-    return account_note(state.decision, state.requested) if state.decision is not None else None
-
-
-def _report(found: Desk, state: State) -> str | None:
-    run = (state.requested.body.get("summary") or {}).get("run", "")
-    path = found.workspace.runs / run / "report.html"
-    return str(path) if run and path.is_file() else None
-
-
-def _page(state: State, champion: Entry | None, then: Entry | None, answer: dict[str, Any]) -> str:
+def _page(model: str, shown: VersionShown) -> str:
+    state, champion = shown.state, shown.champion
     summary, bound = state.requested.body.get("summary") or {}, state.requested.body["bound"]
-    lines = [f"{answer['model']} version {state.version}: {_status(state)}", ""]
+    lines = [f"{model} version {state.version}: {_status(state)}", ""]
     if state.decision is not None:
         verb = "approved" if state.decision.kind == "approved" else "rejected"
         lines += [f"  {verb} by {_who(state.decision)} at {shown_utc(state.decision.at)}: {state.decision.body['reason']}"]
-        lines += [f"  {answer['same_account']}"] if answer["same_account"] else []
+        lines += [f"  {shown.same_account}"] if shown.same_account else []
         lines += [""]
     if state.left is not None:
         left = state.left
@@ -164,7 +140,7 @@ def _page(state: State, champion: Entry | None, then: Entry | None, answer: dict
             f"{summary['data_version'][:12]} ({', '.join(f'{k} {v}' for k, v in summary['images'].items())}), "
             f"git {summary['git'][:12]}. Asked for: {summary.get('reason', 'manual')}.",
             "",
-            *_beside(state, champion, then),
+            *_beside(state, champion, shown.compared_with),
         ]
         worst = sorted(summary["recall"].items(), key=lambda item: item[1]["value"])[:3]
         lines += ["", "Weakest classes: " + "; ".join(f"{name} recall {figure(e)}" for name, e in worst) + "."]
@@ -180,7 +156,7 @@ def _page(state: State, champion: Entry | None, then: Entry | None, answer: dict
             f"  {_STATUSES.get(f['status'], f['status']):18} {f['engine']:20} {f['gate']:14} {f['message']}"
             for f in summary["findings"]
         ]
-        lines += ["", *answer["notes"]] if answer["notes"] else []
+        lines += ["", *shown.notes] if shown.notes else []
     lines += ["", "An approval is bound to:"]
     for name in ("data", "split", "weights", "policy", "release", "champion"):
         lines.append(f"  {name:10} {bound.get(name, 'unknown')}")
@@ -189,9 +165,9 @@ def _page(state: State, champion: Entry | None, then: Entry | None, answer: dict
         "",
         f"Asked for by {_who(state.requested)} at {shown_utc(state.requested.at)}.",
     ]
-    if answer["report"]:
-        lines.append(f"Report: {answer['report']}")
-    fresh = bound.get("champion", "none") == (champion.body["engine"] if champion else "none")
+    if shown.report:
+        lines.append(f"Report: {shown.report}")
+    fresh = shown.is_fresh
     approving = f'visionloop approve {state.version} --as WHO --reason "..."'
     if state.status in ("waiting", "expired"):
         lines.append(f"Next: {approving} (or reject)" if fresh else f"Next: train again. {_stale(champion)}")
@@ -247,18 +223,6 @@ def _who(entry: Entry) -> str:
     return entry.actor.name + _METHODS[entry.actor.method]
 
 
-def _decided(found: Desk, by: Principal, rule: Rule) -> Entry:
-    """Append what a rule allows, and tell who wants to know."""
-    entry = found.ledger.decide(model=found.model, actor=by, rule=rule)
-    try:
-        found.promotion.describe(told=_told)
-    except VisionloopError as error:
-        # It is decided: MLflow only shows it.
-        _told(f"MLflow's descriptions are behind ({error}); `visionloop reconcile --repair` writes them")
-    _notify(found, entry)
-    return entry
-
-
 def approve(
     version: Version,
     as_: By,
@@ -269,27 +233,16 @@ def approve(
     json_: AsJson = False,
 ) -> None:
     """Approve a candidate. The person who asked for it cannot; nothing moves before `visionloop promote`."""
-    from registry import approval
-    from registry.policies import account_note, notes
+    from flows.loop.decisions import approve as decide
+    from flows.loop.decisions import declared
 
-    by = approval.person(as_)
-    found = _desk(workspace, model)
-    entries = found.ledger.entries(found.model)
-    state = approval.state_of(entries, version, found.ledger.now())
-    shown = notes(entries, state.requested.body, subject=state.requested.subject)
-    if state.left is not None:
-        shown.append(
-            f"Version {version} was left by a rollback of {state.left.actor.name} at {shown_utc(state.left.at)}: "
-            f"{state.left.body['reason']}"
-        )
-    for line in shown:
-        _told(line)
-    entry = _decided(found, by, approval.approve(version, by, reason, days=days, shown=shown))
-    account = account_note(entry, state.requested)
-    if account:
-        _told(f"Note: {account}.")
+    by = declared(as_)
+    done = decide(_desk(workspace, model), version, by, reason, days=days, told=to_stderr)
+    entry = done.entry
+    if done.same_account:
+        to_stderr(f"Note: {done.same_account}.")
     finish(
-        _entry_json(entry) | {"same_account": account},
+        _row_json(entry) | {"same_account": done.same_account},
         json_,
         lambda: (
             f"{entry.model} version {version} is approved by {by.name} until {shown_utc(entry.body['expires_at'])} "
@@ -308,11 +261,12 @@ def reject(
     json_: AsJson = False,
 ) -> None:
     """Reject a candidate; it can then never be promoted."""
-    from registry import approval
+    from flows.loop.decisions import declared
+    from flows.loop.decisions import reject as decide
 
-    by = approval.person(as_)
-    entry = _decided(_desk(workspace, model), by, approval.reject(version, by, reason, withdraw=withdraw))
-    finish(_entry_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq}).")
+    by = declared(as_)
+    entry = decide(_desk(workspace, model), version, by, reason, withdraw=withdraw, told=to_stderr)
+    finish(_row_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq}).")
 
 
 def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
@@ -335,16 +289,16 @@ def rollback(
     json_: AsJson = False,
 ) -> None:
     """Make an earlier champion the champion again, at once: no orchestrator is needed, and no second approval."""
-    # Most of a rollback is importing MLflow: nothing of that is garbage.
+    # Nothing of what is imported for it is garbage.
     with garbage.kept():
-        from registry import approval
+        from flows.loop.decisions import declared
+        from flows.loop.decisions import rollback as go_back
 
-        by = approval.person(as_)
+        by = declared(as_)
         found = _desk(workspace, model)
-        entry = found.promotion.rollback(to, by, reason, told=(lambda _: None) if json_ else _told)
-    _notify(found, entry)
+    entry = go_back(found, to, by, reason, told=to_stderr, moving=silent if json_ else to_stderr)
     finish(
-        _entry_json(entry),
+        _row_json(entry),
         json_,
         lambda: f"{found.model} serves version {entry.body['version']} again (ledger row {entry.seq}), read back.",
     )
@@ -352,12 +306,14 @@ def rollback(
 
 def history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Everything the ledger knows about a model, in order."""
+    from flows.workspace.versions import history as rows_of
+
     found = _desk(workspace, model)
-    entries = found.ledger.entries(found.model)
+    rows = rows_of(found)
     finish(
-        {"model": found.model, "entries": [_entry_json(entry) for entry in entries]},
+        {"model": found.model, "entries": [_row_json(row.entry, by_gates=row.by_gates) for row in rows]},
         json_,
-        lambda: "\n".join(_told_entry(entry) for entry in entries),
+        lambda: "\n".join(_told_row(row) for row in rows),
     )
 
 
@@ -368,12 +324,11 @@ def who_served(
     json_: AsJson = False,
 ) -> None:
     """What was champion at a moment, who approved it, and why."""
-    from registry import approval
+    from flows.workspace.versions import who_served as find
 
     when = moment("--at", at, past=True)
     found = _desk(workspace, model)
-    entries = found.ledger.entries(found.model)
-    served = approval.served_at(entries, when)
+    served = find(found, when)
     if served is None:
         finish(
             {"model": found.model, "version": None},
@@ -381,15 +336,13 @@ def who_served(
             lambda: f"{found.model} had no champion at {when:%Y-%m-%d %H:%M:%S} UTC.",
         )
         return
-    seqs = {entry.seq: entry for entry in entries}
-    promoted = seqs[served.body["promoted_seq"]] if served.kind == "rolled_back" else served
-    approved = seqs[promoted.body["approved_seq"]]
+    moved, approved = served.moved, served.approved
     answer = {
         "model": found.model,
-        "version": served.body["version"],
-        "release": served.body["release"],
-        "since": served.at,
-        "by": served.actor.name,
+        "version": moved.body["version"],
+        "release": moved.body["release"],
+        "since": moved.at,
+        "by": moved.actor.name,
         "approved_by": approved.actor.name,
         "approved_at": approved.at,
         "reason": approved.body["reason"],
@@ -400,7 +353,7 @@ def who_served(
         json_,
         lambda: (
             f"{found.model} version {answer['version']} (release {answer['release'][:12]}), "
-            f"{served.kind.replace('_', ' ')} at {shown_utc(served.at)} by {served.actor.name};\n"
+            f"{moved.kind.replace('_', ' ')} at {shown_utc(moved.at)} by {moved.actor.name};\n"
             f"approved at {shown_utc(approved.at)} by {_who(approved)}: {approved.body['reason']}"
         ),
     )
@@ -413,8 +366,10 @@ def reconcile(
     json_: AsJson = False,
 ) -> None:
     """Compare what servers and MLflow are told with the ledger. Exit status 1 when something differs and is not repaired."""
+    from flows.loop.decisions import reconcile as compare
+
     found = _desk(workspace, model)
-    differences = found.promotion.reconcile(repair=repair)
+    differences = compare(found, repair=repair)
     lines = [
         f"{d.what}: expected {d.expected}, found {d.found}" + (" (repaired)" if d.repaired else "") for d in differences
     ]
@@ -436,37 +391,25 @@ def reconcile(
 @ledger_app.command("verify")
 def ledger_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Check the hash chain, row by row."""
-    from flows.workspace.settings import read_settings
+    from flows.workspace.versions import verify_ledger
     from flows.workspace.workspace import Workspace
-    from registry.ledger import Ledger
 
-    ledger = Ledger(read_settings(Workspace.find(workspace).state).ledger_url)
-    entries = ledger.entries()
-    head = entries[-1].hash if entries else None
+    verified = verify_ledger(Workspace.find(workspace))
     finish(
-        {"rows": len(entries), "head": head},
+        {"rows": verified.rows, "head": verified.head},
         json_,
         lambda: (
-            f"The ledger is whole: {counted(len(entries), 'row')}, each with the hash of the one before; "
-            f"last hash {head or '(none)'}"
+            f"The ledger is whole: {counted(verified.rows, 'row')}, each with the hash of the one before; "
+            f"last hash {verified.head or '(none)'}"
         ),
     )
 
 
-def _notify(found: Desk, entry: Entry) -> None:
-    from flows.orchestrator.notifications import notify
-
-    facts = {"version": entry.body["version"], "by": entry.actor.name, "reason": entry.body["reason"], "seq": entry.seq}
-    notify(found.settings, entry.kind, found.model, facts, told=_told)
-
-
-def _entry_json(entry: Entry) -> dict[str, Any]:
+def _row_json(entry: Entry, *, by_gates: bool = False) -> dict[str, Any]:
     """A row for machines: without the summary, which `show` prints."""
-    from registry.policies import by_gates
-
     body = {name: value for name, value in entry.body.items() if name != "summary"}
     return {
-        "decided_by": "the gates" if by_gates(entry) else (entry.actor.name if entry.actor.method != "machine" else None),
+        "decided_by": "the gates" if by_gates else (entry.actor.name if entry.actor.method != "machine" else None),
         "seq": entry.seq,
         "at": entry.at,
         "kind": entry.kind,
@@ -478,13 +421,12 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _told_entry(entry: Entry) -> str:
-    from registry.policies import by_gates
-
+def _told_row(row: Row) -> str:
+    entry = row.entry
     version = f"version {entry.body['version']}" if "version" in entry.body else "a model"
     why = entry.body.get("reason") or "; ".join(entry.body.get("reasons", []))
     kind, by = entry.kind.replace("_", " "), f"by {_who(entry)}"
-    if by_gates(entry):
+    if row.by_gates:
         # The row's actor is who asked for the training; it is the gates that refused.
         kind = "undecided" if entry.body.get("status") == "inconclusive" else kind
         by = f"by the gates, asked for by {_who(entry)}"

@@ -1,0 +1,91 @@
+"""What a person decides about a model's versions: approve, reject, go back, mend what points elsewhere.
+
+A decision is a row of the ledger first; that MLflow shows it and that people hear of it comes after, and may fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from components import garbage
+from components.contracts.errors import VisionloopError
+from components.contracts.wording import shown_utc
+from flows.orchestrator.notifications import notify
+from flows.terminal import Say
+from flows.workspace.desk import Desk
+from flows.workspace.versions import notes_on
+from registry import approval
+from registry.ledger import Entry, Principal, Rule
+from registry.policies import account_note
+from registry.promotion import Difference
+
+
+@dataclass(frozen=True)
+class Approved:
+    """An approval that is on record."""
+
+    entry: Entry
+    same_account: str | None
+    """Said of an approval by the account that also asked for the training."""
+
+
+def declared(name: str) -> Principal:
+    """A person by the name that they give, which nobody checks; raises ConfigError for one that names nobody."""
+    return approval.person(name)
+
+
+def approve(desk: Desk, version: str, by: Principal, reason: str, *, days: float, told: Say) -> Approved:
+    """Approve a candidate for so many days; what its approver has to know is told first, and kept with the approval.
+
+    Raises DecisionRefused, ConfigError or UnknownName.
+    """
+    entries = desk.ledger.entries(desk.model)
+    state = approval.state_of(entries, version, desk.ledger.now())
+    shown = [*notes_on(entries, state)]
+    if state.left is not None:
+        shown.append(
+            f"Version {version} was left by a rollback of {state.left.actor.name} at {shown_utc(state.left.at)}: "
+            f"{state.left.body['reason']}"
+        )
+    for line in shown:
+        told(line)
+    entry = _decide(desk, by, approval.approve(version, by, reason, days=days, shown=shown), told)
+    return Approved(entry, account_note(entry, state.requested))
+
+
+def reject(desk: Desk, version: str, by: Principal, reason: str, *, withdraw: bool, told: Say) -> Entry:
+    """Reject a candidate, also an approved one with `withdraw`. Raises DecisionRefused, ConfigError or UnknownName."""
+    return _decide(desk, by, approval.reject(version, by, reason, withdraw=withdraw), told)
+
+
+def rollback(desk: Desk, to: str | None, by: Principal, reason: str, *, told: Say, moving: Say) -> Entry:
+    """Make an earlier champion the champion again, the one before by default; `moving` hears of each step.
+
+    Raises DecisionRefused, ConfigError, UnknownName, or what keeps the release from being served.
+    """
+    # Most of a rollback is importing MLflow: nothing of that is garbage.
+    with garbage.kept():
+        entry = desk.promotion.rollback(to, by, reason, told=moving)
+    _notify(desk, entry, told)
+    return entry
+
+
+def reconcile(desk: Desk, *, repair: bool) -> list[Difference]:
+    """What servers and MLflow are told and the ledger does not say, mended with `repair`."""
+    return desk.promotion.reconcile(repair=repair)
+
+
+def _decide(desk: Desk, by: Principal, rule: Rule, told: Say) -> Entry:
+    entry = desk.ledger.decide(model=desk.model, actor=by, rule=rule)
+    try:
+        desk.promotion.describe(told=told)
+    except VisionloopError as error:
+        # It is decided: MLflow only shows it.
+        told(f"MLflow's descriptions are behind ({error}); `visionloop reconcile --repair` writes them")
+    _notify(desk, entry, told)
+    return entry
+
+
+def _notify(desk: Desk, entry: Entry, told: Say) -> None:
+    facts = {"version": entry.body["version"], "by": entry.actor.name, "reason": entry.body["reason"], "seq": entry.seq}
+    notify(desk.settings, entry.kind, desk.model, facts, told=told)
