@@ -13,6 +13,7 @@ from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, momen
 from flows.terminal import figure
 
 if TYPE_CHECKING:
+    from flows.loop.governing import AnsweredAlarm, Switch
     from flows.loop.loop import Loop
 
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
@@ -100,15 +101,10 @@ def windows(
     json_: AsJson = False,
 ) -> None:
     """What was found in the windows so far, and the accuracy that labels showed since."""
-    from flows.loop.windows import realised_accuracy
-    from flows.loop.windows import windows as judged
-    from monitoring.drift import as_json
+    from flows.loop.windows import past_windows
 
     loop = _loop(workspace, model)
-    found = [
-        {"id": name, **as_json(verdict), "realised_accuracy": realised_accuracy(loop, name)}
-        for name, verdict in judged(loop, last)
-    ]
+    found = past_windows(loop, last)
 
     def text() -> str:
         lines = []
@@ -123,38 +119,37 @@ def windows(
 
 def alarms(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Alarms, and whether each was allowed to start a training (what the governor answered), and why."""
-    from monitoring.governor import in_words
+    from flows.loop.governing import answered_alarms
 
     loop = _loop(workspace, model)
-    history = loop.governor.history(loop.model)
-    found: list[dict[str, Any]] = []
-    for alarm in loop.outbox.alarms(loop.model):
-        answers = [row for row in history if row["key"] == alarm.id]
-        found.append(
-            {
-                "alarm": alarm.id,
-                "at": alarm.at.isoformat(),
-                "version": alarm.version,
-                "detectors": list(alarm.detectors),
-                "diagnosis": alarm.diagnosis,
-                "emissions": alarm.emissions,
-                "answers": [{k: row[k] for k in ("seq", "at", "decision", "rule", "reason")} for row in answers],
-            }
-        )
+    found = answered_alarms(loop)
 
     def text() -> str:
         lines = []
         for told in found:
-            lines.append(f"{shown_utc(told['at'])}  {told['alarm']}: {told['diagnosis']}, {', '.join(told['detectors'])}")
-            lines += [f"    {shown_utc(a['at'])}  {in_words(a)}" for a in told["answers"]]
+            alarm = told.alarm
+            lines.append(f"{shown_utc(alarm.at.isoformat())}  {alarm.id}: {alarm.diagnosis}, {', '.join(alarm.detectors)}")
+            lines += [f"    {shown_utc(answer.row['at'])}  {answer.words}" for answer in told.answers]
             lines += (
                 []
-                if told["answers"]
+                if told.answers
                 else ["    the governor was not asked yet: a later alarm covers it, or the next sweep asks"]
             )
         return "\n".join(lines) or f"{loop.model}: no alarm so far"
 
-    finish({"model": loop.model, "alarms": found}, json_, text)
+    finish({"model": loop.model, "alarms": [_alarm_json(told) for told in found]}, json_, text)
+
+
+def _alarm_json(told: AnsweredAlarm) -> dict[str, Any]:
+    return {
+        "alarm": told.alarm.id,
+        "at": told.alarm.at.isoformat(),
+        "version": told.alarm.version,
+        "detectors": list(told.alarm.detectors),
+        "diagnosis": told.alarm.diagnosis,
+        "emissions": told.alarm.emissions,
+        "answers": [{k: answer.row[k] for k in ("seq", "at", "decision", "rule", "reason")} for answer in told.answers],
+    }
 
 
 def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
@@ -162,35 +157,26 @@ def sweep(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = 
 
     Without --model, of every model. Exit status 1 when a model's loop or recipe is not valid; the others are swept.
     """
-    from flows.workspace.settings import prepare_environment, read_settings
+    from flows.workspace.settings import prepare_environment
     from flows.workspace.workspace import Workspace
 
     found = Workspace.find(workspace)
     prepare_environment(found.state)
-    from flows.loop.alarms import sweep as start_all
-    from flows.loop.loop import Loop
-    from flows.up.processes import Up
-    from flows.up.stack import models_of
+    from flows.up.sweeping import sweep_models
 
-    settings = read_settings(found.state)
-    loops = [_loop(workspace, model)] if model else [Loop(found, settings, m) for m in models_of(Up(found, settings), [])]
-    started: list[dict[str, str]] = []
-    notes: list[str] = []
-    problems: list[str] = []
-    for loop in loops:
-        try:
-            _ = loop.config  # one that is not valid is told before its first alarm
-            keys = start_all(loop, told=notes.append, grace_s=0)
-            started += [{"model": loop.model, "key": s.key, "flow_run": s.flow_run_id} for s in keys]
-        except ConfigError as error:
-            problems.append(f"{loop.model}: {error}")
-    models = [loop.model for loop in loops]
-    lines = [f"{s['model']}: {s['key']}: flow run {s['flow_run']}" for s in started] + notes
-    lines = lines or [f"{', '.join(models) or 'no model'}: nothing waits"]
-    lines += [f"problem: {problem}" for problem in problems]
-    answer = {"models": models, "started": started, "notes": notes, "problems": problems}
+    swept = sweep_models(found, model)
+    started = [{"model": of, "key": run.key, "flow_run": run.flow_run_id} for of, run in swept.started]
+    lines = [f"{s['model']}: {s['key']}: flow run {s['flow_run']}" for s in started] + list(swept.notes)
+    lines = lines or [f"{', '.join(swept.models) or 'no model'}: nothing waits"]
+    lines += [f"problem: {problem}" for problem in swept.problems]
+    answer = {
+        "models": list(swept.models),
+        "started": started,
+        "notes": list(swept.notes),
+        "problems": list(swept.problems),
+    }
     finish(answer, json_, lambda: "\n".join(lines))
-    if problems:
+    if swept.problems:
         raise typer.Exit(1)
 
 
@@ -224,7 +210,8 @@ def labels_import(
     from flows.loop.labels import import_labels
 
     loop = _loop(workspace, model)
-    done, unknown = import_labels(loop, file, by=as_, skip_unknown=skip_unknown, new_classes=new_classes)
+    taken = import_labels(loop, file, by=as_, skip_unknown=skip_unknown, new_classes=new_classes)
+    done, unknown = taken.imported, taken.unknown
     answer = {
         "model": loop.model,
         "new": done.new,
@@ -232,7 +219,7 @@ def labels_import(
         "changed": done.changed,
         "without_label": done.skipped,
         "unknown": unknown,
-        "labelled_images": len(loop.labels.latest(loop.model)),
+        "labelled_images": taken.labelled_images,
     }
     notes = [
         f"{done.known} were there already" if done.known else "",
@@ -253,31 +240,28 @@ def labels_import(
 @labels_app.command("list")
 def labels_list(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """The labels that count, by class."""
-    from collections import Counter
+    from flows.loop.labels import count_labels
 
     loop = _loop(workspace, model)
-    said = loop.labels.latest(loop.model)
-    counts = dict(sorted(Counter(label.label for label in said.values()).items()))
-    people = dict(sorted(Counter(label.by for label in said.values()).items()))
-    finish(
-        {"model": loop.model, "images": len(said), "classes": counts, "labelled_by": people},
-        json_,
-        lambda: (
-            "\n".join(
-                [f"{name:24} {count}" for name, count in counts.items()] + [f"by {who}: {n}" for who, n in people.items()]
-            )
-            or f"{loop.model}: no label so far"
-        ),
-    )
+    found = count_labels(loop)
+    lines = [f"{name:24} {count}" for name, count in found.classes.items()]
+    lines += [f"by {who}: {count}" for who, count in found.labelled_by.items()]
+    answer = {
+        "model": loop.model,
+        "images": found.images,
+        "classes": found.classes,
+        "labelled_by": found.labelled_by,
+    }
+    finish(answer, json_, lambda: "\n".join(lines) or f"{loop.model}: no label so far")
 
 
 @governor_app.command("history")
 def governor_history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Every decision about a training that no person started, with its rule and reason, and what became of it."""
-    from monitoring.governor import in_words
+    from flows.loop.governing import governor_history as told
 
     loop = _loop(workspace, model)
-    rows = loop.governor.history(loop.model)
+    found = told(loop)
     runs = [
         {
             "key": run.key,
@@ -288,28 +272,28 @@ def governor_history(model: OfModel = None, workspace: InWorkspace = HERE, json_
             "outcome": run.outcome,
             "version": run.body.get("version"),
         }
-        for run in loop.governor.runs(loop.model)
+        for run in found.runs
     ]
-    lines = [f"{r['seq']:>5}  {shown_utc(r['at'])}  {r['key']}  {in_words(r)}" for r in rows]
+    lines = [f"{d.row['seq']:>5}  {shown_utc(d.row['at'])}  {d.row['key']}  {d.words}" for d in found.decisions]
     lines += [f"run {r['key']}: {r['state']}, {r['outcome'] or 'no outcome yet'}, attempt {r['attempts']}" for r in runs]
-    answer = {"model": loop.model, "decisions": rows, "runs": runs, "stopped": loop.governor.stopped(loop.model)}
+    decisions = [decision.row for decision in found.decisions]
+    answer = {"model": loop.model, "decisions": decisions, "runs": runs, "stopped": found.stopped}
     finish(answer, json_, lambda: "\n".join(lines) or f"{loop.model}: nothing was asked of the governor so far")
 
 
-def _switch(kind: Any, as_: str, reason: str, every: bool, model: str | None, workspace: Path, json_: bool) -> None:
-    from registry.approval import person
+def _switch(kind: Switch, as_: str, reason: str, every: bool, model: str | None, workspace: Path, json_: bool) -> None:
+    from flows.loop.governing import switch
 
     loop = _loop(workspace, model)
-    by = person(as_).name
-    of = "*" if every else loop.model
-    loop.governor.switch(kind, of, by=by, reason=reason)
+    done = switch(loop, kind, by=as_, reason=reason, every=every)
     words = {
         "stop": "start no training by themselves any more",
         "start": "may start trainings again",
         "reset": "may go on after a training that did not help",
     }[kind]
     shown = "all models" if every else loop.model
-    finish({"model": of, "kind": kind, "by": by}, json_, lambda: f"Drift and schedule of {shown} {words} ({by}).")
+    answer = {"model": done.model, "kind": done.kind, "by": done.by}
+    finish(answer, json_, lambda: f"Drift and schedule of {shown} {words} ({done.by}).")
 
 
 Every = Annotated[bool, typer.Option("--all", help="Of every model.")]

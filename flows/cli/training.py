@@ -169,21 +169,16 @@ def store_verify(
     json_: AsJson = False,
 ) -> None:
     """Check every published artefact against its manifest. Exit status 1 when one does not verify."""
-    from components.contracts.errors import TamperedArtefact
-    from components.store import read_manifest
+    from flows.workspace.artefacts import verify_store
     from flows.workspace.workspace import Workspace
 
-    found = Workspace.find(workspace)
-    store, broken, intact = found.store, [], 0
-    for folder in store.artefacts():
-        try:
-            read_manifest(folder)
-            intact += 1
-        except TamperedArtefact as error:
-            moved = str(store.discard(folder)) if discard else None
-            broken.append({"folder": str(folder), "problem": str(error), "moved_to": moved})
-    lines = [f"{counted(intact, 'artefact')} intact, {len(broken)} not"]
-    lines += [f"{b['problem']}" + (f" Moved to {b['moved_to']}" if b["moved_to"] else "") for b in broken]
-    finish({"intact": intact, "broken": broken}, json_, lambda: "\n".join(lines))
+    found = verify_store(Workspace.find(workspace), discard=discard)
+    lines = [f"{counted(found.intact, 'artefact')} intact, {len(found.broken)} not"]
+    lines += [b.problem + (f" Moved to {b.moved_to}" if b.moved_to else "") for b in found.broken]
+    broken = [
+        {"folder": str(b.folder), "problem": b.problem, "moved_to": str(b.moved_to) if b.moved_to else None}
+        for b in found.broken
+    ]
+    finish({"intact": found.intact, "broken": broken}, json_, lambda: "\n".join(lines))
     if broken and not discard:
         raise typer.Exit(1)

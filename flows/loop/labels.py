@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,37 @@ from flows.workspace.workspace import Workspace
 from monitoring.labels import Imported, read_file, resolve
 
 
+@dataclass(frozen=True)
+class LabelsTaken:
+    """What came of a file of labels."""
+
+    imported: Imported
+    unknown: int
+    """Rows that were left out, as nothing in the log is named so."""
+    labelled_images: int
+    """Of the model, with those of the file."""
+
+
+@dataclass(frozen=True)
+class LabelsCounted:
+    """The labels that count: the newest of each image."""
+
+    images: int
+    classes: dict[str, int]
+    labelled_by: dict[str, int]
+
+
+def count_labels(loop: Loop) -> LabelsCounted:
+    """How many images of production people labelled, by class and by person."""
+    said = loop.labels.latest(loop.model).values()
+    classes, people = Counter(label.label for label in said), Counter(label.by for label in said)
+    return LabelsCounted(len(said), dict(sorted(classes.items())), dict(sorted(people.items())))
+
+
 def import_labels(
     loop: Loop, path: Path, *, by: str | None, skip_unknown: bool = False, new_classes: bool = False
-) -> tuple[Imported, int]:
-    """Take a file of labels, whole or not at all; returns what came of it, and how many rows were unknown.
+) -> LabelsTaken:
+    """Take a file of labels, whole or not at all.
 
     Raises ConfigError or DataError; then nothing was imported.
     """
@@ -48,7 +76,8 @@ def import_labels(
         for problem in problems[:1]:
             error.add_note(f"part of the prediction log cannot be read: {problem}")
         raise
-    return loop.labels.append(loop.model, labels, source=path, skipped=len(rows) - len(given) - unknown), unknown
+    imported = loop.labels.append(loop.model, labels, source=path, skipped=len(rows) - len(given) - unknown)
+    return LabelsTaken(imported, unknown, len(loop.labels.latest(loop.model)))
 
 
 def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str], tuple[str, ...]]:

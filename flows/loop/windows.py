@@ -260,6 +260,16 @@ def windows(loop: Loop, last: int = 200) -> list[tuple[str, DriftVerdict]]:
     return sorted(judged, key=lambda pair: (pair[1].window.until, pair[1].window.since, pair[0]))[-last:]
 
 
+def past_windows(loop: Loop, last: int) -> list[dict[str, Any]]:
+    """The latest judged windows as JSON data, oldest first: id, verdict, and the accuracy that labels showed since."""
+    from monitoring.drift import as_json
+
+    return [
+        {"id": name, **as_json(verdict), "realised_accuracy": realised_accuracy(loop, name)}
+        for name, verdict in windows(loop, last)
+    ]
+
+
 def prune(loop: Loop, now: datetime.datetime) -> int:
     """Remove windows older than the loop keeps them, with their reports; returns how many."""
     from monitoring.evidently_report import forget
