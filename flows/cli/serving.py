@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +11,7 @@ import typer
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
 from flows import stopping
-from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment
-from serving.log import audit
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment, to_stderr
 
 if TYPE_CHECKING:
     from serving.protocols.auth import Tokens
@@ -63,55 +61,39 @@ def serve(
     A new champion is picked up without restart; the registry may be away. Stops with SIGTERM or Ctrl-C, when every request
     that was taken is answered.
     """
-    from flows.workspace.settings import read_settings
+    from flows.loop.serving import ServerOptions
+    from flows.loop.serving import serve as run
     from flows.workspace.workspace import Workspace
-    from serving.engines.queueing import Limits
-    from serving.log.captures import CaptureConfig
-    from serving.log.journal import JournalConfig
-    from serving.routing import Following
-    from serving.server import ServingConfig
-    from serving.server import serve as run
 
-    found = Workspace.find(workspace)
-    settings = read_settings(found.state)
-    if not model:
-        raise ConfigError("name the model to serve: --model NAME (visionloop candidates shows it)")
-    config = ServingConfig(
-        models=tuple(dict.fromkeys(model)),
-        releases_url=settings.releases_url,
-        state=found.state / "serving",
-        log_url=settings.predictions_url,
+    options = ServerOptions(
+        models=tuple(model or ()),
         host=host,
         port=port,
         grpc_port=None if grpc_port < 0 else grpc_port,
         require_token=require_token,
+        lanes=lanes,
+        max_batch=max_batch,
+        batch_delay_ms=batch_delay_ms,
+        max_wait_ms=max_wait_ms,
+        max_queue=max_queue,
+        max_body=max_body_mb << 20 if max_body_mb else None,
+        capture_share=capture_share,
+        retain_days=retain_days,
         request_timeout_s=request_timeout_s,
-        # A form is larger than the picture in it.
-        max_body=max_body_mb << 20 if max_body_mb else settings.accepted.max_bytes + (1 << 20),
-        plugins=found.plugins,
-        limits=Limits(
-            accepted=settings.accepted,
-            lanes=lanes or settings.num_threads,
-            max_batch=max_batch,
-            batch_delay_ms=batch_delay_ms,
-            max_wait_ms=max_wait_ms,
-            max_queue=max_queue,
-            load_timeout_s=load_timeout_s,
-        ),
-        following=Following(refresh_s=refresh_s),
-        journal=JournalConfig(rotate_s=seal_s),
-        captures=CaptureConfig(share=capture_share, retain_days=retain_days),
+        load_timeout_s=load_timeout_s,
+        refresh_s=refresh_s,
+        seal_s=seal_s,
     )
-    status = run(config, announce=lambda line: print(line, file=sys.stderr, flush=True))
+    status = run(Workspace.find(workspace), options, announce=to_stderr)
     if status:
         raise typer.Exit(status)
 
 
 def _tokens(workspace: Path) -> Tokens:
+    from flows.loop.serving import tokens
     from flows.workspace.workspace import Workspace
-    from serving.protocols.auth import Tokens
 
-    return Tokens(Workspace.find(workspace).state / "serving" / "tokens.json")
+    return tokens(Workspace.find(workspace))
 
 
 @token_app.command("add")
@@ -157,37 +139,19 @@ def predict(
 
     Exit status 1 when an image got no answer.
     """
-    from components.releases import ReleaseStore
+    from flows.loop.serving import open_batch
+    from flows.loop.serving import predict as answer_all
     from flows.terminal import Console
-    from flows.workspace.settings import read_settings
     from flows.workspace.workspace import Workspace
-    from serving import batch
-    from serving.engines.queueing import Limits
 
-    found = Workspace.find(workspace)
-    settings = read_settings(found.state)
-    inputs = batch.open_inputs(source, largest=settings.accepted.max_bytes)
-    store = ReleaseStore(settings.releases_url)
-    routes = store.routes(model)
-    if routes is None:
-        raise ConfigError(f"{model} has no champion yet; promote one first (visionloop candidates)")
-    route = routes.routes[0]
-    release = store.fetch(model, route.release, cache=found.state / "serving" / "releases" / model)
-    config = batch.BatchConfig(
-        shard_size=shard_size,
-        embeddings=embeddings,
-        # A batch fills the engine, waits as long as it takes and has nobody to refuse.
-        limits=Limits(
-            lanes=settings.num_threads, max_queue=1 << 30, max_wait_ms=1e9, niceness=0, accepted=settings.accepted
-        ),
-        plugins=found.plugins,
-    )
+    batch = open_batch(Workspace.find(workspace), model, source, shard_size=shard_size, embeddings=embeddings)
+    route = batch.route
     with (
         Console(1, quiet=json_) as console,
         stopping.at_once(lambda: "stopped; the same command goes on with the shards that are missing"),
-        console.stage(f"predicting {counted(len(inputs.names), 'image')}", 1) as (progress, _),
+        console.stage(f"predicting {counted(batch.num_images, 'image')}", 1) as (progress, _),
     ):
-        done = batch.predict(release, route.version, inputs, out, config, progress=progress)
+        done = answer_all(batch, out, progress=progress)
     facts = dataclasses.asdict(done) | {"refused": [{"name": name, "error": error} for name, error in done.refused]}
     answer = {"model": model, "version": route.version, "release": route.release, "out": out} | facts
     lines = [
@@ -202,14 +166,6 @@ def predict(
         raise typer.Exit(1)
 
 
-def _log_of(workspace: Path) -> tuple[str, Path]:
-    from flows.workspace.settings import read_settings
-    from flows.workspace.workspace import Workspace
-
-    found = Workspace.find(workspace)
-    return read_settings(found.state).predictions_url, found.state / "serving"
-
-
 @predictions_app.command("export")
 def predictions_export(
     out: Annotated[Path, typer.Argument(help="File to write: .parquet, .csv or .jsonl.")],
@@ -220,30 +176,21 @@ def predictions_export(
     json_: AsJson = False,
 ) -> None:
     """Write sealed predictions to one file; says what is missing or not sealed yet."""
-    from serving.log import sealing
+    from flows.loop.predictions import export_predictions
+    from flows.workspace.workspace import Workspace
 
     begin = moment("--since", since, past=True) if since else None
     end = moment("--until", until) if until else None
     if begin is not None and end is not None and begin >= end:
         raise ConfigError(f"--since {since!r} is not before --until {until!r}; nothing can lie between them")
-    url, state = _log_of(workspace)
-    # What a stopped server left is sealed first, so that an export right after it is whole.
-    sealing.seal_all(state / "journal", url)
-    exported = audit.export(
-        url,
-        out,
-        journals=state / "journal",
-        model=model,
-        since=begin,
-        until=end,
-    )
-    open_journals = audit.unsealed(state / "journal")
-    note = f"; {counted(open_journals, 'journal')} still being written" if open_journals else ""
-    lost = f"; {counted(exported.lost, 'prediction')} lost when the journal could not be written" if exported.lost else ""
+    exported = export_predictions(Workspace.find(workspace), out, model=model, since=begin, until=end)
+    unsealed, lost = exported.unsealed_journals, exported.lost
+    notes = f"; {counted(unsealed, 'journal')} still being written" if unsealed else ""
+    notes += f"; {counted(lost, 'prediction')} lost when the journal could not be written" if lost else ""
     finish(
-        {"rows": exported.rows, "lost": exported.lost, "unsealed_journals": open_journals, "out": str(out)},
+        {"rows": exported.rows, "lost": lost, "unsealed_journals": unsealed, "out": str(out)},
         json_,
-        lambda: f"{counted(exported.rows, 'prediction')} in {out}{note}{lost}",
+        lambda: f"{counted(exported.rows, 'prediction')} in {out}{notes}",
     )
 
 
@@ -253,23 +200,21 @@ def predictions_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> 
 
     Exit status 1 when not.
     """
-    from serving.log.captures import Captures
+    from flows.loop.predictions import verify_predictions
+    from flows.workspace.workspace import Workspace
 
-    url, state = _log_of(workspace)
-    found = audit.verify(url, state / "journal")
-    kept = Captures(state / "captures")
-    captures = kept.verify()
-    erased, head = kept.erasures()
+    verified = verify_predictions(Workspace.find(workspace))
+    found, erased, head = verified.log, verified.erased, verified.head
     lines = [
         f"{counted(found.segments, 'segment')}, {counted(found.rows, 'prediction')}, {found.duplicates} twice, "
         f"{found.lost_rows} lost"
     ]
     lines += [f"{counted(found.unsealed, 'journal')} still written or not sealed yet"] if found.unsealed else []
     lines += [f"{counted(erased, 'image')} erased, the last record is {head[:16]}"] if erased else []
-    lines += [*map(str, found.losses), *found.broken, *captures]
-    told = {"captures": captures, "erasures": {"count": erased, "head": head}}
+    lines += [*map(str, found.losses), *found.broken, *verified.captures]
+    told = {"captures": list(verified.captures), "erasures": {"count": erased, "head": head}}
     finish(dataclasses.asdict(found) | told, json_, lambda: "\n".join(lines))
-    if found.broken or found.duplicates or found.lost_rows or captures:
+    if not verified.is_whole:
         raise typer.Exit(1)
 
 
@@ -285,17 +230,16 @@ def predictions_erase(
 
     Copies that became training data are named, not removed: data versions and the models of them rest on them.
     """
-    from flows.loop.labels import training_copies
+    from flows.loop.predictions import erase_image
     from flows.workspace.workspace import Workspace
-    from serving.log.captures import Captures
 
-    record = Captures(_log_of(workspace)[1] / "captures").erase(image_sha256, by=as_, reason=reason)
-    copies = training_copies(Workspace.find(workspace), image_sha256)
+    erased = erase_image(Workspace.find(workspace), image_sha256, by=as_, reason=reason)
+    record = erased.record
     was = "It was kept and is removed" if record["found"] else "It was not kept, and will not be"
     lines = [f"{was}; recorded at {record['at']} as {record['hash'][:16]}."]
     lines += [
         f"It is training data as well: {copy}. Remove the file and run `visionloop data add`, for a version without it; "
         f"earlier versions keep it"
-        for copy in copies
+        for copy in erased.training_copies
     ]
-    finish(record | {"training_copies": copies}, json_, lambda: "\n".join(lines))
+    finish(record | {"training_copies": list(erased.training_copies)}, json_, lambda: "\n".join(lines))
