@@ -32,20 +32,14 @@ def up(
     A Prefect server with a credential of its own, deployments, schedules, automations, and a worker. Running it again starts
     what is missing, brings the deployments up to date, and takes up trainings that were stopped.
     """
-    from flows.up.processes import Up
-    from flows.workspace.settings import prepare_environment, read_settings
+    from flows.workspace.settings import prepare_environment
     from flows.workspace.workspace import Workspace
 
     found = Workspace.find(workspace)
     prepare_environment(found.state)
-    told = silent if json_ else to_stderr
-    standing = Up(found, read_settings(found.state))
-    with standing.locked():
-        from flows.up.stack import keep_up
+    from flows.up.stack import bring_up
 
-        answer = keep_up(standing, model or [], port=port, told=told)
-        if pages:
-            answer["pages"] |= standing.start_pages(told=told)
+    answer = bring_up(found, model or [], port=port, pages=pages, told=silent if json_ else to_stderr)
     finish(answer, json_, lambda: _shown_up(answer))
 
 
@@ -55,17 +49,14 @@ def deploy(
     json_: AsJson = False,
 ) -> None:
     """Make deployments, schedules and automations on the Prefect server that PREFECT_API_URL names, or that of `up`."""
-    from flows.up.processes import Up
-    from flows.workspace.settings import prepare_environment, read_settings
+    from flows.workspace.settings import prepare_environment
     from flows.workspace.workspace import Workspace
 
     found = Workspace.find(workspace)
     prepare_environment(found.state)
-    from flows.orchestrator.events import expect_server
-    from flows.up.stack import deploy_all
+    from flows.up.stack import deploy_models
 
-    expect_server(read_settings(found.state))
-    models = deploy_all(Up(found, read_settings(found.state)), model or [], told=silent if json_ else to_stderr)
+    models = deploy_models(found, model or [], told=silent if json_ else to_stderr)
     finish({"models": models}, json_, lambda: f"Deployed: {', '.join(models) or 'no model yet'}.")
 
 

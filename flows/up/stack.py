@@ -10,9 +10,11 @@ from components.contracts.errors import ConfigError, VisionloopError
 from components.contracts.wording import counted
 from flows.loop.alarms import pending, sweep
 from flows.loop.loop import Loop, configured
+from flows.orchestrator.events import expect_server
 from flows.terminal import Say
 from flows.up.processes import Standing, Up, healthy
 from flows.workspace.settings import read_settings
+from flows.workspace.workspace import Workspace
 from monitoring.verdicts import DriftVerdict
 
 if TYPE_CHECKING:
@@ -28,6 +30,26 @@ def models_of(up: Up, named: Sequence[str]) -> list[str]:
     settings = read_settings(up.workspace.state)
     known = {entry.model for entry in Ledger(settings.ledger_url).entries()}
     return sorted(known | set(configured(up.workspace)))
+
+
+def bring_up(workspace: Workspace, named: Sequence[str], *, port: int | None, pages: bool, told: Say) -> dict[str, Any]:
+    """Start what the loop of these models needs, of all by default, and with `pages` what is there only to look at.
+
+    Returns what runs and where its pages are. Raises ConfigError before anything is started.
+    """
+    up = Up(workspace, read_settings(workspace.state))
+    with up.locked():
+        answer = keep_up(up, named, port=port, told=told)
+        if pages:
+            answer["pages"] |= up.start_pages(told=told)
+    return answer
+
+
+def deploy_models(workspace: Workspace, named: Sequence[str], *, told: Say) -> dict[str, Any]:
+    """Deploy these models, or all, on the Prefect server that is known here; what each has there, by model."""
+    settings = read_settings(workspace.state)
+    expect_server(settings)
+    return deploy_all(Up(workspace, settings), named, told=told)
 
 
 def deploy_all(up: Up, named: Sequence[str], *, told: Say) -> dict[str, Any]:

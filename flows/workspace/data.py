@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from components.contracts.progress import Progress, silent
 from components.contracts.wording import counted
 from components.formats import PINNED, Accepted, check_size, refusal
 from components.images import check, decode, in_threads, pixel_digest
-from components.samples import OF_FILE_MANAGERS, alike, class_name_problem, class_twins
+from components.samples import OF_FILE_MANAGERS, alike, class_name_problem
 from components.splitting import TestLedger
 from components.store import explained, sha256_file
 from flows.workspace.workspace import Workspace
@@ -383,11 +383,34 @@ def _picture(path: Path, accepted: Accepted) -> tuple[str | None, str]:
     return pixel_digest(picture)[:32], refusal(content, picture.width, picture.height, accepted)
 
 
-def class_note(class_counts: dict[str, int], minimum: int) -> Iterable[str]:
-    """What training will object to, said early."""
-    if len(class_counts) < 2:
-        yield "only one class so far: training needs at least two"
-    yield from class_twins(class_counts)
-    for label, count in class_counts.items():
-        if count < minimum:
-            yield f"class {label!r} has {counted(count, 'image')}: training needs at least {minimum}"
+@dataclass(frozen=True)
+class DataStatus:
+    """data/ beside the pinned version."""
+
+    version: DataVersion
+    changes: dict[str, list[str]]
+    """Files by kind of change; none where data/ is exactly that version."""
+
+
+def status(workspace: Workspace) -> DataStatus:
+    """Compare data/ with the pinned version; raises DataError where nothing is pinned."""
+    root = workspace.root
+    version = dataversions.pinned(root)
+    if not workspace.data.is_dir():
+        return DataStatus(version, {"deleted": [f"{dataversions.DATA}/ (all of it)"]})
+    return DataStatus(version, dataversions.changes(root))
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """The pinned version, which lies in data/ now."""
+
+    changed: int
+    version: DataVersion
+
+
+def pull(workspace: Workspace, *, force: bool) -> Pulled:
+    """Bring the pinned version from the remote into data/, over local changes with `force`. Raises DataError."""
+    with workspace.locked("visionloop data pull"):
+        changed = dataversions.pull(workspace.root, force=force)
+        return Pulled(changed, dataversions.verify(workspace.root))

@@ -1,0 +1,29 @@
+"""Captured and labelled images of production become the next data version; an alarm that waited for data is told."""
+
+from __future__ import annotations
+
+from components.contracts.wording import counted
+from flows.loop.alarms import tell_of_data
+from flows.loop.labels import gathered, move_relabelled
+from flows.loop.loop import Loop
+from flows.terminal import Console, Say
+from flows.workspace import data
+from flows.workspace.adding import PURPOSE, NotedVersion, notes_on
+
+
+def add_labelled(loop: Loop, *, console: Console, told: Say) -> NotedVersion:
+    """Add what people labelled, move what they relabelled; raises DataError when nothing is both captured and labelled."""
+    with loop.workspace.locked(PURPOSE):
+        with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
+            relabelled = move_relabelled(loop)
+            accepted = loop.settings.accepted
+            added = data.add(loop.workspace, labelled.folder, test_share=None, accepted=accepted, progress=progress)
+    notes = []
+    if relabelled:
+        notes.append(f"{counted(relabelled, 'image')} moved to the class that they are said to show now")
+    if labelled.not_kept:
+        notes.append(f"{counted(labelled.not_kept, 'labelled image')} not captured, so not added")
+    if labelled.damaged:
+        notes.append(f"{labelled.damaged} captured images are damaged and were left out")
+    notes += [f"alarm {key} waited for data and was raised again" for key in tell_of_data(loop, told=told)]
+    return NotedVersion(added, (*notes, *notes_on(added)))

@@ -1,0 +1,72 @@
+"""`data add`: images come into a workspace and become its next data version, and a person reads what to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.contracts.errors import ConfigError
+from components.contracts.wording import counted
+from components.samples import class_twins
+from flows.terminal import Console
+from flows.workspace import data
+from flows.workspace.data import Added
+from flows.workspace.settings import read_settings
+from flows.workspace.workspace import Workspace
+
+PURPOSE = "visionloop data add"
+
+
+@dataclass(frozen=True)
+class NotedVersion:
+    """A new data version, and what a person should know of it."""
+
+    added: Added
+    notes: tuple[str, ...]
+
+
+def add_images(
+    workspace: Workspace, folder: Path | None, *, source: str | None, test_share: float | None, console: Console
+) -> NotedVersion:
+    """Add a folder's images, or a source plug-in's to an empty workspace, or pin data/ as it is where neither is given.
+
+    Raises ConfigError where a source would fill data/ that is there, and what `flows.workspace.data.add` raises.
+    """
+    accepted = read_settings(workspace.state).accepted
+    with workspace.locked(PURPOSE):
+        if source is not None:
+            if workspace.data.exists():
+                raise ConfigError(f"{workspace.data} exists already; --source fills an empty workspace")
+            data.fetch(workspace, source)
+        with console.stage("looking at images", 1) as (progress, _):
+            added = data.add(workspace, folder, test_share=test_share, accepted=accepted, progress=progress)
+    return NotedVersion(added, tuple(notes_on(added)))
+
+
+def notes_on(added: Added) -> Iterator[str]:
+    """What a person should look at: what training will object to, and files that are no part of the version."""
+    from components.validation import ValidationConfig
+
+    yield from _of_classes(added.class_counts, ValidationConfig().min_images_per_class)
+    if added.refused:
+        named = "; ".join(f"{name}: {why}" for name, why in list(added.refused.items())[:3])
+        yield f"not copied, no picture that is accepted: {counted(len(added.refused), 'file')} ({named})"
+    if added.undecodable:
+        shown = ", ".join(added.undecodable[:3])
+        yield f"{counted(len(added.undecodable), 'file')} cannot be decoded and will be quarantined: {shown}"
+    others = [entry for entry in added.left_out if entry.file not in added.refused]
+    for reason in dict.fromkeys(entry.reason for entry in others):
+        files = [entry.file for entry in others if entry.reason == reason]
+        shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        yield f"{len(files)} left out, {reason}: {shown}"
+
+
+def _of_classes(class_counts: dict[str, int], minimum: int) -> Iterator[str]:
+    """What training will object to, said early."""
+    if len(class_counts) < 2:
+        yield "only one class so far: training needs at least two"
+    yield from class_twins(class_counts)
+    for label, count in class_counts.items():
+        if count < minimum:
+            yield f"class {label!r} has {counted(count, 'image')}: training needs at least {minimum}"
