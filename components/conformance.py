@@ -12,7 +12,8 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,25 @@ from components.contracts.errors import PluginFailed, VisionloopError, causes, i
 
 _CONTRACTS = ("components.contracts.families", "monitoring.verdicts")
 """Modules that hold the protocols, with the records that they speak of. By name: an edit of one re-keys who imports it."""
+
+
+@dataclass(frozen=True)
+class Breach:
+    """One thing that a member does against its family's contract."""
+
+    method: str
+    """Where it is to be corrected; empty for the class as a whole."""
+    message: str
+
+
+def class_breaches(member: Any, doc: str | None) -> Iterator[Breach]:
+    """What is wrong with a member's class; `doc` is its module's docstring."""
+    if not member.model_config.get("frozen") or member.model_config.get("extra") != "forbid":
+        yield Breach(
+            "", "its settings can be changed or misspelt; set model_config = ConfigDict(frozen=True, extra='forbid')"
+        )
+    if not (doc and doc.strip()) or not (member.__doc__ and member.__doc__.strip()):
+        yield Breach("", "its file and its class each need a docstring that says what it does")
 
 
 def place_of(error: BaseException, folder: Path) -> str | None:
@@ -105,9 +125,11 @@ class Checked:
         except Exception as error:
             raise failed(self._told, self._path, f"raised in {method}", error) from error
         if not _is(answer, annotation):
-            raise PluginFailed(
+            refused = PluginFailed(
                 f"{self._told}: {method} answered {_shown(answer)}, expected {annotation}; correct it in {self._path}"
             )
+            refused.method = method
+            raise refused
         return _CheckedPredictor(answer, self) if annotation == "Predictor" else answer
 
 
@@ -127,7 +149,7 @@ def _returned(method: Any) -> str:
     return annotation
 
 
-_KINDS: Mapping[str, Any] = {"str": str, "int": int, "tuple": tuple, "dict": dict, "Mapping": Mapping}
+_KINDS: Mapping[str, Any] = {"str": str, "int": int, "tuple": tuple, "list": list, "dict": dict, "Mapping": Mapping}
 
 
 def _is(answer: Any, annotation: str) -> bool:
@@ -154,7 +176,7 @@ def _is(answer: Any, annotation: str) -> bool:
         return False
     # Values that are records of ours, as in dict[str, Estimate].
     named = [_known(name) for name in re.findall(r"\b[A-Z]\w+", inside)]
-    records = tuple(found for found in named if isinstance(found, type))
+    records = tuple(found for found in named if isinstance(found, type) and found is not Any)
     values = answer.values() if isinstance(answer, Mapping) else answer
     return not records or all(isinstance(value, records) for value in values)
 

@@ -64,6 +64,25 @@ def names(family: str) -> list[str]:
     return sorted(_members(family))
 
 
+def shipped(family: str) -> list[str]:
+    """Keys of the members that visionloop ships."""
+    return [name for name, path in _members(family).items() if path.parent.parent == home(family)]
+
+
+def own(family: str) -> dict[str, Path]:
+    """The workspace's own members of a family, and their files."""
+    return {name: path for name, path in _members(family).items() if path.parent.parent != home(family)}
+
+
+def template(family: str) -> Path:
+    """The file that a new member of a family starts from; raises UnknownName."""
+    found = {each: home(each) / each / "_template.py" for each in FAMILIES}
+    found = {each: path for each, path in found.items() if path.is_file()}
+    if family not in found:
+        raise UnknownName("plug-in family", family, list(found))
+    return found[family]
+
+
 def _module(family: str, name: str) -> ModuleType:
     members = _members(family)
     if name not in members:
@@ -87,15 +106,21 @@ def _module(family: str, name: str) -> ModuleType:
     return module
 
 
-def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
-    """The member `name` with `settings` for its fields. An unknown name or setting lists the valid ones."""
+def member_class(family: str, name: str) -> tuple[Any, str | None]:
+    """What a member's file calls as its family is called, and its docstring; raises PluginFailed where it has none."""
     module = _module(family, name)
     member = getattr(module, FAMILIES[family], None)
-    path = Path(str(module.__file__))
-    own = path.parent.parent != home(family)
     if member is None:
-        raise PluginFailed(f"{path} defines no class {FAMILIES[family]}; a {family} member needs one")
-    if own:
+        raise PluginFailed(f"{module.__file__} defines no class {FAMILIES[family]}; a {family} member needs one")
+    return member, module.__doc__
+
+
+def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
+    """The member `name` with `settings` for its fields. An unknown name or setting lists the valid ones."""
+    member, _ = member_class(family, name)
+    path = _members(family)[name]
+    is_own = path.parent.parent != home(family)
+    if is_own:
         check_class(FAMILIES[family], member, path)
     unknown = sorted(set(settings or {}) - set(member.model_fields))
     if unknown:
@@ -105,10 +130,10 @@ def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
     except ValidationError as error:
         raise ConfigError(f"{family}.{name}: {first_problem(error)}") from error
     except Exception as error:
-        if not own or isinstance(error, VisionloopError):
+        if not is_own or isinstance(error, VisionloopError):
             raise
         raise failed(f"{family.removesuffix('s')} {name!r}", path, "could not be made", error) from error
-    return Checked(made, FAMILIES[family], name, path) if own else made
+    return Checked(made, FAMILIES[family], name, path) if is_own else made
 
 
 def member_digest(family: str, name: str) -> str:

@@ -50,6 +50,9 @@ class UnknownName(ConfigError):
 class PluginFailed(ConfigError):
     """A workspace's own plug-in cannot be loaded or used, raised, or answered what its family does not."""
 
+    method: str = ""
+    """The method whose answer it was, where one is known."""
+
 
 class DataError(VisionloopError):
     """The images, or the version that pins them, are not usable."""

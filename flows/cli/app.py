@@ -12,6 +12,7 @@ from flows.cli.backup import add_backup_commands
 from flows.cli.data import data_app
 from flows.cli.demo import demo
 from flows.cli.loop import add_loop_commands
+from flows.cli.plugins import plugin_app
 from flows.cli.registry import add_registry_commands
 from flows.cli.serving import add_serving_commands
 from flows.cli.training import add_training_commands
@@ -29,6 +30,7 @@ app = Commands(
       visionloop init DIR                a workspace: git, DVC, your recipes
       visionloop data add FOLDER         one sub-folder per class -> a pinned data version
       visionloop recipe list | show      what can be trained, and how; new NAME --from RECIPE copies one to edit
+      visionloop plugin new | check      plug-ins of your own, and whether they keep their contracts
       visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop approve V --as WHO      a second person decides; also reject
@@ -53,6 +55,7 @@ app = Commands(
 )
 add_training_commands(app)
 app.add_typer(data_app, name="data")
+app.add_typer(plugin_app, name="plugin")
 add_registry_commands(app)
 add_serving_commands(app)
 add_loop_commands(app)

@@ -1,0 +1,467 @@
+"""What a member of a family has to do, beyond having the right methods: a few small probes for each family.
+
+Shipped members and a workspace's own are put through the same. A probe takes a member and yields what it does against its
+family's contract; what the member raises goes through. Nothing here is downloaded, and nothing takes more than seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from components import plugins
+from components.conformance import Breach
+from components.contracts.errors import DataError, EngineUnavailable, UndecodableImage, WeightsUnavailable
+from components.contracts.families import Answers, Backbone, Evidence, ExportRequest, Gate, Source, Target, Task
+from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
+from components.contracts.records import FileDigest, Stored
+from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Measurement
+from components.images import decode
+from components.store import describe, sha256_file
+
+
+def source_breaches(source: Source, _: str) -> Iterator[Breach]:
+    """It writes one folder per class, of pictures that can be read, the same bytes twice."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        written = []
+        for folder in (Path(first), Path(second)):
+            source.fetch(out=folder)
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            written.append({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
+        if written[0] != written[1]:
+            yield Breach("fetch", "wrote other files or bytes the second time; the same on every machine are expected")
+        astray = [file for file in written[0] if file.count("/") != 1]
+        if astray:
+            yield Breach("fetch", f"wrote {astray[0]!r}; expected every picture as CLASS/FILE")
+        classes = {file.split("/")[0] for file in written[0]}
+        if len(classes) < 2:
+            yield Breach("fetch", f"wrote {len(classes)} classes; at least 2 are expected, a folder each")
+        for file in written[0]:
+            try:
+                decode((Path(first) / file).read_bytes())
+            except UndecodableImage as error:
+                yield Breach("fetch", f"wrote {file!r}, which cannot be read as a picture: {error}")
+                break
+
+
+def gate_breaches(gate: Gate, name: str) -> Iterator[Breach]:
+    """It fails closed: a broken part of the evidence is worth no more to it than a missing one."""
+    whole = whole_evidence()
+    nothing = gate.judge(_without(whole, *_PARTS))
+    if nothing.status != "inconclusive":
+        yield Breach("judge", f"answers {nothing.status!r} where there is no evidence at all; expected 'inconclusive'")
+    for finding in (nothing, gate.judge(whole)):
+        if finding.gate != name:
+            yield Breach("judge", f"answers as gate {finding.gate!r}; expected {name!r}, the name of its file")
+            break
+        if not finding.message.strip():
+            yield Breach("judge", f"answers {finding.status!r} without a message that says why")
+            break
+    if gate.judge(whole) != gate.judge(whole):
+        yield Breach("judge", "gives two answers to the same evidence; it has to depend on nothing else")
+    for what, broken, parts in _broken(whole):
+        if gate.judge(broken).status == "pass" and gate.judge(_without(whole, *parts)).status != "pass":
+            yield Breach("judge", f"passes {what}; expected 'inconclusive'")
+
+
+_IMAGES = 1000
+_PARTS = ("evaluation", "measurement", "answers", "reference", "champion")
+
+
+def whole_evidence() -> Evidence:
+    """An engine that is right on every one of 1,000 images of two classes, as was the champion, and fast."""
+    engine = _engine()
+    answers = _answers(np.arange(_IMAGES, dtype=np.int64) % 2)
+    sure = Estimate(value=1.0, low=0.996, high=1.0, n=_IMAGES, method="wilson")
+    none = Estimate(value=0.0, low=0.0, high=0.001, n=_IMAGES, method="bootstrap")
+    half = sure.model_copy(update={"n": _IMAGES // 2, "low": 0.992})
+    return Evidence(
+        engine=engine,
+        evaluation=Evaluation(
+            engine=engine.name,
+            engine_digest=engine.digest(),
+            test_digest="t" * 64,
+            status="evaluated",
+            num_images=_IMAGES,
+            metrics={"accuracy": sure, "mean_class_accuracy": sure, "log_loss": none, "ece": none},
+            per_class=tuple(
+                ClassMetrics(name=name, support=_IMAGES // 2, precision=half, recall=half, f1=half)
+                for name in engine.classes
+            ),
+            confusion=((_IMAGES // 2, 0), (0, _IMAGES // 2)),
+        ),
+        measurement=Measurement(
+            engine=engine.name,
+            engine_digest=engine.digest(),
+            status="measured",
+            machine="any",
+            num_threads=1,
+            num_runs=_IMAGES,
+            latency_p50_ms=0.01,
+            latency_p90_ms=0.01,
+            latency_p99_ms=0.01,
+            rounds_p50_ms=(0.01, 0.01),
+            rounds_p99_ms=(0.01, 0.01),
+            size_bytes=engine.size_bytes,
+        ),
+        answers=answers,
+        reference=answers,
+        champion=answers,
+        champion_known=True,
+        champion_classes=engine.classes,
+    )
+
+
+def _engine() -> Engine:
+    return Engine(
+        name="onnxruntime-fp32",
+        target="onnxruntime",
+        precision="fp32",
+        settings={},
+        checkpoint_digest="c" * 64,
+        files=(),
+        entry="model.onnx",
+        preprocessing=Preprocessing(
+            channels=1, height=16, width=16, resize_shortest=16, interpolation="bilinear", mean=(0.5,), std=(0.5,)
+        ),
+        classes=("a", "b"),
+        embedding_dim=4,
+        temperature=1.0,
+        runtime="any",
+        built_for=(),
+        facts={},
+    )
+
+
+def _answers(right: npt.NDArray[np.int64]) -> Answers:
+    """Answers that are right, on one image for each of these positions of a class."""
+    classes = ("a", "b")
+    logits = np.where(right[:, None] == np.arange(2), 8.0, -8.0).astype(np.float32)
+    logits.setflags(write=False)  # a gate that changes what it judges is told
+    ids = tuple(f"image {index}" for index in range(len(right)))
+    return Answers(ids, tuple(classes[i] for i in right), logits, classes, plugins.load("tasks", "classification"))
+
+
+def _without(evidence: Evidence, *parts: str) -> Evidence:
+    """The evidence where some parts of it were never made."""
+    absent: dict[str, Any] = {part: None for part in parts if part != "evaluation"}
+    if "evaluation" in parts:
+        absent["evaluation"] = evidence.evaluation.model_copy(
+            update={"num_images": 0, "metrics": {}, "per_class": (), "confusion": ()}
+        )
+    if "champion" in parts:
+        absent |= {"champion_known": False, "champion_classes": ()}
+    return dataclasses.replace(evidence, **absent)
+
+
+def _broken(whole: Evidence) -> Iterator[tuple[str, Evidence, tuple[str, ...]]]:
+    """What is wrong, the evidence that has it, and the parts of it that are then worth nothing.
+
+    Records refuse numbers that are not finite, so only answers can hold them.
+    """
+    evaluation, measurement = whole.evaluation, whole.measurement
+    assert measurement is not None
+    nan = float("nan")
+
+    def measured(**changes: Any) -> Evidence:
+        return dataclasses.replace(whole, measurement=measurement.model_copy(update=changes))
+
+    def estimated(change: Mapping[str, Any], support: int) -> Evaluation:
+        each = [
+            found.model_copy(
+                update={"support": support}
+                | {part: getattr(found, part).model_copy(update=change) for part in ("precision", "recall", "f1")}
+            )
+            for found in evaluation.per_class
+        ]
+        metrics = {name: estimate.model_copy(update=change) for name, estimate in evaluation.metrics.items()}
+        return evaluation.model_copy(update={"metrics": metrics, "per_class": tuple(each), "num_images": support})
+
+    def answered(right: npt.NDArray[np.int64], of: Evaluation) -> Evidence:
+        answers = _answers(right)
+        return dataclasses.replace(whole, evaluation=of, answers=answers, reference=answers, champion=answers)
+
+    everything = ("evaluation", "answers", "reference", "champion")
+    empty = np.zeros(0, dtype=np.int64)
+    one = estimated({"low": 0.2, "high": 1.0, "n": 1}, 1)
+    yield "on no test images", answered(empty, _without(whole, "evaluation").evaluation), everything
+    yield "on a single test image", answered(np.zeros(1, dtype=np.int64), one), everything
+    assert whole.answers is not None
+    blank = dataclasses.replace(whole.answers, logits=np.full_like(whole.answers.logits, nan))
+    yield "with answers that are not finite", dataclasses.replace(whole, answers=blank), ("answers",)
+    others = dataclasses.replace(whole.answers, image_ids=tuple(f"other {index}" for index in range(_IMAGES)))
+    others_told = "with answers on other images than the reference and the champion"
+    yield others_told, dataclasses.replace(whole, answers=others), ("reference", "champion")
+    yield "with a measurement of another engine", measured(engine_digest="f" * 64), ("measurement",)
+    yield "with a measurement of a single run", measured(num_runs=1), ("measurement",)
+
+
+def backbone_breaches(backbone: Backbone, _: str) -> Iterator[Breach]:
+    """It has its shapes, every parameter is reached by the gradient, and a step of training changes it."""
+    import torch
+
+    size, dim = backbone.preprocessing, backbone.embedding_dim
+    if not backbone.weights_choices:
+        try:
+            with tempfile.TemporaryDirectory() as cache:
+                backbone.pretrained("anything", cache=Path(cache))
+        except WeightsUnavailable:
+            pass
+        else:
+            yield Breach(
+                "pretrained", "gives weights though weights_choices names none; raise WeightsUnavailable, or name them"
+            )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = backbone.build()
+        shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        if {key: tuple(value.shape) for key, value in backbone.build().state_dict().items()} != shapes:
+            yield Breach("build", "builds another network the second time; its weights could not be loaded again")
+        images = torch.randn(4, size.channels, size.height, size.width)
+        features = module(images)
+        if tuple(features.shape) != (4, dim):
+            yield Breach(
+                "build", f"gives features of shape {tuple(features.shape)} for 4 images; expected (4, {dim}), embedding_dim"
+            )
+            return
+        head = torch.nn.Linear(dim, 3)
+        parameters = dict(module.named_parameters())
+        before = {key: value.detach().clone() for key, value in parameters.items()}
+        step = torch.optim.SGD([*parameters.values(), *head.parameters()], lr=0.1)
+        loss = torch.nn.functional.cross_entropy(head(features), torch.tensor([0, 1, 2, 0]))
+        loss.backward()  # type: ignore[no-untyped-call]
+        unreached = [key for key, value in parameters.items() if value.grad is None or not torch.isfinite(value.grad).all()]
+        if unreached or not torch.isfinite(loss):
+            yield Breach(
+                "build", f"no finite gradient reaches {', '.join(unreached[:3]) or 'it'}; it would never be trained"
+            )
+            return
+        step.step()
+        if all(torch.equal(before[key], value) for key, value in parameters.items()):
+            yield Breach("build", "has no parameter that a step of training changes")
+        module.eval()
+        with torch.inference_mode():
+            together, single = module(images), torch.cat([module(images[i : i + 1]) for i in range(4)])
+        if not torch.allclose(together, single, rtol=1e-3, atol=1e-3):
+            yield Breach("build", "gives a picture other features alone than beside others, in evaluation mode")
+
+
+def task_breaches(task: Task, _: str) -> Iterator[Breach]:
+    """A head learns by its loss, and what is read and measured of its answers fits together."""
+    import torch
+
+    names = ("apple", "pear", "plum")
+    labels = [names[i % 3] for i in range(60)]
+    classes = task.classes(labels)
+    if not classes or list(classes) != sorted(set(classes)):
+        yield Breach("classes", f"answers {classes}; expected some names, sorted, each once")
+        return
+    targets = task.targets(labels, classes)
+    if len(targets) != len(labels):
+        yield Breach("targets", f"answers {len(targets)} rows for {len(labels)} annotations")
+        return
+    try:
+        task.targets(["no such class"], classes)
+    except DataError:
+        pass
+    else:
+        yield Breach("targets", "takes an annotation of no class; raise DataError")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        embeddings = torch.nn.functional.one_hot(torch.arange(60) % 3, 8).float() + 0.1 * torch.randn(60, 8)
+        head = task.head(8, len(classes))
+        step = torch.optim.Adam(head.parameters(), lr=0.05)
+        losses = []
+        for _round in range(30):
+            loss = task.loss(head(embeddings), torch.from_numpy(targets))
+            if loss.ndim or not torch.isfinite(loss):
+                yield Breach("loss", f"answers {loss.detach()}; expected one finite number, the batch's mean")
+                return
+            step.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            step.step()
+            losses.append(float(loss.detach()))
+        if not losses[-1] < losses[0]:
+            yield Breach(
+                "loss", f"went from {losses[0]:.3g} to {losses[-1]:.3g} in 30 steps on easy data; a head has to learn by it"
+            )
+        with torch.inference_mode():
+            logits = head.eval()(embeddings).numpy()
+    if logits.shape != (60, len(classes)):
+        yield Breach("head", f"gives logits of shape {logits.shape}; expected (60, {len(classes)}), a column a class")
+        return
+    yield from _read(task, logits, labels, classes)
+    yield from _measured(task, logits, targets, classes)
+
+
+def _read(task: Task, logits: npt.NDArray[Any], labels: Sequence[str], classes: tuple[str, ...]) -> Iterator[Breach]:
+    n = len(labels)
+    probabilities = task.probabilities(logits, 1.0)
+    if probabilities.shape != (n, task.width(classes)) or not ((probabilities >= 0) & (probabilities <= 1)).all():
+        yield Breach("probabilities", f"are not ({n}, {task.width(classes)}) numbers from 0 to 1")
+        return
+    readings = task.read(probabilities, classes)
+    if len(readings) != n or not all(0 <= reading.confidence <= 1 for reading in readings):
+        yield Breach("read", f"gives {len(readings)} readings of {n} answers, or a confidence outside of 0 to 1")
+    columns = task.drift_columns(probabilities, classes)
+    if not {"confidence", "predicted"} <= set(columns) or any(len(column) != n for column in columns.values()):
+        yield Breach(
+            "drift_columns", f"gives {', '.join(columns)}; expected confidence and predicted among them, {n} values each"
+        )
+    for output in task.outputs(classes):
+        if len(output.values(probabilities.astype(np.float32))) != n:
+            yield Breach("outputs", f"{output.name} has not one row an image")
+    if not task.agree(logits, logits).all():
+        yield Breach("agree", "says that an engine does not answer like itself")
+    if not task.concerns(labels, classes).all():
+        yield Breach("concerns", "leaves out images though all classes are there")
+    if not np.array_equal(task.select(logits, classes, classes), logits):
+        yield Breach("select", "changes logits though every class is chosen")
+
+
+def _measured(task: Task, logits: npt.NDArray[Any], targets: npt.NDArray[Any], classes: tuple[str, ...]) -> Iterator[Breach]:
+    temperature = task.fit_temperature(logits, targets)
+    if not temperature > 0:
+        yield Breach("fit_temperature", f"answers {temperature}; expected a positive number")
+        return
+    metrics = task.metrics(logits, targets, temperature)
+    if task.headline not in metrics:
+        yield Breach("metrics", f"measures {', '.join(metrics)} but not {task.headline!r}, its headline")
+        return
+    share = float(task.right(logits, targets).mean())
+    if abs(metrics[task.headline].value - share) > 1e-6:
+        yield Breach(
+            "metrics",
+            f"{task.headline} is {metrics[task.headline].value:.4f}; expected {share:.4f}, the share that is right",
+        )
+    for name, estimate in metrics.items():
+        if not estimate.low <= estimate.value <= estimate.high:
+            yield Breach("metrics", f"{name} {estimate} lies outside of its own interval")
+    if task.metrics(logits, targets, temperature) != metrics:
+        yield Breach("metrics", "gives two values for the same answers; draw from a fixed seed")
+    try:
+        task.metrics(logits[:0], targets[:0], temperature)
+    except ValueError:
+        pass
+    else:
+        yield Breach("metrics", "measures something on no images; raise ValueError")
+    strangers = [found.name for found in task.per_class(logits, targets, classes) if found.name not in classes]
+    if strangers:
+        yield Breach("per_class", f"speaks of {strangers[0]!r}, which is no class")
+    if "confusion" in task.figures and len(task.confusion(logits, targets, len(classes))) != len(classes):
+        yield Breach(
+            "confusion", f"has not {len(classes)} rows, one a class; leave it out of `figures` where it says nothing"
+        )
+    if "reliability" in task.figures and sum(found[2] for found in task.reliability(logits, targets, temperature)) < len(
+        targets
+    ):
+        yield Breach("reliability", "leaves images out of its bins")
+
+
+def target_breaches(target: Target, name: str) -> Iterator[Breach]:
+    """An engine that it builds of a small network answers like the network, for any batch.
+
+    Raises EngineUnavailable where this machine cannot build or execute it.
+    """
+    import torch
+
+    precisions = tuple(target.precisions)
+    odd = [precision for precision in precisions if precision not in get_args(Precision)]
+    if odd or not precisions:
+        yield Breach("precisions", f"names {odd or 'none'}; expected some of {', '.join(get_args(Precision))}")
+        return
+    if target.absent():
+        raise EngineUnavailable(target.absent())
+    precision = "fp32" if "fp32" in precisions else precisions[0]
+    images = np.random.default_rng(0).integers(0, 255, (7, 16, 16, 1), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, module = _network(Path(folder))
+        graph, out = Path(folder) / "graph.onnx", Path(folder) / "engine"
+        from components.graphs import to_onnx
+
+        to_onnx(module, checkpoint.record.preprocessing, graph)
+        out.mkdir()
+        built = target.export(ExportRequest(checkpoint, graph, precision, lambda: iter([images])), out=out)
+        if not (out / built.entry).exists():
+            yield Breach("export", f"names the entry {built.entry!r}, which it did not write into `out`")
+            return
+        engine = _engine().model_copy(
+            update={
+                "name": f"{name}-{precision}",
+                "target": name,
+                "precision": precision,
+                "checkpoint_digest": checkpoint.record.digest(),
+                "files": tuple(describe(path, within=out) for path in sorted(out.rglob("*")) if path.is_file()),
+                "entry": built.entry,
+                "classes": checkpoint.record.classes,
+                "embedding_dim": checkpoint.record.embedding_dim,
+                "runtime": built.runtime,
+                "built_for": built.built_for,
+                "facts": dict(built.facts),
+            }
+        )
+        predictor = target.load(Stored(engine, out), num_threads=1)
+        logits, embedding = predictor.predict(images)
+        with torch.inference_mode():
+            expected = tuple(part.numpy() for part in module(torch.from_numpy(images)))
+        for what, found, wanted in (("logits", logits, expected[0]), ("embeddings", embedding, expected[1])):
+            if found.shape != wanted.shape or found.dtype != np.float32:
+                yield Breach(
+                    "load", f"answers {what} {found.shape} of {found.dtype} to 7 images; expected {wanted.shape} of float32"
+                )
+                return
+            apart = float(np.abs(found - wanted).max())
+            if precision == "fp32" and not apart < 1e-3:
+                yield Breach(
+                    "load", f"its {what} are up to {apart:.2g} from the network's; expected less than 0.001 for fp32"
+                )
+        single = np.concatenate([predictor.predict(images[i : i + 1])[0] for i in range(7)])
+        apart = float(np.abs(single - logits).max())
+        if not apart < (1e-3 if precision == "fp32" else 0.2):
+            yield Breach("load", f"answers a picture otherwise alone than beside others: logits up to {apart:.2g} apart")
+
+
+def _network(folder: Path) -> tuple[Stored[Checkpoint], Any]:
+    """A small untrained network, and its checkpoint in `folder`."""
+    import torch
+
+    from components.checkpoints import assemble, save_weights
+
+    settings: dict[str, bool | int | float | str] = {"image_size": 16, "width": 4, "embedding_dim": 8}
+    backbone: Backbone = plugins.load("backbones", "small_cnn", settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = assemble(backbone, plugins.load("tasks", "classification"), 3).eval()
+    record = Checkpoint(
+        splits_digest="s" * 64,
+        task="classification",
+        task_settings={},
+        backbone="small_cnn",
+        backbone_settings=settings,
+        preprocessing=backbone.preprocessing,
+        classes=("a", "b", "c"),
+        embedding_dim=backbone.embedding_dim,
+        weights=save_weights(module.state_dict(), out=folder),
+        history=FileDigest(name="history.json", sha256="0" * 64, bytes=0),
+        temperature=1.0,
+        best_epoch=1,
+        epochs=1,
+        valid_metrics={},
+    )
+    return Stored(record, folder), module
+
+
+PROBES: Mapping[str, Callable[[Any, str], Iterator[Breach]]] = {
+    "sources": source_breaches,
+    "gates": gate_breaches,
+    "backbones": backbone_breaches,
+    "tasks": task_breaches,
+    "targets": target_breaches,
+}
+"""By family: a member and its name to what it does against the contract."""

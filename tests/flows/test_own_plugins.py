@@ -1,0 +1,134 @@
+"""Plug-ins of a workspace's own: what is written works as it is, and what breaks its contract is told by file and line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from shapes import visionloop
+
+from components import plugins
+from components.contracts.errors import ConfigError
+from flows.workspace.new_recipe import new_recipe
+from flows.workspace.own_plugins import check_plugins, new_plugin
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    plugins.use_workspace(tmp_path / "plugins")
+    yield tmp_path
+    plugins.use_workspace(None)
+
+
+@pytest.mark.parametrize("family", sorted(plugins.FAMILIES))
+def test_what_is_written_keeps_its_contract_as_it_is(root: Path, family: str) -> None:
+    made = new_plugin(root, family, "mine")
+    assert (root / made.file).read_text() == plugins.template(family).read_text().replace('"template"', '"mine"')
+    checked = check_plugins(root)
+    assert (checked.checked, checked.findings, checked.not_executed_here) == ((f"{family}/mine",), (), ())
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "why"),
+    [
+        ("gate", "mine", "unknown plug-in family 'gate'; valid: backbones, detectors, gates, sources, "),
+        ("gates", "my-gate", "'my-gate' is no name of a Python module; use a-z, 0-9 and '_', a letter first"),
+        ("gates", "_mine", "no name of a Python module"),
+        ("gates", "class", "no name of a Python module"),
+        ("gates", "../mine", "no name of a Python module"),
+        ("gates", "accuracy", "'accuracy' is the name of a shipped gate; choose another"),
+        ("detectors", "embeddings", "is the name of a shipped detector"),
+        ("gates", "there", "there.py is there already and is left as it is"),
+    ],
+)
+def test_nothing_is_overwritten_or_shadowed(root: Path, family: str, name: str, why: str) -> None:
+    there = root / "plugins" / "gates" / "there.py"
+    there.parent.mkdir(parents=True)
+    there.write_text("mine")
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        new_plugin(root, family, name)
+    assert [path.read_text() for path in root.rglob("*.py")] == ["mine"]
+
+
+_STATUS = "status = compare_interval(estimate, self.floor)"
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new", "line", "why"),
+    [
+        ("gates", _STATUS, "status = 'pass'", "    def judge", "answers 'pass' where there is no evidence at all"),
+        ("gates", _STATUS, "status = 'pass' if estimate else 'inconclusive'", "    def judge", "passes on a single test image"),
+        ("gates", _STATUS, "status = 'pass' if evidence.measurement else 'inconclusive'", "    def judge", "passes with a measurement of another engine"),
+        ("gates", _STATUS, "status = 'pass' if evidence.answers else 'inconclusive'", "    def judge", "passes with answers that are not finite"),
+        ("gates", "        estimate =", "        evidence.answers.logits[:] = 0\n        estimate =", "        evidence.answers", "raised in judge"),
+        ("gates", '"template"', '"other"', "    def judge", "answers as gate 'other'; expected 'mine'"),
+        ("gates", '"""Pass, fail or inconclusive, and why."""', "return None", "    def judge", "judge answered nothing (None), expected Finding"),
+        ("gates", "default=0.9, gt", "gt", "class Gate", "floor has no default and no recipe of the workspace sets it"),
+        ("gates", 'frozen=True, extra="forbid"', 'extra="ignore"', "class Gate", "its settings can be changed or misspelt"),
+        ("gates", "class Gate", "1 / 0\n\n\nclass Gate", "1 / 0", "ZeroDivisionError"),
+        ("gates", "class Gate(BaseModel):", "class Gate(BaseModel", "class Gate(BaseModel", "SyntaxError"),
+        ("gates", "class Gate(BaseModel)", "class Gate", "class Gate", "Gate is a plain class; make it a pydantic model"),
+        ("gates", "def judge(self, evidence", "def judge(self", "class Gate", "does not take what it is given"),
+        ("detectors", 'status, message = "drift", told', 'status, message = "pass", told', "    def detect", "answers 'pass' on 1,000 images of which everything has moved"),
+        ("detectors", "smallest > self.material", "False", "    def detect", "answers 'pass' on 20 images of the same data; expected 'inconclusive'"),
+        ("detectors", "value > threshold and value >= least", "value >= 0", "    def detect", "answers 'drift' on 1,000 images of the same data"),
+        ("detectors", "default_rng(seed)", "default_rng()", "    def detect", "gives two answers about the same window and seed"),
+        ("sources", '("circle", "square")', '("circle",)', "    def fetch", "wrote 1 classes; at least 2"),
+        ("sources", "(32, 32), 20)", "(32, 32), __import__('os').urandom(1)[0])", "    def fetch", "wrote other files or bytes the second time"),
+        ("sources", "folder = out / name", "folder = out", "    def fetch", "expected every picture as CLASS/FILE"),
+        ("sources", 'image.save(folder / f"{index:04d}.bmp", format="BMP")', '(folder / f"{index}.bmp").write_text("no")', "    def fetch", "which cannot be read as a picture"),
+        ("backbones", "nn.Flatten(),", "nn.Flatten(), nn.Linear(self.embedding_dim, 7),", "    def build", "gives features of shape (4, 7) for 4 images; expected (4, 32)"),
+        ("backbones", "nn.Flatten(),", "nn.Flatten(), nn.Threshold(1e9, 0.5),", "    def build", "has no parameter that a step of training changes"),
+        ("backbones", "raise WeightsUnavailable", "return {}  # ", "    def pretrained", "gives weights though weights_choices names none"),
+        ("tasks", "self.focus * each).mean()", "self.focus * each)", "    def loss", "expected one finite number"),
+        ("tasks", "self.focus * each).mean()", "self.focus * each * 0).mean()", "    def loss", "a head has to learn by it"),
+        ("tasks", "    def loss", "    @property\n    def headline(self) -> str:\n        return 'ece'\n\n    def loss", "class Task", "ece is"),
+        ("tasks", "    def loss", "    def agree(self, logits, others):\n        return logits.argmax(axis=1) > 9\n\n    def loss", "    def agree", "does not answer like itself"),
+        ("targets", "return logits, embedding", "return logits * 2, embedding", "    def load", "its logits are up to"),
+        ("targets", "return logits, embedding", "return logits - logits.mean(axis=0), embedding", "    def load", "answers a picture otherwise alone"),
+        ("targets", "Built(entry=_ENTRY", 'Built(entry="other"', "    def export", "names the entry 'other', which it did not write"),
+    ],
+)  # fmt: skip
+def test_what_breaks_its_contract_is_told_by_file_and_line(
+    root: Path, family: str, old: str, new: str, line: str, why: str
+) -> None:
+    path = root / new_plugin(root, family, "mine").file
+    text = path.read_text()
+    old = old.replace("template", "mine")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    findings = check_plugins(root, family, "mine").findings
+    found = [finding for finding in findings if why in finding.message]
+    assert found, findings
+    told = path.read_text().splitlines()[found[0].line - 1]
+    assert told.startswith(line), told
+    assert found[0].file == f"plugins/{family}/mine.py"
+
+
+def test_settings_without_a_default_come_from_the_recipe_that_uses_them(root: Path) -> None:
+    path = root / new_plugin(root, "gates", "mine").file
+    path.write_text(path.read_text().replace("default=0.9, gt", "gt"))
+    new_recipe(root, "pumps", "digits")
+    recipe = root / "recipes" / "pumps.yaml"
+    recipe.write_text(recipe.read_text().replace("gate: parity", "gate: mine, settings: {floor: 0.8}"))
+    assert check_plugins(root).findings == ()
+
+
+def test_the_commands_write_check_and_say_no(tmp_path: Path) -> None:
+    assert visionloop("init", cwd=tmp_path).returncode == 0
+    empty = visionloop("plugin", "check", cwd=tmp_path)
+    assert (empty.returncode, empty.stdout.split(".")[0]) == (0, "No plug-ins of the workspace's own to check")
+    made = visionloop("plugin", "new", "gates", "mine", "--json", cwd=tmp_path)
+    assert json.loads(made.stdout)["file"] == "plugins/gates/mine.py"
+    assert visionloop("plugin", "check", cwd=tmp_path).stdout == "1 plug-in checked, 0 findings\n"
+    path = tmp_path / "plugins" / "gates" / "mine.py"
+    path.write_text(path.read_text() + "\n1 / 0\n")
+    refused = visionloop("plugin", "check", "gates", "mine", cwd=tmp_path)
+    line = len(path.read_text().splitlines())
+    assert refused.returncode == 1
+    assert refused.stdout.startswith(f"plugins/gates/mine.py:{line}: gates/mine: ")
+    unknown = visionloop("plugin", "check", "gates", "yours", cwd=tmp_path)
+    assert (unknown.returncode, "valid: mine" in unknown.stderr) == (2, True)
