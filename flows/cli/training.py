@@ -98,19 +98,12 @@ def _root_of(folder: Path) -> Path | None:
 @recipe_app.command("list")
 def recipe_list(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """The shipped recipes and the workspace's own."""
-    from flows.workspace.recipes import load_recipe, recipe_files
+    from flows.workspace.recipes import known_recipes
 
-    root = _root_of(workspace)
-    found: dict[str, str] = {}
-    problems: dict[str, str] = {}
-    for name in sorted(recipe_files(root)):
-        try:
-            found[name] = load_recipe(name, workspace=root).description
-        except ConfigError as error:
-            problems[name] = str(error)
-    lines = [f"{name:16} {text}" for name, text in found.items()]
-    lines += [f"{name:16} cannot be used: {problem}" for name, problem in problems.items()]
-    finish({"recipes": found, "problems": problems}, json_, lambda: "\n".join(lines))
+    found = known_recipes(_root_of(workspace))
+    lines = [f"{name:16} {text}" for name, text in found.descriptions.items()]
+    lines += [f"{name:16} cannot be used: {problem}" for name, problem in found.problems.items()]
+    finish({"recipes": found.descriptions, "problems": found.problems}, json_, lambda: "\n".join(lines))
 
 
 @recipe_app.command("show")

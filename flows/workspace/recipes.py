@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -106,6 +107,25 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
         error.args = (f"{place}: {error}",)
         raise
     return config
+
+
+@dataclass(frozen=True)
+class KnownRecipes:
+    """Every recipe of a workspace by name: those that can be used, and those that cannot."""
+
+    descriptions: dict[str, str]
+    problems: dict[str, str]
+
+
+def known_recipes(workspace: Path | None) -> KnownRecipes:
+    """The shipped recipes and the workspace's own, each checked as a run would."""
+    found = KnownRecipes({}, {})
+    for name in sorted(recipe_files(workspace)):
+        try:
+            found.descriptions[name] = load_recipe(name, workspace=workspace).description
+        except ConfigError as error:
+            found.problems[name] = str(error)
+    return found
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
