@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from components import plugins
 from components.contracts.errors import ConfigError, StoreError
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Stored, canonical_json, sha256_text
@@ -178,6 +179,7 @@ def predict(
 
     Raises ConfigError when `out` holds another batch, StoreError when no engine can answer; running again goes on.
     """
+    plugins.use_workspace(config.plugins)
     objects = open_objects(out)
     plan = {
         "release": release.record.digest(),
@@ -291,7 +293,7 @@ async def _row(deployment: Deployment, inputs: Inputs, number: int, config: Batc
         raise StoreError("no engine can answer; run the same command again, it goes on where it stopped") from None
     if not isinstance(result, Facts):
         return row | {"error": result.message}
-    answer = decide(deployment.release, result)
+    answer = decide(deployment.release, deployment.task, result)
     row |= {
         "label": answer.label,
         "predicted": answer.predicted,

@@ -13,8 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from components.contracts.families import Task
 from components.contracts.releases import Release
 from components.images import STATISTICS
 from components.journals import encode_row
@@ -47,12 +46,12 @@ class Answer:
 
     prediction_id: str
     predicted: str
-    """The likeliest class."""
+    """What the task reads, also when unsure; of classes the likeliest."""
     confidence: float
     unsure: bool
     """Whether the release's threshold is not reached."""
     label: str
-    """The decision: the class, or `unsure_label` when unsure; never a class then."""
+    """The decision: `predicted`, or `unsure_label` when unsure; never a class then."""
     facts: Facts
 
 
@@ -205,7 +204,7 @@ class Inference:
                 status = 400 if result.outcome is Outcome.UNDECODABLE else 503
                 retry = None if status == 400 else 1.0
                 raise Rejected(status, f"{which}{result.message}", retry_after_s=retry)
-            answer = decide(deployment.release, result)
+            answer = decide(deployment.release, deployment.task, result)
             answers.append(answer)
             facts = {
                 "prediction_id": answer.prediction_id,
@@ -239,13 +238,13 @@ class Inference:
         return Answered(deployment, version, tuple(answers))
 
 
-def decide(release: Release, facts: Facts) -> Answer:
-    """The release's decision rule on what the engine says; the one place that reads the threshold."""
-    classes, best = release.engine.classes, int(np.argmax(facts.probabilities))
-    confidence = float(facts.probabilities[best])
-    unsure = confidence < release.decision.threshold
-    label = unsure_label(classes) if unsure else classes[best]
-    return Answer(new_id(), classes[best], confidence, unsure, label, facts)
+def decide(release: Release, task: Task, facts: Facts) -> Answer:
+    """The release's decision rule on what its task reads; the one place that reads the threshold."""
+    classes = release.engine.classes
+    (reading,) = task.read(facts.probabilities[None], classes)
+    unsure = reading.confidence < release.decision.threshold
+    label = unsure_label(classes) if unsure else reading.label
+    return Answer(new_id(), reading.label, reading.confidence, unsure, label, facts)
 
 
 def unsure_label(classes: Sequence[str]) -> str:

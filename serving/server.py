@@ -20,6 +20,7 @@ from typing import Any
 
 import uvicorn
 
+from components import plugins
 from components.contracts.errors import ConfigError
 from components.releases import ReleaseStore
 from serving.engines.deployment import Deployment
@@ -78,6 +79,7 @@ def serve(config: ServingConfig, *, announce: Callable[[str], None] = lambda _: 
         )
     if not config.models:
         raise ConfigError("name at least one model to serve: --model NAME")
+    plugins.use_workspace(config.plugins)
     sockets = [_bound(config.host, config.port)]
     if config.grpc_port is not None:
         sockets.append(_bound(config.host, config.grpc_port))

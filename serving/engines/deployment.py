@@ -24,9 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.contracts.errors import VisionloopError
+from components.contracts.errors import ConfigError, VisionloopError
+from components.contracts.families import OutputField, Task
 from components.contracts.records import Stored
 from components.contracts.releases import Release
+from components.plugins import load
 from serving.engines.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode_answer, encode_batch, frame
 from serving.engines.queueing import Job, Limits, Margin, NotServing, Overloaded
 from serving.engines.yielding import YIELD_WAIT_S, Yielding
@@ -39,6 +41,18 @@ _SWITCH_PATIENCE = 4.0
 """Of the bound on waiting while releases change, instead of `Margin`: a change is ours, and must cost nobody an answer."""
 _SETTLE_S = 5.0
 """How long a change is felt after it: the old engine finishes and ends, the new one runs in."""
+RESERVED = (
+    "label",
+    "unsure",
+    "predicted",
+    "confidence",
+    "embedding",
+    "prediction_id",
+    "model",
+    "model_version",
+    "release",
+)
+"""What every answer says, whatever the task: no output of a task has one of these names."""
 _MAX_FAILURES = 5
 """Batches in a row of which nothing was answered, after which the engine's process is replaced."""
 
@@ -97,6 +111,10 @@ class Deployment:
         self._patient_until = -math.inf
         self._closed = False
         self._deaths = 0
+        self.task: Task
+        """What reads the engine's answers, and what it puts into a response; known from `start` on."""
+        self.task_outputs: tuple[OutputField, ...]
+        self._width: int
         self._failures = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._delay: asyncio.TimerHandle | None = None
@@ -124,8 +142,11 @@ class Deployment:
     async def start(self, *, beside: Sequence[Deployment] = ()) -> None:
         """Start the engine's process and wait until it is warm and golden; raises ReleaseRefused.
 
-        Loading leaves the processors to what is served `beside` it, as far as that needs them.
+        Loading leaves the processors to what is served `beside` it, as far as that needs them. Raises ConfigError or
+        UnknownName for a task that is not there.
         """
+        # In a thread: a task of a workspace may import what it likes, and requests are answered meanwhile.
+        self.task, self.task_outputs, self._width = await asyncio.to_thread(_task_of, self.release)
         await self._spawn(beside)
         self._task(self._watch())
 
@@ -315,7 +336,7 @@ class Deployment:
         elif kind is Kind.ANSWER and link is self._link:
             engine = self.release.engine
             batch_id, results, decode_ms, infer_ms = decode_answer(
-                payload, num_classes=len(engine.classes), embedding_dim=engine.embedding_dim
+                payload, width=self._width, embedding_dim=engine.embedding_dim
             )
             _, jobs = self._flying.pop(batch_id)
             answered = any(isinstance(result, Facts) for result in results)
@@ -445,3 +466,17 @@ class Deployment:
                 job.future.set_exception(NotServing())
         if link is not None:
             self._end(link)
+
+
+def _task_of(release: Release) -> tuple[Task, tuple[OutputField, ...], int]:
+    """The task that reads a release's answers, its outputs, and how many probabilities an answer has."""
+    task: Task = load("tasks", release.task, dict(release.task_settings))
+    classes = release.engine.classes
+    outputs = task.outputs(classes)
+    names = [output.name for output in outputs]
+    for name in names:
+        if name in RESERVED or names.count(name) > 1:
+            raise ConfigError(
+                f"task {release.task!r} has an output {name!r}, which is in every answer already; give it a name of its own"
+            )
+    return task, outputs, task.width(classes)

@@ -120,9 +120,8 @@ def encode_answer(batch_id: int, results: Sequence[Facts | Refusal], *, decode_m
     return frame(Kind.ANSWER, b"".join(parts))
 
 
-def decode_answer(
-    payload: bytes, *, num_classes: int, embedding_dim: int
-) -> tuple[int, list[Facts | Refusal], float, float]:
+def decode_answer(payload: bytes, *, width: int, embedding_dim: int) -> tuple[int, list[Facts | Refusal], float, float]:
+    """`width` is how many probabilities an answer has."""
     batch_id, count, decode_ms, infer_ms = _ANSWER.unpack_from(payload)
     place = _ANSWER.size
     found: list[Facts | Refusal] = []
@@ -135,15 +134,15 @@ def decode_answer(
             found.append(Refusal(outcome, payload[place : place + length].decode(errors="replace")))
             place += length
             continue
-        digest, width, height, num_bytes, *looks, ignored = _FACTS.unpack_from(payload, place)
+        digest, columns, rows, num_bytes, *looks, ignored = _FACTS.unpack_from(payload, place)
         place += _FACTS.size
-        probabilities = np.frombuffer(payload, dtype="<f4", count=num_classes, offset=place)
-        place += 4 * num_classes
+        probabilities = np.frombuffer(payload, dtype="<f4", count=width, offset=place)
+        place += 4 * width
         embedding = payload[place : place + 2 * embedding_dim]
         place += 2 * embedding_dim
         brightness, contrast, sharpness, saturation = looks
         shown = (brightness, contrast, sharpness, saturation)
-        found.append(Facts(digest.hex(), width, height, num_bytes, shown, probabilities, embedding, ignored))
+        found.append(Facts(digest.hex(), columns, rows, num_bytes, shown, probabilities, embedding, ignored))
     return batch_id, found, decode_ms, infer_ms
 
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from components import plugins
 from components.contracts.errors import EngineUnavailable, TamperedArtefact, UndecodableImage, VisionloopError
-from components.contracts.families import Predictor
+from components.contracts.families import Predictor, Task
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.formats import Accepted
@@ -67,7 +67,7 @@ class Loaded:
         self._predictor: Predictor = target.load(
             Stored(engine, order.folder / ENGINE), num_threads=order.lanes, num_streams=order.lanes
         )
-        self._task = plugins.load("tasks", self.release.task, self.release.task_settings)
+        self._task: Task = plugins.load("tasks", self.release.task, self.release.task_settings)
         decode_ms = self._check_golden()
         self.picture_ms = decode_ms / order.lanes + self._warm_up()
         """What a picture costs while every lane is at work: the server's expectation until it has seen more.
@@ -94,6 +94,12 @@ class Loaded:
                     f"golden picture {index} decodes to other pixels here (mean difference {difference:.1f} grey levels)"
                 )
         found, _ = self._predict(pixels)
+        width = self._task.width(self.release.engine.classes)
+        if found.shape != (len(pixels), width):
+            raise EngineUnavailable(
+                f"task {self.release.task!r} makes {found.shape} probabilities of {len(pixels)} answers, expected "
+                f"{(len(pixels), width)}: its width and its probabilities do not agree"
+            )
         tolerance = self.release.golden_tolerance
         worst = float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("inf")
         if worst > tolerance:

@@ -215,7 +215,7 @@ class Grpc:
 
     async def _model_metadata(self, request: Any, _: _Caller) -> Any:
         deployment = self._inference.deployment(request.name, request.version or None)
-        told = tensors.metadata(deployment.release, deployment.version)
+        told = tensors.metadata(deployment)
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
             name=told["name"],
@@ -227,7 +227,7 @@ class Grpc:
 
     async def _model_config(self, request: Any, _: _Caller) -> Any:
         deployment = self._inference.deployment(request.name, request.version or None)
-        return pb.ModelConfigResponse(config=ParseDict(tensors.configuration(deployment.release), pb.ModelConfig()))
+        return pb.ModelConfigResponse(config=ParseDict(tensors.configuration(deployment), pb.ModelConfig()))
 
     async def _model_infer(self, request: Any, caller: _Caller) -> Any:
         deployment = self._inference.deployment(request.model_name, request.model_version or None)
@@ -235,7 +235,7 @@ class Grpc:
         for output in request.outputs:
             tensors.check_parameters(f"output {output.name[:64]!r}", _values(output.parameters), {})
         wanted = [output.name for output in request.outputs]
-        tensors.check_outputs(wanted)
+        tensors.check_outputs(deployment, wanted)
         if len(request.id) > 128:
             raise Rejected(400, "the id is text of at most 128 characters")
         if caller.size > _LARGE and not request.raw_input_contents:

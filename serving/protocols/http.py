@@ -20,7 +20,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,11 +261,11 @@ class Http:
 
     async def _model(self, request: Request) -> Response:
         deployment = self._inference.deployment(request.path_params["model"], request.path_params.get("version"))
-        return _json(tensors.metadata(deployment.release, deployment.version))
+        return _json(tensors.metadata(deployment))
 
     async def _configuration(self, request: Request) -> Response:
         deployment = self._inference.deployment(request.path_params["model"], request.path_params.get("version"))
-        return _json(tensors.configuration(deployment.release))
+        return _json(tensors.configuration(deployment))
 
     async def _show_status(self, _: Request) -> Response:
         return _json(self._status())
@@ -305,24 +305,37 @@ def policy(page: str) -> str:
 
 def _parse(deployment: Deployment, body: bytes, header: str | None) -> tuple[tensors.RestRequest, list[tuple[Form, bytes]]]:
     asked = tensors.read_rest(body, header, model=deployment.model, version=deployment.version)
-    tensors.check_outputs([name for name, _ in asked.outputs])
+    tensors.check_outputs(deployment, [name for name, _ in asked.outputs])
     return asked, tensors.pictures(deployment.release, asked.inputs)
 
 
 def _shown(answered: Answered, answer: Answer, top: int) -> dict[str, Any]:
     classes = answered.deployment.release.engine.classes
-    ranked = answer.facts.probabilities.argsort()[::-1][:top]
+    probabilities = answer.facts.probabilities[None]
     return {
         "prediction_id": answer.prediction_id,
         "label": answer.label,
         "unsure": answer.unsure,
         "predicted": answer.predicted,
         "confidence": answer.confidence,
-        "probabilities": {classes[i]: float(answer.facts.probabilities[i]) for i in ranked},
+        **{
+            field.name: _listed(tensors.values_of(field, probabilities), field.shape, classes, top)
+            for field in answered.deployment.task_outputs
+        },
         "model": answered.deployment.model,
         "model_version": answered.version,
         "release": answered.deployment.digest,
     }
+
+
+def _listed(values: tensors.Values, shape: tuple[int, ...], classes: Sequence[str], top: int) -> Any:
+    """What one picture has of an output as JSON; numbers of the classes by their names, the `top` highest first."""
+    if isinstance(values, list):
+        return values[0].decode()
+    (row,) = values
+    if shape != (len(classes),):
+        return row.tolist()
+    return {classes[i]: row[i].item() for i in row.argsort()[::-1][:top]}
 
 
 async def _file_of(request: Request, body: bytes) -> bytes:

@@ -1,15 +1,17 @@
 """Tensors of the Open Inference Protocol: what a model takes and gives, checked before anything is queued.
 
 Input `images`: UINT8 pixels (n, height, width, channels) as the engine takes them, or BYTES (n): encoded pictures, so that
-no client repeats the preprocessing. Outputs: label, unsure, confidence, probabilities, embedding, prediction_id.
+no client repeats the preprocessing. Outputs: label, unsure, confidence, what the model's task adds (of classes their
+probabilities), embedding, prediction_id.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from components.contracts.families import OutputField
 from components.contracts.releases import Release
 from components.contracts.wording import counted
+from serving.engines.deployment import Deployment
 from serving.engines.frames import Form
 from serving.inference import Answered, Rejected, unsure_label
 
@@ -152,38 +156,67 @@ def check_parameters(place: str, given: Any, known: Mapping[str, type]) -> None:
             raise Rejected(400, f"{name[:64]} of {place}: {why}")
 
 
-_Values = npt.NDArray[Any] | list[bytes]
-_OUTPUTS: dict[str, tuple[str, Callable[[Release], list[int]], Callable[[Answered], _Values]]] = {
-    "label": ("BYTES", lambda _: [-1], lambda a: [x.label.encode() for x in a.answers]),
-    "unsure": ("BOOL", lambda _: [-1], lambda a: np.array([x.unsure for x in a.answers], dtype=np.bool_)),
-    "confidence": ("FP32", lambda _: [-1], lambda a: np.array([x.confidence for x in a.answers], dtype=np.float32)),
-    "probabilities": (
-        "FP32",
-        lambda release: [-1, len(release.engine.classes)],
-        lambda a: np.stack([x.facts.probabilities for x in a.answers]),
-    ),
-    "embedding": (
-        "FP32",
-        lambda release: [-1, release.engine.embedding_dim],
-        lambda a: np.stack([np.frombuffer(x.facts.embedding, dtype="<f2").astype(np.float32) for x in a.answers]),
-    ),
-    "prediction_id": ("BYTES", lambda _: [-1], lambda a: [x.prediction_id.encode() for x in a.answers]),
-}
+Values = npt.NDArray[Any] | list[bytes]
+_TYPES = {"BOOL": "|b1", "FP32": "<f4", "INT64": "<i8"}
+
+
+def values_of(field: OutputField, probabilities: npt.NDArray[np.float32]) -> Values:
+    """An output of a task for n answers, numbers in the type that they are sent in."""
+    values = field.values(probabilities)
+    return values if isinstance(values, list) else np.ascontiguousarray(values, dtype=_TYPES[field.datatype])
+
+
+@dataclass(frozen=True)
+class _Described:
+    """One output of a model: its type, its shape for one picture, and its values in an answer."""
+
+    datatype: str
+    shape: tuple[int, ...]
+    values: Callable[[Answered], Values]
+
+
+def _outputs_of(deployment: Deployment) -> dict[str, _Described]:
+    """The outputs of a model by name, in their order."""
+    return {
+        "label": _Described("BYTES", (), lambda a: [x.label.encode() for x in a.answers]),
+        "unsure": _Described("BOOL", (), lambda a: np.array([x.unsure for x in a.answers], dtype=np.bool_)),
+        "confidence": _Described("FP32", (), lambda a: np.array([x.confidence for x in a.answers], dtype=np.float32)),
+        **{
+            field.name: _Described(field.datatype, field.shape, functools.partial(_of_task, field))
+            for field in deployment.task_outputs
+        },
+        "embedding": _Described(
+            "FP32",
+            (deployment.release.engine.embedding_dim,),
+            lambda a: np.stack([np.frombuffer(x.facts.embedding, dtype="<f2").astype(np.float32) for x in a.answers]),
+        ),
+        "prediction_id": _Described("BYTES", (), lambda a: [x.prediction_id.encode() for x in a.answers]),
+    }
+
+
+def _of_task(field: OutputField, answered: Answered) -> Values:
+    return values_of(field, np.stack([answer.facts.probabilities for answer in answered.answers]))
 
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration")
-_CONFIGURED = {"UINT8": "TYPE_UINT8", "BYTES": "TYPE_STRING", "BOOL": "TYPE_BOOL", "FP32": "TYPE_FP32"}
+_CONFIGURED = {
+    "UINT8": "TYPE_UINT8",
+    "BYTES": "TYPE_STRING",
+    "BOOL": "TYPE_BOOL",
+    "FP32": "TYPE_FP32",
+    "INT64": "TYPE_INT64",
+}
 
 
-def configuration(release: Release) -> dict[str, Any]:
+def configuration(deployment: Deployment) -> dict[str, Any]:
     """The model's configuration as the protocol's extension has it: shapes are those of one picture."""
-    told = metadata(release, "")
+    told = metadata(deployment)
 
     def described(tensor: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": tensor["name"], "data_type": _CONFIGURED[tensor["datatype"]], "dims": tensor["shape"][1:]}
 
     return {
-        "name": release.model,
+        "name": told["name"],
         "platform": told["platform"],
         "backend": "visionloop",
         "max_batch_size": MAX_PICTURES,
@@ -194,16 +227,18 @@ def configuration(release: Release) -> dict[str, Any]:
     }
 
 
-def metadata(release: Release, version: str) -> dict[str, Any]:
+def metadata(deployment: Deployment) -> dict[str, Any]:
     """The model's metadata as the protocol has it."""
+    release = deployment.release
     size = release.engine.preprocessing
     return {
         "name": release.model,
-        "versions": [version],
+        "versions": [deployment.version],
         "platform": f"{release.engine.target}_{release.engine.precision}",
         "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, size.height, size.width, size.channels]}],
         "outputs": [
-            {"name": name, "datatype": datatype, "shape": shape(release)} for name, (datatype, shape, _) in _OUTPUTS.items()
+            {"name": name, "datatype": output.datatype, "shape": [-1, *output.shape]}
+            for name, output in _outputs_of(deployment).items()
         ],
         "parameters": {
             "encoded_input": f"{INPUT} may also be BYTES [n]: whole files, such as JPEG or PNG",
@@ -222,7 +257,7 @@ class Output:
     name: str
     datatype: str
     shape: list[int]
-    values: _Values
+    values: Values
 
     @property
     def raw(self) -> bytes:
@@ -243,21 +278,27 @@ class Output:
 def outputs(answered: Answered, wanted: Sequence[str]) -> list[Output]:
     """The outputs asked for, all of them when none is named."""
     found = []
-    for name in wanted or _OUTPUTS:
-        datatype, _, values = _OUTPUTS[name]
-        made = values(answered)
+    known = _outputs_of(answered.deployment)
+    # What was checked may have been another release: an answer can be an older one's, by its idempotency key.
+    _expect(wanted, known)
+    for name in wanted or known:
+        made = known[name].values(answered)
         shape = [len(made)] if isinstance(made, list) else list(made.shape)
-        found.append(Output(name, datatype, shape, made))
+        found.append(Output(name, known[name].datatype, shape, made))
     return found
 
 
-def check_outputs(wanted: Sequence[str]) -> None:
-    """Raise Rejected for an output that no model has, or that is asked for twice."""
+def check_outputs(deployment: Deployment, wanted: Sequence[str]) -> None:
+    """Raise Rejected for an output that the model does not have, or that is asked for twice."""
     if len(set(wanted)) < len(wanted):
         raise Rejected(400, "an output is asked for twice")
+    _expect(wanted, _outputs_of(deployment))
+
+
+def _expect(wanted: Sequence[str], known: Collection[str]) -> None:
     for name in wanted:
-        if name not in _OUTPUTS:
-            raise Rejected(400, f"unknown output {name[:64]!r}; valid: {', '.join(_OUTPUTS)}")
+        if name not in known:
+            raise Rejected(400, f"unknown output {name[:64]!r}; valid: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
