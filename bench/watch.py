@@ -145,17 +145,21 @@ def _sealed(folder: Path) -> tuple[str, datetime.datetime]:
 def _ours(folder: Path) -> dict[str, Any]:
     """From the sealed log to the verdict, Evidently's page and its history, as a watch does it."""
     log, at = _sealed(folder)
-    reference = Sample(**_window(0, 2000, 0.0), classes=CLASSES)
+    rows = _window(0, 2000, 0.0)
+    columns = {"confidence": rows["confidence"], "predicted": np.array(CLASSES)[rows["predicted"]]}
+    reference = Sample(rows["statistics"], columns, rows["embeddings"], CLASSES)
     began = time.perf_counter()
+    from components import plugins
     from components.predictionlog import read_stretch
     from monitoring.drift import DriftPolicy, judge
-    from monitoring.window import Slice, open_window
+    from monitoring.window import open_window
 
     policy, until = DriftPolicy(), at + datetime.timedelta(hours=1)
     found = read_stretch(log, None, model="digits", since=at, until=until, now=until)
     window = open_window(
-        Slice(found.tables, found.lost, found.problems),
+        found,
         _release(),
+        plugins.load("tasks", "classification"),
         "r",
         "1",
         since=at,
@@ -260,8 +264,7 @@ def _digits(scratch: Path) -> Pool:
     world = scratch / "world"
     plugins.load("sources", "digits").fetch_world(out=world)
     files = [
-        (workspace / "data" / p, int(c))
-        for p, c in zip(*(rows(splits, "test")[n] for n in ("path", "class_index")), strict=True)
+        (workspace / "data" / p, int(c)) for p, c in zip(*(rows(splits, "test")[n] for n in ("path", "label")), strict=True)
     ]
     files += [(path, int(path.parent.name)) for path in sorted(world.rglob("*.bmp"), key=lambda p: p.name)]
     pixels = [np.asarray(decode(path.read_bytes()).stored.convert("L")) for path, _ in files]
@@ -277,12 +280,11 @@ def _digits(scratch: Path) -> Pool:
         probabilities = task.probabilities(logits, engine.temperature)
         sample = Sample(
             statistics=np.array([appearance(image) for image in images], dtype=np.float64),
-            confidence=probabilities.max(axis=1),
-            predicted=probabilities.argmax(axis=1),
+            columns=task.drift_columns(probabilities, engine.classes),
             embeddings=embeddings.astype(np.float16).astype(np.float32),
             classes=engine.classes,
         )
-        return sample, float((sample.predicted == labels).mean())
+        return sample, float((sample.columns["predicted"].astype(int) == labels).mean())
 
     def noise(level: float) -> Callable[[npt.NDArray[np.uint8], int], npt.NDArray[Any]]:
         return lambda picture, index: picture + np.random.default_rng(index).normal(0, level, picture.shape)
@@ -318,7 +320,7 @@ def _judged(task: tuple[Any, Any, int, int]) -> tuple[str, tuple[str, ...]]:
     from monitoring.window import Window
 
     pool, world, n, seed = task
-    order = np.random.default_rng([seed, n]).permutation(len(pool.confidence))
+    order = np.random.default_rng([seed, n]).permutation(len(pool))
     theirs, ours = order[:n], order[n:]
     at = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC).isoformat()
     facts = WindowFacts(
@@ -337,8 +339,7 @@ def _taken(sample: Any, picks: npt.NDArray[np.int64]) -> Any:
     return dataclasses.replace(
         sample,
         statistics=sample.statistics[picks],
-        confidence=sample.confidence[picks],
-        predicted=sample.predicted[picks],
+        columns={name: values[picks] for name, values in sample.columns.items()},
         embeddings=sample.embeddings[picks],
     )
 

@@ -29,7 +29,8 @@ def detector_breaches(detector: Detector, name: str) -> Iterator[Breach]:
         return detector.detect(reference, window, values, alpha=0.0025, seed=1)
 
     quiet = answer(_sample(1000, 1))
-    moved = dataclasses.replace(_sample(1000, 2, shift=2), predicted=np.full(1000, 3))
+    moved = _sample(1000, 2, shift=2)
+    moved = dataclasses.replace(moved, columns={**moved.columns, "predicted": np.full(1000, "3")})
     loud, few = answer(moved), answer(_sample(20, 1))
     for what, found, expected in (
         ("on 1,000 images of the same data", quiet, "pass"),
@@ -57,8 +58,10 @@ def _sample(n: int, seed: int, *, shift: float = 0.0) -> Sample:
     rng = np.random.default_rng(seed)
     return Sample(
         statistics=rng.normal([0.4 + 0.05 * shift, 0.5, 0.2, 0.0], [0.05, 0.05, 0.03, 0.0], (n, 4)),
-        confidence=np.clip(rng.normal(0.9 - 0.03 * shift, 0.03, n), 0, 1),
-        predicted=rng.integers(0, len(_CLASSES), n),
+        columns={
+            "confidence": np.clip(rng.normal(0.9 - 0.03 * shift, 0.03, n), 0, 1),
+            "predicted": np.array(_CLASSES)[rng.integers(0, len(_CLASSES), n)],
+        },
         embeddings=rng.normal(shift, 1.0, (n, 16)).astype(np.float32),
         classes=_CLASSES,
     )

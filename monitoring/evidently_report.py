@@ -80,12 +80,12 @@ def measure(reference: Sample, window: Sample, methods: Mapping[str, str], *, na
     with _quiet():
         from evidently import DataDefinition, Dataset, Report
         from evidently.metrics import ValueDrift
-    numerical = [column for column in methods if column != "predicted"]
-    definition = DataDefinition(numerical_columns=numerical, categorical_columns=[c for c in methods if c == "predicted"])
+    frames = [_frame(sample, list(methods)) for sample in (reference, window)]
+    categorical = [column for column in methods if frames[0][column].dtype.kind not in "biuf"]
+    numerical = [column for column in methods if column not in categorical]
+    definition = DataDefinition(numerical_columns=numerical, categorical_columns=categorical)
     with _quiet():
-        ours, theirs = (
-            Dataset.from_pandas(_frame(sample, list(methods)), data_definition=definition) for sample in (reference, window)
-        )
+        ours, theirs = (Dataset.from_pandas(frame, data_definition=definition) for frame in frames)
         report = Report([ValueDrift(column=column, method=method) for column, method in methods.items()])
         snapshot = report.run(theirs, ours, timestamp=at, name=name)
         told = snapshot.dict()["metrics"]
@@ -99,10 +99,13 @@ def measure(reference: Sample, window: Sample, methods: Mapping[str, str], *, na
 def _frame(sample: Sample, columns: list[str]) -> pd.DataFrame:
     import pandas as pd
 
-    found = pd.DataFrame({name: sample.statistics[:, index] for index, name in enumerate(STATISTICS)})
-    # Strings, so that Evidently takes them for classes whatever they look like.
-    found = found.assign(confidence=sample.confidence, predicted=[sample.classes[index] for index in sample.predicted])
-    return found[columns]
+    known = {name: sample.statistics[:, index] for index, name in enumerate(STATISTICS)} | dict(sample.columns)
+    unknown = sorted(set(columns) - set(known))
+    if unknown:
+        raise MonitoringError(f"a detector looks at {unknown[0]!r}, which is not there; there are {', '.join(known)}")
+    # Text as objects of Python, so that Evidently takes it for categories whatever it looks like.
+    chosen = {name: known[name] for name in columns}
+    return pd.DataFrame({name: found if found.dtype.kind in "biuf" else found.tolist() for name, found in chosen.items()})
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from components.contracts.errors import ConfigError, DataError
+from components.contracts.families import Task
 from components.contracts.records import canonical_json, sha256_text
 from components.contracts.wording import counted, utc_of
 from components.databases import Database, now
@@ -150,13 +151,17 @@ def resolve(
     *,
     by_prediction: Mapping[str, str],
     images: Collection[str],
-    classes: Collection[str] | None,
+    classes: Collection[str],
+    task: Task | None,
 ) -> list[Label]:
     """Rows to labels of images the log knows. Raises DataError listing what is unknown; then nothing is imported.
 
-    `by_prediction` maps prediction ids to image digests, `classes` are the names that count (None: any).
+    `by_prediction` maps prediction ids to image digests. `classes` are those that the model knows, and the task says which a
+    label is about; without a task every label is taken.
     """
     found, unknown, wrong = [], [], set()
+    named = {row["label"] for row in rows if row["label"]}
+    strange = {label: set(task.classes([label])) - set(classes) for label in named} if task is not None else {}
     for row in rows:
         if not row["label"]:
             continue
@@ -171,8 +176,8 @@ def resolve(
         if not sha or sha not in images:
             unknown.append(row["prediction_id"] or row["image_sha256"])
             continue
-        if classes is not None and row["label"] not in classes:
-            wrong.add(row["label"])
+        if strange.get(row["label"]):
+            wrong |= strange[row["label"]]
             continue
         found.append(Label(sha, row["label"], row["by"], row["at"]))
     if unknown:
@@ -182,10 +187,10 @@ def resolve(
             f"nothing was imported. Check the file, or leave them out with --skip-unknown"
         )
     if wrong:
-        named = ", ".join(repr(name) for name in sorted(wrong)[:_SHOWN])
+        told = ", ".join(repr(name) for name in sorted(wrong)[:_SHOWN])
         raise DataError(
-            f"the model has no class {named}; nothing was imported. "
-            f"Its classes: {', '.join(sorted(classes or ())[:20])}. New classes come in with --new-classes"
+            f"the model has no class {told}; nothing was imported. "
+            f"Its classes: {', '.join(sorted(classes)[:20])}. New classes come in with --new-classes"
         )
     return found
 

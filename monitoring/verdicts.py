@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from components.contracts.errors import MonitoringError
+from components.contracts.families import Task
+from components.contracts.records import Record
+from components.contracts.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-from components.contracts.records import Record
 
 
 class WindowFacts(Record):
@@ -98,15 +102,28 @@ class Sample:
 
     statistics: npt.NDArray[np.float64]
     """(n, len(STATISTICS)), each in [0, 1]."""
-    confidence: npt.NDArray[np.float64]
-    predicted: npt.NDArray[np.int64]
-    """Index of the likeliest class."""
+    columns: Mapping[str, npt.NDArray[Any]]
+    """What the task says of each answer: numbers, or text for categories; `confidence` and `predicted` among them."""
     embeddings: npt.NDArray[np.float32]
     """(n, embedding_dim)."""
     classes: tuple[str, ...]
+    """What the release answers about."""
 
     def __len__(self) -> int:
-        return len(self.confidence)
+        return len(self.embeddings)
+
+
+def columns_of(
+    task: Task, probabilities: npt.NDArray[np.float64], classes: tuple[str, ...]
+) -> Mapping[str, npt.NDArray[Any]]:
+    """The task's columns of n answers; raises MonitoringError unless they are n values each, with those that always are."""
+    found = task.drift_columns(probabilities, classes)
+    for name in ("confidence", "predicted", *found):
+        if name not in found or len(found[name]) != len(probabilities):
+            told = f"{len(found[name])} values" if name in found else "no values"
+            wanted = counted(len(probabilities), "answer")
+            raise MonitoringError(f"the task's drift columns have {told} of {name!r} for {wanted}; expected one an answer")
+    return found
 
 
 class Detector(Protocol):

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from components.contracts.families import Task
 from components.contracts.records import sha256_text
 from components.contracts.releases import Release
 from components.images import STATISTICS
-from monitoring.verdicts import Sample, WindowFacts
+from components.predictionlog import Stretch
+from monitoring.verdicts import Sample, WindowFacts, columns_of
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
 _EMPTY_DIGEST = sha256_text("")
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What the log holds for a stretch of time: tables of rows, and what is missing from it."""
-
-    tables: Sequence[pa.Table]
-    lost: int = 0
-    """Predictions that the log says it lost in this time."""
-    problems: tuple[str, ...] = ()
-    """Parts that could not be read."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +36,9 @@ class Window:
 
 
 def open_window(
-    log: Slice,
+    log: Stretch,
     release: Release,
+    task: Task,
     digest: str,
     version: str,
     *,
@@ -54,7 +46,7 @@ def open_window(
     until: datetime.datetime,
     most: int,
 ) -> Window:
-    """The window [since, until) of one release, at most `most` of its images, drawn by their digests alone.
+    """The window [since, until) of a release as its task reads it: at most `most` of its images, drawn by their digests.
 
     Order and repetition of rows change nothing. Rows without finite answers are counted, never compared; an image that was
     asked again and again is compared once: the same answer many times is no more evidence than once.
@@ -69,7 +61,8 @@ def open_window(
     duplicates = num_rows - len(mine)
     own = mine[mine["release"] == digest].sort_values("prediction_id", ignore_index=True)
     engine = release.engine
-    whole = _whole(own, len(engine.classes), engine.embedding_dim)
+    width = task.width(engine.classes)
+    whole = _whole(own, width, engine.embedding_dim)
     kept = own[whole].drop_duplicates("image_sha256").reset_index(drop=True)
     distinct = len(kept)
     if distinct > most:
@@ -91,7 +84,7 @@ def open_window(
         problems=log.problems,
         content=_content(own["prediction_id"]),
     )
-    return Window(facts, _sample(kept, release), kept.drop(columns=["embedding", "probabilities"]))
+    return Window(facts, _sample(kept, release, task, width), kept.drop(columns=["embedding", "probabilities"]))
 
 
 def _content(ids: Iterable[str]) -> str:
@@ -118,7 +111,7 @@ def _frame(table: pa.Table | None) -> pd.DataFrame:
     return frame.assign(ingest_at=pd.to_datetime(frame["ingest_at"], utc=True))
 
 
-def _whole(frame: pd.DataFrame, num_classes: int, embedding_dim: int) -> npt.NDArray[np.bool_]:
+def _whole(frame: pd.DataFrame, width: int, embedding_dim: int) -> npt.NDArray[np.bool_]:
     def fits(values: Any, length: int) -> bool:
         # numpy of objects where the log holds nulls: those are not finite answers.
         if values is None or not hasattr(values, "__len__") or len(values) != length:
@@ -126,7 +119,7 @@ def _whole(frame: pd.DataFrame, num_classes: int, embedding_dim: int) -> npt.NDA
         return bool(np.isfinite(np.asarray(values, dtype=np.float32)).all())
 
     right = [
-        fits(probabilities, num_classes) and fits(embedding, embedding_dim)
+        fits(probabilities, width) and fits(embedding, embedding_dim)
         for probabilities, embedding in zip(frame["probabilities"], frame["embedding"], strict=True)
     ]
     numbers = frame[["confidence", *STATISTICS]].astype("float64").to_numpy()
@@ -134,14 +127,13 @@ def _whole(frame: pd.DataFrame, num_classes: int, embedding_dim: int) -> npt.NDA
     return found
 
 
-def _sample(frame: pd.DataFrame, release: Release) -> Sample:
-    num_classes, dim = len(release.engine.classes), release.engine.embedding_dim
+def _sample(frame: pd.DataFrame, release: Release, task: Task, width: int) -> Sample:
+    engine = release.engine
     probabilities = np.concatenate([np.asarray(row, np.float64) for row in frame["probabilities"]] or [np.zeros(0)])
     embeddings = np.concatenate([np.asarray(row, np.float32) for row in frame["embedding"]] or [np.zeros(0, np.float32)])
     return Sample(
         statistics=frame[list(STATISTICS)].to_numpy(dtype=np.float64),
-        confidence=frame["confidence"].to_numpy(dtype=np.float64),
-        predicted=probabilities.reshape(-1, num_classes).argmax(axis=1).astype(np.int64),
-        embeddings=embeddings.reshape(-1, dim),
-        classes=release.engine.classes,
+        columns=columns_of(task, probabilities.reshape(-1, width), engine.classes),
+        embeddings=embeddings.reshape(-1, engine.embedding_dim),
+        classes=engine.classes,
     )

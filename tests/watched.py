@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
+from components import plugins
+from components.contracts.families import Task
 from components.contracts.models import Engine, Preprocessing
 from components.contracts.records import FileDigest, Stored
 from components.contracts.releases import DecisionRule, Release
@@ -22,6 +25,7 @@ from components.store import describe
 from monitoring.verdicts import Sample
 
 CLASSES = tuple("0123456789")
+TASK: Task = plugins.load("tasks", "classification")
 DIM = 16
 START = datetime.datetime(2026, 3, 1, 12, 0, tzinfo=datetime.UTC)
 END = START + datetime.timedelta(minutes=15)
@@ -33,11 +37,18 @@ def sample(n: int, seed: int, *, shift: float = 0.0, dim: int = DIM, grey: bool 
     statistics = rng.normal([0.4 + 0.05 * shift, 0.5, 0.2, 0.0], [0.05, 0.05, 0.03, 0.0 if grey else 0.05], (n, 4))
     return Sample(
         statistics=statistics.astype(np.float64),
-        confidence=np.clip(rng.normal(0.9 - 0.03 * shift, 0.03, n), 0, 1),
-        predicted=rng.integers(0, len(CLASSES), n),
+        columns={
+            "confidence": np.clip(rng.normal(0.9 - 0.03 * shift, 0.03, n), 0, 1),
+            "predicted": np.array(CLASSES)[rng.integers(0, len(CLASSES), n)],
+        },
         embeddings=rng.normal(shift, 1.0, (n, dim)).astype(np.float32),
         classes=CLASSES,
     )
+
+
+def changed(given: Sample, **columns: npt.NDArray[Any]) -> Sample:
+    """The sample with other confidences or predictions."""
+    return dataclasses.replace(given, columns={**given.columns, **columns})
 
 
 def reference_file(path: Path, given: Sample) -> FileDigest:
@@ -47,9 +58,9 @@ def reference_file(path: Path, given: Sample) -> FileDigest:
         {
             "image_sha256": [sha(f"reference {i}") for i in range(n)],
             "split": "test",
-            "label": given.predicted,
-            "predicted": given.predicted,
-            "confidence": given.confidence.astype(np.float32),
+            "label": given.columns["predicted"],
+            "predicted": given.columns["predicted"],
+            "confidence": given.columns["confidence"].astype(np.float32),
             "probabilities": list(probabilities(given)),
             "embedding": list(given.embeddings.astype(np.float16)),
             **{name: given.statistics[:, index].astype(np.float32) for index, name in enumerate(STATISTICS)},
@@ -100,7 +111,8 @@ def sha(text: str) -> str:
 
 def probabilities(given: Sample) -> npt.NDArray[np.float32]:
     found = np.full((len(given), len(CLASSES)), 0.0)
-    found[np.arange(len(given)), given.predicted] = given.confidence
+    places = [CLASSES.index(name) for name in given.columns["predicted"]]
+    found[np.arange(len(given)), places] = given.columns["confidence"]
     return found.astype(np.float32)
 
 
@@ -116,10 +128,10 @@ def rows(given: Sample, digest: str, *, at: datetime.datetime = START, name: str
         "release": [digest] * n,
         "role": ["champion"] * n,
         "image_sha256": [sha(f"{name}{i}") for i in range(n)],
-        "predicted": [CLASSES[i] for i in given.predicted],
+        "predicted": given.columns["predicted"].tolist(),
         "event_at": moments,
         "ingest_at": moments,
-        "confidence": given.confidence,
+        "confidence": given.columns["confidence"],
         "unsure": [False] * n,
         "probabilities": list(probabilities(given)),
         "embedding": list(given.embeddings.astype(np.float16)),

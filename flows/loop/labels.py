@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.contracts.errors import DataError, UndecodableImage
+from components.contracts.releases import Release
 from components.contracts.wording import counted
 from components.formats import format_of
 from components.images import decode
 from components.store import sha256_file
 from flows.loop.loop import Loop
-from flows.loop.windows import capture_path, captured, champion_at, release_of
+from flows.loop.windows import capture_path, captured, champion_at, release_of, task_of
 from flows.workspace.workspace import Workspace
 from monitoring.labels import Imported, read_file, resolve
 
@@ -69,9 +70,15 @@ def import_labels(
                 f"the log does not know {counted(unknown, 'row')} of the file, but part of it cannot be read "
                 f"({problems[0]}): they may be there. Nothing was imported; see `visionloop predictions verify`"
             )
-    classes = None if new_classes else _classes(loop)
+    champion = None if new_classes else _champion(loop)
     try:
-        labels = resolve(given, by_prediction=by_prediction, images=images, classes=classes)
+        labels = resolve(
+            given,
+            by_prediction=by_prediction,
+            images=images,
+            classes=champion.engine.classes if champion else (),
+            task=task_of(champion) if champion else None,
+        )
     except DataError as error:
         for problem in problems[:1]:
             error.add_note(f"part of the prediction log cannot be read: {problem}")
@@ -96,13 +103,13 @@ def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str], tuple[str, 
     return pairs, set(pairs.values()), log.problems
 
 
-def _classes(loop: Loop) -> tuple[str, ...]:
+def _champion(loop: Loop) -> Release:
     from datetime import UTC, datetime
 
     entry = champion_at(loop, datetime.now(UTC))
     if entry is None:
         raise DataError(f"{loop.model} has no champion, so there is no list of its classes; use --new-classes")
-    return release_of(loop, entry).record.engine.classes
+    return release_of(loop, entry).record
 
 
 _NAME = 24

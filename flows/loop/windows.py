@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components import plugins
 from components.contracts.errors import ConfigError, MonitoringError, StoreError
+from components.contracts.families import Task
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.wording import utc_of
@@ -121,10 +123,16 @@ def release_of(loop: Loop, entry: Entry) -> Stored[Release]:
     return ReleaseStore(loop.settings.releases_url).fetch(loop.model, entry.body["release"], cache=cache)
 
 
+def task_of(release: Release) -> Task:
+    """What reads the answers of a release."""
+    task: Task = plugins.load("tasks", release.task, dict(release.task_settings))
+    return task
+
+
 def read_window(loop: Loop, stretch: Stretch, entry: Entry, release: Stored[Release], now: datetime.datetime) -> Window:
     """The rows of the champion's release in this stretch of the log."""
     from components.predictionlog import read_stretch
-    from monitoring.window import Slice, open_window
+    from monitoring.window import open_window
 
     log = read_stretch(
         loop.settings.predictions_url,
@@ -135,8 +143,9 @@ def read_window(loop: Loop, stretch: Stretch, entry: Entry, release: Stored[Rele
         now=now,
     )
     return open_window(
-        Slice(log.tables, log.lost, log.problems),
+        log,
         release.record,
+        task_of(release.record),
         entry.body["release"],
         entry.body["version"],
         since=stretch.since,
@@ -174,7 +183,7 @@ def _judge(loop: Loop, window: Window, release: Stored[Release], name: str, fold
     from monitoring.drift import judge
     from monitoring.reference import load_reference
 
-    reference = load_reference(release)
+    reference = load_reference(release, task_of(release.record))
     verdict, measured = judge(reference, window, loop.config.drift, reference_sha256=release.record.reference.sha256)
     alarm = None
     if verdict.status == "drift":

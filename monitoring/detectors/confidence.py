@@ -32,11 +32,11 @@ class Detector(BaseModel):
     def detect(self, reference: Sample, window: Sample, measured: Mapping[str, float], *, alpha: float, seed: int) -> Shift:
         """Raises KeyError for a column that was not measured."""
         value = float(measured["confidence"])
-        null = calibration.null_wasserstein(reference.confidence[:, None], len(window), seed=seed)[:, 0]
+        null = calibration.null_wasserstein(reference.columns["confidence"][:, None], len(window), seed=seed)[:, 0]
         threshold = calibration.exceeded(null, alpha)
         least = max(threshold, calibration.trivial(self.material))
         smallest = calibration.smallest_displacement(least, len(reference), len(window))
-        before, after = float(reference.confidence.mean()), float(window.confidence.mean())
+        before, after = (float(sample.columns["confidence"].mean()) for sample in (reference, window))
         status: ShiftStatus
         if value > threshold and value >= least:
             status = "drift"

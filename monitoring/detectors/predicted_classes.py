@@ -1,4 +1,4 @@
-"""Predicted classes: what is asked for has changed, or what the model takes it for.
+"""Predicted classes, or whatever the task reads from answers: what is asked for has changed, or what it is taken for.
 
 Statistic: Jensen-Shannon distance (Evidently's `jensenshannon`); effect: total variation distance, the share of predictions
 that went to another class.
@@ -7,8 +7,10 @@ that went to another class.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from monitoring import calibration
@@ -34,14 +36,15 @@ class Detector(BaseModel):
     def detect(self, reference: Sample, window: Sample, measured: Mapping[str, float], *, alpha: float, seed: int) -> Shift:
         """Raises KeyError for a column that was not measured."""
         value = float(measured["predicted"])
-        before, after = (np.bincount(s.predicted, minlength=len(s.classes)) / len(s) for s in (reference, window))
+        names = categories(reference, window)
+        before, after = (_shares(sample.columns["predicted"], names) for sample in (reference, window))
         null = calibration.null_jensen_shannon(before, len(reference), len(window), seed=seed)
         threshold = calibration.exceeded(null, alpha)
         effect = float(np.abs(before - after).sum() / 2)
         trivial = calibration.trivial(self.material)
         smallest = calibration.smallest_class_shift(before, len(reference), len(window), threshold, trivial, seed=seed)
         grown = int(np.argmax(after - before))
-        told = f"{window.classes[grown]!r} went from {before[grown]:.1%} to {after[grown]:.1%}"
+        told = f"{names[grown]!r} went from {before[grown]:.1%} to {after[grown]:.1%}"
         status: ShiftStatus
         if value > threshold and effect >= trivial:
             status, message = "drift", f"{effect:.1%} of the predictions went to other classes; {told}"
@@ -71,3 +74,16 @@ class Detector(BaseModel):
             smallest_shown=smallest,
             n=len(window),
         )
+
+
+def categories(reference: Sample, window: Sample) -> tuple[str, ...]:
+    """The release's classes, and what else is predicted in either sample."""
+    seen = {*reference.columns["predicted"].tolist(), *window.columns["predicted"].tolist()}
+    return (*window.classes, *sorted(seen - set(window.classes)))
+
+
+def _shares(predicted: npt.NDArray[Any], names: tuple[str, ...]) -> npt.NDArray[np.float64]:
+    place = {name: index for index, name in enumerate(names)}
+    counts = np.bincount([place[name] for name in predicted.tolist()], minlength=len(names))
+    shares: npt.NDArray[np.float64] = counts / len(predicted)
+    return shares

@@ -113,8 +113,8 @@ class Deployment:
         self._deaths = 0
         self.task: Task
         """What reads the engine's answers, and what it puts into a response; known from `start` on."""
-        self.task_outputs: tuple[OutputField, ...]
-        self._width: int
+        self.task_outputs: tuple[OutputField, ...] = ()
+        self._width = 0
         self._failures = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._delay: asyncio.TimerHandle | None = None

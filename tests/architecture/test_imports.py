@@ -82,16 +82,17 @@ def test_a_window_is_judged_without_trainer_orchestrator_and_registry(tmp_path: 
 import sys
 sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
 from pathlib import Path
-from watched import END, START, release, rows, sample
+from watched import END, START, TASK, release, rows, sample
 from monitoring.drift import DriftPolicy, judge
 from monitoring.governor import Governor
 from monitoring.labels import Labels
 from monitoring.outbox import Outbox
 from monitoring.reference import load_reference
-from monitoring.window import Slice, open_window
+from components.predictionlog import Stretch
+from monitoring.window import open_window
 mine = release(Path("release"))
-window = open_window(Slice([rows(sample(300, 1), "r")]), mine.record, "r", "1", since=START, until=END, most=1000)
-verdict, measured = judge(load_reference(mine), window, DriftPolicy(), reference_sha256="0")
+window = open_window(Stretch((rows(sample(300, 1), "r"),), 0, ()), mine.record, TASK, "r", "1", since=START, until=END, most=1000)
+verdict, measured = judge(load_reference(mine, TASK), window, DriftPolicy(), reference_sha256="0")
 assert verdict.status == "pass", verdict
 """
     assert loaded_by(code, tmp_path) & {"torch", "mlflow", "prefect", "great_expectations", "dvc", "timm"} == set()
@@ -103,14 +104,15 @@ def test_looking_at_a_quiet_window_loads_no_evidently(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
 from pathlib import Path
-from watched import END, START, release, rows, sample
+from watched import END, START, TASK, release, rows, sample
 from monitoring.drift import DriftPolicy, judge
 from monitoring.reference import load_reference
-from monitoring.window import Slice, open_window
+from components.predictionlog import Stretch
+from monitoring.window import open_window
 mine = release(Path("release"))
 for given in (sample(0, 1), sample(20, 1)):
-    window = open_window(Slice([rows(given, "r")]), mine.record, "r", "1", since=START, until=END, most=1000)
-    verdict, measured = judge(load_reference(mine), window, DriftPolicy(), reference_sha256="0")
+    window = open_window(Stretch((rows(given, "r"),), 0, ()), mine.record, TASK, "r", "1", since=START, until=END, most=1000)
+    verdict, measured = judge(load_reference(mine, TASK), window, DriftPolicy(), reference_sha256="0")
     assert measured is None
 """
     assert loaded_by(code, tmp_path) & {"evidently", *HEAVY} == set()

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from watched import END, START, release, rows, sample
+from watched import END, START, TASK, changed, release, rows, sample
 
 from components.contracts.errors import ConfigError, UnknownName
 from components.contracts.records import Stored
 from components.contracts.releases import Release
+from components.predictionlog import Stretch
 from monitoring import calibration
 from monitoring.detectors.confidence import Detector as Confidence
 from monitoring.detectors.embeddings import Detector as Embeddings
@@ -23,7 +24,7 @@ from monitoring.drift import DetectorConfig, DriftPolicy, as_json, check, judge
 from monitoring.evidently_report import measure
 from monitoring.reference import load_reference
 from monitoring.verdicts import DriftVerdict, Sample
-from monitoring.window import Slice, open_window
+from monitoring.window import open_window
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def verdict(
     **changes: Any,
 ) -> DriftVerdict:
     table = rows(given, "r1", **changes)
-    log = Slice([table], lost, problems)
-    window = open_window(log, mine.record, "r1", "1", since=START, until=END, most=policy.most_images)
-    found, _ = judge(load_reference(mine), window, policy, reference_sha256=mine.record.reference.sha256)
+    log = Stretch((table,), lost, problems)
+    window = open_window(log, mine.record, TASK, "r1", "1", since=START, until=END, most=policy.most_images)
+    found, _ = judge(load_reference(mine, TASK), window, policy, reference_sha256=mine.record.reference.sha256)
     return found
 
 
@@ -125,7 +126,7 @@ def test_many_malformed_rows_are_no_pass(mine: Stored[Release]) -> None:
 
 
 def test_one_class_is_drift(mine: Stored[Release]) -> None:
-    given = dataclasses.replace(sample(500, 1), predicted=np.full(500, 3))
+    given = changed(sample(500, 1), predicted=np.full(500, "3"))
     found = verdict(mine, given)
     assert (found.status, found.diagnosis, found.detectors) == ("drift", "class mix", ("predicted_classes",))
     assert any("'3' went from" in reason for reason in found.reasons)
@@ -152,7 +153,7 @@ def test_content_alone_is_told_from_looks(mine: Stored[Release]) -> None:
     given, moved = sample(1000, 1), sample(1000, 2, shift=1.0)
     found = verdict(mine, dataclasses.replace(given, embeddings=moved.embeddings))
     assert (found.diagnosis, found.detectors) == ("content", ("embeddings",))
-    found = verdict(mine, dataclasses.replace(given, confidence=moved.confidence))
+    found = verdict(mine, changed(given, confidence=moved.columns["confidence"]))
     assert (found.diagnosis, found.detectors) == ("confidence", ("confidence",))
 
 
@@ -216,12 +217,12 @@ def test_evidently_computes_what_the_thresholds_are_made_for(mine: Stored[Releas
     """Thresholds come from our own resampling of Evidently's statistics: both have to be the same number."""
     from scipy.stats import wasserstein_distance
 
-    ours, theirs = load_reference(mine), sample(700, 5, shift=0.3)
+    ours, theirs = load_reference(mine, TASK), sample(700, 5, shift=0.3)
     methods = {**ImageStatistics().columns, "predicted": "jensenshannon", "confidence": "wasserstein"}
     found = measure(ours, theirs, methods, name="x", at=START).values
     expected = wasserstein_distance(ours.statistics[:, 0], theirs.statistics[:, 0]) / ours.statistics[:, 0].std()
     assert found["brightness"] == pytest.approx(expected, rel=1e-9)
-    shares = [np.bincount(s.predicted, minlength=10)[None] / len(s) for s in (ours, theirs)]
+    shares = [np.bincount(s.columns["predicted"].astype(int), minlength=10)[None] / len(s) for s in (ours, theirs)]
     assert found["predicted"] == pytest.approx(calibration.jensen_shannon(*shares)[0], rel=1e-9)
 
 
@@ -258,16 +259,16 @@ def test_a_shift_of_the_size_that_is_said_to_show_does(size: int) -> None:
     """In about 80 % of the windows or more, in the direction that shows least; the verdict, not the threshold alone."""
 
     def confidence(given: Sample, by: float, ours: Sample) -> Sample:
-        return dataclasses.replace(given, confidence=given.confidence + by * ours.confidence.std())
+        return changed(given, confidence=given.columns["confidence"] + by * ours.columns["confidence"].std())
 
     def classes(given: Sample, by: float, ours: Sample) -> Sample:
-        largest, second = np.argsort(-np.bincount(ours.predicted, minlength=10))[:2]
-        moved = given.predicted.copy()
+        largest, second = np.argsort(-np.bincount(ours.columns["predicted"].astype(int), minlength=10))[:2]
+        moved = given.columns["predicted"].astype(int)
         source = np.flatnonzero(moved == largest)
         rest = np.flatnonzero(~np.isin(moved, (largest, second)))
         order = np.concatenate([source, rest])[: round(by * len(moved))]
         moved[order] = second
-        return dataclasses.replace(given, predicted=moved)
+        return changed(given, predicted=moved.astype(str))
 
     def embeddings(given: Sample, by: float, _: Sample) -> Sample:
         # A shift of the mean by which the best rule has this area under its curve.
@@ -303,9 +304,9 @@ def test_what_matters_is_not_what_alarms() -> None:
     assert calibration.trivial(0.35) == pytest.approx(0.175)
     assert calibration.trivial(0.65, 0.5) == pytest.approx(0.575)
     ours, moved = sample(1000, 0), sample(4000, 1)
-    shifted = dataclasses.replace(moved, confidence=moved.confidence - 0.3 * ours.confidence.std())
+    shifted = changed(moved, confidence=moved.columns["confidence"] - 0.3 * ours.columns["confidence"].std())
     assert _answer(Confidence(), ours, shifted).status == "drift"
-    hardly = dataclasses.replace(moved, confidence=moved.confidence - 0.1 * ours.confidence.std())
+    hardly = changed(moved, confidence=moved.columns["confidence"] - 0.1 * ours.columns["confidence"].std())
     assert _answer(Confidence(), ours, hardly).status == "pass"
 
 
@@ -324,11 +325,11 @@ def test_thresholds_hold_their_share_of_alpha() -> None:
     """Without what matters: beyond a threshold of 5 % in about 5 % of the windows."""
     beyond = 0
     for seed in range(120):
-        ours, window = sample(400, 2 * seed), sample(300, 2 * seed + 1)
-        null = calibration.null_wasserstein(ours.confidence[:, None], 300, seed=seed, rounds=400)[:, 0]
+        ours, window = (s.columns["confidence"] for s in (sample(400, 2 * seed), sample(300, 2 * seed + 1)))
+        null = calibration.null_wasserstein(ours[:, None], 300, seed=seed, rounds=400)[:, 0]
         from scipy.stats import wasserstein_distance
 
-        distance = wasserstein_distance(ours.confidence, window.confidence) / ours.confidence.std()
+        distance = wasserstein_distance(ours, window) / ours.std()
         beyond += distance > calibration.exceeded(null, 0.05)
     assert beyond <= 13  # of 120; more has a chance below 1 %
 
@@ -341,7 +342,7 @@ def test_windows_without_drift_seldom_alarm(mine: Stored[Release]) -> None:
 
 
 def test_the_page_and_the_history_are_written_once(mine: Stored[Release], tmp_path: Path) -> None:
-    measured = measure(load_reference(mine), sample(300, 1, shift=1), ImageStatistics().columns, name="x", at=START)
+    measured = measure(load_reference(mine, TASK), sample(300, 1, shift=1), ImageStatistics().columns, name="x", at=START)
     measured.save_page(tmp_path / "page.html")
     assert "brightness" in (tmp_path / "page.html").read_text()
     for _ in range(2):

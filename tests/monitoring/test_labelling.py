@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from watched import END, START, release, rows, sample
+from watched import END, START, TASK, changed, release, rows, sample
 
+from components.predictionlog import Stretch
 from monitoring.labelling import most_useful
 from monitoring.reference import load_reference
-from monitoring.window import Slice, Window, open_window
+from monitoring.window import Window, open_window
 
 
 @pytest.fixture
@@ -18,15 +19,15 @@ def window(tmp_path: Path) -> Window:
     given = sample(200, 1)
     embeddings = given.embeddings.copy()
     embeddings[:20] += 6
-    confidence = given.confidence.copy()
+    confidence = given.columns["confidence"].copy()
     confidence[:40] = 0.4
     mine = release(tmp_path / "r")
-    table = rows(dataclasses.replace(given, embeddings=embeddings, confidence=confidence), "r1")
-    return open_window(Slice([table]), mine.record, "r1", "1", since=START, until=END, most=1000)
+    table = rows(changed(dataclasses.replace(given, embeddings=embeddings), confidence=confidence), "r1")
+    return open_window(Stretch((table,), 0, ()), mine.record, TASK, "r1", "1", since=START, until=END, most=1000)
 
 
 def test_the_strange_and_uncertain_come_first(window: Window, tmp_path: Path) -> None:
-    reference = load_reference(release(tmp_path / "other"))
+    reference = load_reference(release(tmp_path / "other"), TASK)
     everything = set(window.frame["image_sha256"])
     chosen = most_useful(reference, window, available=everything, known=(), count=25)
     assert len(chosen) == 25
@@ -40,7 +41,7 @@ def test_the_strange_and_uncertain_come_first(window: Window, tmp_path: Path) ->
 
 
 def test_only_what_can_be_labelled_is_proposed(window: Window, tmp_path: Path) -> None:
-    reference = load_reference(release(tmp_path / "other"))
+    reference = load_reference(release(tmp_path / "other"), TASK)
     names = list(window.frame["image_sha256"])
     chosen = most_useful(reference, window, available=names[:30], known=names[:10], count=50)
     assert set(chosen["image_sha256"]) == set(names[10:30])
@@ -50,5 +51,5 @@ def test_only_what_can_be_labelled_is_proposed(window: Window, tmp_path: Path) -
 def test_copies_are_proposed_once(tmp_path: Path) -> None:
     mine = release(tmp_path / "r")
     table = rows(sample(50, 1), "r1", image_sha256=["a" * 64] * 50)
-    window = open_window(Slice([table]), mine.record, "r1", "1", since=START, until=END, most=1000)
-    assert len(most_useful(load_reference(mine), window, available={"a" * 64}, known=(), count=9)) == 1
+    window = open_window(Stretch((table,), 0, ()), mine.record, TASK, "r1", "1", since=START, until=END, most=1000)
+    assert len(most_useful(load_reference(mine, TASK), window, available={"a" * 64}, known=(), count=9)) == 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 from shapes import write_pictures
-from watched import sha
+from watched import TASK, sha
 
 from components.contracts.errors import ConfigError, DataError
 from components.databases import Database
@@ -34,7 +34,13 @@ def written(tmp_path: Path, text: str, name: str = "labels.csv") -> Path:
 
 
 def resolved(path: Path, *, by: str | None = "ann", classes: tuple[str, ...] | None = ("cat", "dog")) -> list[Label]:
-    return resolve(read_file(path, by=by), by_prediction=KNOWN, images=set(KNOWN.values()), classes=classes)
+    return resolve(
+        read_file(path, by=by),
+        by_prediction=KNOWN,
+        images=set(KNOWN.values()),
+        classes=classes or (),
+        task=TASK if classes else None,
+    )
 
 
 def test_a_file_names_predictions_or_images(tmp_path: Path) -> None:

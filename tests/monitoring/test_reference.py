@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from watched import reference_file, release, sample
+from watched import TASK, reference_file, release, sample
 
 from components.contracts.errors import ReferenceUnavailable
 from components.contracts.records import Stored
@@ -23,7 +23,7 @@ def with_reference(mine: Stored[Release], **changes: object) -> Stored[Release]:
 
 
 def test_a_reference_comes_back(tmp_path: Path) -> None:
-    found = load_reference(release(tmp_path / "r"))
+    found = load_reference(release(tmp_path / "r"), TASK)
     assert len(found) == 1000
     assert found.embeddings.shape == (1000, 16)
     np.testing.assert_allclose(found.statistics, sample(1000, 0).statistics, atol=1e-6)
@@ -33,7 +33,7 @@ def test_a_missing_reference_is_refused(tmp_path: Path) -> None:
     mine = release(tmp_path / "r")
     (mine.folder / "reference.parquet").unlink()
     with pytest.raises(ReferenceUnavailable, match="is missing; publish the release again"):
-        load_reference(mine)
+        load_reference(mine, TASK)
 
 
 def test_a_changed_reference_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
@@ -43,13 +43,13 @@ def test_a_changed_reference_is_refused_before_it_is_parsed(tmp_path: Path) -> N
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(ReferenceUnavailable, match="not the reference sample of its release"):
-        load_reference(mine)
+        load_reference(mine, TASK)
 
 
 def test_another_encoders_reference_is_refused(tmp_path: Path) -> None:
     mine = release(tmp_path / "r", sample(1000, 0, dim=8), dim=16)
     with pytest.raises(ReferenceUnavailable, match="embeddings of 8 numbers, the engine gives 16"):
-        load_reference(mine)
+        load_reference(mine, TASK)
 
 
 def test_what_is_no_reference_is_refused(tmp_path: Path) -> None:
@@ -57,10 +57,10 @@ def test_what_is_no_reference_is_refused(tmp_path: Path) -> None:
     broken = sample(1000, 0).embeddings.copy()
     broken[3, 4] = np.nan
     with pytest.raises(ReferenceUnavailable, match="not finite"):
-        load_reference(with_reference(mine, embeddings=broken))
+        load_reference(with_reference(mine, embeddings=broken), TASK)
     small = release(tmp_path / "small", sample(20, 0))
     with pytest.raises(ReferenceUnavailable, match="holds 20 images"):
-        load_reference(small)
+        load_reference(small, TASK)
     import pandas as pd
 
     from components.store import describe
@@ -68,4 +68,4 @@ def test_what_is_no_reference_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"x": [1]}).to_parquet(mine.folder / "reference.parquet")
     file = describe(mine.folder / "reference.parquet", within=mine.folder)
     with pytest.raises(ReferenceUnavailable, match="is no reference sample"):
-        load_reference(Stored(mine.record.model_copy(update={"reference": file}), mine.folder))
+        load_reference(Stored(mine.record.model_copy(update={"reference": file}), mine.folder), TASK)

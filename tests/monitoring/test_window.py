@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from watched import END, START, release, rows, sample
+from watched import END, START, TASK, release, rows, sample
 
 from components.contracts.records import Stored
 from components.contracts.releases import Release
-from monitoring.window import Slice, Window, open_window
+from components.predictionlog import Stretch
+from monitoring.window import Window, open_window
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,8 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Stored[Release]:
     return release(tmp_path_factory.mktemp("release"))
 
 
-def opened(mine: Stored[Release], *tables: pa.Table, most: int = 20_000, **log: Any) -> Window:
-    return open_window(Slice(tables, **log), mine.record, "r1", "1", since=START, until=END, most=most)
+def opened(mine: Stored[Release], *tables: pa.Table, most: int = 20_000, lost: int = 0) -> Window:
+    return open_window(Stretch(tables, lost, ()), mine.record, TASK, "r1", "1", since=START, until=END, most=most)
 
 
 def test_rows_come_back_as_they_were_served(mine: Stored[Release]) -> None:
@@ -28,7 +29,8 @@ def test_rows_come_back_as_they_were_served(mine: Stored[Release]) -> None:
     window = opened(mine, rows(given, "r1"))
     assert (window.facts.rows, window.facts.judged, window.facts.distinct_images) == (100, 100, 100)
     np.testing.assert_allclose(window.sample.embeddings, given.embeddings.astype(np.float16), rtol=1e-3)
-    np.testing.assert_array_equal(window.sample.predicted, given.predicted)
+    np.testing.assert_array_equal(window.sample.columns["predicted"], given.columns["predicted"])
+    np.testing.assert_array_equal(window.sample.columns["confidence"], given.columns["confidence"].astype(np.float32))
     np.testing.assert_allclose(window.sample.statistics, given.statistics, atol=1e-6)
     assert list(window.frame["prediction_id"]) == sorted(window.frame["prediction_id"])
 
@@ -108,4 +110,4 @@ def test_a_large_window_is_sampled_by_images_alone(mine: Stored[Release]) -> Non
     half = opened(mine, table.slice(0, 250), most=200)
     both = set(window.frame["prediction_id"]) & {f"p{i:06d}" for i in range(250)}
     assert both <= set(half.frame["prediction_id"])
-    assert opened(mine, table, lost=7, problems=("x",)).facts.lost == 7
+    assert opened(mine, table, lost=7).facts.lost == 7
