@@ -22,6 +22,7 @@ from components.checkpoints import assemble
 from components.contracts.families import Backbone
 from components.dataversions import listing
 from components.fitting import Examples, FittingConfig, fit
+from components.hooks import Checkpointing
 from components.images import batches
 
 EPOCHS = 30
@@ -86,7 +87,8 @@ def _fit_head(
     config = FittingConfig(epochs=EPOCHS, patience=EPOCHS, batch_size=64, learning_rate=1e-3)
     out.mkdir(parents=True)
     start = time.perf_counter()
-    result = fit(head, lambda module, x: module(x), task.loss, sets[0], sets[1], config, identity="bench", out=out)
+    checkpointing = Checkpointing(out, "bench")
+    result = fit(head, lambda module, x: module(x), task, sets[0], sets[1], config, checkpointing=checkpointing)
     return time.perf_counter() - start, round(max(row["valid_accuracy"] for row in result.history), 4)
 
 

@@ -1,26 +1,28 @@
-"""Training: Splits -> Checkpoint. From scratch, or a new head on a frozen, pretrained backbone with cached features.
+"""Training: Splits -> Checkpoint. Phases, one after the other: a head on frozen, cached features, or every parameter.
 
 The temperature of the answer is fitted on the valid split (Guo et al. 2017).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from components import plugins
 from components.contracts.data import SplitName, Splits
 from components.contracts.errors import ConfigError, UnknownName, WeightsUnavailable
 from components.contracts.families import Backbone, Task
 from components.contracts.models import Checkpoint, Preprocessing
-from components.contracts.progress import MetricSink, Progress, silent
+from components.contracts.progress import MetricSink, NullSink, Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.features import embed
-from components.fitting import Examples, FitResult, FittingConfig, fit, predict, write_history
+from components.fitting import Examples, FittingConfig, fit, predict, write_history
+from components.hooks import Checkpointing, MetricLogging, ProgressReporting
 from components.images import batches
 from components.samples import rows
 from components.store import describe, sha256_file
@@ -74,8 +76,20 @@ class Augmentation(Record):
         return moved.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
+class Phase(Record):
+    """One fit: what of the network trains, on which images, for how long."""
+
+    trains: Literal["head", "all"]
+    """`head` trains on cached features of the backbone as it is, `all` trains every parameter."""
+    augmentation: Augmentation = Augmentation()
+    fit: FittingConfig = FittingConfig()
+
+
 class TrainingConfig(Record):
-    """Which network, from which weights, fitted how."""
+    """Which network, from which weights, fitted in which phases.
+
+    A training of one phase may say `mode`, `augmentation` and `fit` in place of `phases`; as JSON it is what was said.
+    """
 
     backbone: str
     backbone_settings: dict[str, bool | int | float | str] = {}
@@ -87,6 +101,36 @@ class TrainingConfig(Record):
     """`scratch` trains every parameter, `frozen` trains a head on cached features of the backbone."""
     augmentation: Augmentation = Augmentation()
     fit: FittingConfig = FittingConfig()
+    phases: tuple[Phase, ...] = Field(default=(), min_length=1)
+    """Each goes on from the best epoch of the one before."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        both = [key for key in _ONE_PHASE if key in self.model_fields_set]
+        if self.phases and both:
+            raise ValueError(
+                f"{' and '.join(both)} beside phases: each phase says what trains, on what augmentation and with what fit; "
+                f"move {'it' if len(both) == 1 else 'them'} into a phase, such as training.phases.0.fit, or remove phases"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        left_out = _ONE_PHASE if self.phases else ("phases",)
+        return {key: value for key, value in handler(self).items() if key not in left_out}
+
+    @property
+    def all_phases(self) -> tuple[Phase, ...]:
+        """The phases, however they were said."""
+        trains: Literal["head", "all"] = "head" if self.mode == "frozen" else "all"
+        return self.phases or (Phase(trains=trains, augmentation=self.augmentation, fit=self.fit),)
+
+    def place(self, number: int) -> str:
+        """Where a recipe keeps the phase of this number, counted from one."""
+        return f"training.phases.{number - 1}" if self.phases else "training"
+
+
+_ONE_PHASE = ("mode", "augmentation", "fit")
 
 
 def local_weights(config: TrainingConfig, root: Path) -> Path | None:
@@ -107,13 +151,15 @@ def check(config: TrainingConfig, root: Path) -> None:
         )
     if local is not None and not local.is_file():
         raise ConfigError(f"training.weights: {local} does not exist")
-    if config.mode == "frozen" and config.weights == "random":
-        raise ConfigError(
-            f"training.mode=frozen on random weights learns nothing; choose training.weights from: "
-            f"{', '.join(backbone.weights_choices) or '<path>.safetensors'}"
-        )
-    if config.mode == "frozen" and config.augmentation.active:
-        raise ConfigError("training.augmentation has no effect with mode=frozen: features are computed once; remove it")
+    for number, phase in enumerate(config.all_phases, 1):
+        place, frozen = config.place(number), "trains: head" if config.phases else "mode: frozen"
+        if phase.trains == "head" and number == 1 and config.weights == "random":
+            raise ConfigError(
+                f"{place}: {frozen} on random weights learns nothing; choose training.weights from: "
+                f"{', '.join(backbone.weights_choices) or '<path>.safetensors'}"
+            )
+        if phase.trains == "head" and phase.augmentation.active:
+            raise ConfigError(f"{place}.augmentation has no effect with {frozen}: features are computed once; remove it")
 
 
 def train(
@@ -128,9 +174,10 @@ def train(
     sink: MetricSink | None = None,
     progress: Progress = silent,
 ) -> Checkpoint:
-    """Fit on train, choose the epoch and the temperature on valid; calibration and test are not read.
+    """Fit the phases on train, choose each one's epoch and the temperature on valid; calibration and test are not read.
 
-    Writes weights.safetensors and history.json. What a killed run left in `out` is taken up, bit for bit.
+    Writes weights.safetensors and history.json, whose rows say their phase where there are several. What a killed run left
+    in `out` is taken up, bit for bit.
     """
     import torch
 
@@ -141,7 +188,7 @@ def train(
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
     with torch.random.fork_rng():
-        torch.manual_seed(config.fit.seed)
+        torch.manual_seed(config.all_phases[0].fit.seed)
         classes = task.classes(splits.record.classes)
         model = assemble(backbone, task, len(classes))
     local = local_weights(config, root)
@@ -154,16 +201,33 @@ def train(
                 f"{config.weights} does not fit backbone {config.backbone!r}: {str(error).splitlines()[0]}"
             ) from error
     weights_digest = sha256_file(local) if local else ""
-    identity = sha256_text(canonical_json([config.to_json(), weights_digest, splits.record.digest()]))
-    arguments: dict[str, Any] = {"identity": identity, "out": out, "sink": sink, "progress": progress}
-    if config.mode == "frozen":
-        result, logits, labels = _fit_head(model, splits, data, config, backbone, task, cache, num_threads, arguments)
-    else:
-        result, logits, labels = _fit_all(model, splits, data, config, backbone, task, arguments)
+    history: list[dict[str, float]] = []
+    for number, phase in enumerate(config.all_phases, 1):
+        identity = sha256_text(canonical_json([config.to_json(), weights_digest, splits.record.digest(), number]))
+        numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
+        label = f"phase {number}, " if len(config.all_phases) > 1 else ""
+        arguments: dict[str, Any] = {
+            "checkpointing": Checkpointing(out, identity, number),
+            "hooks": (MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
+            "setting": f"{config.place(number)}.fit",
+        }
+        # A phase that a killed run had finished is taken up from its checkpoint without a step.
+        if phase.trains == "head":
+            sets = _features(model, splits, data, config, backbone, task, cache, num_threads, progress)
+            result = fit(model.head, _of_head, task, *sets, phase.fit, **arguments)
+            logits = predict(model.head, _of_head, sets[1].inputs, phase.fit.batch_size)
+        else:
+            sets = _pixels(splits, data, backbone.preprocessing, task)
+            augment = phase.augmentation if phase.augmentation.active else None
+            result = fit(model, _of_images, task, *sets, phase.fit, augment=augment, **arguments)
+            logits = predict(model, _of_images, sets[1].inputs, phase.fit.batch_size)
+        best_epoch = len(history) + result.best_epoch
+        history += map(numbered, result.history)
+    labels = sets[1].targets.numpy()
     answers = logits.numpy()
     temperature = task.fit_temperature(answers, labels)
     measured = task.metrics(answers, labels, temperature)
-    write_history(result.history, out / "history.json")
+    write_history(history, out / "history.json")
     weights = save_weights(model.state_dict(), out=out)
     return Checkpoint(
         splits_digest=splits.record.digest(),
@@ -177,34 +241,29 @@ def train(
         weights=weights,
         history=describe(out / "history.json", within=out),
         temperature=temperature,
-        best_epoch=result.best_epoch,
-        epochs=len(result.history),
+        best_epoch=best_epoch,
+        epochs=len(history),
         valid_metrics={name: estimate.value for name, estimate in measured.items()},
     )
 
 
-def _fit_all(
-    model: ImageModel,
-    splits: Stored[Splits],
-    data: Path,
-    config: TrainingConfig,
-    backbone: Backbone,
-    task: Task,
-    arguments: dict[str, Any],
-) -> tuple[FitResult, torch.Tensor, np.ndarray[Any, np.dtype[np.int64]]]:
-    def logits_of(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = module(images)[0]
-        return logits
-
-    train_set = _pixels(splits, "train", data, backbone.preprocessing, task)
-    valid_set = _pixels(splits, "valid", data, backbone.preprocessing, task)
-    augment = config.augmentation if config.augmentation.active else None
-    result = fit(model, logits_of, task, train_set, valid_set, config.fit, augment=augment, **arguments)
-    logits = predict(model, logits_of, valid_set.inputs, config.fit.batch_size)
-    return result, logits, valid_set.targets.numpy()
+def _numbered(row: dict[str, float], *, before: int, phase: int | None) -> dict[str, float]:
+    """A row of a phase's history as a row of the training's: epochs are numbered through."""
+    found = {**row, "epoch": before + row["epoch"]}
+    return found if phase is None else {**found, "phase": float(phase)}
 
 
-def _fit_head(
+def _of_images(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = module(images)[0]
+    return logits
+
+
+def _of_head(module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = module(features)
+    return logits
+
+
+def _features(
     model: ImageModel,
     splits: Stored[Splits],
     data: Path,
@@ -213,34 +272,29 @@ def _fit_head(
     task: Task,
     cache: Path,
     num_threads: int,
-    arguments: dict[str, Any],
-) -> tuple[FitResult, torch.Tensor, np.ndarray[Any, np.dtype[np.int64]]]:
+    progress: Progress,
+) -> tuple[Examples, Examples]:
+    """What the backbone as it is now makes of the train and the valid split."""
     import torch
 
     state = model.backbone.state_dict()
-    sets: list[Examples] = []
-    for name in ("train", "valid"):
+
+    def found(name: SplitName) -> Examples:
         table = rows(splits, name)
+        paths = [data / path for path in table["path"]]
         features = embed(
             list(table["picture"]),
-            [data / path for path in table["path"]],
+            paths,
             config.backbone,
             backbone,
             state,
             cache=cache,
             num_threads=num_threads,
-            progress=arguments["progress"],
+            progress=progress,
         )
-        sets.append(Examples(torch.from_numpy(features), _targets(table, splits, task)))
-    train_set, valid_set = sets
+        return Examples(torch.from_numpy(features), _targets(table, splits, task))
 
-    def logits_of(module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = module(features)
-        return logits
-
-    result = fit(model.head, logits_of, task, train_set, valid_set, config.fit, **arguments)
-    logits = predict(model.head, logits_of, valid_set.inputs, config.fit.batch_size)
-    return result, logits, valid_set.targets.numpy()
+    return found("train"), found("valid")
 
 
 def _targets(table: pd.DataFrame, splits: Stored[Splits], task: Task) -> torch.Tensor:
@@ -249,14 +303,18 @@ def _targets(table: pd.DataFrame, splits: Stored[Splits], task: Task) -> torch.T
     return torch.from_numpy(task.targets(list(table["label"]), task.classes(splits.record.classes)))
 
 
-def _pixels(splits: Stored[Splits], name: SplitName, data: Path, preprocessing: Preprocessing, task: Task) -> Examples:
+def _pixels(splits: Stored[Splits], data: Path, preprocessing: Preprocessing, task: Task) -> tuple[Examples, Examples]:
+    """The images of the train and the valid split."""
     import torch
 
-    table = rows(splits, name)
-    shape = (len(table), preprocessing.height, preprocessing.width, preprocessing.channels)
-    images = np.empty(shape, dtype=np.uint8)
-    done = 0
-    for batch in batches([data / path for path in table["path"]], preprocessing, batch_size=256):
-        images[done : done + len(batch)] = batch
-        done += len(batch)
-    return Examples(torch.from_numpy(images), _targets(table, splits, task))
+    def found(name: SplitName) -> Examples:
+        table = rows(splits, name)
+        shape = (len(table), preprocessing.height, preprocessing.width, preprocessing.channels)
+        images = np.empty(shape, dtype=np.uint8)
+        done = 0
+        for batch in batches([data / path for path in table["path"]], preprocessing, batch_size=256):
+            images[done : done + len(batch)] = batch
+            done += len(batch)
+        return Examples(torch.from_numpy(images), _targets(table, splits, task))
+
+    return found("train"), found("valid")

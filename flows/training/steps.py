@@ -23,8 +23,8 @@ from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, Verdict
 from components.evaluation import evaluate, measure
 from components.export import Graph, TargetConfig, export, export_graph
-from components.fitting import LEFTOVERS
 from components.gating import Champion, Judged, judge
+from components.hooks import LEFTOVERS
 from components.machine import fingerprint
 from components.packaging import package
 from components.splitting import TestLedger, split

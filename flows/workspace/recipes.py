@@ -189,7 +189,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for part, following in itertools.pairwise(path):
         if isinstance(place, list):
             place, part = _entry(place, location[-1], part, override), location[-1]
-            if following not in _fields(tuple(location)):
+            fields = _fields(tuple(location))
+            if "settings" in fields and following not in fields:
                 place, part = place.setdefault("settings", {}), "settings"
         else:
             place = place.setdefault(part, {})
@@ -205,7 +206,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _entry(entries: list[Any], key: str, name: str, override: str) -> dict[str, Any]:
-    """The entry of a list that a plug-in's name, or an engine's such as openvino-int8, means; raises ConfigError."""
+    """The entry of a list that a plug-in's name, or an engine's such as openvino-int8, means; raises ConfigError.
+
+    Entries that name no plug-in, such as phases, are known by their number, counted from 0.
+    """
     families = [family.removesuffix("s") for family in plugins.FAMILIES]
     named: dict[str, list[dict[str, Any]]] = {}
     engines: dict[str, list[dict[str, Any]]] = {}
@@ -215,6 +219,11 @@ def _entry(entries: list[Any], key: str, name: str, override: str) -> dict[str, 
                 named.setdefault(str(entry[family]), []).append(entry)
                 if family == "target":
                     engines.setdefault(f"{entry['target']}-{entry.get('precision', 'fp32')}", []).append(entry)
+    numbered = {str(number): entry for number, entry in enumerate(entries) if isinstance(entry, dict)}
+    if numbered and not named:
+        if name not in numbered:
+            raise UnknownName(f"entry of {key!r} in --set {override!r}:", name, list(numbered))
+        return numbered[name]
     valid = [*named, *engines]
     if name.isdecimal() or not valid:
         raise ConfigError(

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from components.contracts.errors import CheckpointMismatch, TamperedArtefact, TrainingDiverged
-from components.contracts.progress import MetricSink
-from components.fitting import LEFTOVERS, PROGRESS, Examples, FitResult, FittingConfig, fit
+from components.fitting import Augment, Examples, FitResult, FittingConfig, fit
+from components.hooks import LEFTOVERS, Checkpointing, Fitting, Hook, MetricLogging, ProgressReporting
 from components.tasks.classification import Task
 
 CONFIG = FittingConfig(epochs=4, batch_size=8, learning_rate=0.01, checkpoint_every_s=0)
@@ -29,6 +30,30 @@ class Killed(Exception):
     pass
 
 
+class Remembering(Hook):
+    """A hook that needs its state to go on: a mean of the weights, a count, and a stop after `epochs`."""
+
+    def __init__(self, epochs: int = 99) -> None:
+        self.epochs, self.count = epochs, 0
+
+    def on_start(self, fitting: Fitting) -> None:
+        self.model = fitting.model
+        self.mean = next(fitting.model.parameters()).detach().clone()
+
+    def on_step(self, fitting: Fitting) -> None:
+        self.count += 1
+        self.mean.lerp_(next(fitting.model.parameters()).detach(), 0.1)
+
+    def on_epoch(self, fitting: Fitting) -> None:
+        fitting.stopped |= fitting.epoch == self.epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.mean, self.count = state["mean"], state["count"]
+
+
 def noise(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
 
@@ -40,7 +65,8 @@ def run(
     identity: str = "a",
     kill_at: int | None = None,
     train: Examples = TRAIN,
-    sink: MetricSink | None = None,
+    hooks: Sequence[Hook] = (),
+    augment: Augment = noise,
 ) -> FitResult:
     out.mkdir(exist_ok=True)
     with torch.random.fork_rng():
@@ -58,11 +84,9 @@ def run(
         train,
         VALID,
         config,
-        identity=identity,
-        out=out,
-        augment=noise,
-        sink=sink,
-        progress=progress,
+        checkpointing=Checkpointing(out, identity),
+        augment=augment,
+        hooks=(*hooks, ProgressReporting(progress, "accuracy")),
     )
 
 
@@ -70,51 +94,58 @@ def bits(result: FitResult) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in result.best.items()}
 
 
-def test_a_killed_run_ends_in_the_same_bits_wherever_it_was_killed(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole")
-    for kill_at in (1, 2, 7, 8, 13, 14, 20, 28):
-        out = tmp_path / str(kill_at)
-        with pytest.raises(Killed):
-            run(out, kill_at=kill_at)
-        resumed = run(out)
-        assert bits(resumed) == bits(whole), kill_at
-        assert resumed.history == whole.history
-        assert resumed.best_epoch == whole.best_epoch
+def test_a_run_killed_at_any_step_ends_in_the_same_bits_and_so_do_its_hooks(tmp_path: Path) -> None:
+    hook = Remembering()
+    whole = run(tmp_path / "whole", hooks=[hook])
+    for kills in ((1,), (2,), (7,), (8,), (13,), (14,), (20,), (28,), (3, 9, 10, 22)):
+        out = tmp_path / str(kills)
+        for kill_at in kills:
+            with pytest.raises(Killed):
+                run(out, kill_at=kill_at, hooks=[Remembering()])
+        again = Remembering()
+        resumed = run(out, hooks=[again])
+        assert bits(resumed) == bits(whole), kills
+        assert (resumed.history, resumed.best_epoch) == (whole.history, whole.best_epoch)
+        assert (again.count, again.mean.tolist()) == (hook.count, hook.mean.tolist()), kills
+    assert hook.count == 28
 
 
-def test_a_run_killed_again_and_again_still_ends_in_the_same_bits(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole")
-    for kill_at in (3, 9, 10, 22):
-        with pytest.raises(Killed):
-            run(tmp_path / "out", kill_at=kill_at)
-    assert bits(run(tmp_path / "out")) == bits(whole)
+@pytest.mark.parametrize("epochs", [2, 99])
+def test_a_finished_fit_is_taken_up_without_a_step(tmp_path: Path, epochs: int) -> None:
+    """A hook may have stopped it."""
+    whole = run(tmp_path / "out", hooks=[Remembering(epochs)])
+    assert len(whole.history) == min(epochs, 4)
+    again = run(tmp_path / "out", kill_at=7 * len(whole.history) + 1, hooks=[Remembering()])
+    assert (bits(again), again.history) == (bits(whole), whole.history)
+    written = list((tmp_path / "out").iterdir())
+    assert {path.suffix for path in written} == {".safetensors", ".json"}
+    assert all(any(path.match(pattern) for pattern in LEFTOVERS) for path in written)
 
 
-def test_another_seed_gives_other_bits(tmp_path: Path) -> None:
+def test_another_seed_gives_other_bits_and_global_state_is_left_alone(tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
     other = CONFIG.model_copy(update={"seed": 1})
     assert bits(run(tmp_path / "a")) != bits(run(tmp_path / "b", other))
-
-
-def test_the_global_generator_and_settings_are_left_alone(tmp_path: Path) -> None:
-    before = torch.random.get_rng_state()
-    run(tmp_path / "out")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_config_or_of_other_hooks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(tmp_path / "out", kill_at=10)
     with pytest.raises(CheckpointMismatch, match="another config or other data.*remove .* to train from the start"):
         run(tmp_path / "out", identity="b")
+    with pytest.raises(
+        CheckpointMismatch, match="other hooks .*expected .*2-Remembering.*remove .* to train from the start"
+    ):
+        run(tmp_path / "out", hooks=[Remembering()])
 
 
-@pytest.mark.parametrize("where", ["pointer", "state", "missing"])
+@pytest.mark.parametrize("where", ["progress-*", "state-*", "missing"])
 def test_a_tampered_checkpoint_is_refused_before_it_is_parsed(tmp_path: Path, where: str) -> None:
     with pytest.raises(Killed):
         run(tmp_path / "out", kill_at=10)
-    state = next((tmp_path / "out").glob("state-*.safetensors"))
-    path = tmp_path / "out" / PROGRESS if where == "pointer" else state
+    (path,) = (tmp_path / "out").glob("state-*" if where == "missing" else where)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -124,63 +155,40 @@ def test_a_tampered_checkpoint_is_refused_before_it_is_parsed(tmp_path: Path, wh
         run(tmp_path / "out")
 
 
-def test_a_nan_loss_stops_the_run_at_once(tmp_path: Path) -> None:
+def test_a_nan_loss_stops_the_run_at_once_and_is_not_saved(tmp_path: Path) -> None:
     broken = TRAIN.inputs.clone()
     broken[17] = math.nan
-    with pytest.raises(TrainingDiverged, match=r"nan at epoch 1, step \d+.*Lower training.fit.learning_rate"):
+    with pytest.raises(TrainingDiverged, match=r"nan at epoch 1, step \d+.*Lower training.fit.learning_rate") as first:
         run(tmp_path / "out", train=Examples(broken, TRAIN.targets))
+    with pytest.raises(TrainingDiverged) as again:
+        run(tmp_path / "out", train=Examples(broken, TRAIN.targets))
+    assert str(again.value) == str(first.value)
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path: Path) -> None:
     config = FittingConfig(epochs=60, batch_size=8, learning_rate=0.5, patience=3, checkpoint_every_s=0)
-    result = run(tmp_path / "out", config)
+    hook = Remembering()
+    result = run(tmp_path / "out", config, hooks=[hook])
     losses = [row["valid_loss"] for row in result.history]
     assert len(losses) < 60
     assert result.best_epoch == losses.index(min(losses)) + 1
     assert len(losses) == result.best_epoch + 3
+    assert all(torch.equal(tensor, result.best[name]) for name, tensor in hook.model.state_dict().items())
 
 
-def test_every_epoch_reaches_the_sink(tmp_path: Path) -> None:
+def test_every_epoch_reaches_the_sink_and_every_step_draws_other_random_numbers(tmp_path: Path) -> None:
     seen: list[int] = []
+    drawn: list[float] = []
 
     class Sink:
         def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
             assert metrics["valid_loss"] > 0
             seen.append(epoch)
 
-    run(tmp_path / "out", sink=Sink())
-    assert seen == [1, 2, 3, 4]
-
-
-def test_only_safetensors_and_json_are_written_and_all_of_it_serves_to_resume(tmp_path: Path) -> None:
-    run(tmp_path / "out")
-    written = list((tmp_path / "out").iterdir())
-    assert {path.suffix for path in written} == {".safetensors", ".json"}
-    assert all(any(path.match(pattern) for pattern in LEFTOVERS) for path in written)
-
-
-def test_a_finished_fit_is_taken_up_without_a_step(tmp_path: Path) -> None:
-    whole = run(tmp_path / "out")
-    assert bits(run(tmp_path / "out", kill_at=1)) == bits(whole)
-
-
-def test_every_step_draws_other_random_numbers(tmp_path: Path) -> None:
-    drawn: list[float] = []
-
     def augment(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         drawn.append(float(torch.rand((), generator=generator)))
         return inputs
 
-    model = nn.Linear(6, 3)
-    fit(
-        model,
-        lambda module, inputs: module(inputs),
-        Task(),
-        TRAIN,
-        VALID,
-        CONFIG,
-        identity="a",
-        out=tmp_path,
-        augment=augment,
-    )
+    run(tmp_path / "out", hooks=[MetricLogging(Sink())], augment=augment)
+    assert seen == [1, 2, 3, 4]
     assert len(set(drawn)) == len(drawn) == 28

@@ -1,13 +1,26 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from shapes import KINDS, write_pictures
 
-from components.contracts.errors import ConfigError, UnknownName, WeightsUnavailable
-from components.training import Augmentation, TrainingConfig, check
+from components import plugins
+from components.contracts.data import DataVersion, Splits
+from components.contracts.errors import ConfigError, TrainingDiverged, UnknownName, WeightsUnavailable
+from components.contracts.progress import MetricSink
+from components.contracts.records import Stored
+from components.hooks import LEFTOVERS
+from components.images import decode, pixel_digest
+from components.store import describe
+from components.training import Augmentation, TrainingConfig, check, train
 
 ROOT = Path()
 
@@ -18,12 +31,9 @@ def config(**changes: object) -> TrainingConfig:
     )
 
 
-def test_a_sound_section_passes() -> None:
+def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
     check(config(), ROOT)
     check(config(backbone="small_cnn", weights="random", mode="scratch"), ROOT)
-
-
-def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match=r"unknown backbone 'resnet'; valid: efficientnet_lite0, resnet18, small_cnn"):
         check(config(backbone="resnet"), ROOT)
     with pytest.raises(UnknownName, match="unknown setting of backbone.*'size'; valid: image_size"):
@@ -36,8 +46,28 @@ def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
         check(config(weights=str(tmp_path / "none.safetensors")), ROOT)
     with pytest.raises(ConfigError, match="learns nothing"):
         check(config(weights="random"), ROOT)
-    with pytest.raises(ConfigError, match="augmentation has no effect"):
+    with pytest.raises(ConfigError, match="^training.augmentation has no effect with mode: frozen"):
         check(config(augmentation=Augmentation(horizontal_flip=True)), ROOT)
+    everything = {"trains": "all"}
+    with pytest.raises(ConfigError, match=r"^training.phases.0: trains: head on random weights learns nothing"):
+        check(phased({"trains": "head"}, everything, weights="random"), ROOT)
+    with pytest.raises(ConfigError, match=r"^training.phases.1.augmentation has no effect with trains: head"):
+        check(phased(everything, {"trains": "head", "augmentation": MOVED}, weights="random"), ROOT)
+    for key, value in (("mode", "frozen"), ("fit", FIT), ("augmentation", MOVED)):
+        with pytest.raises(ValidationError, match=f"{key} beside phases: .*; move it into a phase.* or remove phases"):
+            phased(everything, **{key: value})
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        phased()
+
+
+@pytest.mark.parametrize("name", ["scratch", "phases"])
+def test_a_section_as_json_is_what_was_said_and_reads_back(name: str) -> None:
+    section = SCRATCH if name == "scratch" else phased({"trains": "head"}, {"trains": "all"})
+    said = section.to_json()
+    assert TrainingConfig.model_validate_json(json.dumps(said), strict=True) == section
+    assert {"mode", "augmentation", "fit", "phases"} & said.keys() == (
+        {"mode", "augmentation", "fit"} if name == "scratch" else {"phases"}
+    )
 
 
 def test_augmentation_is_a_function_of_its_generator_and_moves_pixels() -> None:
@@ -49,10 +79,6 @@ def test_augmentation_is_a_function_of_its_generator_and_moves_pixels() -> None:
     assert torch.equal(first, augment(images, torch.Generator().manual_seed(1)))
     assert not torch.equal(first, augment(images, torch.Generator().manual_seed(2)))
     assert not torch.equal(first, images)
-
-
-def test_no_augmentation_is_the_identity() -> None:
-    images = torch.randint(0, 255, (3, 16, 16, 1), dtype=torch.uint8)
     assert torch.equal(Augmentation()(images, torch.Generator()), images)
     assert not Augmentation().active
 
@@ -64,6 +90,143 @@ def test_a_flip_mirrors_and_nothing_else() -> None:
     mirrored = (flipped == images.flip(2)).flatten(1).all(dim=1)
     assert bool((same | mirrored).all())
     assert 10 < int(mirrored.sum()) < 54
+
+
+PLACE = Path(__file__).parent
+SMALL = {"image_size": 16, "width": 4, "embedding_dim": 8}
+FIT = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every_s": 0}
+MOVED = {"rotate_degrees": 10, "translate": 0.1, "horizontal_flip": True}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Stored[Splits]]:
+    """A workspace with pictures of three shapes under data/, weights to start from, and the splits."""
+    root = tmp_path_factory.mktemp("world")
+    write_pictures(root / "data", 12)
+    members = []
+    for index, path in enumerate(sorted((root / "data").rglob("*.png"))):
+        key = pixel_digest(decode(path.read_bytes()))[:32]
+        members.append(
+            (path.relative_to(root / "data").as_posix(), path.parent.name, key, ("train", "valid")[index % 3 == 0])
+        )
+    pd.DataFrame(members, columns=["path", "label", "picture", "split"]).to_parquet(root / "splits.parquet")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        save_file(plugins.load("backbones", "small_cnn", SMALL).build().state_dict(), root / "start.safetensors")
+    record = Splits(
+        data=DataVersion(dvc_hash="a", num_files=36, bytes=1, ledger_sha256="b"),
+        table=describe(root / "splits.parquet", within=root),
+        classes=KINDS,
+        counts={"train": 24, "valid": 12},
+        class_counts={},
+        num_duplicate_groups=0,
+        test_digest="c",
+    )
+    return root, Stored(record, root)
+
+
+def trained(world: tuple[Path, Stored[Splits]], out: Path, config: TrainingConfig, sink: MetricSink | None = None) -> Path:
+    root, splits = world
+    out.mkdir(exist_ok=True)
+    train(splits, root / "data", config, out=out, cache=root / "cache", root=root, num_threads=1, sink=sink)
+    return out
+
+
+def small(**changes: object) -> TrainingConfig:
+    values = {"backbone": "small_cnn", "backbone_settings": SMALL, "weights": "start.safetensors"} | changes
+    return TrainingConfig.model_validate_json(json.dumps(values), strict=True)
+
+
+SCRATCH = small(weights="random", mode="scratch", augmentation=MOVED, fit=FIT, task_settings={"label_smoothing": 0.1})
+FROZEN = small(mode="frozen", fit=FIT)
+
+
+def phased(*phases: object, **changes: object) -> TrainingConfig:
+    return small(phases=phases, **changes)
+
+
+@pytest.mark.parametrize(("name", "config"), [("scratch", SCRATCH), ("frozen", FROZEN)])
+def test_a_training_ends_where_it_always_did(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path, name: str, config: TrainingConfig
+) -> None:
+    """To 1e-3, which another processor's rounding stays below and another draw, rate or order does not."""
+    out = trained(world, tmp_path / "out", config)
+    weights = load_file(out / "weights.safetensors")
+    found = {
+        "config": config.digest(),
+        "history": json.loads((out / "history.json").read_text()),
+        # One number a tensor that every element moves.
+        "weights": {
+            key: float((value.double().flatten() * torch.arange(1, value.numel() + 1).cos()).sum())
+            for key, value in weights.items()
+        },
+    }
+    golden = json.loads((PLACE / "training.golden.json").read_text())[name]
+    assert found["config"] == golden["config"]
+    assert [list(row) for row in found["history"]] == [list(row) for row in golden["history"]]
+    for row, expected in zip(found["history"], golden["history"], strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert found["weights"] == pytest.approx(golden["weights"], rel=1e-3, abs=1e-3)
+
+
+class Sink:
+    """Keeps what it is told; kills the training at one epoch."""
+
+    def __init__(self, kill_at: int = 0) -> None:
+        self.kill_at, self.rows = kill_at, list[dict[str, float]]()
+
+    def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        if epoch == self.kill_at:
+            raise KeyboardInterrupt
+        self.rows.append(dict(metrics))
+
+
+def test_one_phase_is_the_training_that_the_older_keys_say(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:
+    for name, older, phase in (
+        ("head", FROZEN, {"trains": "head", "fit": FIT}),
+        ("all", SCRATCH, {"trains": "all", "fit": FIT, "augmentation": MOVED}),
+    ):
+        shared = older.to_json()
+        newer = phased(phase, weights=older.weights, task_settings=shared["task_settings"])
+        outs = [trained(world, tmp_path / f"{name}{place}", config) for place, config in enumerate((older, newer))]
+        for file in ("weights.safetensors", "history.json"):
+            assert (outs[0] / file).read_bytes() == (outs[1] / file).read_bytes(), (name, file)
+
+
+def test_phases_go_on_from_each_other_and_a_killed_one_is_taken_up_where_it_was(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path
+) -> None:
+    still = {**FIT, "learning_rate": 1e-5}
+    section = phased({"trains": "head", "fit": FIT}, {"trains": "all", "augmentation": MOVED, "fit": still})
+    sink = Sink()
+    whole = trained(world, tmp_path / "whole", section, sink)
+    history = json.loads((whole / "history.json").read_text())
+    assert [(row["epoch"], row["phase"]) for row in history] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert sink.rows == history
+    head = load_file(trained(world, tmp_path / "head", FROZEN) / "weights.safetensors")["head.1.weight"]
+    weights = load_file(whole / "weights.safetensors")
+    assert torch.allclose(weights["head.1.weight"], head, atol=1e-3)
+    assert not torch.equal(weights["head.1.weight"], head)
+    for epochs in ((1,), (3,), (2, 4)):
+        out = tmp_path / str(epochs)
+        for kill_at in epochs:
+            with pytest.raises(KeyboardInterrupt):
+                trained(world, out, section, Sink(kill_at))
+        rest = Sink()
+        trained(world, out, section, rest)
+        assert [row["epoch"] for row in rest.rows] == list(range(epochs[-1], 5))
+        for file in ("weights.safetensors", "history.json"):
+            assert (out / file).read_bytes() == (whole / file).read_bytes(), epochs
+    assert {path.name for path in whole.iterdir() if not any(path.match(pattern) for pattern in LEFTOVERS)} == {
+        "weights.safetensors",
+        "history.json",
+    }
+
+
+def test_a_phase_that_diverges_is_named(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:
+    wild = {"trains": "all", "fit": {**FIT, "learning_rate": 1e30, "warmup_epochs": 0}}
+    with pytest.raises(TrainingDiverged, match="ower training.phases.1.fit.learning_rate"):
+        trained(world, tmp_path / "out", phased({"trains": "head", "fit": FIT}, wild))
 
 
 def test_weights_that_are_not_there_say_what_to_do(tmp_path: Path) -> None:

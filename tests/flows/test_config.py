@@ -129,6 +129,20 @@ def test_a_typo_dies_before_any_work_and_names_the_key(override: str, message: s
         load_recipe("digits", [override])
 
 
+def test_a_recipe_of_phases_is_set_phase_by_phase() -> None:
+    phases = "training={backbone: small_cnn, phases: [{trains: all, fit: {epochs: 9}}, {trains: head}]}"
+    sets = [phases, "training.phases.0.fit.epochs=3", "training.phases.1.fit.epochs=2"]
+    assert [phase.fit.epochs for phase in load_recipe("digits", sets).training.phases] == [3, 2]
+    for override, message in (
+        ("training.phases.2.fit.epochs=3", "unknown entry of 'phases' .* '2'; valid: 0, 1"),
+        ("training.phases.1.epochs=3", r"'training\.phases\.1\.epochs'; valid: augmentation, fit, trains"),
+        ("training.phases.1=3", "name a key of it, such as training.phases.1.KEY"),
+        ("training.fit.epochs=3", "training: fit beside phases: .*move it into a phase, such as training.phases.0.fit"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_recipe("digits", [phases, override])
+
+
 def test_an_unknown_recipe_lists_the_valid_ones() -> None:
     with pytest.raises(UnknownName, match="unknown recipe 'digit'; valid: digits, transfer"):
         load_recipe("digit")

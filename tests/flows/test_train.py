@@ -311,7 +311,7 @@ def start_and_kill(root: Path, api: str, stage: str) -> None:
     if stage == "training":
         partial = root / ".visionloop" / "store" / ".partial"
         deadline = time.monotonic() + 60
-        while not list(partial.glob("training-*/state-00002*")):
+        while not list(partial.glob("training-*/state-1-00002*")):
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
