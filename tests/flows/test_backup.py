@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from bundles import evidence
-from looped import MODEL, loop_of, predict, promoted
+from looped import MODEL, loop_of, predict
 from served import png, server
 from shapes import visionloop
 
@@ -45,9 +45,9 @@ def rows_of(database: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def live(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def live(champions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with a champion, its log, an alarm that was granted, and a token."""
-    root = promoted(trained, tmp_path_factory.mktemp("live") / "workspace")
+    root = Path(shutil.copytree(champions, tmp_path_factory.mktemp("live") / "workspace", symlinks=True))
     predict(root, 120, shift=4)
     answer("watch", "--minutes", "60", cwd=root, status=1)
     answer("token", "add", "phone", cwd=root)

@@ -17,7 +17,7 @@ from unittest import mock
 
 import psutil
 import pytest
-from looped import MODEL, loop_of, now, predict, promoted
+from looped import MODEL, loop_of, now, predict
 from shapes import commit, visionloop, write_pictures
 
 from components.contracts.errors import ConfigError, UnknownName
@@ -31,9 +31,9 @@ from serving.engines.queueing import Limits
 
 
 @pytest.fixture(scope="module")
-def deployed(trained: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Path:
+def deployed(champions: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Path:
     """A workspace with a champion whose deployments and automations are on the session's server."""
-    root = promoted(trained, tmp_path_factory.mktemp("deployed") / "workspace")
+    root = Path(shutil.copytree(champions, tmp_path_factory.mktemp("deployed") / "workspace", symlinks=True))
     loop = loop_of(root)
     make_pool()
     deploy(loop)
@@ -217,12 +217,11 @@ def test_forged_and_foreign_alarms_start_nothing(deployed: Path) -> None:
 
 
 def test_the_loop_trains_when_there_are_new_data_and_only_then(
-    trained: Path, tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+    root: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused without data, granted with, refused again as a duplicate; the schedule is skipped when nothing changed."""
     people: list[str] = []
     monkeypatch.setattr("flows.loop.permits.notify", lambda *given: people.append(given[3]["by"]))
-    root = promoted(trained, tmp_path / "workspace")
     make_pool()
     deploy(loop_of(root))
     identifier = alarm(root, "data")
@@ -270,11 +269,10 @@ def test_a_refused_run_ends_as_skipped_and_says_why(deployed: Path) -> None:
         assert any(run.state_name == "Skipped" for run in client.read_flow_runs())
 
 
-def test_a_workspace_that_is_busy_gives_the_grant_back(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+def test_a_workspace_that_is_busy_gives_the_grant_back(root: Path, prefect_server: str) -> None:
     from components.contracts.errors import WorkspaceBusy
     from flows.workspace.workspace import Workspace
 
-    root = promoted(trained, tmp_path / "workspace")
     identifier = alarm(root, "busy")
     new_data(root, 9100)
     with Workspace.find(root).locked("somebody"), pytest.raises(WorkspaceBusy):
@@ -309,9 +307,8 @@ def test_a_cancelled_training_is_not_taken_up_by_the_sweep(deployed: Path) -> No
     assert key not in loop.governor.due(MODEL)
 
 
-def test_the_world_s_fault_gives_the_grant_back(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+def test_the_world_s_fault_gives_the_grant_back(root: Path, prefect_server: str) -> None:
     """MLflow away is no reason to stop the loop."""
-    root = promoted(trained, tmp_path / "workspace")
     identifier = alarm(root, "world")
     new_data(root, 9500)
     from components.contracts.errors import RegistryUnavailable

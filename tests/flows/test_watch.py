@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from failpoints import Died, Failpoints
-from looped import MODEL, champion, loop_of, now, predict, promoted
+from looped import MODEL, champion, loop_of, now, predict
 from shapes import visionloop
 
 from components import predictionlog
@@ -32,17 +32,6 @@ from monitoring import outbox as outbox_module
 from monitoring.evidently_report import Measured
 from monitoring.outbox import Outbox
 from serving.log.sealing import seal_all
-
-
-@pytest.fixture(scope="module")
-def champions(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with a champion; copy it, never use it."""
-    return promoted(trained, tmp_path_factory.mktemp("champions") / "workspace")
-
-
-@pytest.fixture
-def root(champions: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(champions, tmp_path / "workspace", symlinks=True))
 
 
 @pytest.fixture(autouse=True)
