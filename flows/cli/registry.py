@@ -66,8 +66,10 @@ def candidates(
 
 
 def _line(state: State) -> str:
-    accuracy = (state.requested.body.get("summary") or {}).get("metrics", {}).get("accuracy")
-    shown = f"accuracy {figure(accuracy)}" if accuracy else ""
+    summary = state.requested.body.get("summary") or {}
+    headline = summary.get("headline", "accuracy")
+    estimate = summary.get("metrics", {}).get(headline)
+    shown = f"{headline} {figure(estimate)}" if estimate else ""
     return f"  version {state.version:>4}  {_status(state):42} {shown}  asked for by {state.requested.actor.name}"
 
 

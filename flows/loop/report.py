@@ -128,6 +128,7 @@ def _load(place: Path, record: type[RecordT]) -> Stored[RecordT] | None:
 
 def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
     summary = state.requested.body.get("summary") or {}
+    headline = summary.get("headline", "accuracy")
     run = loop.workspace.runs / str(summary.get("run"))
     evaluation = _load(run / "5-evaluation" / str(summary.get("serving_engine")), Evaluation)
     splits = _load(run / "2-splitting", Splits)
@@ -135,21 +136,22 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
     history = run / "3-training" / "history.json"
     drawn: dict[str, Markup] = {}
     if history.is_file():
-        drawn["Training"] = figures.curves_figure(json.loads(history.read_text()))
+        drawn["Training"] = figures.curves_figure(json.loads(history.read_text()), headline)
     if splits is not None:
         drawn["Splits"] = figures.splits_figure(splits.record)
-    if evaluation is not None:
+    if evaluation is not None and evaluation.record.confusion:
         drawn["Confusion on the frozen test split"] = figures.confusion_figure(evaluation.record)
     places = [path for path in sorted((run / "5-evaluation").glob("*")) if path.name != "champion"]
     executed = [found for path in places if (found := _load(path, Evaluation)) is not None]
     if executed:
-        drawn["Engines"] = figures.engine_figure(executed)
+        drawn["Engines"] = figures.engine_figure(executed, headline)
     return {
         "version": state.version,
         "status": state.status,
         "summary": summary,
-        "accuracy": _estimate(summary.get("metrics", {}).get("accuracy")),
-        "champion_accuracy": _estimate((summary.get("champion") or {}).get("accuracy")),
+        "headline": figures.in_words(headline),
+        "accuracy": _estimate(summary.get("metrics", {}).get(headline)),
+        "champion_accuracy": _estimate((summary.get("champion") or {}).get(headline)),
         "requested_by": state.requested.actor.name,
         "requested_at": shown_utc(state.requested.at),
         "decision": state.decision,

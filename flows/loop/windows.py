@@ -119,8 +119,12 @@ def champion_at(loop: Loop, moment: datetime.datetime) -> Entry | None:
 
 def release_of(loop: Loop, entry: Entry) -> Stored[Release]:
     """The verified release that a ledger row made champion."""
+    return _fetched(loop, entry.body["release"])
+
+
+def _fetched(loop: Loop, digest: str) -> Stored[Release]:
     cache = loop.workspace.state / "monitoring" / loop.model / "releases"
-    return ReleaseStore(loop.settings.releases_url).fetch(loop.model, entry.body["release"], cache=cache)
+    return ReleaseStore(loop.settings.releases_url).fetch(loop.model, digest, cache=cache)
 
 
 def task_of(release: Release) -> Task:
@@ -292,8 +296,9 @@ def prune(loop: Loop, now: datetime.datetime) -> int:
 
 
 def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:
-    """Accuracy on the labelled images of a window, with its interval; None while none is labelled.
+    """Share of a window's labelled images that were answered right, with its interval; None while none is labelled.
 
+    Right is an answer that the task takes for the same as the label.
     Which images were labelled is not chance (uncertain ones come first), so it leans downwards; n is told with it.
     """
     from components.intervals import wilson
@@ -305,12 +310,16 @@ def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:
         return None
     rows = read_frame(path, ["image_sha256", "predicted"]).drop_duplicates("image_sha256")
     said = loop.labels.latest(loop.model)
-    right = [
-        said[sha].label == predicted
-        for sha, predicted in zip(rows["image_sha256"].to_list(), rows["predicted"].to_list(), strict=True)
-        if sha in said
-    ]
-    return estimate_json(wilson(sum(right), len(right))) if right else None
+    labelled = rows[rows["image_sha256"].isin(said)]
+    verdict = recorded(path.parent)
+    if labelled.empty or verdict is None:
+        return None
+    task = task_of(_fetched(loop, verdict.window.release).record)
+    labels, predicted = [said[sha].label for sha in labelled["image_sha256"]], labelled["predicted"].to_list()
+    classes = task.classes([*labels, *predicted])
+    same = task.targets(labels, classes) == task.targets(predicted, classes)
+    right = same.reshape(len(labels), -1).all(axis=1)
+    return estimate_json(wilson(int(right.sum()), len(right)))
 
 
 def expect_reigning(loop: Loop, judged: list[Judged]) -> None:

@@ -65,23 +65,28 @@ def as_svg(figure: Figure) -> Markup:
     return Markup(svg[svg.index("<svg") :])  # noqa: S704  (drawn by matplotlib, which escapes every label)
 
 
-def engine_figure(evaluations: Sequence[Stored[Evaluation]]) -> Markup:
-    """Accuracy of every engine that was executed."""
+def in_words(metric: str) -> str:
+    """A metric as people read it."""
+    return {"log_loss": "log-loss", "ece": "ECE"}.get(metric, metric.replace("_", " "))
+
+
+def engine_figure(evaluations: Sequence[Stored[Evaluation]], headline: str) -> Markup:
+    """The headline metric of every engine that was executed."""
     from matplotlib import pyplot
 
-    executed = [e.record for e in evaluations if "accuracy" in e.record.metrics]
+    executed = [e.record for e in evaluations if headline in e.record.metrics]
     figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(executed) + 0.8))
     for place, evaluation in enumerate(reversed(executed)):
-        e = evaluation.metrics["accuracy"]
+        e = evaluation.metrics[headline]
         axes.errorbar(e.value, place, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=_BLUE, capsize=3)
     axes.set_yticks(range(len(executed)), [evaluation.engine for evaluation in reversed(executed)])
-    axes.set_xlabel("accuracy, 95 % interval")
+    axes.set_xlabel(f"{in_words(headline)}, 95 % interval")
     axes.grid(axis="x", color="#eceff3")
     return as_svg(figure)
 
 
-def curves_figure(history: list[dict[str, float]]) -> Markup:
-    """Losses and accuracy by epoch."""
+def curves_figure(history: list[dict[str, float]], headline: str) -> Markup:
+    """Losses and the headline metric by epoch."""
     from matplotlib import pyplot
 
     frame = pd.DataFrame(history)
@@ -91,8 +96,8 @@ def curves_figure(history: list[dict[str, float]]) -> Markup:
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
     right = axes.twinx()
-    right.plot(frame["epoch"], frame["valid_accuracy"], color=_ORANGE, label="valid accuracy")
-    right.set_ylabel("accuracy")
+    right.plot(frame["epoch"], frame[f"valid_{headline}"], color=_ORANGE, label=f"valid {in_words(headline)}")
+    right.set_ylabel(in_words(headline))
     lines = [*axes.get_lines(), *right.get_lines()]
     # Above the axes: inside, there is no corner that some curve does not pass.
     labels = [str(line.get_label()) for line in lines]

@@ -10,7 +10,7 @@ from components.contracts.records import Record, canonical_json, sha256_text
 from components.contracts.verdicts import Candidate, Rejection
 from components.gating import policy
 from components.store import sha256_file, write_atomically
-from flows.training.results import Results, bound_digests, candidate_digest, estimate_json, estimates_json
+from flows.training.results import Results, bound_digests, candidate_digest, estimate_json, estimates_json, headline_json
 from flows.training.run import Run, training_key
 from registry.approval import person
 from registry.ledger import Ledger
@@ -96,8 +96,9 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "git": run.lineage.git_commit + (" with uncommitted changes" if run.lineage.git_dirty else ""),
         "data_version": run.data.dvc_hash,
         "images": dict(results.splits.record.counts),
-        "classes": list(results.splits.record.classes),
+        "classes": list(results.checkpoint.record.classes),
         "serving_engine": verdict.serving_engine,
+        **headline_json(run),
         "metrics": estimates_json(serving),
         "recall": {c.name: estimate_json(c.recall) for c in serving.per_class},
         "champion": estimates_json(champion) if champion else None,
@@ -210,6 +211,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
             for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True)
         },
         "serving_engine": verdict.serving_engine,
+        **headline_json(run),
         "data": {
             "version": run.data.dvc_hash,
             "kept": results.dataset.record.num_kept,

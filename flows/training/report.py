@@ -15,6 +15,7 @@ from flows.pages.figures import (
     curves_figure,
     engine_figure,
     environment,
+    in_words,
     prepare_figures,
     reliability_figure,
     splits_figure,
@@ -37,6 +38,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
     version = outcome.version if isinstance(outcome, Candidate) else ""
     title = f"candidate, version {version}" if version else VERDICTS[verdict.status]
     new, gone = results.classes_changed
+    metrics = _metrics(run, results)
     return (
         environment()
         .get_template("report.html")
@@ -52,8 +54,10 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
             champion=results.reigning.version if results.reigning else "",
             classes_new=new,
             classes_gone=gone,
+            metrics=[in_words(name) for name in metrics],
             engines=[
-                _engine_row(*found) for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
+                _engine_row(*found, metrics)
+                for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
             ],
             n_test=shown.record.num_images,
             machine=results.measurements[0].record.machine,
@@ -65,7 +69,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
                 {"name": m.name, "support": m.support, "cells": [_cell(e) for e in (m.precision, m.recall, m.f1)]}
                 for m in shown.record.per_class
             ],
-            figures=_figures(results, shown),
+            figures=_figures(run, results, shown),
             mistakes=_mistakes(run, shown),
             examples=_examples(run, results),
             quarantined=read_frame(results.dataset.folder / results.dataset.record.quarantine.name)
@@ -82,7 +86,12 @@ def _cell(estimate: Estimate | None) -> tuple[str, str]:
     return f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}"
 
 
-def _engine_row(engine: Any, evaluation: Any, measurement: Any) -> dict[str, Any]:
+def _metrics(run: Run, results: Results) -> list[str]:
+    """Names of what was measured of the engines."""
+    return next((list(e.record.metrics) for e in results.evaluations if e.record.metrics), [run.task.headline])
+
+
+def _engine_row(engine: Any, evaluation: Any, measurement: Any, names: Sequence[str]) -> dict[str, Any]:
     metrics, measured = evaluation.record.metrics, measurement.record
     latency = (measured.latency_p50_ms, measured.latency_p90_ms, measured.latency_p99_ms)
     return {
@@ -91,7 +100,7 @@ def _engine_row(engine: Any, evaluation: Any, measurement: Any) -> dict[str, Any
         "built_for": ", ".join(engine.record.built_for),
         "executed": bool(metrics),
         "reason": evaluation.record.reason,
-        "cells": [_cell(metrics.get(name)) for name in ("accuracy", "mean_class_accuracy", "log_loss", "ece")],
+        "cells": [_cell(metrics.get(name)) for name in names],
         "latency": " / ".join("-" if value is None else f"{value:.2f}" for value in latency),
         "size": _size(measured.size_bytes),
     }
@@ -101,14 +110,15 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
 
 
-def _figures(results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
+def _figures(run: Run, results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
     prepare_figures()
+    task = run.task
+    own = {"confusion": confusion_figure, "reliability": reliability_figure}
     return {
-        "engines": engine_figure(results.evaluations),
-        "curves": curves_figure(results.history),
+        "engines": engine_figure(results.evaluations, task.headline),
+        "curves": curves_figure(results.history, task.headline),
         "splits": splits_figure(results.splits.record),
-        "confusion": confusion_figure(shown.record),
-        "reliability": reliability_figure(shown.record),
+        **{name: own[name](shown.record) for name in task.figures},
     }
 
 

@@ -37,7 +37,7 @@ class Results:
     @property
     def classes_changed(self) -> tuple[list[str], list[str]]:
         """Classes that the champion does not know, and classes of the champion that the candidate no longer knows."""
-        ours = self.splits.record.classes
+        ours = self.checkpoint.record.classes
         theirs = self.reigning.engine.record.classes if self.reigning else ours
         return [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
 
@@ -72,6 +72,12 @@ def candidate_digest(run: Run, results: Results) -> str:
     verdict = results.verdict.record
     findings = [[e.engine, f.gate, f.status] for e in verdict.engines for f in e.findings]
     return sha256_text(canonical_json([run.config.model, bound_digests(results), findings]))
+
+
+def headline_json(run: Run) -> dict[str, str]:
+    """The task's headline metric as summaries and the ledger hold it: without a word, it is the accuracy."""
+    headline = run.task.headline
+    return {} if headline == "accuracy" else {"headline": headline}
 
 
 def estimate_json(estimate: Estimate) -> dict[str, float | int]:

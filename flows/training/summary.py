@@ -15,6 +15,8 @@ def told(summary: dict[str, Any]) -> str:
     from rich.console import Console
     from rich.table import Table
 
+    from flows.pages.figures import in_words
+
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size((120, 40)).columns if terminal else 140
     text = io.StringIO()
@@ -42,7 +44,11 @@ def told(summary: dict[str, Any]) -> str:
         console.print(f"      warning: {warning}", markup=False, soft_wrap=True)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("engine", "verdict", "accuracy (95 % interval)", "log-loss", "ECE", "p50 / p99 ms", "size"):
+    headline = summary.get("headline", "accuracy")
+    measured = [engine["metrics"] for engine in summary["engines"].values() if engine["metrics"]]
+    others = [name for name in ("log_loss", "ece") if all(name in metrics for metrics in measured)]
+    columns = [f"{in_words(headline)} (95 % interval)", *map(in_words, others)]
+    for heading in ("engine", "verdict", *columns, "p50 / p99 ms", "size"):
         table.add_column(heading, justify="left" if heading in ("engine", "verdict") else "right")
     statuses = {finding["engine"]: finding["engine_status"] for finding in summary["findings"]}
     for name, engine in summary["engines"].items():
@@ -50,15 +56,15 @@ def told(summary: dict[str, Any]) -> str:
         label = name + (" (serving)" if name == summary["serving_engine"] else "")
         verdict = statuses.get(name, "reference").replace("inconclusive", "undecided")
         if not metrics:
-            table.add_row(label, verdict, "built, not executed here", "", "", "", f"{engine['size_bytes'] / 1e6:.2f} MB")
+            blank = [""] * (len(others) + 1)
+            table.add_row(label, verdict, "built, not executed here", *blank, f"{engine['size_bytes'] / 1e6:.2f} MB")
             continue
-        accuracy = metrics["accuracy"]
+        first = metrics[headline]
         table.add_row(
             label,
             verdict,
-            f"{accuracy['value']:.4f} ({accuracy['low']:.4f} to {accuracy['high']:.4f}, n={accuracy['n']})",
-            f"{metrics['log_loss']['value']:.4f}",
-            f"{metrics['ece']['value']:.4f}",
+            f"{first['value']:.4f} ({first['low']:.4f} to {first['high']:.4f}, n={first['n']})",
+            *(f"{metrics[name]['value']:.4f}" for name in others),
             f"{latency['p50']:.2f} / {latency['p99']:.2f}" if latency["p50"] is not None else "",
             f"{engine['size_bytes'] / 1e6:.2f} MB",
         )
