@@ -184,7 +184,7 @@ def test_prefect_away_at_the_alarm_and_back_later(
     announce(loop, judged.alarm, told=lines.append)
     assert sweep(loop, told=lines.append, grace_s=0) == []
     assert any("no Prefect server is known here: visionloop up" in line for line in lines)
-    monkeypatch.setattr("flows.loop.flow_runs.start", lambda *_: (_ for _ in ()).throw(ConnectionError("nobody there")))
+    monkeypatch.setattr("flows.loop.alarms.start", lambda *_: (_ for _ in ()).throw(ConnectionError("nobody there")))
     loop.settings = dataclasses.replace(loop.settings, prefect_api_url="http://127.0.0.1:9/api")
     lines.clear()
     assert sweep(loop, told=lines.append, grace_s=0) == []
