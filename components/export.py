@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import field_validator, model_validator
 
-from components import garbage, plugins
+from components import collector, plugins
 from components.contracts.data import Splits
 from components.contracts.errors import ConfigError, EngineUnavailable, ExportError, VisionloopError
 from components.contracts.families import Built, ExportRequest, Target
@@ -266,8 +266,8 @@ def _die_with_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    garbage.skip_at_exit()
-    garbage.collect_seldom()
+    collector.skip_at_exit()
+    collector.collect_seldom()
     _die_with_parent(os.getppid())
     # Builders and plug-ins print what they like; only the answer goes to who asked.
     with os.fdopen(os.dup(1), "w") as asker:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 from typing import TYPE_CHECKING, Any
 
-from components import garbage
+from components import collector
 from flows.training.chosen import ChosenRecipe, handed_on
 from flows.workspace.settings import Settings, login_name, read_settings
 from flows.workspace.workspace import Workspace
@@ -27,7 +27,7 @@ def start_training(recipe: ChosenRecipe, *, by: str | None, measure_again: bool 
 
     _expect_ready(recipe.workspace, read_settings(recipe.workspace.state))
     requester = person(by or login_name()).name
-    with garbage.kept():
+    with collector.kept():
         from flows.train import train
 
     call: Any = train  # its states confuse the types of Prefect's decorator
@@ -46,7 +46,7 @@ def start_training(recipe: ChosenRecipe, *, by: str | None, measure_again: bool 
 def start_promotion(desk: Desk, version: str, *, quiet: bool) -> dict[str, Any]:
     """Make an approved version the champion; returns model, version, ledger row and release. Raises VisionloopError."""
     _expect_ready(desk.workspace, desk.settings)
-    with garbage.kept():
+    with collector.kept():
         from flows.promote import promote
 
     return promote(version, desk.model, str(desk.workspace.root), quiet=quiet)
@@ -62,7 +62,7 @@ def start_watch(
 ) -> dict[str, Any]:
     """Judge windows, as `flows.watch.watch` does; returns their verdicts as JSON data. Raises VisionloopError."""
     _expect_ready(loop.workspace, loop.settings)
-    with garbage.kept():
+    with collector.kept():
         from flows.watch import watch
 
     call: Any = watch  # its states confuse the types of Prefect's decorator

@@ -138,7 +138,7 @@ def _measured(reference: Sample, window: Window, members: Sequence[Detector]) ->
     return measure(reference, window.sample, methods, name=f"{facts.model} {facts.since}", at=at) if methods else None
 
 
-def picture(reference: Sample, window: Window) -> Measured | None:
+def draw_report(reference: Sample, window: Window) -> Measured | None:
     """Evidently's report of every column, for a person: where the verdict needed none of them.
 
     Raises what Evidently raises.

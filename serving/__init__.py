@@ -7,7 +7,7 @@ metrics     Prometheus and the structured log
 engines/    deployment   one release in service: queue and batches
             worker       the engine's own process, started at `process`; `frames` is what is said to it
 protocols/  http, grpc   the routes, errors and answers; `tensors` is what the Open Inference Protocol carries
-            connections  bounds and cheap refusals of HTTP; `admission` says who may ask, `auth` keeps the tokens
+            connections  bounds and cheap refusals of HTTP; `access` says who may ask, `auth` keeps the tokens
 log/        journal      what was answered, before it is answered
             sealing      journals to Parquet; `audit` exports and verifies, `captures` keeps images, by opt-in
 """

@@ -33,7 +33,7 @@ from components.store import seal, sha256_file, unseal
 from components.tables import read_table
 from serving.engines.deployment import Deployment
 from serving.engines.frames import Facts, Form
-from serving.engines.queueing import Limits, NotServing
+from serving.engines.limits import Limits, NotServing
 from serving.inference import decide
 from serving.metrics import Metrics
 

@@ -19,7 +19,7 @@ from components.images import STATISTICS
 from components.journals import encode_row
 from serving.engines.deployment import Deployment
 from serving.engines.frames import Facts, Form, Outcome
-from serving.engines.queueing import NotServing, Overloaded
+from serving.engines.limits import NotServing, Overloaded
 from serving.log.captures import Captures
 from serving.log.journal import Journal
 from serving.metrics import Metrics

@@ -20,7 +20,7 @@ from components.contracts.releases import Routes
 from components.releases import ReleaseStore
 from components.store import seal, unseal, write_atomically
 from serving.engines.deployment import Deployment
-from serving.engines.queueing import Limits, NotServing
+from serving.engines.limits import Limits, NotServing
 from serving.metrics import Metrics, log
 
 _RETRY_S = 30.0

@@ -24,13 +24,13 @@ from components import plugins
 from components.contracts.errors import ConfigError
 from components.releases import ReleaseStore
 from serving.engines.deployment import Deployment
-from serving.engines.queueing import Limits
+from serving.engines.limits import Limits
 from serving.inference import Inference
 from serving.log.audit import unsealed
 from serving.log.captures import CaptureConfig, Captures
 from serving.log.journal import Journal, JournalConfig
 from serving.metrics import Metrics, log, log_to_stderr
-from serving.protocols.admission import Access
+from serving.protocols.access import Access
 from serving.protocols.auth import Tokens, is_loopback
 from serving.protocols.connections import BoundedHttp
 from serving.protocols.http import Http, HttpGate

@@ -15,12 +15,12 @@ import postgres as postgres_server
 import pytest
 from shapes import free_port, make_workspace, visionloop
 
-from components import garbage
+from components import collector
 from flows.workspace.settings import prepare_environment
 
 # With torch, Prefect and MLflow in one process a look through all objects takes a second: 43 of 1,161 s, measured.
-garbage.collect_seldom()
-garbage.skip_at_exit()
+collector.collect_seldom()
+collector.skip_at_exit()
 _STATE = Path(os.environ.get("TMPDIR", "/tmp")) / f"visionloop-tests-{os.getpid()}"
 prepare_environment(_STATE)
 # The server of the session is gone before the last log line would be sent.

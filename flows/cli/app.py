@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from components import garbage
+from components import collector
 from flows.cli.answers import Commands
 from flows.cli.backup import add_backup_commands
 from flows.cli.data import data_app
@@ -83,5 +83,5 @@ def every(
 
 def run() -> None:
     """Run the command that the command line names."""
-    garbage.skip_at_exit()
+    collector.skip_at_exit()
     app()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components import garbage
+from components import collector
 from components.contracts.wording import counted, shown_utc
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment, silent, to_stderr
 from flows.terminal import figure
@@ -292,7 +292,7 @@ def rollback(
 ) -> None:
     """Make an earlier champion the champion again, at once: no orchestrator is needed, and no second approval."""
     # Nothing of what is imported for it is garbage.
-    with garbage.kept():
+    with collector.kept():
         from flows.loop.decisions import declared
         from flows.loop.decisions import rollback as go_back
 

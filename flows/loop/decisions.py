@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from components import garbage
+from components import collector
 from components.contracts.errors import VisionloopError
 from components.contracts.wording import shown_utc
 from flows.orchestrator.notifications import notify
@@ -64,7 +64,7 @@ def rollback(desk: Desk, to: str | None, by: Principal, reason: str, *, told: Sa
     Raises DecisionRefused, ConfigError, UnknownName, or what keeps the release from being served.
     """
     # Most of a rollback is importing MLflow: nothing of that is garbage.
-    with garbage.kept():
+    with collector.kept():
         entry = desk.promotion.rollback(to, by, reason, told=moving)
     _notify(desk, entry, told)
     return entry

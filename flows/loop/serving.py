@@ -62,7 +62,7 @@ class Batch:
 
 def serve(workspace: Workspace, options: ServerOptions, *, announce: Say) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status. Raises ConfigError before anything is started."""
-    from serving.engines.queueing import Limits
+    from serving.engines.limits import Limits
     from serving.log.captures import CaptureConfig
     from serving.log.journal import JournalConfig
     from serving.routing import Following
@@ -114,7 +114,7 @@ def open_batch(workspace: Workspace, model: str, source: str, *, shard_size: int
     """
     from components.releases import ReleaseStore
     from serving.batch import BatchConfig, open_inputs
-    from serving.engines.queueing import Limits
+    from serving.engines.limits import Limits
 
     settings = read_settings(workspace.state)
     inputs = open_inputs(source, largest=settings.accepted.max_bytes)

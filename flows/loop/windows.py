@@ -208,11 +208,11 @@ def _keep_report(
     loop: Loop, compared: tuple[Sample, Window], measured: Measured | None, verdict: DriftVerdict, name: str, folder: Path
 ) -> str:
     """Evidently's page and history: for people, never needed for the verdict; returns what went wrong."""
-    from monitoring.drift import picture
+    from monitoring.drift import draw_report
 
     try:
         if measured is None and verdict.status == "drift":
-            measured = picture(*compared)
+            measured = draw_report(*compared)
         if measured is None:
             return ""
         if verdict.status == "drift":
@@ -236,7 +236,7 @@ def _write_rows(window: Window, path: Path) -> None:
 
 
 def _write_to_label(loop: Loop, reference: Any, window: Window, path: Path) -> None:
-    from monitoring.labelling import most_useful
+    from monitoring.label_selection import most_useful
 
     chosen = most_useful(
         reference,

@@ -302,7 +302,7 @@ def give_way(pid: int) -> bool:
     refused it for a second.
     """
     with contextlib.suppress(psutil.Error, OSError):
-        psutil.Process(pid).nice(15)  # ten more than an engine (serving.engines.queueing.Limits)
+        psutil.Process(pid).nice(15)  # ten more than an engine (serving.engines.limits.Limits)
     # Linux shares the processors between sessions first (sched_autogroup), so the session has to give way too.
     for attempt in range(10):
         if attempt:

@@ -30,7 +30,7 @@ from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.plugins import load
 from serving.engines.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode_answer, encode_batch, frame
-from serving.engines.queueing import Job, Limits, Margin, NotServing, Overloaded
+from serving.engines.limits import Job, Limits, Margin, NotServing, Overloaded
 from serving.engines.yielding import YIELD_WAIT_S, Yielding
 from serving.metrics import Metrics, log
 

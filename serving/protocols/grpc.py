@@ -19,7 +19,7 @@ from serving.inference import Inference, Rejected, moment
 from serving.metrics import log
 from serving.protocols import health_pb2, tensors
 from serving.protocols import open_inference_pb2 as pb
-from serving.protocols.admission import Access, Room, model_ready
+from serving.protocols.access import Access, Room, model_ready
 from serving.protocols.auth import Role
 
 SERVICE = "inference.GRPCInferenceService"

@@ -39,7 +39,7 @@ from serving.engines.frames import Form
 from serving.inference import Answer, Answered, Inference, Rejected, moment
 from serving.metrics import log
 from serving.protocols import tensors
-from serving.protocols.admission import Access, Budget, model_ready
+from serving.protocols.access import Access, Budget, model_ready
 from serving.protocols.auth import Role
 from serving.routing import Routed
 

@@ -27,7 +27,7 @@ from flows.up.deployments import automate, deploy, make_pool
 from flows.workspace import recipes
 from flows.workspace.workspace import Workspace
 from monitoring.governor import Request
-from serving.engines.queueing import Limits
+from serving.engines.limits import Limits
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from components.releases import ReleaseStore
 from components.store import seal, unseal
 from serving.engines.deployment import Deployment
 from serving.engines.frames import Facts, Form
-from serving.engines.queueing import Limits
+from serving.engines.limits import Limits
 from serving.log import audit, sealing
 from serving.metrics import Metrics
 from serving.protocols.auth import ROLES, Tokens

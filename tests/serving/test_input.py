@@ -390,7 +390,7 @@ def test_the_specification_names_every_route_and_no_other() -> None:
     from serving.log.captures import Captures
     from serving.log.journal import Journal, JournalConfig
     from serving.metrics import Metrics
-    from serving.protocols.admission import Access
+    from serving.protocols.access import Access
     from serving.protocols.auth import Tokens
     from serving.protocols.http import Http, routes_of, specification
 

@@ -31,7 +31,7 @@ from components.formats import Accepted
 from components.releases import ReleaseStore
 from serving.engines.deployment import Deployment, ReleaseRefused
 from serving.engines.frames import Facts, Form, Outcome, Refusal, Splitter, encode_answer
-from serving.engines.queueing import Job, Limits, Margin
+from serving.engines.limits import Job, Limits, Margin
 from serving.engines.worker import Loaded, Order
 from serving.engines.yielding import Yielding
 from serving.metrics import Metrics

@@ -393,7 +393,7 @@ def test_nested_lists_are_taken_as_flat_ones(running: Server) -> None:
 
 def test_the_messages_of_grpc_are_bounded_together() -> None:
     from serving.inference import Rejected
-    from serving.protocols.admission import Room
+    from serving.protocols.access import Room
 
     async def act() -> None:
         room = Room(40, 16)

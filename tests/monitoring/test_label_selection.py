@@ -9,7 +9,7 @@ import pytest
 from watched import END, START, TASK, changed, release, rows, sample
 
 from components.predictionlog import Stretch
-from monitoring.labelling import most_useful
+from monitoring.label_selection import most_useful
 from monitoring.reference import load_reference
 from monitoring.window import Window, open_window
 

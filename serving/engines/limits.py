@@ -1,4 +1,4 @@
-"""Who waits for an engine, how long, and who is refused."""
+"""Bounds of a deployment: how many pictures wait, how long, and what a refusal says. `Deployment.full` decides by them."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components import garbage
+from components import collector
 
 ROOT = Path(__file__).resolve().parents[2]
 # Registered before what the process registers, so it runs after that.
@@ -44,7 +44,7 @@ def test_an_exporter_collects_seldom_and_not_at_its_end() -> None:
 @pytest.mark.parametrize("on", [True, False])
 def test_what_is_kept_is_never_searched_and_the_switch_is_as_before(on: bool) -> None:
     def failing() -> None:
-        with garbage.kept():
+        with collector.kept():
             assert not gc.isenabled()
             raise OSError("down")
 
