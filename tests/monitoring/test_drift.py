@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from watched import END, START, TASK, changed, release, rows, sample
 
-from components.contracts.errors import ConfigError, UnknownName
+from components.contracts.errors import ConfigError, MonitoringError, UnknownName
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.predictionlog import Stretch
@@ -224,6 +224,11 @@ def test_evidently_computes_what_the_thresholds_are_made_for(mine: Stored[Releas
     assert found["brightness"] == pytest.approx(expected, rel=1e-9)
     shares = [np.bincount(s.columns["predicted"].astype(int), minlength=10)[None] / len(s) for s in (ours, theirs)]
     assert found["predicted"] == pytest.approx(calibration.jensen_shannon(*shares)[0], rel=1e-9)
+
+
+def test_a_column_that_the_task_does_not_tell_is_named() -> None:
+    with pytest.raises(MonitoringError, match="looks at 'height', which is not there; there are brightness"):
+        measure(sample(50, 1), sample(50, 2), {"height": "wasserstein"}, name="x", at=START)
 
 
 def test_resampling_gives_the_distances_of_real_draws() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from watched import TASK, reference_file, release, sample
 
-from components.contracts.errors import ReferenceUnavailable
+from components.contracts.errors import MonitoringError, ReferenceUnavailable
 from components.contracts.records import Stored
 from components.contracts.releases import Release
+from components.tasks.classification import Task
 from monitoring.reference import load_reference
 
 
@@ -69,3 +72,19 @@ def test_what_is_no_reference_is_refused(tmp_path: Path) -> None:
     file = describe(mine.folder / "reference.parquet", within=mine.folder)
     with pytest.raises(ReferenceUnavailable, match="is no reference sample"):
         load_reference(Stored(mine.record.model_copy(update={"reference": file}), mine.folder), TASK)
+
+
+def test_a_task_that_does_not_read_the_reference_is_refused(tmp_path: Path) -> None:
+    class Wide(Task):
+        def width(self, classes: Sequence[str]) -> int:
+            return len(classes) + 1
+
+    class Silent(Task):
+        def drift_columns(self, probabilities: Any, classes: Sequence[str]) -> dict[str, Any]:
+            return {"confidence": probabilities.max(axis=1)}
+
+    mine = release(tmp_path / "r")
+    with pytest.raises(ReferenceUnavailable, match="answers of 10 probabilities, its task 'classification' reads 11"):
+        load_reference(mine, Wide())
+    with pytest.raises(MonitoringError, match="no values of 'predicted' for 1000 answers"):
+        load_reference(mine, Silent())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ import pytest
 from served import MODEL, Server, png, publish, route, server, variant
 from shapes import KINDS
 
-from components.contracts.errors import PluginFailed
+from components.contracts.errors import ConfigError, PluginFailed
+from components.contracts.families import OutputField
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.formats import Accepted
 from components.releases import ReleaseStore
+from components.tasks.classification import Task
 from serving.engines.deployment import Deployment, ReleaseRefused
 from serving.engines.frames import Facts, Form, Outcome, Refusal, Splitter, encode_answer
 from serving.engines.limits import Job, Limits, Margin
@@ -559,3 +562,14 @@ def test_why_an_engine_fails_is_in_the_servers_log_once(
         assert refusal == Refusal(Outcome.FAILED, "the engine failed; the server's log says why")
     (line,) = capsys.readouterr().err.splitlines()
     assert json.loads(line) == {"level": "error", "event": "the engine failed", "problem": why}
+
+
+def test_a_task_s_output_has_a_name_of_its_own(smoke: Stored[Release], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loud(Task):
+        def outputs(self, classes: Sequence[str]) -> tuple[OutputField, ...]:
+            return (OutputField("label", "FP32", (), lambda probabilities: probabilities[:, 0]),)
+
+    monkeypatch.setattr("serving.engines.deployment.load", lambda *_: Loud())
+    made = Deployment(smoke, version="1", generation=1, limits=Limits(), metrics=Metrics(), plugins=None)
+    with pytest.raises(ConfigError, match="has an output 'label', which is in every answer already"):
+        asyncio.run(made.start())
