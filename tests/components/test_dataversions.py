@@ -131,7 +131,7 @@ def test_an_unreadable_folder_is_named() -> None:
     """As a user without the right to read it; root becomes one first."""
     script = (
         "import os, pathlib, sys\n"
-        "from components.contracts.records import DataError\n"
+        "from components.contracts.errors import DataError\n"
         "from flows.workspace.data import _incoming\n"
         "import dvc.fs, dvc.ignore, dvc.repo\n"
         "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"

@@ -160,7 +160,8 @@ def test_a_picture_that_kills_the_engine_is_found_and_blocked_and_its_neighbours
         with ThreadPoolExecutor(12) as pool:
             bad = pool.submit(mine.predict, white())
             good = [pool.submit(mine.predict, png("disc", seed)) for seed in range(10)]
-            assert {future.result().status for future in good} == {200}
+            replies = [future.result() for future in good]
+            assert [reply.json for reply in replies if reply.status != 200] == [], mine.told[-20:]
             assert bad.result().status == 400
         assert bad.result().json == {"error": "this picture killed a decoder before and is blocked"}
         restarts = mine.figure("worker_restarts_total")
