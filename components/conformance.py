@@ -99,7 +99,7 @@ def _known(name: str) -> Any:
     return next((found for home in _CONTRACTS if (found := getattr(importlib.import_module(home), name, None))), None)
 
 
-class Checked:
+class CheckedPlugin:
     """A workspace's own member: what it raises names its line, and what it answers is of its family's kind."""
 
     def __init__(self, member: Any, kind: str, name: str, path: Path) -> None:
@@ -136,7 +136,7 @@ class Checked:
 class _CheckedPredictor:
     """The Predictor of a workspace's own target."""
 
-    def __init__(self, predictor: Any, target: Checked) -> None:
+    def __init__(self, predictor: Any, target: CheckedPlugin) -> None:
         self._predictor, self._target = predictor, target
 
     def predict(self, images: Any) -> Any:

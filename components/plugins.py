@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from components.conformance import Checked, check_class, failed
+from components.conformance import CheckedPlugin, check_class, failed
 from components.contracts.errors import ConfigError, PluginFailed, UnknownName, VisionloopError
 from components.contracts.records import first_problem
 
@@ -133,7 +133,7 @@ def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
         if not is_own or isinstance(error, VisionloopError):
             raise
         raise failed(f"{family.removesuffix('s')} {name!r}", path, "could not be made", error) from error
-    return Checked(made, FAMILIES[family], name, path) if is_own else made
+    return CheckedPlugin(made, FAMILIES[family], name, path) if is_own else made
 
 
 def member_digest(family: str, name: str) -> str:

@@ -196,11 +196,11 @@ class Store:
 
     def discard(self, folder: Path) -> Path:
         """Take an artefact out of the store without destroying it; the next run makes it anew."""
-        graveyard = self.root / ".discarded"
-        graveyard.mkdir(parents=True, exist_ok=True)
-        resting = graveyard / f"{folder.parent.name}-{folder.name}-{uuid.uuid4().hex[:8]}"
-        os.rename(folder, resting)
-        return resting
+        discarded = self.root / ".discarded"
+        discarded.mkdir(parents=True, exist_ok=True)
+        moved = discarded / f"{folder.parent.name}-{folder.name}-{uuid.uuid4().hex[:8]}"
+        os.rename(folder, moved)
+        return moved
 
     def artefacts(self) -> list[Path]:
         """Every published folder."""

@@ -16,7 +16,7 @@ from flows.loop.alarms import announce, sweep
 from flows.loop.flow_runs import Started
 from flows.loop.loop import Loop
 from flows.loop.permits import overdue
-from flows.loop.windows import Judged, Stretch, expect_reigning, judge_window, open_loop, prune, stretches
+from flows.loop.windows import JudgedWindow, Span, expect_champion, judge_window, open_loop, prune, stretches
 from flows.orchestrator.notifications import notify
 from flows.orchestrator.retries import REGISTRY_POLICY
 from flows.terminal import Say
@@ -26,13 +26,13 @@ from monitoring.drift import as_json
 
 
 @task(name="judging", **REGISTRY_POLICY)
-def judging(loop: Loop, stretch: Stretch, now: datetime.datetime) -> Judged | None:
+def judging(loop: Loop, stretch: Span, now: datetime.datetime) -> JudgedWindow | None:
     """One window: what the log holds, against the champion's reference. Its alarm is a row when this returns."""
     return judge_window(loop, stretch, now)
 
 
 @task(name="announcing", **REGISTRY_POLICY)
-def announcing(loop: Loop, judged: Judged, told: Say) -> None:
+def announcing(loop: Loop, judged: JudgedWindow, told: Say) -> None:
     """The event and the notification of a new alarm."""
     if judged.alarm is not None:
         announce(loop, judged.alarm, told=told)
@@ -97,7 +97,7 @@ def watch(
         facts = {"by": "visionloop watch", "reason": f"{counted(len(problems), 'problem')}, the last: {problems[-1]}"}
         notify(loop.settings, "unwatched", loop.model, facts, told=told)
         raise problems[-1]
-    expect_reigning(loop, found)
+    expect_champion(loop, found)
     prune(loop, now)
     return {
         "model": loop.model,

@@ -22,7 +22,7 @@ from components.contracts.wording import counted
 from components.databases import Database, now
 from monitoring.records import decisions, runs, switches
 
-Cause = Literal["drift", "schedule"]
+MachineCause = Literal["drift", "schedule"]
 Answer = Literal["granted", "queued", "refused"]
 Rule = Literal[
     "granted",
@@ -64,7 +64,7 @@ class Request:
     key: str
     """Alarm id, or a name of the scheduled run; one key is granted once."""
     model: str
-    cause: Cause
+    cause: MachineCause
     data_version: str
     """What would be trained on."""
     trained_on: str | None
@@ -76,7 +76,7 @@ class Request:
     seen_by: str = ""
     """Version that the alarm is about."""
     champion: str = ""
-    """Version that reigns now."""
+    """Version that is champion now."""
     failed_versions: frozenset[str] = frozenset()
     """Versions that a person rejected or rolled back."""
     overdue: str = ""
@@ -88,7 +88,7 @@ class Granted:
     """A run that was granted."""
 
     key: str
-    cause: Cause
+    cause: MachineCause
     granted_at: datetime.datetime
     attempts: int
     state: RunState
@@ -242,7 +242,7 @@ class Governor:
         """
         with self._database.transaction() as connection:
             at = _time(connection)
-            _bury(connection, request.model, at)
+            _expire_leases(connection, request.model, at)
             found = decide(request, _known(connection, request.model), self.policy, at)
             body = {
                 "data_version": request.data_version,
@@ -327,7 +327,7 @@ class Governor:
         drift = [run.granted_at for run in known.runs if run.cause == "drift"]
         return not drift or at >= max(drift) + datetime.timedelta(hours=self.policy.cooldown_h)
 
-    def asked(self, key: str, model: str, cause: Cause) -> bool:
+    def asked(self, key: str, model: str, cause: MachineCause) -> bool:
         """Whether this key was ever asked for."""
         with self._database.transaction() as connection:
             mine = (decisions.c.key == key) & (decisions.c.model == model) & (decisions.c.cause == cause)
@@ -336,14 +336,14 @@ class Governor:
     def runs(self, model: str) -> list[Granted]:
         """Granted runs in order of time; those whose lease is over are told as crashed."""
         with self._database.transaction() as connection:
-            _bury(connection, model, _time(connection))
+            _expire_leases(connection, model, _time(connection))
             return list(_known(connection, model).runs)
 
     def due(self, model: str) -> list[str]:
         """Keys that should be asked for again: runs that were killed, and what waits while nothing runs any more."""
         with self._database.transaction() as connection:
             at = _time(connection)
-            _bury(connection, model, at)
+            _expire_leases(connection, model, at)
             known = _known(connection, model)
         if any(run.state == "running" for run in known.runs) or known.stopped is not None:
             return []
@@ -396,7 +396,7 @@ def _grant(
         connection.execute(runs.insert().values(**fixed, **values, body=canonical_json(dict(body))))
 
 
-def _bury(connection: sa.Connection, model: str, at: datetime.datetime) -> None:
+def _expire_leases(connection: sa.Connection, model: str, at: datetime.datetime) -> None:
     """Runs that stopped saying that they live."""
     dead = (runs.c.model == model) & (runs.c.state == "running") & (runs.c.lease_until < _text(at))
     # Asked first: who only reads may stand on a disk that cannot be written.

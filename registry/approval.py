@@ -285,7 +285,7 @@ def rollback_target(entries: Sequence[Entry], to: str | None) -> Entry:
 
 
 def _standing(entries: Sequence[Entry]) -> list[Entry]:
-    """The promotions that nobody went back behind, in the order in which they reigned; the champion's is the last."""
+    """The promotions that nobody went back behind, in order; the champion's is the last."""
     promotions = {entry.seq: entry for entry in entries if entry.kind == "promoted"}
     standing: list[int] = []
     for move in entries:
@@ -333,11 +333,11 @@ def _expect(state: State, allowed: tuple[Status, ...], wanted: str) -> None:
 
 
 def _expect_fresh(entries: Sequence[Entry], state: State) -> None:
-    """The evidence compares with one champion; when another one reigns now, it proves nothing about it."""
+    """The evidence compares with one champion; when another one is champion now, it proves nothing about it."""
     current = champion(entries)
     compared = state.requested.body["bound"].get("champion", "unknown")
-    reigning = "none" if current is None else current.body["engine"]
-    if compared != reigning:
+    compared_with = "none" if current is None else current.body["engine"]
+    if compared != compared_with:
         was = "no champion" if compared == "none" else f"champion engine {compared[:12]}"
         now = "there is none" if current is None else f"version {current.body['version']} is champion"
         back = (

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "candidate.json"
 CHAMPION = "champion"
-"""The MLflow alias that shows who reigns; the ledger says it."""
+"""The MLflow alias that shows which version is champion; the ledger says it."""
 _CANDIDATE_TAG = "visionloop.candidate"
 _MANIFEST_TAG = "visionloop.manifest_sha256"
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
@@ -44,7 +44,7 @@ FLOW = Principal(name="flows/train", method="machine")
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CandidateBundle:
     """What is registered: files by their name in the model version, and what is said about them."""
 
     model: str
@@ -65,7 +65,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Reigning:
+class CurrentChampion:
     """Today's champion: its version and its engine, verified."""
 
     version: str
@@ -88,7 +88,7 @@ class Registry:
         entry = self.ledger.find(_key(model, candidate_digest))
         return None if entry is None else _outcome(entry)
 
-    def register(self, evidence: Evidence) -> Candidate | Rejection:
+    def register(self, evidence: CandidateBundle) -> Candidate | Rejection:
         """Record the candidate, or its rejection, once. Raises RegistryUnavailable; running again goes on."""
         known = self.recorded(evidence.model, evidence.candidate_digest)
         if known is not None:
@@ -129,7 +129,7 @@ class Registry:
                 mlflow.set_model_version_tag(evidence.model, entry.body["version"], _SEQ_TAG, str(entry.seq))
         return _outcome(entry)
 
-    def _version(self, mlflow: MlflowClient, evidence: Evidence, experiment: str, run_id: str) -> ModelVersion:
+    def _version(self, mlflow: MlflowClient, evidence: CandidateBundle, experiment: str, run_id: str) -> ModelVersion:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -162,7 +162,7 @@ class Registry:
             description=_description(evidence.verdict.status, evidence.verdict.serving_engine, "Waits for approval"),
         )
 
-    def _expect_new(self, evidence: Evidence, version: str) -> None:
+    def _expect_new(self, evidence: CandidateBundle, version: str) -> None:
         """Raise RegistryUnavailable when MLflow gave a number that the ledger has for another candidate: it forgot some."""
         for row in self.ledger.entries(evidence.model):
             same_number = row.kind == "requested" and row.body["version"] == version
@@ -284,7 +284,10 @@ class Registry:
 
 
 def bound_in(folder: Path) -> dict[str, Any]:
-    """What a candidate's files are, digest by digest, read from a verified bundle: the counterpart of `Evidence.bound`."""
+    """What a candidate's files are, digest by digest, read from a verified bundle.
+
+    The counterpart of `CandidateBundle.bound`.
+    """
     evidence = folder / "evidence"
 
     def read(name: str, record: type[RecordT]) -> RecordT:
@@ -388,7 +391,7 @@ def _description(verdict: str, engine: str, standing: str) -> str:
     return f"Verdict: {verdict}. Serving engine: {engine}. {standing}; see report.html and model-card.md."
 
 
-def _run_of_candidate(mlflow: MlflowClient, experiment: str, evidence: Evidence) -> str:
+def _run_of_candidate(mlflow: MlflowClient, experiment: str, evidence: CandidateBundle) -> str:
     """The training's run for its first candidate; a run of its own for each further one, which names the training's.
 
     It stands beside that one: below it, a version would seem to be part of what may have been rejected.
@@ -407,7 +410,7 @@ def _run_of_candidate(mlflow: MlflowClient, experiment: str, evidence: Evidence)
 
 
 def _logged_model(
-    mlflow: MlflowClient, evidence: Evidence, experiment: str, run_id: str, bundle: Path, manifest_sha256: str
+    mlflow: MlflowClient, evidence: CandidateBundle, experiment: str, run_id: str, bundle: Path, manifest_sha256: str
 ) -> str:
     """Upload the bundle as a logged model and prove it by reading it back; an earlier, complete upload is reused."""
     import mlflow.artifacts as artifacts
@@ -438,7 +441,7 @@ def _logged_model(
     return str(created.model_id)
 
 
-def _bundle(evidence: Evidence, folder: Path) -> str:
+def _bundle(evidence: CandidateBundle, folder: Path) -> str:
     for name, source in evidence.files.items():
         destination = folder / name
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -455,7 +458,7 @@ def _bundle(evidence: Evidence, folder: Path) -> str:
     return sha256_file(folder / MANIFEST)
 
 
-def _describe_run(mlflow: MlflowClient, run_id: str, evidence: Evidence) -> None:
+def _describe_run(mlflow: MlflowClient, run_id: str, evidence: CandidateBundle) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
     known = set(mlflow.get_run(run_id).data.params)

@@ -36,7 +36,7 @@ class Difference(Record):
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedVersion:
     """An approved version whose files are the approved ones."""
 
     version: str
@@ -53,7 +53,7 @@ class Promotion:
         self.releases = releases
         self.model = model
 
-    def check(self, version: str) -> Checked:
+    def check(self, version: str) -> CheckedVersion:
         """Whether an approved version may go live now: rules, every byte, every digest. Publishes its release.
 
         Raises DecisionRefused, TamperedArtefact or RegistryUnavailable; nothing has moved then.
@@ -75,15 +75,15 @@ class Promotion:
             with tempfile.TemporaryDirectory(prefix="visionloop-release-") as scratch:
                 digest = self.releases.publish(release_in(bundle, out=Path(scratch)))
         self.releases.verify(self.model, digest)
-        return Checked(version, digest, approved)
+        return CheckedVersion(version, digest, approved)
 
-    def move(self, checked: Checked) -> Entry:
+    def move(self, checked: CheckedVersion) -> Entry:
         """Append the promotion, unless anything changed since the check. The champion has moved when this returns."""
         return self.ledger.decide(model=self.model, actor=FLOW, rule=approval.promote(checked.version, checked.release))
 
     def promote(self, version: str, *, told: Callable[[str], None] = lambda _: None) -> Entry:
         """Check, move, project, read back. Repeating it after any failure goes on where it stopped."""
-        entry = self.reigning(version)
+        entry = self.current(version)
         if entry is None:
             entry = self.move(self.check(version))
         told(f"version {version} is champion of {self.model} (ledger row {entry.seq})")
@@ -93,7 +93,7 @@ class Promotion:
         self.describe(told=told)
         return entry
 
-    def reigning(self, version: str) -> Entry | None:
+    def current(self, version: str) -> Entry | None:
         """The row that promoted this version, where it is champion already: what is left to do is to project it."""
         current = approval.champion(self.ledger.entries(self.model))
         promoted = current is not None and current.kind == "promoted" and current.body["version"] == version

@@ -13,7 +13,7 @@ from components.contracts.releases import DecisionRule, Release
 from components.contracts.verdicts import EngineVerdict, Estimate, Evaluation, Finding, Verdict
 from components.store import describe, sha256_file
 from registry.approval import person
-from registry.models import Evidence, bound_in
+from registry.models import CandidateBundle, bound_in
 
 HISTORY = [{"epoch": float(e), "valid_loss": 1 / e, "train_loss": 2 / e} for e in range(1, 4)]
 CLASSES = ("cat", "dog")
@@ -27,8 +27,8 @@ def evidence(
     digest: str = "d1",
     champion_engine: str | None = None,
     requester: str | None = None,
-) -> Evidence:
-    """Evidence whose files lie under `tmp_path`; `digest` makes candidates differ, and so do their engines."""
+) -> CandidateBundle:
+    """CandidateBundle whose files lie under `tmp_path`; `digest` makes candidates differ, and so do their engines."""
     folder = tmp_path / f"{model}-{digest}"
     files: dict[str, Path] = {}
 
@@ -134,7 +134,7 @@ def evidence(
                 golden_tolerance=0.1,
             ),
         )
-    return Evidence(
+    return CandidateBundle(
         model=model,
         candidate_digest=sha256_file(files["checkpoint/weights.safetensors"]),
         training_key=f"{model}-{digest}-training",

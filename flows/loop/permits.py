@@ -108,7 +108,7 @@ def _request(loop: Loop, config: RunConfig, cause: Literal["drift", "schedule"],
         if entry.kind in ("requested", "rejected") and (entry.body.get("summary") or {}).get("run")
     ]
     latest = judged[-1].body["summary"] if judged else None
-    reigning = approval.champion(entries)
+    current_champion = approval.champion(entries)
     today = datetime.datetime.now(datetime.UTC)
     return Request(
         key=key or f"schedule:{loop.model}:{today:%Y-%m-%dT%H%M}:{uuid.uuid4().hex[:6]}",
@@ -120,7 +120,7 @@ def _request(loop: Loop, config: RunConfig, cause: Literal["drift", "schedule"],
         diagnosis=raised.diagnosis if raised is not None else "none",
         detectors=raised.detectors if raised is not None else (),
         seen_by=raised.version if raised is not None else "",
-        champion=str(reigning.body["version"]) if reigning is not None else "",
+        champion=str(current_champion.body["version"]) if current_champion is not None else "",
         failed_versions=_failed(entries),
         overdue=overdue(_NIGHT) if cause == "schedule" and not key else "",
     )

@@ -11,7 +11,7 @@ from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
-    from serving.log.audit import Checked
+    from serving.log.audit import LogAudit
     from serving.log.captures import Captures
 
 
@@ -30,7 +30,7 @@ class PredictionsExported:
 class LogVerified:
     """What a look at the log and at the kept images found."""
 
-    log: Checked
+    log: LogAudit
     captures: tuple[str, ...]
     """What is wrong with a kept image, one sentence each."""
     erased: int

@@ -31,6 +31,7 @@ from components.tables import read_frame
 from flows.loop.loop import Loop
 from flows.loop.windows import PAGE, ROWS, TO_LABEL, capture_path, realised_accuracy, windows
 from flows.pages import figures
+from flows.training.run import stage_folder
 from monitoring.governor import in_words
 from monitoring.verdicts import DriftVerdict
 from registry import approval
@@ -111,7 +112,7 @@ def _link(path: Path, folder: Path) -> str | None:
 def _docs(loop: Loop, folder: Path) -> list[tuple[str, str]]:
     """Data docs of every run that has some."""
     found = []
-    for path in sorted(loop.workspace.runs.glob("*/1-validation/data_docs/index.html")):
+    for path in sorted(loop.workspace.runs.glob(f"*/{stage_folder('validation')}/data_docs/index.html")):
         link = _link(path, folder)
         if link is not None:
             found.append((path.parents[2].name, link))
@@ -130,10 +131,10 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
     summary = state.requested.body.get("summary") or {}
     headline = summary.get("headline", "accuracy")
     run = loop.workspace.runs / str(summary.get("run"))
-    evaluation = _load(run / "5-evaluation" / str(summary.get("serving_engine")), Evaluation)
-    splits = _load(run / "2-splitting", Splits)
-    verdict = _load(run / "6-gating", Verdict)
-    history = run / "3-training" / "history.json"
+    evaluation = _load(run / stage_folder("evaluation") / str(summary.get("serving_engine")), Evaluation)
+    splits = _load(run / stage_folder("splitting"), Splits)
+    verdict = _load(run / stage_folder("gating"), Verdict)
+    history = run / stage_folder("training") / "history.json"
     drawn: dict[str, Markup] = {}
     if history.is_file():
         drawn["Training"] = figures.curves_figure(json.loads(history.read_text()), headline)
@@ -141,7 +142,7 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
         drawn["Splits"] = figures.splits_figure(splits.record)
     if evaluation is not None and evaluation.record.confusion:
         drawn["Confusion on the frozen test split"] = figures.confusion_figure(evaluation.record)
-    places = [path for path in sorted((run / "5-evaluation").glob("*")) if path.name != "champion"]
+    places = [path for path in sorted((run / stage_folder("evaluation")).glob("*")) if path.name != "champion"]
     executed = [found for path in places if (found := _load(path, Evaluation)) is not None]
     if executed:
         drawn["Engines"] = figures.engine_figure(executed, headline)

@@ -43,7 +43,7 @@ VERDICT, ROWS, PAGE, TO_LABEL = "verdict.json", "rows.parquet", "report.html", "
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Span:
     """When a window begins and ends, UTC."""
 
     since: datetime.datetime
@@ -51,14 +51,14 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedWindow:
     """One window and what came of it."""
 
     window: str
     verdict: DriftVerdict
     folder: Path
     fresh: bool
-    """Judged now; False when it had been judged with these rows before."""
+    """JudgedWindow now; False when it had been judged with these rows before."""
     alarm: Alarm | None
     """The alarm, when this judgement made it."""
     problem: str = ""
@@ -78,7 +78,7 @@ def stretches(
     minutes: float | None = None,
     since: str | None = None,
     until: str | None = None,
-) -> list[Stretch]:
+) -> list[Span]:
     """The windows to look at: the scheduled ones that ended, oldest first, or the one that is asked for.
 
     Raises ConfigError for a window that has no length.
@@ -90,16 +90,16 @@ def stretches(
             raise ConfigError(
                 f"the window from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC has no length; name an earlier --since"
             )
-        return [Stretch(begin, end)]
+        return [Span(begin, end)]
     if minutes is not None:
         if not 0 < minutes <= 366 * 24 * 60:
             raise ConfigError(f"--minutes {minutes:g} is no length of a window; expected more than 0, at most a year")
-        return [Stretch(now - datetime.timedelta(minutes=minutes), now)]
+        return [Span(now - datetime.timedelta(minutes=minutes), now)]
     length = loop.config.every_minutes * 60
     last = int(now.timestamp()) // length * length
     moments = [last - length * number for number in range(loop.config.look_back, -1, -1)]
     at = [datetime.datetime.fromtimestamp(moment, datetime.UTC) for moment in moments]
-    return [Stretch(since, until) for since, until in itertools.pairwise(at)]
+    return [Span(since, until) for since, until in itertools.pairwise(at)]
 
 
 def _utc(text: str) -> datetime.datetime:
@@ -133,7 +133,7 @@ def task_of(release: Release) -> Task:
     return task
 
 
-def read_window(loop: Loop, stretch: Stretch, entry: Entry, release: Stored[Release], now: datetime.datetime) -> Window:
+def read_window(loop: Loop, stretch: Span, entry: Entry, release: Stored[Release], now: datetime.datetime) -> Window:
     """The rows of the champion's release in this stretch of the log."""
     from components.predictionlog import read_stretch
     from monitoring.window import open_window
@@ -167,8 +167,8 @@ def recorded(folder: Path) -> DriftVerdict | None:
         return None
 
 
-def judge_window(loop: Loop, stretch: Stretch, now: datetime.datetime) -> Judged | None:
-    """Judge a stretch of the log; None when nothing reigned then."""
+def judge_window(loop: Loop, stretch: Span, now: datetime.datetime) -> JudgedWindow | None:
+    """Judge a stretch of the log; None when there was no champion then."""
     entry = champion_at(loop, stretch.until)
     if entry is None:
         return None
@@ -179,11 +179,11 @@ def judge_window(loop: Loop, stretch: Stretch, now: datetime.datetime) -> Judged
     known = recorded(folder)
     policy = loop.config.drift.digest()
     if known is not None and (known.window, known.policy) == (window.facts, policy):
-        return Judged(name, known, folder, False, None)
+        return JudgedWindow(name, known, folder, False, None)
     return _judge(loop, window, release, name, folder)
 
 
-def _judge(loop: Loop, window: Window, release: Stored[Release], name: str, folder: Path) -> Judged:
+def _judge(loop: Loop, window: Window, release: Stored[Release], name: str, folder: Path) -> JudgedWindow:
     from monitoring.drift import judge
     from monitoring.reference import load_reference
 
@@ -201,7 +201,7 @@ def _judge(loop: Loop, window: Window, release: Stored[Release], name: str, fold
             _write_to_label(loop, reference, window, folder / TO_LABEL)
         problem = _keep_report(loop, (reference, window), measured, verdict, name, folder)
         write_atomically(folder / VERDICT, seal(verdict.to_json()))
-    return Judged(name, verdict, folder, True, alarm, problem)
+    return JudgedWindow(name, verdict, folder, True, alarm, problem)
 
 
 def _keep_report(
@@ -261,7 +261,9 @@ def captured(workspace: Workspace) -> set[str]:
 
 def capture_path(workspace: Workspace, sha256: str) -> Path:
     """Where the bytes of a kept image lie."""
-    return workspace.state / "serving" / "captures" / sha256[:2] / sha256
+    from serving.log.captures import kept_at
+
+    return kept_at(workspace.state / "serving" / "captures", sha256)
 
 
 def windows(loop: Loop, last: int = 200) -> list[tuple[str, DriftVerdict]]:
@@ -322,7 +324,7 @@ def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:
     return estimate_json(wilson(int(right.sum()), len(right)))
 
 
-def expect_reigning(loop: Loop, judged: list[Judged]) -> None:
+def expect_champion(loop: Loop, judged: list[JudgedWindow]) -> None:
     """Raise MonitoringError when no window could be looked at because nothing was ever promoted."""
     if not judged and champion_at(loop, datetime.datetime.now(datetime.UTC)) is None:
         raise MonitoringError(f"{loop.model} has no champion: nothing is served that could drift (visionloop candidates)")

@@ -14,11 +14,11 @@ from flows.training.results import Results, bound_digests, candidate_digest, est
 from flows.training.run import Run, training_key
 from registry.approval import person
 from registry.ledger import Ledger
-from registry.models import Evidence
+from registry.models import CandidateBundle
 from registry.policies import notes
 
 
-def assemble(run: Run, results: Results) -> Evidence:
+def assemble(run: Run, results: Results) -> CandidateBundle:
     """The bundle of a candidate: weights, engines, evidence, report and model card."""
     from flows.training.model_card import model_card
     from flows.training.report import render
@@ -65,7 +65,7 @@ def assemble(run: Run, results: Results) -> Evidence:
             files[f"release/{file.name}"] = results.release.folder / file.name
     document("model-card.md", model_card(run, results))
     document("report.html", render(run, results, None, notes_of(run, results)))
-    return Evidence(
+    return CandidateBundle(
         model=run.config.model,
         candidate_digest=candidate_digest(run, results),
         training_key=training_key(run, results.splits),
@@ -102,7 +102,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "metrics": estimates_json(serving),
         "recall": {c.name: estimate_json(c.recall) for c in serving.per_class},
         "champion": estimates_json(champion) if champion else None,
-        "champion_version": results.reigning.version if results.reigning else None,
+        "champion_version": results.current_champion.version if results.current_champion else None,
         "champion_images": champion.num_images if champion else None,
         "champion_reason": champion.reason if champion else "",
         "classes_new": new,

@@ -17,7 +17,7 @@ def model_card(run: Run, results: Results) -> str:
     """What a user of the model has to know, in Markdown."""
     shown, checkpoint, verdict = evaluation_shown(results).record, results.checkpoint.record, results.verdict.record
     new, gone = results.classes_changed
-    champion = f"the champion, version {results.reigning.version}," if results.reigning else ""
+    champion = f"the champion, version {results.current_champion.version}," if results.current_champion else ""
     lines = [
         f"# {run.config.model}",
         "",

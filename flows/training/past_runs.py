@@ -13,6 +13,7 @@ from components.contracts.wording import shown_utc
 from components.store import MANIFEST, unseal
 from flows.terminal import figure
 from flows.training.results import estimate_json
+from flows.training.run import stage_folder
 from flows.workspace.workspace import Workspace
 
 
@@ -50,7 +51,7 @@ def _read(path: Path | None) -> dict[str, Any]:
 def _accuracy(run: Path, serving: str) -> dict[str, float | int] | None:
     """Of the engine that serves, on the test images, as its evaluation says; its files are not gone through for a list."""
     try:
-        body = unseal((run / "5-evaluation" / serving / MANIFEST).read_bytes())
+        body = unseal((run / stage_folder("evaluation") / serving / MANIFEST).read_bytes())
         estimate = Evaluation.read(body["record"]).metrics.get("accuracy") if body is not None else None
     except (OSError, StoreError, KeyError, TypeError):
         return None

@@ -51,7 +51,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
             lineage=run.lineage,
             verdict=verdict,
             notes=notes,
-            champion=results.reigning.version if results.reigning else "",
+            champion=results.current_champion.version if results.current_champion else "",
             classes_new=new,
             classes_gone=gone,
             metrics=[in_words(name) for name in metrics],

@@ -13,7 +13,7 @@ from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
 from components.contracts.verdicts import Estimate, Evaluation, Measurement, Verdict
 from flows.training.run import Run
-from registry.models import Reigning
+from registry.models import CurrentChampion
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Results:
     engines: Sequence[Stored[Engine]]
     evaluations: Sequence[Stored[Evaluation]]
     measurements: Sequence[Stored[Measurement]]
-    reigning: Reigning | None
+    current_champion: CurrentChampion | None
     """Today's champion, None where none was ever promoted."""
     champion: Stored[Evaluation] | None
     """What it answered on the test images of the classes that it shares with the data."""
@@ -38,7 +38,7 @@ class Results:
     def classes_changed(self) -> tuple[list[str], list[str]]:
         """Classes that the champion does not know, and classes of the champion that the candidate no longer knows."""
         ours = self.checkpoint.record.classes
-        theirs = self.reigning.engine.record.classes if self.reigning else ours
+        theirs = self.current_champion.engine.record.classes if self.current_champion else ours
         return [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
 
     @property

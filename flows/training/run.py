@@ -36,6 +36,11 @@ STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating
 _CODE = Path(__file__).resolve().parents[2]
 
 
+def stage_folder(name: str) -> str:
+    """The folder of a stage in a run's folder: its number in the data's way, and its name."""
+    return f"{STAGES.index(name) + 1}-{name}"
+
+
 @functools.cache
 def lock_digest() -> str:
     """sha256 of the locked versions: requirements.lock beside the code, else every installed distribution."""
@@ -144,7 +149,7 @@ class Run:
         resume and are removed when the result is published. What another failed stage leaves is kept in the run folder.
         With `anew` it is computed whatever the store holds, and replaces that.
         """
-        place = f"{STAGES.index(name) + 1}-{name}"
+        place = stage_folder(name)
         label = f"{name} {instance}".strip()
         key = self.key(name, inputs, instance)
         kind = f"{name}/{instance}" if instance else name

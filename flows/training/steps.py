@@ -36,7 +36,7 @@ from flows.orchestrator.retries import REGISTRY_POLICY
 from flows.training.results import Results, candidate_digest
 from flows.training.run import Run, member_digests, training_inputs, training_key
 from flows.workspace.desk import artifacts_of, registry_of
-from registry.models import Reigning
+from registry.models import CurrentChampion
 from registry.tracking import LiveMetrics
 
 
@@ -204,7 +204,7 @@ def _worth_measuring_again(kept: Measurement) -> bool:
 
 
 @task(name="champion", **REGISTRY_POLICY)
-def champion(run: Run) -> Reigning | None:
+def champion(run: Run) -> CurrentChampion | None:
     """Today's champion, or None where the ledger proves that none was ever promoted.
 
     Raises RegistryUnavailable when the ledger has lost rows that MLflow knows of: then nothing is proven.
@@ -214,7 +214,7 @@ def champion(run: Run) -> Reigning | None:
     if entry is None:
         return None
     folder = run.workspace.cache / "champions" / run.config.model
-    return Reigning(str(entry.body["version"]), registry.fetch_engine(run.config.model, entry, out=folder))
+    return CurrentChampion(str(entry.body["version"]), registry.fetch_engine(run.config.model, entry, out=folder))
 
 
 @task(name="gating", cache_policy=NO_CACHE)
@@ -223,13 +223,16 @@ def gating(
     engines: Sequence[Stored[Engine]],
     evaluations: Sequence[Stored[Evaluation]],
     measurements: Sequence[Stored[Measurement]],
-    reigning: Reigning | None,
+    current_champion: CurrentChampion | None,
     champion_evaluation: Stored[Evaluation] | None,
 ) -> Stored[Verdict]:
     config, chosen = run.config.gating, run.config.export
     required = {target.name: target.required for target in chosen.all_targets}
 
     def compute(_: Path, __: Progress) -> Verdict:
+        champion = None
+        if current_champion and champion_evaluation:
+            champion = Champion(current_champion.engine.record, champion_evaluation)
         judged = [
             Judged(engine, evaluation, measurement.record, required[engine.record.name])
             for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True)
@@ -237,7 +240,7 @@ def gating(
         return judge(
             judged[1:],
             evaluations[0],
-            Champion(reigning.engine.record, champion_evaluation) if reigning and champion_evaluation else None,
+            champion,
             config,
             run.task,
             serving=chosen.serving,

@@ -1,4 +1,4 @@
-"""What the loop needs on a Prefect server: a work pool, deployments with schedules, automations. Made again, it is the same.
+"""What the loop needs on a Prefect server: a work pool, deployments with schedules, automations. Idempotent.
 
 | deployment     | started by                                    | what it does                                            |
 |----------------|-----------------------------------------------|---------------------------------------------------------|
@@ -144,10 +144,10 @@ def automate(loop: Loop) -> list[str]:
             )
         ],
     )
-    return [_only_one(drift), _only_one(_heartless())]
+    return [_only_one(drift), _only_one(_crash_without_heartbeat())]
 
 
-def _heartless() -> Any:
+def _crash_without_heartbeat() -> Any:
     """A run that stopped saying that it lives is marked as crashed: its worker may be gone with it."""
     from prefect.automations import Automation
     from prefect.client.schemas.objects import StateType

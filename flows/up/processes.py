@@ -5,9 +5,8 @@
     .visionloop/up/worker.json
     .visionloop/up/*.log         what they say
 
-A process is known by its pid and the moment it began, so a number that the system gave away again is nobody of ours. Its
-file tells which folder it was started in: in a copy of a workspace it tells of a process of the original, which is nobody
-of ours either.
+A PID may be reused, so a process is identified by PID and start time. Its file tells which folder it was started in: in a
+copy of a workspace it tells of a process of the original, which is none of the copy's.
 """
 
 from __future__ import annotations

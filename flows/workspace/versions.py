@@ -31,7 +31,7 @@ class VersionShown:
 
     state: State
     champion: Entry | None
-    """Who reigns now."""
+    """Which version is champion now."""
     compared_with: Entry | None
     """The champion that the version was compared with."""
     notes: tuple[str, ...]

@@ -120,7 +120,7 @@ def _loss(journal: str, gap: dict[str, Any]) -> Loss:
 
 
 @dataclass(frozen=True)
-class Checked:
+class LogAudit:
     """What `verify` found."""
 
     segments: int
@@ -133,7 +133,7 @@ class Checked:
     """Journals that are still written, or wait to be sealed."""
 
 
-def verify(log_url: str, journals: Path) -> Checked:
+def verify(log_url: str, journals: Path) -> LogAudit:
     """Check every segment's digest, that no prediction is there twice, and what was lost, sealed or not."""
     objects = open_objects(log_url)
     broken: list[str] = []
@@ -151,7 +151,7 @@ def verify(log_url: str, journals: Path) -> Checked:
     try:
         found = segments(objects)
     except StoreError as error:
-        return Checked(0, 0, 0, (), 0, (str(error),), 0)
+        return LogAudit(0, 0, 0, (), 0, (str(error),), 0)
     gaps |= {segment.journal: segment.gaps for segment in found}
     losses = tuple(_loss(journal, gap) for journal, told in sorted(gaps.items()) for gap in told)
     listed = {segment.name for segment in found}
@@ -173,4 +173,4 @@ def verify(log_url: str, journals: Path) -> Checked:
             duplicates += identifier in seen
             seen.add(identifier)
     lost = sum(loss.lost for loss in losses)
-    return Checked(len(found), rows, lost, losses, duplicates, tuple(broken), unsealed(journals))
+    return LogAudit(len(found), rows, lost, losses, duplicates, tuple(broken), unsealed(journals))

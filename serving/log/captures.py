@@ -38,6 +38,11 @@ class CaptureConfig:
     retain_days: float = 30.0
 
 
+def kept_at(folder: Path, sha256: str) -> Path:
+    """Where the bytes of an image lie below the folder of captures."""
+    return folder / sha256[:2] / sha256
+
+
 class Captures:
     """The kept images of a server, `aa/aabb...` by sha256."""
 
@@ -55,7 +60,7 @@ class Captures:
         """Where an image lies, or would; raises ConfigError for what is no sha256."""
         if not _DIGEST.fullmatch(sha256):
             raise ConfigError(f"{sha256[:80]!r} is not the sha256 of an image: 64 hex digits")
-        return self.folder / sha256[:2] / sha256
+        return kept_at(self.folder, sha256)
 
     def start(self) -> None:
         """Begin to keep what is offered, and to forget what is old."""

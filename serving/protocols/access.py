@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from serving.inference import Inference, Rejected
-from serving.protocols.auth import Role, Tokens, allows, bearer, digest_of, is_loopback
+from serving.protocols.auth import TokenRole, Tokens, allows, bearer, digest_of, is_loopback
 
 _PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 
@@ -17,7 +17,7 @@ class Access:
     def __init__(self, tokens: Tokens, *, required: bool) -> None:
         self.tokens, self.required = tokens, required
 
-    def check(self, authorization: str | None, needed: Role) -> str:
+    def check(self, authorization: str | None, needed: TokenRole) -> str:
         """Who asks, as a digest; raises Rejected unless they may do what needs `needed`."""
         if not self.required:
             return ""

@@ -17,8 +17,8 @@ from typing import Literal
 from components.contracts.errors import ConfigError, StoreError, UnknownName
 from components.store import write_atomically
 
-Role = Literal["viewer", "predictor", "admin"]
-ROLES: tuple[Role, ...] = ("viewer", "predictor", "admin")
+TokenRole = Literal["viewer", "predictor", "admin"]
+ROLES: tuple[TokenRole, ...] = ("viewer", "predictor", "admin")
 """Each may do what the ones before it may: look; ask for predictions; act on the server."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -39,7 +39,7 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_at: tuple[int, int] | None = None
-        self._roles: dict[str, Role] = {}
+        self._roles: dict[str, TokenRole] = {}
 
     def issue(self, name: str, role: str) -> str:
         """Make a token; it is told once and not kept. An earlier one of this name stops working."""
@@ -68,7 +68,7 @@ class Tokens:
         """Roles by name."""
         return {str(entry["name"]): str(entry["role"]) for entry in self._entries()}
 
-    def role_of(self, token: str) -> Role | None:
+    def role_of(self, token: str) -> TokenRole | None:
         """The role of a token, None for one that is not known."""
         self._refresh()
         return self._roles.get(digest_of(token))
@@ -117,6 +117,6 @@ def bearer(header: str | None) -> str | None:
     return token.strip() if scheme.lower() == "bearer" and token.strip() else None
 
 
-def allows(role: Role | None, needed: Role) -> bool:
+def allows(role: TokenRole | None, needed: TokenRole) -> bool:
     """Whether a role may do what needs another."""
     return role is not None and ROLES.index(role) >= ROLES.index(needed)

@@ -20,7 +20,7 @@ from serving.metrics import log
 from serving.protocols import health_pb2, tensors
 from serving.protocols import open_inference_pb2 as pb
 from serving.protocols.access import Access, Room, model_ready
-from serving.protocols.auth import Role
+from serving.protocols.auth import TokenRole
 
 SERVICE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
@@ -40,7 +40,7 @@ _CODES = {
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     422: grpc.StatusCode.INVALID_ARGUMENT,
 }
-_NEEDS: dict[str, Role | None] = {
+_NEEDS: dict[str, TokenRole | None] = {
     "ServerLive": None,
     "ServerReady": None,
     "ModelReady": None,
@@ -49,7 +49,7 @@ _NEEDS: dict[str, Role | None] = {
     "ModelConfig": "viewer",
     "ModelInfer": "predictor",
 }
-_HEALTH_NEEDS: dict[str, Role | None] = {"Check": None, "List": "viewer"}
+_HEALTH_NEEDS: dict[str, TokenRole | None] = {"Check": None, "List": "viewer"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Grpc:
             _Unsupported(),
         )
 
-    def _handler(self, name: str, needed: Role | None, messages: Any, prefix: str) -> Any:
+    def _handler(self, name: str, needed: TokenRole | None, messages: Any, prefix: str) -> Any:
         return grpc.stream_unary_rpc_method_handler(
             self._guarded(name, needed, getattr(self, f"_{_snake(name)}")),
             request_deserializer=getattr(messages, f"{prefix}Request").FromString,
@@ -105,7 +105,7 @@ class Grpc:
         )
 
     def _guarded(
-        self, name: str, needed: Role | None, method: Callable[[Any, _Caller], Awaitable[Any]]
+        self, name: str, needed: TokenRole | None, method: Callable[[Any, _Caller], Awaitable[Any]]
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(messages: AsyncIterator[Any], context: Any) -> Any:
             code, message, retry, request, held, size = grpc.StatusCode.OK, "", None, None, 0, 0

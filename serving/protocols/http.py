@@ -40,7 +40,7 @@ from serving.inference import Answer, Answered, Inference, Rejected, moment
 from serving.metrics import log
 from serving.protocols import tensors
 from serving.protocols.access import Access, Budget, model_ready
-from serving.protocols.auth import Role
+from serving.protocols.auth import TokenRole
 from serving.routing import Routed
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -147,7 +147,7 @@ class Http:
         application.mount("/docs/assets", StaticFiles(directory=assets))
         return application
 
-    def _route(self, path: str, handler: Handler, method: str = "GET", *, needed: Role | None) -> Route:
+    def _route(self, path: str, handler: Handler, method: str = "GET", *, needed: TokenRole | None) -> Route:
         async def endpoint(request: Request) -> Response:
             try:
                 headers = request.headers

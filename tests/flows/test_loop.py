@@ -174,9 +174,9 @@ def test_prefect_away_at_the_alarm_and_back_later(
     loop = loop_of(deployed)
     since = datetime.datetime.fromisoformat(now())
     predict(deployed, 120, shift=4, name="away")
-    from flows.loop.windows import Stretch, judge_window
+    from flows.loop.windows import Span, judge_window
 
-    judged = judge_window(loop, Stretch(since, since + datetime.timedelta(minutes=5)), datetime.datetime.now(datetime.UTC))
+    judged = judge_window(loop, Span(since, since + datetime.timedelta(minutes=5)), datetime.datetime.now(datetime.UTC))
     assert judged is not None
     assert judged.alarm is not None
     loop.settings = dataclasses.replace(loop.settings, prefect_api_url="")
@@ -290,9 +290,9 @@ def test_a_cancelled_training_is_not_taken_up_by_the_sweep(deployed: Path) -> No
     loop = loop_of(deployed)
     since = datetime.datetime.fromisoformat(now())
     predict(deployed, 120, shift=4, name="cancelled")
-    from flows.loop.windows import Stretch, judge_window
+    from flows.loop.windows import Span, judge_window
 
-    judged = judge_window(loop, Stretch(since, since + datetime.timedelta(minutes=5)), datetime.datetime.now(datetime.UTC))
+    judged = judge_window(loop, Span(since, since + datetime.timedelta(minutes=5)), datetime.datetime.now(datetime.UTC))
     assert judged is not None
     assert judged.alarm is not None
     key = judged.alarm.id

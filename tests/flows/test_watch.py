@@ -446,7 +446,7 @@ PLACES = [
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_watch_that_dies_anywhere_alarms_once(root: Path, when: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at each step in turn, and run again: one alarm, one verdict."""
-    span = windows.Stretch(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
+    span = windows.Span(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
     predict(root, 200, shift=4, capture=True)
     loop = loop_of(root)
     died = []
@@ -531,7 +531,7 @@ def test_a_watch_killed_after_any_step_alarms_once(champions: Path, tmp_path: Pa
 def test_a_watch_that_dies_while_it_tells_leaves_the_alarm_to_the_sweep(
     root: Path, when: Any, nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    span = windows.Stretch(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
+    span = windows.Span(*(datetime.datetime.fromisoformat(now()) + datetime.timedelta(minutes=m) for m in (-1, 5)))
     predict(root, 120, shift=4)
     loop = loop_of(root)
     judged = windows.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
