@@ -18,6 +18,15 @@ Say = Callable[[str], None]
 """Says a line to whoever is looking on."""
 
 
+def to_stderr(line: str) -> None:
+    """Say a line beside the answer of a command."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def silent(_: str) -> None:
+    """Say nothing."""
+
+
 class Console:
     """Stage by stage progress. Keeps how long each stage took, for the summary."""
 
@@ -61,7 +70,7 @@ class Console:
         if self._bars is not None:
             self._bars.console.print(text, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            to_stderr(text)
 
     def stopped(self) -> str:
         """Where a run that is stopped now stopped, for the person who stopped it."""

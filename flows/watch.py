@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from flows.loop.permits import overdue
 from flows.loop.windows import JudgedWindow, Span, expect_champion, judge_window, open_loop, prune, stretches
 from flows.orchestrator.notifications import notify
 from flows.orchestrator.retries import REGISTRY_POLICY
-from flows.terminal import Say
+from flows.terminal import Say, silent, to_stderr
 from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 from monitoring.drift import as_json
@@ -32,16 +31,16 @@ def judging(loop: Loop, stretch: Span, now: datetime.datetime) -> JudgedWindow |
 
 
 @task(name="announcing", **REGISTRY_POLICY)
-def announcing(loop: Loop, judged: JudgedWindow, told: Say) -> None:
+def announcing(loop: Loop, judged: JudgedWindow, say: Say) -> None:
     """The event and the notification of a new alarm."""
     if judged.alarm is not None:
-        announce(loop, judged.alarm, told=told)
+        announce(loop, judged.alarm, say=say)
 
 
 @task(name="sweeping", **REGISTRY_POLICY)
-def sweeping(loop: Loop, told: Say, grace_s: float | None) -> list[Started]:
+def sweeping(loop: Loop, say: Say, grace_s: float | None) -> list[Started]:
     """What was alarmed, killed or queued and is still waiting for its training."""
-    return sweep(loop, told=told, grace_s=grace_s)
+    return sweep(loop, say=say, grace_s=grace_s)
 
 
 @flow(name="watch", validate_parameters=False)
@@ -57,16 +56,12 @@ def watch(
 
     Instead of those, the last `minutes`, or what lies between two moments (ISO 8601).
     """
-
-    def told(line: str) -> None:
-        if not quiet:
-            print(line, file=sys.stderr, flush=True)
-
+    say = silent if quiet else to_stderr
     try:
         loop = open_loop(Path(workspace), model)
     except RegistryUnavailable as error:
         settings = read_settings(Workspace.find(Path(workspace)).state)
-        notify(settings, "unwatched", model or "a model", {"by": "visionloop watch", "reason": str(error)}, told=told)
+        notify(settings, "unwatched", model or "a model", {"by": "visionloop watch", "reason": str(error)}, say=say)
         raise
     now = datetime.datetime.now(datetime.UTC)
     scheduled = minutes is None and since is None and until is None
@@ -80,22 +75,22 @@ def watch(
         except VisionloopError as error:
             # One release or segment that is damaged must not hide the windows after it, nor stop the sweep.
             problems.append(error)
-            told(f"the window until {stretch.until:%Y-%m-%d %H:%M} could not be judged: {error}")
+            say(f"the window until {stretch.until:%Y-%m-%d %H:%M} could not be judged: {error}")
             continue
         if judged is None:
             continue
-        announcing(loop, judged, told)
+        announcing(loop, judged, say)
         if judged.problem:
-            told(f"note: {judged.problem}")
+            say(f"note: {judged.problem}")
         found.append(judged)
     started: list[Started] = []
     try:
-        started = sweeping(loop, told, None)
+        started = sweeping(loop, say, None)
     except VisionloopError as error:
         problems.append(error)
     if problems:
         facts = {"by": "visionloop watch", "reason": f"{counted(len(problems), 'problem')}, the last: {problems[-1]}"}
-        notify(loop.settings, "unwatched", loop.model, facts, told=told)
+        notify(loop.settings, "unwatched", loop.model, facts, say=say)
         raise problems[-1]
     expect_champion(loop, found)
     prune(loop, now)

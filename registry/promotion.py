@@ -81,16 +81,16 @@ class Promotion:
         """Append the promotion, unless anything changed since the check. The champion has moved when this returns."""
         return self.ledger.decide(model=self.model, actor=FLOW, rule=approval.promote(checked.version, checked.release))
 
-    def promote(self, version: str, *, told: Callable[[str], None] = lambda _: None) -> Entry:
+    def promote(self, version: str, *, say: Callable[[str], None] = lambda _: None) -> Entry:
         """Check, move, project, read back. Repeating it after any failure goes on where it stopped."""
         entry = self.current(version)
         if entry is None:
             entry = self.move(self.check(version))
-        told(f"version {version} is champion of {self.model} (ledger row {entry.seq})")
+        say(f"version {version} is champion of {self.model} (ledger row {entry.seq})")
         self.project()
         self.read_back()
-        told("routes, MLflow's alias and the published release were read back")
-        self.describe(told=told)
+        say("routes, MLflow's alias and the published release were read back")
+        self.describe(say=say)
         return entry
 
     def current(self, version: str) -> Entry | None:
@@ -99,7 +99,7 @@ class Promotion:
         promoted = current is not None and current.kind == "promoted" and current.body["version"] == version
         return current if promoted else None
 
-    def rollback(self, to: str | None, by: Principal, reason: str, *, told: Callable[[str], None] = lambda _: None) -> Entry:
+    def rollback(self, to: str | None, by: Principal, reason: str, *, say: Callable[[str], None] = lambda _: None) -> Entry:
         """Make an earlier champion the champion again; its release is verified before anything moves."""
         entries = self.ledger.entries(self.model)
         current = approval.champion(entries)
@@ -116,12 +116,12 @@ class Promotion:
             entry = current
         else:
             target = approval.rollback_target(entries, to)
-            self._expect_published(target, told)
+            self._expect_published(target, say)
             rule = approval.rollback(target.body["version"], by, reason, leaving=current.seq)
             entry = self.ledger.decide(model=self.model, actor=by, rule=rule)
         version = entry.body["version"]
         self._route(entry)
-        told(f"moved: version {version} is champion again (ledger row {entry.seq}); servers switch to it now")
+        say(f"moved: version {version} is champion again (ledger row {entry.seq}); servers switch to it now")
         try:
             self.project()
             self.read_back()
@@ -130,7 +130,7 @@ class Promotion:
                 f"version {version} is champion again (ledger row {entry.seq}) and servers are told so, but MLflow does not "
                 f"show it yet: {error}. Do not roll back again; run `visionloop reconcile --repair` when it is back"
             ) from error
-        self.describe(told=told)
+        self.describe(say=say)
         return entry
 
     def project(self) -> None:
@@ -143,14 +143,14 @@ class Promotion:
                 return
         raise RegistryUnavailable(f"the champion of {self.model} keeps changing; run `visionloop reconcile --repair` later")
 
-    def describe(self, *, told: Callable[[str], None] = lambda _: None) -> None:
+    def describe(self, *, say: Callable[[str], None] = lambda _: None) -> None:
         """Let MLflow say of each version how it stands. No decision depends on that: a failure is told, not raised."""
         try:
             for version, (wanted, found) in self._descriptions().items():
                 if wanted != found:
                     self.registry.describe(self.model, version, wanted)
         except VisionloopError as error:
-            told(f"MLflow's descriptions are behind ({error}); `visionloop reconcile --repair` writes them")
+            say(f"MLflow's descriptions are behind ({error}); `visionloop reconcile --repair` writes them")
 
     def _descriptions(self) -> dict[str, tuple[str, str]]:
         """What MLflow should say of each version that it has, and what it says."""
@@ -221,7 +221,7 @@ class Promotion:
             if wanted != found
         ]
 
-    def _expect_published(self, entry: Entry, told: Callable[[str], None]) -> None:
+    def _expect_published(self, entry: Entry, say: Callable[[str], None]) -> None:
         """Verify the release of an earlier champion; where the store lost or changed it, publish it again from MLflow."""
         try:
             self.releases.verify(self.model, entry.body["release"])
@@ -229,7 +229,7 @@ class Promotion:
             try:
                 self._publish_again(entry)
                 self.releases.verify(self.model, entry.body["release"])
-                told(f"{lost}; it was published again from version {entry.body['version']} in MLflow")
+                say(f"{lost}; it was published again from version {entry.body['version']} in MLflow")
             except VisionloopError as error:
                 raise StoreError(
                     f"{lost}. It could not be published again from version {entry.body['version']} in MLflow: {error}. "

@@ -26,6 +26,9 @@ from flows import stopping
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace, or a folder in it.")]
 HERE = Path()
+OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
+By = Annotated[str, typer.Option("--as", help="Your name, as others will read it; nobody checks it.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.")]
 
 
 _output: ContextVar[TextIO | None] = ContextVar("output", default=None)
@@ -35,15 +38,6 @@ _output: ContextVar[TextIO | None] = ContextVar("output", default=None)
 def finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
     """Print the answer as one JSON line or as text."""
     print(json.dumps(answer, allow_nan=False) if as_json else text(), file=_output.get())
-
-
-def to_stderr(line: str) -> None:
-    """Say a line beside the answer."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def silent(_: str) -> None:
-    """Say nothing."""
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import typer
 
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
-from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, to_stderr
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
+from flows.terminal import to_stderr
 
 if TYPE_CHECKING:
     from flows.workspace.adding import NotedVersion
@@ -85,7 +86,7 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
 
     loop = open_loop(found.root, model)
     with Console(1, quiet=as_json) as console:
-        noted = add_labelled(loop, console=console, told=to_stderr)
+        noted = add_labelled(loop, console=console, say=to_stderr)
     _finish_added(noted, "then the loop trains by itself, or visionloop train --recipe NAME", as_json)
 
 

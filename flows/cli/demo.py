@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.answers import AsJson, finish, to_stderr
+from flows.cli.answers import AsJson, finish
+from flows.terminal import to_stderr
 
 
 def demo(
@@ -34,11 +35,11 @@ def demo(
     try:
         phases = show.run()
         if not stop:
-            up.start_pages(told=lambda line: to_stderr(f"  {line}"))
+            up.start_pages(say=lambda line: to_stderr(f"  {line}"))
         answer = show.finish({} if stop else up.addresses())
     finally:
         if stop:
-            up.stop(told=to_stderr)
+            up.stop(say=to_stderr)
     finish(answer | {"phases": phases}, json_, lambda: show.text(answer))
     if phases["train"]["outcome"] != "candidate":
         raise typer.Exit(1)

@@ -9,16 +9,13 @@ import typer
 
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted, shown_utc
-from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment
+from flows.cli.answers import HERE, AsJson, By, Commands, InWorkspace, OfModel, Reason, finish, moment
 from flows.terminal import figure
 
 if TYPE_CHECKING:
     from flows.loop.governing import AnsweredAlarm, Switch
     from flows.loop.loop import Loop
 
-OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
-By = Annotated[str, typer.Option("--as", help="Your name, as others will read it; nobody checks it.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.")]
 labels_app = Commands(help="What people say about images of production.")
 governor_app = Commands(help="What may train without a person, and what was decided.")
 

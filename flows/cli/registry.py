@@ -9,8 +9,8 @@ import typer
 
 from components import collector
 from components.contracts.wording import counted, shown_utc
-from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment, silent, to_stderr
-from flows.terminal import figure
+from flows.cli.answers import HERE, AsJson, By, Commands, InWorkspace, OfModel, Reason, finish, moment
+from flows.terminal import figure, silent, to_stderr
 
 if TYPE_CHECKING:
     from flows.workspace.desk import Desk
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from registry.approval import State
     from registry.ledger import Entry
 
-OfModel = Annotated[str | None, typer.Option("--model", "-m", help="The model; needed where the ledger knows several.")]
 Version = Annotated[str, typer.Argument(help="Version of the model, as `visionloop candidates` lists it.")]
-By = Annotated[str, typer.Option("--as", help="Your name, as others will read it; nobody checks it.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.")]
 ledger_app = Commands(help="The ledger: the append-only record of what was requested, decided and promoted.")
 _METHODS = {"declared": " (name not verified)", "token": " (by token)", "oidc": " (signed in)", "machine": ""}
 _STATUSES = {"inconclusive": "undecided"}
@@ -239,7 +236,7 @@ def approve(
     from flows.loop.decisions import declared
 
     by = declared(as_)
-    done = decide(_desk(workspace, model), version, by, reason, days=days, told=to_stderr)
+    done = decide(_desk(workspace, model), version, by, reason, days=days, say=to_stderr)
     entry = done.entry
     if done.same_account:
         to_stderr(f"Note: {done.same_account}.")
@@ -267,7 +264,7 @@ def reject(
     from flows.loop.decisions import reject as decide
 
     by = declared(as_)
-    entry = decide(_desk(workspace, model), version, by, reason, withdraw=withdraw, told=to_stderr)
+    entry = decide(_desk(workspace, model), version, by, reason, withdraw=withdraw, say=to_stderr)
     finish(_row_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq}).")
 
 
@@ -298,7 +295,7 @@ def rollback(
 
         by = declared(as_)
         found = _desk(workspace, model)
-    entry = go_back(found, to, by, reason, told=to_stderr, moving=silent if json_ else to_stderr)
+    entry = go_back(found, to, by, reason, say=to_stderr, moving=silent if json_ else to_stderr)
     finish(
         _row_json(entry),
         json_,

@@ -11,7 +11,8 @@ import typer
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
 from flows import stopping
-from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment, to_stderr
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, moment
+from flows.terminal import to_stderr
 
 if TYPE_CHECKING:
     from serving.protocols.auth import Tokens

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from components.contracts.wording import counted
-from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish, silent, to_stderr
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
+from flows.terminal import silent, to_stderr
 
 
 def add_up_commands(app: Commands) -> None:
@@ -39,7 +40,7 @@ def up(
     prepare_environment(found.state)
     from flows.up.stack import bring_up
 
-    answer = bring_up(found, model or [], port=port, pages=pages, told=silent if json_ else to_stderr)
+    answer = bring_up(found, model or [], port=port, pages=pages, say=silent if json_ else to_stderr)
     finish(answer, json_, lambda: _shown_up(answer))
 
 
@@ -56,7 +57,7 @@ def deploy(
     prepare_environment(found.state)
     from flows.up.stack import deploy_models
 
-    models = deploy_models(found, model or [], told=silent if json_ else to_stderr)
+    models = deploy_models(found, model or [], say=silent if json_ else to_stderr)
     finish({"models": models}, json_, lambda: f"Deployed: {', '.join(models) or 'no model yet'}.")
 
 
@@ -121,5 +122,5 @@ def down(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     found = Workspace.find(workspace)
     standing = Up(found, read_settings(found.state))
     with standing.locked():
-        ended = standing.stop(told=silent if json_ else to_stderr)
+        ended = standing.stop(say=silent if json_ else to_stderr)
     finish({"stopped": ended}, json_, lambda: f"Stopped: {', '.join(ended) or 'nothing ran'}.")

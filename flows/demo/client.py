@@ -41,7 +41,7 @@ def command_line(workspace: Workspace, *arguments: str, accepted: tuple[int, ...
 
 
 @contextmanager
-def start_server(workspace: Workspace, told: Say) -> Iterator[int]:
+def start_server(workspace: Workspace, say: Say) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -56,12 +56,12 @@ def start_server(workspace: Workspace, told: Say) -> Iterator[int]:
             if process.poll() is not None or time.monotonic() - started > 60:
                 raise VisionloopError(f"the server did not become ready; its log is {log}:\n{tail(log)}")
             time.sleep(0.05)
-        told(f"  the server answers after {time.monotonic() - started:.1f} s, without torch")
+        say(f"  the server answers after {time.monotonic() - started:.1f} s, without torch")
         yield port
     finally:
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
-    told(f"  SIGTERM: the server drained, exit status {status}")
+    say(f"  SIGTERM: the server drained, exit status {status}")
 
 
 def tail(path: Path) -> str:

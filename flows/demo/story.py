@@ -49,10 +49,10 @@ class Story:
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, workspace: Workspace, told: Say) -> Story:
+    def open(cls, workspace: Workspace, say: Say) -> Story:
         path = workspace.state / "demo.json"
         phases = json.loads(path.read_text()) if path.is_file() else {}
-        return cls(path, told, phases)
+        return cls(path, say, phases)
 
     def phase(self, name: str, title: str, act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a phase unless it was done; returns what it found."""
@@ -70,9 +70,9 @@ class Story:
 class Show:
     """The phases, in order."""
 
-    def __init__(self, workspace: Workspace, train: Callable[[], dict[str, Any]], told: Say, *, port: int | None) -> None:
-        self.workspace, self._train, self._told, self._port = workspace, train, told, port
-        self.story = Story.open(workspace, told)
+    def __init__(self, workspace: Workspace, train: Callable[[], dict[str, Any]], say: Say, *, port: int | None) -> None:
+        self.workspace, self._train, self._told, self._port = workspace, train, say, port
+        self.story = Story.open(workspace, say)
         self._world: tuple[list[Picture], list[Picture]] | None = None
 
     @property
@@ -174,7 +174,7 @@ class Show:
     def _keep_up(self, up: Up) -> dict[str, Any]:
         from flows.up.stack import keep_up
 
-        return keep_up(up, [MODEL], port=self._port, told=lambda line: self._told(f"  {line}"))
+        return keep_up(up, [MODEL], port=self._port, say=lambda line: self._told(f"  {line}"))
 
     def _first(self) -> dict[str, Any]:
         return self._train()
@@ -363,7 +363,7 @@ class Show:
                 # Stopped with its worker, when the demo was: taken up again as every watch would do it.
                 over = len(dead) > 2 or (bool(granted) and granted[0].state == "finished")
                 _expect(not over, "the training run failed", [dead[:1], tail(self._worker_log)])
-                sweep(self.loop, told=self._told)
+                sweep(self.loop, say=self._told)
             _expect(
                 time.monotonic() < deadline, f"the retraining did not end within {_RETRAIN_S:g} s", tail(self._worker_log)
             )

@@ -11,7 +11,7 @@ from flows.workspace import data
 from flows.workspace.adding import PURPOSE, NotedVersion, notes_on
 
 
-def add_labelled(loop: Loop, *, console: Console, told: Say) -> NotedVersion:
+def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
     """Add what people labelled, move what they relabelled; raises DataError when nothing is both captured and labelled."""
     with loop.workspace.locked(PURPOSE):
         with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
@@ -25,5 +25,5 @@ def add_labelled(loop: Loop, *, console: Console, told: Say) -> NotedVersion:
         notes.append(f"{counted(labelled.not_kept, 'labelled image')} not captured, so not added")
     if labelled.damaged:
         notes.append(f"{labelled.damaged} captured images are damaged and were left out")
-    notes += [f"alarm {key} waited for data and was raised again" for key in tell_of_data(loop, told=told)]
+    notes += [f"alarm {key} waited for data and was raised again" for key in tell_of_data(loop, say=say)]
     return NotedVersion(added, (*notes, *notes_on(added)))

@@ -37,17 +37,17 @@ def emit(loop: Loop, event: str, alarm: Alarm) -> bool:
     return True
 
 
-def announce(loop: Loop, alarm: Alarm, *, told: Say) -> None:
+def announce(loop: Loop, alarm: Alarm, *, say: Say) -> None:
     """Tell the automation and people about a new alarm; what fails is told, and found again by the sweep."""
     try:
         if emit(loop, DRIFT, alarm):
             loop.outbox.emitted(alarm)
     except Exception as error:
         # Prefect's client and its transports share no base class; the row stays, and the sweep finds it.
-        told(f"note: the event was not sent ({type(error).__name__}: {str(error)[:120]}); the sweep will find the alarm")
+        say(f"note: the event was not sent ({type(error).__name__}: {str(error)[:120]}); the sweep will find the alarm")
     if loop.outbox.first_of_its_kind(alarm):
         facts = {"version": alarm.version, "by": ", ".join(alarm.detectors), "reason": "; ".join(alarm.reasons)}
-        notify(loop.settings, "drift", loop.model, facts, told=told)
+        notify(loop.settings, "drift", loop.model, facts, say=say)
 
 
 def pending(loop: Loop, *, grace_s: float | None = None) -> list[str]:
@@ -67,7 +67,7 @@ def awaiting_data(loop: Loop) -> list[str]:
     return loop.governor.awaiting_data(loop.model, version)
 
 
-def tell_of_data(loop: Loop, *, told: Say) -> list[str]:
+def tell_of_data(loop: Loop, *, say: Say) -> list[str]:
     """Raise the alarm that waited for data again, now that there are new ones; returns the keys that were told."""
     woken = []
     for key in awaiting_data(loop):
@@ -76,11 +76,11 @@ def tell_of_data(loop: Loop, *, told: Say) -> list[str]:
                 woken.append(key)
         except Exception as error:
             # As in `announce`: the sweep finds it.
-            told(f"note: the event was not sent ({type(error).__name__}: {str(error)[:120]}); the sweep will find the alarm")
+            say(f"note: the event was not sent ({type(error).__name__}: {str(error)[:120]}); the sweep will find the alarm")
     return woken
 
 
-def sweep(loop: Loop, *, told: Say, grace_s: float | None = None) -> list[Started]:
+def sweep(loop: Loop, *, say: Say, grace_s: float | None = None) -> list[Started]:
     """Start what nobody started, through the training deployment; running again starts nothing twice.
 
     Raises nothing for a Prefect server that is away: what is pending stays pending, and that is told. Raises ConfigError
@@ -90,7 +90,7 @@ def sweep(loop: Loop, *, told: Say, grace_s: float | None = None) -> list[Starte
     if not keys:
         return []
     if not loop.settings.prefect_api_url:
-        told(f"{counted(len(keys), 'training')} to start ({keys[0]}), and no Prefect server is known here: visionloop up")
+        say(f"{counted(len(keys), 'training')} to start ({keys[0]}), and no Prefect server is known here: visionloop up")
         return []
     training_parameters(loop)  # a recipe that is not there is no fault of Prefect's
     started: list[Started] = []
@@ -112,7 +112,7 @@ def sweep(loop: Loop, *, told: Say, grace_s: float | None = None) -> list[Starte
     if thread.is_alive():
         problem.append("no answer in time")
     for found in problem:
-        told(f"{counted(len(keys) - len(started), 'training')} not started by Prefect ({found}); the next sweep tries again")
+        say(f"{counted(len(keys) - len(started), 'training')} not started by Prefect ({found}); the next sweep tries again")
     return started
 
 

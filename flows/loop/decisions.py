@@ -34,7 +34,7 @@ def declared(name: str) -> Principal:
     return approval.person(name)
 
 
-def approve(desk: Desk, version: str, by: Principal, reason: str, *, days: float, told: Say) -> Approved:
+def approve(desk: Desk, version: str, by: Principal, reason: str, *, days: float, say: Say) -> Approved:
     """Approve a candidate for so many days; what its approver has to know is told first, and kept with the approval.
 
     Raises DecisionRefused, ConfigError or UnknownName.
@@ -48,25 +48,25 @@ def approve(desk: Desk, version: str, by: Principal, reason: str, *, days: float
             f"{state.left.body['reason']}"
         )
     for line in shown:
-        told(line)
-    entry = _decide(desk, by, approval.approve(version, by, reason, days=days, shown=shown), told)
+        say(line)
+    entry = _decide(desk, by, approval.approve(version, by, reason, days=days, shown=shown), say)
     return Approved(entry, account_note(entry, state.requested))
 
 
-def reject(desk: Desk, version: str, by: Principal, reason: str, *, withdraw: bool, told: Say) -> Entry:
+def reject(desk: Desk, version: str, by: Principal, reason: str, *, withdraw: bool, say: Say) -> Entry:
     """Reject a candidate, also an approved one with `withdraw`. Raises DecisionRefused, ConfigError or UnknownName."""
-    return _decide(desk, by, approval.reject(version, by, reason, withdraw=withdraw), told)
+    return _decide(desk, by, approval.reject(version, by, reason, withdraw=withdraw), say)
 
 
-def rollback(desk: Desk, to: str | None, by: Principal, reason: str, *, told: Say, moving: Say) -> Entry:
+def rollback(desk: Desk, to: str | None, by: Principal, reason: str, *, say: Say, moving: Say) -> Entry:
     """Make an earlier champion the champion again, the one before by default; `moving` hears of each step.
 
     Raises DecisionRefused, ConfigError, UnknownName, or what keeps the release from being served.
     """
     # Most of a rollback is importing MLflow: nothing of that is garbage.
     with collector.kept():
-        entry = desk.promotion.rollback(to, by, reason, told=moving)
-    _notify(desk, entry, told)
+        entry = desk.promotion.rollback(to, by, reason, say=moving)
+    _notify(desk, entry, say)
     return entry
 
 
@@ -75,17 +75,17 @@ def reconcile(desk: Desk, *, repair: bool) -> list[Difference]:
     return desk.promotion.reconcile(repair=repair)
 
 
-def _decide(desk: Desk, by: Principal, rule: Rule, told: Say) -> Entry:
+def _decide(desk: Desk, by: Principal, rule: Rule, say: Say) -> Entry:
     entry = desk.ledger.decide(model=desk.model, actor=by, rule=rule)
     try:
-        desk.promotion.describe(told=told)
+        desk.promotion.describe(say=say)
     except VisionloopError as error:
         # It is decided: MLflow only shows it.
-        told(f"MLflow's descriptions are behind ({error}); `visionloop reconcile --repair` writes them")
-    _notify(desk, entry, told)
+        say(f"MLflow's descriptions are behind ({error}); `visionloop reconcile --repair` writes them")
+    _notify(desk, entry, say)
     return entry
 
 
-def _notify(desk: Desk, entry: Entry, told: Say) -> None:
+def _notify(desk: Desk, entry: Entry, say: Say) -> None:
     facts = {"version": entry.body["version"], "by": entry.actor.name, "reason": entry.body["reason"], "seq": entry.seq}
-    notify(desk.settings, entry.kind, desk.model, facts, told=told)
+    notify(desk.settings, entry.kind, desk.model, facts, say=say)

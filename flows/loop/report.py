@@ -31,6 +31,7 @@ from components.tables import read_frame
 from flows.loop.loop import Loop
 from flows.loop.windows import PAGE, ROWS, TO_LABEL, capture_path, realised_accuracy, windows
 from flows.pages import figures
+from flows.terminal import figure
 from flows.training.run import stage_folder
 from monitoring.governor import in_words
 from monitoring.verdicts import DriftVerdict
@@ -164,7 +165,7 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
 
 
 def _estimate(found: Mapping[str, Any] | None) -> str:
-    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}] n={found['n']}" if found else ""
+    return figure(found) if found else ""
 
 
 def _window(loop: Loop, name: str, verdict: DriftVerdict, folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _TIMEOUT_S = 5.0
 
 
 def notify(
-    settings: Settings, event: Event, model: str, facts: Mapping[str, Any], *, told: Callable[[str], None] = lambda _: None
+    settings: Settings, event: Event, model: str, facts: Mapping[str, Any], *, say: Callable[[str], None] = lambda _: None
 ) -> list[str]:
     """Emit a Prefect event (where a server is configured) and send the notifications; returns what went wrong."""
     sentence = _sentence(event, model, facts)
@@ -42,7 +42,7 @@ def notify(
         if outcome:
             problems.append(f"{name} was not told: {outcome[0]}")
     for problem in problems:
-        told(f"note: {problem}; it is on record all the same")
+        say(f"note: {problem}; it is on record all the same")
     return problems
 
 

@@ -329,4 +329,4 @@ def _tell(run: Run, outcome: Candidate | Rejection) -> None:
             "reason": "; ".join(outcome.reasons),
             "seq": outcome.ledger_seq,
         }
-    notify(run.settings, event, run.config.model, facts, told=lambda line: run.console.line(f"    {line}"))
+    notify(run.settings, event, run.config.model, facts, say=lambda line: run.console.line(f"    {line}"))

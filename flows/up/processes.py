@@ -112,7 +112,7 @@ class Up:
             return False
         return place not in (None, str(self.folder))
 
-    def start(self, *, port: int | None, told: Say) -> Standing:
+    def start(self, *, port: int | None, say: Say) -> Standing:
         """The server and the worker, where they do not run already. Raises ConfigError for a port that is taken."""
         server = self.process("server")
         foreign = self._settings.prefect_api_url
@@ -122,14 +122,14 @@ class Up:
                 f"there; or unset it and run `visionloop up` again"
             )
         if server is not None and self._elsewhere("server"):
-            told("the workspace was moved while this ran; what runs knows the old place")
-            self.stop(told=told)
+            say("the workspace was moved while this ran; what runs knows the old place")
+            self.stop(say=say)
             server = None
         if server is None:
-            server = self._start_server(port, told)
+            server = self._start_server(port, say)
         else:
-            told(f"the Prefect server runs already (pid {server.pid}, {server.api})")
-            self._wait(server, told)
+            say(f"the Prefect server runs already (pid {server.pid}, {server.api})")
+            self._wait(server, say)
         use_environment(self.environment(server.api))
         return server
 
@@ -137,7 +137,7 @@ class Up:
         """What a process needs to talk to the server."""
         return {"PREFECT_API_URL": api, "PREFECT_API_AUTH_STRING": self.credential}
 
-    def _start_server(self, port: int | None, told: Say) -> Standing:
+    def _start_server(self, port: int | None, say: Say) -> Standing:
         chosen = _free(port if port is not None else PORT, fixed=port is not None)
         api = f"http://127.0.0.1:{chosen}/api"
         home = self.folder / "prefect"
@@ -155,18 +155,18 @@ class Up:
             own["PREFECT_API_DATABASE_CONNECTION_URL"] = sqlite_url(home / "prefect.db", driver="aiosqlite")
         command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(chosen)]
         started = self._spawn("server", command, own, api)
-        told(f"starting a Prefect server on 127.0.0.1:{chosen} (pid {started.pid}, log {self.folder / 'server.log'})")
-        self._wait(started, told)
+        say(f"starting a Prefect server on 127.0.0.1:{chosen} (pid {started.pid}, log {self.folder / 'server.log'})")
+        self._wait(started, say)
         return started
 
-    def start_worker(self, server: Standing, pool: str, *, told: Say) -> Standing:
+    def start_worker(self, server: Standing, pool: str, *, say: Say) -> Standing:
         """The worker that runs the deployments of this machine, where it does not run already."""
         running = self.process("worker")
         if running is not None and running.api == server.api:
-            told(f"the worker runs already (pid {running.pid})")
+            say(f"the worker runs already (pid {running.pid})")
             return running
         if running is not None:
-            _end(running, told)  # one of an earlier server, at an address where nobody answers
+            _end(running, say)  # one of an earlier server, at an address where nobody answers
         own = self.environment(server.api) | {
             "PREFECT_WORKER_QUERY_SECONDS": "3",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
@@ -177,8 +177,8 @@ class Up:
         command = ["flows.up.worker", pool, f"visionloop-{socket.gethostname()}", "2"]
         started = self._spawn("worker", command, own, server.api)
         if not give_way(started.pid):
-            told("the system does not let the worker give way to other programs now; they share the processors equally")
-        told(f"starting a worker (pid {started.pid}, log {self.folder / 'worker.log'})")
+            say("the system does not let the worker give way to other programs now; they share the processors equally")
+        say(f"starting a worker (pid {started.pid}, log {self.folder / 'worker.log'})")
         return started
 
     def _spawn(self, name: str, command: list[str], own: Mapping[str, str], api: str) -> Standing:
@@ -199,7 +199,7 @@ class Up:
         write_atomically(self.folder / f"{name}.json", json.dumps(facts).encode())
         return Standing(name, process.pid, api)
 
-    def _wait(self, server: Standing, told: Say) -> None:
+    def _wait(self, server: Standing, say: Say) -> None:
         begun = said = time.monotonic()
         while not healthy(server.api, self.credential):
             if self.process("server") is None:
@@ -213,7 +213,7 @@ class Up:
                 )
             if time.monotonic() - said > 10:
                 said = time.monotonic()
-                told(f"waiting for the Prefect server, {said - begun:.0f} s (its first start makes a database)")
+                say(f"waiting for the Prefect server, {said - begun:.0f} s (its first start makes a database)")
             time.sleep(0.3)
 
     def tail(self, name: str, lines: int = 8) -> str:
@@ -223,7 +223,7 @@ class Up:
         except OSError:
             return ""
 
-    def start_pages(self, *, told: Say) -> dict[str, str]:
+    def start_pages(self, *, say: Say) -> dict[str, str]:
         """MLflow's and Evidently's pages on loopback, for looking; returns their addresses.
 
         MLflow's ask for the credential that Prefect's do. Evidently's can be read by everybody on this machine, and written
@@ -235,12 +235,12 @@ class Up:
 
             # MLflow's pages of a copied workspace would show its original's files.
             artifacts_of(self.workspace, self._settings)
-            found["MLflow"] = self._page("mlflow", self._mlflow(), 5000, told)
+            found["MLflow"] = self._page("mlflow", self._mlflow(), 5000, say)
         history = self.workspace.state / "monitoring" / "evidently"
         history.mkdir(parents=True, exist_ok=True)
         evidently = ["evidently.cli", "ui", "--workspace", str(history), "--host", "127.0.0.1"]
         secret = {"EVIDENTLY_SECRET": secrets.token_urlsafe(24)}
-        found["Evidently"] = self._page("evidently", (evidently, secret), 8001, told)
+        found["Evidently"] = self._page("evidently", (evidently, secret), 8001, say)
         return found
 
     def _mlflow(self) -> tuple[list[str], dict[str, str]]:
@@ -266,13 +266,13 @@ class Up:
         }
         return command, own
 
-    def _page(self, name: str, how: tuple[list[str], dict[str, str]], port: int, told: Say) -> str:
+    def _page(self, name: str, how: tuple[list[str], dict[str, str]], port: int, say: Say) -> str:
         command, own = how
         running = self.process(name)
         if running is None:
             chosen = _free(port, fixed=False)
             running = self._spawn(name, [*command, "--port", str(chosen)], own, f"http://127.0.0.1:{chosen}")
-            told(f"starting the pages of {name} on {running.api} (pid {running.pid})")
+            say(f"starting the pages of {name} on {running.api} (pid {running.pid})")
         return running.api
 
     def addresses(self) -> dict[str, str]:
@@ -281,13 +281,13 @@ class Up:
         running = {shown: self.process(name) for name, shown in names.items()}
         return {shown: found.api.removesuffix("/api") for shown, found in running.items() if found is not None}
 
-    def stop(self, *, told: Say) -> list[str]:
+    def stop(self, *, say: Say) -> list[str]:
         """End the worker, then the server; returns what was ended. Runs that the worker started end with it."""
         ended = []
         for name in ("evidently", "mlflow", "worker", "server"):
             running = self.process(name)
             if running is not None:
-                _end(running, told)
+                _end(running, say)
                 ended.append(name)
             with contextlib.suppress(OSError):  # of a disk that can only be read; the process that it names has ended
                 (self.folder / f"{name}.json").unlink(missing_ok=True)
@@ -316,14 +316,14 @@ def give_way(pid: int) -> bool:
     return False
 
 
-def _end(running: Standing, told: Say) -> None:
+def _end(running: Standing, say: Say) -> None:
     """SIGTERM to a process and what it started, SIGKILL to what is left after a while."""
     try:
         process = psutil.Process(running.pid)
         family = [process, *process.children(recursive=True)]
     except psutil.Error:
         return
-    told(f"stopping the {running.name} (pid {running.pid})")
+    say(f"stopping the {running.name} (pid {running.pid})")
     with contextlib.suppress(psutil.Error):
         process.terminate()
     _, alive = psutil.wait_procs(family, timeout=_STOP_S)

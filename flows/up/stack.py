@@ -32,32 +32,32 @@ def models_of(up: Up, named: Sequence[str]) -> list[str]:
     return sorted(known | set(configured(up.workspace)))
 
 
-def bring_up(workspace: Workspace, named: Sequence[str], *, port: int | None, pages: bool, told: Say) -> dict[str, Any]:
+def bring_up(workspace: Workspace, named: Sequence[str], *, port: int | None, pages: bool, say: Say) -> dict[str, Any]:
     """Start what the loop of these models needs, of all by default, and with `pages` what is there only to look at.
 
     Returns what runs and where its pages are. Raises ConfigError before anything is started.
     """
     up = Up(workspace, read_settings(workspace.state))
     with up.locked():
-        answer = keep_up(up, named, port=port, told=told)
+        answer = keep_up(up, named, port=port, say=say)
         if pages:
-            answer["pages"] |= up.start_pages(told=told)
+            answer["pages"] |= up.start_pages(say=say)
     return answer
 
 
-def deploy_models(workspace: Workspace, named: Sequence[str], *, told: Say) -> dict[str, Any]:
+def deploy_models(workspace: Workspace, named: Sequence[str], *, say: Say) -> dict[str, Any]:
     """Deploy these models, or all, on the Prefect server that is known here; what each has there, by model."""
     settings = read_settings(workspace.state)
     expect_server(settings)
-    return deploy_all(Up(workspace, settings), named, told=told)
+    return deploy_all(Up(workspace, settings), named, say=say)
 
 
-def deploy_all(up: Up, named: Sequence[str], *, told: Say) -> dict[str, Any]:
+def deploy_all(up: Up, named: Sequence[str], *, say: Say) -> dict[str, Any]:
     """Pool, deployments and automations on the Prefect server that is known here; what is there is brought up to date."""
     settings = read_settings(up.workspace.state)
     if not settings.prefect_api_url:
         raise ConfigError("no Prefect server is known here: set PREFECT_API_URL, or start one with `visionloop up`")
-    return _deployed(_loops(up, models_of(up, named)), told)
+    return _deployed(_loops(up, models_of(up, named)), say)
 
 
 def _loops(up: Up, models: Sequence[str]) -> list[Loop]:
@@ -65,7 +65,7 @@ def _loops(up: Up, models: Sequence[str]) -> list[Loop]:
     return [Loop(up.workspace, settings, model) for model in models]
 
 
-def _deployed(loops: Sequence[Loop], told: Say) -> dict[str, Any]:
+def _deployed(loops: Sequence[Loop], say: Say) -> dict[str, Any]:
     from flows.up.deployments import automate, deploy, make_pool
 
     make_pool()
@@ -73,26 +73,26 @@ def _deployed(loops: Sequence[Loop], told: Say) -> dict[str, Any]:
     for loop in loops:
         deployments, automations = deploy(loop), automate(loop)
         found[loop.model] = {"deployments": deployments, "automations": automations, "recipe": loop.recipe}
-        told(f"{loop.model}: deployments {', '.join(deployments)} and {counted(len(automations), 'automation')}")
+        say(f"{loop.model}: deployments {', '.join(deployments)} and {counted(len(automations), 'automation')}")
     return found
 
 
-def keep_up(up: Up, named: Sequence[str], *, port: int | None, told: Say) -> dict[str, Any]:
+def keep_up(up: Up, named: Sequence[str], *, port: int | None, say: Say) -> dict[str, Any]:
     """Server, pool, deployments, automations, worker; a training that was stopped is taken up again."""
     models = models_of(up, named)
     for loop in _loops(up, models):
         _ = loop.recipe  # one that is not valid should be said before anything is started
-    server = up.start(port=port, told=told)
+    server = up.start(port=port, say=say)
     from flows.up.deployments import POOL
 
     loops = _loops(up, models)  # which know the server now
-    found = _deployed(loops, told)
+    found = _deployed(loops, say)
     if forgotten := _forget_runs_elsewhere(up):
-        told(f"removed {counted(forgotten, 'scheduled run')} of the place that this workspace was copied or moved from")
-    worker = up.start_worker(server, POOL, told=told)
+        say(f"removed {counted(forgotten, 'scheduled run')} of the place that this workspace was copied or moved from")
+    worker = up.start_worker(server, POOL, say=say)
     for loop in loops:
-        for started in sweep(loop, told=told):
-            told(f"{loop.model}: the training of {started.key} is taken up again (flow run {started.flow_run_id})")
+        for started in sweep(loop, say=say):
+            say(f"{loop.model}: the training of {started.key} is taken up again (flow run {started.flow_run_id})")
     return {
         "server": _process(server),
         "worker": _process(worker),

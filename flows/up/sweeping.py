@@ -41,7 +41,7 @@ def sweep_models(workspace: Workspace, model: str | None) -> Swept:
     for loop in loops:
         try:
             _ = loop.config  # one that is not valid is told before its first alarm
-            started += [(loop.model, found) for found in sweep(loop, told=notes.append, grace_s=0)]
+            started += [(loop.model, found) for found in sweep(loop, say=notes.append, grace_s=0)]
         except ConfigError as error:
             problems.append(f"{loop.model}: {error}")
     return Swept(tuple(loop.model for loop in loops), tuple(started), tuple(notes), tuple(problems))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from components.contracts.errors import ConfigError, UnknownName
 from components.contracts.wording import counted
 from components.releases import ReleaseStore
+from flows.terminal import to_stderr
 from flows.workspace.settings import Settings, read_settings
 from flows.workspace.workspace import Workspace
 from registry import tracking
@@ -23,7 +23,7 @@ def artifacts_of(workspace: Workspace, settings: Settings) -> Path | None:
         return None
     artifacts = workspace.state / "mlflow-artifacts"
     if moved := tracking.settle(settings.tracking_uri, artifacts):
-        print(f"Note: {moved}", file=sys.stderr, flush=True)
+        to_stderr(f"Note: {moved}")
     return artifacts
 
 

@@ -157,7 +157,7 @@ def test_with_the_automation_off_the_outbox_alone_starts_exactly_one(deployed: P
         found = json.loads(visionloop("watch", "--since", since, "--json", cwd=deployed).stdout.strip().splitlines()[-1])
         (identifier,) = found["alarms"]
         for _ in range(3):
-            sweep(loop_of(deployed), told=lambda _: None, grace_s=0)
+            sweep(loop_of(deployed), say=lambda _: None, grace_s=0)
         time.sleep(2)
         (run,) = trail(loop_of(deployed), identifier)
         assert (run["created_by"], run["automation"]) == (None, None)
@@ -181,16 +181,16 @@ def test_prefect_away_at_the_alarm_and_back_later(
     assert judged.alarm is not None
     loop.settings = dataclasses.replace(loop.settings, prefect_api_url="")
     lines: list[str] = []
-    announce(loop, judged.alarm, told=lines.append)
-    assert sweep(loop, told=lines.append, grace_s=0) == []
+    announce(loop, judged.alarm, say=lines.append)
+    assert sweep(loop, say=lines.append, grace_s=0) == []
     assert any("no Prefect server is known here: visionloop up" in line for line in lines)
     monkeypatch.setattr("flows.loop.alarms.start", lambda *_: (_ for _ in ()).throw(ConnectionError("nobody there")))
     loop.settings = dataclasses.replace(loop.settings, prefect_api_url="http://127.0.0.1:9/api")
     lines.clear()
-    assert sweep(loop, told=lines.append, grace_s=0) == []
+    assert sweep(loop, say=lines.append, grace_s=0) == []
     assert lines == ["1 training not started by Prefect (ConnectionError: nobody there); the next sweep tries again"]
     monkeypatch.undo()
-    started = next(s for s in sweep(loop_of(deployed), told=lines.append, grace_s=0) if s.key == judged.alarm.id)
+    started = next(s for s in sweep(loop_of(deployed), say=lines.append, grace_s=0) if s.key == judged.alarm.id)
     assert [run["flow_run"] for run in training_runs(loop, request=started.key)] == [started.flow_run_id]
     loop.settings = loop_of(deployed).settings
     assert start(loop, started.key) is None  # one is under way
@@ -231,7 +231,7 @@ def test_the_loop_trains_when_there_are_new_data_and_only_then(
     assert (skipped["outcome"], skipped["rule"]) == ("refused", "nothing changed")
     new_data(root, 9000)
     loop = loop_of(root)
-    assert tell_of_data(loop, told=lambda _: None) == [identifier]
+    assert tell_of_data(loop, say=lambda _: None) == [identifier]
     with mock.patch.object(recipes, "parse", wraps=recipes.parse) as parsing:
         done = train(root, cause="drift", request=identifier, reason="drift in a window")
     assert parsing.call_count == 1
@@ -245,7 +245,7 @@ def test_the_loop_trains_when_there_are_new_data_and_only_then(
     assert (granted.key, granted.state, granted.outcome) == (identifier, "finished", done["outcome"])
     replayed = train(root, cause="drift", request=identifier)
     assert replayed["rule"] == "duplicate"
-    assert tell_of_data(loop, told=lambda _: None) == []
+    assert tell_of_data(loop, say=lambda _: None) == []
     rules = [row["rule"] for row in loop.governor.history(MODEL)]
     assert rules == ["no new data", "nothing changed", "granted", "duplicate"]
     assert people == ["no new data"]  # nobody would act upon the others
@@ -303,7 +303,7 @@ def test_a_cancelled_training_is_not_taken_up_by_the_sweep(deployed: Path) -> No
     assert key in loop.governor.due(MODEL)
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(started.flow_run_id, Cancelled(), force=True)
-    assert key not in [s.key for s in sweep(loop, told=lambda _: None, grace_s=0)]
+    assert key not in [s.key for s in sweep(loop, say=lambda _: None, grace_s=0)]
     assert key not in loop.governor.due(MODEL)
 
 
@@ -465,7 +465,7 @@ def test_what_trains_gives_way_to_what_answers(
 
     monkeypatch.setattr("flows.up.processes.subprocess.Popen", sleeper)
     server = processes.Standing("server", os.getpid(), "http://127.0.0.1:9/api")
-    worker = up.start_worker(server, "pool", told=lambda _: None)
+    worker = up.start_worker(server, "pool", say=lambda _: None)
     assert gives_way(worker.pid)
     assert asked[0][1:-2] == ["-P", "-m", "flows.up.worker", "pool"]
     assert asked[0][-1] == "2"
@@ -482,7 +482,7 @@ def test_a_worker_is_ours_whatever_the_workspace_calls_its_folders(prefect_serve
         (workspace.root / name).mkdir()
         (workspace.root / name / "__init__.py").write_text("raise SystemExit('a folder of the workspace')")
     up = processes.Up(workspace, read_settings(workspace.state))
-    up.start_worker(processes.Standing("server", os.getpid(), prefect_server), "a-pool", told=lambda _: None)
+    up.start_worker(processes.Standing("server", os.getpid(), prefect_server), "a-pool", say=lambda _: None)
     try:
         deadline = time.monotonic() + 60
         while "started!" not in up.tail("worker"):
@@ -490,7 +490,7 @@ def test_a_worker_is_ours_whatever_the_workspace_calls_its_folders(prefect_serve
             assert time.monotonic() < deadline, up.tail("worker")
             time.sleep(0.1)
     finally:
-        up.stop(told=lambda _: None)
+        up.stop(say=lambda _: None)
     assert up.process("worker") is None
 
 

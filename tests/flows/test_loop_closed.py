@@ -277,7 +277,7 @@ def test_mlflow_s_pages_ask_for_the_credential(tmp_path: Path) -> None:
             return 0  # not yet
 
     try:
-        address = up.start_pages(told=lambda _: None)["MLflow"]
+        address = up.start_pages(say=lambda _: None)["MLflow"]
         deadline = time.monotonic() + 90
         while not status(address):
             assert time.monotonic() < deadline, (up.folder / "mlflow.log").read_text()[-2000:]
@@ -285,9 +285,9 @@ def test_mlflow_s_pages_ask_for_the_credential(tmp_path: Path) -> None:
         assert status(address) == 401
         assert status(address, "visionloop:guess") == 401
         assert status(address, up.credential) == 200
-        assert up.start_pages(told=lambda _: None)["MLflow"] == address  # still the same process
+        assert up.start_pages(say=lambda _: None)["MLflow"] == address  # still the same process
     finally:
-        assert set(up.stop(told=lambda _: None)) == {"mlflow", "evidently"}
+        assert set(up.stop(say=lambda _: None)) == {"mlflow", "evidently"}
 
 
 @pytest.mark.timeout(1800)

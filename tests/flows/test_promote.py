@@ -304,7 +304,7 @@ def test_a_destination_that_is_down_costs_a_line_and_tells_no_secret(inbox: Any)
     lines: list[str] = []
     facts = {"version": "1", "by": "ann", "reason": "good"}
     dead = "json://user:secret@127.0.0.1:9/"
-    problems = notify(settings(dead, "nonsense://x", "no-such-block", url), "approved", "m", facts, told=lines.append)
+    problems = notify(settings(dead, "nonsense://x", "no-such-block", url), "approved", "m", facts, say=lines.append)
     assert len(problems) == 3
     assert len(received) == 1
     assert all("it is on record all the same" in line for line in lines)

@@ -542,7 +542,7 @@ def test_a_watch_that_dies_while_it_tells_leaves_the_alarm_to_the_sweep(
         points = Failpoints(TELLING, nth=nth, when=when)
         points(patch)
         with pytest.raises(Died):
-            announce(loop, judged.alarm, told=lambda _: None)
+            announce(loop, judged.alarm, say=lambda _: None)
     assert points.hit == ["emit", "emitted", "notify"][nth - 1]
     assert alarms.pending(loop) == [judged.alarm.id]
     again = windows.judge_window(loop, span, datetime.datetime.now(datetime.UTC))

@@ -106,7 +106,7 @@ def test_rollback_moves_everything_back(desk: Desk, tmp_path: Path) -> None:
     first = mine.promote(candidate(mine, tmp_path, "a"))
     second = mine.promote(candidate(mine, tmp_path, "b"))
     lines: list[str] = []
-    entry = mine.rollback(None, BOB, "complaints", told=lines.append)
+    entry = mine.rollback(None, BOB, "complaints", say=lines.append)
     assert entry.body["version"] == first.body["version"]
     assert entry.body["previous"]["version"] == second.body["version"]
     assert mine.differences() == []
@@ -130,7 +130,7 @@ def test_rollback_publishes_a_release_again_that_the_store_does_not_have(desk: D
         away.rollback(None, BOB, "complaints")
     assert mine.ledger.champion(model) == second
     lines: list[str] = []
-    assert mine.rollback(None, BOB, "complaints", told=lines.append).body["version"] == first.body["version"]
+    assert mine.rollback(None, BOB, "complaints", say=lines.append).body["version"] == first.body["version"]
     assert "it was published again from version 1 in MLflow" in lines[0]
     assert_invariants(mine)
 
@@ -288,7 +288,7 @@ def test_mlflow_describes_each_version_as_the_ledger_has_it(
     lines: list[str] = []
     with monkeypatch.context() as patched:
         patched.setattr(Registry, "describe", refused)
-        mine.promote(second, told=lines.append)  # which no description stops
+        mine.promote(second, say=lines.append)  # which no description stops
     assert "MLflow is away" in lines[-1]
     assert [d.what for d in mine.reconcile(repair=False)] == [
         "MLflow's description of version 1",
