@@ -23,13 +23,16 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
-from bench.serving import prepared, promoted, say, visionloop
+from bench.serving import TINY, prepared, promoted, say, visionloop
 
 RUNS = 7
 _SETTLE_S = 15.0
 """What `up` starts is busy with itself at first."""
 _WATCHES = 60
-SHORT = {"RUNS": 1, "_SETTLE_S": 2.0, "_WATCHES": 12}
+_FIRST: tuple[str, ...] = ()
+_SECOND: tuple[str, ...] = ("training.fit.epochs=10",)
+"""Settings of the two versions between which it goes."""
+SHORT = {"_FIRST": TINY, "_SECOND": (*TINY, "training.fit.seed=1"), "RUNS": 1, "_SETTLE_S": 2.0, "_WATCHES": 12}
 _ALIAS = """
 import sys
 from mlflow import MlflowClient
@@ -40,8 +43,8 @@ MlflowClient(uri).set_registered_model_alias(model, "bench", version)
 
 def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     """Seconds of a rollback on SQLite and a folder, medians of RUNS, with and without a Prefect server."""
-    workspace, model = prepared(data, scratch)
-    versions = ["1", promoted(data, workspace, "training.fit.epochs=10")]
+    workspace, model = prepared(data, scratch, *_FIRST)
+    versions = ["1", promoted(data, workspace, *_SECOND)]
     alone = _in_turns(workspace, model, versions)
     say("with a Prefect server and a worker on the same processors")
     try:
