@@ -25,6 +25,8 @@ _STATE = Path(os.environ.get("TMPDIR", "/tmp")) / f"visionloop-tests-{os.getpid(
 prepare_environment(_STATE)
 # The server of the session is gone before the last log line would be sent.
 os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
+# Hypothesis keeps tables of its own in the working directory otherwise.
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(_STATE / "hypothesis")
 
 
 def pytest_collection_finish() -> None:
