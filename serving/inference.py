@@ -262,7 +262,7 @@ def new_id() -> str:
 
 def moment(text: str | None) -> float | None:
     """A time of a request's header as seconds since 1970; raises Rejected."""
-    if not text:
+    if text is None:
         return None
     try:
         found = datetime.datetime.fromisoformat(text)
