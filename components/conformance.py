@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from components.contracts.errors import PluginFailed, VisionloopError, causes, in_short
 
 _CONTRACTS = ("components.contracts.families", "monitoring.verdicts")
-"""Modules that hold the protocols, with the records that they speak of. By name: an edit of one re-keys who imports it."""
+"""Modules that hold the protocols, with the records that they speak of. Found by name: an import would put all of them into
+the key of every stage that loads a plug-in."""
 
 
 @dataclass(frozen=True)

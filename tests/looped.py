@@ -61,7 +61,7 @@ def loop_of(root: Path) -> Loop:
 
 
 def champion(root: Path) -> tuple[Stored[Release], str]:
-    """The release that reigns, and its digest."""
+    """The champion's release, and its digest."""
     store = Store(root / ".visionloop" / "store")
     (folder,) = (root / ".visionloop" / "store" / "packaging").iterdir()
     found = store.open("packaging", folder.name, Release)

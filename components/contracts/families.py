@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
+from components.contracts.records import Stored
+from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Finding, Measurement
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
-from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
-from components.contracts.records import Stored
-from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Finding, Measurement
 
 
 class Source(Protocol):

@@ -1,4 +1,7 @@
-"""What Prefect itself recorded about a training run: the event, the automation that it woke, and who made the run."""
+"""Training runs on the Prefect server: started without an event, and what it recorded of each.
+
+That is the event, the automation that it woke, and who made the run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 
 from flows.loop.loop import Loop
 
+DEPLOYMENT = "train"
+TIMEOUT_S = 30.0
 _NEAR = datetime.timedelta(minutes=10)
 """An automation acts within moments of its event."""
 
@@ -134,10 +139,6 @@ def _woken_before(executed: dict[str, Any], seen: list[dict[str, Any]]) -> dict[
     return next(
         (by_id[i] for i in _event_ids(triggered) if i in by_id and by_id[i]["event"].startswith("visionloop.")), None
     )
-
-
-DEPLOYMENT = "train"
-TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def _champion(loop: Loop) -> Release:
 
 
 _NAME = 24
-_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tif"}
 """Digits of an image's digest that name its file in the data."""
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tif"}
 
 
 @dataclass(frozen=True)

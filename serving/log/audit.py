@@ -15,11 +15,11 @@ from components.contracts.errors import ConfigError, StoreError
 from components.contracts.wording import counted
 from components.journals import SUFFIX, holds_something, read_losses, read_rows
 from components.objects import open_objects
+from components.predictionlog import DAMAGED, UNREADABLE, described, read_log, read_segment, schema, segments
 from components.store import explained
 
 if TYPE_CHECKING:
     import pyarrow as pa
-from components.predictionlog import DAMAGED, UNREADABLE, described, read_log, read_segment, schema, segments
 
 
 @dataclass(frozen=True)
