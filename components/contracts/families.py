@@ -48,6 +48,41 @@ class Backbone(Protocol):
         ...
 
 
+class Loss(Protocol):
+    """What a step of training makes smaller; its fields are its settings."""
+
+    @property
+    def takes_shares(self) -> bool:
+        """Whether targets may be shares of classes (n, classes), as mixed images have, beside class numbers (n,)."""
+        ...
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, counts: torch.Tensor) -> torch.Tensor:
+        """Mean over the batch of logits (n, classes); `counts` (classes,) is the number of training images of each class."""
+        ...
+
+
+class Augmentation(Protocol):
+    """A random change of training images, each drawn from the generator alone; its fields are its settings."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it mixes the examples of a batch and their targets by `mix`, and not each picture by `change`."""
+        ...
+
+    def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """uint8 (n, h, w, c) to the same shape, every picture changed by a draw of its own."""
+        ...
+
+    def mix(
+        self, inputs: torch.Tensor, shares: torch.Tensor, generator: torch.Generator, *, channels_last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixed inputs, float, and shares of classes (n, classes), float, of a batch.
+
+        Inputs are pictures (n, h, w, c), then `channels_last`, maps (n, c, h, w) or features (n, d).
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One answer in words: what a log, a protocol and a person are told."""
