@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
+from components.contracts.errors import ConfigError
 from components.contracts.families import Task
 from components.contracts.records import Record
 from components.hooks import Checkpointing, EarlyStopping, FiniteLoss, Fitting, Hook
@@ -51,12 +52,37 @@ class FittingConfig(Record):
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Inputs (n, ...) and the task's targets (n, ...), in memory or memory-mapped."""
+class Inputs(Protocol):
+    """What a network is fitted on, n rows of any shape, in memory or not; a row may have several views."""
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
+    def __len__(self) -> int: ...
+
+    def take(self, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """The chosen rows (m, ...): one view each that the generator draws, or the first view where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Inputs of one view: a tensor (n, ...)."""
+
+    tensor: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def take(self, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        return self.tensor[rows]
+
+
+class Examples:
+    """Inputs (n, ...) and the task's targets (n, ...); a tensor of inputs is taken as it is."""
+
+    def __init__(self, inputs: Inputs | torch.Tensor, targets: torch.Tensor) -> None:
+        import torch
+
+        self.inputs: Inputs = InMemory(inputs) if isinstance(inputs, torch.Tensor) else inputs
+        self.targets = targets
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,11 @@ class FitResult:
 
 
 Augment = Callable[["torch.Tensor", "torch.Generator"], "torch.Tensor"]
+Mix = Callable[["torch.Tensor", "torch.Tensor", "torch.Generator"], tuple["torch.Tensor", "torch.Tensor"]]
+"""Inputs and targets of a batch to mixed inputs and shares of classes."""
+LossFunction = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""Logits and targets of a batch to their mean loss."""
+Sampling = Literal["shuffled", "balanced"]
 
 
 def fit(
@@ -81,28 +112,37 @@ def fit(
     *,
     checkpointing: Checkpointing,
     augment: Augment | None = None,
+    mix: Mix | None = None,
+    loss: LossFunction | None = None,
+    sampling: Sampling = "shuffled",
+    frozen: Sequence[nn.Module] = (),
     hooks: Sequence[Hook] = (),
     setting: str = "training.fit",
 ) -> FitResult:
     """Fit `model` in place to its best epoch; `setting` is where a recipe keeps `config`, and errors name it.
 
-    Raises TrainingDiverged on a non-finite loss, CheckpointMismatch, TamperedArtefact.
+    Steps make `loss` smaller (the task's where none is given) on inputs that `augment` and then `mix` changed; the valid
+    loss is always the task's, so that fits can be compared. An epoch takes every example once, or with `balanced` sampling
+    as many draws as there are examples, of every class equally often. `frozen` modules stay in evaluation mode and keep
+    their parameters. Raises TrainingDiverged on a non-finite loss, ConfigError, CheckpointMismatch, TamperedArtefact.
     """
-    import torch
-
     best = EarlyStopping(config.patience)
     # What diverged is never saved, and what is saved is what all the others have made of the step.
     hooks = (FiniteLoss(setting), best, *hooks, checkpointing)
     with _deterministic():
-        fitting = Fitting(model, _adamw(model, config), config, math.ceil(len(train.targets) / config.batch_size), hooks)
+        fitting = Fitting(
+            model, _adamw(model, frozen, config), config, math.ceil(len(train.targets) / config.batch_size), hooks
+        )
         for hook in hooks:
             hook.on_start(fitting)
         while fitting.epoch < config.epochs and not fitting.stopped:
-            order = torch.randperm(len(train.targets), generator=_generator(config.seed, fitting.epoch))
+            order = _order(train.targets, sampling, _generator(config.seed, fitting.epoch))
             model.train()
+            for module in frozen:
+                module.eval()
             while fitting.step < fitting.steps_per_epoch:
                 chosen = order[fitting.step * config.batch_size : (fitting.step + 1) * config.batch_size]
-                fitting.loss = _step(fitting, logits_of, task.loss, train, chosen, augment)
+                fitting.loss = _step(fitting, logits_of, loss or task.loss, train, chosen, augment, mix)
                 fitting.loss_sum += fitting.loss * len(chosen)
                 fitting.seen += len(chosen)
                 fitting.step += 1
@@ -123,10 +163,11 @@ def fit(
 def _step(
     fitting: Fitting,
     logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loss: LossFunction,
     train: Examples,
     chosen: torch.Tensor,
     augment: Augment | None,
+    mix: Mix | None,
 ) -> float:
     """One step of the optimiser on the chosen examples, none on a loss that is not finite; returns the loss."""
     import torch
@@ -134,13 +175,15 @@ def _step(
     generator = _generator(fitting.config.seed, fitting.epoch, fitting.step)
     for group in fitting.optimizer.param_groups:
         group["lr"] = fitting.rate
-    inputs = train.inputs[chosen]
+    inputs, targets = train.inputs.take(chosen, generator), train.targets[chosen]
     if augment is not None:
         inputs = augment(inputs, generator)
+    if mix is not None:
+        inputs, targets = mix(inputs, targets, generator)
     # Dropout draws from torch's global generator: seeded per step, restored by _deterministic.
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
     fitting.optimizer.zero_grad(set_to_none=True)
-    value = loss(logits_of(fitting.model, inputs), train.targets[chosen])
+    value = loss(logits_of(fitting.model, inputs), targets)
     found = float(value.detach())
     if math.isfinite(found):
         value.backward()  # type: ignore[no-untyped-call]
@@ -164,15 +207,31 @@ def evaluate(
 def predict(
     model: nn.Module,
     logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-    inputs: torch.Tensor,
+    inputs: Inputs,
     batch_size: int,
 ) -> torch.Tensor:
-    """Logits of all inputs in evaluation mode; leaves the model in it."""
+    """Logits of the first view of all inputs in evaluation mode; leaves the model in it."""
     import torch
 
     model.eval()
     with torch.no_grad():
-        return torch.cat([logits_of(model, inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size)])
+        rows = torch.split(torch.arange(len(inputs)), batch_size)
+        return torch.cat([logits_of(model, inputs.take(chosen, None)) for chosen in rows])
+
+
+def _order(targets: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """The examples of an epoch, one after the other."""
+    import torch
+
+    if sampling == "shuffled":
+        return torch.randperm(len(targets), generator=generator)
+    if targets.ndim != 1 or targets.is_floating_point():
+        raise ConfigError(
+            f"sampling: balanced draws from images of one class each, and this task's targets have the shape "
+            f"{tuple(targets.shape)} and type {targets.dtype}; use sampling: shuffled"
+        )
+    shares = 1 / torch.bincount(targets)[targets].double()
+    return torch.multinomial(shares, len(targets), replacement=True, generator=generator)
 
 
 def _generator(*place: int) -> torch.Generator:
@@ -187,10 +246,11 @@ def _generator(*place: int) -> torch.Generator:
     return generator
 
 
-def _adamw(model: nn.Module, config: FittingConfig) -> torch.optim.AdamW:
+def _adamw(model: nn.Module, frozen: Sequence[nn.Module], config: FittingConfig) -> torch.optim.AdamW:
     import torch
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = {id(parameter) for module in frozen for parameter in module.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in kept]
     return torch.optim.AdamW(
         [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from components.contracts.errors import CheckpointMismatch, TamperedArtefact, TrainingDiverged
-from components.fitting import Augment, Examples, FitResult, FittingConfig, fit
+from components.contracts.errors import CheckpointMismatch, ConfigError, TamperedArtefact, TrainingDiverged
+from components.fitting import Examples, FitResult, FittingConfig, fit
 from components.hooks import LEFTOVERS, Checkpointing, Fitting, Hook, MetricLogging, ProgressReporting
 from components.tasks.classification import Task
 
@@ -24,6 +24,12 @@ def examples(n: int, seed: int) -> Examples:
 
 
 TRAIN, VALID = examples(50, 1), examples(30, 2)
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
 class Killed(Exception):
@@ -66,28 +72,21 @@ def run(
     kill_at: int | None = None,
     train: Examples = TRAIN,
     hooks: Sequence[Hook] = (),
-    augment: Augment = noise,
+    **changes: Any,
 ) -> FitResult:
     out.mkdir(exist_ok=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
     def progress(done: int, total: int, note: str = "") -> None:
         if kill_at is not None and done == kill_at and not note:
             raise Killed
 
-    return fit(
-        model,
-        lambda module, inputs: module(inputs),
-        Task(),
-        train,
-        VALID,
-        config,
-        checkpointing=Checkpointing(out, identity),
-        augment=augment,
-        hooks=(*hooks, ProgressReporting(progress, "accuracy")),
-    )
+    arguments: dict[str, Any] = {
+        "checkpointing": Checkpointing(out, identity),
+        "augment": noise,
+        "hooks": (*hooks, ProgressReporting(progress, "accuracy")),
+    } | changes
+    model = arguments.pop("model", None) or network()
+    return fit(model, lambda module, inputs: module(inputs), Task(), train, VALID, config, **arguments)
 
 
 def bits(result: FitResult) -> dict[str, bytes]:
@@ -156,7 +155,7 @@ def test_a_tampered_checkpoint_is_refused_before_it_is_parsed(tmp_path: Path, wh
 
 
 def test_a_nan_loss_stops_the_run_at_once_and_is_not_saved(tmp_path: Path) -> None:
-    broken = TRAIN.inputs.clone()
+    broken = TRAIN.inputs.take(torch.arange(50), None)
     broken[17] = math.nan
     with pytest.raises(TrainingDiverged, match=r"nan at epoch 1, step \d+.*Lower training.fit.learning_rate") as first:
         run(tmp_path / "out", train=Examples(broken, TRAIN.targets))
@@ -192,3 +191,73 @@ def test_every_epoch_reaches_the_sink_and_every_step_draws_other_random_numbers(
     run(tmp_path / "out", hooks=[MetricLogging(Sink())], augment=augment)
     assert seen == [1, 2, 3, 4]
     assert len(set(drawn)) == len(drawn) == 28
+
+
+def test_steps_see_a_view_augmented_then_mixed_and_the_valid_split_sees_none_of_it(tmp_path: Path) -> None:
+    class Views:
+        """Two views of a row: as it is, or with ten added."""
+
+        def __len__(self) -> int:
+            return 50
+
+        def take(self, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+            plain = TRAIN.inputs.take(rows, None)
+            if generator is None:
+                return plain
+            return plain + 10 * torch.randint(0, 2, (len(rows), 1), generator=generator)
+
+    mixed: list[torch.Tensor] = []
+    shares_seen: list[torch.Tensor] = []
+
+    def mix(inputs: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed.append(inputs)
+        share = torch.rand(len(inputs), 1, generator=generator)
+        whole = nn.functional.one_hot(targets, 3).float()
+        return share * inputs + (1 - share) * inputs.flip(0), share * whole + (1 - share) * whole.flip(0)
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        shares_seen.append(targets)
+        return nn.functional.cross_entropy(logits, targets) + 100
+
+    views = Examples(Views(), TRAIN.targets)
+    config = CONFIG.model_copy(update={"epochs": 1})
+    result = run(tmp_path / "out", config, train=views, augment=lambda x, generator: x + 1000, mix=mix, loss=loss)
+    added = torch.cat(mixed).mean(dim=1).sub(1000).div(10).round()
+    assert sorted(set(added.tolist())) == [0, 1]
+    assert all(shares.shape[1] == 3 and torch.allclose(shares.sum(1), torch.ones(len(shares))) for shares in shares_seen)
+    assert result.history[0]["train_loss"] > 100 > result.history[0]["valid_loss"]
+    with torch.no_grad():
+        model = network()
+        model.load_state_dict(result.best)
+        expected = Task().loss(model.eval()(VALID.inputs.take(torch.arange(30), None)), VALID.targets)
+    assert result.history[0]["valid_loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_balanced_sampling_draws_every_class_equally_often(tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    def mix(inputs: torch.Tensor, targets: torch.Tensor, _: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(targets)
+        return inputs, targets
+
+    rare = Examples(torch.randn(1000, 6), (torch.arange(1000) < 20).long())
+    config = CONFIG.model_copy(update={"epochs": 2, "batch_size": 100})
+    run(tmp_path / "out", config, train=rare, mix=mix, sampling="balanced")
+    first, second = torch.cat(seen).reshape(2, 1000)
+    # Six standard deviations of 1000 draws of a fair coin, which are 95.
+    assert 405 < int(first.sum()) < 595
+    assert not torch.equal(first, second)
+    several = Examples(torch.randn(50, 6), torch.zeros(50, 3))
+    with pytest.raises(ConfigError, match="one class each.*use sampling: shuffled"):
+        run(tmp_path / "several", train=several, sampling="balanced")
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics_and_parameters_while_the_rest_trains(tmp_path: Path) -> None:
+    model = network()
+    seen: list[bool] = []
+    model[1].register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    result = run(tmp_path / "out", model=model, frozen=[model[0], model[1]])
+    before = network().state_dict()
+    moved = {name for name, value in result.best.items() if not torch.equal(value, before[name])}
+    assert moved == {"4.weight", "4.bias"}
+    assert not any(seen)
