@@ -1,0 +1,198 @@
+"""Caches of arrays by picture: folders of files that are only added, verified when opened, then memory-mapped.
+
+A segment is one safetensors file, named by its sha256, that holds the `names` of pictures and their rows of `data`. It
+appears by one rename, so a kill costs the segment that was being written, and several processes may add to one folder. A
+cache may be lost, never believed: what does not verify is removed and computed again, and what a full disk does not take
+is computed again whenever it is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import time
+from collections.abc import Callable, KeysView, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from components.store import sha256_file, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK_BYTES, _CHUNK_ROWS = 32 << 20, 4096
+_RESIDENT_BYTES = 256 << 20
+"""What is read from mapped files before their pages are given back: they would count as this process's memory."""
+_STALE_S = 3600
+"""Nobody takes as long to write a segment: what is older was left by a kill."""
+_SPELLED = {"uint8": "U8", "float16": "F16", "float32": "F32"}
+"""The dtypes that are kept, as safetensors spells them."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def kept_file(path: Path, data: bytes) -> bool:
+    """Write a file of a cache in one rename; false where the disk is full."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        return False
+    return True
+
+
+class Segments:
+    """Rows of one dtype and shape by picture digest, in a folder of their own; `say` is told once when the disk is full."""
+
+    def __init__(
+        self, folder: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], *, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.folder, self.dtype, self.shape = folder, np.dtype(dtype), shape
+        self.full = False
+        """Whether the disk did not take a segment; no other one is tried."""
+        self._say = say
+        self._places: dict[str, tuple[npt.NDArray[Any], int]] = {}
+        self._maps: list[mmap.mmap] = []
+        self._read_bytes = 0
+        with contextlib.suppress(OSError):
+            # The time of its folder says when a cache was last used.
+            os.utime(folder)
+        for path in sorted(folder.glob("*.safetensors")):
+            self._open(path)
+        for path in folder.glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
+
+    @property
+    def known(self) -> KeysView[str]:
+        """The pictures whose rows are here."""
+        return self._places.keys()
+
+    @property
+    def chunk(self) -> int:
+        """How many rows a segment should hold: what a kill can cost, and what is held in memory while it is made."""
+        return max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // self._row_bytes))
+
+    @property
+    def _row_bytes(self) -> int:
+        return max(1, int(np.prod(self.shape)) * self.dtype.itemsize)
+
+    def append(self, names: Sequence[str], array: npt.NDArray[Any]) -> None:
+        """Keep the rows (n, *shape) of pictures, if the disk takes them; `full` says so otherwise."""
+        from safetensors.numpy import save
+
+        if self.full or not names:
+            return
+        rows = np.ascontiguousarray(array, dtype=self.dtype)
+        if rows.shape != (len(names), *self.shape):
+            raise ValueError(f"rows of shape {rows.shape}; expected {(len(names), *self.shape)}")
+        digests = np.frombuffer(bytes.fromhex("".join(names)), dtype=np.uint8).reshape(len(names), -1)
+        data = save({"data": rows, "names": digests})
+        path = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+        if kept_file(path, data):
+            self._map(path)
+            return
+        self.full = True
+        self._say(
+            f"no space left for the cache {self.folder.parent}: what it does not hold is computed again whenever it is "
+            f"needed, which takes longer; free some space before the next run"
+        )
+
+    def rows(self, names: Sequence[str]) -> npt.NDArray[Any]:
+        """The rows (n, *shape) of known pictures, copied; raises KeyError for another one."""
+        found = np.empty((len(names), *self.shape), dtype=self.dtype)
+        for i, name in enumerate(names):
+            array, row = self._places[name]
+            found[i] = array[row]
+            self._read_bytes += self._row_bytes
+            if self._read_bytes > _RESIDENT_BYTES:
+                self._give_back()
+        return found
+
+    def _give_back(self) -> None:
+        self._read_bytes = 0
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _open(self, path: Path) -> None:
+        try:
+            if sha256_file(path) == path.stem and self._map(path):
+                return
+        except FileNotFoundError:
+            return  # another process found it damaged first
+        path.unlink(missing_ok=True)
+
+    def _map(self, path: Path) -> bool:
+        """Map a verified segment; false where its rows are of another shape."""
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        begin = 8 + int.from_bytes(mapped[:8], "little")
+        header = json.loads(mapped[8:begin])
+
+        def tensor(name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+            shape, (start, end) = header[name]["shape"], header[name]["data_offsets"]
+            count = (end - start) // np.dtype(dtype).itemsize
+            return np.frombuffer(mapped, dtype=dtype, count=count, offset=begin + start).reshape(shape)
+
+        if header["data"]["dtype"] != _SPELLED[self.dtype.name] or tuple(header["data"]["shape"][1:]) != self.shape:
+            return False
+        array = tensor("data", self.dtype)
+        for row, digest in enumerate(tensor("names", np.uint8)):
+            self._places[digest.tobytes().hex()] = array, row
+        self._maps.append(mapped)
+        return True
+
+
+class Kept:
+    """Inputs of a fit, by picture in one cache a view; what a cache could not keep is computed when it is taken.
+
+    `compute` makes the rows of these positions, in one view, as the caches hold them.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[str],
+        views: Sequence[Segments],
+        compute: Callable[[Sequence[int], int], npt.NDArray[Any]],
+    ) -> None:
+        self._pictures, self._views, self._compute = pictures, views, compute
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def take(self, rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """The inputs (n, ...) at these rows: each one's first view, or with a generator any of its views, drawn from it."""
+        import torch
+
+        count = len(self._views)
+        views = [0] * len(rows)
+        if generator is not None and count > 1:
+            views = torch.randint(count, (len(rows),), generator=generator).tolist()
+        first = self._views[0]
+        found = np.empty((len(rows), *first.shape), dtype=first.dtype)
+        positions = rows.tolist()
+        for view in sorted(set(views)):
+            here = [i for i, chosen in enumerate(views) if chosen == view]
+            found[here] = self._of_view([positions[i] for i in here], view)
+        return torch.from_numpy(found)
+
+    def _of_view(self, positions: list[int], view: int) -> npt.NDArray[Any]:
+        segments = self._views[view]
+        names = [self._pictures[position] for position in positions]
+        lost = [i for i, name in enumerate(names) if name not in segments.known]
+        if not lost:
+            return segments.rows(names)
+        found = np.empty((len(names), *segments.shape), dtype=segments.dtype)
+        there = [i for i, name in enumerate(names) if name in segments.known]
+        found[there] = segments.rows([names[i] for i in there])
+        found[lost] = self._compute([positions[i] for i in lost], view)
+        return found
