@@ -238,8 +238,14 @@ def test_a_full_disk_slows_and_does_not_fail(
     chosen = torch.tensor([4, 20, 4])
     expected = inputs_of(paths, lite0, tmp_path / "whole", MIRRORED).take(chosen, None)
     monkeypatch.setattr(segments, "write_atomically", refuse)
+    monkeypatch.setattr(segments, "_CHUNK_ROWS", 10)
     told: list[str] = []
-    inputs = inputs_of(paths, lite0, tmp_path / "full", MIRRORED, say=told.append)
+    done: list[int] = []
+    inputs = inputs_of(
+        paths, lite0, tmp_path / "full", MIRRORED, say=told.append, progress=lambda count, *_: done.append(count)
+    )
+    # Nothing more is computed in advance for a disk that takes nothing.
+    assert done[-1] == 10
     found = inputs.take(chosen, None)
     assert len(told) == 1
     # Another size of batch may round otherwise in the last bit of 32, and so in the last of 16.
