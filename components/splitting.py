@@ -85,6 +85,10 @@ class TestLedger:
         lines += [f"{picture},{'test' if test else 'rest'}" for picture, test in sorted(self.members.items())]
         write_atomically(path, ("\n".join(lines) + "\n").encode())
 
+    def with_sides(self, sides: Mapping[str, bool]) -> TestLedger:
+        """The ledger after seeing pictures whose side (True: test) somebody else chose; known ones keep theirs."""
+        return TestLedger(self.test_share, {**sides, **self.members})
+
     def extended(self, pictures: Iterable[tuple[str, str]]) -> TestLedger:
         """The ledger after seeing (picture, class) pairs: known ones keep their side, `test_share` of the others join test.
 

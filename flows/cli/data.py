@@ -29,6 +29,14 @@ def data_add(
     test_share: Annotated[
         float | None, typer.Option(min=0.05, max=0.5, help="Share that is test for ever; frozen by the first add.")
     ] = None,
+    keep_splits: Annotated[
+        bool,
+        typer.Option(
+            "--keep-splits",
+            help="The folder holds train/, test/ and perhaps val/ of class folders: its test/ is test for ever. Images of "
+            "val/ are added to those that training and validation are drawn from.",
+        ),
+    ] = False,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
@@ -39,12 +47,14 @@ def data_add(
 
     if sum(given is not None for given in (folder, source, from_predictions)) > 1:
         raise ConfigError("give a folder, --source or --from-predictions, one of them")
+    if keep_splits and folder is None:
+        raise ConfigError("--keep-splits says what to do with a folder that is split; name the folder, too")
     if from_predictions is not None:
         _add_from_predictions(workspace, from_predictions, json_)
         return
     found = Workspace.find(workspace)
     with Console(1, quiet=json_) as console:
-        noted = add_images(found, folder, source=source, test_share=test_share, console=console)
+        noted = add_images(found, folder, source=source, test_share=test_share, keep_splits=keep_splits, console=console)
     _finish_added(noted, "then visionloop train --recipe NAME", json_)
 
 
@@ -60,6 +70,9 @@ def _finish_added(noted: NotedVersion, following: str, as_json: bool) -> None:
         "new_test_images": added.num_new_test,
         "classes": added.class_counts,
         "refused": added.refused,
+        "leaked": list(added.sides.leaked),
+        "stay_test": list(added.sides.stay_test),
+        "stay_rest": list(added.sides.stay_rest),
         "notes": list(noted.notes),
     }
     lines = [

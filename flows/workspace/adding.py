@@ -27,10 +27,17 @@ class NotedVersion:
 
 
 def add_images(
-    workspace: Workspace, folder: Path | None, *, source: str | None, test_share: float | None, console: Console
+    workspace: Workspace,
+    folder: Path | None,
+    *,
+    source: str | None,
+    test_share: float | None,
+    keep_splits: bool = False,
+    console: Console,
 ) -> NotedVersion:
     """Add a folder's images, or a source plug-in's to an empty workspace, or pin data/ as it is where neither is given.
 
+    With `keep_splits` the folder holds train/, test/ and perhaps val/, and its test/ becomes the frozen test.
     Raises ConfigError where a source would fill data/ that is there, and what `flows.workspace.data.add` raises.
     """
     accepted = read_settings(workspace.state).accepted
@@ -40,7 +47,14 @@ def add_images(
                 raise ConfigError(f"{workspace.data} exists already; --source fills an empty workspace")
             data.fetch(workspace, source)
         with console.stage("looking at images", 1) as (progress, _):
-            added = data.add(workspace, folder, test_share=test_share, accepted=accepted, progress=progress)
+            added = data.add(
+                workspace,
+                folder,
+                test_share=test_share,
+                keep_splits=keep_splits,
+                accepted=accepted,
+                progress=progress,
+            )
     return NotedVersion(added, tuple(notes_on(added)))
 
 
@@ -55,6 +69,16 @@ def notes_on(added: Added) -> Iterator[str]:
     if added.undecodable:
         shown = ", ".join(added.undecodable[:3])
         yield f"{counted(len(added.undecodable), 'file')} cannot be decoded and will be quarantined: {shown}"
+    for names, text in (
+        (
+            added.sides.leaked,
+            "of train/ or val/ show the same pictures as test/ does; they are test, and nothing trains on them",
+        ),
+        (added.sides.stay_test, "of train/ or val/ were frozen as test by an earlier add, and stay test"),
+        (added.sides.stay_rest, "of test/ were frozen outside test by an earlier add, and stay outside"),
+    ):
+        if names:
+            yield f"{counted(len(names), 'image')} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     others = [entry for entry in added.left_out if entry.file not in added.refused]
     for reason in dict.fromkeys(entry.reason for entry in others):
         files = [entry.file for entry in others if entry.reason == reason]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,21 +16,14 @@ from components.contracts.progress import Progress, silent
 from components.contracts.wording import counted
 from components.formats import PINNED, Accepted, check_size, refusal
 from components.images import check, decode, in_threads, pixel_digest
-from components.samples import OF_FILE_MANAGERS, alike, class_name_problem
+from components.samples import alike
 from components.splitting import TestLedger
 from components.store import explained, sha256_file
+from flows.workspace.incoming import LeftOut, incoming
 from flows.workspace.workspace import Workspace
 
 DEFAULT_TEST_SHARE = 0.2
 _BY_SETTING = "VISIONLOOP_FORMATS, VISIONLOOP_MAX_PIXELS or VISIONLOOP_MAX_IMAGE_MB, which serving needs too"
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A file or folder that is no part of the new version, and why."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,21 @@ class Added:
     num_new_test: int
     undecodable: tuple[str, ...]
     refused: dict[str, str]
-    """Files that were not copied, as serving would refuse them, and why, by class and name; they are left out, too."""
+    """Files that serving would refuse and why, by their name in the folder: not copied, and named in `left_out`, too."""
     class_counts: dict[str, int]
+    sides: Sides
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Files of predefined splits that are not on the side of the folder they came from, each in one list."""
+
+    leaked: tuple[str, ...] = ()
+    """Of train/ or val/, and the same pictures are in test/, so these are test."""
+    stay_test: tuple[str, ...] = ()
+    """Of train/ or val/, frozen as test by an earlier add."""
+    stay_rest: tuple[str, ...] = ()
+    """Of test/, frozen as no test pictures by an earlier add."""
 
 
 def add(
@@ -55,10 +60,13 @@ def add(
     folder: Path | None,
     *,
     test_share: float | None,
+    keep_splits: bool = False,
     accepted: Accepted = PINNED,
     progress: Progress = silent,
 ) -> Added:
     """Copy `folder` (one sub-folder per class) into data/, freeze the side of every new picture, pin the version.
+
+    With `keep_splits` the folder is one of train/, test/ and perhaps val/, and the new pictures of test/ alone become test.
 
     What serving would refuse by `accepted` is left out. Raises DataError when that is everything, or when it lies in data/
     and is not pinned yet.
@@ -67,22 +75,29 @@ def add(
     the old version pinned, and running again completes it.
     """
     root = workspace.root
-    incoming = _incoming(folder, workspace.data) if folder is not None else None
-    refused: dict[str, str] = {}
     ledger = _ledger(root, test_share)
+    kept, sides = ledger, Sides()
+    refused: dict[str, str] = {}
     copied = there = found = 0
     left_out: list[LeftOut] = []
-    if incoming is not None:
-        refused = _refused(incoming.files, accepted)
-        taken = [(label, path) for label, path in incoming.files if f"{label}/{path.name}" not in refused]
+    if folder is not None:
+        given = incoming(folder, workspace.data, keep_splits=keep_splits)
+        reasons = _refused(given.files, accepted)
+        refused = {_within(folder, path): why for path, why in reasons.items()}
+        taken = [(label, path) for label, path in given.files if path not in reasons]
         plan, there = _plan(taken, workspace.data)
-        copied, vanished = _copy(plan, workspace.data, scratch=workspace.state / "tmp")
-        left_out = [*incoming.left_out, *(LeftOut(name, why) for name, why in refused.items()), *vanished]
+        if given.test is not None:
+            files = [path for _, path in taken]
+            kept, sides = _keep_splits(files, given.test, folder, ledger, accepted, progress)
+            # Before a file is copied: a run that is killed then leaves no picture in data/ whose side another would draw.
+            kept.write(root / dataversions.TEST_LEDGER)
+        copied, vanished = _copy(plan, workspace.data, folder, scratch=workspace.state / "tmp")
+        left_out = [*given.left_out, *(LeftOut(name, why) for name, why in refused.items()), *vanished]
         found = copied + there + len(left_out)
     if not workspace.data.is_dir():
         raise DataError(f"{workspace.data} is not there; name a folder: `visionloop data add FOLDER`")
     lies_there = dataversions.listing(workspace.data)
-    if incoming is None:
+    if folder is None:
         reason = "the workspace's .dvcignore leaves it out of versions"
         left_out = [LeftOut(dataversions.shown(path.relative_to(root)), reason) for path in lies_there.ignored]
         found = len(lies_there.files) + len(left_out)
@@ -90,7 +105,7 @@ def add(
     pictures, undecodable = _pictures(lies_there, ledger, workspace.data, accepted, progress)
     # Before the ledger changes: what can fail for want of space is done, and pin and ledger still agree if it does.
     dataversions.store(root)
-    extended = ledger.extended(pictures)
+    extended = kept.extended(pictures)
     extended.write(root / dataversions.TEST_LEDGER)
     version = dataversions.pin(root)
     empty = [path.name for path in workspace.data.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -105,6 +120,7 @@ def add(
         refused=refused,
         # An empty folder is no part of a version, and surely not meant.
         class_counts={label: len(lies_there.classes.get(label, ())) for label in sorted({*empty, *lies_there.classes})},
+        sides=sides,
     )
 
 
@@ -153,6 +169,30 @@ def _pictures(
     return pictures, undecodable
 
 
+def _keep_splits(
+    files: list[Path],
+    test: frozenset[Path],
+    folder: Path,
+    ledger: TestLedger,
+    accepted: Accepted,
+    progress: Progress,
+) -> tuple[TestLedger, Sides]:
+    """The ledger with new pictures on the side of their split, and what is on the other one; `test` are the files of test/.
+
+    A file that cannot be decoded has no side: validation quarantines it.
+    """
+    looked = in_threads(lambda path: _picture(path, accepted)[0], files, progress=progress)
+    pictures = [(path, picture) for path, picture in zip(files, looked, strict=True) if picture is not None]
+    in_test = {picture for path, picture in pictures if path in test}
+    kept = ledger.with_sides({picture: picture in in_test for _, picture in pictures})
+    moved = [(path, picture) for path, picture in pictures if kept.members[picture] != (path in test)]
+    return kept, Sides(
+        leaked=tuple(_within(folder, path) for path, picture in moved if path not in test and picture in in_test),
+        stay_test=tuple(_within(folder, path) for path, picture in moved if path not in test and picture not in in_test),
+        stay_rest=tuple(_within(folder, path) for path, _ in moved if path in test),
+    )
+
+
 def ensure(workspace: Workspace, source: str | None) -> DataVersion:
     """The verified pinned version; an empty workspace whose recipe names a source is filled from it first.
 
@@ -174,7 +214,7 @@ def fetch(workspace: Workspace, source: str, *, expected: DataVersion | None = N
     try:
         member.fetch(out=scratch)
         try:
-            _incoming(scratch, workspace.data)
+            incoming(scratch, workspace.data)
         except DataError as error:
             raise DataError(f"source {source!r} wrote no data set; nothing was kept. {error}") from error
         found = dataversions.hash_of(workspace.root, scratch)
@@ -186,102 +226,6 @@ def fetch(workspace: Workspace, source: str, *, expected: DataVersion | None = N
         os.rename(scratch, workspace.data)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Incoming:
-    files: list[tuple[str, Path]]
-    """(class, file)"""
-    left_out: list[LeftOut]
-
-
-def _told(left_out: list[LeftOut]) -> str:
-    """The first files that are left out, as the end of an error."""
-    return "".join(f"; {left.file} is left out: {left.reason}" for left in left_out[:3])
-
-
-def _incoming(folder: Path, data: Path) -> _Incoming:
-    """What a folder has to add, every file of it either taken or left out for a reason; refused before anything is copied.
-
-    Raises DataError for a folder of another shape, for what cannot be read, and for names that no version can hold.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; expected one sub-folder per class, with images in it")
-    given, there = folder.resolve(), data.resolve()
-    if given == there or given.is_relative_to(there) or there.is_relative_to(given):
-        raise DataError(
-            f"{folder} is the workspace's own data folder, lies in it or holds it; to pin what is in {data}, "
-            f"run `visionloop data add` without a folder"
-        )
-    rules = dataversions.ignore_rules(data)
-    found = _Incoming([], [])
-    try:
-        labels = _taken(folder, folder, data, rules, found.left_out)
-        loose = [path.name for path in labels if not path.is_dir()]
-        classes = [path for path in labels if path.is_dir()]
-        if not classes:
-            raise DataError(
-                f"{folder} has no sub-folders; expected one per class, such as {folder}/cat and {folder}/dog"
-                f"{_told(found.left_out)}"
-            )
-        if loose:
-            raise DataError(
-                f"{folder} holds files beside the class folders ({', '.join(sorted(loose)[:3])}); move each into its class"
-            )
-        for path in classes:
-            problem = None if (data / path.name).is_dir() else class_name_problem(path.name)
-            if problem:
-                raise DataError(f"{dataversions.shown(path)} cannot be the name of a class: {problem}; rename the folder")
-            images = _taken(path, folder, data / path.name, rules, found.left_out)
-            deeper = [image for image in images if image.is_dir()]
-            if deeper:
-                raise DataError(
-                    f"{dataversions.shown(deeper[0])} is a folder inside a class; images have to lie directly in their "
-                    f"class folder"
-                )
-            if not images:
-                inside = [left for left in found.left_out if left.file.startswith(f"{dataversions.shown(Path(path.name))}/")]
-                raise DataError(
-                    f"class {path.name!r} has no images in {folder}; add some, or remove the empty folder{_told(inside)}"
-                )
-            found.files.extend((path.name, image) for image in images)
-        unreadable = [path for _, path in found.files if not os.access(path, os.R_OK)]
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}; give read permission and run again") from error
-    if unreadable:
-        raise DataError(f"cannot read {unreadable[0]}: permission denied; give read permission and run again")
-    return found
-
-
-def _taken(
-    place: Path,
-    folder: Path,
-    destination: Path,
-    rules: Callable[[str, list[str], list[str]], tuple[list[str], list[str]]],
-    left_out: list[LeftOut],
-) -> list[Path]:
-    """Files and folders of `place` that are not left out, sorted; names are judged as if they lay in `destination`."""
-    taken = []
-    for path in sorted(place.iterdir()):
-        name, reason = path.name, None
-        if name.startswith("."):
-            reason = "hidden"
-        elif name.casefold() in OF_FILE_MANAGERS:
-            reason = "left by a file manager"
-        elif path.is_symlink() and not path.exists():
-            reason = "a link that leads nowhere"
-        elif not (path.is_file() or path.is_dir()):
-            reason = "no regular file"
-        else:
-            dataversions.expect_utf8(path)
-            kept = rules(str(destination.absolute()), [name] if path.is_dir() else [], [] if path.is_dir() else [name])
-            reason = None if any(kept) else "the workspace's .dvcignore leaves it out of versions"
-        if reason is None:
-            taken.append(path)
-        else:
-            shown = dataversions.shown(path.relative_to(folder)) + ("/" if path.is_dir() and not path.is_symlink() else "")
-            left_out.append(LeftOut(shown, reason))
-    return taken
 
 
 def _plan(files: list[tuple[str, Path]], data: Path) -> tuple[list[tuple[Path, Path]], int]:
@@ -322,7 +266,7 @@ def _plan(files: list[tuple[str, Path]], data: Path) -> tuple[list[tuple[Path, P
     return plan, there
 
 
-def _copy(plan: list[tuple[Path, Path]], data: Path, *, scratch: Path) -> tuple[int, list[LeftOut]]:
+def _copy(plan: list[tuple[Path, Path]], data: Path, folder: Path, *, scratch: Path) -> tuple[int, list[LeftOut]]:
     scratch.mkdir(parents=True, exist_ok=True)
     vanished: list[LeftOut] = []
     for path, destination in plan:
@@ -335,8 +279,7 @@ def _copy(plan: list[tuple[Path, Path]], data: Path, *, scratch: Path) -> tuple[
                 os.replace(temporary, destination)
         except OSError as error:
             if not path.exists():
-                name = dataversions.shown(Path(path.parent.name, path.name))
-                vanished.append(LeftOut(name, "it vanished while it was copied"))
+                vanished.append(LeftOut(_within(folder, path), "it vanished while it was copied"))
                 continue
             raise DataError(
                 f"cannot copy {dataversions.shown(path)}: {error.strerror}. The old version is still the pinned one; "
@@ -347,8 +290,8 @@ def _copy(plan: list[tuple[Path, Path]], data: Path, *, scratch: Path) -> tuple[
     return len(plan) - len(vanished), vanished
 
 
-def _refused(files: list[tuple[str, Path]], accepted: Accepted) -> dict[str, str]:
-    """The files that serving would refuse and why, by class and name; raises DataError when that is all of them."""
+def _refused(files: list[tuple[str, Path]], accepted: Accepted) -> dict[Path, str]:
+    """The files that serving would refuse and why; raises DataError when that is all of them."""
 
     def reason(path: Path) -> str:
         try:
@@ -368,7 +311,12 @@ def _refused(files: list[tuple[str, Path]], accepted: Accepted) -> dict[str, str
             f"of {counted(len(files), 'file')} none is a picture that is accepted ({files[0][1]}: {reasons[0]}); "
             f"convert them, or accept them by {_BY_SETTING}. Nothing was changed"
         )
-    return {f"{label}/{path.name}": why for (label, path), why in zip(files, reasons, strict=True) if why}
+    return {path: why for (_, path), why in zip(files, reasons, strict=True) if why}
+
+
+def _within(folder: Path, path: Path) -> str:
+    """A file's name in its folder, as it can be printed anywhere."""
+    return dataversions.shown(path.relative_to(folder))
 
 
 def _picture(path: Path, accepted: Accepted) -> tuple[str | None, str]:

@@ -132,10 +132,10 @@ def test_an_unreadable_folder_is_named() -> None:
     script = (
         "import os, pathlib, sys\n"
         "from components.contracts.errors import DataError\n"
-        "from flows.workspace.data import _incoming\n"
+        "from flows.workspace.incoming import incoming\n"
         "import dvc.fs, dvc.ignore, dvc.repo\n"
         "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
-        "try: _incoming(pathlib.Path(sys.argv[1]), pathlib.Path('data'))\n"
+        "try: incoming(pathlib.Path(sys.argv[1]), pathlib.Path('data'))\n"
         "except DataError as error: print(error)\n"
     )
     with tempfile.TemporaryDirectory() as scratch:

@@ -18,7 +18,7 @@ from watched import TASK, sha
 from components.contracts.errors import ConfigError, DataError
 from components.databases import Database
 from flows.loop.labels import move_relabelled
-from flows.workspace.data import _incoming
+from flows.workspace.incoming import incoming
 from monitoring.labels import Label, Labels, read_file, resolve
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def test_a_label_is_taken_where_data_takes_it_for_a_class(pristine: Path, tmp_pa
         write_pictures(tmp_path / "pictures", 1, kinds=("disc",))
         shutil.copytree(tmp_path / "pictures" / "disc", given)
     try:
-        files = _incoming(tmp_path / "given", pristine / "data").files
+        files = incoming(tmp_path / "given", pristine / "data").files
         taken = [label for label, _ in files] == [name]
     except DataError:
         taken = False
