@@ -1,8 +1,10 @@
-"""The fit loop that training and optimisation share: AdamW, cosine schedule, and hooks for everything else.
+"""The fit loop that training and optimisation share: optimisers, schedules, faults, and hooks for everything else.
 
 Everything random is drawn from (seed, epoch, step), and the schedule is a function of the step, so the whole state of a
-run is its tensors and a few numbers. A run that is killed at any moment and started again ends in the same bits as one
-that was not, on the same machine with the same number of threads. Nothing is pickled: see infra/decisions/0003.
+run is its tensors and a few numbers. A fit that diverges or runs out of memory goes back to the start of the epoch, and on
+from there at half the rate or in smaller parts; every checkpoint holds the state there, too. A run that is killed at any
+moment and started again ends in the same bits as one that was not, on the same machine with the same number of threads.
+Nothing is pickled: see infra/decisions/0003.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from components.contracts.errors import ConfigError
+from components.contracts.errors import ConfigError, TrainingDiverged
 from components.contracts.families import Task
 from components.contracts.records import Record
-from components.hooks import Checkpointing, EarlyStopping, FiniteLoss, Fitting, Hook
+from components.hooks import Checkpointing, EarlyStopping, Fitting, Hook, MovingAverage, Recovery, capture
 from components.store import write_atomically
 
 if TYPE_CHECKING:
@@ -29,27 +31,115 @@ if TYPE_CHECKING:
 
 
 class FittingConfig(Record):
-    """Schedule and optimiser of one fit."""
+    """Optimiser and schedule of one fit.
+
+    As JSON, keys that came later are left out at their defaults, so that what an older recipe makes keeps its digest.
+    """
 
     epochs: int = Field(default=30, ge=1, le=10_000)
     batch_size: int = Field(default=64, ge=1, le=65_536)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=1e-2, ge=0)
-    """AdamW's, on weights of two or more dimensions only."""
+    """The last batch of an epoch is what is left, so one that is larger than the data is all of it.
+
+    A single picture that is left joins the batch before it where batch normalisation trains, which needs two.
+    """
+    learning_rate: float = Field(default=1e-3, gt=0, le=1e30)
+    """The highest that the schedule reaches."""
+    weight_decay: float = Field(default=1e-2, ge=0, le=1e6)
+    """The optimiser's, on weights of two or more dimensions only."""
     warmup_epochs: float = Field(default=1.0, ge=0)
+    """The rate rises in a line for so long; `one_cycle` and `cyclical` have a rise of their own."""
     patience: int = Field(default=10, ge=1)
     """Epochs without a lower valid loss before the fit stops."""
     checkpoint_every_s: float = Field(default=30.0, ge=0)
     """A checkpoint is written at the end of an epoch or step when the last one is older than this."""
     seed: int = Field(default=0, ge=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    schedule: Literal["cosine", "constant", "step", "one_cycle", "cyclical"] = "cosine"
+    """`cosine` falls to zero; `step` is multiplied by `step_factor` every `step_epochs`; `one_cycle` (Smith 2018) rises from
+    a 25th for 30 % of the fit and falls to a 250,000th; `cyclical` (Smith 2017) rises from a quarter and falls back, in
+    `cycle_epochs`.
+    """
+    step_epochs: int = Field(default=10, ge=1)
+    step_factor: float = Field(default=0.1, gt=0, le=1)
+    cycle_epochs: int = Field(default=4, ge=1)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """The rate of each block of the network, of that of the block after it."""
+    clip_norm: float = Field(default=0.0, ge=0)
+    """The longest that the gradient of all parameters may be; 0 for any."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the old mean in a moving mean of the weights, which is measured and kept in their place; 0 for none.
+
+    After n steps it is (1 + n) / (10 + n) at most, so that short fits forget the weights they began with.
+    """
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov looks ahead along the momentum, and momentum is 0; raise momentum or remove nesterov")
+        for key, (other, needed) in _NEEDS.items():
+            value = getattr(self, other)
+            if getattr(self, key) != type(self).model_fields[key].default and value not in needed:
+                raise ValueError(
+                    f"{key} has an effect with {other}: {' or '.join(needed)}, not with {value}; remove one of them"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {key: value for key, value in handler(self).items() if key not in _LATER or value != fields[key].default}
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step: up in a line while warming up, then down in half a cosine to zero."""
+        """The learning rate of a step, counted from the first of the fit."""
+        steps = self.epochs * steps_per_epoch
+        if self.schedule == "one_cycle":
+            top = max(0.3 * steps - 1, 0.0)
+            first, last = self.learning_rate / 25, self.learning_rate / 250_000
+            if step < top:
+                return _cosine(first, self.learning_rate, step / top)
+            return _cosine(self.learning_rate, last, (step - top) / max(1.0, steps - 1 - top))
+        if self.schedule == "cyclical":
+            place = step / (self.cycle_epochs * steps_per_epoch) % 1
+            return self.learning_rate * (0.25 + 0.75 * (1 - abs(2 * place - 1)))
         warmup = self.warmup_epochs * steps_per_epoch
+        rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
+        if self.schedule == "constant":
+            return self.learning_rate * rise
+        if self.schedule == "step":
+            return self.learning_rate * rise * self.step_factor ** (step // (self.step_epochs * steps_per_epoch))
         if step < warmup:
             return self.learning_rate * (step + 1) / (warmup + 1)
-        share = (step - warmup) / max(1.0, self.epochs * steps_per_epoch - warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        return _cosine(self.learning_rate, 0.0, min(1.0, (step - warmup) / max(1.0, steps - warmup)))
+
+
+_LATER = (
+    "optimizer",
+    "momentum",
+    "nesterov",
+    "schedule",
+    "step_epochs",
+    "step_factor",
+    "cycle_epochs",
+    "layer_decay",
+    "clip_norm",
+    "ema_decay",
+)
+_NEEDS = {
+    "momentum": ("optimizer", ("sgd",)),
+    "nesterov": ("optimizer", ("sgd",)),
+    "warmup_epochs": ("schedule", ("cosine", "constant", "step")),
+    "step_epochs": ("schedule", ("step",)),
+    "step_factor": ("schedule", ("step",)),
+    "cycle_epochs": ("schedule", ("cyclical",)),
+}
+"""A key that does nothing beside another value of the other key."""
+
+
+def _cosine(first: float, last: float, share: float) -> float:
+    """From the first value to the last along half a cosine."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 class Inputs(Protocol):
@@ -116,6 +206,7 @@ def fit(
     loss: LossFunction | None = None,
     sampling: Sampling = "shuffled",
     frozen: Sequence[nn.Module] = (),
+    groups: Sequence[Sequence[nn.Parameter]] = (),
     hooks: Sequence[Hook] = (),
     setting: str = "training.fit",
 ) -> FitResult:
@@ -124,34 +215,56 @@ def fit(
     Steps make `loss` smaller (the task's where none is given) on inputs that `augment` and then `mix` changed; the valid
     loss is always the task's, so that fits can be compared. An epoch takes every example once, or with `balanced` sampling
     as many draws as there are examples, of every class equally often. `frozen` modules stay in evaluation mode and keep
-    their parameters. Raises TrainingDiverged on a non-finite loss, ConfigError, CheckpointMismatch, TamperedArtefact.
+    their parameters. `groups` are the parameters of the network's blocks, first to last, for `layer_decay`; what is in none
+    of them goes with the last.
+
+    Where the loss or the gradient is not finite, the epoch begins anew at half the rate, twice in a fit at most; where
+    memory is not enough, it begins anew with every batch computed in twice as many parts, of two examples at least. Batch
+    normalisation then sees the parts one by one.
+    Raises TrainingDiverged, ConfigError, CheckpointMismatch, TamperedArtefact.
     """
     best = EarlyStopping(config.patience)
-    # What diverged is never saved, and what is saved is what all the others have made of the step.
-    hooks = (FiniteLoss(setting), best, *hooks, checkpointing)
+    average = MovingAverage(config.ema_decay)
+    # What is saved is what all the others have made of the step.
+    hooks = (*([average] if config.ema_decay else []), best, *hooks, checkpointing)
     with _deterministic():
-        fitting = Fitting(
-            model, _adamw(model, frozen, config), config, math.ceil(len(train.targets) / config.batch_size), hooks
-        )
+        optimizer = _optimizer(model, frozen, groups, config, setting)
+        _training_mode(model, frozen)
+        ends = _ends(len(train.targets), config.batch_size, at_least=2 if _normalises(model) else 1)
+        fitting = Fitting(model, optimizer, config, len(ends), hooks)
+        stepping = _Stepping(logits_of, loss or task.loss, train, augment, mix, setting)
         for hook in hooks:
             hook.on_start(fitting)
         while fitting.epoch < config.epochs and not fitting.stopped:
-            order = _order(train.targets, sampling, _generator(config.seed, fitting.epoch))
-            model.train()
-            for module in frozen:
-                module.eval()
-            while fitting.step < fitting.steps_per_epoch:
-                chosen = order[fitting.step * config.batch_size : (fitting.step + 1) * config.batch_size]
-                fitting.loss = _step(fitting, logits_of, loss or task.loss, train, chosen, augment, mix)
-                fitting.loss_sum += fitting.loss * len(chosen)
-                fitting.seen += len(chosen)
-                fitting.step += 1
-                for hook in hooks:
-                    hook.on_step(fitting)
-            valid_loss, valid_score = evaluate(model, logits_of, task, valid, config.batch_size)
+            if fitting.step == 0:
+                fitting.start = capture(fitting)
+            recovery: Recovery | None = None
+            try:
+                order = _order(train.targets, sampling, _generator(config.seed, fitting.epoch))
+                _training_mode(model, frozen)
+                while fitting.step < fitting.steps_per_epoch:
+                    chosen = order[ends[fitting.step - 1] if fitting.step else 0 : ends[fitting.step]]
+                    fitting.loss = stepping(fitting, chosen)
+                    fitting.loss_sum += fitting.loss * len(chosen)
+                    fitting.seen += len(chosen)
+                    fitting.step += 1
+                    for hook in hooks:
+                        hook.on_step(fitting)
+                with average.shown(model):
+                    size = math.ceil(config.batch_size / fitting.micro_batches)
+                    valid_loss, valid_score = evaluate(model, logits_of, task, valid, size)
+                if not math.isfinite(valid_loss):
+                    raise _NotFinite(f"the valid loss became {valid_loss} at epoch {fitting.epoch + 1}")
+            except (_NotFinite, MemoryError, RuntimeError) as error:
+                recovery = _recovery(fitting, error, ends[0], setting)
+            if recovery is not None:
+                # Outside the handler, whose traceback holds on to the memory of the step that failed.
+                fitting.go_back(recovery)
+                continue
             measured = {"train_loss": fitting.loss_sum / max(1, fitting.seen), "valid_loss": valid_loss}
             fitting.epoch, fitting.step, fitting.loss_sum, fitting.seen = fitting.epoch + 1, 0, 0.0, 0
             measured |= {"epoch": float(fitting.epoch), f"valid_{task.headline}": valid_score, "learning_rate": fitting.rate}
+            measured |= fitting.recovered
             fitting.history.append(measured)
             for hook in hooks:
                 hook.on_epoch(fitting)
@@ -160,35 +273,122 @@ def fit(
     return FitResult(best.weights, best.epoch, fitting.history)
 
 
-def _step(
-    fitting: Fitting,
-    logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-    loss: LossFunction,
-    train: Examples,
-    chosen: torch.Tensor,
-    augment: Augment | None,
-    mix: Mix | None,
-) -> float:
-    """One step of the optimiser on the chosen examples, none on a loss that is not finite; returns the loss."""
+class _NotFinite(Exception):
+    """A loss or a gradient is no number; the message says which, and where."""
+
+
+_HALVINGS = 2
+"""Of the learning rate, before a fit that diverges is given up."""
+
+
+def _recovery(fitting: Fitting, error: Exception, largest: int, setting: str) -> Recovery:
+    """What may help after an error in an epoch; raises where nothing is left to try, and the error that is another's."""
+    if isinstance(error, _NotFinite):
+        if fitting.halvings == _HALVINGS:
+            raise TrainingDiverged(
+                f"{error} (learning rate {fitting.rate:.3g}), after going back to the start of the epoch with half the rate "
+                f"{_HALVINGS} times; nothing was registered. Lower {setting}.learning_rate, or look for broken images in "
+                f"the data docs"
+            ) from None
+        return Recovery(f"{error}: back to the start of the epoch with half the learning rate", fitting.halvings + 1)
+    if not _out_of_memory(error):
+        raise error
+    parts = fitting.micro_batches * 2
+    if parts > largest // 2:
+        raise ConfigError(
+            f"{setting}.batch_size: memory is not enough for a step on a batch in {fitting.micro_batches} parts, and a part "
+            f"is two images at least; end other programs, or choose smaller images or a smaller backbone"
+        ) from error
+    note = f"memory is not enough for a batch of {largest}: back to the start of the epoch, every batch in {parts} parts"
+    return Recovery(note, fitting.halvings, parts)
+
+
+def _out_of_memory(error: Exception) -> bool:
     import torch
 
-    generator = _generator(fitting.config.seed, fitting.epoch, fitting.step)
-    for group in fitting.optimizer.param_groups:
-        group["lr"] = fitting.rate
-    inputs, targets = train.inputs.take(chosen, generator), train.targets[chosen]
-    if augment is not None:
-        inputs = augment(inputs, generator)
-    if mix is not None:
-        inputs, targets = mix(inputs, targets, generator)
-    # Dropout draws from torch's global generator: seeded per step, restored by _deterministic.
-    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-    fitting.optimizer.zero_grad(set_to_none=True)
-    value = loss(logits_of(fitting.model, inputs), targets)
-    found = float(value.detach())
-    if math.isfinite(found):
-        value.backward()  # type: ignore[no-untyped-call]
-        fitting.optimizer.step()
-    return found
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("not enough memory", "DefaultCPUAllocator", "out of memory"))
+
+
+@dataclass(frozen=True)
+class _Stepping:
+    """One step of the optimiser on chosen examples."""
+
+    logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    loss: LossFunction
+    train: Examples
+    augment: Augment | None
+    mix: Mix | None
+    setting: str
+
+    def __call__(self, fitting: Fitting, chosen: torch.Tensor) -> float:
+        """The loss; raises _NotFinite in place of a step on a loss or a gradient that is not finite."""
+        import torch
+
+        config, optimizer = fitting.config, fitting.optimizer
+        generator = _generator(config.seed, fitting.epoch, fitting.step)
+        for group in optimizer.param_groups:
+            group["lr"] = fitting.rate * group["lr_scale"]
+        inputs, targets = self.train.inputs.take(chosen, generator), self.train.targets[chosen]
+        if self.augment is not None:
+            inputs = self.augment(inputs, generator)
+        if self.mix is not None:
+            inputs, targets = self.mix(inputs, targets, generator)
+        # Dropout draws from torch's global generator: seeded per step, restored by _deterministic.
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        optimizer.zero_grad(set_to_none=True)
+        found = 0.0
+        # Parts differ by one example at most, so that none is of a single one while others are of several.
+        parts = min(fitting.micro_batches, max(1, len(chosen) // 2))
+        for some, wanted in zip(torch.tensor_split(inputs, parts), torch.tensor_split(targets, parts), strict=True):
+            value = self.loss(self._logits(fitting.model, some), wanted) * (len(some) / len(chosen))
+            found += float(value.detach())
+            if not math.isfinite(found):
+                raise _NotFinite(f"the loss became {found} at epoch {fitting.epoch + 1}, step {fitting.step + 1}")
+            value.backward()  # type: ignore[no-untyped-call]
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise _NotFinite(f"the gradient's norm became {norm} at epoch {fitting.epoch + 1}, step {fitting.step + 1}")
+        if config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, torch.tensor(norm))
+        optimizer.step()
+        return found
+
+    def _logits(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.logits_of(model, inputs)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                f"{self.setting}.batch_size: batch normalisation cannot be trained on a batch of one image; raise it, or "
+                f"train on more images"
+            ) from error
+
+
+def _training_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
+    model.train()
+    for module in frozen:
+        module.eval()
+
+
+def _normalises(model: nn.Module) -> bool:
+    """Whether batch normalisation takes its statistics from the batches."""
+    from torch import nn
+
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return any(isinstance(module, kinds) and module.training for module in model.modules())
+
+
+def _ends(n: int, batch_size: int, at_least: int) -> list[int]:
+    """Where the batches of an epoch end; what is left joins the last one where it is fewer than `at_least`."""
+    ends = [*range(batch_size, n, batch_size), n]
+    if len(ends) > 1 and ends[-1] - ends[-2] < min(at_least, batch_size):
+        del ends[-2]
+    return ends
 
 
 def evaluate(
@@ -246,18 +446,39 @@ def _generator(*place: int) -> torch.Generator:
     return generator
 
 
-def _adamw(model: nn.Module, frozen: Sequence[nn.Module], config: FittingConfig) -> torch.optim.AdamW:
+def _optimizer(
+    model: nn.Module,
+    frozen: Sequence[nn.Module],
+    groups: Sequence[Sequence[nn.Parameter]],
+    config: FittingConfig,
+    setting: str,
+) -> torch.optim.Optimizer:
+    """The optimiser of all parameters that train; each of its groups says its share of the rate as `lr_scale`."""
     import torch
 
     kept = {id(parameter) for module in frozen for parameter in module.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in kept]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-    )
+    if not trained:
+        raise ConfigError(f"{setting}: nothing of the network trains; unfreeze a part of it")
+    if config.layer_decay != 1 and not groups:
+        raise ConfigError(
+            f"{setting}.layer_decay: {config.layer_decay} lowers the rate from block to block, and the blocks of what "
+            f"trains here are not known; remove it"
+        )
+    last = len(groups) - 1
+    place = {id(parameter): number for number, group in enumerate(groups) for parameter in group}
+    found: list[dict[str, Any]] = []
+    for distance in range(max(1, len(groups))):
+        block = [parameter for parameter in trained if last - place.get(id(parameter), last) == distance]
+        scale = config.layer_decay**distance
+        for params, decay in (
+            ([p for p in block if p.ndim > 1], config.weight_decay),
+            ([p for p in block if p.ndim <= 1], 0.0),
+        ):
+            found.append({"params": params, "weight_decay": decay, "lr_scale": scale})
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(found, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov)
+    return torch.optim.AdamW(found, lr=config.learning_rate)
 
 
 @contextlib.contextmanager

@@ -1,15 +1,16 @@
-"""What hangs on the fit loop: early stopping, live metrics, progress and the checkpoints that a killed fit goes on from."""
+"""What hangs on the fit loop: a mean of the weights, early stopping, metrics, progress, and the checkpoints of a fit."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.contracts.errors import CheckpointMismatch, TamperedArtefact, TrainingDiverged
+from components.contracts.errors import CheckpointMismatch, TamperedArtefact
 from components.contracts.progress import MetricSink, Progress
 from components.store import seal, sha256_file, unseal, write_atomically
 
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
 
 LEFTOVERS = ("progress-*.json", "state-*.safetensors")
 """What only a resumed fit needs: kept until the result is published. The pointers go first, see Store.publish."""
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a fit needs to go on from one moment; nothing changes it."""
+
+    tensors: dict[str, torch.Tensor]
+    values: dict[str, Any]
+    """What JSON holds."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a fit goes on after a fault, from the start of the epoch."""
+
+    note: str
+    """What happened and what is done, in words."""
+    halvings: int = 0
+    micro_batches: int = 1
 
 
 @dataclass
@@ -37,22 +57,53 @@ class Fitting:
     step: int = 0
     """Steps done in the epoch that goes on."""
     loss: float = 0.0
-    """Of the last step; no step is taken on one that is not finite."""
+    """Of the last step."""
     loss_sum: float = 0.0
     seen: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     """One row an epoch."""
     stopped: bool = False
     """Set by a hook: no further epoch begins."""
+    halvings: int = 0
+    """How often the learning rate was halved, for the rest of the fit."""
+    micro_batches: int = 1
+    """In how many parts a batch is computed."""
+    start: State | None = None
+    """Of the epoch that goes on."""
+    averaged: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Means of parameters that are measured and kept in their place, by name."""
+
+    @property
+    def steps(self) -> int:
+        """Steps done in the whole fit."""
+        return self.epoch * self.steps_per_epoch + self.step
 
     @property
     def rate(self) -> float:
         """The learning rate of the next step."""
-        return self.config.rate(self.epoch * self.steps_per_epoch + self.step, self.steps_per_epoch)
+        return self.config.rate(self.steps, self.steps_per_epoch) * 0.5**self.halvings
+
+    @property
+    def recovered(self) -> dict[str, float]:
+        """What the history says of faults; empty where there was none."""
+        found = {"rate_halvings": float(self.halvings)} if self.halvings else {}
+        return found | ({"micro_batches": float(self.micro_batches)} if self.micro_batches > 1 else {})
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of what is measured: the model's state with the means in it."""
+        return {name: value.detach().clone() for name, value in {**self.model.state_dict(), **self.averaged}.items()}
+
+    def go_back(self, recovery: Recovery) -> None:
+        """To the start of the epoch, and on as the recovery says."""
+        assert self.start is not None
+        restore(self, self.start)
+        self.halvings, self.micro_batches = recovery.halvings, recovery.micro_batches
+        for hook in self.hooks:
+            hook.on_fault(self, recovery.note)
 
 
 class Hook:
-    """What hangs on a fit: told at four moments, in the order of the fit's hooks. What is inherited does nothing.
+    """What hangs on a fit: told at five moments, in the order of the fit's hooks. What is inherited does nothing.
 
     An exception in one ends the fit; a fit that is taken up goes on from the last checkpoint.
     """
@@ -66,6 +117,9 @@ class Hook:
     def on_epoch(self, fitting: Fitting) -> None:
         """After an epoch; the last row of `fitting.history` is its own."""
 
+    def on_fault(self, fitting: Fitting, note: str) -> None:
+        """After a fault that the fit recovers from, back at the start of the epoch; `note` tells it to a person."""
+
     def on_end(self, fitting: Fitting) -> None:
         """After the last epoch."""
 
@@ -77,27 +131,50 @@ class Hook:
         """Go on from what `state_dict` gave."""
 
 
-@dataclass(frozen=True)
-class FiniteLoss(Hook):
-    """Ends the fit at once when a loss is no number."""
+@dataclass
+class MovingAverage(Hook):
+    """An exponential moving average of the parameters that train; buffers are the model's own."""
 
-    setting: str
+    decay: float
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def on_start(self, fitting: Fitting) -> None:
+        self.weights = {name: value.detach().clone() for name, value in self._trained(fitting.model)}
+        fitting.averaged = self.weights
 
     def on_step(self, fitting: Fitting) -> None:
-        if not math.isfinite(fitting.loss):
-            rate = fitting.optimizer.param_groups[0]["lr"]
-            raise TrainingDiverged(
-                f"the loss became {fitting.loss} at epoch {fitting.epoch + 1}, step {fitting.step} (learning rate "
-                f"{rate:.3g}); nothing was registered. Lower {self.setting}.learning_rate, or look for broken images in the "
-                f"data docs"
-            )
+        from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-    def on_epoch(self, fitting: Fitting) -> None:
-        loss = fitting.history[-1]["valid_loss"]
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"the valid loss became {loss} at epoch {fitting.epoch}; lower {self.setting}.learning_rate"
-            )
+        decay = min(self.decay, (1 + fitting.steps) / (10 + fitting.steps))
+        current = [value.detach() for _, value in self._trained(fitting.model)]
+        get_ema_multi_avg_fn(decay)(  # type: ignore[no-untyped-call]
+            list(self.weights.values()), current, fitting.steps
+        )
+
+    @contextlib.contextmanager
+    def shown(self, model: nn.Module) -> Iterator[None]:
+        """The model has the average's parameters within; nothing is copied."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.weights)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in self.weights.items():
+            value.copy_(state[name])
+
+    def _swap(self, model: nn.Module) -> None:
+        for name, value in model.named_parameters():
+            if name in self.weights:
+                value.data, self.weights[name] = self.weights[name], value.data
+
+    @staticmethod
+    def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
 
 
 @dataclass
@@ -114,7 +191,7 @@ class EarlyStopping(Hook):
         loss = fitting.history[-1]["valid_loss"]
         if self.loss is None or loss < self.loss:
             self.epoch, self.loss = fitting.epoch, loss
-            self.weights = {name: value.detach().clone() for name, value in fitting.model.state_dict().items()}
+            self.weights = fitting.weights()
         fitting.stopped |= fitting.epoch - self.epoch >= self.patience
 
     def on_end(self, fitting: Fitting) -> None:
@@ -159,14 +236,18 @@ class ProgressReporting(Hook):
         score = fitting.history[-1][f"valid_{self.headline}"]
         self._tell(fitting, f"{self.label}epoch {fitting.epoch}: valid {self.headline} {score:.4f}")
 
+    def on_fault(self, fitting: Fitting, note: str) -> None:
+        self._tell(fitting, f"{self.label}{note}")
+
     def _tell(self, fitting: Fitting, note: str) -> None:
-        steps = fitting.steps_per_epoch
-        self.progress(fitting.epoch * steps + fitting.step, fitting.config.epochs * steps, note)
+        self.progress(fitting.steps, fitting.config.epochs * fitting.steps_per_epoch, note)
 
 
 @dataclass
 class Checkpointing(Hook):
     """Writes the whole state of the fit and of its hooks into `out`, and takes up what a killed one left there.
+
+    Within an epoch the state at its start is kept beside, for a fault after the resumption; it is written once an epoch.
 
     `identity` names config and data: the checkpoint of another one is refused. Several fits may share a folder, each with
     a `number` of its own.
@@ -176,6 +257,8 @@ class Checkpointing(Hook):
     identity: str
     number: int = 1
     _saved_at: float = 0.0
+    _written: list[dict[str, Any]] = field(default_factory=list)
+    """The states that the pointer names, the start of the epoch first."""
 
     def on_start(self, fitting: Fitting) -> None:
         self._saved_at = time.monotonic()
@@ -196,71 +279,102 @@ class Checkpointing(Hook):
         return self.out / f"progress-{self.number}.json"
 
     def _save(self, fitting: Fitting) -> None:
-        import torch
-        from safetensors.torch import save as save_tensors
-
-        tensors = {f"model.{name}": value for name, value in fitting.model.state_dict().items()}
-        for index, slots in fitting.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
-        values: dict[str, dict[str, Any]] = {}
-        for name, hook in _named(fitting.hooks):
-            state = hook.state_dict()
-            tensors |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
-            values[name] = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
-        data = save_tensors({name: value.detach().contiguous().clone() for name, value in tensors.items()})
-        path = self.out / f"state-{self.number}-{fitting.epoch:05d}-{fitting.step:07d}.safetensors"
-        write_atomically(path, data)
-        body = {
-            "schema_version": 2,
-            "identity": self.identity,
-            "file": path.name,
-            "sha256": sha256_file(path),
-            "fitting": {name: getattr(fitting, name) for name in _RESUMED},
-            "hooks": values,
-        }
-        # The pointer moves last: until it does, the state before is the one that counts.
-        write_atomically(self._pointer, seal(body))
+        states = ([fitting.start] if fitting.step and fitting.start else []) + [capture(fitting)]
+        self._written = [self._write(state) for state in states]
+        # The pointer moves last: until it does, the states before are the ones that count.
+        write_atomically(self._pointer, seal({"schema_version": 3, "identity": self.identity, "states": self._written}))
+        kept = {written["file"] for written in self._written}
         for older in self.out.glob(f"state-{self.number}-*.safetensors"):
-            if older != path:
+            if older.name not in kept:
                 older.unlink()
         self._saved_at = time.monotonic()
 
-    def _resume(self, fitting: Fitting) -> None:
-        from safetensors.torch import load as load_tensors
+    def _write(self, state: State) -> dict[str, Any]:
+        """Write the state's tensors, where they are not there already; returns what the pointer says of it."""
+        from safetensors.torch import save as save_tensors
 
-        pointer, remedy = self._pointer, f"remove {self.out} to train from the start"
+        fit = state.values["fitting"]
+        name = (
+            f"state-{self.number}-{fit['epoch']:05d}-{fit['step']:07d}-{fit['halvings']}-{fit['micro_batches']}.safetensors"
+        )
+        for written in self._written:
+            if written["file"] == name:
+                return written
+        path = self.out / name
+        write_atomically(path, save_tensors(state.tensors))
+        return {"file": name, "sha256": sha256_file(path), **state.values}
+
+    def _resume(self, fitting: Fitting) -> None:
+        pointer = self._pointer
         body: dict[str, Any] | None = unseal(pointer.read_bytes())
         if body is None:
-            raise TamperedArtefact(f"{pointer} was changed after it was written; {remedy}")
+            raise TamperedArtefact(f"{pointer} was changed after it was written; {self._remedy}")
         if body["identity"] != self.identity:
             raise CheckpointMismatch(
                 f"{pointer} belongs to another config or other data (found {str(body['identity'])[:12]}, "
-                f"expected {self.identity[:12]}); {remedy}"
+                f"expected {self.identity[:12]}); {self._remedy}"
             )
-        hooks = dict(_named(fitting.hooks))
-        if body["hooks"].keys() != hooks.keys():
+        self._written = body["states"]
+        states = [self._read(written) for written in self._written]
+        hooks, expected = states[-1].values["hooks"].keys(), dict(_named(fitting.hooks)).keys()
+        if hooks != expected:
             raise CheckpointMismatch(
-                f"{pointer} was written with other hooks (found {', '.join(body['hooks'])}; expected {', '.join(hooks)}); "
-                f"{remedy}"
+                f"{pointer} was written with other hooks (found {', '.join(hooks)}; expected {', '.join(expected)}); "
+                f"{self._remedy}"
             )
-        path = self.out / str(body["file"])
-        data = path.read_bytes() if path.exists() else b""
-        if not data or sha256_file(path) != body["sha256"]:
-            raise TamperedArtefact(f"{path} is missing or was changed after it was written; {remedy}")
-        tensors = load_tensors(data)
+        fitting.start = states[0]
         try:
-            fitting.model.load_state_dict(_under("model.", tensors))
+            restore(fitting, states[-1])
         except RuntimeError as error:
-            raise CheckpointMismatch(f"{path} does not fit this model: {str(error).splitlines()[0]}; {remedy}") from error
-        _restore_optimizer(fitting.optimizer, _under("optimizer.", tensors))
-        for name, value in body["fitting"].items():
-            setattr(fitting, name, value)
-        for name, hook in hooks.items():
-            hook.load_state_dict(body["hooks"][name] | _under(f"{name}.", tensors))
+            raise CheckpointMismatch(
+                f"{pointer} does not fit this model: {str(error).splitlines()[0]}; {self._remedy}"
+            ) from error
+
+    def _read(self, written: Mapping[str, Any]) -> State:
+        from safetensors.torch import load as load_tensors
+
+        path = self.out / str(written["file"])
+        data = path.read_bytes() if path.exists() else b""
+        if not data or sha256_file(path) != written["sha256"]:
+            raise TamperedArtefact(f"{path} is missing or was changed after it was written; {self._remedy}")
+        return State(load_tensors(data), {name: written[name] for name in ("fitting", "hooks")})
+
+    @property
+    def _remedy(self) -> str:
+        return f"remove {self.out} to train from the start"
 
 
-_RESUMED = ("epoch", "step", "loss_sum", "seen", "history", "stopped")
-"""The numbers of a fit that a checkpoint holds."""
+_RESUMED = ("epoch", "step", "loss_sum", "seen", "history", "stopped", "halvings", "micro_batches")
+"""The numbers of a fit that a state holds."""
+
+
+def capture(fitting: Fitting) -> State:
+    """The state of the fit and of its hooks, copied."""
+    import torch
+
+    tensors = {f"model.{name}": value for name, value in fitting.model.state_dict().items()}
+    for index, slots in fitting.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items() if value is not None}
+    hooks: dict[str, dict[str, Any]] = {}
+    for name, hook in _named(fitting.hooks):
+        state = hook.state_dict()
+        tensors |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        hooks[name] = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    values = copy.deepcopy({"fitting": {name: getattr(fitting, name) for name in _RESUMED}, "hooks": hooks})
+    return State({name: value.detach().contiguous().clone() for name, value in tensors.items()}, values)
+
+
+def restore(fitting: Fitting, state: State) -> None:
+    """Put the fit and its hooks back where the state was captured; raises RuntimeError where it does not fit the model."""
+    # Optimiser and hooks keep what they are given and change it in place, so they are given copies.
+    tensors = {name: value.clone() for name, value in state.tensors.items()}
+    values = copy.deepcopy(state.values)
+    fitting.model.load_state_dict(_under("model.", tensors))
+    _restore_optimizer(fitting.optimizer, _under("optimizer.", tensors))
+    for name, value in values["fitting"].items():
+        setattr(fitting, name, value)
+    for name, hook in _named(fitting.hooks):
+        hook.load_state_dict(values["hooks"][name] | _under(f"{name}.", tensors))
 
 
 def _named(hooks: Sequence[Hook]) -> list[tuple[str, Hook]]:
