@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from components import plugins
-from components.contracts.errors import CheckpointMismatch
+from components.contracts.errors import CheckpointMismatch, ConfigError
 from components.contracts.families import Backbone, Task
 from components.contracts.models import Checkpoint, Preprocessing
 from components.contracts.records import FileDigest, Stored
@@ -46,6 +46,21 @@ class ImageModel(nn.Module):
 def assemble(backbone: Backbone, task: Task, num_classes: int) -> ImageModel:
     """An untrained module of these parts."""
     return ImageModel(backbone.build(), task.head(backbone.embedding_dim, num_classes), backbone.preprocessing)
+
+
+def blocks(name: str, backbone: Backbone, module: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone's module, first to last; applied one after the other they are the module.
+
+    They share its parameters. Raises ConfigError where the backbone of this name does not know its blocks.
+    """
+    known = getattr(backbone, "blocks", None)
+    found: list[nn.Module] = list(known(module)) if known is not None else []
+    if len(found) < 2:
+        raise ConfigError(
+            f"the blocks of backbone {name!r} are not known, so its last ones cannot be trained alone; "
+            f"choose trains: head or trains: all"
+        )
+    return found
 
 
 def save_weights(state: Mapping[str, torch.Tensor], *, out: Path) -> FileDigest:

@@ -155,6 +155,8 @@ def _part(frozen: Frozen) -> nn.Module:
     import torch
     from torch import nn
 
+    from components.checkpoints import blocks
+
     with torch.random.fork_rng(devices=[]):
         # Weights that are drawn here are replaced at once, and must not move what is drawn later.
         module = frozen.backbone.build()
@@ -162,13 +164,13 @@ def _part(frozen: Frozen) -> nn.Module:
     module.eval()
     if frozen.num_blocks == 0:
         return module
-    blocks = _blocks(frozen, module)
-    if frozen.num_blocks >= len(blocks):
+    found = blocks(frozen.name, frozen.backbone, module)
+    if frozen.num_blocks >= len(found):
         raise ConfigError(
             f"the last {frozen.num_blocks} blocks of backbone {frozen.name!r} cannot train above a frozen part: it has "
-            f"{len(blocks)} blocks; expected from 1 to {len(blocks) - 1}, or training all of it"
+            f"{len(found)} blocks; expected from 1 to {len(found) - 1}, or training all of it"
         )
-    return nn.Sequential(*blocks[: len(blocks) - frozen.num_blocks]).eval()
+    return nn.Sequential(*found[: len(found) - frozen.num_blocks]).eval()
 
 
 def _row(frozen: Frozen, part: Callable[[], nn.Module]) -> tuple[tuple[int, ...], npt.DTypeLike]:
@@ -236,11 +238,3 @@ def _encoder(part: Callable[[], nn.Module], preprocessing: Preprocessing, path: 
         if kept_file(path, made.read_bytes()):
             kept_file(sidecar, sha256_file(made).encode())
         return compiled(made, hint="THROUGHPUT", num_threads=num_threads)
-
-
-def _blocks(frozen: Frozen, module: nn.Module) -> list[nn.Module]:
-    blocks = getattr(frozen.backbone, "blocks", None)
-    if blocks is None:
-        raise ConfigError(f"backbone {frozen.name!r} does not know its blocks; train `head` or `all` of it")
-    found: list[nn.Module] = blocks(module)
-    return found

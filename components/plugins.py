@@ -29,6 +29,8 @@ FAMILIES = {
     "gates": "Gate",
     "tasks": "Task",
     "backbones": "Backbone",
+    "losses": "Loss",
+    "augmentations": "Augmentation",
     "detectors": "Detector",
 }
 _ROOT = Path(__file__).resolve().parent

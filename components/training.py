@@ -1,4 +1,4 @@
-"""Training: Splits -> Checkpoint. Phases, one after the other: a head on frozen, cached features, or every parameter.
+"""Training: Splits -> Checkpoint. Phases, one after the other: a head, the last blocks or everything (components/phases.py).
 
 The temperature of the answer is fitted on the valid split (Guo et al. 2017).
 """
@@ -6,83 +6,34 @@ The temperature of the answer is fitted on the valid split (Guo et al. 2017).
 from __future__ import annotations
 
 import functools
-import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from components import plugins
+from components import phases, plugins
 from components.contracts.data import SplitName, Splits
 from components.contracts.errors import ConfigError, UnknownName, WeightsUnavailable
 from components.contracts.families import Backbone, Task
-from components.contracts.models import Checkpoint, Preprocessing
+from components.contracts.models import Checkpoint
 from components.contracts.progress import MetricSink, NullSink, Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
-from components.features import embed
-from components.fitting import Examples, FittingConfig, fit, predict, write_history
+from components.contracts.wording import counted
+from components.features import Frozen, View, maps
+from components.fitting import Examples, FittingConfig, InMemory, Inputs, fit, predict, write_history
 from components.hooks import Checkpointing, MetricLogging, ProgressReporting
-from components.images import batches
+from components.phases import Augmentation, LastBlocks, Phase
+from components.pictures import prepared
 from components.samples import rows
 from components.store import describe, sha256_file
 from components.weights import from_safetensors
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
+    from torch import nn
 
     from components.checkpoints import ImageModel
-
-
-class Augmentation(Record):
-    """Random geometric changes of a training image; all zero for none."""
-
-    rotate_degrees: float = Field(default=0.0, ge=0, le=180)
-    translate: float = Field(default=0.0, ge=0, le=0.5)
-    """Largest shift as a share of the side."""
-    scale: float = Field(default=0.0, ge=0, le=0.5)
-    shear: float = Field(default=0.0, ge=0, le=0.5)
-    horizontal_flip: bool = False
-
-    @property
-    def active(self) -> bool:
-        return self.horizontal_flip or max(self.rotate_degrees, self.translate, self.scale, self.shear) > 0
-
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """uint8 (n, h, w, c) to the same shape, one random affine map per image; borders repeat."""
-        import torch
-        from torch.nn import functional
-
-        def uniform(limit: float) -> torch.Tensor:
-            return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
-
-        angle = uniform(math.radians(self.rotate_degrees))
-        zoom, shear = 1 + uniform(self.scale), uniform(self.shear)
-        mirror = torch.ones(len(images))
-        if self.horizontal_flip:
-            mirror = (torch.rand(len(images), generator=generator) < 0.5).float() * 2 - 1
-        cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-        rows_xy = torch.stack(
-            [
-                torch.stack([cosine * mirror, (shear - sine), uniform(2 * self.translate)], dim=1),
-                torch.stack([sine * mirror, cosine, uniform(2 * self.translate)], dim=1),
-            ],
-            dim=1,
-        )
-        planes = images.permute(0, 3, 1, 2).float()
-        grid = functional.affine_grid(rows_xy, list(planes.shape), align_corners=False)
-        moved = functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
-        return moved.round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-class Phase(Record):
-    """One fit: what of the network trains, on which images, for how long."""
-
-    trains: Literal["head", "all"]
-    """`head` trains on cached features of the backbone as it is, `all` trains every parameter."""
-    augmentation: Augmentation = Augmentation()
-    fit: FittingConfig = FittingConfig()
 
 
 class TrainingConfig(Record):
@@ -141,7 +92,7 @@ def local_weights(config: TrainingConfig, root: Path) -> Path | None:
 def check(config: TrainingConfig, root: Path) -> None:
     """Raise ConfigError for a section that cannot work, before any work is done."""
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
-    plugins.load("tasks", config.task, dict(config.task_settings))
+    task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
     local = local_weights(config, root)
     if config.weights != "random" and local is None and config.weights not in backbone.weights_choices:
         raise UnknownName(
@@ -152,14 +103,13 @@ def check(config: TrainingConfig, root: Path) -> None:
     if local is not None and not local.is_file():
         raise ConfigError(f"training.weights: {local} does not exist")
     for number, phase in enumerate(config.all_phases, 1):
-        place, frozen = config.place(number), "trains: head" if config.phases else "mode: frozen"
-        if phase.trains == "head" and number == 1 and config.weights == "random":
+        place = config.place(number)
+        if phase.trains != "all" and number == 1 and config.weights == "random":
             raise ConfigError(
-                f"{place}: {frozen} on random weights learns nothing; choose training.weights from: "
+                f"{place}: training {phase.part} on random weights learns nothing; choose training.weights from: "
                 f"{', '.join(backbone.weights_choices) or '<path>.safetensors'}"
             )
-        if phase.trains == "head" and phase.augmentation.active:
-            raise ConfigError(f"{place}.augmentation has no effect with {frozen}: features are computed once; remove it")
+        phases.check(phase, place, task)
 
 
 def train(
@@ -201,29 +151,37 @@ def train(
                 f"{config.weights} does not fit backbone {config.backbone!r}: {str(error).splitlines()[0]}"
             ) from error
     weights_digest = sha256_file(local) if local else ""
+    data_of_phases = _Data(splits, data, task, config, backbone, cache, num_threads, progress)
     history: list[dict[str, float]] = []
     for number, phase in enumerate(config.all_phases, 1):
+        part, inputs = data_of_phases.of(phase, model, config.place(number))
+        train_set, valid_set = inputs
         identity = sha256_text(canonical_json([config.to_json(), weights_digest, splits.record.digest(), number]))
         numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
         label = f"phase {number}, " if len(config.all_phases) > 1 else ""
-        arguments: dict[str, Any] = {
-            "checkpointing": Checkpointing(out, identity, number),
-            "hooks": (MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
-            "setting": f"{config.place(number)}.fit",
-        }
+        counts = torch.bincount(train_set.targets, minlength=len(classes)) if phase.loss is not None else torch.zeros(0)
         # A phase that a killed run had finished is taken up from its checkpoint without a step.
-        if phase.trains == "head":
-            sets = _features(model, splits, data, config, backbone, task, cache, num_threads, progress)
-            result = fit(model.head, _of_head, task, *sets, phase.fit, **arguments)
-            logits = predict(model.head, _of_head, sets[1].inputs, phase.fit.batch_size)
-        else:
-            sets = _pixels(splits, data, backbone.preprocessing, task)
-            augment = phase.augmentation if phase.augmentation.active else None
-            result = fit(model, _of_images, task, *sets, phase.fit, augment=augment, **arguments)
-            logits = predict(model, _of_images, sets[1].inputs, phase.fit.batch_size)
+        result = fit(
+            part,
+            _logits,
+            task,
+            train_set,
+            valid_set,
+            phase.fit,
+            augment=phase.change if phase.trains == "all" and phase.changes else None,
+            mix=phase.mixer(len(classes), channels_last=phase.trains == "all"),
+            loss=phase.loss_on(counts),
+            sampling=phase.sampling,
+            checkpointing=Checkpointing(out, identity, number),
+            hooks=(MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
+            setting=f"{config.place(number)}.fit",
+        )
+        logits = predict(part, _logits, valid_set.inputs, phase.fit.batch_size)
+        if len(config.all_phases) > 1:
+            result.history[result.best_epoch - 1] |= _on_train(part, train_set, task, phase.fit.batch_size)
         best_epoch = len(history) + result.best_epoch
         history += map(numbered, result.history)
-    labels = sets[1].targets.numpy()
+    labels = valid_set.targets.numpy()
     answers = logits.numpy()
     temperature = task.fit_temperature(answers, labels)
     measured = task.metrics(answers, labels, temperature)
@@ -253,68 +211,86 @@ def _numbered(row: dict[str, float], *, before: int, phase: int | None) -> dict[
     return found if phase is None else {**found, "phase": float(phase)}
 
 
-def _of_images(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = module(images)[0]
+_MOST_TRAIN_IMAGES = 1000
+"""Of so many images of the train split it is asked how many a phase has learned."""
+
+
+def _on_train(part: nn.Module, train: Examples, task: Task, batch_size: int) -> dict[str, float]:
+    """The share of training images, as they are, that a phase's best epoch answers right, and of how many."""
+    import torch
+
+    rows = torch.arange(0, len(train.targets), max(1, len(train.targets) // _MOST_TRAIN_IMAGES))
+    logits = torch.cat(
+        [
+            predict(part, _logits, InMemory(train.inputs.take(some, None)), batch_size)
+            for some in torch.split(rows, batch_size)
+        ]
+    )
+    right = task.right(logits.numpy(), train.targets[rows].numpy())
+    return {f"train_{task.headline}": float(right.mean()), "train_images": float(len(rows))}
+
+
+def _logits(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Of a head, of blocks with a head, or of the whole network, which answers with its embedding too."""
+    import torch
+
+    answer = module(inputs.float() if inputs.dtype == torch.float16 else inputs)
+    logits: torch.Tensor = answer[0] if isinstance(answer, tuple) else answer
     return logits
 
 
-def _of_head(module: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = module(features)
-    return logits
+@dataclass(frozen=True)
+class _Data:
+    """What each phase trains on: what lies below the part that trains, as the network is by then, computed and cached."""
 
+    splits: Stored[Splits]
+    folder: Path
+    task: Task
+    config: TrainingConfig
+    backbone: Backbone
+    cache: Path
+    num_threads: int
+    progress: Progress
 
-def _features(
-    model: ImageModel,
-    splits: Stored[Splits],
-    data: Path,
-    config: TrainingConfig,
-    backbone: Backbone,
-    task: Task,
-    cache: Path,
-    num_threads: int,
-    progress: Progress,
-) -> tuple[Examples, Examples]:
-    """What the backbone as it is now makes of the train and the valid split."""
-    import torch
+    def of(self, phase: Phase, model: ImageModel, place: str) -> tuple[nn.Module, tuple[Examples, Examples]]:
+        """The part that trains, and the train and the valid split as it takes them; raises ConfigError."""
+        from torch import nn
 
-    state = model.backbone.state_dict()
+        from components.checkpoints import blocks
 
-    def found(name: SplitName) -> Examples:
-        table = rows(splits, name)
-        paths = [data / path for path in table["path"]]
-        features = embed(
-            list(table["picture"]),
-            paths,
-            config.backbone,
-            backbone,
-            state,
-            cache=cache,
-            num_threads=num_threads,
-            progress=progress,
-        )
-        return Examples(torch.from_numpy(features), _targets(table, splits, task))
+        part: nn.Module = model
+        num_blocks = 0
+        if phase.trains == "head":
+            part = model.head
+        elif isinstance(phase.trains, LastBlocks):
+            found = blocks(self.config.backbone, self.backbone, model.backbone)
+            num_blocks = phase.trains.last
+            if num_blocks >= len(found):
+                raise ConfigError(
+                    f"{place}.trains: the backbone {self.config.backbone!r} has {counted(len(found), 'block')}; "
+                    f"name fewer than that, or all to train everything"
+                )
+            part = nn.Sequential(*found[-num_blocks:], model.head)
+        return part, (self._examples("train", phase, model, num_blocks), self._examples("valid", phase, model, num_blocks))
 
-    return found("train"), found("valid")
+    def _examples(self, name: SplitName, phase: Phase, model: ImageModel, num_blocks: int) -> Examples:
+        import torch
 
-
-def _targets(table: pd.DataFrame, splits: Stored[Splits], task: Task) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(task.targets(list(table["label"]), task.classes(splits.record.classes)))
-
-
-def _pixels(splits: Stored[Splits], data: Path, preprocessing: Preprocessing, task: Task) -> tuple[Examples, Examples]:
-    """The images of the train and the valid split."""
-    import torch
-
-    def found(name: SplitName) -> Examples:
-        table = rows(splits, name)
-        shape = (len(table), preprocessing.height, preprocessing.width, preprocessing.channels)
-        images = np.empty(shape, dtype=np.uint8)
-        done = 0
-        for batch in batches([data / path for path in table["path"]], preprocessing, batch_size=256):
-            images[done : done + len(batch)] = batch
-            done += len(batch)
-        return Examples(torch.from_numpy(images), _targets(table, splits, task))
-
-    return found("train"), found("valid")
+        table = rows(self.splits, name)
+        pictures, paths = list(table["picture"]), [self.folder / path for path in table["path"]]
+        targets = self.task.targets(list(table["label"]), self.task.classes(self.splits.record.classes))
+        state = model.backbone.state_dict()
+        # Nobody is answered with a changed picture: what is measured on valid is the first view.
+        views = [
+            View(phase.view_name(number), functools.partial(phase.view, number))
+            for number in range(phase.views if name == "train" else 1)
+        ]
+        inputs: Inputs
+        if phase.trains == "all":
+            inputs = prepared(pictures, paths, self.backbone.preprocessing, cache=self.cache, progress=self.progress)
+        else:
+            frozen = Frozen(self.config.backbone, self.backbone, state, num_blocks)
+            inputs = maps(
+                pictures, paths, frozen, views, cache=self.cache, num_threads=self.num_threads, progress=self.progress
+            )
+        return Examples(inputs, torch.from_numpy(targets))

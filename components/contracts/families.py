@@ -69,6 +69,11 @@ class Augmentation(Protocol):
         """Whether it mixes the examples of a batch and their targets by `mix`, and not each picture by `change`."""
         ...
 
+    @property
+    def needs_space(self) -> bool:
+        """Whether it works on pictures and maps alone, and not on features (n, d)."""
+        ...
+
     def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """uint8 (n, h, w, c) to the same shape, every picture changed by a draw of its own."""
         ...

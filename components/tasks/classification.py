@@ -94,6 +94,11 @@ class Task(BaseModel):
             "predicted": np.array(classes, dtype=np.str_)[best],
         }
 
+    @property
+    def one_class(self) -> bool:
+        """Losses by name, mixing and balanced sampling take the number of the one class of an image."""
+        return True
+
     def right(self, logits: npt.NDArray[Any], targets: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = logits.argmax(axis=1) == targets
         return found

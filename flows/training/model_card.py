@@ -25,7 +25,7 @@ def model_card(run: Run, results: Results) -> str:
         "",
         f"- Task: {checkpoint.task} into {counted(len(checkpoint.classes), 'class')}: {', '.join(checkpoint.classes)}",
         f"- Backbone: {checkpoint.backbone}; weights: {run.config.training.weights}; "
-        f"trained: {', then '.join(phase.trains for phase in run.config.training.all_phases)}",
+        f"trained: {', then '.join(phase.part for phase in run.config.training.all_phases)}",
         f"- Input: {checkpoint.preprocessing.width}x{checkpoint.preprocessing.height} pixels, "
         f"{checkpoint.preprocessing.channels} channel(s), uint8; scaling is inside the engine",
         f"- Data version {run.data.dvc_hash}, git {run.lineage.git_commit}; "

@@ -26,7 +26,7 @@ from components.contracts.records import RecordT, Stored, canonical_json, sha256
 from components.contracts.verdicts import Lineage
 from components.export import TargetConfig, absent
 from components.store import sha256_file, write_atomically
-from components.training import local_weights
+from components.training import TrainingConfig, local_weights
 from flows.terminal import Console
 from flows.workspace.recipes import RunConfig
 from flows.workspace.settings import Settings
@@ -241,7 +241,18 @@ def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
         "config": config.digest(),
         "num_threads": str(run.settings.num_threads),
         **member_digests(backbones=config.backbone, tasks=config.task),
+        **_of_phases(config),
     }
+
+
+def _of_phases(config: TrainingConfig) -> dict[str, str]:
+    """Source digests of the losses and augmentations that the phases name."""
+    found: dict[str, str] = {}
+    for phase in config.all_phases:
+        found |= member_digests(losses=phase.loss.loss) if phase.loss is not None else {}
+        for chosen in phase.augmentations:
+            found |= member_digests(augmentations=chosen.augmentation)
+    return found
 
 
 def training_key(run: Run, splits: Stored[Splits]) -> str:

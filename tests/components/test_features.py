@@ -264,5 +264,3 @@ def test_what_16_bits_do_not_hold_and_a_cut_that_is_none_are_refused(
         inputs_of(paths, (lite0[0], huge), tmp_path)
     with pytest.raises(ConfigError, match="it has 7 blocks; expected from 1 to 6"):
         inputs_of(paths, lite0, tmp_path, num_blocks=7)
-    with pytest.raises(ConfigError, match="does not know its blocks; train `head` or `all`"):
-        maps([], [], Frozen("small_cnn", backbone, state_of(backbone), 1), cache=tmp_path)

@@ -19,8 +19,9 @@ from components.contracts.progress import MetricSink
 from components.contracts.records import Stored
 from components.hooks import LEFTOVERS
 from components.images import decode, pixel_digest
+from components.phases import Augmentation
 from components.store import describe
-from components.training import Augmentation, TrainingConfig, check, train
+from components.training import TrainingConfig, check, train
 
 ROOT = Path()
 
@@ -49,7 +50,7 @@ def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="^training.augmentation has no effect with mode: frozen"):
         check(config(augmentation=Augmentation(horizontal_flip=True)), ROOT)
     everything = {"trains": "all"}
-    with pytest.raises(ConfigError, match=r"^training.phases.0: trains: head on random weights learns nothing"):
+    with pytest.raises(ConfigError, match=r"^training.phases.0: training the head on random weights learns nothing"):
         check(phased({"trains": "head"}, everything, weights="random"), ROOT)
     with pytest.raises(ConfigError, match=r"^training.phases.1.augmentation has no effect with trains: head"):
         check(phased(everything, {"trains": "head", "augmentation": MOVED}, weights="random"), ROOT)
@@ -202,7 +203,10 @@ def test_phases_go_on_from_each_other_and_a_killed_one_is_taken_up_where_it_was(
     whole = trained(world, tmp_path / "whole", section, sink)
     history = json.loads((whole / "history.json").read_text())
     assert [(row["epoch"], row["phase"]) for row in history] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    learned = [{key: row.pop(key) for key in ("train_accuracy", "train_images") if key in row} for row in history]
     assert sink.rows == history
+    assert sum(map(bool, learned)) == 2
+    assert all(row["train_images"] == 24 and 0 <= row["train_accuracy"] <= 1 for row in learned if row)
     head = load_file(trained(world, tmp_path / "head", FROZEN) / "weights.safetensors")["head.1.weight"]
     weights = load_file(whole / "weights.safetensors")
     assert torch.allclose(weights["head.1.weight"], head, atol=1e-3)
@@ -221,6 +225,46 @@ def test_phases_go_on_from_each_other_and_a_killed_one_is_taken_up_where_it_was(
         "weights.safetensors",
         "history.json",
     }
+
+
+FLIP = {"augmentation": "flip"}
+
+
+def test_the_last_blocks_train_on_cached_views_and_what_is_below_stays(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path
+) -> None:
+    """And a killed training of every kind of draw ends in the same bits."""
+    last = {
+        "trains": {"last": 2},
+        "views": 3,
+        "augmentations": [FLIP, {"augmentation": "mixup"}],
+        "sampling": "balanced",
+        "fit": FIT,
+    }
+    whole = trained(world, tmp_path / "whole", phased(last))
+    before, after = load_file(world[0] / "start.safetensors"), load_file(whole / "weights.safetensors")
+    moved = {key for key, value in before.items() if not torch.equal(value, after[f"backbone.{key}"])}
+    # The third block begins at 7: what is below, running means of batch norm included, is as it was.
+    assert {int(key.split(".")[0]) for key in moved} == {7, 8, 11, 12, 16}
+    everything = {
+        "trains": "all",
+        "augmentations": [{"augmentation": "rotation"}, {"augmentation": "cutmix"}],
+        "loss": {"loss": "class_weighted", "settings": {"smoothing": 0.1}},
+        "fit": FIT,
+    }
+    section = phased(last, everything)
+    whole = trained(world, tmp_path / "both", section)
+    for epochs in ((1,), (2, 3)):
+        out = tmp_path / str(epochs)
+        for kill_at in epochs:
+            with pytest.raises(KeyboardInterrupt):
+                trained(world, out, section, Sink(kill_at))
+        trained(world, out, section)
+        for file in ("weights.safetensors", "history.json"):
+            assert (out / file).read_bytes() == (whole / file).read_bytes(), epochs
+    for last_blocks, problem in ((4, "has 4 blocks; name fewer than that, or all"), (9, "has 4 blocks")):
+        with pytest.raises(ConfigError, match=f"^training.phases.0.trains: the backbone 'small_cnn' {problem}"):
+            trained(world, tmp_path / "many", phased(last | {"trains": {"last": last_blocks}}))
 
 
 def test_a_phase_that_diverges_is_named(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:

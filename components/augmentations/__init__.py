@@ -1,0 +1,1 @@
+"""Augmentations: one file each, class `Augmentation`, random changes of training images."""

@@ -1,0 +1,1 @@
+"""Losses: one file each, class `Loss`, what a step of training makes smaller."""
