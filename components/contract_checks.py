@@ -25,6 +25,8 @@ from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Me
 from components.images import decode
 from components.store import describe, sha256_file
 
+_SPLITS = ("train/", "val/", "test/")
+
 
 def source_breaches(source: Source, _: str) -> Iterator[Breach]:
     """It writes one folder per class, of pictures that can be read, the same bytes twice."""
@@ -36,10 +38,13 @@ def source_breaches(source: Source, _: str) -> Iterator[Breach]:
             written.append({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
         if written[0] != written[1]:
             yield Breach("fetch", "wrote other files or bytes the second time; the same on every machine are expected")
-        astray = [file for file in written[0] if file.count("/") != 1]
+        within = {
+            file: file.split("/", 1)[1] if file.startswith(_SPLITS) and file.count("/") == 2 else file for file in written[0]
+        }
+        astray = [file for file, inner in within.items() if inner.count("/") != 1]
         if astray:
             yield Breach("fetch", f"wrote {astray[0]!r}; expected every picture as CLASS/FILE")
-        classes = {file.split("/")[0] for file in written[0]}
+        classes = {inner.split("/")[0] for inner in within.values()}
         if len(classes) < 2:
             yield Breach("fetch", f"wrote {len(classes)} classes; at least 2 are expected, a folder each")
         for file in written[0]:

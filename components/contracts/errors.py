@@ -102,6 +102,10 @@ class EngineUnavailable(VisionloopError):
     """An engine cannot be executed on this machine."""
 
 
+class SourceUnavailable(DataError):
+    """The files of a source of images are not here and could not be had."""
+
+
 class WeightsUnavailable(VisionloopError):
     """Pretrained weights could not be had."""
 

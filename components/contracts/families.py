@@ -21,7 +21,10 @@ class Source(Protocol):
     """Where images come from."""
 
     def fetch(self, *, out: Path) -> None:
-        """Write one folder per class into `out`, the same bytes on every machine."""
+        """Write one folder per class into `out`, or train/, test/ and perhaps val/ of them, the same bytes on every machine.
+
+        Raises SourceUnavailable where the images cannot be had.
+        """
         ...
 
 

@@ -29,14 +29,17 @@ def data_add(
     test_share: Annotated[
         float | None, typer.Option(min=0.05, max=0.5, help="Share that is test for ever; frozen by the first add.")
     ] = None,
+    source_setting: Annotated[
+        list[str] | None, typer.Option(help="A setting of the source, such as dataset=CIFAR10; may be repeated.")
+    ] = None,
     keep_splits: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--keep-splits",
-            help="The folder holds train/, test/ and perhaps val/ of class folders: its test/ is test for ever. Images of "
-            "val/ are added to those that training and validation are drawn from.",
+            "--keep-splits/--merge-splits",
+            help="Of train/, test/ and perhaps val/ that hold class folders: keep test/ as test for ever, or choose the "
+            "test images among all of it. Images of val/ are added to those that training and validation are drawn from.",
         ),
-    ] = False,
+    ] = None,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
@@ -44,17 +47,29 @@ def data_add(
     from flows.terminal import Console
     from flows.workspace.adding import add_images
     from flows.workspace.workspace import Workspace
+    from flows.workspace.yaml_reading import parse_settings
 
     if sum(given is not None for given in (folder, source, from_predictions)) > 1:
         raise ConfigError("give a folder, --source or --from-predictions, one of them")
-    if keep_splits and folder is None:
-        raise ConfigError("--keep-splits says what to do with a folder that is split; name the folder, too")
+    if keep_splits is not None and folder is None and source is None:
+        raise ConfigError("--keep-splits and --merge-splits are of a folder or a source that is split; name it, too")
+    if source_setting and source is None:
+        raise ConfigError("--source-setting is of a source; name it by --source, too")
+    settings = parse_settings(source_setting or [], "--source-setting")
     if from_predictions is not None:
         _add_from_predictions(workspace, from_predictions, json_)
         return
     found = Workspace.find(workspace)
     with Console(1, quiet=json_) as console:
-        noted = add_images(found, folder, source=source, test_share=test_share, keep_splits=keep_splits, console=console)
+        noted = add_images(
+            found,
+            folder,
+            source=source,
+            source_settings=settings,
+            test_share=test_share,
+            keep_splits=keep_splits,
+            console=console,
+        )
     _finish_added(noted, "then visionloop train --recipe NAME", json_)
 
 

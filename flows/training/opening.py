@@ -24,7 +24,7 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
     workspace, config = recipe.workspace, recipe.config
     settings = read_settings(workspace.state)
     with workspace.locked(f"visionloop train {recipe.name}"), Console(len(STAGES), quiet=quiet) as console:
-        data = ensure(workspace, config.source)
+        data = ensure(workspace, config.source, config.source_settings)
         asked = {"requested_by": requested_by, "reason": reason}
         run = Run(workspace, config, data, settings, console, overrides=recipe.overrides, **asked)
         console.line(

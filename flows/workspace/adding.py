@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
@@ -31,27 +32,38 @@ def add_images(
     folder: Path | None,
     *,
     source: str | None,
+    source_settings: Mapping[str, Any] | None = None,
     test_share: float | None,
-    keep_splits: bool = False,
+    keep_splits: bool | None = None,
     console: Console,
 ) -> NotedVersion:
     """Add a folder's images, or a source plug-in's to an empty workspace, or pin data/ as it is where neither is given.
 
-    With `keep_splits` the folder holds train/, test/ and perhaps val/, and its test/ becomes the frozen test.
+    What holds train/, test/ and perhaps val/ keeps its test/ as the frozen test by `keep_splits`, and is merged by False.
     Raises ConfigError where a source would fill data/ that is there, and what `flows.workspace.data.add` raises.
     """
     accepted = read_settings(workspace.state).accepted
     with workspace.locked(PURPOSE):
-        if source is not None:
-            if workspace.data.exists():
-                raise ConfigError(f"{workspace.data} exists already; --source fills an empty workspace")
-            data.fetch(workspace, source)
+        if source is not None and workspace.data.exists():
+            raise ConfigError(f"{workspace.data} exists already; --source fills an empty workspace")
         with console.stage("looking at images", 1) as (progress, _):
+            fetched = None
+            if source is not None:
+                fetched = data.fetch(
+                    workspace,
+                    source,
+                    source_settings,
+                    test_share=test_share,
+                    keep_splits=keep_splits,
+                    accepted=accepted,
+                    progress=progress,
+                )
             added = data.add(
                 workspace,
                 folder,
                 test_share=test_share,
                 keep_splits=keep_splits,
+                fetched=fetched,
                 accepted=accepted,
                 progress=progress,
             )

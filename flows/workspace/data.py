@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components import dataversions, plugins
 from components.contracts.data import DataVersion
@@ -19,7 +22,7 @@ from components.images import check, decode, in_threads, pixel_digest
 from components.samples import alike
 from components.splitting import TestLedger
 from components.store import explained, sha256_file
-from flows.workspace.incoming import LeftOut, incoming
+from flows.workspace.incoming import Incoming, LeftOut, SplitsUndecided, incoming
 from flows.workspace.workspace import Workspace
 
 DEFAULT_TEST_SHARE = 0.2
@@ -60,13 +63,15 @@ def add(
     folder: Path | None,
     *,
     test_share: float | None,
-    keep_splits: bool = False,
+    keep_splits: bool | None = None,
+    fetched: Fetched | None = None,
     accepted: Accepted = PINNED,
     progress: Progress = silent,
 ) -> Added:
     """Copy `folder` (one sub-folder per class) into data/, freeze the side of every new picture, pin the version.
 
-    With `keep_splits` the folder is one of train/, test/ and perhaps val/, and the new pictures of test/ alone become test.
+    A folder of train/, test/ and perhaps val/ is merged: with `keep_splits` the new pictures of test/ alone become test,
+    with False a share of all as ever. `fetched` is what `fetch` brought into data/, whose sides it chose.
 
     What serving would refuse by `accepted` is left out. Raises DataError when that is everything, or when it lies in data/
     and is not pinned yet.
@@ -76,7 +81,9 @@ def add(
     """
     root = workspace.root
     ledger = _ledger(root, test_share)
-    kept, sides = ledger, Sides()
+    before, kept, sides = ledger, ledger, Sides()
+    if fetched is not None:
+        before, sides = fetched.before, fetched.sides
     refused: dict[str, str] = {}
     copied = there = found = 0
     left_out: list[LeftOut] = []
@@ -115,7 +122,7 @@ def add(
         num_copied=copied,
         num_already_there=there,
         left_out=tuple(left_out),
-        num_new_test=sum(extended.members.values()) - sum(ledger.members.values()),
+        num_new_test=sum(extended.members.values()) - sum(before.members.values()),
         undecodable=tuple(sorted(undecodable)),
         refused=refused,
         # An empty folder is no part of a version, and surely not meant.
@@ -193,39 +200,95 @@ def _keep_splits(
     )
 
 
-def ensure(workspace: Workspace, source: str | None) -> DataVersion:
+def ensure(workspace: Workspace, source: str | None, settings: Mapping[str, Any] | None = None) -> DataVersion:
     """The verified pinned version; an empty workspace whose recipe names a source is filled from it first.
 
     Raises DataDiffers when the bytes are not the pinned ones; what was there before is untouched.
     """
     if source is not None and not workspace.data.exists():
         pinned = dataversions.pinned(workspace.root)
-        fetch(workspace, source, expected=pinned)
+        with _made(workspace, source, settings) as written:
+            given = _given(source, written, workspace.data, keep_splits=False)
+            merged = _merged(given, written)
+            found = dataversions.hash_of(workspace.root, merged)
+            if found != pinned.dvc_hash:
+                raise DataDiffers(
+                    f"source {source!r} made other bytes than data.dvc pins ({pinned.dvc_hash}, not {found}); they were not "
+                    f"kept. Install the locked versions (`make setup`)"
+                )
+            os.rename(merged, workspace.data)
         dataversions.keep(workspace.root)
         return pinned
     return dataversions.verify(workspace.root)
 
 
-def fetch(workspace: Workspace, source: str, *, expected: DataVersion | None = None) -> None:
-    """Write the images of a source plug-in into data/, all or nothing; raises DataDiffers when they are not the expected."""
-    member: Source = plugins.load("sources", source)
+@dataclass(frozen=True)
+class Fetched:
+    """What a source brought into data/, before it is a version."""
+
+    before: TestLedger
+    """Without what it brought."""
+    sides: Sides
+
+
+def fetch(
+    workspace: Workspace,
+    source: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    test_share: float | None = None,
+    keep_splits: bool | None = None,
+    accepted: Accepted = PINNED,
+    progress: Progress = silent,
+) -> Fetched:
+    """Write the images of a source plug-in into data/, all or nothing; of a source that is split see `add`."""
+    before = _ledger(workspace.root, test_share)
+    sides = Sides()
+    with _made(workspace, source, settings) as written:
+        given = _given(source, written, workspace.data, keep_splits=keep_splits)
+        if given.test is not None:
+            files = [path for _, path in given.files]
+            kept, sides = _keep_splits(files, given.test, written, before, accepted, progress)
+            kept.write(workspace.root / dataversions.TEST_LEDGER)  # before there is data/, as in `add`
+        os.rename(_merged(given, written), workspace.data)
+    return Fetched(before, sides)
+
+
+@contextlib.contextmanager
+def _made(workspace: Workspace, source: str, settings: Mapping[str, Any] | None) -> Iterator[Path]:
+    """A folder, for this time, with the images of a source plug-in."""
+    member: Source = plugins.load("sources", source, dict(settings or {}))
     scratch = workspace.state / "tmp" / uuid.uuid4().hex
-    scratch.mkdir(parents=True)
+    written = scratch / "written"
+    written.mkdir(parents=True)
     try:
-        member.fetch(out=scratch)
-        try:
-            incoming(scratch, workspace.data)
-        except DataError as error:
-            raise DataError(f"source {source!r} wrote no data set; nothing was kept. {error}") from error
-        found = dataversions.hash_of(workspace.root, scratch)
-        if expected is not None and found != expected.dvc_hash:
-            raise DataDiffers(
-                f"source {source!r} made other bytes than data.dvc pins ({expected.dvc_hash}, not {found}); they were not "
-                f"kept. Install the locked versions (`make setup`)"
-            )
-        os.rename(scratch, workspace.data)
+        member.fetch(out=written)
+        yield written
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _given(source: str, written: Path, data: Path, *, keep_splits: bool | None) -> Incoming:
+    try:
+        return incoming(written, data, keep_splits=keep_splits)
+    except SplitsUndecided:
+        raise SplitsUndecided(
+            f"source {source!r} is already split. Keep its test images as the frozen test with --keep-splits, or let "
+            f"visionloop choose the test images among all of it with --merge-splits"
+        ) from None
+    except DataError as error:
+        raise DataError(f"source {source!r} wrote no data set; nothing was kept. {error}") from error
+
+
+def _merged(given: Incoming, written: Path) -> Path:
+    """A folder of class folders with what a source wrote, moved there where it is split."""
+    if all(path.parent.parent == written for _, path in given.files):
+        return written
+    merged = written.parent / "merged"
+    for path, destination in _plan(given.files, merged)[0]:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, destination)
+    return merged
 
 
 def _plan(files: list[tuple[str, Path]], data: Path) -> tuple[list[tuple[Path, Path]], int]:

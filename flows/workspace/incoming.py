@@ -28,6 +28,10 @@ class LeftOut:
     reason: str
 
 
+class SplitsUndecided(DataError):
+    """Images are already split, and nobody said whether their test images are to be the frozen test."""
+
+
 @dataclass(frozen=True)
 class Incoming:
     """The files that a folder has to add."""
@@ -39,11 +43,11 @@ class Incoming:
     """The files that are to be test for ever; None where nobody has split the folder."""
 
 
-def incoming(folder: Path, data: Path, *, keep_splits: bool = False) -> Incoming:
+def incoming(folder: Path, data: Path, *, keep_splits: bool | None = None) -> Incoming:
     """What `folder` has to add to `data`; refused before anything is copied.
 
-    Raises DataError for a folder of another shape, for one that is split unless `keep_splits` says what to do with that, for
-    what cannot be read, and for names that no version can hold.
+    A folder that is split keeps its test pictures (`keep_splits`), or is merged (False). Raises SplitsUndecided where nobody
+    said which; DataError for a folder of another shape, for what cannot be read, and for names that no version can hold.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one sub-folder per class, with images in it")
@@ -63,9 +67,9 @@ def incoming(folder: Path, data: Path, *, keep_splits: bool = False) -> Incoming
             )
         if splits:
             reader.expect_nothing_beside(splits)
-        if splits and not keep_splits:
-            raise DataError(_choice(folder, splits))
-        found = reader.of_splits(splits) if splits else reader.of_classes(folder)
+        if splits and keep_splits is None:
+            raise SplitsUndecided(_choice(folder, splits))
+        found = reader.of_splits(splits, keep=bool(keep_splits)) if splits else reader.of_classes(folder)
         unreadable = [path for _, path in found.files if not os.access(path, os.R_OK)]
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}; give read permission and run again") from error
@@ -90,13 +94,11 @@ def _split(path: Path) -> str:
 
 
 def _choice(folder: Path, splits: list[Path]) -> str:
-    shown = dataversions.shown(folder)
-    names = [dataversions.shown(Path(path.name)) for path in splits]
-    each = ", ".join(f"`visionloop data add {shown}/{name}`" for name in names)
-    text = f"{shown} is already split ({', '.join(names)} hold class folders). "
+    names = ", ".join(dataversions.shown(Path(path.name)) for path in splits)
+    text = f"{dataversions.shown(folder)} is already split ({names} hold class folders). "
     if any(_split(path) == "test" for path in splits):
-        text += f"Keep its test images as the frozen test with `visionloop data add {shown} --keep-splits`, or "
-    return f"{text}let visionloop choose the test images among all of it: {each}"
+        text += "Keep its test images as the frozen test with --keep-splits, or "
+    return f"{text}let visionloop choose the test images among all of it with --merge-splits"
 
 
 class _Reader:
@@ -121,8 +123,8 @@ class _Reader:
                 f"({', '.join(path.name for path in splits)}); move each class into the splits, or the others elsewhere"
             )
 
-    def of_splits(self, splits: list[Path]) -> Incoming:
-        """The classes of every split, merged; raises DataError unless train and test hold the same ones."""
+    def of_splits(self, splits: list[Path], *, keep: bool) -> Incoming:
+        """The classes of every split, merged; raises DataError where the test is kept and is of other classes than train."""
         files: list[tuple[str, Path]] = []
         test: set[Path] = set()
         classes: dict[str, set[str]] = {split: set() for split in _SPLITS}
@@ -132,11 +134,13 @@ class _Reader:
             classes[_split(path)] |= {label for label, _ in found}
             if _split(path) == "test":
                 test |= {file for _, file in found}
+        if not keep:
+            return Incoming(files, self.left_out)
         for split in ("train", "test"):
             if not classes[split]:
                 raise DataError(
                     f"{self.folder} has no {split}/; --keep-splits expects train/ and test/, each with one sub-folder per "
-                    f"class. Without it visionloop chooses the test images: add its folders one after the other"
+                    f"class. With --merge-splits visionloop chooses the test images"
                 )
         for first, second in (("train", "test"), ("test", "train"), ("val", "train")):
             if only := sorted(classes[first] - classes[second]):

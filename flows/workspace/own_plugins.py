@@ -126,6 +126,7 @@ def _settings(workspace: Path, family: str, name: str) -> dict[str, Any]:
             config = peek(path)
             used: list[tuple[str, str, Mapping[str, Any]]] = [
                 ("backbones", config.training.backbone, config.training.backbone_settings),
+                ("sources", config.source or "", config.source_settings),
                 ("tasks", config.training.task, config.training.task_settings),
                 *(("targets", target.target, target.settings) for target in config.export.targets),
                 *(("gates", gate.gate, gate.settings) for gate in config.gating.gates),

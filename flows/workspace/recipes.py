@@ -41,6 +41,7 @@ class RunConfig(Record):
     description: str = ""
     source: str | None = None
     """Source plug-in that can make the pinned data where `data/` is empty; none for a folder of one's own."""
+    source_settings: dict[str, bool | int | float | str] = {}
     validation: ValidationConfig = ValidationConfig()
     splitting: SplittingConfig = SplittingConfig()
     training: TrainingConfig
@@ -100,7 +101,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
         check_export(config.export)
         check_gating(config.gating, [target.name for target in config.export.all_targets])
         if config.source is not None:
-            plugins.load("sources", config.source)
+            plugins.load("sources", config.source, dict(config.source_settings))
     except PluginFailed:
         raise  # it names a file of its own
     except ConfigError as error:

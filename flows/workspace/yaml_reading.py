@@ -10,7 +10,7 @@ import codecs
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,17 @@ def with_values(path: Path, values: Mapping[str, str], what: str) -> str:
             return text
     names = " and ".join(values)
     raise ConfigError(f"{what} {path} cannot be copied: write its {names} plainly, as `key: value` on a line each")
+
+
+def parse_settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
+    """The settings that `key=value` texts give; raises ConfigError that names the option."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{option} {pair!r} is not of the form key=value, such as dataset=CIFAR10")
+        settings[key] = parse_yaml(value, f"the value of {option} {pair!r}")
+    return settings
 
 
 def parse_yaml(text: str, place: str) -> Any:

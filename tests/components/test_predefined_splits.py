@@ -150,10 +150,10 @@ def _one_empty_class(folder: Path) -> None:
     [
         (
             None,
-            False,
-            "already split .train, val, test hold.*add .*/given --keep-splits`, or let.*given/train`, .*given/test`",
+            None,
+            "already split .train, val, test hold.*test with --keep-splits, or let visionloop .* with --merge-splits",
         ),
-        (lambda folder: shutil.rmtree(folder / "test"), False, r"\(train, val hold class folders\)\. let visionloop choose"),
+        (lambda folder: shutil.rmtree(folder / "test"), None, r"\(train, val hold class folders\)\. let visionloop choose"),
         (lambda folder: shutil.rmtree(folder / "test"), True, "has no test/"),
         (lambda folder: shutil.rmtree(folder / "train"), True, "has no train/"),
         (_emptied, True, "given/test has no sub-folders"),
@@ -166,11 +166,11 @@ def _one_empty_class(folder: Path) -> None:
             "classes in val/ that train/ lacks .'blob'",
         ),
         (_beside, True, "other folders .disc. beside those of splits .train, val, test"),
-        (_beside, False, "other folders .disc. beside those of splits"),
+        (_beside, None, "other folders .disc. beside those of splits"),
     ],
 )
 def test_split_folders_of_the_wrong_shape_change_nothing(
-    workspace: Path, split: Path, change: Callable[[Path], None] | None, keep: bool, message: str
+    workspace: Path, split: Path, change: Callable[[Path], None] | None, keep: bool | None, message: str
 ) -> None:
     if change is not None:
         change(split)
@@ -186,7 +186,15 @@ def test_what_is_not_split_is_told_so_and_a_class_may_be_called_train(empty: Pat
         add(Workspace.find(empty), tmp_path / "vehicles", test_share=None, keep_splits=True)
     assert add(Workspace.find(empty), tmp_path / "vehicles", test_share=None).class_counts == {"disc": 12, "train": 12}
     done = visionloop("data", "add", "--keep-splits", cwd=empty)
-    assert (done.returncode, "name the folder, too" in done.stderr) == (2, True)
+    assert (done.returncode, "name it, too" in done.stderr) == (2, True)
+
+
+def test_a_split_folder_that_is_merged_has_a_test_of_the_usual_share(empty: Path, split: Path) -> None:
+    shutil.rmtree(split / "test" / "disc")  # classes may differ: which of them are test is drawn
+    added = add(Workspace.find(empty), split, test_share=0.25, keep_splits=False)
+    assert added.version.num_files == 50
+    assert added.num_new_test in range(11, 15)  # of 18, 18 and 14 of a class
+    assert on_test_side(empty) != digests(split / "test")
 
 
 def test_a_split_folder_of_one_class_says_what_training_will_object_to(empty: Path, tmp_path: Path) -> None:
