@@ -135,6 +135,7 @@ _MOST_BYTES = 256 * 2**20
 _UNPICKLE = """
 import json, pickle, sys
 import numpy as np
+from safetensors.numpy import save_file
 folder, meta, names, labels, *files = sys.argv[1:]
 def opened(file):
     with open(f"{folder}/{file}", "rb") as stream:
@@ -143,8 +144,8 @@ with open(f"{folder}/classes.json", "w") as out:
     json.dump(list(opened(meta)[names]), out)
 for file in files:
     entry = opened(file)
-    np.save(f"{folder}/{file}.images.npy", np.asarray(entry["data"], dtype=np.uint8), allow_pickle=False)
-    np.save(f"{folder}/{file}.labels.npy", np.asarray(entry[labels], dtype=np.int64), allow_pickle=False)
+    arrays = {"images": np.asarray(entry["data"], np.uint8), "labels": np.asarray(entry[labels], np.int64)}
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, f"{folder}/{file}.safetensors")
 """
 
 
@@ -168,6 +169,8 @@ class Source(BaseModel):
             self._of_idx(found, out)
 
     def _of_pickles(self, found: Pickled, out: Path) -> None:
+        from safetensors.numpy import load_file
+
         archive = self._verified(found.archive)
         with tempfile.TemporaryDirectory() as scratch:
             unpacked = Path(scratch)
@@ -186,8 +189,8 @@ class Source(BaseModel):
             classes = tuple(json.loads((unpacked / "classes.json").read_text(encoding="utf-8")))
             start = 0
             for file in files:
-                flat = np.load(unpacked / f"{file}.images.npy", allow_pickle=False)
-                labels = np.load(unpacked / f"{file}.labels.npy", allow_pickle=False)
+                arrays = load_file(unpacked / f"{file}.safetensors")
+                flat, labels = arrays["images"], arrays["labels"]
                 if flat.ndim != 2 or flat.shape[1] != 3 * 32 * 32:
                     raise DataError(f"{archive}: images of {file} have shape {flat.shape}, expected (n, 3072)")
                 images = np.ascontiguousarray(flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
