@@ -26,7 +26,7 @@ LEFTOVERS = ("progress-*.json", "state-*.safetensors")
 
 @dataclass(frozen=True)
 class State:
-    """All that a fit needs to go on from one moment; nothing changes it."""
+    """All that a fit needs to go on from one moment."""
 
     tensors: dict[str, torch.Tensor]
     values: dict[str, Any]
@@ -97,6 +97,7 @@ class Fitting:
         """To the start of the epoch, and on as the recovery says."""
         assert self.start is not None
         restore(self, self.start)
+        self.start = None
         self.halvings, self.micro_batches = recovery.halvings, recovery.micro_batches
         for hook in self.hooks:
             hook.on_fault(self, recovery.note)
@@ -365,10 +366,11 @@ def capture(fitting: Fitting) -> State:
 
 
 def restore(fitting: Fitting, state: State) -> None:
-    """Put the fit and its hooks back where the state was captured; raises RuntimeError where it does not fit the model."""
-    # Optimiser and hooks keep what they are given and change it in place, so they are given copies.
-    tensors = {name: value.clone() for name, value in state.tensors.items()}
-    values = copy.deepcopy(state.values)
+    """Put the fit and its hooks back where the state was captured; raises RuntimeError where it does not fit the model.
+
+    Optimiser and hooks keep what they are given and change it in place: the state is used up.
+    """
+    tensors, values = state.tensors, state.values
     fitting.model.load_state_dict(_under("model.", tensors))
     _restore_optimizer(fitting.optimizer, _under("optimizer.", tensors))
     for name, value in values["fitting"].items():
