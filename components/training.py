@@ -144,6 +144,8 @@ def train(
     local = local_weights(config, root)
     if config.weights != "random":
         given = from_safetensors(local) if local else backbone.pretrained(config.weights, cache=cache)
+        # A checkpoint of ours holds a head too, which answers about classes of its own.
+        given = {name.removeprefix("backbone."): value for name, value in given.items() if name[:9] == "backbone."} or given
         try:
             model.backbone.load_state_dict(given)
         except RuntimeError as error:
@@ -172,6 +174,7 @@ def train(
             mix=phase.mixer(len(classes), channels_last=phase.trains == "all"),
             loss=phase.loss_on(counts),
             sampling=phase.sampling,
+            groups=data_of_phases.groups(phase, part),
             checkpointing=Checkpointing(out, identity, number),
             hooks=(MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
             setting=f"{config.place(number)}.fit",
@@ -272,6 +275,20 @@ class _Data:
                 )
             part = nn.Sequential(*found[-num_blocks:], model.head)
         return part, (self._examples("train", phase, model, num_blocks), self._examples("valid", phase, model, num_blocks))
+
+    def groups(self, phase: Phase, part: nn.Module) -> list[list[nn.Parameter]]:
+        """The parameters of each block and of the head, first to last, where their rates differ."""
+        from torch import nn
+
+        from components.checkpoints import blocks
+
+        if phase.fit.layer_decay == 1:
+            return []
+        members = list(part) if isinstance(part, nn.Sequential) else [part]
+        if phase.trains == "all":
+            whole = part.get_submodule("backbone")
+            members = [*blocks(self.config.backbone, self.backbone, whole), part.get_submodule("head")]
+        return [list(member.parameters()) for member in members]
 
     def _examples(self, name: SplitName, phase: Phase, model: ImageModel, num_blocks: int) -> Examples:
         import torch

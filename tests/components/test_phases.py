@@ -108,18 +108,3 @@ def test_a_backbone_that_does_not_know_its_blocks_says_what_trains_instead() -> 
             ConfigError, match="the blocks of backbone 'own' are not known.*choose trains: head or trains: all"
         ):
             blocks("own", backbone, module)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18", "small_cnn"])
-def test_blocks_one_after_the_other_are_the_network(name: str) -> None:
-    backbone = plugins.load("backbones", name)
-    module, contract = backbone.build().eval(), backbone.preprocessing
-    inputs = torch.randn(2, contract.channels, contract.height, contract.width)
-    found = blocks(name, backbone, module)
-    shared = [parameter for block in found for parameter in block.parameters()]
-    assert sorted(map(id, shared)) == sorted(map(id, module.parameters()))
-    with torch.no_grad():
-        passed = inputs
-        for block in found:
-            passed = block(passed)
-        assert torch.equal(passed, module(inputs))

@@ -35,7 +35,10 @@ def config(**changes: object) -> TrainingConfig:
 def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
     check(config(), ROOT)
     check(config(backbone="small_cnn", weights="random", mode="scratch"), ROOT)
-    with pytest.raises(UnknownName, match=r"unknown backbone 'resnet'; valid: efficientnet_lite0, resnet18, small_cnn"):
+    with pytest.raises(
+        UnknownName,
+        match=r"unknown backbone 'resnet'; valid: efficientnet_lite0, lenet5, resnet18, small_cnn, timm, torchvision",
+    ):
         check(config(backbone="resnet"), ROOT)
     with pytest.raises(UnknownName, match="unknown setting of backbone.*'size'; valid: image_size"):
         check(config(backbone_settings={"size": 3}), ROOT)
@@ -265,6 +268,15 @@ def test_the_last_blocks_train_on_cached_views_and_what_is_below_stays(
     for last_blocks, problem in ((4, "has 4 blocks; name fewer than that, or all"), (9, "has 4 blocks")):
         with pytest.raises(ConfigError, match=f"^training.phases.0.trains: the backbone 'small_cnn' {problem}"):
             trained(world, tmp_path / "many", phased(last | {"trains": {"last": last_blocks}}))
+
+
+def test_a_checkpoint_of_ours_is_weights_to_start_from(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:
+    before = trained(world, tmp_path / "before", SCRATCH) / "weights.safetensors"
+    still = {**FIT, "learning_rate": 1e-12, "warmup_epochs": 0}
+    after = trained(world, tmp_path / "after", phased({"trains": "head", "fit": still}, weights=str(before)))
+    old, new = load_file(before), load_file(after / "weights.safetensors")
+    assert all(torch.equal(value, new[name]) for name, value in old.items() if name.startswith("backbone."))
+    assert not torch.equal(old["head.1.weight"], new["head.1.weight"])
 
 
 def test_a_phase_that_diverges_is_named(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:
