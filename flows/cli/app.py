@@ -31,6 +31,7 @@ app = Commands(
       visionloop data add FOLDER         one sub-folder per class -> a pinned data version
       visionloop recipe list | show      what can be trained, and how; new NAME --from RECIPE copies one to edit
       visionloop plugin new | check      plug-ins of your own, and whether they keep their contracts
+      visionloop augment preview         a contact sheet of what a recipe's augmentations make of images
       visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop approve V --as WHO      a second person decides; also reject

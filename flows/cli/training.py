@@ -13,6 +13,7 @@ from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
 
 recipe_app = Commands(help="What can be trained, and how.")
+augment_app = Commands(help="What training makes of images.")
 store_app = Commands(help="Published artefacts.")
 
 
@@ -21,6 +22,7 @@ def add_training_commands(app: Commands) -> None:
     for command in (init, train, runs):
         app.command()(command)
     app.add_typer(recipe_app, name="recipe")
+    app.add_typer(augment_app, name="augment")
     app.add_typer(store_app, name="store")
 
 
@@ -93,6 +95,34 @@ def _root_of(folder: Path) -> Path | None:
         return Workspace.find(folder).root
     except ConfigError:
         return None
+
+
+@augment_app.callback()
+def augment() -> None:
+    """What training makes of images."""
+
+
+@augment_app.command("preview")
+def augment_preview(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a .yaml file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .png file to write; an earlier one is replaced.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="Override to apply first.")] = None,
+    images: Annotated[int, typer.Option(min=1, max=100, help="How many images.")] = 6,
+    draws: Annotated[int, typer.Option(min=1, max=30, help="How many draws of each, at most.")] = 7,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Write a contact sheet: images that are no test images, and what a recipe's augmentations make of each."""
+    from flows.training.chosen import choose
+    from flows.training.preview import preview
+    from flows.workspace.workspace import Workspace
+
+    written = preview(choose(recipe, Workspace.find(workspace), set_ or []), out, num_images=images, num_draws=draws)
+    finish(
+        {"file": str(written.file), "images": list(written.pictures), "phases": list(written.phases)},
+        json_,
+        lambda: "\n".join([f"{written.file}: {counted(len(written.pictures), 'image')}", *written.phases]),
+    )
 
 
 @recipe_app.command("list")
