@@ -17,6 +17,7 @@ from components import dataversions, plugins
 from components.contracts.errors import ConfigError, DataError, UndecodableImage
 from components.contracts.families import Backbone
 from components.images import decode, pixel_digest, prepare
+from components.previews import draws
 from components.splitting import TestLedger
 from components.store import write_atomically
 from flows.training.chosen import ChosenRecipe
@@ -74,7 +75,14 @@ def preview(chosen: ChosenRecipe, file: Path, *, num_images: int, num_draws: int
         raise DataError(
             f"{chosen.workspace.data} holds no picture outside the frozen test; run `visionloop data add FOLDER`"
         )
-    sections = [(_line(number, phase), _drawn(phase, shown, num_draws)) for number, phase in phases]
+    images, labels, digests = (
+        np.stack([one.pixels for one in shown]),
+        [one.label for one in shown],
+        [one.digest for one in shown],
+    )
+    sections = [
+        (_line(number, phase), draws(phase, images, labels, digests, num_draws=num_draws)) for number, phase in phases
+    ]
     content = io.BytesIO()
     _sheet(sections, shown).save(content, format="PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,31 +122,9 @@ def _line(number: int, phase: Phase) -> str:
     return line + ("; mixing, shown on pictures, is of what is cached" if phase.mixes else "")
 
 
-def _drawn(phase: Phase, shown: list[Shown], num_draws: int) -> list[npt.NDArray[np.uint8]]:
-    """Draws of all pictures (n, h, w, c): cached views are those that a training takes, others are some of many."""
-    import torch
-
-    images = np.stack([one.pixels for one in shown])
-    labels = sorted({one.label for one in shown})
-    targets = torch.tensor([labels.index(one.label) for one in shown])
-    mixer = phase.mixer(len(labels), channels_last=True)
-    frozen = phase.trains != "all"
-    generator = torch.Generator().manual_seed(phase.fit.seed)
-    draws = []
-    for number in range(1, 1 + (min(num_draws, phase.views - 1) if frozen and phase.changes else num_draws)):
-        if frozen:
-            changed = torch.from_numpy(phase.view(number if phase.changes else 0, images, [one.digest for one in shown]))
-        else:
-            changed = phase.change(torch.from_numpy(images), generator)
-        if mixer is not None:
-            changed, _ = mixer(changed, targets, generator)
-        draws.append(changed.float().round().clamp(0, 255).to(torch.uint8).numpy())
-    return draws
-
-
 def _sheet(sections: list[tuple[str, list[npt.NDArray[np.uint8]]]], shown: list[Shown]) -> Image.Image:
     font = ImageFont.load_default(14)
-    columns = 1 + max(len(draws) for _, draws in sections)
+    columns = 1 + max(len(drawn) for _, drawn in sections)
     name_width = TILE + GAP
     longest = max(font.getlength(line) for line, _ in sections)
     width = max(name_width + columns * (TILE + GAP), round(longest)) + 2 * GAP
@@ -146,13 +132,13 @@ def _sheet(sections: list[tuple[str, list[npt.NDArray[np.uint8]]]], shown: list[
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     top = GAP
-    for line, draws in sections:
+    for line, drawn in sections:
         draw.text((GAP, top), line, fill="black", font=font)
         top += LINE
         for row, one in enumerate(shown):
             name = one.label if font.getlength(one.label) <= TILE else f"{one.label[:11]}..."
             draw.text((GAP, top + TILE // 2 - 8), name, fill="black", font=font)
-            for column, pixels in enumerate([one.pixels, *(images[row] for images in draws)]):
+            for column, pixels in enumerate([one.pixels, *(images[row] for images in drawn)]):
                 sheet.paste(_tile(pixels), (GAP + name_width + column * (TILE + GAP), top))
             top += TILE + GAP
         top += GAP
