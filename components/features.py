@@ -27,7 +27,7 @@ from components.contracts.progress import Progress, silent
 from components.contracts.records import canonical_json
 from components.images import stacked
 from components.pictures import load_all
-from components.segments import Kept, Segments, kept_file
+from components.segments import Kept, Segments, kept_file, used
 from components.store import sha256_file
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def maps(
 
     @functools.cache
     def model() -> Any:
-        path = cache / "encoders" / f"{digest}.onnx"
+        path = cache / "encoders" / digest / "encoder.onnx"
         return _encoder(part, frozen.backbone.preprocessing, path, num_threads)
 
     def compute(rows: Sequence[int], chosen: Sequence[int], tell: Progress = silent) -> list[npt.NDArray[Any]]:
@@ -229,6 +229,7 @@ def _encoder(part: Callable[[], nn.Module], preprocessing: Preprocessing, path: 
     from components.graphs import to_onnx
     from components.targets.openvino import compiled
 
+    used(path.parent)
     sidecar = path.with_suffix(".sha256")
     if path.exists() and sidecar.exists() and sha256_file(path) == sidecar.read_text():
         return compiled(path, hint="THROUGHPUT", num_threads=num_threads)

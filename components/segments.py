@@ -16,6 +16,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, KeysView, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,66 @@ _SPELLED = {"uint8": "U8", "float16": "F16", "float32": "F32"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+KINDS = ("features", "maps", "pictures", "encoders")
+"""Folders of the workspace's cache that hold what can be computed again. Downloaded weights are none of them."""
+_limits: dict[Path, int] = {}
+_used: set[Path] = set()
+"""Cache folders that this run uses: they give way to nothing."""
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """The files of one key: rows in one view, or an encoder."""
+
+    folder: Path
+    used_at: float
+    """When it was last opened or added to, in seconds since the epoch."""
+    bytes: int
+
+    def remove(self) -> None:
+        """Remove its files, and the folders that are empty then; who has them mapped keeps them."""
+        for path in self.folder.iterdir():
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
+
+
+def cache_folders(cache: Path) -> list[CacheFolder]:
+    """The folders below a workspace's cache that hold what can be computed again, the least recently used first."""
+    found = []
+    for kind in KINDS:
+        for place, _, files in os.walk(cache / kind):
+            folder = Path(place)
+            with contextlib.suppress(FileNotFoundError):
+                if files:
+                    size = sum((folder / name).stat().st_size for name in files)
+                    found.append(CacheFolder(folder, folder.stat().st_mtime, size))
+    return sorted(found, key=lambda each: (each.used_at, each.folder))
+
+
+def limit(cache: Path, num_bytes: int) -> None:
+    """Let what this process keeps below `cache` grow to so many bytes: what was not used for longest gives way.
+
+    A run that starts in the same process uses nothing yet.
+    """
+    _limits[cache] = num_bytes
+    _used.clear()
+
+
+def used(folder: Path) -> None:
+    """A cache folder is in use: the time of the folder says so to later runs."""
+    _used.add(folder)
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+
+
 def kept_file(path: Path, data: bytes) -> bool:
-    """Write a file of a cache in one rename; false where the disk is full."""
+    """Write a file of a cache in one rename; false where the disk is full, or the limit reached by what is in use."""
     try:
+        if not _has_room(path.parent, len(data)):
+            return False
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
     except OSError as error:
@@ -49,22 +107,37 @@ def kept_file(path: Path, data: bytes) -> bool:
     return True
 
 
+def _has_room(folder: Path, num_bytes: int) -> bool:
+    """Whether a file of this size fits under the limit, after all that it takes of what is not in use gave way."""
+    for cache, most in _limits.items():
+        if cache not in folder.parents:
+            continue
+        there = cache_folders(cache)
+        excess = sum(each.bytes for each in there) + num_bytes - most
+        idle = [each for each in there if each.folder not in _used]
+        if excess > sum(each.bytes for each in idle):
+            return False
+        for each in idle:
+            if excess > 0:
+                each.remove()
+                excess -= each.bytes
+    return True
+
+
 class Segments:
-    """Rows of one dtype and shape by picture digest, in a folder of their own; `say` is told once when the disk is full."""
+    """Rows of one dtype and shape by picture digest, in a folder of their own; `say` is told once when there is no space."""
 
     def __init__(
         self, folder: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], *, say: Callable[[str], None] = lambda _: None
     ) -> None:
         self.folder, self.dtype, self.shape = folder, np.dtype(dtype), shape
         self.full = False
-        """Whether the disk did not take a segment; no other one is tried."""
+        """Whether there was no space for a segment; no other one is tried."""
         self._say = say
         self._places: dict[str, tuple[npt.NDArray[Any], int]] = {}
         self._maps: list[mmap.mmap] = []
         self._read_bytes = 0
-        with contextlib.suppress(OSError):
-            # The time of its folder says when a cache was last used.
-            os.utime(folder)
+        used(folder)
         for path in sorted(folder.glob("*.safetensors")):
             self._open(path)
         for path in folder.glob(".*.tmp"):
@@ -103,8 +176,9 @@ class Segments:
             return
         self.full = True
         self._say(
-            f"no space left for the cache {self.folder.parent}: what it does not hold is computed again whenever it is "
-            f"needed, which takes longer; free some space before the next run"
+            f"no space left for the cache {self.folder.parent}, on the disk or under VISIONLOOP_CACHE_GB: what it does not "
+            f"hold is computed again whenever it is needed, which takes longer; free some space, or raise the limit, before "
+            f"the next run"
         )
 
     def rows(self, names: Sequence[str]) -> npt.NDArray[Any]:

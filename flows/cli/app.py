@@ -46,7 +46,7 @@ app = Commands(
       visionloop governor history        what may train without a person, and why or why not; stop, start, reset
       visionloop history | who-served    what was decided, and what served at any moment
       visionloop runs                    what was run, and what came of it
-      visionloop store verify            every artefact against its digests
+      visionloop store verify | gc       every artefact against its digests; remove what nothing reaches
       visionloop backup FILE | restore   one file that a workspace can be made anew from, while it is in use
       visionloop report                  the page of all this
       visionloop demo                    all of it on real digits, in a scratch workspace

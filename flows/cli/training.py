@@ -205,3 +205,31 @@ def store_verify(
     finish({"intact": found.intact, "broken": broken}, json_, lambda: "\n".join(lines))
     if broken and not discard:
         raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def store_gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    keep_runs: Annotated[int, typer.Option("--keep-runs", help="How many of the last runs stay.")] = 5,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Remove artefacts, caches and run folders that neither the ledger, the pinned data nor the last runs reach."""
+    from flows.training.garbage import collect
+    from flows.workspace.workspace import Workspace
+
+    found = collect(Workspace.find(workspace), keep_runs=keep_runs, dry_run=dry_run)
+    answer = {
+        "removed": [{"kind": each.kind, "folder": str(each.folder), "bytes": each.bytes} for each in found.unreached],
+        "kept_runs": list(found.kept_runs),
+        "before_bytes": found.before_bytes,
+        "after_bytes": found.after_bytes,
+        "dry_run": dry_run,
+    }
+    lines = [f"{each.kind:10}  {each.bytes / 1e6:10.1f} MB  {each.folder}" for each in found.unreached]
+    lines.append(
+        f"{'Would remove' if dry_run else 'Removed'} {counted(len(found.unreached), 'folder')}, "
+        f"{found.freed_bytes / 1e6:.1f} MB: {found.before_bytes / 1e6:.1f} MB before, "
+        f"{found.after_bytes / 1e6:.1f} MB after; {counted(len(found.kept_runs), 'run')} kept."
+    )
+    finish(answer, json_, lambda: "\n".join(lines))

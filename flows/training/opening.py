@@ -10,6 +10,7 @@ import requests
 from prefect import runtime
 
 from components.contracts.wording import counted
+from components.segments import limit
 from flows import stopping
 from flows.terminal import Console
 from flows.training.chosen import ChosenRecipe
@@ -24,6 +25,7 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
     workspace, config = recipe.workspace, recipe.config
     settings = read_settings(workspace.state)
     with workspace.locked(f"visionloop train {recipe.name}"), Console(len(STAGES), quiet=quiet) as console:
+        limit(workspace.cache, settings.cache_bytes)
         data = ensure(workspace, config.source, config.source_settings)
         asked = {"requested_by": requested_by, "reason": reason}
         run = Run(workspace, config, data, settings, console, overrides=recipe.overrides, **asked)

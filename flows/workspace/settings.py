@@ -5,6 +5,7 @@
 | VISIONLOOP_TRACKING_URI   | MLflow tracking and registry URI              | SQLite under .visionloop/              |
 | VISIONLOOP_LEDGER_URL     | SQLAlchemy URL of the ledger                  | SQLite under .visionloop/              |
 | VISIONLOOP_NUM_THREADS    | threads of training, features and engines     | the cores of this machine, at most 8   |
+| VISIONLOOP_CACHE_GB       | most that features, maps and pictures take in the cache | 20                           |
 | VISIONLOOP_FORMATS        | encodings that new data and serving accept, comma-separated | all: JPEG,PNG,WebP,BMP,PPM,TIFF |
 | VISIONLOOP_MAX_PIXELS     | most pixels of a picture that is accepted     | 67108864                               |
 | VISIONLOOP_MAX_IMAGE_MB   | most megabytes of one (of 1,048,576 bytes)    | 32                                     |
@@ -51,6 +52,8 @@ class Settings:
     prefect_api_url: str
     accepted: Accepted = field(default_factory=Accepted)
     """Which pictures new data may have and serving answers."""
+    cache_bytes: int = 20 * 10**9
+    """Most that the caches of training data take; the least recently used give way."""
     loop_url: str = ""
     prefect_database_url: str = ""
     prefect_authorization: str = field(default="", repr=False)
@@ -231,6 +234,7 @@ def read_settings(state: Path) -> Settings:
         ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or sqlite_url(state / "ledger.db"),
         num_threads=int(threads),
         accepted=_accepted(),
+        cache_bytes=_whole("VISIONLOOP_CACHE_GB", 20, 1_000_000) * 10**9,
         releases_url=os.environ.get("VISIONLOOP_RELEASES") or str(state / "releases"),
         predictions_url=os.environ.get("VISIONLOOP_PREDICTIONS") or str(state / "predictions"),
         notify=tuple(filter(None, (part.strip() for part in os.environ.get("VISIONLOOP_NOTIFY", "").split(",")))),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from components import segments
-from components.segments import Kept, Segments
+from components.segments import Kept, Segments, cache_folders, limit
 
 
 def names(start: int, stop: int) -> list[str]:
@@ -188,3 +188,51 @@ sys.exit(0 if most - before < 100 else f"{most - before} MiB were taken")
 
 def test_memory_does_not_grow_with_what_is_kept(tmp_path: Path) -> None:
     assert run(_BOUNDED, tmp_path).wait() == 0, "of 200 MiB that were read, less than 100 may stay"
+
+
+@pytest.fixture
+def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of three folders that were used one after the other, and a downloaded file, each of about 6 kB."""
+    monkeypatch.setattr(segments, "_limits", {})
+    monkeypatch.setattr(segments, "_used", set())
+    for age, name in enumerate(["maps/part/view-2", "features/part/as-it-is", "maps/part/view-1"]):
+        opened(tmp_path / name).append(names(0, 200), rows(0, 200))
+        os.utime(tmp_path / name, (age, age))
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "weights.pth").write_bytes(bytes(6_000))
+    return tmp_path
+
+
+def test_the_least_recently_used_caches_give_way_and_never_what_the_run_uses(limited: Path) -> None:
+    (size,) = {each.bytes for each in cache_folders(limited)}
+    limit(limited, 3 * size)
+    oldest = opened(limited / "maps/part/view-2")
+    told: list[str] = []
+    ours = opened(limited / "pictures/contract", say=told.append)
+    ours.append(names(0, 200), rows(0, 200))
+    assert [each.folder.relative_to(limited).as_posix() for each in cache_folders(limited)] == [
+        "maps/part/view-1",
+        "maps/part/view-2",
+        "pictures/contract",
+    ]
+    ours.append(names(200, 400), rows(200, 400))
+    assert told == []
+    # What is left is in use: it stays, and the run goes on without keeping more.
+    ours.append(names(400, 600), rows(400, 600))
+    assert ours.full
+    assert "VISIONLOOP_CACHE_GB" in told[0]
+    assert ours.known == set(names(0, 400))
+    assert np.array_equal(oldest.rows(names(0, 200)), rows(0, 200))
+    assert opened(limited / "maps/part/view-2").known == set(names(0, 200))
+    assert not (limited / "features").exists() or not list((limited / "features").rglob("*.safetensors"))
+    assert (limited / "downloads" / "weights.pth").exists()
+
+
+def test_a_later_run_of_the_same_process_uses_nothing_yet(limited: Path) -> None:
+    opened(limited / "maps/part/view-2")
+    limit(limited, 1)
+    opened(limited / "pictures/contract").append(names(0, 1), rows(0, 1))
+    assert len(cache_folders(limited)) == 3
+    limit(limited, 10_000)
+    opened(limited / "pictures/contract").append(names(0, 1), rows(0, 1))
+    assert [each.folder.name for each in cache_folders(limited)] == ["view-2", "contract"]
