@@ -44,7 +44,7 @@ def test_what_nothing_reaches_goes_and_a_run_finds_the_rest(root: Path) -> None:
     store = Store(state / "store")
     before = {path.relative_to(state).as_posix() for path in store.artefacts()}
     # A run that was stopped before any row of the ledger, and one after it that is the last.
-    for number, moment in ((1, "2999-01-01T00:00:00+00:00"), (2, "2999-01-02T00:00:00+00:00")):
+    for number, moment in ((1, "2099-01-01T00:00:00+00:00"), (2, "2099-01-02T00:00:00+00:00")):
         folder = state / "runs" / f"smoke-stopped-{number}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"run": {}, "config": {}, "set": [], "started": moment}))
@@ -59,14 +59,16 @@ def test_what_nothing_reaches_goes_and_a_run_finds_the_rest(root: Path) -> None:
     (state / "runs" / "smoke-stopped-2" / "3-training").symlink_to(
         os.path.relpath(linked, state / "runs" / "smoke-stopped-2")
     )
-    partial = state / "store" / ".partial" / "training-old"
-    partial.mkdir(parents=True)
-    (partial / "progress").write_bytes(bytes(1000))
-    cache = state / "cache" / "maps" / "part" / "view"
-    cache.mkdir(parents=True)
-    (cache / "0.safetensors").write_bytes(bytes(5000))
+    partial, resumable = (state / "store" / ".partial" / f"training-{name}" for name in ("old", "new"))
+    cache, used = (state / "cache" / "maps" / "part" / name for name in ("view", "used"))
+    for folder, name in ((partial, "progress"), (resumable, "progress"), (cache, "0.safetensors"), (used, "0.safetensors")):
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(bytes(5000))
+    # After the last run started.
+    os.utime(resumable / "progress", (2**32, 2**32))
+    os.utime(used, (2**32, 2**32))
     downloads = state / "cache" / "downloads"
-    downloads.mkdir()
+    downloads.mkdir(exist_ok=True)
     (downloads / "weights.pth").write_bytes(bytes(5000))
     expected = {
         "run": {"runs/smoke-stopped-1"},
@@ -89,9 +91,11 @@ def test_what_nothing_reaches_goes_and_a_run_finds_the_rest(root: Path) -> None:
     done = answer(root, "--keep-runs", "1")
     assert removed(done, root) == expected
     assert (told["before_bytes"], told["after_bytes"]) == (done["before_bytes"], done["after_bytes"])
-    assert done["after_bytes"] == size_of(root, "runs", "store")
+    assert done["after_bytes"] == size_of(root, "runs", "store", "cache/maps")
     assert {path.relative_to(state).as_posix() for path in store.artefacts()} == before | {f"store/training/{'b' * 32}"}
     assert not cache.exists()
+    assert used.exists()
+    assert resumable.exists()
     assert (downloads / "weights.pth").exists()
     assert answer(root, "--keep-runs", "1")["removed"] == []
 
