@@ -164,6 +164,12 @@ def _is(answer: Any, annotation: str) -> bool:
         rows = int(kind.split()[3])
         pair = isinstance(answer, (tuple, list)) and len(answer) == 2
         return pair and all(getattr(array, "ndim", 0) == 2 and len(array) == rows for array in answer)
+    if kind == "bool":
+        return isinstance(answer, bool)
+    if kind == "tuple" and "torch.Tensor" in inside:
+        wanted = inside.removesuffix("]").split(", ")
+        whole = isinstance(answer, tuple) and len(answer) == len(wanted)
+        return whole and all(_is(part, each) for part, each in zip(answer, wanted, strict=True))
     if kind == "float":
         number = hasattr(answer, "__float__") and not isinstance(answer, (bool, str)) and getattr(answer, "ndim", 0) == 0
         return number and math.isfinite(float(answer))

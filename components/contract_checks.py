@@ -18,7 +18,18 @@ import numpy.typing as npt
 from components import plugins
 from components.conformance import Breach
 from components.contracts.errors import DataError, EngineUnavailable, UndecodableImage, WeightsUnavailable
-from components.contracts.families import Answers, Backbone, Evidence, ExportRequest, Gate, Source, Target, Task
+from components.contracts.families import (
+    Answers,
+    Augmentation,
+    Backbone,
+    Evidence,
+    ExportRequest,
+    Gate,
+    Loss,
+    Source,
+    Target,
+    Task,
+)
 from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
 from components.contracts.records import FileDigest, Stored
 from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Measurement
@@ -369,6 +380,133 @@ def _measured(task: Task, logits: npt.NDArray[Any], targets: npt.NDArray[Any], c
         yield Breach("reliability", "leaves images out of its bins")
 
 
+def loss_breaches(loss: Loss, _: str) -> Iterator[Breach]:
+    """It is a finite mean with finite gradients, which better answers make smaller; shares say the same as numbers."""
+    import torch
+
+    logits = torch.linspace(-2, 2, 18).reshape(6, 3).sin() * 3
+    targets = torch.tensor([0, 1, 2, 0, 1, 0])
+    whole = torch.tensor([30, 20, 10])
+    certain = 200 * torch.nn.functional.one_hot(targets, 3)
+    shares = torch.nn.functional.one_hot(targets, 3).float()
+    asked = [
+        ("", logits, targets, whole),
+        (" with a class of no images", logits, targets, torch.tensor([30, 20, 0])),
+        (" of answers that are certain and right", certain.float(), targets, whole),
+        (" of answers that are certain and wrong", -certain.float(), targets, whole),
+    ]
+    if loss.takes_shares:
+        asked.append((" of shares of classes", logits, 0.7 * shares + 0.3 * shares.roll(1, 0), whole))
+    found = []
+    for what, answers, wanted, counts in asked:
+        given = answers.clone().requires_grad_()
+        value = loss.loss(given, wanted, counts=counts)
+        if value.ndim or not torch.isfinite(value):
+            yield Breach("loss", f"answers {value.detach()}{what}; expected one finite number, the batch's mean")
+            return
+        value.backward()  # type: ignore[no-untyped-call]
+        if given.grad is None or not torch.isfinite(given.grad).all():
+            yield Breach("loss", f"has no finite gradient{what}; a step would spoil the weights")
+            return
+        found.append(float(value.detach()))
+
+    def of(answers: torch.Tensor, wanted: torch.Tensor) -> float:
+        return float(loss.loss(answers, wanted, counts=whole))
+
+    if abs(of(logits.repeat(2, 1), targets.repeat(2)) - found[0]) > 1e-5 * max(1.0, abs(found[0])):
+        yield Breach("loss", "answers another value for the same examples twice over; expected the mean over the batch")
+    if not of(logits + 0.1 * shares, targets) < found[0]:
+        yield Breach("loss", "does not become smaller when the logit of the right class grows")
+    if loss.takes_shares:
+        if abs(of(logits, shares) - found[0]) > 1e-5 * max(1.0, abs(found[0])):
+            yield Breach("loss", "answers another value for whole shares than for the class numbers that they mean")
+        if abs(found[-1] - found[0]) < 1e-6:
+            yield Breach("loss", "does not depend on the shares of a mixed image; say in `takes_shares` that it takes none")
+
+
+def augmentation_breaches(augmentation: Augmentation, _: str) -> Iterator[Breach]:
+    """It keeps shape and kind, draws from the given generator alone, and every picture has a draw of its own."""
+    import torch
+
+    yield from (_mixed if augmentation.mixes else _changed)(augmentation, torch)
+
+
+def _changed(augmentation: Augmentation, torch: Any) -> Iterator[Breach]:
+    for channels in (3, 1):
+        pattern = np.random.default_rng(0).integers(0, 255, (1, 5, 6, channels), dtype=np.uint8)
+        # Of several values in patches, so that a change of colour shows as one of place does.
+        pictures = torch.from_numpy(pattern.repeat(4, axis=1).repeat(4, axis=2).repeat(64, axis=0))
+        wanted = f"torch.uint8 of shape {tuple(pictures.shape)}"
+        results = []
+        for seed, of_global in ((1, 0), (1, 1), (2, 0)):
+            given = pictures.clone()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(of_global)
+                before = torch.get_rng_state()
+                result = augmentation.change(given, torch.Generator().manual_seed(seed))
+                if not torch.equal(before, torch.get_rng_state()):
+                    told = "draws from torch's global generator, or leaves it changed; draw from the one that is given"
+                    yield Breach("change", told)
+                    return
+            if result.dtype != torch.uint8 or result.shape != pictures.shape:
+                yield Breach("change", f"gives {result.dtype} of shape {tuple(result.shape)}; expected {wanted}")
+                return
+            if not torch.equal(given, pictures):
+                yield Breach("change", "writes into the pictures that it is given; give new ones")
+                return
+            results.append(result)
+        if not torch.equal(results[0], results[1]):
+            yield Breach("change", "gives two results for one seed; draw from the generator that is given alone")
+            return
+        if torch.equal(results[0], results[2]):
+            yield Breach("change", "gives the same for another seed; draw from the generator that is given")
+            return
+        if torch.equal(results[0], results[0][:1].expand_as(pictures)):
+            yield Breach("change", "changes every picture alike; draw for each of its own")
+            return
+
+
+def _mixed(augmentation: Augmentation, torch: Any) -> Iterator[Breach]:
+    drawn = torch.Generator().manual_seed(0)
+    batches = [
+        ("pictures", torch.randint(0, 256, (32, 10, 12, 3), dtype=torch.uint8, generator=drawn), True),
+        ("maps", torch.rand(32, 5, 7, 6, generator=drawn), False),
+    ]
+    if not augmentation.needs_space:
+        batches.append(("features", torch.rand(32, 8, generator=drawn), False))
+    shares = torch.nn.functional.one_hot(torch.arange(32) % 4, 4).float()
+    for what, inputs, channels_last in batches:
+        results = []
+        for seed, of_global in ((1, 0), (1, 1), (2, 0)):
+            given, own = inputs.clone(), shares.clone()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(of_global)
+                before = torch.get_rng_state()
+                mixed, parts = augmentation.mix(given, own, torch.Generator().manual_seed(seed), channels_last=channels_last)
+                if not torch.equal(before, torch.get_rng_state()):
+                    told = "draws from torch's global generator, or leaves it changed; draw from the one that is given"
+                    yield Breach("mix", told)
+                    return
+            for kind, result, wanted in ((what, mixed, inputs), ("shares", parts, shares)):
+                if result.dtype != torch.float32 or result.shape != wanted.shape:
+                    told = f"gives {kind} {result.dtype} of shape {tuple(result.shape)}"
+                    yield Breach("mix", f"{told}; expected torch.float32 of shape {tuple(wanted.shape)}")
+                    return
+            if not torch.equal(given, inputs) or not torch.equal(own, shares):
+                yield Breach("mix", f"writes into the {what} or shares that it is given; give new ones")
+                return
+            if not (parts >= 0).all() or not torch.allclose(parts.sum(1), torch.ones(32), atol=1e-5):
+                yield Breach("mix", "gives shares that are below 0, or do not sum to 1 for every example")
+                return
+            results.append((mixed, parts))
+        if not all(torch.equal(one, two) for one, two in zip(results[0], results[1], strict=True)):
+            yield Breach("mix", "gives two results for one seed; draw from the generator that is given alone")
+            return
+        if torch.equal(results[0][0], results[2][0]):
+            yield Breach("mix", "gives the same for another seed; draw from the generator that is given")
+            return
+
+
 def target_breaches(target: Target, name: str) -> Iterator[Breach]:
     """An engine that it builds of a small network answers like the network, for any batch.
 
@@ -465,6 +603,8 @@ def _network(folder: Path) -> tuple[Stored[Checkpoint], Any]:
 PROBES: Mapping[str, Callable[[Any, str], Iterator[Breach]]] = {
     "sources": source_breaches,
     "gates": gate_breaches,
+    "losses": loss_breaches,
+    "augmentations": augmentation_breaches,
     "backbones": backbone_breaches,
     "tasks": task_breaches,
     "targets": target_breaches,

@@ -44,6 +44,11 @@ def use_workspace(folder: Path | None) -> None:
     _workspace_plugins[:] = [folder] if folder is not None else []
 
 
+def singular(family: str) -> str:
+    """One of a family, in words and in recipes."""
+    return FAMILIES[family].lower()
+
+
 def _members(family: str) -> dict[str, Path]:
     if family not in FAMILIES:
         raise UnknownName("plug-in family", family, list(FAMILIES))
@@ -88,7 +93,7 @@ def template(family: str) -> Path:
 def _module(family: str, name: str) -> ModuleType:
     members = _members(family)
     if name not in members:
-        raise UnknownName(family.removesuffix("s"), name, list(members))
+        raise UnknownName(singular(family), name, list(members))
     path = members[name]
     if path.parent.parent == home(family):
         return importlib.import_module(f"{home(family).name}.{family}.{name}")
@@ -104,7 +109,7 @@ def _module(family: str, name: str) -> ModuleType:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[key]
-        raise failed(f"{family.removesuffix('s')} {name!r}", path, "could not be loaded", error) from error
+        raise failed(f"{singular(family)} {name!r}", path, "could not be loaded", error) from error
     return module
 
 
@@ -126,7 +131,7 @@ def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
         check_class(FAMILIES[family], member, path)
     unknown = sorted(set(settings or {}) - set(member.model_fields))
     if unknown:
-        raise UnknownName(f"setting of {family.removesuffix('s')} {name!r}", unknown[0], list(member.model_fields))
+        raise UnknownName(f"setting of {singular(family)} {name!r}", unknown[0], list(member.model_fields))
     try:
         made = member(**(settings or {}))
     except ValidationError as error:
@@ -134,7 +139,7 @@ def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
     except Exception as error:
         if not is_own or isinstance(error, VisionloopError):
             raise
-        raise failed(f"{family.removesuffix('s')} {name!r}", path, "could not be made", error) from error
+        raise failed(f"{singular(family)} {name!r}", path, "could not be made", error) from error
     return CheckedPlugin(made, FAMILIES[family], name, path) if is_own else made
 
 
@@ -142,7 +147,7 @@ def member_digest(family: str, name: str) -> str:
     """sha256 of the member's source and of every module of ours that it imports."""
     members = _members(family)
     if name not in members:
-        raise UnknownName(family.removesuffix("s"), name, list(members))
+        raise UnknownName(singular(family), name, list(members))
     return source_digest(members[name])
 
 

@@ -9,8 +9,10 @@ import typer
 from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
 
-plugin_app = Commands(help="Sources, targets, gates, tasks, backbones and detectors of a workspace's own.")
-_FAMILY = "Its family: sources, targets, gates, tasks, backbones or detectors."
+plugin_app = Commands(
+    help="Sources, targets, gates, tasks, losses, augmentations, backbones and detectors of a workspace's own."
+)
+_FAMILY = "Its family: sources, targets, gates, tasks, losses, augmentations, backbones or detectors."
 
 
 @plugin_app.command("new")

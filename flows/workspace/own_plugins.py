@@ -60,10 +60,11 @@ def new_plugin(workspace: Path, family: str, name: str) -> NewPlugin:
     template = plugins.template(family)
     if not _NAME.fullmatch(name) or keyword.iskeyword(name):
         raise ConfigError(
-            f"{name!r} is no name of a Python module; use a-z, 0-9 and '_', a letter first, such as my_{family[:-1]}"
+            f"{name!r} is no name of a Python module; use a-z, 0-9 and '_', a letter first, "
+            f"such as my_{plugins.singular(family)}"
         )
     if name in plugins.shipped(family):
-        raise ConfigError(f"{name!r} is the name of a shipped {family.removesuffix('s')}; choose another")
+        raise ConfigError(f"{name!r} is the name of a shipped {plugins.singular(family)}; choose another")
     path = workspace / "plugins" / family / f"{name}.py"
     if path.exists() or path.is_symlink():
         raise ConfigError(f"{path} is there already and is left as it is; choose another name, or move it away")

@@ -211,13 +211,14 @@ def _entry(entries: list[Any], key: str, name: str, override: str) -> dict[str, 
 
     Entries that name no plug-in, such as phases, are known by their number, counted from 0.
     """
-    families = [family.removesuffix("s") for family in plugins.FAMILIES]
+    families = [plugins.singular(family) for family in plugins.FAMILIES]
     named: dict[str, list[dict[str, Any]]] = {}
     engines: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         for family in families:
-            if isinstance(entry, dict) and family in entry:
-                named.setdefault(str(entry[family]), []).append(entry)
+            # A phase's loss is a table of its own, and no name of the entry.
+            if isinstance(entry, dict) and isinstance(entry.get(family), str):
+                named.setdefault(entry[family], []).append(entry)
                 if family == "target":
                     engines.setdefault(f"{entry['target']}-{entry.get('precision', 'fp32')}", []).append(entry)
     numbered = {str(number): entry for number, entry in enumerate(entries) if isinstance(entry, dict)}

@@ -264,3 +264,17 @@ def test_a_recipe_is_shown_as_it_is_used_and_can_be_used_as_it_is_shown(name: st
     path = tmp_path / "shown.yaml"
     path.write_text(yaml.safe_dump(shown))
     assert resolved(load_recipe(str(path))) == shown
+
+
+def test_a_phase_that_names_a_loss_is_set_by_its_number_and_its_augmentations_by_their_names() -> None:
+    loss, augmentations = "{loss: class_weighted}", "[{augmentation: mixup}, {augmentation: rotation}]"
+    sets = [
+        f"training={{backbone: small_cnn, phases: [{{trains: all, loss: {loss}, augmentation: {{}}, augmentations: {augmentations}}}]}}",
+        "training.phases.0.loss.settings.smoothing=0.2",
+        "training.phases.0.augmentations.rotation.settings.degrees=5",
+        "training.phases.0.augmentations.mixup.settings.alpha=0.4",
+    ]
+    found = load_recipe("digits", sets).training.phases[0]
+    assert found.loss is not None
+    assert found.loss.settings == {"smoothing": 0.2}
+    assert [chosen.settings for chosen in found.augmentations] == [{"alpha": 0.4}, {"degrees": 5}]
