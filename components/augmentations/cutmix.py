@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.augmentations._share import drawn
+from components.contracts.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,17 @@ class Augmentation(BaseModel):
     def mix(
         self, inputs: torch.Tensor, shares: torch.Tensor, generator: torch.Generator, *, channels_last: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures (n, h, w, c) or maps (n, c, h, w) as float, and the shares of classes by area."""
+        """Pictures (n, h, w, c) or maps (n, c, h, w) as float, and the shares of classes by area.
+
+        Raises ConfigError for features (n, d).
+        """
         import torch
+
+        if inputs.ndim != 4:
+            raise ConfigError(
+                "cutmix cuts boxes out of pictures and maps, and features have neither height nor width; "
+                "use mixup, or train more than the head"
+            )
 
         rows, columns = (1, 2) if channels_last else (2, 3)
         height, width = inputs.shape[rows], inputs.shape[columns]

@@ -1,4 +1,8 @@
-"""Cross-entropy that counts an image of a rare class more (inverse frequency; 0.5 is the usual square root)."""
+"""Cross-entropy that counts an image of a rare class more (inverse frequency; 0.5 is the usual square root).
+
+The mean is over the number of images, with weights whose mean over the training images is 1. torch divides by the weights of
+a batch instead: there a batch of one class counts the same whichever it is, and parts of a batch do not add up to the whole.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Loss(BaseModel):
-    """Weights are (n / (classes x images of the class)) ** exponent; of a class without images, 1."""
+    """Weights go with (images of the class) ** -exponent; a class without images weighs 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,15 +27,24 @@ class Loss(BaseModel):
     def takes_shares(self) -> bool:
         return True
 
+    def weights(self, counts: torch.Tensor) -> torch.Tensor:
+        """One a class, float32, with mean 1 over the training images."""
+        import torch
+
+        number = counts.to(torch.float64)
+        inverse = torch.where(number > 0, number.clamp(min=1) ** -self.exponent, 0.0)
+        scale = number.sum() / (number * inverse).sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.where(number > 0, inverse * scale, 1.0).to(torch.float32)
+
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, counts: torch.Tensor) -> torch.Tensor:
         """Weighted mean cross-entropy of logits (n, classes) with class numbers (n,) or shares (n, classes)."""
-        import torch
         from torch.nn import functional
 
-        weights = (counts.sum() / (len(counts) * counts.clamp(min=1))) ** self.exponent
-        weights = torch.where(counts > 0, weights, torch.ones_like(weights)).to(logits.dtype)
-        shares = targets if targets.ndim == 2 else functional.one_hot(targets, logits.shape[1]).to(logits.dtype)
-        smooth = shares * (1 - self.smoothing) + self.smoothing / logits.shape[1]
-        each = -(smooth * functional.log_softmax(logits, dim=1)).sum(dim=1)
-        of_each = shares @ weights
-        return (of_each * each).sum() / of_each.sum()
+        shares = targets if targets.ndim == 2 else functional.one_hot(targets, logits.shape[1])
+        # Of shares torch takes the mean over the number of images.
+        return functional.cross_entropy(
+            logits,
+            shares.to(logits.dtype),
+            weight=self.weights(counts).to(logits.device, logits.dtype),
+            label_smoothing=self.smoothing,
+        )
