@@ -6,11 +6,11 @@ file is only ever opened in a process of its own and only when its digest is the
 
 from __future__ import annotations
 
+import http.client
 import os
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,9 @@ from components.store import sha256_file, write_atomically
 
 if TYPE_CHECKING:
     import torch
+
+MAX_DOWNLOAD_BYTES = 8 << 30
+"""More than any weights that torchvision or timm names."""
 
 _CONVERT = """
 import sys, torch
@@ -70,21 +73,39 @@ def from_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def download(url: str, *, sha256: str, cache: Path, timeout_s: float = 60.0) -> Path:
-    """Fetch `url` once into the cache; `sha256` is a digest prefix. Raises WeightsUnavailable when offline."""
+def download(url: str, *, sha256: str, cache: Path, timeout_s: float = 60.0, max_bytes: int = MAX_DOWNLOAD_BYTES) -> Path:
+    """Fetch `url` once into the cache, never more than `max_bytes` of it; `sha256` is a digest or a prefix of one.
+
+    What arrives has its name in the cache only when it is whole and of that digest. Raises WeightsUnavailable when
+    offline, when the file is longer than allowed, cut short, or another one.
+    """
     path = cache / "downloads" / url.rsplit("/", 1)[-1]
     if path.exists() and sha256_file(path).startswith(sha256):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as response:  # noqa: S310  (addresses are torchvision's own)
-            data = response.read()
-    except (urllib.error.URLError, OSError) as error:
-        raise WeightsUnavailable(
-            f"cannot download {url} ({error}). Without network, put the file at {path}, or set "
-            f"training.weights to a local .safetensors file"
-        ) from error
-    write_atomically(path, data)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        part = Path(scratch, "part")
+        try:
+            with urllib.request.urlopen(url, timeout=timeout_s) as response, part.open("wb") as file:  # noqa: S310  (addresses are the libraries' own)
+                said = response.headers.get("Content-Length")
+                length = 0
+                while chunk := response.read(1 << 20):
+                    length += len(chunk)
+                    if length > max_bytes:
+                        raise WeightsUnavailable(f"{url} is longer than {max_bytes:,} bytes; nothing of it was kept")
+                    file.write(chunk)
+        except (http.client.HTTPException, OSError) as error:
+            told = f" (its sha256 begins with {sha256})" if sha256 else ""
+            raise WeightsUnavailable(
+                f"cannot download {url} ({error}). Without network, put the file at {path}{told}, or set "
+                f"training.weights to a local .safetensors file"
+            ) from error
+        if said is not None and length != int(said):
+            raise WeightsUnavailable(f"{url} ended after {length:,} of {said} bytes; try again")
+        found = sha256_file(part)
+        if not found.startswith(sha256):
+            raise WeightsUnavailable(f"{url} has sha256 {found[:16]}..., expected {sha256[:16]}...; it was not kept")
+        os.replace(part, path)
     return path
 
 
