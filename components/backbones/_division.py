@@ -124,8 +124,9 @@ def _timm_vit(module: Any) -> list[nn.Module]:
         found: torch.Tensor = own.whole[0].forward_head(own.norm(x))
         return found
 
-    first = _Call(stem, patch=module.patch_embed, token=module.cls_token, position=module.pos_embed, norm=module.norm_pre)
-    last = _Call(pooled, norm=module.norm, pool_norm=module.fc_norm)
+    tokens = {"token": module.cls_token, "registers": module.reg_token}
+    first = _Call(stem, patch=module.patch_embed, **tokens, position=module.pos_embed, norm=module.norm_pre)
+    last = _Call(pooled, norm=module.norm, attention=module.attn_pool, pool_norm=module.fc_norm)
     for call in (first, last):
         # In a tuple, so that the whole network is no part of a block.
         object.__setattr__(call, "whole", (module,))

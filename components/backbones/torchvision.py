@@ -133,8 +133,13 @@ def _cut(architecture: str) -> tuple[str, int]:
     from torch import nn
     from torchvision.models import get_model
 
-    with torch.device("meta"):
-        module = get_model(architecture, weights=None)
+    try:
+        with torch.device("meta"):
+            module = get_model(architecture, weights=None)
+    except NotImplementedError:
+        # RegNet reads its widths from tensors while it is made. What it draws must not move the weights of a seeded run.
+        with torch.random.fork_rng(devices=[]):
+            module = get_model(architecture, weights=None)
     found = [
         (name, layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
         for name, layer in module.named_modules()

@@ -25,6 +25,9 @@ DIVIDED = [
         for name in ("resnet10t", "tf_efficientnet_lite1", "mobilenetv3_small_050", "convnext_atto", "regnetx_002")
     ),
     ("timm", "vit_tiny_patch16_224", {"image_size": 64}),
+    # A class token and registers; attention that pools.
+    ("timm", "test_vit2", {}),
+    ("timm", "test_vit3", {}),
     ("timm", "swin_tiny_patch4_window7_224", {}),
     ("lenet5", None, {}),
     ("small_cnn", None, {}),
@@ -48,6 +51,15 @@ def test_blocks_one_after_the_other_are_the_network(member: str, architecture: s
         features = module(inputs)
     assert torch.equal(passed, features)
     assert features.shape == (1, backbone.embedding_dim)
+
+
+def test_asking_for_the_features_of_a_regnet_leaves_a_seeded_run_as_it_is() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    regnet = plugins.load("backbones", "torchvision", {"architecture": "regnet_x_400mf"})
+    assert regnet.embedding_dim == 400
+    assert torch.equal(torch.get_rng_state(), before)
+    assert regnet.build()(torch.zeros(2, 3, 32, 32)).shape == (2, 400)
 
 
 def test_a_network_of_no_known_kind_trains_whole_or_not_at_all() -> None:
