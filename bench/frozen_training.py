@@ -34,7 +34,7 @@ SHORT = {"EPOCHS": 2, "NUM_IMAGES": 64, "_TIMED_BATCHES": 1}
 def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     """Seconds of both sides. Without `data`, synthetic photographs: the time is the same, the accuracy means nothing."""
     torch.set_num_threads(2)
-    paths, labels = _images(data, scratch)
+    paths, labels = images_of(data, scratch, NUM_IMAGES)
     backbone: Backbone = plugins.load("backbones", "efficientnet_lite0")
     state = backbone.pretrained("packaged", cache=scratch)
     pixels = np.concatenate(list(batches(paths, backbone.preprocessing, batch_size=64)))
@@ -57,17 +57,18 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     }
 
 
-def _images(data: Path | None, scratch: Path) -> tuple[list[Path], np.ndarray[Any, np.dtype[np.int64]]]:
+def images_of(data: Path | None, scratch: Path, num_images: int) -> tuple[list[Path], np.ndarray[Any, np.dtype[np.int64]]]:
+    """Paths and class numbers of photographs in a mixed order, or of synthetic ones."""
     if data is not None:
         by_class = listing(data).classes
-        per_class = NUM_IMAGES // len(by_class)
+        per_class = num_images // len(by_class)
         pairs = [(path, index) for index, paths in enumerate(by_class.values()) for path in paths[:per_class]]
         order = np.random.default_rng(0).permutation(len(pairs))
         return [pairs[i][0] for i in order], np.array([pairs[i][1] for i in order])
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, NUM_IMAGES)
+    labels = rng.integers(0, 2, num_images)
     paths = []
     for index, label in enumerate(labels):
         path = scratch / f"{index}.bmp"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,16 +14,16 @@ from pydantic import Field
 from components import plugins
 from components.contracts import families
 from components.contracts.errors import ConfigError
-from components.contracts.records import Record, canonical_json
-from components.features import AS_IT_IS
-from components.fitting import FittingConfig, LossFunction, Mix
+from components.contracts.records import Record, canonical_json, sha256_text
+from components.features import AS_IT_IS, View
+from components.fitting import Augment, FittingConfig, LossFunction, Mix
 
 if TYPE_CHECKING:
     import torch
 
 
 class Augmentation(Record):
-    """Random geometric changes of a training image; all zero for none."""
+    """The settings of the augmentation `affine`, as recipes of one phase say them; all zero for none."""
 
     rotate_degrees: float = Field(default=0.0, ge=0, le=180)
     translate: float = Field(default=0.0, ge=0, le=0.5)
@@ -37,40 +36,11 @@ class Augmentation(Record):
     def active(self) -> bool:
         return self.horizontal_flip or max(self.rotate_degrees, self.translate, self.scale, self.shear) > 0
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """uint8 (n, h, w, c) to the same shape, one random affine map per image; borders repeat."""
-        import torch
-        from torch.nn import functional
-
-        def uniform(limit: float) -> torch.Tensor:
-            return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
-
-        angle = uniform(math.radians(self.rotate_degrees))
-        zoom, shear = 1 + uniform(self.scale), uniform(self.shear)
-        mirror = torch.ones(len(images))
-        if self.horizontal_flip:
-            mirror = (torch.rand(len(images), generator=generator) < 0.5).float() * 2 - 1
-        cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-        rows_xy = torch.stack(
-            [
-                torch.stack([cosine * mirror, (shear - sine), uniform(2 * self.translate)], dim=1),
-                torch.stack([sine * mirror, cosine, uniform(2 * self.translate)], dim=1),
-            ],
-            dim=1,
-        )
-        planes = images.permute(0, 3, 1, 2).float()
-        grid = functional.affine_grid(rows_xy, list(planes.shape), align_corners=False)
-        moved = functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
-        return moved.round().to(torch.uint8).permute(0, 2, 3, 1)
-
 
 class LastBlocks(Record):
     """The last blocks of the backbone, and the head."""
 
     last: int = Field(ge=1, le=1000)
-
-    def __str__(self) -> str:
-        return f"last {self.last}"
 
 
 class ChosenLoss(Record):
@@ -124,60 +94,76 @@ class Phase(Record):
         return {"head": "the head", "all": "everything"}[self.trains]
 
     @property
+    def all_augmentations(self) -> tuple[ChosenAugmentation, ...]:
+        """All of them in their order, however they were said."""
+        if not self.augmentation.active:
+            return self.augmentations
+        settings = self.augmentation.model_dump(exclude={"schema_version"})
+        return (ChosenAugmentation(augmentation="affine", settings=settings), *self.augmentations)
+
+    def _chosen(self, *, mixing: bool) -> list[tuple[ChosenAugmentation, families.Augmentation]]:
+        """Those that mix examples, or those that change single pictures."""
+        return [(one, member) for one in self.all_augmentations if (member := one.load()).mixes == mixing]
+
+    @property
     def changes(self) -> bool:
         """Whether single pictures are changed."""
-        return self.augmentation.active or any(not chosen.load().mixes for chosen in self.augmentations)
+        return bool(self._chosen(mixing=False))
 
     @property
     def mixes(self) -> bool:
         """Whether the examples of a batch are mixed."""
-        return any(chosen.load().mixes for chosen in self.augmentations)
+        return bool(self._chosen(mixing=True))
 
-    def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """uint8 (n, h, w, c) to the same shape, every picture changed by a draw of its own."""
-        if self.augmentation.active:
-            images = self.augmentation(images, generator)
-        for chosen in self.augmentations:
-            if not (augmentation := chosen.load()).mixes:
-                images = augmentation.change(images, generator)
-        return images
+    def changer(self) -> Augment | None:
+        """What changes uint8 images (n, h, w, c), every picture by a draw of its own; None where nothing does."""
+        members = [member for _, member in self._chosen(mixing=False)]
+        return functools.partial(_change, members) if members else None
 
-    def view(self, number: int, images: npt.NDArray[np.uint8], pictures: Sequence[str]) -> npt.NDArray[np.uint8]:
-        """The view of this number of images (n, h, w, c): the same for a picture digest, whatever lies beside it."""
-        import torch
-
-        if number == 0:
-            return images
-        found = []
-        for image, picture in zip(images, pictures, strict=True):
-            seed = hashlib.sha256(f"{number} {picture}".encode()).digest()[:7]
-            generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
-            found.append(self.change(torch.from_numpy(image[None]), generator).numpy())
-        return np.concatenate(found)
-
-    def view_name(self, number: int) -> str:
-        """What a view depends on besides the pixels: the same name for the same draws."""
-        if number == 0:
-            return AS_IT_IS.name
-        used = {chosen.augmentation for chosen in self.augmentations}
-        facts = [
-            number,
-            self.augmentation.to_json(),
-            [chosen.to_json() for chosen in self.augmentations if not chosen.load().mixes],
-            {name: plugins.member_digest("augmentations", name) for name in sorted(used)},
+    def cached_views(self) -> list[View]:
+        """The views of a picture that are cached where a part is frozen; the first is the picture as it is."""
+        changer = self.changer()
+        if changer is None:
+            return [AS_IT_IS]
+        chosen = [one for one, _ in self._chosen(mixing=False)]
+        digests = {one.augmentation: plugins.member_digest("augmentations", one.augmentation) for one in chosen}
+        drawn = canonical_json([[one.to_json() for one in chosen], digests])
+        return [
+            AS_IT_IS,
+            *(
+                View(sha256_text(f"{number} {drawn}")[:32], functools.partial(_view, changer, number))
+                for number in range(1, self.views)
+            ),
         ]
-        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:32]
 
     def mixer(self, num_classes: int, *, channels_last: bool) -> Mix | None:
         """What mixes the inputs and the class numbers (n,) of a batch; None where nothing does."""
-        chosen = [augmentation for one in self.augmentations if (augmentation := one.load()).mixes]
-        if not chosen:
-            return None
-        return functools.partial(_mix, chosen, num_classes, channels_last)
+        members = [member for _, member in self._chosen(mixing=True)]
+        return functools.partial(_mix, members, num_classes, channels_last) if members else None
 
     def loss_on(self, counts: torch.Tensor) -> LossFunction | None:
         """The phase's own loss, given the number of training images of each class (classes,); None for the task's."""
         return None if self.loss is None else functools.partial(self.loss.load().loss, counts=counts)
+
+
+def _change(
+    augmentations: Sequence[families.Augmentation], images: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    for augmentation in augmentations:
+        images = augmentation.change(images, generator)
+    return images
+
+
+def _view(changer: Augment, number: int, images: npt.NDArray[np.uint8], pictures: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """The draw of this number of each image (n, h, w, c): the same for a picture digest, whatever lies beside it."""
+    import torch
+
+    found = []
+    for image, picture in zip(images, pictures, strict=True):
+        seed = hashlib.sha256(f"{number} {picture}".encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        found.append(changer(torch.from_numpy(image[None]), generator).numpy())
+    return np.concatenate(found)
 
 
 def _mix(
@@ -199,32 +185,31 @@ def _mix(
 def check(phase: Phase, place: str, task: families.Task) -> None:
     """Raise ConfigError for a phase that cannot work; `place` is where the recipe keeps it."""
     frozen = phase.trains != "all"
-    loss = phase.loss.load() if phase.loss is not None else None
-    for chosen in phase.augmentations:
-        chosen.load()
-    if (loss is not None or phase.mixes or phase.sampling == "balanced") and not getattr(task, "one_class", False):
+    chosen = [(one.augmentation, one.load()) for one in phase.all_augmentations]
+    mixing = [(name, member) for name, member in chosen if member.mixes]
+    if (phase.loss or mixing or phase.sampling == "balanced") and not getattr(task, "one_class", False):
         raise ConfigError(
             f"{place}: a loss of its own, balanced sampling and mixing need a task with one class an image; remove them"
         )
-    if phase.mixes and loss is not None and not loss.takes_shares:
-        mixing = next(chosen.augmentation for chosen in phase.augmentations if chosen.load().mixes)
+    if phase.loss is not None and not phase.loss.load().takes_shares and mixing:
         raise ConfigError(
-            f"{place}: {mixing} makes targets that are shares of classes, and the loss {phase.loss.loss!r} "  # type: ignore[union-attr]
-            f"takes class numbers alone; choose another loss, such as cross_entropy, or remove {mixing}"
+            f"{place}: {mixing[0][0]} makes targets that are shares of classes, and the loss {phase.loss.loss!r} "
+            f"takes class numbers alone; choose another loss, such as cross_entropy, or remove {mixing[0][0]}"
         )
-    needing = [chosen.augmentation for chosen in phase.augmentations if (one := chosen.load()).mixes and one.needs_space]
+    needing = [name for name, member in mixing if member.needs_space]
     if needing and phase.trains == "head":
         raise ConfigError(
             f"{place}: {needing[0]} cuts pieces out of pictures or maps, and with trains: head there are only features; "
             f"remove it, or train the last blocks"
         )
-    if frozen and phase.changes and phase.views == 1:
-        how = "mode: frozen" if place == "training" else f"trains: {phase.trains}, and one view of each picture"
+    changes = len(mixing) < len(chosen)
+    if frozen and changes and phase.views == 1:
+        how = "mode: frozen" if place == "training" else f"one view of each picture, with {phase.part} training"
         raise ConfigError(
             f"{place}.augmentation has no effect with {how}: what is frozen is computed once; remove it, or set views to 2 "
             f"or more in a phase of training.phases"
         )
-    if frozen and phase.views > 1 and not phase.changes:
+    if frozen and phase.views > 1 and not changes:
         raise ConfigError(
             f"{place}.views: {phase.views} views of each picture would be the same; name "
             f"augmentations, such as flip, or remove it"

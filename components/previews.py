@@ -24,14 +24,14 @@ def draws(
     classes = sorted(set(labels))
     targets = torch.tensor([classes.index(label) for label in labels])
     mixer = phase.mixer(len(classes), channels_last=True)
+    views, changer = phase.cached_views()[1:], phase.changer()
     frozen = phase.trains != "all"
     generator = torch.Generator().manual_seed(phase.fit.seed)
     found = []
-    for number in range(1, 1 + (min(num_draws, phase.views - 1) if frozen and phase.changes else num_draws)):
-        if frozen:
-            changed = torch.from_numpy(phase.view(number if phase.changes else 0, images, pictures))
-        else:
-            changed = phase.change(torch.from_numpy(images), generator)
+    for number in range(min(num_draws, len(views)) if frozen and changer else num_draws):
+        changed = torch.from_numpy(views[number].change(images, pictures) if frozen and changer else images)
+        if changer is not None and not frozen:
+            changed = changer(changed, generator)
         if mixer is not None:
             changed, _ = mixer(changed, targets, generator)
         found.append(changed.float().round().clamp(0, 255).to(torch.uint8).numpy())

@@ -20,7 +20,7 @@ from components.contracts.models import Checkpoint
 from components.contracts.progress import MetricSink, NullSink, Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.wording import counted
-from components.features import Frozen, View, maps
+from components.features import AS_IT_IS, Frozen, maps
 from components.fitting import Examples, FittingConfig, InMemory, Inputs, fit, predict, write_history
 from components.hooks import Checkpointing, MetricLogging, ProgressReporting
 from components.phases import Augmentation, LastBlocks, Phase
@@ -47,7 +47,10 @@ class TrainingConfig(Record):
     task: str = "classification"
     task_settings: dict[str, bool | int | float | str] = {}
     weights: str = "random"
-    """`random`, a name that the backbone knows, or the path of a local .safetensors file of the backbone."""
+    """`random`, a name that the backbone knows, or the path of a local .safetensors file of the backbone.
+
+    Of a checkpoint of visionloop the backbone is taken, and the head is made anew.
+    """
     mode: Literal["scratch", "frozen"] = "scratch"
     """`scratch` trains every parameter, `frozen` trains a head on cached features of the backbone."""
     augmentation: Augmentation = Augmentation()
@@ -170,7 +173,7 @@ def train(
             train_set,
             valid_set,
             phase.fit,
-            augment=phase.change if phase.trains == "all" and phase.changes else None,
+            augment=phase.changer() if phase.trains == "all" else None,
             mix=phase.mixer(len(classes), channels_last=phase.trains == "all"),
             loss=phase.loss_on(counts),
             sampling=phase.sampling,
@@ -298,16 +301,13 @@ class _Data:
         targets = self.task.targets(list(table["label"]), self.task.classes(self.splits.record.classes))
         state = model.backbone.state_dict()
         # Nobody is answered with a changed picture: what is measured on valid is the first view.
-        views = [
-            View(phase.view_name(number), functools.partial(phase.view, number))
-            for number in range(phase.views if name == "train" else 1)
-        ]
+        views = phase.cached_views() if name == "train" else [AS_IT_IS]
+        # Told as a note of the progress: a full disk makes the run slow, and no more than that.
+        told: dict[str, Any] = {"progress": self.progress, "say": functools.partial(self.progress, 0, 1)}
         inputs: Inputs
         if phase.trains == "all":
-            inputs = prepared(pictures, paths, self.backbone.preprocessing, cache=self.cache, progress=self.progress)
+            inputs = prepared(pictures, paths, self.backbone.preprocessing, cache=self.cache, **told)
         else:
             frozen = Frozen(self.config.backbone, self.backbone, state, num_blocks)
-            inputs = maps(
-                pictures, paths, frozen, views, cache=self.cache, num_threads=self.num_threads, progress=self.progress
-            )
+            inputs = maps(pictures, paths, frozen, views, cache=self.cache, num_threads=self.num_threads, **told)
         return Examples(inputs, torch.from_numpy(targets))

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from components.augmentations._drawn import each
+from components.augmentations._kinds import OfPictures
 
 if TYPE_CHECKING:
     import torch
 
 
-class Augmentation(BaseModel):
+class Augmentation(OfPictures):
     """GaussianBlur of torchvision, for a share of the pictures."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     probability: float = Field(default=0.5, gt=0, le=1)
     most_sigma: float = Field(default=2.0, gt=0.1, le=20)
     """The largest standard deviation, in pixels; the least is 0.1."""
-
-    @property
-    def mixes(self) -> bool:
-        return False
-
-    @property
-    def needs_space(self) -> bool:
-        return True
 
     def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """uint8 (n, h, w, c) to the same shape."""
@@ -37,9 +28,3 @@ class Augmentation(BaseModel):
         size = min(size, 2 * ((min(int(images.shape[1]), int(images.shape[2])) - 1) // 2) + 1)
         blur = v2.GaussianBlur(size, (0.1, self.most_sigma))
         return each(images, generator, v2.RandomApply([blur], p=self.probability))
-
-    def mix(
-        self, inputs: torch.Tensor, shares: torch.Tensor, generator: torch.Generator, *, channels_last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch as it is."""
-        return inputs, shares

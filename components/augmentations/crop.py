@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from components.augmentations._drawn import each
+from components.augmentations._kinds import OfPictures
 
 if TYPE_CHECKING:
     import torch
 
 
-class Augmentation(BaseModel):
+class Augmentation(OfPictures):
     """RandomResizedCrop of torchvision."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     least_share: float = Field(default=0.3, gt=0, le=1)
     """The least share of the picture's area that is kept."""
     ratio: float = Field(default=4 / 3, ge=1, le=4)
     """The piece is at most so many times as wide as high, or as high as wide."""
-
-    @property
-    def mixes(self) -> bool:
-        return False
-
-    @property
-    def needs_space(self) -> bool:
-        return True
 
     def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """uint8 (n, h, w, c) to the same shape."""
@@ -37,9 +28,3 @@ class Augmentation(BaseModel):
         size = (int(images.shape[1]), int(images.shape[2]))
         ratios = (1 / self.ratio, self.ratio)
         return each(images, generator, v2.RandomResizedCrop(size, (self.least_share, 1.0), ratios, antialias=True))
-
-    def mix(
-        self, inputs: torch.Tensor, shares: torch.Tensor, generator: torch.Generator, *, channels_last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch as it is."""
-        return inputs, shares

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from components.augmentations._kinds import OfBatches
 from components.augmentations._share import drawn
 from components.contracts.errors import ConfigError
 
@@ -14,25 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 
-class Augmentation(BaseModel):
+class Augmentation(OfBatches):
     """One box a batch, in pictures or in maps; the share of a class is the area that it has."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     alpha: float = Field(default=1.0, gt=0, le=8)
     """Of the Beta distribution that the share of the area is drawn from; 1 for any share alike."""
 
     @property
-    def mixes(self) -> bool:
-        return True
-
-    @property
     def needs_space(self) -> bool:
         return True
-
-    def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The images as they are."""
-        return images
 
     def mix(
         self, inputs: torch.Tensor, shares: torch.Tensor, generator: torch.Generator, *, channels_last: bool

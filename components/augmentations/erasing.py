@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from components.augmentations._drawn import each
+from components.augmentations._kinds import OfPictures
 
 if TYPE_CHECKING:
     import torch
 
 
-class Augmentation(BaseModel):
+class Augmentation(OfPictures):
     """RandomErasing of torchvision."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     probability: float = Field(default=0.5, gt=0, le=1)
     most_share: float = Field(default=0.33, gt=0.02, le=1)
     """The largest share of the picture's area; the least is 0.02."""
-
-    @property
-    def mixes(self) -> bool:
-        return False
-
-    @property
-    def needs_space(self) -> bool:
-        return True
 
     def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """uint8 (n, h, w, c) to the same shape."""
         from torchvision.transforms import v2
 
         return each(images, generator, v2.RandomErasing(self.probability, (0.02, self.most_share), value=128))
-
-    def mix(
-        self, inputs: torch.Tensor, shares: torch.Tensor, generator: torch.Generator, *, channels_last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch as it is."""
-        return inputs, shares

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from components.augmentations._drawn import each
+from components.augmentations._kinds import OfPictures
 
 if TYPE_CHECKING:
     import torch
 
 
-class Augmentation(BaseModel):
+class Augmentation(OfPictures):
     """ColorJitter of torchvision."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     brightness: float = Field(default=0.2, ge=0, le=1)
     contrast: float = Field(default=0.2, ge=0, le=1)
     saturation: float = Field(default=0.2, ge=0, le=1)
     hue: float = Field(default=0.0, ge=0, le=0.5)
-
-    @property
-    def mixes(self) -> bool:
-        return False
-
-    @property
-    def needs_space(self) -> bool:
-        return True
 
     def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """uint8 (n, h, w, c) to the same shape."""
@@ -37,9 +28,3 @@ class Augmentation(BaseModel):
         if images.shape[3] == 1:
             return each(images, generator, v2.ColorJitter(self.brightness, self.contrast))
         return each(images, generator, v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue))
-
-    def mix(
-        self, inputs: torch.Tensor, shares: torch.Tensor, generator: torch.Generator, *, channels_last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch as it is."""
-        return inputs, shares

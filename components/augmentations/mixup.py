@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from components.augmentations._kinds import OfBatches
 from components.augmentations._share import drawn
 
 if TYPE_CHECKING:
     import torch
 
 
-class Augmentation(BaseModel):
+class Augmentation(OfBatches):
     """One share a batch, of pictures, maps or features alike."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     alpha: float = Field(default=0.2, gt=0, le=8)
     """Of the Beta distribution that the share is drawn from; small for mostly one example."""
 
     @property
-    def mixes(self) -> bool:
-        return True
-
-    @property
     def needs_space(self) -> bool:
         return False
-
-    def change(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The images as they are."""
-        return images
 
     def mix(
         self, inputs: torch.Tensor, shares: torch.Tensor, generator: torch.Generator, *, channels_last: bool

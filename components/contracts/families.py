@@ -117,7 +117,9 @@ class Task(Protocol):
 
     An annotation is the name of the class folder that an image lies in, or the label that a person gave it later. Whatever
     else is known of images, and who asks, is nobody's question but the task's. Nothing here imports torch before `head` or
-    `loss` is called: servers and monitors ask the same task.
+    `loss` is called: servers and monitors ask the same task. A task of one class an image, whose targets are class numbers
+    and whose `loss` takes shares of classes too, may say so by a property `one_class`: then losses by name, balanced
+    sampling and mixing go with it.
     """
 
     @property

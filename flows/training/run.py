@@ -250,7 +250,7 @@ def _of_phases(config: TrainingConfig) -> dict[str, str]:
     found: dict[str, str] = {}
     for phase in config.all_phases:
         found |= member_digests(losses=phase.loss.loss) if phase.loss is not None else {}
-        for chosen in phase.augmentations:
+        for chosen in phase.all_augmentations:
             found |= member_digests(augmentations=chosen.augmentation)
     return found
 

@@ -39,7 +39,7 @@ def test_what_trains_is_said_in_words() -> None:
     [
         (
             {"augmentations": [FLIP]},
-            r"^training.phases.0.augmentation has no effect with .* one view .* set views to 2 or more",
+            r"^training.phases.0.augmentation has no effect with one view of each picture, with the last 2 blocks training.* set views to 2 or more",
         ),
         ({"views": 4}, "^training.phases.0.views: 4 views of each picture would be the same; name augmentations"),
         ({"views": 4, "augmentations": [MIXUP]}, "4 views of each picture would be the same"),
@@ -78,11 +78,11 @@ def test_a_task_of_several_labels_takes_no_loss_by_name() -> None:
 def test_a_view_is_the_same_whatever_lies_beside_it() -> None:
     images = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3), dtype=np.uint8)
     names = [f"{number:032x}" for number in range(6)]
-    flipping = phase(views=3, augmentations=[FLIP])
-    assert np.array_equal(flipping.view(0, images, names), images)
-    views = [flipping.view(number, images, names) for number in (1, 2)]
+    drawn = [view.change for view in phase(views=3, augmentations=[FLIP]).cached_views()]
+    assert np.array_equal(drawn[0](images, names), images)
+    views = [change(images, names) for change in drawn[1:]]
     for number, whole in enumerate(views, 1):
-        alone = np.concatenate([flipping.view(number, images[[row]], [names[row]]) for row in (3, 0)])
+        alone = np.concatenate([drawn[number](images[[row]], [names[row]]) for row in (3, 0)])
         assert np.array_equal(whole[[3, 0]], alone)
         mirrored = [not np.array_equal(image, found) for image, found in zip(images, whole, strict=True)]
         assert 0 < sum(mirrored) < 6
@@ -94,11 +94,18 @@ def test_a_view_is_the_same_whatever_lies_beside_it() -> None:
 
 
 def test_views_share_a_name_when_they_are_drawn_alike() -> None:
-    one, other = phase(views=2, augmentations=[FLIP]), phase(views=5, augmentations=[FLIP, MIXUP], fit={"epochs": 3})
-    assert [one.view_name(number) for number in (0, 1)] != [one.view_name(number) for number in (1, 0)]
-    always = phase(views=2, augmentations=[{"augmentation": "flip", "settings": {"probability": 0.9}}])
-    assert one.view_name(1) != always.view_name(1)
-    assert one.view_name(0) == always.view_name(0) == other.view_name(0)
+    def named(**said: Any) -> list[str]:
+        return [view.name for view in phase(**said).cached_views()]
+
+    one = named(views=3, augmentations=[FLIP])
+    assert len(set(one)) == 3
+    assert named(views=5, augmentations=[MIXUP, FLIP], fit={"epochs": 3})[:3] == one
+    always = named(views=2, augmentations=[{"augmentation": "flip", "settings": {"probability": 0.9}}])
+    assert always[0] == one[0]
+    assert always[1] not in one
+    assert named(augmentations=[MIXUP]) == one[:1]
+    moved = named(views=2, augmentation={"rotate_degrees": 5}, augmentations=[FLIP])
+    assert moved[1] not in one
 
 
 def test_a_backbone_that_does_not_know_its_blocks_says_what_trains_instead() -> None:

@@ -19,7 +19,7 @@ from components.contracts.progress import MetricSink
 from components.contracts.records import Stored
 from components.hooks import LEFTOVERS
 from components.images import decode, pixel_digest
-from components.phases import Augmentation
+from components.phases import Augmentation, Phase
 from components.store import describe
 from components.training import TrainingConfig, check, train
 
@@ -55,7 +55,10 @@ def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
     everything = {"trains": "all"}
     with pytest.raises(ConfigError, match=r"^training.phases.0: training the head on random weights learns nothing"):
         check(phased({"trains": "head"}, everything, weights="random"), ROOT)
-    with pytest.raises(ConfigError, match=r"^training.phases.1.augmentation has no effect with trains: head"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^training.phases.1.augmentation has no effect with one view of each picture, with the head training",
+    ):
         check(phased(everything, {"trains": "head", "augmentation": MOVED}, weights="random"), ROOT)
     for key, value in (("mode", "frozen"), ("fit", FIT), ("augmentation", MOVED)):
         with pytest.raises(ValidationError, match=f"{key} beside phases: .*; move it into a phase.* or remove phases"):
@@ -76,20 +79,22 @@ def test_a_section_as_json_is_what_was_said_and_reads_back(name: str) -> None:
 
 def test_augmentation_is_a_function_of_its_generator_and_moves_pixels() -> None:
     images = torch.randint(0, 255, (5, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    augment = Augmentation(rotate_degrees=20, translate=0.1, scale=0.2, shear=0.1, horizontal_flip=True)
+    settings = {"rotate_degrees": 20, "translate": 0.1, "scale": 0.2, "shear": 0.1, "horizontal_flip": True}
+    augment = plugins.load("augmentations", "affine", settings).change
     first = augment(images, torch.Generator().manual_seed(1))
     assert first.shape == images.shape
     assert first.dtype == torch.uint8
     assert torch.equal(first, augment(images, torch.Generator().manual_seed(1)))
     assert not torch.equal(first, augment(images, torch.Generator().manual_seed(2)))
     assert not torch.equal(first, images)
-    assert torch.equal(Augmentation()(images, torch.Generator()), images)
-    assert not Augmentation().active
+    assert Phase(trains="all", augmentation=Augmentation()).changer() is None
 
 
 def test_a_flip_mirrors_and_nothing_else() -> None:
     images = torch.randint(0, 255, (64, 8, 8, 1), dtype=torch.uint8)
-    flipped = Augmentation(horizontal_flip=True)(images, torch.Generator().manual_seed(0))
+    flip = Phase(trains="all", augmentation=Augmentation(horizontal_flip=True)).changer()
+    assert flip is not None
+    flipped = flip(images, torch.Generator().manual_seed(0))
     same = (flipped == images).flatten(1).all(dim=1)
     mirrored = (flipped == images.flip(2)).flatten(1).all(dim=1)
     assert bool((same | mirrored).all())
