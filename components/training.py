@@ -113,6 +113,22 @@ def check(config: TrainingConfig, root: Path) -> None:
                 f"{', '.join(backbone.weights_choices) or '<path>.safetensors'}"
             )
         phases.check(phase, place, task)
+        if isinstance(phase.trains, LastBlocks) and phase.trains.last >= (count := _num_blocks(config)):
+            raise ConfigError(
+                f"{place}.trains: the backbone {config.backbone!r} has {counted(count, 'block')}; name fewer than that, "
+                f"or all to train everything"
+            )
+
+
+def _num_blocks(config: TrainingConfig) -> int:
+    """How many blocks the backbone has; raises ConfigError where they are not known."""
+    import torch
+
+    from components.checkpoints import blocks
+
+    backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
+    with torch.random.fork_rng(devices=[]):
+        return len(blocks(config.backbone, backbone, backbone.build()))
 
 
 def train(
@@ -159,8 +175,7 @@ def train(
     data_of_phases = _Data(splits, data, task, config, backbone, cache, num_threads, progress)
     history: list[dict[str, float]] = []
     for number, phase in enumerate(config.all_phases, 1):
-        part, inputs = data_of_phases.of(phase, model, config.place(number))
-        train_set, valid_set = inputs
+        part, (train_set, valid_set) = data_of_phases.of(phase, model)
         identity = sha256_text(canonical_json([config.to_json(), weights_digest, splits.record.digest(), number]))
         numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
         label = f"phase {number}, " if len(config.all_phases) > 1 else ""
@@ -258,8 +273,8 @@ class _Data:
     num_threads: int
     progress: Progress
 
-    def of(self, phase: Phase, model: ImageModel, place: str) -> tuple[nn.Module, tuple[Examples, Examples]]:
-        """The part that trains, and the train and the valid split as it takes them; raises ConfigError."""
+    def of(self, phase: Phase, model: ImageModel) -> tuple[nn.Module, tuple[Examples, Examples]]:
+        """The part that trains, and the train and the valid split as it takes them."""
         from torch import nn
 
         from components.checkpoints import blocks
@@ -271,11 +286,6 @@ class _Data:
         elif isinstance(phase.trains, LastBlocks):
             found = blocks(self.config.backbone, self.backbone, model.backbone)
             num_blocks = phase.trains.last
-            if num_blocks >= len(found):
-                raise ConfigError(
-                    f"{place}.trains: the backbone {self.config.backbone!r} has {counted(len(found), 'block')}; "
-                    f"name fewer than that, or all to train everything"
-                )
             part = nn.Sequential(*found[-num_blocks:], model.head)
         return part, (self._examples("train", phase, model, num_blocks), self._examples("valid", phase, model, num_blocks))
 
