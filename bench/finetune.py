@@ -90,10 +90,14 @@ def _fit(part: nn.Module, inputs: Any, labels: Any, held_out: Any, out: Path) ->
     config = FittingConfig(epochs=EPOCHS, patience=EPOCHS, batch_size=64, learning_rate=2e-3)
     out.mkdir(parents=True)
     train, valid = (Examples(found, target) for found, target in zip(inputs, targets, strict=True))
-    result = fit(
-        part, lambda module, x: module(x.float()), task, train, valid, config, checkpointing=Checkpointing(out, "bench")
-    )
+    result = fit(part, _logits, task, train, valid, config, checkpointing=Checkpointing(out, "bench"))
     return round(max(row["valid_accuracy"] for row in result.history), 4)
+
+
+def _logits(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """As a training computes them."""
+    logits: torch.Tensor = module(inputs.to(torch.float32, memory_format=torch.channels_last))
+    return logits
 
 
 def _textbook(pixels: Any, labels: Any, backbone: Backbone, state: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -63,6 +63,24 @@ def blocks(name: str, backbone: Backbone, module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], refusal: str) -> None:
+    """Put a state dict into a module that it is of.
+
+    Raises CheckpointMismatch, which begins with `refusal` and names the first tensor that does not fit.
+    """
+    own = module.state_dict()
+    problems = [f"it holds no {name}" for name in own if name not in state]
+    problems += [f"its {name} is no tensor of this network" for name in state if name not in own]
+    problems += [
+        f"its {name} has the shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if problems:
+        raise CheckpointMismatch(f"{refusal}: {problems[0]}")
+    module.load_state_dict(state)
+
+
 def save_weights(state: Mapping[str, torch.Tensor], *, out: Path) -> FileDigest:
     """Write weights.safetensors into `out`."""
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, out / WEIGHTS)
@@ -75,9 +93,11 @@ def restore(checkpoint: Stored[Checkpoint]) -> ImageModel:
     backbone = plugins.load("backbones", record.backbone, dict(record.backbone_settings))
     model = assemble(backbone, plugins.load("tasks", record.task, dict(record.task_settings)), len(record.classes))
     try:
-        model.load_state_dict(load_file(checkpoint.folder / record.weights.name))
-    except RuntimeError as error:
-        raise CheckpointMismatch(
-            f"{record.weights.name} does not fit backbone {record.backbone!r}: {str(error).splitlines()[0]}; train again"
-        ) from error
+        load_state(
+            model,
+            load_file(checkpoint.folder / record.weights.name),
+            f"{record.weights.name} does not fit backbone {record.backbone!r}",
+        )
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{error}; train again") from None
     return model.eval()

@@ -11,6 +11,7 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from components.training import CHAMPION
 from flows.loop.permits import Cause, governed
 from flows.training import steps
 from flows.training.bundle import summarise, write_report
@@ -50,6 +51,8 @@ def train(
 
 def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, measure_again: bool) -> dict[str, Any]:
     with opened(recipe, reason, requested_by=requested_by, quiet=quiet) as run:
+        if run.config.training.weights == CHAMPION:
+            steps.warm_start(run)
         dataset = steps.validation(run)
         splits = steps.splitting(run, dataset)
         checkpoint = steps.training(run, splits)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from components.contracts.data import Dataset, Splits
 from components.contracts.errors import RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError, causes, redacted
-from components.contracts.models import Engine
-from components.contracts.records import RecordT, Stored
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.records import FileDigest, RecordT, Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate, Evaluation, Rejection, Verdict
 from components.store import describe, seal, sha256_file, unseal
@@ -210,22 +210,26 @@ class Registry:
 
     def fetch_engine(self, model: str, entry: Entry, *, out: Path) -> Stored[Engine]:
         """The serving engine of the version that a ledger row names, verified against the ledger's digest, in `out`."""
-        version = entry.body["version"]
+        with self._registered(model, entry.body["version"]) as (local, manifest):
+            name = manifest["serving_engine"]
+            record = Engine.read(json.loads((local / "evidence" / f"{name}.engine.json").read_text()))
+            return _copied(Stored(record, local / "engines" / name), record.files, out / name)
+
+    def fetch_checkpoint(self, model: str, version: str, *, out: Path) -> Stored[Checkpoint]:
+        """The weights of a version, verified against the ledger's digest, in `out`."""
+        with self._registered(model, version) as (local, _):
+            evidence, files = local / "evidence", local / "checkpoint"
+            record = Checkpoint.read(json.loads((evidence / "checkpoint.json").read_text()))
+            return _copied(Stored(record, files), (record.weights,), out)
+
+    @contextmanager
+    def _registered(self, model: str, version: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A version's bundle by the ledger's digest, not by a tag of MLflow's: who can edit the files can edit tags."""
         rows = [e for e in self.ledger.entries(model) if e.kind == "requested" and e.body["version"] == version]
         if not rows:
             raise TamperedArtefact(f"version {version} of {model} was promoted but never requested")
-        # The ledger's digest, not a tag of MLflow's: tags can be edited by whoever can edit the files.
-        with self.bundle(model, version, rows[-1].body["manifest_sha256"]) as (local, manifest):
-            name = manifest["serving_engine"]
-            record = Engine.read(json.loads((local / "evidence" / f"{name}.engine.json").read_text()))
-            folder = out / name
-            if folder.exists():
-                shutil.rmtree(folder)
-            shutil.copytree(local / "engines" / name, folder)
-        for file in record.files:
-            if sha256_file(folder / file.name) != file.sha256:
-                raise TamperedArtefact(f"{folder / file.name} differs from the registered engine; it was not loaded")
-        return Stored(record, folder)
+        with self.bundle(model, version, rows[-1].body["manifest_sha256"]) as found:
+            yield found
 
     @contextmanager
     def bundle(self, model: str, version: str, manifest_sha256: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -281,6 +285,17 @@ class Registry:
             mlflow = self._client()
             mlflow.set_registered_model_alias(model, CHAMPION, entry.body["version"])
             mlflow.set_model_version_tag(model, entry.body["version"], _CHAMPION_TAG, str(entry.seq))
+
+
+def _copied(stored: Stored[RecordT], files: Sequence[FileDigest], out: Path) -> Stored[RecordT]:
+    """The files of a record in a folder of their own, in place of what it held."""
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.copytree(stored.folder, out)
+    for file in files:
+        if sha256_file(out / file.name) != file.sha256:
+            raise TamperedArtefact(f"{out / file.name} differs from what was registered; it was not loaded")
+    return Stored(stored.record, out)
 
 
 def bound_in(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def model_card(run: Run, results: Results) -> str:
         run.config.description,
         "",
         f"- Task: {checkpoint.task} into {counted(len(checkpoint.classes), 'class')}: {', '.join(checkpoint.classes)}",
-        f"- Backbone: {checkpoint.backbone}; weights: {run.config.training.weights}; "
+        f"- Backbone: {checkpoint.backbone}; weights: {run.weights_told}; "
         f"trained: {', then '.join(phase.part for phase in run.config.training.all_phases)}",
         f"- Input: {checkpoint.preprocessing.width}x{checkpoint.preprocessing.height} pixels, "
         f"{checkpoint.preprocessing.channels} channel(s), uint8; scaling is inside the engine",

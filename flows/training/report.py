@@ -157,6 +157,7 @@ def _provenance(run: Run, results: Results) -> list[tuple[str, str]]:
         ("data version", lineage.data_version),
         ("test ledger", results.dataset.record.data.ledger_sha256),
         ("test split", results.splits.record.test_digest),
+        ("trained from", run.weights_told),
         ("weights", results.checkpoint.record.weights.sha256),
         ("git commit", lineage.git_commit + (" with uncommitted changes" if lineage.git_dirty else "")),
         ("code", lineage.code_version),

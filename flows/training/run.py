@@ -28,6 +28,7 @@ from components.export import TargetConfig, absent
 from components.store import sha256_file, write_atomically
 from components.training import TrainingConfig, local_weights
 from flows.terminal import Console
+from flows.training.warm_start import WarmStart
 from flows.workspace.recipes import RunConfig
 from flows.workspace.settings import Settings
 from flows.workspace.workspace import Workspace, version
@@ -82,6 +83,8 @@ class Run:
         overrides: Sequence[str] = (),
     ) -> None:
         self.requested_by, self.reason = requested_by, reason
+        self.warm_start: WarmStart | None = None
+        """The champion that the training goes on from, where the recipe says so."""
         self.workspace = workspace
         self.config = config
         self.data = data
@@ -113,6 +116,11 @@ class Run:
     def plugin_folder(self) -> Path | None:
         """The workspace's own plug-ins, for processes that load them anew."""
         return self.workspace.plugins if self.workspace.plugins.is_dir() else None
+
+    @property
+    def weights_told(self) -> str:
+        """The weights that the training begins from, in words."""
+        return self.warm_start.told if self.warm_start else self.config.training.weights
 
     @property
     def task(self) -> Task:
@@ -235,8 +243,9 @@ def member_digests(**members: str) -> dict[str, str]:
 def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
     config = run.config.training
     local = local_weights(config, run.workspace.root)
+    begun_from = run.warm_start.checkpoint.record.weights.sha256 if run.warm_start else ""
     return {
-        "weights": sha256_file(local) if local else "",
+        "weights": sha256_file(local) if local else begun_from,
         "splits": splits.record.digest(),
         "config": config.digest(),
         "num_threads": str(run.settings.num_threads),

@@ -35,9 +35,19 @@ from flows.orchestrator.notifications import Event, notify
 from flows.orchestrator.retries import REGISTRY_POLICY
 from flows.training.results import Results, candidate_digest
 from flows.training.run import Run, member_digests, training_inputs, training_key
+from flows.training.warm_start import warm_start as begun_from
 from flows.workspace.desk import artifacts_of, registry_of
 from registry.models import CurrentChampion
 from registry.tracking import LiveMetrics
+
+
+@task(name="warm start", **REGISTRY_POLICY)
+def warm_start(run: Run) -> None:
+    """Before any work: the champion that the training goes on from."""
+    registry = registry_of(run.workspace, run.settings)
+    config = run.config.training
+    run.warm_start = begun_from(run.config.model, config, registry, run=run.folder, cache=run.workspace.cache)
+    run.console.line(f"    warm start: {run.warm_start.told}")
 
 
 @task(name="validation", cache_policy=NO_CACHE)
@@ -94,6 +104,7 @@ def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
                 num_threads=run.settings.num_threads,
                 sink=sink,
                 progress=progress,
+                champion=run.warm_start.checkpoint if run.warm_start else None,
             )
         finally:
             sink.close()

@@ -14,14 +14,21 @@ from shapes import KINDS, write_pictures
 
 from components import plugins
 from components.contracts.data import DataVersion, Splits
-from components.contracts.errors import ConfigError, TrainingDiverged, UnknownName, WeightsUnavailable
+from components.contracts.errors import (
+    CheckpointMismatch,
+    ConfigError,
+    TrainingDiverged,
+    UnknownName,
+    WeightsUnavailable,
+)
+from components.contracts.models import Checkpoint
 from components.contracts.progress import MetricSink
 from components.contracts.records import Stored
 from components.hooks import LEFTOVERS
 from components.images import decode, pixel_digest
 from components.phases import Augmentation, Phase
 from components.store import describe
-from components.training import TrainingConfig, check, train
+from components.training import TrainingConfig, check, expect_same_network, train
 
 ROOT = Path()
 
@@ -282,6 +289,53 @@ def test_a_checkpoint_of_ours_is_weights_to_start_from(world: tuple[Path, Stored
     old, new = load_file(before), load_file(after / "weights.safetensors")
     assert all(torch.equal(value, new[name]) for name, value in old.items() if name.startswith("backbone."))
     assert not torch.equal(old["head.1.weight"], new["head.1.weight"])
+
+
+def test_a_warm_start_goes_on_from_the_whole_network_of_a_champion_of_the_same_classes(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path
+) -> None:
+    root, splits = world
+    (tmp_path / "first").mkdir()
+    first = train(splits, root / "data", SCRATCH, out=tmp_path / "first", cache=root / "cache", root=root)
+    champion = Stored(first, tmp_path / "first")
+    still = {**FIT, "learning_rate": 1e-12, "warmup_epochs": 0}
+    warm = phased({"trains": {"last": 1}, "fit": still}, weights="champion")
+    check(warm, root)
+
+    def from_champion(record: Splits, out: Path, champion: Stored[Checkpoint] | None) -> dict[str, torch.Tensor]:
+        out.mkdir(exist_ok=True)
+        train(Stored(record, root), root / "data", warm, out=out, cache=root / "cache", root=root, champion=champion)
+        weights: dict[str, torch.Tensor] = load_file(out / "weights.safetensors")
+        return weights
+
+    old, new = load_file(tmp_path / "first" / "weights.safetensors"), from_champion(splits.record, tmp_path / "a", champion)
+    assert old.keys() == new.keys()
+    learned = [name for name in old if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert all(torch.allclose(old[name], new[name], atol=1e-9) for name in learned)
+    # A run that was killed goes on only from the weights that it began from.
+    other = Stored(
+        first.model_copy(update={"weights": first.weights.model_copy(update={"sha256": "0" * 64})}), champion.folder
+    )
+    with pytest.raises(CheckpointMismatch, match="belongs to another config or other data"):
+        from_champion(splits.record, tmp_path / "a", other)
+    grown = splits.record.model_copy(update={"classes": ("cross", "ring", "stripes")})
+    with pytest.raises(
+        ConfigError, match="other classes than the data have .new: ring; gone: disc.; train from other weights"
+    ):
+        from_champion(grown, tmp_path / "b", champion)
+    with pytest.raises(ConfigError, match="no champion was given"):
+        from_champion(splits.record, tmp_path / "c", None)
+    wider = small(backbone_settings={**SMALL, "width": 16}, weights="champion", fit=FIT)
+    with pytest.raises(
+        CheckpointMismatch, match=r"do not fit the network of this recipe: its backbone.0.weight has the shape"
+    ):
+        train(splits, root / "data", wider, out=tmp_path / "c", cache=root / "cache", root=root, champion=champion)
+    sized = small(backbone_settings={**SMALL, "image_size": 24}, weights="champion", fit=FIT)
+    with pytest.raises(
+        ConfigError, match=r"training.backbone_settings: a warm start .* version 3, has backbone 'small_cnn'"
+    ):
+        expect_same_network(sized, first, "version 3")
+    expect_same_network(warm, first, "version 3")
 
 
 def test_a_phase_that_diverges_is_named(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:

@@ -189,6 +189,39 @@ def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     assert "visionloop approve 2" in page
 
 
+ONE_ENGINE = ("--set", "export.targets=[{target: onnxruntime}]", "--set", "export.serving=onnxruntime-fp32")
+WARM = ("train", "-r", "smoke", "--set", "training.weights=champion", "--set", "training.fit.epochs=1")
+
+
+def test_a_training_goes_on_from_the_champion_and_stays_what_it_was_when_another_one_is(decided: Path) -> None:
+    first = json.loads(visionloop(*WARM, *ONE_ENGINE, "--json", cwd=decided).stdout.strip().splitlines()[-1])
+    run = Path(first["run_folder"])
+    assert json.loads((run / "warm_start.json").read_text()) == {"version": "1"}
+    weights = told("show", "1", cwd=decided)["bound"]["weights"]
+    assert f"champion, version 1 (weights {weights[:16]})" in (run / "report.html").read_text()
+    assert json.loads((run / "3-training" / "manifest.json").read_text())["inputs"]["weights"] == weights
+    before = json.loads((run / "3-training" / "history.json").read_text())
+    assert before[0]["valid_accuracy"] > 0.9, "one epoch, and it knows already what the champion knew"
+    # What is champion now makes no other run of the same command.
+    visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", cwd=decided)
+    for arguments in (["approve", "2", "--as", "Ann", "--reason", "equal"], ["promote", "2"]):
+        assert visionloop(*arguments, cwd=decided).returncode == 0
+    again = json.loads(visionloop(*WARM, *ONE_ENGINE, "--json", cwd=decided).stdout.strip().splitlines()[-1])
+    assert again["run"] == first["run"]
+    assert again["seconds"]["training"]["cached"]
+    assert visionloop("rollback", "--as", "bob", "--reason", "worse", cwd=decided).returncode == 0
+    other = visionloop(*WARM, "--set", "training.backbone_settings.image_size=24", cwd=decided)
+    assert other.returncode == 2
+    assert "a warm start goes on with the same network, and version 1 of shapes, the champion, has backbone" in other.stderr
+
+
+def test_a_warm_start_without_a_champion_is_refused_before_any_work(waiting: Path) -> None:
+    done = visionloop(*WARM, "--set", "training.fit.epochs=3", cwd=waiting)
+    assert done.returncode == 2
+    assert "shapes has no champion, since none of its versions was promoted yet; train from other weights" in done.stderr
+    assert "validation" not in done.stdout + done.stderr
+
+
 def test_a_class_that_is_new_and_one_that_is_gone_do_not_keep_a_model_from_approval(decided: Path) -> None:
     """The champion knows three classes; one gets another name and one is added, and the model passes."""
     bars = decided / "bars"
@@ -199,8 +232,10 @@ def test_a_class_that_is_new_and_one_that_is_gone_do_not_keep_a_model_from_appro
     shutil.move(decided / "data" / "disc", decided / "data" / "ring")
     assert visionloop("data", "add", cwd=decided).returncode == 0
     commit(decided)
-    one_engine = ["--set", "export.targets=[{target: onnxruntime}]", "--set", "export.serving=onnxruntime-fp32"]
-    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", *one_engine, "--json", cwd=decided)
+    refused = visionloop(*WARM, *ONE_ENGINE, cwd=decided)
+    assert refused.returncode == 2
+    assert "answers about other classes than the data have (new: bars, ring; gone: disc)" in refused.stderr
+    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", *ONE_ENGINE, "--json", cwd=decided)
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert summary["outcome"] == "candidate", summary["reasons"]
     (finding,) = [f for f in summary["findings"] if f["gate"] == "no_regression" and f["engine"] == "onnxruntime-fp32"]
