@@ -227,8 +227,8 @@ def fit(
     average = MovingAverage(config.ema_decay)
     # What is saved is what all the others have made of the step.
     hooks = (*([average] if config.ema_decay else []), best, *hooks, checkpointing)
-    with _deterministic():
-        optimizer = _optimizer(model, frozen, groups, config, setting)
+    with _deterministic(), _still(frozen):
+        optimizer = _optimizer(model, groups, config, setting)
         _training_mode(model, frozen)
         ends = _ends(len(train.targets), config.batch_size, at_least=2 if _normalises(model) else 1)
         fitting = Fitting(model, optimizer, config, len(ends), hooks)
@@ -448,7 +448,6 @@ def _generator(*place: int) -> torch.Generator:
 
 def _optimizer(
     model: nn.Module,
-    frozen: Sequence[nn.Module],
     groups: Sequence[Sequence[nn.Parameter]],
     config: FittingConfig,
     setting: str,
@@ -456,8 +455,7 @@ def _optimizer(
     """The optimiser of all parameters that train; each of its groups says its share of the rate as `lr_scale`."""
     import torch
 
-    kept = {id(parameter) for module in frozen for parameter in module.parameters()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in kept]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ConfigError(f"{setting}: nothing of the network trains; unfreeze a part of it")
     if config.layer_decay != 1 and not groups:
@@ -479,6 +477,19 @@ def _optimizer(
     if config.optimizer == "sgd":
         return torch.optim.SGD(found, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov)
     return torch.optim.AdamW(found, lr=config.learning_rate)
+
+
+@contextlib.contextmanager
+def _still(frozen: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradient is computed for these modules' parameters within."""
+    moved = [parameter for module in frozen for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in moved:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in moved:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

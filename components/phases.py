@@ -20,6 +20,7 @@ from components.fitting import Augment, FittingConfig, LossFunction, Mix
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 class Augmentation(Record):
@@ -84,6 +85,12 @@ class Phase(Record):
     """None for the task's own."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
     """`balanced` draws every class equally often."""
+    batch_norm: Literal["trains", "frozen"] | None = None
+    """`frozen` keeps the statistics, scales and shifts of batch normalisation as they came; None for `frozen` with the last
+    blocks, and `trains` with everything.
+
+    The statistics of a few hundred pictures are worse than those of the million that pretrained weights saw.
+    """
     fit: FittingConfig = FittingConfig()
 
     @property
@@ -92,6 +99,13 @@ class Phase(Record):
         if isinstance(self.trains, LastBlocks):
             return "the last block" if self.trains.last == 1 else f"the last {self.trains.last} blocks"
         return {"head": "the head", "all": "everything"}[self.trains]
+
+    def kept(self, part: nn.Module) -> list[nn.Module]:
+        """The modules of what trains that stay as they came."""
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        frozen = self.batch_norm == "frozen" or (self.batch_norm is None and isinstance(self.trains, LastBlocks))
+        return [module for module in part.modules() if isinstance(module, _BatchNorm)] if frozen else []
 
     @property
     def all_augmentations(self) -> tuple[ChosenAugmentation, ...]:

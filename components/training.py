@@ -199,6 +199,7 @@ def train(
             mix=phase.mixer(len(classes), channels_last=phase.trains == "all"),
             loss=phase.loss_on(counts),
             sampling=phase.sampling,
+            frozen=phase.kept(part),
             groups=data_of_phases.groups(phase, part),
             checkpointing=Checkpointing(out, identity, number),
             hooks=(MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),

@@ -396,6 +396,9 @@ def test_a_frozen_batch_norm_keeps_its_statistics_and_parameters_while_the_rest_
     moved = {name for name, value in result.best.items() if not torch.equal(value, before[name])}
     assert moved == {"4.weight", "4.bias"}
     assert not any(seen)
+    # No gradient was computed for them, and the next fit may train them.
+    assert [name for name, value in model.named_parameters() if value.grad is not None] == ["4.weight", "4.bias"]
+    assert all(value.requires_grad for value in model.parameters())
 
 
 def scheduled(name: str, optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> lr_scheduler.LRScheduler:
