@@ -217,7 +217,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
             "kept": results.dataset.record.num_kept,
             "quarantined": results.dataset.record.num_quarantined,
             "splits": dict(results.splits.record.counts),
-            "warnings": list(results.dataset.record.warnings),
+            "warnings": results.warnings,
         },
         "git_commit": run.lineage.git_commit,
         "seconds": {

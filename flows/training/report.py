@@ -64,6 +64,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
             checkpoint=results.checkpoint.record,
             splits=results.splits.record,
             dataset=results.dataset.record,
+            warnings=results.warnings,
             shown=shown.record.engine,
             per_class=[
                 {"name": m.name, "support": m.support, "cells": [_cell(e) for e in (m.precision, m.recall, m.f1)]}

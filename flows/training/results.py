@@ -12,6 +12,8 @@ from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
 from components.contracts.verdicts import Estimate, Evaluation, Measurement, Verdict
+from components.contracts.wording import counted
+from components.tables import read_frame
 from flows.training.run import Run
 from registry.models import CurrentChampion
 
@@ -40,6 +42,20 @@ class Results:
         ours = self.checkpoint.record.classes
         theirs = self.current_champion.engine.record.classes if self.current_champion else ours
         return [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know of the data before believing in the model."""
+        contract = self.checkpoint.record.preprocessing
+        sides = read_frame(self.dataset.folder / self.dataset.record.samples.name, ["short_side"])["short_side"]
+        small = sides[sides < min(contract.height, contract.width)]
+        if small.empty:
+            return list(self.dataset.record.warnings)
+        told = (
+            f"{len(small)} of {counted(len(sides), 'image')} are smaller than the {contract.width}x{contract.height} pixels "
+            f"that the network sees, and are enlarged, {contract.resize_shortest / small.median():.1f} times in the middle"
+        )
+        return [*self.dataset.record.warnings, told]
 
     @property
     def history(self) -> list[dict[str, float]]:

@@ -61,6 +61,34 @@ def test_the_summary_says_what_came_of_it(summary: dict[str, Any], trained: Path
     assert versions(trained) == ["1"]
 
 
+def test_pictures_that_the_network_sees_enlarged_are_told(summary: dict[str, Any]) -> None:
+    from components.contracts.data import Dataset
+    from components.contracts.records import Stored
+    from components.store import unseal
+    from flows.training.results import Results
+
+    folder = Path(summary["run_folder"]) / "1-validation"
+    body = unseal((folder / "manifest.json").read_bytes())
+    assert body is not None
+    dataset = Stored(Dataset.read(body["record"]), folder)
+
+    def warnings(crop: int) -> list[str]:
+        contract = SimpleNamespace(height=crop, width=crop, resize_shortest=crop + 8)
+        results: Any = SimpleNamespace(
+            dataset=dataset, checkpoint=SimpleNamespace(record=SimpleNamespace(preprocessing=contract))
+        )
+        read: Any = Results.warnings
+        found: list[str] = read.fget(results)
+        return found
+
+    kept = dataset.record.num_kept
+    assert warnings(16) == summary["data"]["warnings"] == list(dataset.record.warnings)
+    assert warnings(24)[-1] == (
+        f"{kept} of {kept} images are smaller than the 24x24 pixels that the network sees, and are enlarged, 2.0 times in the "
+        f"middle"
+    )
+
+
 def test_the_run_folder_shows_the_way_of_the_data(summary: dict[str, Any]) -> None:
     folder = Path(summary["run_folder"])
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
