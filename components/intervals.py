@@ -28,6 +28,17 @@ def wilson(hits: int, n: int) -> Estimate:
     return Estimate(value=share, low=low, high=high, n=n, method="wilson")
 
 
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """first - second, of shares of different images, with Newcombe's interval (1998, method 10); n is the smaller one.
+
+    For shares of the same images, whose answers agree more often than not, it is wider than it need be.
+    """
+    value = first.value - second.value
+    low = value - math.hypot(first.value - first.low, second.high - second.value)
+    high = value + math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(value=value, low=low, high=high, n=min(first.n, second.n), method="newcombe")
+
+
 def resamples(n: int) -> Labels:
     # A fixed seed: the same answers must give the same interval on every rerun and machine.
     picks: Labels = np.random.default_rng(SEED).integers(0, n, size=(RESAMPLES, n))

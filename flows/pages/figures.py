@@ -85,23 +85,40 @@ def engine_figure(evaluations: Sequence[Stored[Evaluation]], headline: str) -> M
     return as_svg(figure)
 
 
-def curves_figure(history: list[dict[str, float]], headline: str) -> Markup:
-    """Losses and the headline metric by epoch."""
+def curves_figure(history: list[dict[str, float]], headline: str, phases: Sequence[tuple[str, int, int]] = ()) -> Markup:
+    """Losses and the headline metric by epoch; a phase is what trained, its last epoch and its best one."""
     from matplotlib import pyplot
 
     frame = pd.DataFrame(history)
-    figure, axes = pyplot.subplots(figsize=(5, 3))
-    axes.plot(frame["epoch"], frame["train_loss"], color=_GREY, label="train loss")
-    axes.plot(frame["epoch"], frame["valid_loss"], color=_BLUE, label="valid loss")
+    # An epoch alone is a point, which no line shows.
+    marker = "o" if len(frame) < 20 else None
+    figure, axes = pyplot.subplots(figsize=(9, 3.4))
+    axes.plot(frame["epoch"], frame["train_loss"], color=_GREY, label="train loss", marker=marker, markersize=3)
+    axes.plot(frame["epoch"], frame["valid_loss"], color=_BLUE, label="valid loss", marker=marker, markersize=3)
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     right = axes.twinx()
-    right.plot(frame["epoch"], frame[f"valid_{headline}"], color=_ORANGE, label=f"valid {in_words(headline)}")
+    label = f"valid {in_words(headline)}"
+    right.plot(frame["epoch"], frame[f"valid_{headline}"], color=_ORANGE, label=label, marker=marker, markersize=3)
     right.set_ylabel(in_words(headline))
+    if phases:
+        best = frame[frame["epoch"].isin([best for _, _, best in phases])]
+        axes.plot(best["epoch"], best["valid_loss"], "o", color=_BLUE, markersize=8, fillstyle="none", label="best epoch")
     lines = [*axes.get_lines(), *right.get_lines()]
+    for number, (part, last, _) in enumerate(phases if len(phases) > 1 else (), 1):
+        first = 1 if number == 1 else phases[number - 2][1] + 1
+        if number > 1:
+            axes.axvline(first - 0.5, color=_GREY, linestyle=":", linewidth=1)
+        axes.axvspan(first - 0.5, last + 0.5, color="#eceff3" if number % 2 else "white", zorder=0, linewidth=0)
+        # What is too narrow for its name has its number alone; the table beside the figure has both.
+        name = f"{number}. {part}" if (last - first + 1) * 90 > len(frame) * len(part) else f"{number}."
+        place = axes.get_xaxis_transform()
+        axes.text((first + last) / 2, 1.02, name, transform=place, ha="center", va="bottom", color=_INK)
     # Above the axes: inside, there is no corner that some curve does not pass.
     labels = [str(line.get_label()) for line in lines]
-    axes.legend(lines, labels, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    above = (0.5, 1.08 if len(phases) > 1 else 1.0)
+    axes.legend(lines, labels, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=above)
     return as_svg(figure)
 
 

@@ -245,8 +245,8 @@ def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> 
 def report_source() -> str:
     """Digest of what draws the report: a changed template draws it anew."""
     from flows.pages import figures
-    from flows.training import report
+    from flows.training import diagnosis, report
 
-    drawn_by = [Path(str(module.__file__)) for module in (report, figures)]
+    drawn_by = [Path(str(module.__file__)) for module in (diagnosis, report, figures)]
     templates = [figures.TEMPLATES / name for name in ("report.html", "style.html")]
     return sha256_text("".join(sha256_file(path) for path in (*drawn_by, *templates)))

@@ -21,6 +21,7 @@ from flows.pages.figures import (
     splits_figure,
     thumbnail,
 )
+from flows.training.diagnosis import PhaseResult, fit_told, gain_told, imbalance, phase_results
 from flows.training.model_card import VERDICTS, evaluation_shown
 from flows.training.results import Results
 from flows.training.run import Run
@@ -39,6 +40,8 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
     title = f"candidate, version {version}" if version else VERDICTS[verdict.status]
     new, gone = results.classes_changed
     metrics = _metrics(run, results)
+    phases, counts = run.config.training.all_phases, results.splits.record.counts
+    trained = phase_results(results.history, phases, run.task.headline, counts["valid"])
     return (
         environment()
         .get_template("report.html")
@@ -62,15 +65,39 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
             n_test=shown.record.num_images,
             machine=results.measurements[0].record.machine,
             checkpoint=results.checkpoint.record,
+            phases=[
+                {
+                    "name": f"{result.number}. {result.part}",
+                    "epochs": f"{result.first_epoch} to {result.last_epoch}",
+                    "best_epoch": result.best_epoch,
+                    "valid": _cell(result.valid),
+                    "train": _cell(result.train) if result.train else ("", ""),
+                    "gain": gain_told(result),
+                }
+                for result in trained
+            ],
+            fit_told=fit_told(trained, phases, run.task.headline),
+            imbalance=imbalance(
+                results.splits.record.class_counts["train"],
+                shown.record.per_class,
+                phases,
+                one_class=getattr(run.task, "one_class", False),
+            ),
+            headline=in_words(run.task.headline),
             splits=results.splits.record,
             dataset=results.dataset.record,
             warnings=results.warnings,
             shown=shown.record.engine,
             per_class=[
-                {"name": m.name, "support": m.support, "cells": [_cell(e) for e in (m.precision, m.recall, m.f1)]}
+                {
+                    "name": m.name,
+                    "num_train": results.splits.record.class_counts["train"].get(m.name, ""),
+                    "support": m.support,
+                    "cells": [_cell(e) for e in (m.precision, m.recall, m.f1)],
+                }
                 for m in shown.record.per_class
             ],
-            figures=_figures(run, results, shown),
+            figures=_figures(run, results, shown, trained),
             mistakes=_mistakes(run, shown),
             examples=_examples(run, results),
             quarantined=read_frame(results.dataset.folder / results.dataset.record.quarantine.name)
@@ -111,13 +138,15 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
 
 
-def _figures(run: Run, results: Results, shown: Stored[Evaluation]) -> dict[str, Markup]:
+def _figures(run: Run, results: Results, shown: Stored[Evaluation], trained: Sequence[PhaseResult]) -> dict[str, Markup]:
     prepare_figures()
     task = run.task
     own = {"confusion": confusion_figure, "reliability": reliability_figure}
     return {
         "engines": engine_figure(results.evaluations, task.headline),
-        "curves": curves_figure(results.history, task.headline),
+        "curves": curves_figure(
+            results.history, task.headline, [(result.part, result.last_epoch, result.best_epoch) for result in trained]
+        ),
         "splits": splits_figure(results.splits.record),
         **{name: own[name](shown.record) for name in task.figures},
     }

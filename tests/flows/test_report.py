@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from components.contracts.verdicts import ClassMetrics
+from components.intervals import difference, wilson
+from components.phases import Phase
 from flows.pages import figures
+from flows.training.diagnosis import fit_told, gain_told, imbalance, phase_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -84,3 +88,111 @@ def test_the_report_opens_in_a_real_browser(report: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Engines on the frozen test split" in done.stdout
     assert done.stdout.count("<svg") == 5
+
+
+ALL, HEAD = (
+    Phase.model_validate_json(json.dumps({"trains": trains, "fit": {"epochs": 3}}), strict=True)
+    for trains in ("all", "head")
+)
+
+
+def rows(phase: int | None, first: int, losses: list[tuple[float, float]], right: float) -> list[dict[str, float]]:
+    """The history of a phase with these train and valid losses."""
+    numbered = {} if phase is None else {"phase": float(phase)}
+    return [
+        {"epoch": float(epoch), "train_loss": train, "valid_loss": valid, "valid_accuracy": right, **numbered}
+        for epoch, (train, valid) in enumerate(losses, first)
+    ]
+
+
+def two_phases(train: float, valid: float, *, before: float = 0.5, n: int = 400) -> str:
+    """What is said of two phases whose last one answers these shares of `n` train and valid images right."""
+    first, second = rows(1, 1, [(2.0, 2.0)], before), rows(2, 2, [(1.0, 1.0), (0.9, 1.1)], valid)
+    for row in (first[0], second[0]):
+        row |= {"train_accuracy": train, "train_images": float(n)}
+    results = phase_results(first + second, [ALL, HEAD], "accuracy", n)
+    return plain(gain_told(results[1]), *fit_told(results, [ALL, HEAD], "accuracy"))
+
+
+def plain(*lines: str) -> str:
+    return " ".join(lines).replace("\u00a0", " ")
+
+
+def test_a_difference_of_shares_has_newcombes_interval() -> None:
+    # Example (a) of Newcombe (1998), Statistics in Medicine 17, table II, method 10.
+    found = difference(wilson(56, 70), wilson(48, 80))
+    assert (round(found.value, 4), round(found.low, 4), round(found.high, 4)) == (0.2, 0.0524, 0.3339)
+
+
+def test_over_and_underfitting_are_said_where_the_intervals_show_them() -> None:
+    over = two_phases(1.0, 0.9)
+    assert "Of 400 train images, as they are, 100.0 % (99.0 % to 100.0 %) are answered right" in over
+    assert "Over-fitting: it does at least 7.3 points better" in over
+    assert "Under-fitting" not in over
+    under = two_phases(0.7, 0.69)
+    assert "Under-fitting: at least 25.7 % of the train images are answered wrong too" in under
+    assert "Over-fitting" not in under
+    few = two_phases(1.0, 0.9, n=20)  # the same shares of images too few to show a gap
+    assert "Neither over- nor under-fitting is shown" in few
+    assert "Over-fitting" not in few
+    assert "+40.0 points (+34.1 to +45.5): better" in over
+    assert "+5.0 points (-23.9 to +32.8): no difference is shown" in two_phases(0.5, 0.5, before=0.45, n=20)
+    assert "worse" in two_phases(0.5, 0.5, before=0.9)
+
+
+def test_of_one_phase_the_curves_are_read_and_no_more() -> None:
+    def told(losses: list[tuple[float, float]]) -> str:
+        return plain(*fit_told(phase_results(rows(None, 1, losses, 0.9), [ALL], "accuracy", 50), [ALL], "accuracy"))
+
+    rising = told([(1.0, 1.0), (0.5, 0.6), (0.1, 0.9)])
+    assert "At the best epoch, 2 of 3, 90.0 % (78.6 % to 95.7 %) of 50 valid images are answered right" in rising
+    assert (
+        "point to over-fitting: by epoch 3 the train loss had fallen to 0.100 while the valid loss rose to 0.900" in rising
+    )
+    assert "The share of valid images answered right shows no difference" in rising
+    falling = told([(1.0, 1.0), (0.5, 0.6), (0.4, 0.5)])
+    assert "over-fitting" not in falling
+    assert "lowest in the very last epoch" in falling
+    assert "lowest in the very last epoch" not in rising + told([(1.0, 1.0), (0.5, 0.6)])  # stopped by a killed schedule
+
+
+def test_imbalance_is_said_beside_what_it_does_to_the_rarest_classes() -> None:
+    def metrics(name: str, hits: int, support: int) -> ClassMetrics:
+        return ClassMetrics(name=name, support=support, precision=None, recall=wilson(hits, support), f1=None)
+
+    counts = {"cat": 900, "dog": 800, "owl": 30}
+    per_class = [metrics("cat", 290, 300), metrics("dog", 260, 270), metrics("owl", 4, 10)]
+    found = imbalance(counts, per_class, [HEAD], one_class=True)
+    assert found.said == "The classes are not balanced: 900 train images of 'cat' and 30 of 'owl', 30.0 to 1."
+    owl, others = map(plain, found.rare)
+    assert owl == "'owl': recall 40.0 % (16.8 % to 68.7 %), n = 10; at least 27.7 points below the others"
+    assert others == "all other classes together: recall 96.5 % (94.6 % to 97.7 %), n = 570"
+    assert "sampling: balanced" in found.advice
+    assert "sampling: balanced" not in imbalance(counts, per_class, [HEAD], one_class=False).advice
+    met = HEAD.model_copy(update={"sampling": "balanced"})
+    assert imbalance(counts, per_class, [met], one_class=True).advice.startswith("Balanced sampling or")
+    per_class[2] = metrics("owl", 9, 10)
+    unshown = imbalance(counts, per_class, [HEAD], one_class=True)
+    assert "no difference is shown, and it may be up to 36.9 points below the others" in unshown.rare[0]
+    assert "sampling: balanced" not in unshown.advice
+    even = imbalance({"cat": 30, "owl": 20}, per_class, [HEAD], one_class=True)
+    assert (even.said[:30], even.rare, even.advice) == ("The classes are about balanced", (), "")
+
+
+def test_the_page_shows_what_each_phase_bought(phased: Path) -> None:
+    html = Path(json.loads((phased / "summary.json").read_text())["report"]).read_text()
+    assert re.search(r"1\. everything</td><td class=\"n\">1 to 2</td>", html)
+    assert re.search(r"2\. the last block</td><td class=\"n\">3 to 6</td>", html)
+    figure = html[html.index("<h2>Training</h2>") :].partition("</svg>")[0]
+    assert all(f">{text}</text>" in figure for text in ("1. everything", "2. the last block", "best epoch"))
+    assert "valid, against the phase before" in html
+    assert re.search(r"Of \d+ train images, as they are, ", html)
+    assert "The classes are not balanced" in html
+    assert "all other classes together: recall" in html
+
+
+def test_the_page_of_one_phase_speaks_of_no_phases(report: Path) -> None:
+    html = report.read_text()
+    assert "the phase before" not in html
+    assert "At the best epoch" in html
+    assert "The classes are about balanced: from " in html
