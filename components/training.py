@@ -304,7 +304,7 @@ def _logits(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Of a head, of blocks with a head, or of the whole network, which answers with its embedding too."""
     import torch
 
-    if inputs.dtype == torch.float16:
+    if inputs.is_floating_point():
         # Convolutions over channels that lie side by side take a quarter less time; those of pictures lie so already.
         layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
         inputs = inputs.to(torch.float32, memory_format=layout)
