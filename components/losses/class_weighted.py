@@ -27,24 +27,17 @@ class Loss(BaseModel):
     def takes_shares(self) -> bool:
         return True
 
-    def weights(self, counts: torch.Tensor) -> torch.Tensor:
-        """One a class, float32, with mean 1 over the training images."""
-        import torch
-
-        number = counts.to(torch.float64)
-        inverse = torch.where(number > 0, number.clamp(min=1) ** -self.exponent, 0.0)
-        scale = number.sum() / (number * inverse).sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return torch.where(number > 0, inverse * scale, 1.0).to(torch.float32)
-
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, counts: torch.Tensor) -> torch.Tensor:
         """Weighted mean cross-entropy of logits (n, classes) with class numbers (n,) or shares (n, classes)."""
         from torch.nn import functional
+
+        from components.losses._weights import class_weights
 
         shares = targets if targets.ndim == 2 else functional.one_hot(targets, logits.shape[1])
         # Of shares torch takes the mean over the number of images.
         return functional.cross_entropy(
             logits,
             shares.to(logits.dtype),
-            weight=self.weights(counts).to(logits.device, logits.dtype),
+            weight=class_weights(counts, self.exponent).to(logits.device, logits.dtype),
             label_smoothing=self.smoothing,
         )

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from components import plugins
+from components.losses._weights import class_weights
 
 LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3], [-1.0, 3.0, 0.0], [0.0, 0.0, 5.0]])
 LABELS = torch.tensor([0, 0, 1, 2])
@@ -32,6 +33,11 @@ def test_focal_is_its_formula_and_without_gamma_cross_entropy() -> None:
     assert value("focal", gamma=2.0) == pytest.approx(float((-((1 - right) ** 2) * right.log()).mean()))
     assert value("focal", gamma=0.0) == pytest.approx(value("cross_entropy"))
     assert not plugins.load("losses", "focal").takes_shares
+    # 1/30 and 1/10, times 40 images by 2 classes; a class without images weighs 1.
+    alpha = torch.tensor([2 / 3, 2.0, 1.0])[LABELS]
+    weighted = -alpha * (1 - right) ** 2 * right.log()
+    assert value("focal", exponent=1.0) == pytest.approx(float(weighted.mean()))
+    assert value("focal", gamma=0.0, exponent=0.5) == pytest.approx(value("class_weighted", exponent=0.5))
 
 
 @pytest.mark.parametrize("gamma", [0.1, 1.0, 2.0])
@@ -59,7 +65,7 @@ def test_focal_has_a_finite_gradient_where_an_answer_is_certain(gamma: float) ->
 def test_class_weights_are_inverse_frequencies_and_finite_where_a_class_has_no_image(
     counts: list[int], exponent: float, weights: list[float]
 ) -> None:
-    found = plugins.load("losses", "class_weighted", {"exponent": exponent}).weights(torch.tensor(counts))
+    found = class_weights(torch.tensor(counts), exponent)
     assert found.tolist() == pytest.approx(weights, rel=1e-6)
 
 
