@@ -10,14 +10,14 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from components import plugins
 from components.conformance import Breach
-from components.contracts.errors import DataError, EngineUnavailable, UndecodableImage, WeightsUnavailable
+from components.contracts.errors import DataError, EngineUnavailable, UndecodableImage, WeightsUnavailable, in_short
 from components.contracts.families import (
     Answers,
     Augmentation,
@@ -35,6 +35,9 @@ from components.contracts.records import FileDigest, Stored
 from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Measurement
 from components.images import decode
 from components.store import describe, sha256_file
+
+if TYPE_CHECKING:
+    import torch
 
 _SPLITS = ("train/", "val/", "test/")
 
@@ -266,6 +269,59 @@ def backbone_breaches(backbone: Backbone, _: str) -> Iterator[Breach]:
             together, single = module(images), torch.cat([module(images[i : i + 1]) for i in range(4)])
         if not torch.allclose(together, single, rtol=1e-3, atol=1e-3):
             yield Breach("build", "gives a picture other features alone than beside others, in evaluation mode")
+    yield from _divided(backbone, module, images)
+
+
+def _divided(backbone: Backbone, module: torch.nn.Module, images: torch.Tensor) -> Iterator[Breach]:
+    """Blocks, where it has them, hold each tensor of the module once, and applied one after the other are the module."""
+    import torch
+
+    known = getattr(backbone, "blocks", None)
+    found = known(module) if known is not None else []
+    if not isinstance(found, list) or not all(isinstance(block, torch.nn.Module) for block in found):
+        yield Breach("blocks", f"answers {found!r:.60}; expected a list of modules, [] where the blocks are not known")
+        return
+    if not found:
+        return
+    if len(found) == 1:
+        yield Breach("blocks", "gives one block; expected two or more, so that some can train alone, or [] for not known")
+    own = {id(value): name for name, value in module.state_dict(keep_vars=True).items()}
+    place: dict[int, int] = {}
+    for number, block in enumerate(found, 1):
+        for name, value in block.state_dict(keep_vars=True).items():
+            if id(value) not in own:
+                yield Breach(
+                    "blocks",
+                    f"has {name} in block {number}, which is no tensor of the module; make blocks of the module that is "
+                    f"given, and not of copies or new layers",
+                )
+                return
+            if place.setdefault(id(value), number) != number:
+                yield Breach(
+                    "blocks",
+                    f"has {own[id(value)]} in blocks {place[id(value)]} and {number}; expected it in one, as it cannot be "
+                    f"frozen and train at once",
+                )
+                return
+    left_out = [name for key, name in own.items() if key not in place]
+    if left_out:
+        yield Breach(
+            "blocks",
+            f"leave out {', '.join(left_out[:3])}; expected every tensor of the module in a block: what comes before the "
+            f"blocks in the first, what comes after them in the last",
+        )
+        return
+    told = "the blocks applied one after the other have to answer what the module answers, to the bit"
+    with torch.inference_mode():
+        wanted, passed = module(images), images
+        try:
+            for block in found:
+                passed = block.eval()(passed)
+        except RuntimeError as error:
+            yield Breach("blocks", f"do not take what the one before gives ({in_short(error)}); {told}")
+            return
+    if not torch.equal(passed, wanted):
+        yield Breach("blocks", f"answer something else than the module in evaluation mode; {told}")
 
 
 def task_breaches(task: Task, _: str) -> Iterator[Breach]:

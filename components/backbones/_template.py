@@ -61,6 +61,13 @@ class Backbone(BaseModel):
             nn.Flatten(),
         )
 
+    def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
+        """The parts of `build`'s module, first to last, whose last ones can train alone; may be left out."""
+        from torch import nn
+
+        assert isinstance(module, nn.Sequential)
+        return [module[:4], module[4:]]
+
     def pretrained(self, weights: str, *, cache: Path) -> dict[str, torch.Tensor]:
         """Raises WeightsUnavailable: there are none."""
         raise WeightsUnavailable(f"{NAME} has no pretrained weights ({weights!r}); set training.weights=random")

@@ -14,6 +14,7 @@ from components import plugins
 from components.contracts.errors import ConfigError
 from flows.workspace.new_recipe import new_recipe
 from flows.workspace.own_plugins import check_plugins, new_plugin
+from flows.workspace.recipes import SHIPPED
 
 
 @pytest.fixture
@@ -87,6 +88,14 @@ _STATUS = "status = compare_interval(estimate, self.floor)"
         ("backbones", "nn.Flatten(),", "nn.Flatten(), nn.Linear(self.embedding_dim, 7),", "    def build", "gives features of shape (4, 7) for 4 images; expected (4, 32)"),
         ("backbones", "nn.Flatten(),", "nn.Flatten(), nn.Threshold(1e9, 0.5),", "    def build", "has no parameter that a step of training changes"),
         ("backbones", "raise WeightsUnavailable", "return {}  # ", "    def pretrained", "gives weights though weights_choices names none"),
+        ("backbones", "return [module[:4], module[4:]]", "return 3", "    def blocks", "answers 3; expected a list of modules"),
+        ("backbones", "return [module[:4], module[4:]]", "return [module]", "    def blocks", "gives one block; expected two or more"),
+        ("backbones", "return [module[:4], module[4:]]", "return [module[:4], self.build()[4:]]", "    def blocks", "has 4.weight in block 2, which is no tensor of the module"),
+        ("backbones", "return [module[:4], module[4:]]", "return [module[:5], module[4:]]", "    def blocks", "has 4.weight in blocks 1 and 2; expected it in one"),
+        ("backbones", "return [module[:4], module[4:]]", "return [module[:4], module[5:]]", "    def blocks", "leave out 4.weight; expected every tensor of the module"),
+        ("backbones", "return [module[:4], module[4:]]", "return [module[4:], module[:4]]", "    def blocks", "do not take what the one before gives (RuntimeError"),
+        ("backbones", "return [module[:4], module[4:]]", "return [module[:3], module[4:]]", "    def blocks", "answer something else than the module"),
+        ("backbones", "return [module[:4], module[4:]]", "return [module[9]]", "        return [module[9]]", "raised IndexError"),
         ("tasks", "self.focus * each).mean()", "self.focus * each)", "    def loss", "expected one finite number"),
         ("tasks", "self.focus * each).mean()", "self.focus * each * 0).mean()", "    def loss", "a head has to learn by it"),
         ("tasks", "    def loss", "    @property\n    def headline(self) -> str:\n        return 'ece'\n\n    def loss", "class Task", "ece is"),
@@ -132,6 +141,26 @@ def test_settings_without_a_default_come_from_the_recipe_that_uses_them(root: Pa
     new_recipe(root, "pumps", "digits")
     recipe = root / "recipes" / "pumps.yaml"
     recipe.write_text(recipe.read_text().replace("gate: parity", "gate: mine, settings: {floor: 0.8}"))
+    assert check_plugins(root).findings == ()
+
+
+def test_settings_of_losses_and_augmentations_come_from_the_phases_that_use_them(root: Path) -> None:
+    loss = root / new_plugin(root, "losses", "mine").file
+    loss.write_text(loss.read_text().replace("default=0.0, ge=0, lt=1", "ge=0, lt=1"))
+    change = root / new_plugin(root, "augmentations", "mine").file
+    change.write_text(change.read_text().replace("default=0.5, ", ""))
+    needing = [finding.message.split(" has no default")[0] for finding in check_plugins(root).findings]
+    assert needing == ["smoothing", "probability"]
+    (root / "recipes").mkdir()
+    phases = """
+  phases:
+    - trains: all
+      loss: {loss: mine, settings: {smoothing: 0.1}}
+      augmentations: [{augmentation: flip}, {augmentation: mine, settings: {probability: 0.3}}]
+"""
+    digits = (SHIPPED / "digits.yaml").read_text()
+    begin, end = digits.index("  mode: scratch"), digits.index("export:")
+    (root / "recipes" / "mine.yaml").write_text(digits[:begin].rstrip() + phases + digits[end:])
     assert check_plugins(root).findings == ()
 
 
