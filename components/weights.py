@@ -80,7 +80,8 @@ def download(url: str, *, sha256: str, cache: Path, timeout_s: float = 60.0, max
     offline, when the file is longer than allowed, cut short, or another one.
     """
     path = cache / "downloads" / url.rsplit("/", 1)[-1]
-    if path.exists() and sha256_file(path).startswith(sha256):
+    there = sha256_file(path) if path.exists() else None
+    if there is not None and there.startswith(sha256):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -95,7 +96,8 @@ def download(url: str, *, sha256: str, cache: Path, timeout_s: float = 60.0, max
                         raise WeightsUnavailable(f"{url} is longer than {max_bytes:,} bytes; nothing of it was kept")
                     file.write(chunk)
         except (http.client.HTTPException, OSError) as error:
-            told = f" (its sha256 begins with {sha256})" if sha256 else ""
+            besides = f", that of the file there with {there[:8]}" if there else ""
+            told = f" (its sha256 begins with {sha256}{besides})" if sha256 else ""
             raise WeightsUnavailable(
                 f"cannot download {url} ({error}). Without network, put the file at {path}{told}, or set "
                 f"training.weights to a local .safetensors file"

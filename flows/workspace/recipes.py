@@ -134,7 +134,8 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     values = config.to_json()
 
     def settings(family: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = plugins.load(family, name, dict(given)).model_dump(mode="json")
+        # A setting of no value, such as a size that is the weights' own, is one that is not said.
+        found: dict[str, Any] = plugins.load(family, name, dict(given)).model_dump(mode="json", exclude_none=True)
         return found
 
     training = values["training"]

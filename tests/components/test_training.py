@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from components.images import decode, pixel_digest
 from components.phases import Augmentation, Phase
 from components.store import describe
 from components.training import TrainingConfig, check, expect_same_network, train
+from flows.workspace.recipes import load_recipe
 
 ROOT = Path()
 
@@ -285,6 +287,42 @@ def test_the_last_blocks_train_on_cached_views_and_what_is_below_stays(
             check(phased(everything, last | {"trains": {"last": last_blocks}}), world[0])
 
 
+def test_the_recipe_resnet50_trains_through_both_phases(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:
+    backbone = plugins.load("backbones", "torchvision", {"architecture": "resnet50"})
+    with torch.random.fork_rng():
+        save_file(backbone.build().state_dict(), tmp_path / "random.safetensors")
+    sets = ["training.backbone_settings.image_size=32", "training.phases.0.fit.epochs=2", "training.phases.1.fit.epochs=1"]
+    section = load_recipe("resnet50", [f"training.weights={tmp_path / 'random.safetensors'}", *sets]).training
+    out = trained(world, tmp_path / "out", section)
+    assert [row["phase"] for row in json.loads((out / "history.json").read_text())] == [1, 1, 2]
+    before, after = load_file(tmp_path / "random.safetensors"), load_file(out / "weights.safetensors")
+    moved = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[f"backbone.{key}"])}
+    assert moved == {"layer3", "layer4"}
+
+
+def test_the_recipe_resnet50_says_which_file_it_lacks(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    root, splits = world
+    place = tmp_path / "downloads" / "resnet50-11ad3fa6.pth"
+    told = (
+        f"cannot download https://download.pytorch.org/models/resnet50-11ad3fa6.pth (no network). Without network, put the "
+        f"file at {place} (its sha256 begins with 11ad3fa6), or set training.weights to a local .safetensors file"
+    )
+    for there in (None, b"another file"):
+        if there:
+            place.write_bytes(there)
+            found = hashlib.sha256(there).hexdigest()[:8]
+            told = told.replace("11ad3fa6), or", f"11ad3fa6, that of the file there with {found}), or")
+        with pytest.raises(WeightsUnavailable) as refused:
+            train(splits, root / "data", load_recipe("resnet50").training, out=tmp_path, cache=tmp_path, root=root)
+        assert str(refused.value) == told
+
+
 def test_a_checkpoint_of_ours_is_weights_to_start_from(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:
     before = trained(world, tmp_path / "before", SCRATCH) / "weights.safetensors"
     still = {**FIT, "learning_rate": 1e-12, "warmup_epochs": 0}
@@ -361,7 +399,6 @@ def test_weights_that_are_not_there_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_hostile_pickle_is_never_executed(tmp_path: Path) -> None:
-    import hashlib
     import os
     import pickle
 

@@ -13,7 +13,7 @@ SHIPPED_NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
-    assert {"digits", "transfer"} <= set(SHIPPED_NAMES)
+    assert {"digits", "resnet50", "transfer"} <= set(SHIPPED_NAMES)
 
 
 @pytest.mark.parametrize("name", SHIPPED_NAMES)
