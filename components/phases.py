@@ -129,6 +129,11 @@ class Phase(Record):
         """Whether the examples of a batch are mixed."""
         return bool(self._chosen(mixing=True))
 
+    @property
+    def needing_space(self) -> list[str]:
+        """The augmentations that take what has height and width."""
+        return [one.augmentation for one, member in self._chosen(mixing=True) if member.needs_space]
+
     def changer(self) -> Augment | None:
         """What changes uint8 images (n, h, w, c), every picture by a draw of its own; None where nothing does."""
         members = [member for _, member in self._chosen(mixing=False)]
@@ -210,7 +215,7 @@ def check(phase: Phase, place: str, task: families.Task) -> None:
             f"{place}: {mixing[0][0]} makes targets that are shares of classes, and the loss {phase.loss.loss!r} "
             f"takes class numbers alone; choose another loss, such as cross_entropy, or remove {mixing[0][0]}"
         )
-    needing = [name for name, member in mixing if member.needs_space]
+    needing = phase.needing_space
     if needing and phase.trains == "head":
         raise ConfigError(
             f"{place}: {needing[0]} cuts pieces out of pictures or maps, and with trains: head there are only features; "

@@ -6,6 +6,7 @@ The temperature of the answer is fitted on the valid split (Guo et al. 2017).
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -115,11 +116,8 @@ def check(config: TrainingConfig, root: Path) -> None:
                 f"{', '.join(backbone.weights_choices) or '<path>.safetensors'}"
             )
         phases.check(phase, place, task)
-        if isinstance(phase.trains, LastBlocks) and phase.trains.last >= (count := _num_blocks(config)):
-            raise ConfigError(
-                f"{place}.trains: the backbone {config.backbone!r} has {counted(count, 'block')}; name fewer than that, "
-                f"or all to train everything"
-            )
+        if isinstance(phase.trains, LastBlocks):
+            _check_blocks(config, phase, phase.trains.last, place)
 
 
 def expect_same_network(config: TrainingConfig, champion: Checkpoint, told: str) -> None:
@@ -137,15 +135,44 @@ def expect_same_network(config: TrainingConfig, champion: Checkpoint, told: str)
             )
 
 
-def _num_blocks(config: TrainingConfig) -> int:
-    """How many blocks the backbone has; raises ConfigError where they are not known."""
+def _check_blocks(config: TrainingConfig, phase: Phase, last: int, place: str) -> None:
+    """Raise ConfigError where the last blocks are not known, are all of them, or take what cannot be augmented."""
     import torch
+    from torch import nn
 
     from components.checkpoints import blocks
 
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     with torch.random.fork_rng(devices=[]):
-        return len(blocks(config.backbone, backbone, backbone.build()))
+        found = blocks(config.backbone, backbone, backbone.build())
+    if last >= len(found):
+        raise ConfigError(
+            f"{place}.trains: the backbone {config.backbone!r} has {counted(len(found), 'block')}; name fewer than that, "
+            f"or all to train everything"
+        )
+    if not phase.needing_space:
+        return
+    contract = backbone.preprocessing
+    with torch.inference_mode():
+        pictures = torch.zeros(1, contract.channels, contract.height, contract.width)
+        shape = tuple(nn.Sequential(*found[:-last]).eval()(pictures).shape[1:])
+    if not _is_map(shape, contract.height / contract.width):
+        raise ConfigError(
+            f"{place}: {phase.needing_space[0]} cuts pieces out of maps (channels, height, width), and what lies below "
+            f"{phase.part} of the backbone {config.backbone!r} is of shape {shape}; use mixup in its place, or trains: all, "
+            f"where it is given pictures"
+        )
+
+
+def _is_map(shape: tuple[int, ...], aspect: float) -> bool:
+    """Whether an array is (channels, height, width): its last two sides are to each other as those of the picture are.
+
+    Tokens lie in one row, and some networks keep their maps as (height, width, channels).
+    """
+    if len(shape) != 3:
+        return False
+    first, last = (abs(math.log(shape[i] / shape[i + 1] / aspect)) for i in (0, 1))
+    return last <= first
 
 
 def train(

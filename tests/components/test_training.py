@@ -287,6 +287,36 @@ def test_the_last_blocks_train_on_cached_views_and_what_is_below_stays(
             check(phased(everything, last | {"trains": {"last": last_blocks}}), world[0])
 
 
+CUTMIX = {"trains": {"last": 2}, "augmentations": [{"augmentation": "cutmix"}], "fit": FIT}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings", "last", "shape"),
+    [
+        ("timm", {"architecture": "vit_tiny_patch16_224", "image_size": 32}, 2, "(5, 192)"),
+        ("timm", {"architecture": "swin_tiny_patch4_window7_224"}, 2, "(28, 28, 192)"),
+        ("lenet5", {}, 1, "(120,)"),
+        ("lenet5", {}, 2, ""),
+        ("torchvision", {"architecture": "convnext_tiny", "image_size": 32}, 2, ""),
+    ],
+)
+def test_cutmix_is_refused_before_any_work_where_there_are_no_maps_to_cut(
+    world: tuple[Path, Stored[Splits]], backbone: str, settings: dict[str, Any], last: int, shape: str
+) -> None:
+    section = phased(CUTMIX | {"trains": {"last": last}}, backbone=backbone, backbone_settings=settings)
+    if not shape:
+        check(section, world[0])
+        return
+    part = "the last block" if last == 1 else "the last 2 blocks"
+    with pytest.raises(ConfigError) as refused:
+        check(section, world[0])
+    assert str(refused.value) == (
+        f"training.phases.0: cutmix cuts pieces out of maps (channels, height, width), and what lies below {part} of the "
+        f"backbone {backbone!r} is of shape {shape}; use mixup in its place, or trains: all, where it is given pictures"
+    )
+    check(phased(CUTMIX | {"trains": "all"}, backbone=backbone, backbone_settings=settings), world[0])
+
+
 def test_the_recipe_resnet50_trains_through_both_phases(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:
     backbone = plugins.load("backbones", "torchvision", {"architecture": "resnet50"})
     with torch.random.fork_rng():
