@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from components import memory
 from components.contracts.errors import ConfigError, TrainingDiverged
 from components.contracts.families import Task
 from components.contracts.records import Record
@@ -227,7 +228,7 @@ def fit(
     average = MovingAverage(config.ema_decay)
     # What is saved is what all the others have made of the step.
     hooks = (*([average] if config.ema_decay else []), best, *hooks, checkpointing)
-    with _deterministic(), _still(frozen):
+    with _deterministic(), _still(frozen), memory.reused():
         optimizer = _optimizer(model, groups, config, setting)
         _training_mode(model, frozen)
         ends = _ends(len(train.targets), config.batch_size, at_least=2 if _normalises(model) else 1)

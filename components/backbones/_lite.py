@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from components.contracts.errors import WeightsUnavailable
 from components.contracts.models import Preprocessing
@@ -25,11 +25,11 @@ class Lite(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: ClassVar[int]
-    crop_share: ClassVar[float]
-    """Side of the crop, as a share of the shorter side that a picture is resized to."""
     packaged_sha256: ClassVar[str]
 
     image_size: int
+    crop_share: float = Field(ge=0.5, le=1)
+    """Side of the crop, as a share of the shorter side that a picture is resized to; 1 for the whole of a square picture."""
 
     @property
     def embedding_dim(self) -> int:

@@ -13,7 +13,7 @@ class Backbone(Lite):
     """3.4 million parameters."""
 
     number: ClassVar[int] = 0
-    crop_share: ClassVar[float] = 0.875
     packaged_sha256: ClassVar[str] = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
     image_size: int = Field(default=224, ge=64, le=512, multiple_of=32)
+    crop_share: float = Field(default=0.875, ge=0.5, le=1)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim import lr_scheduler
 
+from components import memory
 from components.contracts.errors import CheckpointMismatch, ConfigError, TamperedArtefact, TrainingDiverged
 from components.fitting import Examples, FitResult, FittingConfig, fit
 from components.hooks import LEFTOVERS, Checkpointing, Fitting, Hook, MetricLogging, ProgressReporting
@@ -561,3 +564,17 @@ def test_a_single_example_that_is_left_joins_the_batch_before_it_where_batch_nor
 def test_batch_norm_on_one_example_is_an_error_that_says_what_to_do(tmp_path: Path, n: int, batch_size: int) -> None:
     with pytest.raises(ConfigError, match="training.fit.batch_size: batch normalisation .* one image; raise it"):
         run(tmp_path / "out", fitted_as(batch_size=batch_size), train=examples(n, 1))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives every large piece of memory back at once")
+def test_memory_that_is_freed_stays_until_the_end_of_a_fit_and_no_longer() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    size = 400 << 20
+    before = resident()
+    with memory.reused():
+        piece = torch.zeros(size // 4)
+        del piece
+        assert resident() - before > size * 0.9
+    assert resident() - before < size * 0.1

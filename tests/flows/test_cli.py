@@ -119,7 +119,7 @@ def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "-r", "nothing"], "unknown recipe 'nothing'; valid: digits, "),
+        (["train", "-r", "nothing"], "unknown recipe 'nothing'; valid: cifar10, digits, "),
         (["train", "-r", "smoke", "--set", "training.backbone=vgg"], "unknown backbone 'vgg'; valid:"),
         (["train", "-r", "smoke", "--set", "export.targets=[{target: onnx}]"], "serving names"),
         (["train", "-r", "smoke", "--set", "gating.gates=[{gate: luck}]"], "unknown gate 'luck'; valid:"),

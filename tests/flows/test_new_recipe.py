@@ -50,7 +50,7 @@ def test_a_recipe_in_another_style_is_copied_too(tmp_path: Path, style: str) -> 
         ("Pumps", "digits", "'Pumps' is not a plain name; use a-z"),
         ("../pumps", "digits", "not a plain name"),
         ("pumps.yaml", "digits", "ends like a file; give the recipe's name alone: 'pumps'"),
-        ("pumps", "digit", "unknown recipe 'digit'; valid: aliased, broken, digits, "),
+        ("pumps", "digit", "unknown recipe 'digit'; valid: aliased, broken, cifar10, digits, "),
         ("short", "digits", "short.yml is there already and is left as it is"),
         ("broken", "digits", "broken.yaml is there already"),
         ("pumps", "broken", "broken.yaml is not valid YAML"),
