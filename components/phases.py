@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from components import plugins
 from components.contracts import families
@@ -92,6 +92,15 @@ class Phase(Record):
     The statistics of a few hundred pictures are worse than those of the million that pretrained weights saw.
     """
     fit: FittingConfig = FittingConfig()
+
+    @field_validator("trains", mode="before")
+    @classmethod
+    def _something(cls, given: Any) -> Any:
+        last = given.get("last") if isinstance(given, dict) and set(given) == {"last"} else None
+        known = given in ("head", "all") or isinstance(given, LastBlocks) or (type(last) is int and 1 <= last <= 1000)
+        if not known:
+            raise ValueError(f"{given!r} trains nothing; expected head, all, or {{last: N}} with N of 1 or more blocks")
+        return given
 
     @property
     def part(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from components import plugins
 from components.checkpoints import blocks
@@ -32,6 +33,14 @@ def test_what_trains_is_said_in_words() -> None:
         "the last block",
         "the last 3 blocks",
     ]
+
+
+@pytest.mark.parametrize(
+    "trains", [{"last": 0}, {"last": 1001}, {"last": True}, {"last": 2, "first": 1}, {}, "nothing", ["head"], 2]
+)
+def test_a_phase_that_trains_nothing_is_refused(trains: object) -> None:
+    with pytest.raises(ValidationError, match="trains nothing; expected head, all, or {last: N} with N of 1 or more blocks"):
+        phase(trains=trains)
 
 
 @pytest.mark.parametrize(
