@@ -100,6 +100,10 @@ def _known(name: str) -> Any:
     return next((found for home in _CONTRACTS if (found := getattr(importlib.import_module(home), name, None))), None)
 
 
+_OPTIONAL = {"blocks": "list"}
+"""What a member may answer beside its family's protocol, and of which kind that is."""
+
+
 class CheckedPlugin:
     """A workspace's own member: what it raises names its line, and what it answers is of its family's kind."""
 
@@ -109,13 +113,13 @@ class CheckedPlugin:
 
     def __getattr__(self, name: str) -> Any:
         expected = _contract(self._kind).get(name)
-        if expected is None:
+        if expected is None and name not in _OPTIONAL:
             return getattr(self._member, name)
         if isinstance(expected, property):
             return self.answer(name, _returned(expected.fget), lambda: getattr(self._member, name))
-        return lambda *given, **named: self.answer(
-            name, _returned(expected), lambda: getattr(self._member, name)(*given, **named)
-        )
+        method = getattr(self._member, name)
+        annotation = _OPTIONAL[name] if expected is None else _returned(expected)
+        return lambda *given, **named: self.answer(name, annotation, lambda: method(*given, **named))
 
     def answer(self, method: str, annotation: str, ask: Callable[[], Any]) -> Any:
         """What the member answers; raises PluginFailed when it raises, or answers something else."""

@@ -96,7 +96,7 @@ class Phase(Record):
     @field_validator("trains", mode="before")
     @classmethod
     def _something(cls, given: Any) -> Any:
-        last = given.get("last") if isinstance(given, dict) and set(given) == {"last"} else None
+        last = given.get("last") if isinstance(given, dict) and set(given) <= {"last", "schema_version"} else None
         known = given in ("head", "all") or isinstance(given, LastBlocks) or (type(last) is int and 1 <= last <= 1000)
         if not known:
             raise ValueError(f"{given!r} trains nothing; expected head, all, or {{last: N}} with N of 1 or more blocks")

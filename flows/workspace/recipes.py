@@ -141,6 +141,11 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     training = values["training"]
     for family, key in (("backbones", "backbone"), ("tasks", "task")):
         training[f"{key}_settings"] = settings(family, training[key], training[f"{key}_settings"])
+    for phase in training.get("phases", []):
+        for chosen in [phase["loss"]] if phase["loss"] else []:
+            chosen["settings"] = settings("losses", chosen["loss"], chosen["settings"])
+        for chosen in phase["augmentations"]:
+            chosen["settings"] = settings("augmentations", chosen["augmentation"], chosen["settings"])
     for target in values["export"]["targets"]:
         target["settings"] = settings("targets", target["target"], target["settings"])
     for gate in values["gating"]["gates"]:

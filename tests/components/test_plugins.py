@@ -13,6 +13,7 @@ import pytest
 from shapes import visionloop
 
 from components import plugins
+from components.checkpoints import blocks
 from components.contracts.errors import PluginFailed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -91,6 +92,29 @@ def test_a_plug_in_that_keeps_its_contract_is_used_as_it_is(own: Path) -> None:
     )
     gate = plugins.load("gates", "mine", {"floor": 0.75})
     assert (gate.judge(None).status, gate.floor, gate.model_dump()) == ("pass", 0.75, {"floor": 0.75})
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("return 3", r"backbone 'mine': blocks answered 3 \(int\), expected list; correct it in \S+mine.py"),
+        ("return [module[9]]", r"backbone 'mine' raised in blocks: \S+mine.py:10: TypeError"),
+    ],
+)
+def test_the_blocks_that_a_backbone_may_give_are_looked_at_too(own: Path, body: str, why: str) -> None:
+    text = f"""class Backbone(BaseModel):
+    preprocessing: int = 0
+    embedding_dim: int = 0
+    weights_choices: tuple = ()
+    def build(self): ...
+    def pretrained(self, weights, *, cache): ...
+    def blocks(self, module):
+        {body}
+"""
+    (own / "backbones").mkdir(exist_ok=True)
+    (own / "backbones" / "mine.py").write_text(_HEAD + text)
+    with pytest.raises(PluginFailed, match=why):
+        blocks("mine", plugins.load("backbones", "mine"), 1)  # type: ignore[arg-type]
 
 
 def test_the_other_families_are_looked_at_too(own: Path) -> None:

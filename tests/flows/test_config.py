@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components import plugins
 from components.contracts.errors import ConfigError, UnknownName
 from flows.workspace.recipes import SHIPPED, load_recipe, peek, recipe_files, resolved
 from flows.workspace.yaml_reading import parse_yaml
@@ -264,6 +265,13 @@ def test_a_recipe_is_shown_as_it_is_used_and_can_be_used_as_it_is_shown(name: st
     assert gates["parity"]["min_agreement"] == {"fp32": 0.999, "fp16": 0.995, "int8": 0.98}
     assert gates["no_regression"] == {"margin": 0.02, "max_negative_flips": 0.03}
     assert shown["training"]["task_settings"].keys() == {"label_smoothing", "head_dropout"}
+    for phase in shown["training"].get("phases", []):
+        for chosen in phase["augmentations"]:
+            assert (
+                chosen["settings"] == plugins.load("augmentations", chosen["augmentation"], chosen["settings"]).model_dump()
+            )
+            assert chosen["settings"]
+        assert phase["loss"] is None or {"smoothing"} <= phase["loss"]["settings"].keys()
     path = tmp_path / "shown.yaml"
     path.write_text(yaml.safe_dump(shown))
     assert resolved(load_recipe(str(path))) == shown
