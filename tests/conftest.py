@@ -15,7 +15,7 @@ import postgres as postgres_server
 import pytest
 from shapes import free_port, make_workspace, visionloop
 
-from components import collector
+from components import collector, plugins
 from flows.workspace.settings import prepare_environment
 
 # With torch, Prefect and MLflow in one process a look through all objects takes a second: 43 of 1,161 s, measured.
@@ -41,6 +41,13 @@ def _clean_up() -> Iterator[None]:
     yield
     shutil.rmtree(_STATE, ignore_errors=True)
     assert sorted(path.name for path in Path.cwd().iterdir()) == before, "a test wrote into the working directory"
+
+
+@pytest.fixture(autouse=True)
+def _no_plugins_of_another_test() -> Iterator[None]:
+    """A process looks into the workspace that its command found until it ends; here the next test would look there too."""
+    yield
+    plugins.use_workspace(None)
 
 
 @pytest.fixture(scope="session")

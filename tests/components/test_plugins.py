@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,11 @@ _GATE = _HEAD + "class Gate(BaseModel):\n    floor: float = 0.5\n"
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Path]:
+def own(tmp_path: Path) -> Path:
     """A workspace's folder of plug-ins."""
     (tmp_path / "plugins" / "gates").mkdir(parents=True)
     plugins.use_workspace(tmp_path / "plugins")
-    yield tmp_path / "plugins"
-    plugins.use_workspace(None)
+    return tmp_path / "plugins"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +163,7 @@ class Task(classification.Task):
     assert task.confusion(np.eye(2)[[1]], np.array([0]), 2) == ((0, 1), (0, 0))
 
 
-def test_a_plug_in_that_prints_or_fails_leaves_one_json_object(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins, "_workspace_plugins", [])
+def test_a_plug_in_that_prints_or_fails_leaves_one_json_object(workspace: Path) -> None:
     (workspace / "plugins" / "gates").mkdir(parents=True)
     mine = workspace / "plugins" / "gates" / "mine.py"
     mine.write_text("print('loading', end='')\n" + _GATE + "    def judge(self, evidence): ...\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,9 @@ from flows.workspace.recipes import SHIPPED
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
+def root(tmp_path: Path) -> Path:
     plugins.use_workspace(tmp_path / "plugins")
-    yield tmp_path
-    plugins.use_workspace(None)
+    return tmp_path
 
 
 @pytest.mark.parametrize("family", sorted(plugins.FAMILIES))
