@@ -26,6 +26,7 @@ from components.contracts.records import Stored
 from components.contracts.releases import Release, Route, Routes
 from components.releases import ReleaseStore
 from components.store import Store
+from flows.workspace.workspace import Workspace
 
 MODEL = "shapes"
 
@@ -61,6 +62,13 @@ def route(store: ReleaseStore, digest: str, generation: int, version: str) -> No
     routes = (Route(release=digest, version=version, role="champion", weight=1.0),)
     moved = store.move(Routes(model=MODEL, generation=generation, routes=routes))
     assert moved.generation == generation
+
+
+def staged(folder: Path, release: Stored[Release]) -> Path:
+    """A workspace below `folder` with the release routed as generation 1, version 1."""
+    workspace = Workspace.create(folder / "served").root
+    publish(ReleaseStore(str(workspace / ".visionloop" / "releases")), release, 1, "1")
+    return workspace
 
 
 def png(kind: str, seed: int, **options: Any) -> bytes:

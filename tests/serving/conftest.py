@@ -4,12 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import Server, publish, server, smoke_release
+from served import Server, server, smoke_release, staged
 
 from components.contracts.records import Stored
 from components.contracts.releases import Release
-from components.releases import ReleaseStore
-from flows.workspace.workspace import Workspace
 
 
 @pytest.fixture(scope="session")
@@ -21,17 +19,11 @@ def smoke(trained: Path) -> Stored[Release]:
 @pytest.fixture
 def stage(tmp_path: Path, smoke: Stored[Release]) -> Path:
     """A workspace with the smoke release routed as generation 1, version 1."""
-    return _stage(tmp_path, smoke)
-
-
-def _stage(folder: Path, smoke: Stored[Release]) -> Path:
-    workspace = Workspace.create(folder / "served").root
-    publish(ReleaseStore(str(workspace / ".visionloop" / "releases")), smoke, 1, "1")
-    return workspace
+    return staged(tmp_path, smoke)
 
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory, smoke: Stored[Release]) -> Iterator[Server]:
     """One server for every test that only asks it."""
-    with server(_stage(tmp_path_factory.mktemp("running"), smoke), "--max-body-mb", "2") as found:
+    with server(staged(tmp_path_factory.mktemp("running"), smoke), "--max-body-mb", "2") as found:
         yield found

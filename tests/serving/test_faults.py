@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from served import MODEL, Reply, Server, health, jpeg, png, publish, route, server, variant
-from shapes import KINDS, free_port, visionloop_process
+from served import MODEL, Reply, Server, health, jpeg, png, publish, route, server, staged, variant
+from shapes import KINDS, free_port, visionloop, visionloop_process
 
 from components import predictionlog
 from components.contracts.records import Stored
@@ -461,7 +462,7 @@ def test_with_everything_else_gone_a_server_goes_on_and_even_starts_again(stage:
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_full_disk_loses_rows_that_are_counted_for_good_and_no_answer(stage: Path, end: int) -> None:
     def verified() -> str:
-        done = visionloop_process("predictions", "verify", cwd=stage)
+        done = visionloop("predictions", "verify", cwd=stage)
         assert done.returncode == 1, done.stdout
         assert re.search(r"24 predictions of \S+ lost between 20\S+ and 20\S+: File too large \(EFBIG\)", done.stdout)
         return done.stdout
@@ -492,21 +493,30 @@ def test_a_full_disk_loses_rows_that_are_counted_for_good_and_no_answer(stage: P
     assert "2 predictions, 0 twice, 24 lost" in verified()
 
 
-def test_a_slow_client_is_hung_up_on_and_nobody_waits_for_it(stage: Path) -> None:
-    with server(stage, "--request-timeout-s", "1") as mine:
-        head = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/jpeg\r\ncontent-length: 1000\r\n"
+@pytest.fixture(scope="module")
+def hurried(tmp_path_factory: pytest.TempPathFactory, smoke: Stored[Release]) -> Iterator[Server]:
+    """A server that waits two seconds for a request."""
+    with server(staged(tmp_path_factory.mktemp("hurried"), smoke), "--request-timeout-s", "2") as found:
+        yield found
+
+
+def test_slow_clients_are_hung_up_on_and_nobody_waits_for_them(hurried: Server) -> None:
+    head = b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/jpeg\r\ncontent-length: 1000\r\n"
+    with contextlib.ExitStack() as stack:
+        slow = []
         for start in (b"", b"POST /pre", head, head + b"\r\nabc"):
-            with socket.create_connection(("127.0.0.1", mine.port), timeout=10) as raw:
-                raw.sendall(start)
-                assert mine.predict(png("disc", 1)).status == 200
-                answer = raw.recv(4096)
-                assert answer == b"" or b" 408 " in answer.split(b"\r\n")[0], answer
-                with contextlib.suppress(OSError):
-                    while raw.recv(4096):
-                        pass
+            slow.append(stack.enter_context(socket.create_connection(("127.0.0.1", hurried.port), timeout=10)))
+            slow[-1].sendall(start)
+        assert hurried.predict(png("disc", 1)).status == 200
+        for raw in slow:
+            answer = raw.recv(4096)
+            assert answer == b"" or b" 408 " in answer.split(b"\r\n")[0], answer
+            with contextlib.suppress(OSError):
+                while raw.recv(4096):
+                    pass
 
 
-def test_calls_whose_message_does_not_come_are_ended_and_block_nobody_for_long(stage: Path) -> None:
+def test_calls_whose_message_does_not_come_are_ended_and_block_nobody_for_long(hurried: Server) -> None:
     """gRPC takes 128 calls at once: that many which only begin would otherwise be the end of it."""
     live = "/inference.GRPCInferenceService/ServerLive"
 
@@ -522,13 +532,11 @@ def test_calls_whose_message_does_not_come_are_ended_and_block_nobody_for_long(s
             garbled = channel.unary_unary("/inference.GRPCInferenceService/ModelReady")(b"\x0a\xff", timeout=10)
             return set(told), answer, (await empty.code(), await garbled.code())
 
-    with server(stage, "--request-timeout-s", "2") as mine:
-        assert mine.grpc_port is not None
-        codes, answer, others = asyncio.run(asyncio.wait_for(act(mine.grpc_port), 60))
-        assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
-        assert answer == b"\x08\x01"
-        assert others == (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INVALID_ARGUMENT)
-        assert mine.predict(png("disc", 1)).status == 200
+    codes, answer, others = asyncio.run(asyncio.wait_for(act(hurried.grpc_port), 60))
+    assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert answer == b"\x08\x01"
+    assert others == (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INVALID_ARGUMENT)
+    assert hurried.predict(png("disc", 1)).status == 200
 
 
 def test_who_asks_is_known_before_a_message_is_waited_for(stage: Path) -> None:
@@ -596,11 +604,11 @@ def test_captured_images_are_those_of_the_log_and_can_be_erased(stage: Path) -> 
     assert 5 < len(kept) < 35
     assert kept <= logged
     victim = min(kept)
-    done = visionloop_process("predictions", "erase", victim, "--as", "ann", "--reason", "asked for", cwd=stage)
+    done = visionloop("predictions", "erase", victim, "--as", "ann", "--reason", "asked for", cwd=stage)
     assert done.returncode == 0
     assert "It was kept and is removed" in done.stdout
     assert not list((mine.state / "captures").rglob(victim))
-    assert visionloop_process("predictions", "verify", cwd=stage).returncode == 0
+    assert visionloop("predictions", "verify", cwd=stage).returncode == 0
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(stage: Path) -> None:
@@ -748,14 +756,13 @@ def test_every_route_asks_for_the_role_it_needs(stage: Path) -> None:
         assert mine.ask("GET", "/status", headers=headers).status == 401
 
 
-def test_a_server_loads_no_heavy_library(stage: Path) -> None:
+def test_a_server_loads_no_heavy_library(running: Server) -> None:
     """What is mapped into the two processes, not what is imported by name."""
-    with server(stage) as mine:
-        mine.predict(jpeg())
-        for pid in (mine.process.pid, *mine.engine_processes()):
-            mapped = Path(f"/proc/{pid}/maps").read_text()
-            assert not [name for name in ("libtorch", "mlflow", "prefect", "sqlalchemy") if name in mapped]
-        assert "openvino" not in Path(f"/proc/{mine.process.pid}/maps").read_text()
+    running.predict(jpeg())
+    for pid in (running.process.pid, *running.engine_processes()):
+        mapped = Path(f"/proc/{pid}/maps").read_text()
+        assert not [name for name in ("libtorch", "mlflow", "prefect", "sqlalchemy") if name in mapped]
+    assert "openvino" not in Path(f"/proc/{running.process.pid}/maps").read_text()
     program = (
         "import serving.server, serving.engines.worker, serving.protocols.http, serving.protocols.grpc, serving.batch, serving.log.sealing, sys;"
         "print(sorted({n.split('.')[0] for n in sys.modules}))"
