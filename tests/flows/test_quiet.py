@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,16 +54,18 @@ def test_the_listener_hears_names_and_addresses_of_children_too(listener: Listen
 
 
 def test_importing_and_serving_ask_for_nothing(listener: Listener, tmp_path: Path) -> None:
-    # The environment first, as every command does; components alone is what the engine's process imports.
-    done = run(listener, "-c", f"import flows.cli.app, components\nimport {LIBRARIES}", cwd=tmp_path)
-    assert (done.returncode, listener.heard()) == (0, []), done.stderr
     with tarfile.open(next((ROOT / "tests" / "older").glob("*.tar.xz"))) as archive:
         archive.extractall(tmp_path, filter="tar")
     unset = {name: "" for name in os.environ if UNHEARD.search(name)}
-    with server(tmp_path / "workspace", env=listener.environment(unset)) as running:
-        assert running.predict(png("disc", 90_001)).status == 200
-        assert running.stop() == 0
-    assert listener.heard() == []
+    with ThreadPoolExecutor(1) as beside:
+        # The environment first, as every command does; components alone is what the engine's process imports.
+        imports = f"import flows.cli.app, components\nimport {LIBRARIES}"
+        importing = beside.submit(run, listener, "-c", imports, cwd=tmp_path)
+        with server(tmp_path / "workspace", env=listener.environment(unset)) as running:
+            assert running.predict(png("disc", 90_001)).status == 200
+            assert running.stop() == 0
+        done = importing.result()
+    assert (done.returncode, listener.heard()) == (0, []), done.stderr
 
 
 def test_what_a_person_has_set_stays_and_an_empty_value_is_none(listener: Listener, tmp_path: Path) -> None:
