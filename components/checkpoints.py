@@ -69,6 +69,9 @@ def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], refusal: st
     Raises CheckpointMismatch, which begins with `refusal` and names the first tensor that does not fit.
     """
     own = module.state_dict()
+    # Files of before batch normalisation counted its batches have no such number, and nothing of ours reads it.
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    state = {**counters, **state}
     problems = [f"it holds no {name}" for name in own if name not in state]
     problems += [f"its {name} is no tensor of this network" for name in state if name not in own]
     problems += [

@@ -185,6 +185,7 @@ class FitResult:
     history: list[dict[str, float]]
 
 
+LogitsOf = Callable[["nn.Module", "torch.Tensor"], "torch.Tensor"]
 Augment = Callable[["torch.Tensor", "torch.Generator"], "torch.Tensor"]
 Mix = Callable[["torch.Tensor", "torch.Tensor", "torch.Generator"], tuple["torch.Tensor", "torch.Tensor"]]
 """Inputs and targets of a batch to mixed inputs and shares of classes."""
@@ -195,7 +196,7 @@ Sampling = Literal["shuffled", "balanced"]
 
 def fit(
     model: nn.Module,
-    logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    logits_of: LogitsOf,
     task: Task,
     train: Examples,
     valid: Examples,
@@ -316,7 +317,7 @@ def _out_of_memory(error: Exception) -> bool:
 class _Stepping:
     """One step of the optimiser on chosen examples."""
 
-    logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    logits_of: LogitsOf
     loss: LossFunction
     train: Examples
     augment: Augment | None
@@ -394,7 +395,7 @@ def _ends(n: int, batch_size: int, at_least: int) -> list[int]:
 
 def evaluate(
     model: nn.Module,
-    logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    logits_of: LogitsOf,
     task: Task,
     examples: Examples,
     batch_size: int,
@@ -407,7 +408,7 @@ def evaluate(
 
 def predict(
     model: nn.Module,
-    logits_of: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    logits_of: LogitsOf,
     inputs: Inputs,
     batch_size: int,
 ) -> torch.Tensor:

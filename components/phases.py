@@ -213,6 +213,8 @@ def _mix(
 def check(phase: Phase, place: str, task: families.Task) -> None:
     """Raise ConfigError for a phase that cannot work; `place` is where the recipe keeps it."""
     frozen = phase.trains != "all"
+    if phase.batch_norm is not None and phase.trains == "head":
+        raise ConfigError(f"{place}.batch_norm has no effect with trains: head, which has no batch normalisation; remove it")
     chosen = [(one.augmentation, one.load()) for one in phase.all_augmentations]
     mixing = [(name, member) for name, member in chosen if member.mixes]
     if (phase.loss or mixing or phase.sampling == "balanced") and not getattr(task, "one_class", False):

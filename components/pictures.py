@@ -1,4 +1,4 @@
-"""Prepared pictures, decoded once: the engine's very input, by picture and preprocessing, in a memory-mapped cache.
+"""Prepared pictures, decoded once: the engine's very input, by picture and preprocessing, in a cache.
 
 Training and serving decode by the same code (components/images.py), so what is kept here are the bits that serving sees.
 """

@@ -1,9 +1,10 @@
-"""Caches of arrays by picture: folders of files that are only added, verified when opened, then memory-mapped.
+"""Caches of arrays by picture: folders of files that are only added, verified when opened, then read row by row.
 
 A segment is one safetensors file, named by its sha256, that holds the `names` of pictures and their rows of `data`. It
 appears by one rename, so a kill costs the segment that was being written, and several processes may add to one folder. A
 cache may be lost, never believed: what does not verify is removed and computed again, and what a full disk does not take
-is computed again whenever it is taken.
+is computed again whenever it is taken. Rows are read, not mapped: the kernel maps far more around a row than is asked for,
+and all of it would count as this process's memory (infra/decisions/0017).
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import contextlib
 import errno
 import hashlib
 import json
-import mmap
 import os
 import time
+import weakref
 from collections.abc import Callable, KeysView, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from components.contracts.errors import TamperedArtefact
 from components.store import sha256_file, write_atomically
 
 if TYPE_CHECKING:
     import torch
 
 _CHUNK_BYTES, _CHUNK_ROWS = 32 << 20, 4096
-_RESIDENT_BYTES = 256 << 20
-"""What is read from mapped files before their pages are given back: they would count as this process's memory."""
 _STALE_S = 3600
 """Nobody takes as long to write a segment: what is older was left by a kill."""
 _SPELLED = {"uint8": "U8", "float16": "F16", "float32": "F32"}
@@ -55,7 +55,7 @@ class CacheFolder:
     bytes: int
 
     def remove(self) -> None:
-        """Remove its files, and the folders that are empty then; who has them mapped keeps them."""
+        """Remove its files, and the folders that are empty then; who has them open keeps them."""
         for path in self.folder.iterdir():
             if not path.is_dir():
                 path.unlink(missing_ok=True)
@@ -134,9 +134,8 @@ class Segments:
         self.full = False
         """Whether there was no space for a segment; no other one is tried."""
         self._say = say
-        self._places: dict[str, tuple[npt.NDArray[Any], int]] = {}
-        self._maps: list[mmap.mmap] = []
-        self._read_bytes = 0
+        self._places: dict[str, tuple[int, int]] = {}
+        """The open file of each picture's row, and where in it the row begins."""
         used(folder)
         for path in sorted(folder.glob("*.safetensors")):
             self._open(path)
@@ -172,7 +171,7 @@ class Segments:
         data = save({"data": rows, "names": digests})
         path = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
         if kept_file(path, data):
-            self._map(path)
+            self._take_up(path)
             return
         self.full = True
         self._say(
@@ -182,47 +181,40 @@ class Segments:
         )
 
     def rows(self, names: Sequence[str]) -> npt.NDArray[Any]:
-        """The rows (n, *shape) of known pictures, copied; raises KeyError for another one."""
+        """The rows (n, *shape) of known pictures; raises KeyError for another one, TamperedArtefact where a file was cut."""
         found = np.empty((len(names), *self.shape), dtype=self.dtype)
-        for i, name in enumerate(names):
-            array, row = self._places[name]
-            found[i] = array[row]
-            self._read_bytes += self._row_bytes
-            if self._read_bytes > _RESIDENT_BYTES:
-                self._give_back()
+        as_bytes: Any = found.reshape(len(names), self._row_bytes // self.dtype.itemsize).view(np.uint8)
+        for name, row in zip(names, as_bytes, strict=True):
+            file, begin = self._places[name]
+            if os.preadv(file, [row], begin) != len(row):
+                raise TamperedArtefact(
+                    f"a file of {self.folder} was cut short while this run read it; run again to have it made anew"
+                )
         return found
-
-    def _give_back(self) -> None:
-        self._read_bytes = 0
-        for mapped in self._maps:
-            mapped.madvise(mmap.MADV_DONTNEED)
 
     def _open(self, path: Path) -> None:
         try:
-            if sha256_file(path) == path.stem and self._map(path):
+            if sha256_file(path) == path.stem and self._take_up(path):
                 return
         except FileNotFoundError:
             return  # another process found it damaged first
         path.unlink(missing_ok=True)
 
-    def _map(self, path: Path) -> bool:
-        """Map a verified segment; false where its rows are of another shape."""
+    def _take_up(self, path: Path) -> bool:
+        """Take up a verified segment; false where its rows are of another shape."""
         with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        begin = 8 + int.from_bytes(mapped[:8], "little")
-        header = json.loads(mapped[8:begin])
-
-        def tensor(name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-            shape, (start, end) = header[name]["shape"], header[name]["data_offsets"]
-            count = (end - start) // np.dtype(dtype).itemsize
-            return np.frombuffer(mapped, dtype=dtype, count=count, offset=begin + start).reshape(shape)
-
-        if header["data"]["dtype"] != _SPELLED[self.dtype.name] or tuple(header["data"]["shape"][1:]) != self.shape:
-            return False
-        array = tensor("data", self.dtype)
-        for row, digest in enumerate(tensor("names", np.uint8)):
-            self._places[digest.tobytes().hex()] = array, row
-        self._maps.append(mapped)
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(begin - 8))
+            data, names = header["data"], header["names"]
+            if data["dtype"] != _SPELLED[self.dtype.name] or tuple(data["shape"][1:]) != self.shape:
+                return False
+            file.seek(begin + names["data_offsets"][0])
+            digests = np.frombuffer(file.read(int(np.prod(names["shape"]))), dtype=np.uint8).reshape(names["shape"])
+            kept_open = os.dup(file.fileno())
+        weakref.finalize(self, os.close, kept_open)
+        for row, digest in enumerate(digests):
+            place = begin + data["data_offsets"][0] + row * self._row_bytes
+            self._places[digest.tobytes().hex()] = kept_open, place
         return True
 
 

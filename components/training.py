@@ -22,7 +22,7 @@ from components.contracts.progress import MetricSink, NullSink, Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.wording import counted
 from components.features import AS_IT_IS, Frozen, maps
-from components.fitting import Examples, FittingConfig, InMemory, Inputs, fit, predict, write_history
+from components.fitting import Examples, FittingConfig, InMemory, Inputs, LogitsOf, fit, predict, write_history
 from components.hooks import Checkpointing, MetricLogging, ProgressReporting
 from components.phases import Augmentation, LastBlocks, Phase
 from components.pictures import prepared
@@ -115,24 +115,29 @@ def check(config: TrainingConfig, root: Path) -> None:
                 f"{place}: training {phase.part} on random weights learns nothing; choose training.weights from: "
                 f"{', '.join(backbone.weights_choices) or '<path>.safetensors'}"
             )
+        if phase.batch_norm == "frozen" and number == 1 and config.weights == "random":
+            raise ConfigError(
+                f"{place}.batch_norm: statistics of random weights are none to keep; remove it, or choose pretrained weights"
+            )
         phases.check(phase, place, task)
         if isinstance(phase.trains, LastBlocks):
             _check_blocks(config, phase, phase.trains.last, place)
 
 
 def expect_same_network(config: TrainingConfig, champion: Checkpoint, told: str) -> None:
-    """Raise ConfigError where the section's network is another than that of the checkpoint that it begins from."""
-    backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
-    of_champion = (champion.backbone, champion.preprocessing, champion.embedding_dim, champion.task)
-    ours = (config.backbone, backbone.preprocessing, backbone.embedding_dim, config.task)
-    keys = ("backbone", "backbone_settings", "backbone_settings", "task")
-    for key, theirs, own in zip(keys, of_champion, ours, strict=True):
-        if theirs != own:
-            raise ConfigError(
-                f"training.{key}: a warm start goes on with the same network, and {told}, has backbone "
-                f"{champion.backbone!r} {champion.backbone_settings} and task {champion.task!r}; take these, or train from "
-                f"other weights"
-            )
+    """Raise ConfigError where the section's network or task is another than that of the checkpoint that it begins from."""
+    known, named = champion.backbone_settings, config.backbone_settings
+    # A default that only one of them writes out makes no difference; a task's settings are about training.
+    same = (champion.backbone, champion.task) == (config.backbone, config.task) and (
+        plugins.load("backbones", config.backbone, dict(known)).model_dump()
+        == plugins.load("backbones", config.backbone, dict(named)).model_dump()
+    )
+    if not same:
+        raise ConfigError(
+            f"training.backbone: a warm start goes on with the same network and task, and {told}, has the backbone "
+            f"{champion.backbone!r} with the settings {dict(known)} and the task {champion.task!r}; say the same, or train "
+            f"from other weights"
+        )
 
 
 def _check_blocks(config: TrainingConfig, phase: Phase, last: int, place: str) -> None:
@@ -212,12 +217,14 @@ def train(
         part, (train_set, valid_set) = data_of_phases.of(phase, model)
         identity = sha256_text(canonical_json([config.to_json(), weights_digest, splits.record.digest(), number]))
         numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
+        # What everything trains on are pictures, whose channels lie side by side already.
+        logits_of = _logits if phase.trains == "all" else _logits_of_maps
         label = f"phase {number}, " if len(config.all_phases) > 1 else ""
         counts = torch.bincount(train_set.targets, minlength=len(classes)) if phase.loss is not None else torch.zeros(0)
         # A phase that a killed run had finished is taken up from its checkpoint without a step.
         result = fit(
             part,
-            _logits,
+            logits_of,
             task,
             train_set,
             valid_set,
@@ -232,9 +239,9 @@ def train(
             hooks=(MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
             setting=f"{config.place(number)}.fit",
         )
-        logits = predict(part, _logits, valid_set.inputs, phase.fit.batch_size)
+        logits = predict(part, logits_of, valid_set.inputs, phase.fit.batch_size)
         if len(config.all_phases) > 1:
-            result.history[result.best_epoch - 1] |= _on_train(part, train_set, task, phase.fit.batch_size)
+            result.history[result.best_epoch - 1] |= _on_train(part, logits_of, train_set, task, phase.fit.batch_size)
         best_epoch = len(history) + result.best_epoch
         history += map(numbered, result.history)
     labels = valid_set.targets.numpy()
@@ -312,14 +319,14 @@ _MOST_TRAIN_IMAGES = 1000
 """Of so many images of the train split it is asked how many a phase has learned."""
 
 
-def _on_train(part: nn.Module, train: Examples, task: Task, batch_size: int) -> dict[str, float]:
+def _on_train(part: nn.Module, logits_of: LogitsOf, train: Examples, task: Task, batch_size: int) -> dict[str, float]:
     """The share of training images, as they are, that a phase's best epoch answers right, and of how many."""
     import torch
 
-    rows = torch.arange(0, len(train.targets), max(1, len(train.targets) // _MOST_TRAIN_IMAGES))
+    rows = torch.linspace(0, len(train.targets) - 1, min(len(train.targets), _MOST_TRAIN_IMAGES)).long()
     logits = torch.cat(
         [
-            predict(part, _logits, InMemory(train.inputs.take(some, None)), batch_size)
+            predict(part, logits_of, InMemory(train.inputs.take(some, None)), batch_size)
             for some in torch.split(rows, batch_size)
         ]
     )
@@ -327,15 +334,19 @@ def _on_train(part: nn.Module, train: Examples, task: Task, batch_size: int) -> 
     return {f"train_{task.headline}": float(right.mean()), "train_images": float(len(rows))}
 
 
+def _logits_of_maps(module: torch.nn.Module, maps: torch.Tensor) -> torch.Tensor:
+    """Of blocks with a head; convolutions over channels that lie side by side take a quarter less time."""
+    import torch
+
+    layout = torch.channels_last if maps.ndim == 4 else torch.contiguous_format
+    return _logits(module, maps.to(torch.float32, memory_format=layout))
+
+
 def _logits(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Of a head, of blocks with a head, or of the whole network, which answers with its embedding too."""
     import torch
 
-    if inputs.is_floating_point():
-        # Convolutions over channels that lie side by side take a quarter less time; those of pictures lie so already.
-        layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
-        inputs = inputs.to(torch.float32, memory_format=layout)
-    answer = module(inputs)
+    answer = module(inputs.float() if inputs.dtype == torch.float16 else inputs)
     logits: torch.Tensor = answer[0] if isinstance(answer, tuple) else answer
     return logits
 

@@ -102,7 +102,9 @@ def fit_told(results: Sequence[PhaseResult], phases: Sequence[Phase], headline: 
     """Whether the network over- or under-fits, as far as that is known, and whether it had trained to the end."""
     result, fit = results[-1], phases[-1].fit
     told = _by_shares(result, result.train) if result.train is not None else _by_losses(result, headline)
-    if result.best_epoch == result.last_epoch and result.last_epoch - result.first_epoch + 1 == fit.epochs:
+    # A rate that falls to nothing ends where the loss is lowest in any case.
+    going_on = fit.schedule in ("constant", "step", "cyclical")
+    if going_on and result.best_epoch == result.last_epoch and result.last_epoch - result.first_epoch + 1 == fit.epochs:
         told.append("The valid loss was lowest in the very last epoch: it may not have trained to the end. Try more epochs.")
     return told
 

@@ -243,7 +243,7 @@ def member_digests(**members: str) -> dict[str, str]:
 def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
     config = run.config.training
     local = local_weights(config, run.workspace.root)
-    begun_from = run.warm_start.checkpoint.record.weights.sha256 if run.warm_start else ""
+    begun_from = run.warm_start.weights if run.warm_start else ""
     return {
         "weights": sha256_file(local) if local else begun_from,
         "splits": splits.record.digest(),

@@ -35,6 +35,7 @@ from flows.orchestrator.notifications import Event, notify
 from flows.orchestrator.retries import REGISTRY_POLICY
 from flows.training.results import Results, candidate_digest
 from flows.training.run import Run, member_digests, training_inputs, training_key
+from flows.training.warm_start import keep
 from flows.training.warm_start import warm_start as begun_from
 from flows.workspace.desk import artifacts_of, registry_of
 from registry.models import CurrentChampion
@@ -104,14 +105,17 @@ def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
                 num_threads=run.settings.num_threads,
                 sink=sink,
                 progress=progress,
-                champion=run.warm_start.checkpoint if run.warm_start else None,
+                champion=run.warm_start.fetch() if run.warm_start else None,
             )
         finally:
             sink.close()
             if sink.problem:
                 run.console.line(f"    live curves are late ({sink.problem}); registration will write them")
 
-    return run.stage("training", Checkpoint, compute, inputs=training_inputs(run, splits), leftovers=LEFTOVERS)
+    trained = run.stage("training", Checkpoint, compute, inputs=training_inputs(run, splits), leftovers=LEFTOVERS)
+    if run.warm_start is not None:
+        keep(run.warm_start, run.folder)
+    return trained
 
 
 @task(name="export graph", cache_policy=NO_CACHE)

@@ -1,20 +1,19 @@
 """Warm start: a training that goes on from the network of today's champion.
 
-A run keeps the champion that it began from, by the version in its run folder: started again, it finds the same results,
-whatever was promoted since. Data that grew make another run, which begins from the champion of its own day.
+A run whose training is done keeps the champion that it began from, by a file in its run folder: started again, it finds the
+same results, whatever was promoted since. Data that grew make another run, which begins from the champion of its own day.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from components.contracts.errors import ConfigError
+from components.contracts.errors import ConfigError, TamperedArtefact
 from components.contracts.models import Checkpoint
 from components.contracts.records import Stored
-from components.store import write_atomically
+from components.store import seal, unseal, write_atomically
 from components.training import TrainingConfig, expect_same_network
 from registry.models import Registry
 
@@ -24,37 +23,48 @@ class WarmStart:
     """The champion that a training begins from."""
 
     version: str
-    checkpoint: Stored[Checkpoint]
+    weights: str
+    """Their sha256."""
+    fetch: Callable[[], Stored[Checkpoint]]
+    """The verified checkpoint; asked only when there is something to train."""
 
     @property
     def told(self) -> str:
-        return f"champion, version {self.version} (weights {self.checkpoint.record.weights.sha256[:16]})"
+        return f"champion, version {self.version} (weights {self.weights[:16]})"
 
 
 def warm_start(model: str, config: TrainingConfig, registry: Registry, *, run: Path, cache: Path) -> WarmStart:
-    """The champion that the run in the folder `run` begins from, fetched into `cache` and verified.
+    """The champion that the run in the folder `run` begins from, or began from; `cache` takes its checkpoint.
 
     Raises ConfigError where the model has none, or one of another network; TamperedArtefact, RegistryUnavailable.
     """
-    kept = run / "warm_start.json"
-    version = _version(kept)
-    if version is None:
-        entry = registry.champion(model)
-        if entry is None:
-            raise ConfigError(
-                f"training.weights: champion: {model} has no champion, since none of its versions was promoted yet; train "
-                f"from other weights first, and promote what comes of it"
-            )
-        version = str(entry.body["version"])
-    checkpoint = registry.fetch_checkpoint(model, version, out=cache / "champions" / model / "checkpoint")
+    kept = _file(run)
+
+    def fetch(version: str) -> Stored[Checkpoint]:
+        return registry.fetch_checkpoint(model, version, out=cache / "champions" / model / "checkpoint")
+
+    if kept.exists():
+        body = unseal(kept.read_bytes())
+        if body is None:
+            raise TamperedArtefact(f"{kept} was changed after it was written; remove it to go on from today's champion")
+        return WarmStart(body["version"], body["weights"], lambda: fetch(body["version"]))
+    entry = registry.champion(model)
+    if entry is None:
+        raise ConfigError(
+            f"training.weights: champion: {model} has no champion, since none of its versions was promoted yet; train "
+            f"from other weights first, and promote what comes of it"
+        )
+    version = str(entry.body["version"])
+    checkpoint = fetch(version)
     expect_same_network(config, checkpoint.record, f"version {version} of {model}, the champion")
-    write_atomically(kept, json.dumps({"version": version}).encode())
-    return WarmStart(version, checkpoint)
+    return WarmStart(version, checkpoint.record.weights.sha256, lambda: checkpoint)
 
 
-def _version(path: Path) -> str | None:
-    try:
-        said: Any = json.loads(path.read_text())["version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return said if isinstance(said, str) else None
+def keep(start: WarmStart, run: Path) -> None:
+    """Let the run in this folder begin from this champion whenever it is started again."""
+    if not _file(run).exists():
+        write_atomically(_file(run), seal({"version": start.version, "weights": start.weights}))
+
+
+def _file(run: Path) -> Path:
+    return run / "warm_start.json"

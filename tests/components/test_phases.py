@@ -50,6 +50,7 @@ def test_a_phase_that_trains_nothing_is_refused(trains: object) -> None:
             {"augmentations": [FLIP]},
             r"^training.phases.0.augmentation has no effect with one view of each picture, with the last 2 blocks training.* set views to 2 or more",
         ),
+        ({"trains": "head", "batch_norm": "trains"}, "^training.phases.0.batch_norm has no effect with trains: head"),
         ({"views": 4}, "^training.phases.0.views: 4 views of each picture would be the same; name augmentations"),
         ({"views": 4, "augmentations": [MIXUP]}, "4 views of each picture would be the same"),
         ({"trains": "all", "views": 2, "augmentations": [FLIP]}, "views has no effect with trains: all"),

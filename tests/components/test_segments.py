@@ -175,7 +175,6 @@ for chunk in range(5):
         cache.append([f"{i:032x}" for i in range(chunk * rows, (chunk + 1) * rows)], np.full((rows, side), chunk, np.uint8))
         os._exit(0)
     assert os.wait()[1] == 0
-segments._RESIDENT_BYTES = 32 << 20
 cache = Segments(Path(sys.argv[1]), np.uint8, (side,))
 assert cache.chunk == 32
 before = most = held()

@@ -49,7 +49,7 @@ def test_wrong_sections_are_refused_before_any_work(tmp_path: Path) -> None:
         match=r"unknown backbone 'resnet'; valid: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2, lenet5, resnet18, small_cnn, timm, torchvision",
     ):
         check(config(backbone="resnet"), ROOT)
-    with pytest.raises(UnknownName, match="unknown setting of backbone.*'size'; valid: image_size"):
+    with pytest.raises(UnknownName, match="unknown setting of backbone.*'size'; valid: crop_share, image_size"):
         check(config(backbone_settings={"size": 3}), ROOT)
     with pytest.raises(ConfigError, match="image_size"):
         check(config(backbone_settings={"image_size": 100_000}), ROOT)
@@ -381,8 +381,7 @@ def test_a_warm_start_goes_on_from_the_whole_network_of_a_champion_of_the_same_c
 
     old, new = load_file(tmp_path / "first" / "weights.safetensors"), from_champion(splits.record, tmp_path / "a", champion)
     assert old.keys() == new.keys()
-    learned = [name for name in old if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-    assert all(torch.allclose(old[name], new[name], atol=1e-9) for name in learned)
+    assert all(torch.allclose(value, new[name], atol=1e-9) for name, value in old.items())
     # A run that was killed goes on only from the weights that it began from.
     other = Stored(
         first.model_copy(update={"weights": first.weights.model_copy(update={"sha256": "0" * 64})}), champion.folder
@@ -403,10 +402,46 @@ def test_a_warm_start_goes_on_from_the_whole_network_of_a_champion_of_the_same_c
         train(splits, root / "data", wider, out=tmp_path / "c", cache=root / "cache", root=root, champion=champion)
     sized = small(backbone_settings={**SMALL, "image_size": 24}, weights="champion", fit=FIT)
     with pytest.raises(
-        ConfigError, match=r"training.backbone_settings: a warm start .* version 3, has backbone 'small_cnn'"
+        ConfigError, match=r"training.backbone: a warm start .* version 3, has the backbone 'small_cnn' with"
     ):
         expect_same_network(sized, first, "version 3")
-    expect_same_network(warm, first, "version 3")
+    written_out = plugins.load("backbones", "small_cnn", SMALL).model_dump()
+    expect_same_network(warm, first.model_copy(update={"backbone_settings": written_out}), "version 3")
+
+
+def test_weights_of_before_batch_norm_counted_its_batches_are_taken(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path
+) -> None:
+    state = load_file(world[0] / "start.safetensors")
+    assert any(name.endswith("num_batches_tracked") for name in state)
+    older = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    save_file(older, tmp_path / "older.safetensors")
+    both = [
+        small(mode="frozen", fit=FIT, weights=str(path))
+        for path in (world[0] / "start.safetensors", tmp_path / "older.safetensors")
+    ]
+    ends = [load_file(trained(world, tmp_path / str(place), one) / "weights.safetensors") for place, one in enumerate(both)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_maps_are_fitted_with_channels_last_and_pictures_as_they_lie() -> None:
+    from components.training import _logits, _logits_of_maps
+
+    seen: list[torch.Tensor] = []
+    part = torch.nn.Identity()
+    part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for maps in (torch.rand(4, 6, 5, 5).half(), torch.rand(4, 6, 5, 5), torch.rand(4, 7, 6)):
+        _logits_of_maps(part, maps)
+    _logits(part, torch.rand(4, 5, 5, 3))
+    assert [one.dtype for one in seen] == [torch.float32] * 4
+    assert [one.is_contiguous(memory_format=torch.channels_last) for one in seen[:2]] == [True, True]
+    assert seen[2].is_contiguous()
+    assert seen[3].is_contiguous()
+
+
+def test_batch_norm_of_random_weights_is_nothing_to_keep() -> None:
+    with pytest.raises(ConfigError, match="training.phases.0.batch_norm: statistics of random weights are none to keep"):
+        check(phased({"trains": "all", "batch_norm": "frozen", "fit": FIT}, weights="random"), ROOT)
 
 
 def test_a_phase_that_diverges_is_named(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:

@@ -196,8 +196,9 @@ WARM = ("train", "-r", "smoke", "--set", "training.weights=champion", "--set", "
 def test_a_training_goes_on_from_the_champion_and_stays_what_it_was_when_another_one_is(decided: Path) -> None:
     first = json.loads(visionloop(*WARM, *ONE_ENGINE, "--json", cwd=decided).stdout.strip().splitlines()[-1])
     run = Path(first["run_folder"])
-    assert json.loads((run / "warm_start.json").read_text()) == {"version": "1"}
     weights = told("show", "1", cwd=decided)["bound"]["weights"]
+    kept = json.loads((run / "warm_start.json").read_text())
+    assert (kept["version"], kept["weights"]) == ("1", weights)
     assert f"champion, version 1 (weights {weights[:16]})" in (run / "report.html").read_text()
     assert json.loads((run / "3-training" / "manifest.json").read_text())["inputs"]["weights"] == weights
     before = json.loads((run / "3-training" / "history.json").read_text())
@@ -212,7 +213,13 @@ def test_a_training_goes_on_from_the_champion_and_stays_what_it_was_when_another
     assert visionloop("rollback", "--as", "bob", "--reason", "worse", cwd=decided).returncode == 0
     other = visionloop(*WARM, "--set", "training.backbone_settings.image_size=24", cwd=decided)
     assert other.returncode == 2
-    assert "a warm start goes on with the same network, and version 1 of shapes, the champion, has backbone" in other.stderr
+    assert (
+        "a warm start goes on with the same network and task, and version 1 of shapes, the champion, has the" in other.stderr
+    )
+    (run / "warm_start.json").write_text((run / "warm_start.json").read_text().replace('"1"', '"2"'))
+    changed = visionloop(*WARM, *ONE_ENGINE, cwd=decided)
+    assert changed.returncode == 2
+    assert "warm_start.json was changed after it was written; remove it" in changed.stderr
 
 
 def test_a_warm_start_without_a_champion_is_refused_before_any_work(waiting: Path) -> None:
@@ -232,9 +239,11 @@ def test_a_class_that_is_new_and_one_that_is_gone_do_not_keep_a_model_from_appro
     shutil.move(decided / "data" / "disc", decided / "data" / "ring")
     assert visionloop("data", "add", cwd=decided).returncode == 0
     commit(decided)
+    before = set(decided.rglob("warm_start.json"))
     refused = visionloop(*WARM, *ONE_ENGINE, cwd=decided)
     assert refused.returncode == 2
     assert "answers about other classes than the data have (new: bars, ring; gone: disc)" in refused.stderr
+    assert set(decided.rglob("warm_start.json")) == before, "the champion that was refused is not held on to"
     done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", *ONE_ENGINE, "--json", cwd=decided)
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert summary["outcome"] == "candidate", summary["reasons"]
