@@ -119,11 +119,15 @@ class KnownRecipes:
 
 
 def known_recipes(workspace: Path | None) -> KnownRecipes:
-    """The shipped recipes and the workspace's own, each checked as a run would."""
+    """The shipped recipes and the workspace's own, which are checked as a run would.
+
+    The shipped ones were checked before they were shipped: that would load their networks' libraries for a list.
+    """
     found = KnownRecipes({}, {})
-    for name in sorted(recipe_files(workspace)):
+    for name, path in sorted(recipe_files(workspace).items()):
         try:
-            found.descriptions[name] = load_recipe(name, workspace=workspace).description
+            config = peek(path) if path.parent == SHIPPED else load_recipe(name, workspace=workspace)
+            found.descriptions[name] = config.description
         except ConfigError as error:
             found.problems[name] = str(error)
     return found
