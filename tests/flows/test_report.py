@@ -141,8 +141,10 @@ def test_over_and_underfitting_are_said_where_the_intervals_show_them() -> None:
 
 
 def test_of_one_phase_the_curves_are_read_and_no_more() -> None:
-    def told(losses: list[tuple[float, float]]) -> str:
-        return plain(*fit_told(phase_results(rows(None, 1, losses, 0.9), [ALL], "accuracy", 50), [ALL], "accuracy"))
+    steady = ALL.model_copy(update={"fit": ALL.fit.model_copy(update={"schedule": "constant"})})
+
+    def told(losses: list[tuple[float, float]], phase: Phase = steady) -> str:
+        return plain(*fit_told(phase_results(rows(None, 1, losses, 0.9), [phase], "accuracy", 50), [phase], "accuracy"))
 
     rising = told([(1.0, 1.0), (0.5, 0.6), (0.1, 0.9)])
     assert "At the best epoch, 2 of 3, 90.0 % (78.6 % to 95.7 %) of 50 valid images are answered right" in rising
@@ -153,6 +155,8 @@ def test_of_one_phase_the_curves_are_read_and_no_more() -> None:
     falling = told([(1.0, 1.0), (0.5, 0.6), (0.4, 0.5)])
     assert "over-fitting" not in falling
     assert "lowest in the very last epoch" in falling
+    # A rate that falls to nothing ends there in any case.
+    assert "lowest in the very last epoch" not in told([(1.0, 1.0), (0.5, 0.6), (0.4, 0.5)], ALL)
     assert "lowest in the very last epoch" not in rising + told([(1.0, 1.0), (0.5, 0.6)])  # stopped by a killed schedule
 
 
