@@ -103,7 +103,7 @@ def _ours(
 
     start = time.perf_counter()
     frozen = features.Frozen("efficientnet_lite0", backbone, state)
-    encoder = features._encoder(lambda: features._part(frozen), backbone.preprocessing, scratch / "encoder.onnx", 2)
+    encoder = features.engine(frozen, scratch, num_threads=2)
     trained = encode(pixels[~held_out])
     encoding = time.perf_counter() - start
     # The held-out quarter is only there for the score; the textbook side is not charged for it either.

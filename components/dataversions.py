@@ -23,6 +23,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -122,7 +123,17 @@ def git_state(root: Path) -> tuple[str, bool]:
         return "none", True
     if done.returncode:
         _git_failed(root, asked, done)
-    status = git(root, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=none", "--", ".")
+    # A look at the state is no reason to write git's index, which others may be about to.
+    status = git(
+        root,
+        "--no-optional-locks",
+        "status",
+        "--porcelain",
+        "--untracked-files=normal",
+        "--ignore-submodules=none",
+        "--",
+        ".",
+    )
     return done.stdout.strip(), bool(status)
 
 
@@ -152,6 +163,19 @@ def _belongs_to_a_repository(root: Path) -> bool:
     return _git(root, "check-ignore", "--quiet", "--no-index", "--", str(root.resolve())).returncode != 0
 
 
+_traceless: ContextVar[bool] = ContextVar("traceless", default=False)
+
+
+@contextlib.contextmanager
+def leaving_no_trace() -> Iterator[None]:
+    """Meanwhile what only reads writes no cache of DVC's either: every file is hashed anew."""
+    before = _traceless.set(True)
+    try:
+        yield
+    finally:
+        _traceless.reset(before)
+
+
 @contextlib.contextmanager
 def _repo(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[Repo]:
     import logging
@@ -165,7 +189,7 @@ def _repo(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[Repo]
     with contextlib.ExitStack() as stack:
         # The library of DVC's hash cache takes a dollar sign in a path for a variable, and DVC writes into that cache also
         # where it only reads: there, hashes are computed anew.
-        unusable = "$" in str(root) or not os.access(root / STATE, os.W_OK)
+        unusable = _traceless.get() or "$" in str(root) or not os.access(root / STATE, os.W_OK)
         cache = stack.enter_context(tempfile.TemporaryDirectory()) if unusable else str(_site_cache(root))
         yield from _opened(root, cache, config or {})
 

@@ -22,7 +22,6 @@ import numpy.typing as npt
 from components import plugins
 from components.contracts.errors import ConfigError
 from components.contracts.families import Backbone
-from components.contracts.models import Preprocessing
 from components.contracts.progress import Progress, silent
 from components.contracts.records import canonical_json
 from components.images import stacked
@@ -98,20 +97,16 @@ def maps(
     trains. `say` is told once when the disk does not take them. Raises DataDiffers, UndecodableImage, ConfigError.
     """
     part = functools.cache(lambda: _part(frozen))
-    digest = _digest(frozen, part)[:32]
-    folder = cache / ("maps" if frozen.num_blocks else "features") / digest
-    shape, dtype = _row(frozen, part)
+    folder = folder_of(frozen, cache, part)
+    shape, dtype = row_of(frozen, part)
     once = functools.cache(lambda line: say(line))
     caches = [Segments(folder / view.name, dtype, shape, say=once) for view in views]
 
-    @functools.cache
-    def model() -> Any:
-        path = cache / "encoders" / digest / "encoder.onnx"
-        return _encoder(part, frozen.backbone.preprocessing, path, num_threads)
+    model = functools.cache(lambda: engine(frozen, cache / "encoders" / folder.name, num_threads=num_threads, part=part))
 
     def compute(rows: Sequence[int], chosen: Sequence[int], tell: Progress = silent) -> list[npt.NDArray[Any]]:
         members = [(paths[row], pictures[row]) for row in rows]
-        return _run(model(), members, frozen, [views[view] for view in chosen], tell)
+        return rows_of(model(), members, frozen, [views[view] for view in chosen], tell)
 
     # Views are made together, from one decoding; a picture may lack only some of them.
     lacking: dict[tuple[int, ...], list[int]] = {}
@@ -130,6 +125,15 @@ def maps(
                 caches[view].append([pictures[row] for row in chunk], rows)
             done += len(chunk)
     return Kept(pictures, caches, lambda rows, view: compute(rows, [view])[0])
+
+
+def folder_of(frozen: Frozen, cache: Path, part: Callable[[], nn.Module] | None = None) -> Path:
+    """Where a cache keeps what comes out of the frozen part, in a folder for each view; its name is the part's digest.
+
+    `part`, here and below, is the part's module where there is one already.
+    """
+    digest = _digest(frozen, part or functools.partial(_part, frozen))[:32]
+    return cache / ("maps" if frozen.num_blocks else "features") / digest
 
 
 def _digest(frozen: Frozen, part: Callable[[], nn.Module]) -> str:
@@ -173,7 +177,7 @@ def _part(frozen: Frozen) -> nn.Module:
     return nn.Sequential(*found[: len(found) - frozen.num_blocks]).eval()
 
 
-def _row(frozen: Frozen, part: Callable[[], nn.Module]) -> tuple[tuple[int, ...], npt.DTypeLike]:
+def row_of(frozen: Frozen, part: Callable[[], nn.Module] | None = None) -> tuple[tuple[int, ...], npt.DTypeLike]:
     """Shape and dtype of one picture's row."""
     import torch
 
@@ -181,7 +185,9 @@ def _row(frozen: Frozen, part: Callable[[], nn.Module]) -> tuple[tuple[int, ...]
         return (frozen.backbone.embedding_dim,), np.float32
     contract = frozen.backbone.preprocessing
     with torch.inference_mode():
-        found = part()(torch.zeros(1, contract.channels, contract.height, contract.width))
+        found = (part or functools.partial(_part, frozen))()(
+            torch.zeros(1, contract.channels, contract.height, contract.width)
+        )
     return tuple(found.shape[1:]), np.float16
 
 
@@ -189,10 +195,13 @@ def _of_all(progress: Progress, before: int, total: int, done: int, _: int, note
     progress(before + done, total, note)
 
 
-def _run(
-    model: Any, members: list[tuple[Path, str]], frozen: Frozen, views: Sequence[View], progress: Progress
+def rows_of(
+    model: Any, members: Sequence[tuple[Path, str]], frozen: Frozen, views: Sequence[View], progress: Progress = silent
 ) -> list[npt.NDArray[Any]]:
-    """The rows of every view, each decoded once and all of them streamed through the engine together."""
+    """The rows of every view of the images of these paths and picture digests.
+
+    Each is decoded once, and all of them are streamed through the `engine` together.
+    """
     from components.targets.openvino import stream
 
     images = stacked(load_all(members, frozen.backbone.preprocessing, progress=progress), _BATCH)
@@ -221,21 +230,23 @@ def _narrowed(rows: npt.NDArray[np.float32], frozen: Frozen) -> npt.NDArray[Any]
     return narrow
 
 
-def _encoder(part: Callable[[], nn.Module], preprocessing: Preprocessing, path: Path, num_threads: int) -> Any:
-    """The engine of a frozen part, from its graph in the cache, or from one that is made and kept there."""
+def engine(frozen: Frozen, folder: Path, *, num_threads: int, part: Callable[[], nn.Module] | None = None) -> Any:
+    """The engine of a frozen part, from its graph in the folder, or from one that is made and kept there."""
     from torch import nn
 
     from components.checkpoints import ImageModel
     from components.graphs import to_onnx
     from components.targets.openvino import compiled
 
-    used(path.parent)
+    path = folder / "encoder.onnx"
+    used(folder)
     sidecar = path.with_suffix(".sha256")
     if path.exists() and sidecar.exists() and sha256_file(path) == sidecar.read_text():
         return compiled(path, hint="THROUGHPUT", num_threads=num_threads)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch, path.name)
-        to_onnx(ImageModel(part(), nn.Identity(), preprocessing).eval(), preprocessing, made)
+        module, preprocessing = (part or functools.partial(_part, frozen))(), frozen.backbone.preprocessing
+        to_onnx(ImageModel(module, nn.Identity(), preprocessing).eval(), preprocessing, made)
         if kept_file(path, made.read_bytes()):
             kept_file(sidecar, sha256_file(made).encode())
         return compiled(made, hint="THROUGHPUT", num_threads=num_threads)

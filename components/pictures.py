@@ -39,7 +39,7 @@ def prepared(
     `say` is told once when the disk does not take them. Raises DataDiffers, UndecodableImage.
     """
     shape = (preprocessing.height, preprocessing.width, preprocessing.channels)
-    segments = Segments(cache / "pictures" / _digest(preprocessing)[:32], np.uint8, shape, say=say)
+    segments = Segments(folder_of(preprocessing, cache), np.uint8, shape, say=say)
 
     def compute(rows: Sequence[int], _: int) -> npt.NDArray[np.uint8]:
         return np.stack(list(load_all([(paths[row], pictures[row]) for row in rows], preprocessing)))
@@ -52,6 +52,11 @@ def prepared(
         segments.append([pictures[row] for row in chunk], compute(chunk, 0))
         progress(start + len(chunk), len(missing))
     return Kept(pictures, [segments], compute)
+
+
+def folder_of(preprocessing: Preprocessing, cache: Path) -> Path:
+    """Where a cache keeps pictures that are prepared so."""
+    return cache / "pictures" / _digest(preprocessing)[:32]
 
 
 def load_all(

@@ -123,6 +123,10 @@ class Store:
             raise TamperedArtefact(f"{folder} holds another artefact ({manifest['kind']}/{manifest['key']}); {_REMEDY}")
         return Stored(record.read(manifest["record"]), folder)
 
+    def begun(self, kind: str, key: str) -> bool:
+        """Whether a stage that can resume was stopped before it published this artefact, and left work."""
+        return any(self._partial(kind, key, resumable=True).glob("*"))
+
     @contextlib.contextmanager
     def writing(self, kind: str, key: str, *, resumable: bool = False) -> Iterator[Path]:
         """A hidden folder to write into. It is emptied first, unless the stage can resume from what it left there."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -22,8 +23,8 @@ from components.contracts.progress import MetricSink, NullSink, Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.wording import counted
 from components.features import AS_IT_IS, Frozen, maps
-from components.fitting import Examples, FittingConfig, InMemory, Inputs, LogitsOf, fit, predict, write_history
-from components.hooks import Checkpointing, MetricLogging, ProgressReporting
+from components.fitting import Examples, FitResult, FittingConfig, InMemory, Inputs, LogitsOf, fit, predict, write_history
+from components.hooks import Checkpointing, Hook, MetricLogging, ProgressReporting
 from components.phases import Augmentation, LastBlocks, Phase
 from components.pictures import prepared
 from components.samples import rows
@@ -200,48 +201,37 @@ def train(
     """
     import torch
 
-    from components.checkpoints import assemble, save_weights
+    from components.checkpoints import save_weights
 
     check(config, root)
     torch.set_num_threads(num_threads)
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
-    with torch.random.fork_rng():
-        torch.manual_seed(config.all_phases[0].fit.seed)
-        classes = task.classes(splits.record.classes)
-        model = assemble(backbone, task, len(classes))
-    weights_digest = _put_weights(config, model, backbone, classes, cache=cache, root=root, champion=champion)
+    classes = task.classes(splits.record.classes)
+    model, weights_digest = initial(config, classes, cache=cache, root=root, champion=champion)
     data_of_phases = _Data(splits, data, task, config, backbone, cache, num_threads, progress)
     history: list[dict[str, float]] = []
     for number, phase in enumerate(config.all_phases, 1):
         part, (train_set, valid_set) = data_of_phases.of(phase, model)
         identity = sha256_text(canonical_json([config.to_json(), weights_digest, splits.record.digest(), number]))
         numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
-        # What everything trains on are pictures, whose channels lie side by side already.
-        logits_of = _logits if phase.trains == "all" else _logits_of_maps
         label = f"phase {number}, " if len(config.all_phases) > 1 else ""
-        counts = torch.bincount(train_set.targets, minlength=len(classes)) if phase.loss is not None else torch.zeros(0)
         # A phase that a killed run had finished is taken up from its checkpoint without a step.
-        result = fit(
+        result = fit_phase(
+            phase,
             part,
-            logits_of,
             task,
             train_set,
             valid_set,
-            phase.fit,
-            augment=phase.changer() if phase.trains == "all" else None,
-            mix=phase.mixer(len(classes), channels_last=phase.trains == "all"),
-            loss=phase.loss_on(counts),
-            sampling=phase.sampling,
-            frozen=phase.kept(part),
-            groups=data_of_phases.groups(phase, part),
+            len(classes),
+            groups=parameter_groups(config, backbone, phase, part),
             checkpointing=Checkpointing(out, identity, number),
             hooks=(MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
             setting=f"{config.place(number)}.fit",
         )
-        logits = predict(part, logits_of, valid_set.inputs, phase.fit.batch_size)
+        logits = predict(part, logits_of(phase), valid_set.inputs, phase.fit.batch_size)
         if len(config.all_phases) > 1:
-            result.history[result.best_epoch - 1] |= _on_train(part, logits_of, train_set, task, phase.fit.batch_size)
+            result.history[result.best_epoch - 1] |= _on_train(part, logits_of(phase), train_set, task, phase.fit.batch_size)
         best_epoch = len(history) + result.best_epoch
         history += map(numbered, result.history)
     labels = valid_set.targets.numpy()
@@ -266,6 +256,30 @@ def train(
         epochs=len(history),
         valid_metrics={name: estimate.value for name, estimate in measured.items()},
     )
+
+
+def initial(
+    config: TrainingConfig,
+    classes: tuple[str, ...],
+    *,
+    cache: Path,
+    root: Path,
+    champion: Stored[Checkpoint] | None = None,
+) -> tuple[ImageModel, str]:
+    """The network before its first phase, and what is to be known of its weights beyond their name.
+
+    Raises ConfigError, WeightsUnavailable.
+    """
+    import torch
+
+    from components.checkpoints import assemble
+
+    backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
+    task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.all_phases[0].fit.seed)
+        model = assemble(backbone, task, len(classes))
+    return model, _put_weights(config, model, backbone, classes, cache=cache, root=root, champion=champion)
 
 
 def _put_weights(
@@ -309,6 +323,71 @@ def _put_weights(
     return sha256_file(local) if local else ""
 
 
+def part_of(config: TrainingConfig, backbone: Backbone, phase: Phase, model: ImageModel) -> tuple[nn.Module, int]:
+    """The part of the network that a phase trains, and how many blocks of the backbone are in it above a frozen rest."""
+    from torch import nn
+
+    from components.checkpoints import blocks
+
+    if phase.trains == "head":
+        return model.head, 0
+    if isinstance(phase.trains, LastBlocks):
+        found = blocks(config.backbone, backbone, model.backbone)
+        return nn.Sequential(*found[-phase.trains.last :], model.head), phase.trains.last
+    return model, 0
+
+
+def parameter_groups(config: TrainingConfig, backbone: Backbone, phase: Phase, part: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of each block and of the head, first to last, where their rates differ."""
+    from torch import nn
+
+    from components.checkpoints import blocks
+
+    if phase.fit.layer_decay == 1:
+        return []
+    members = list(part) if isinstance(part, nn.Sequential) else [part]
+    if phase.trains == "all":
+        whole = part.get_submodule("backbone")
+        members = [*blocks(config.backbone, backbone, whole), part.get_submodule("head")]
+    return [list(member.parameters()) for member in members]
+
+
+def fit_phase(
+    phase: Phase,
+    part: nn.Module,
+    task: Task,
+    train: Examples,
+    valid: Examples,
+    num_classes: int,
+    *,
+    groups: Sequence[Sequence[nn.Parameter]],
+    checkpointing: Checkpointing,
+    hooks: Sequence[Hook],
+    setting: str,
+) -> FitResult:
+    """Fit the part that a phase trains as the phase says; see `components.fitting.fit`."""
+    import torch
+
+    counts = torch.bincount(train.targets, minlength=num_classes) if phase.loss is not None else torch.zeros(0)
+    return fit(
+        part,
+        logits_of(phase),
+        task,
+        train,
+        valid,
+        phase.fit,
+        augment=phase.changer() if phase.trains == "all" else None,
+        mix=phase.mixer(num_classes, channels_last=phase.trains == "all"),
+        loss=phase.loss_on(counts),
+        sampling=phase.sampling,
+        frozen=phase.kept(part),
+        groups=groups,
+        checkpointing=checkpointing,
+        hooks=hooks,
+        setting=setting,
+    )
+
+
 def _numbered(row: dict[str, float], *, before: int, phase: int | None) -> dict[str, float]:
     """A row of a phase's history as a row of the training's: epochs are numbered through."""
     found = {**row, "epoch": before + row["epoch"]}
@@ -319,19 +398,21 @@ _MOST_TRAIN_IMAGES = 1000
 """Of so many images of the train split it is asked how many a phase has learned."""
 
 
-def _on_train(part: nn.Module, logits_of: LogitsOf, train: Examples, task: Task, batch_size: int) -> dict[str, float]:
+def _on_train(part: nn.Module, asked: LogitsOf, train: Examples, task: Task, batch_size: int) -> dict[str, float]:
     """The share of training images, as they are, that a phase's best epoch answers right, and of how many."""
     import torch
 
     rows = torch.linspace(0, len(train.targets) - 1, min(len(train.targets), _MOST_TRAIN_IMAGES)).long()
     logits = torch.cat(
-        [
-            predict(part, logits_of, InMemory(train.inputs.take(some, None)), batch_size)
-            for some in torch.split(rows, batch_size)
-        ]
+        [predict(part, asked, InMemory(train.inputs.take(some, None)), batch_size) for some in torch.split(rows, batch_size)]
     )
     right = task.right(logits.numpy(), train.targets[rows].numpy())
     return {f"train_{task.headline}": float(right.mean()), "train_images": float(len(rows))}
+
+
+def logits_of(phase: Phase) -> LogitsOf:
+    """What the part that a phase trains is asked by. Pictures come with their channels side by side already."""
+    return _logits if phase.trains == "all" else _logits_of_maps
 
 
 def _logits_of_maps(module: torch.nn.Module, maps: torch.Tensor) -> torch.Tensor:
@@ -366,33 +447,8 @@ class _Data:
 
     def of(self, phase: Phase, model: ImageModel) -> tuple[nn.Module, tuple[Examples, Examples]]:
         """The part that trains, and the train and the valid split as it takes them."""
-        from torch import nn
-
-        from components.checkpoints import blocks
-
-        part: nn.Module = model
-        num_blocks = 0
-        if phase.trains == "head":
-            part = model.head
-        elif isinstance(phase.trains, LastBlocks):
-            found = blocks(self.config.backbone, self.backbone, model.backbone)
-            num_blocks = phase.trains.last
-            part = nn.Sequential(*found[-num_blocks:], model.head)
+        part, num_blocks = part_of(self.config, self.backbone, phase, model)
         return part, (self._examples("train", phase, model, num_blocks), self._examples("valid", phase, model, num_blocks))
-
-    def groups(self, phase: Phase, part: nn.Module) -> list[list[nn.Parameter]]:
-        """The parameters of each block and of the head, first to last, where their rates differ."""
-        from torch import nn
-
-        from components.checkpoints import blocks
-
-        if phase.fit.layer_decay == 1:
-            return []
-        members = list(part) if isinstance(part, nn.Sequential) else [part]
-        if phase.trains == "all":
-            whole = part.get_submodule("backbone")
-            members = [*blocks(self.config.backbone, self.backbone, whole), part.get_submodule("head")]
-        return [list(member.parameters()) for member in members]
 
     def _examples(self, name: SplitName, phase: Phase, model: ImageModel, num_blocks: int) -> Examples:
         import torch

@@ -6,12 +6,15 @@ file is only ever opened in a process of its own and only when its digest is the
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,23 @@ if TYPE_CHECKING:
 
 MAX_DOWNLOAD_BYTES = 8 << 30
 """More than any weights that torchvision or timm names."""
+
+_downloads: ContextVar[bool] = ContextVar("downloads", default=True)
+
+
+class WeightsNotHere(WeightsUnavailable):
+    """They would have to be downloaded, where nothing may be."""
+
+
+@contextlib.contextmanager
+def without_downloads() -> Iterator[None]:
+    """Meanwhile what is not in the cache raises WeightsNotHere."""
+    before = _downloads.set(False)
+    try:
+        yield
+    finally:
+        _downloads.reset(before)
+
 
 _CONVERT = """
 import sys, torch
@@ -83,6 +103,8 @@ def download(url: str, *, sha256: str, cache: Path, timeout_s: float = 60.0, max
     there = sha256_file(path) if path.exists() else None
     if there is not None and there.startswith(sha256):
         return path
+    if not _downloads.get():
+        raise WeightsNotHere(f"{url} is not downloaded yet")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         part = Path(scratch, "part")

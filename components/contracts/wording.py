@@ -30,8 +30,9 @@ def is_text(name: str) -> bool:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun in the right form: `1 class`, `2 classes`, `0 images`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
+    """A number with its noun in the right form: `1 class`, `2 classes`, `0 images`, `3 epochs`."""
+    hissing = noun.endswith(("s", "x", "ch", "sh")) and not noun.endswith("epoch")
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if hissing else 's'}"
 
 
 def shown_utc(text: str) -> str:

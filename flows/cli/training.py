@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,9 @@ def train(
     measure_again: Annotated[
         bool, typer.Option("--measure-again", help="Time the engines anew: the machine was busy when they were measured.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be run, computed and trained, and about how long.")
+    ] = False,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
@@ -67,6 +71,9 @@ def train(
     from flows.workspace.settings import prepare_environment
     from flows.workspace.workspace import Workspace
 
+    if dry_run:
+        _dry_run(recipe, set_ or [], workspace, json_, measure_again=measure_again)
+        return
     found = Workspace.find(workspace)
     # Before Prefect is even imported: a typo should cost no time.
     chosen = choose(recipe, found, set_ or [])
@@ -75,6 +82,16 @@ def train(
     finish(summary, json_, lambda: told(summary))
     if summary["outcome"] != "candidate":
         raise typer.Exit(1)
+
+
+def _dry_run(recipe: str, overrides: list[str], workspace: Path, json_: bool, *, measure_again: bool) -> None:
+    from flows.training.chosen import choose
+    from flows.training.dry_run import dry_run, told
+    from flows.workspace.workspace import Workspace
+
+    sys.dont_write_bytecode = True  # a workspace's own plug-ins are loaded, and leave nothing beside them
+    plan = dry_run(choose(recipe, Workspace.find(workspace), overrides), measure_again=measure_again)
+    finish(plan.to_json(), json_, lambda: "\n".join(told(plan)))
 
 
 def runs(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:

@@ -10,8 +10,9 @@ from components.contracts.records import Record, canonical_json, sha256_text
 from components.contracts.verdicts import Candidate, Rejection
 from components.gating import policy
 from components.store import sha256_file, write_atomically
+from flows.training.keys import training_key
 from flows.training.results import Results, bound_digests, candidate_digest, estimate_json, estimates_json, headline_json
-from flows.training.run import Run, training_key
+from flows.training.run import Run
 from registry.approval import person
 from registry.ledger import Ledger
 from registry.models import CandidateBundle

@@ -28,7 +28,8 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
         limit(workspace.cache, settings.cache_bytes)
         data = ensure(workspace, config.source, config.source_settings)
         asked = {"requested_by": requested_by, "reason": reason}
-        run = Run(workspace, config, data, settings, console, overrides=recipe.overrides, **asked)
+        run = Run(workspace, config, data, settings, console, **asked)
+        run.begin(recipe.overrides)
         console.line(
             f"run {run.id}: recipe {config.name}, {counted(data.num_files, 'file')} of data version {data.dvc_hash[:12]} "
             f"({reason})"

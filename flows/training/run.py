@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from components import dataversions, plugins
-from components.contracts.data import DataVersion, Splits
+from components.contracts.data import DataVersion
 from components.contracts.errors import VisionloopError
 from components.contracts.families import Task
 from components.contracts.progress import Progress
@@ -26,7 +26,6 @@ from components.contracts.records import RecordT, Stored, canonical_json, sha256
 from components.contracts.verdicts import Lineage
 from components.export import TargetConfig, absent
 from components.store import sha256_file, write_atomically
-from components.training import TrainingConfig, local_weights
 from flows.terminal import Console
 from flows.training.warm_start import WarmStart
 from flows.workspace.recipes import RunConfig
@@ -80,7 +79,6 @@ class Run:
         *,
         requested_by: str = "",
         reason: str = "manual",
-        overrides: Sequence[str] = (),
     ) -> None:
         self.requested_by, self.reason = requested_by, reason
         self.warm_start: WarmStart | None = None
@@ -107,8 +105,11 @@ class Run:
             config_digest=config.digest(),
             lock_digest=lock_digest(),
         )
+
+    def begin(self, overrides: Sequence[str]) -> None:
+        """Make its folder, which says what is run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        described = {"run": self.lineage.to_json(), "config": config.to_json(), "set": list(overrides)}
+        described = {"run": self.lineage.to_json(), "config": self.config.to_json(), "set": list(overrides)}
         path = self.folder / "config.json"
         write_atomically(path, json.dumps(described | {"started": _first_start(path)}, indent=1).encode())
 
@@ -127,12 +128,6 @@ class Run:
         """What is predicted."""
         task: Task = plugins.load("tasks", self.config.training.task, dict(self.config.training.task_settings))
         return task
-
-    @property
-    def task_inputs(self) -> dict[str, str]:
-        """The task as an input of stages."""
-        settings = canonical_json(dict(self.config.training.task_settings))
-        return {"task_settings": settings, **member_digests(tasks=self.config.training.task)}
 
     @property
     def targets(self) -> tuple[TargetConfig, ...]:
@@ -187,10 +182,10 @@ class Run:
         return found
 
     def stored(
-        self, name: str, record: type[RecordT], *, inputs: Mapping[str, str], instance: str
+        self, name: str, record: type[RecordT], *, inputs: Mapping[str, str], instance: str = ""
     ) -> Stored[RecordT] | None:
         """What the store holds of a stage with these inputs; None when it was not computed yet."""
-        return self.store.open(f"{name}/{instance}", self.key(name, inputs, instance), record)
+        return self.store.open(f"{name}/{instance}" if instance else name, self.key(name, inputs, instance), record)
 
     def key(self, name: str, inputs: Mapping[str, str], instance: str = "") -> str:
         """The store key of a stage with these inputs."""
@@ -233,37 +228,3 @@ def _first_start(path: Path) -> str:
         return str(json.loads(path.read_text())["started"])
     except (OSError, ValueError, KeyError, TypeError):
         return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def member_digests(**members: str) -> dict[str, str]:
-    """Source digests of the plug-ins a stage uses, as stage inputs: member_digests(backbones="small_cnn")."""
-    return {f"{family}/{name}": plugins.member_digest(family, name) for family, name in members.items()}
-
-
-def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
-    config = run.config.training
-    local = local_weights(config, run.workspace.root)
-    begun_from = run.warm_start.weights if run.warm_start else ""
-    return {
-        "weights": sha256_file(local) if local else begun_from,
-        "splits": splits.record.digest(),
-        "config": config.digest(),
-        "num_threads": str(run.settings.num_threads),
-        **member_digests(backbones=config.backbone, tasks=config.task),
-        **_of_phases(config),
-    }
-
-
-def _of_phases(config: TrainingConfig) -> dict[str, str]:
-    """Source digests of the losses and augmentations that the phases name."""
-    found: dict[str, str] = {}
-    for phase in config.all_phases:
-        found |= member_digests(losses=phase.loss.loss) if phase.loss is not None else {}
-        for chosen in phase.all_augmentations:
-            found |= member_digests(augmentations=chosen.augmentation)
-    return found
-
-
-def training_key(run: Run, splits: Stored[Splits]) -> str:
-    """What the MLflow run of this training is found by."""
-    return run.key("training", training_inputs(run, splits))

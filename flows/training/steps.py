@@ -6,7 +6,6 @@ get better by trying again. Prefect's result cache is off: the store's verified 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +13,17 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from components import dataversions, plugins
+from components import dataversions
 from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
-from components.contracts.records import Stored, canonical_json
+from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, Verdict
 from components.evaluation import evaluate, measure
 from components.export import Graph, TargetConfig, export, export_graph
 from components.gating import Champion, Judged, judge
 from components.hooks import LEFTOVERS
-from components.machine import fingerprint
 from components.packaging import package
 from components.splitting import TestLedger, split
 from components.store import write_atomically
@@ -33,8 +31,9 @@ from components.training import train
 from components.validation import validate
 from flows.orchestrator.notifications import Event, notify
 from flows.orchestrator.retries import REGISTRY_POLICY
+from flows.training import keys
 from flows.training.results import Results, candidate_digest
-from flows.training.run import Run, member_digests, training_inputs, training_key
+from flows.training.run import Run
 from flows.training.warm_start import keep
 from flows.training.warm_start import warm_start as begun_from
 from flows.workspace.desk import artifacts_of, registry_of
@@ -63,12 +62,7 @@ def validation(run: Run) -> Stored[Dataset]:
             progress=progress,
         )
 
-    inputs = {
-        "data": run.data.digest(),
-        "config": run.config.validation.digest(),
-        "accepted": canonical_json(dataclasses.asdict(run.settings.accepted)),
-    }
-    return run.stage("validation", Dataset, compute, inputs=inputs)
+    return run.stage("validation", Dataset, compute, inputs=keys.validation_inputs(run))
 
 
 @task(name="splitting", cache_policy=NO_CACHE)
@@ -77,14 +71,13 @@ def splitting(run: Run, dataset: Stored[Dataset]) -> Stored[Splits]:
         ledger = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
         return split(dataset, ledger, run.config.splitting, run.task, out=out, progress=progress)
 
-    inputs = {"dataset": dataset.record.digest(), "config": run.config.splitting.digest(), **run.task_inputs}
-    return run.stage("splitting", Splits, compute, inputs=inputs)
+    return run.stage("splitting", Splits, compute, inputs=keys.splitting_inputs(run, dataset))
 
 
 @task(name="training", cache_policy=NO_CACHE)
 def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
     config = run.config.training
-    key = training_key(run, splits)
+    key = keys.training_key(run, splits)
 
     def compute(out: Path, progress: Progress) -> Checkpoint:
         sink = LiveMetrics(
@@ -112,7 +105,8 @@ def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
             if sink.problem:
                 run.console.line(f"    live curves are late ({sink.problem}); registration will write them")
 
-    trained = run.stage("training", Checkpoint, compute, inputs=training_inputs(run, splits), leftovers=LEFTOVERS)
+    inputs = keys.training_inputs(run, splits)
+    trained = run.stage("training", Checkpoint, compute, inputs=inputs, leftovers=LEFTOVERS)
     if run.warm_start is not None:
         keep(run.warm_start, run.folder)
     return trained
@@ -123,12 +117,7 @@ def graph(run: Run, checkpoint: Stored[Checkpoint]) -> Stored[Graph]:
     def compute(out: Path, _: Progress) -> Graph:
         return export_graph(checkpoint, out=out, plugin_folder=run.plugin_folder)
 
-    inputs = {"checkpoint": checkpoint.record.digest(), **_module_digests(run)}
-    return run.stage("export", Graph, compute, inputs=inputs, instance="graph")
-
-
-def _module_digests(run: Run) -> dict[str, str]:
-    return member_digests(backbones=run.config.training.backbone, tasks=run.config.training.task)
+    return run.stage("export", Graph, compute, inputs=keys.graph_inputs(run, checkpoint), instance="graph")
 
 
 @task(name="export", cache_policy=NO_CACHE)
@@ -138,16 +127,7 @@ def engine(
     def compute(out: Path, _: Progress) -> Engine:
         return export(checkpoint, interchange, splits, run.workspace.data, target, out=out, plugin_folder=run.plugin_folder)
 
-    inputs = {
-        "checkpoint": checkpoint.record.digest(),
-        "graph": interchange.record.digest(),
-        "splits": splits.record.digest(),
-        # Whether it is required decides about the verdict, not about the engine.
-        "config": target.model_copy(update={"required": True}).digest(),
-        "built_by": plugins.load("targets", target.target, target.settings).built_by(),
-        **member_digests(targets=target.target),
-        **_module_digests(run),
-    }
+    inputs = keys.engine_inputs(run, checkpoint, interchange, splits, target)
     return run.stage("export", Engine, compute, inputs=inputs, instance=target.name)
 
 
@@ -158,17 +138,7 @@ def evaluation(run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role
     def compute(out: Path, progress: Progress) -> Evaluation:
         return evaluate(engine, splits, run.workspace.data, run.task, config, out=out, progress=progress)
 
-    inputs = {
-        "engine": engine.record.digest(),
-        "test": splits.record.test_digest,
-        "classes": ", ".join(splits.record.classes),
-        "num_threads": str(config.num_threads),
-        **run.task_inputs,
-        # Whether an engine can run is a property of the machine.
-        "machine": fingerprint(),
-        # A champion's target may be a plug-in that the workspace has no more.
-        **(member_digests(targets=engine.record.target) if engine.record.target in plugins.names("targets") else {}),
-    }
+    inputs = keys.evaluation_inputs(run, engine, splits)
     return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name)
 
 
@@ -180,19 +150,16 @@ def measurements(
     config = run.config.evaluation
     measured: dict[str, Measurement] = {}
 
-    def inputs(engine: Stored[Engine]) -> dict[str, str]:
-        return {
-            "engine": engine.record.digest(),
-            "config": config.digest(),
-            "machine": fingerprint(),
-            **member_digests(targets=engine.record.target),
-        }
-
     def name(engine: Stored[Engine]) -> str:
-        return f"{engine.record.name}-latency"
+        return keys.latency_of(engine.record.name)
 
-    before = {e.record.name: run.stored("evaluation", Measurement, inputs=inputs(e), instance=name(e)) for e in engines}
-    wanted = [e for e in engines if anew or (kept := before[e.record.name]) is None or _worth_measuring_again(kept.record)]
+    before = {
+        e.record.name: run.stored("evaluation", Measurement, inputs=keys.measurement_inputs(run, e), instance=name(e))
+        for e in engines
+    }
+    wanted = [
+        e for e in engines if anew or (kept := before[e.record.name]) is None or keys.worth_measuring_again(kept.record)
+    ]
 
     def found(engine: Stored[Engine]) -> Stored[Measurement]:
         def compute(_: Path, progress: Progress) -> Measurement:
@@ -207,15 +174,15 @@ def measurements(
             return better.model_copy(update={"num_attempts": attempts})
 
         return run.stage(
-            "evaluation", Measurement, compute, inputs=inputs(engine), instance=name(engine), anew=engine in wanted
+            "evaluation",
+            Measurement,
+            compute,
+            inputs=keys.measurement_inputs(run, engine),
+            instance=name(engine),
+            anew=engine in wanted,
         )
 
     return [found(engine) for engine in engines]
-
-
-def _worth_measuring_again(kept: Measurement) -> bool:
-    """A machine that is noisy every time is so by nature: it is not measured at every run for ever."""
-    return kept.noisy and kept.num_attempts < 6
 
 
 @task(name="champion", **REGISTRY_POLICY)
@@ -263,18 +230,7 @@ def gating(
             absent={name: (reason, required[name]) for name, reason in run.absent.items()},
         )
 
-    inputs = {
-        "config": config.digest(),
-        "export": chosen.digest(),
-        "absent": ", ".join(sorted(run.absent)),
-        **run.task_inputs,
-        "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
-    }
-    for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):
-        name = engine.record.name
-        inputs |= {f"{name}.evaluation": evaluation.record.digest(), f"{name}.measurement": measurement.record.digest()}
-    for gate in config.gates:
-        inputs |= member_digests(gates=gate.gate)
+    inputs = keys.gating_inputs(run, engines, evaluations, measurements, champion_evaluation)
     return run.stage("gating", Verdict, compute, inputs=inputs)
 
 
@@ -297,17 +253,7 @@ def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits
             progress=progress,
         )
 
-    inputs = {
-        "model": run.config.model,
-        "engine": serving.record.digest(),
-        "splits": splits.record.digest(),
-        "config": config.digest(),
-        **run.task_inputs,
-        # Its answers are this processor's.
-        "machine": fingerprint(),
-        **member_digests(targets=serving.record.target),
-    }
-    return run.stage("packaging", Release, compute, inputs=inputs)
+    return run.stage("packaging", Release, compute, inputs=keys.packaging_inputs(run, serving, splits))
 
 
 @task(name="registration", **REGISTRY_POLICY)

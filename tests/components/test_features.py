@@ -86,13 +86,13 @@ def test_appended_images_cost_only_themselves(
     paths: list[Path], small: Network, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
-    real = features._run
+    real = features.rows_of
 
     def counted(model: Any, members: list[tuple[Path, str]], *rest: Any) -> Any:
         computed.append(len(members))
         return real(model, members, *rest)
 
-    monkeypatch.setattr(features, "_run", counted)
+    monkeypatch.setattr(features, "rows_of", counted)
     few = embed(paths[:20], small, cache)
     more = embed(paths, small, cache)
     embed(list(reversed(paths)), small, cache)
@@ -167,13 +167,13 @@ def test_another_view_costs_only_itself_and_every_picture_is_decoded_once_for_al
     paths: list[Path], small: Network, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[tuple[int, list[str]]] = []
-    real = features._run
+    real = features.rows_of
 
     def counted(model: Any, members: Any, frozen: Any, views: Sequence[View], progress: Any) -> Any:
         computed.append((len(members), [view.name for view in views]))
         return real(model, members, frozen, views, progress)
 
-    monkeypatch.setattr(features, "_run", counted)
+    monkeypatch.setattr(features, "rows_of", counted)
     monkeypatch.setattr(segments, "_CHUNK_ROWS", 10)
     told: list[tuple[int, int]] = []
     whole = torch.arange(len(paths))

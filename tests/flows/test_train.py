@@ -118,10 +118,10 @@ def test_nothing_of_ours_is_pickled(trained: Path) -> None:
 def test_the_same_command_again_does_nothing_new(
     trained: Path, tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.training import steps
+    from flows.training import keys
 
     # The machine of these tests may have been busy when the engines were measured.
-    monkeypatch.setattr(steps, "_worth_measuring_again", lambda _: False)
+    monkeypatch.setattr(keys, "worth_measuring_again", lambda _: False)
     root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
     before = {path: path.stat().st_mtime_ns for path in Store(root / ".visionloop" / "store").artefacts()}
     with mock.patch.object(recipes, "parse", wraps=recipes.parse) as parsing:
@@ -271,8 +271,8 @@ def test_a_backbone_of_the_workspace_goes_all_the_way(trained: Path, tmp_path: P
 
 def test_other_bytes_under_the_same_weights_file_are_another_training(workspace: Path, prefect_server: str) -> None:
     from flows.training.chosen import choose
+    from flows.training.keys import training_key
     from flows.training.opening import opened
-    from flows.training.run import training_key
 
     splits: Any = SimpleNamespace(record=SimpleNamespace(digest=lambda: "splits"))
     keys = []

@@ -1,0 +1,161 @@
+"""What each stage's result depends on: the inputs of its key in the store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from components import plugins
+from components.contracts.data import Dataset, Splits
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.records import Stored, canonical_json
+from components.contracts.verdicts import Evaluation, Measurement
+from components.export import Graph, TargetConfig
+from components.machine import fingerprint
+from components.store import sha256_file
+from components.training import TrainingConfig, local_weights
+from flows.training.run import Run
+
+
+def validation_inputs(run: Run) -> dict[str, str]:
+    return {
+        "data": run.data.digest(),
+        "config": run.config.validation.digest(),
+        "accepted": canonical_json(dataclasses.asdict(run.settings.accepted)),
+    }
+
+
+def splitting_inputs(run: Run, dataset: Stored[Dataset]) -> dict[str, str]:
+    return {"dataset": dataset.record.digest(), "config": run.config.splitting.digest(), **task_inputs(run)}
+
+
+def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
+    config = run.config.training
+    local = local_weights(config, run.workspace.root)
+    begun_from = run.warm_start.weights if run.warm_start else ""
+    return {
+        "weights": sha256_file(local) if local else begun_from,
+        "splits": splits.record.digest(),
+        "config": config.digest(),
+        "num_threads": str(run.settings.num_threads),
+        **member_digests(backbones=config.backbone, tasks=config.task),
+        **_of_phases(config),
+    }
+
+
+def _of_phases(config: TrainingConfig) -> dict[str, str]:
+    """Source digests of the losses and augmentations that the phases name."""
+    found: dict[str, str] = {}
+    for phase in config.all_phases:
+        found |= member_digests(losses=phase.loss.loss) if phase.loss is not None else {}
+        for chosen in phase.all_augmentations:
+            found |= member_digests(augmentations=chosen.augmentation)
+    return found
+
+
+def training_key(run: Run, splits: Stored[Splits]) -> str:
+    """What the MLflow run of this training is found by."""
+    return run.key("training", training_inputs(run, splits))
+
+
+def graph_inputs(run: Run, checkpoint: Stored[Checkpoint]) -> dict[str, str]:
+    return {"checkpoint": checkpoint.record.digest(), **_module_digests(run)}
+
+
+def _module_digests(run: Run) -> dict[str, str]:
+    return member_digests(backbones=run.config.training.backbone, tasks=run.config.training.task)
+
+
+def engine_inputs(
+    run: Run, checkpoint: Stored[Checkpoint], interchange: Stored[Graph], splits: Stored[Splits], target: TargetConfig
+) -> dict[str, str]:
+    return {
+        "checkpoint": checkpoint.record.digest(),
+        "graph": interchange.record.digest(),
+        "splits": splits.record.digest(),
+        # Whether it is required decides about the verdict, not about the engine.
+        "config": target.model_copy(update={"required": True}).digest(),
+        "built_by": plugins.load("targets", target.target, target.settings).built_by(),
+        **member_digests(targets=target.target),
+        **_module_digests(run),
+    }
+
+
+def evaluation_inputs(run: Run, engine: Stored[Engine], splits: Stored[Splits]) -> dict[str, str]:
+    return {
+        "engine": engine.record.digest(),
+        "test": splits.record.test_digest,
+        "classes": ", ".join(splits.record.classes),
+        "num_threads": str(run.config.evaluation.num_threads),
+        **task_inputs(run),
+        # Whether an engine can run is a property of the machine.
+        "machine": fingerprint(),
+        # A champion's target may be a plug-in that the workspace has no more.
+        **(member_digests(targets=engine.record.target) if engine.record.target in plugins.names("targets") else {}),
+    }
+
+
+def measurement_inputs(run: Run, engine: Stored[Engine]) -> dict[str, str]:
+    return {
+        "engine": engine.record.digest(),
+        "config": run.config.evaluation.digest(),
+        "machine": fingerprint(),
+        **member_digests(targets=engine.record.target),
+    }
+
+
+def latency_of(engine: str) -> str:
+    """The instance of the stage evaluation that measures an engine."""
+    return f"{engine}-latency"
+
+
+def worth_measuring_again(kept: Measurement) -> bool:
+    """A machine that is noisy every time is so by nature: it is not measured at every run for ever."""
+    return kept.noisy and kept.num_attempts < 6
+
+
+def gating_inputs(
+    run: Run,
+    engines: Sequence[Stored[Engine]],
+    evaluations: Sequence[Stored[Evaluation]],
+    measurements: Sequence[Stored[Measurement]],
+    champion_evaluation: Stored[Evaluation] | None,
+) -> dict[str, str]:
+    config = run.config.gating
+    inputs = {
+        "config": config.digest(),
+        "export": run.config.export.digest(),
+        "absent": ", ".join(sorted(run.absent)),
+        **task_inputs(run),
+        "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
+    }
+    for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):
+        name = engine.record.name
+        inputs |= {f"{name}.evaluation": evaluation.record.digest(), f"{name}.measurement": measurement.record.digest()}
+    for gate in config.gates:
+        inputs |= member_digests(gates=gate.gate)
+    return inputs
+
+
+def packaging_inputs(run: Run, serving: Stored[Engine], splits: Stored[Splits]) -> dict[str, str]:
+    return {
+        "model": run.config.model,
+        "engine": serving.record.digest(),
+        "splits": splits.record.digest(),
+        "config": run.config.packaging.digest(),
+        **task_inputs(run),
+        # Its answers are this processor's.
+        "machine": fingerprint(),
+        **member_digests(targets=serving.record.target),
+    }
+
+
+def task_inputs(run: Run) -> dict[str, str]:
+    """The task as an input of stages."""
+    settings = canonical_json(dict(run.config.training.task_settings))
+    return {"task_settings": settings, **member_digests(tasks=run.config.training.task)}
+
+
+def member_digests(**members: str) -> dict[str, str]:
+    """Source digests of the plug-ins a stage uses, as stage inputs: member_digests(backbones="small_cnn")."""
+    return {f"{family}/{name}": plugins.member_digest(family, name) for family, name in members.items()}
