@@ -96,8 +96,14 @@ def _contract(kind: str) -> Mapping[str, Any]:
 
 
 def _known(name: str) -> Any:
-    """A class of the contracts by its name; None for none of ours."""
-    return next((found for home in _CONTRACTS if (found := getattr(importlib.import_module(home), name, None))), None)
+    """A class of the contracts by its name, such as `Issue` or `verdicts.Finding`; None for none of ours."""
+    for home in _CONTRACTS:
+        found: Any = importlib.import_module(home)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    return None
 
 
 _OPTIONAL = {"blocks": "list"}
@@ -154,7 +160,15 @@ def _returned(method: Any) -> str:
     return annotation
 
 
-_KINDS: Mapping[str, Any] = {"str": str, "int": int, "tuple": tuple, "list": list, "dict": dict, "Mapping": Mapping}
+_KINDS: Mapping[str, Any] = {
+    "str": str,
+    "int": int,
+    "tuple": tuple,
+    "list": list,
+    "dict": dict,
+    "Mapping": Mapping,
+    "frozenset": frozenset,
+}
 
 
 def _is(answer: Any, annotation: str) -> bool:

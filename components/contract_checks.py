@@ -24,12 +24,15 @@ from components.contracts.families import (
     Backbone,
     Evidence,
     ExportRequest,
+    Finding,
     Gate,
+    Known,
     Loss,
     Source,
     Target,
     Task,
 )
+from components.contracts.issues import Need, Pair
 from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
 from components.contracts.records import FileDigest, Stored
 from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Measurement
@@ -37,6 +40,7 @@ from components.images import decode
 from components.store import describe, sha256_file
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 _SPLITS = ("train/", "val/", "test/")
@@ -563,6 +567,152 @@ def _mixed(augmentation: Augmentation, torch: Any) -> Iterator[Breach]:
             return
 
 
+def finding_breaches(finding: Finding, name: str) -> Iterator[Breach]:
+    """It answers the same for the same data in any order and under any names, and changes nothing that it is given."""
+    odd = sorted(set(finding.needs) - set(get_args(Need)))
+    if odd:
+        yield Breach("needs", f"names {odd[0]!r}; expected some of {', '.join(get_args(Need))}")
+        return
+    known = known_data()
+    before = known_data()
+    found = finding.look(known)
+    if not _same(known, before):
+        yield Breach("look", "writes into the data that it is given; make tables and arrays of its own")
+        return
+    if finding.look(known) != found:
+        yield Breach("look", "gives two answers for the same data; it has to depend on nothing else")
+        return
+    files = {*known.table["path"], *known.refused["path"]}
+    for issue in found:
+        strange = sorted(set(issue.files) - files)
+        if strange:
+            yield Breach("look", f"names the file {strange[0]!r}, which is not in the data")
+        elif issue.kind != name:
+            yield Breach("look", f"finds an issue of kind {issue.kind!r}; expected {name!r}, the name of its file")
+        elif issue.score > issue.threshold:
+            yield Breach("look", f"finds an issue whose score {issue.score:g} lies above its threshold {issue.threshold:g}")
+        elif not (issue.detail.strip() and issue.action.strip()):
+            yield Breach("look", "finds an issue without a detail that says what it is, or an action that says what to do")
+        else:
+            continue
+        return
+    ids = sorted(issue.id for issue in found)
+    if len({*ids}) != len(ids):
+        yield Breach("look", "finds two issues about the same files; make one of them, or say in `about` what each is about")
+    for what, other in (("in another order", _shuffled(known)), ("under other names", _renamed(known))):
+        if sorted(issue.id for issue in finding.look(other)) != ids:
+            yield Breach("look", f"finds something else in the same files {what}; a person would be asked again")
+            return
+    if finding.look(_first_rows(known, 0)):
+        yield Breach("look", "finds something in data of no files")
+
+
+_FILES = 48
+
+
+def known_data() -> Known:
+    """Facts of 48 usable files of two classes and three that are not, among them some of every shipped finding."""
+    import pandas as pd
+
+    row = np.arange(_FILES)
+    label = np.where(row % 2 == 0, "a", "b")
+    label[40:42] = "c"  # two beside many of the others
+    picture = [f"{i:032x}" for i in row]
+    picture[2], picture[5] = picture[0], picture[4]
+    table = pd.DataFrame(
+        {
+            "path": [f"{label[i]}/{i:03d}.png" for i in row],
+            "label": label,
+            "sha256": [f"{i:064x}" for i in row],
+            "picture": picture,
+            "bytes": 4000 + 10 * row,
+            "format": "PNG",
+            "mode": "RGB",
+            "width": 64,
+            "height": 48,
+            "short_side": 48,
+            "brightness": 0.4 + 0.002 * row,
+            "contrast": 0.2 + 0.001 * row,
+            "sharpness": 0.02 + 0.0001 * row,
+            "not_served": "",
+            "profile": "",
+            "suspicious": "",
+            "split": np.where(row % 4 == 3, "test", "rest"),
+        }
+    )
+    table.loc[6, ["brightness", "contrast", "sharpness"]] = [0.004, 0.002, 0.0]
+    table.loc[8, "sharpness"] = 1e-7
+    table.loc[10, ["width", "height", "short_side"]] = [2000, 20, 20]
+    table.loc[12, "suspicious"] = "named .png, and it holds a JPEG picture"
+    table = table.sort_values("path", ignore_index=True)
+    refused = pd.DataFrame(
+        {
+            "path": ["a/cut.png", "a/text.png", "b/locked.png"],
+            "label": ["a", "a", "b"],
+            "sha256": [f"{900:064x}", f"{901:064x}", ""],
+            "bytes": [100, 12, 0],
+            "format": ["PNG", "", ""],
+            "suspicious": "",
+            "reason": ["damaged or truncated", "not an image in an accepted format", "cannot be read (Permission denied)"],
+        }
+    )
+    classes = ("a", "b", "c")
+    number = np.array([classes.index(label) for label in table["label"]])
+    embeddings = np.random.default_rng(0).normal(size=(_FILES, 8)).astype(np.float32) * 0.1
+    embeddings += np.eye(3, 8, dtype=np.float32)[number]
+    embeddings[7] = 9.0
+    probabilities = np.full((_FILES, 3), 0.02, dtype=np.float32)
+    probabilities[np.arange(_FILES), number] = 0.96
+    probabilities[9] = np.roll(probabilities[9], 1)
+    first = table["path"]
+    pairs = (Pair(first[1], first[13], "re-encoded", 0.01), Pair(first[2], first[30], "near", 0.05))
+    return Known(table, refused, pairs, embeddings, probabilities, classes)
+
+
+def _same(one: Known, other: Known) -> bool:
+    arrays = ((one.embeddings, other.embeddings), (one.probabilities, other.probabilities))
+    return (
+        one.table.equals(other.table)
+        and one.refused.equals(other.refused)
+        and one.pairs == other.pairs
+        and all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in arrays)
+    )
+
+
+def _of_rows(known: Known, chosen: npt.NDArray[np.intp], table: pd.DataFrame) -> Known:
+    assert known.embeddings is not None
+    assert known.probabilities is not None
+    return dataclasses.replace(
+        known, table=table, embeddings=known.embeddings[chosen], probabilities=known.probabilities[chosen]
+    )
+
+
+def _shuffled(known: Known) -> Known:
+    order = np.random.default_rng(1).permutation(len(known.table))
+    return _of_rows(known, order, known.table.iloc[order].reset_index(drop=True))
+
+
+def _renamed(known: Known) -> Known:
+    """Every file by another name, so that their order by name is another one, too."""
+
+    def name(path: str) -> str:
+        label, file = path.split("/")
+        return f"{label}/{file[::-1].replace('.', '')}.png"
+
+    table = known.table.assign(path=[name(path) for path in known.table["path"]])
+    order = np.argsort(table["path"].to_numpy(str), kind="stable")
+    refused = known.refused.copy()
+    refused.loc[:1, "path"] = [name(path) for path in refused["path"][:2]]
+    pairs = tuple(dataclasses.replace(pair, first=name(pair.first), second=name(pair.second)) for pair in known.pairs or ())
+    renamed = _of_rows(known, order, table.iloc[order].reset_index(drop=True))
+    return dataclasses.replace(renamed, refused=refused, pairs=pairs)
+
+
+def _first_rows(known: Known, number: int) -> Known:
+    cut = _of_rows(known, np.arange(number), known.table.iloc[:number])
+    return dataclasses.replace(cut, refused=known.refused.iloc[:0], pairs=())
+
+
 def target_breaches(target: Target, name: str) -> Iterator[Breach]:
     """An engine that it builds of a small network answers like the network, for any batch.
 
@@ -658,6 +808,7 @@ def _network(folder: Path) -> tuple[Stored[Checkpoint], Any]:
 
 PROBES: Mapping[str, Callable[[Any, str], Iterator[Breach]]] = {
     "sources": source_breaches,
+    "findings": finding_breaches,
     "gates": gate_breaches,
     "losses": loss_breaches,
     "augmentations": augmentation_breaches,

@@ -31,6 +31,7 @@ FAMILIES = {
     "backbones": "Backbone",
     "losses": "Loss",
     "augmentations": "Augmentation",
+    "findings": "Finding",
     "detectors": "Detector",
 }
 _ROOT = Path(__file__).resolve().parent

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from components.contracts import verdicts
+from components.contracts.issues import Issue, Need, Pair, Severity, issue_id
 from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
 from components.contracts.records import Stored
-from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Finding, Measurement
+from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Measurement
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import pandas as pd
     import torch
 
 
@@ -331,4 +335,76 @@ class Evidence:
 class Gate(Protocol):
     """One condition an engine has to meet; its fields are its thresholds."""
 
-    def judge(self, evidence: Evidence) -> Finding: ...
+    def judge(self, evidence: Evidence) -> verdicts.Finding: ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """All that a finding may look at in a data set. A finding computes none of it and changes none of it."""
+
+    table: pd.DataFrame
+    """Facts of the usable files, one row a file in the order of their paths: path, label, sha256, picture, bytes, format,
+    mode, width, height, short_side, brightness, contrast, sharpness and more; `split` (test or rest) where it is known."""
+    refused: pd.DataFrame
+    """The files that cannot be used, with the same columns as far as they are known, and `reason`."""
+    pairs: Sequence[Pair] | None = None
+    """Pictures that are alike; None where they were not looked for."""
+    embeddings: npt.NDArray[np.float32] | None = None
+    """(n, d), a row for each of the table."""
+    probabilities: npt.NDArray[np.float32] | None = None
+    """(n, classes), a row for each of the table, by models that were not trained on that file."""
+    classes: tuple[str, ...] = ()
+    """All labels, sorted; the columns of `probabilities`."""
+
+    def issue(
+        self,
+        kind: str,
+        files: Sequence[str],
+        *,
+        severity: Severity,
+        score: float,
+        threshold: float,
+        detail: str,
+        action: str,
+        candidate: str = "",
+        about: str = "",
+    ) -> Issue:
+        """An issue with its id; `about` names the class or value that it is about where it is about no file."""
+        told = self._content
+        return Issue(
+            kind=kind,
+            severity=severity,
+            files=tuple(files),
+            score=min(1.0, max(0.0, float(score))),
+            threshold=threshold,
+            detail=detail,
+            action=action,
+            candidate=candidate,
+            id=issue_id(kind, [told[file] for file in files], about),
+        )
+
+    @functools.cached_property
+    def _content(self) -> dict[str, tuple[str, str]]:
+        """(sha256, label) of every file; the path in place of the sha256 of a file that cannot be read."""
+        found: dict[str, tuple[str, str]] = {}
+        for rows in (self.table, self.refused):
+            if len(rows):
+                for path, sha256, label in zip(rows["path"], rows["sha256"], rows["label"], strict=True):
+                    found[path] = (sha256 or path, label)
+        return found
+
+
+class Finding(Protocol):
+    """One kind of thing that can be wrong with data; its fields are its settings.
+
+    What is found is a question to a person: nothing is removed by it. A score is in [0, 1], lower is worse.
+    """
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it cannot do without, beside the facts; where that is not known it is not asked."""
+        ...
+
+    def look(self, known: Known) -> list[Issue]:
+        """What it finds, the worst first, made by `known.issue` with its own name; the same for the same data."""
+        ...

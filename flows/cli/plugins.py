@@ -10,9 +10,9 @@ from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
 
 plugin_app = Commands(
-    help="Sources, targets, gates, tasks, losses, augmentations, backbones and detectors of a workspace's own."
+    help="Sources, findings, targets, gates, tasks, losses, augmentations, backbones and detectors of a workspace's own."
 )
-_FAMILY = "Its family: sources, targets, gates, tasks, losses, augmentations, backbones or detectors."
+_FAMILY = "Its family: sources, findings, targets, gates, tasks, losses, augmentations, backbones or detectors."
 
 
 @plugin_app.command("new")

@@ -72,7 +72,7 @@ def test_a_plug_in_that_cannot_be_used_is_refused_when_it_is_loaded(own: Path, t
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        ("return True", r"gate 'mine': judge answered True \(bool\), expected Finding; correct it in \S+mine.py"),
+        ("return True", r"gate 'mine': judge answered True \(bool\), expected verdicts.Finding; correct it in \S+mine.py"),
         ("return None", r"answered nothing \(None\)"),
         ("return 1 / 0", r"raised in judge: \S+mine.py:6: ZeroDivisionError"),
         ("return Finding(gate='mine', status='pass', message='', value=float('nan'))", r"mine.py:6: ValidationError"),

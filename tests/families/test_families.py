@@ -11,7 +11,7 @@ import pytest
 
 from components import plugins
 from components.conformance import class_breaches
-from components.contract_checks import PROBES, whole_evidence
+from components.contract_checks import PROBES, known_data, whole_evidence
 from components.contracts.errors import EngineUnavailable, SourceUnavailable, UnknownName
 from components.contracts.models import Engine
 from components.contracts.records import Stored
@@ -70,6 +70,12 @@ def test_a_shipped_member_keeps_its_contract(family: str, name: str) -> None:
 def test_a_gate_passes_an_engine_that_is_right_and_fast(name: str) -> None:
     """Else that it passes no broken evidence would say nothing."""
     assert plugins.load("gates", name, GATES[name]).judge(whole_evidence()).status == "pass"
+
+
+@pytest.mark.parametrize("name", plugins.names("findings"))
+def test_a_finding_finds_something_where_there_is_something(name: str) -> None:
+    """Else that it keeps its contract would say nothing."""
+    assert plugins.load("findings", name).look(known_data())
 
 
 def engine_files(trained: Path) -> dict[str, Stored[Engine]]:
