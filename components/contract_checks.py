@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components import plugins
+from components.attributes import FILE, read_said
 from components.conformance import Breach
 from components.contracts.errors import DataError, EngineUnavailable, UndecodableImage, WeightsUnavailable, in_short
 from components.contracts.families import (
@@ -54,8 +55,17 @@ def source_breaches(source: Source, _: str) -> Iterator[Breach]:
             source.fetch(out=folder)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             written.append({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
+        try:
+            said = read_said(Path(first) / FILE)
+        except DataError as error:
+            said = {}
+            yield Breach("fetch", f"wrote {error}")
         if written[0] != written[1]:
             yield Breach("fetch", "wrote other files or bytes the second time; the same on every machine are expected")
+        for digests in written:
+            digests.pop(FILE, None)
+        if unwritten := sorted(said.keys() - written[0].keys()):
+            yield Breach("fetch", f"names {unwritten[0]!r} in {FILE}, and wrote no such file")
         within = {
             file: file.split("/", 1)[1] if file.startswith(_SPLITS) and file.count("/") == 2 else file for file in written[0]
         }

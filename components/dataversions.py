@@ -829,7 +829,7 @@ def _make(out: Output, wanted: Mapping[str, str], there: Mapping[str, str], data
     for name, oid in wanted.items():
         target = made / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if there.get(name) == oid and _linked(data / name, target):
+        if there.get(name) == oid and linked(data / name, target):
             continue
         shutil.copyfile(out.cache.oid_to_path(oid), target)
         if _hash_of_file(out, target) != oid:
@@ -841,13 +841,13 @@ def _make(out: Output, wanted: Mapping[str, str], there: Mapping[str, str], data
                     continue
                 target = made / file.relative_to(data)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if not _linked(file, target):
+                if not linked(file, target):
                     shutil.copy2(file, target, follow_symlinks=False)
         shutil.copymode(data, made)
     return damaged
 
 
-def _linked(source: Path, target: Path) -> bool:
+def linked(source: Path, target: Path) -> bool:
     """Give a file a second name; False where the file system, or a boundary between two, does not allow it."""
     try:
         os.link(source, target, follow_symlinks=False)

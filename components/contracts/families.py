@@ -22,12 +22,20 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """Where images come from."""
+    """Where images come from; its fields are its settings.
+
+    A source may say by a classmethod `takes(given: str) -> bool` what `data add` is given that is for it, by a suffix or the
+    scheme of an address; it gets that as its setting `path`, `address` or `dataset`. One with a class variable
+    `resumes = True` finds in `out` what an earlier call left that was killed or failed; for others `out` is empty. One whose
+    `fetch` takes `progress: Progress`, too, is given one.
+    """
 
     def fetch(self, *, out: Path) -> None:
         """Write one folder per class into `out`, or train/, test/ and perhaps val/ of them, the same bytes on every machine.
 
-        Raises SourceUnavailable where the images cannot be had.
+        Where more is known of the files, `out/attributes.jsonl` has an object a file: `file`, relative to `out`, and what
+        `components/attributes.py` has columns for. Raises SourceUnavailable where the images cannot be had, DataError that
+        lists the problems of what was given; nothing of it is imported then.
         """
         ...
 

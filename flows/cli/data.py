@@ -21,8 +21,17 @@ data_app = Commands(help="Images and their pinned versions.")
 
 @data_app.command("add")
 def data_add(
-    folder: Annotated[Path | None, typer.Argument(help="One sub-folder per class; none to pin data/ as it is.")] = None,
-    source: Annotated[str | None, typer.Option(help="A source plug-in instead of a folder, such as digits.")] = None,
+    given: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SOURCE]",
+            help="A folder with one sub-folder per class, a file that a source takes, or the name of a source such as "
+            "digits; none to pin data/ as it is.",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="The source plug-in that SOURCE is for, where its look does not say it.")
+    ] = None,
     from_predictions: Annotated[
         str | None, typer.Option(help="The model whose captured and labelled images of production are added.")
     ] = None,
@@ -49,12 +58,12 @@ def data_add(
     from flows.workspace.workspace import Workspace
     from flows.workspace.yaml_reading import parse_settings
 
-    if sum(given is not None for given in (folder, source, from_predictions)) > 1:
-        raise ConfigError("give a folder, --source or --from-predictions, one of them")
-    if keep_splits is not None and folder is None and source is None:
+    if from_predictions is not None and (given is not None or source is not None):
+        raise ConfigError("give a SOURCE or --from-predictions, one of them")
+    if keep_splits is not None and given is None and source is None:
         raise ConfigError("--keep-splits and --merge-splits are of a folder or a source that is split; name it, too")
-    if source_setting and source is None:
-        raise ConfigError("--source-setting is of a source; name it by --source, too")
+    if source_setting and given is None and source is None:
+        raise ConfigError("--source-setting is of a source; name it, too")
     settings = parse_settings(source_setting or [], "--source-setting")
     if from_predictions is not None:
         _add_from_predictions(workspace, from_predictions, json_)
@@ -63,7 +72,7 @@ def data_add(
     with Console(1, quiet=json_) as console:
         noted = add_images(
             found,
-            folder,
+            given,
             source=source,
             source_settings=settings,
             test_share=test_share,
@@ -88,6 +97,8 @@ def _finish_added(noted: NotedVersion, following: str, as_json: bool) -> None:
         "leaked": list(added.sides.leaked),
         "stay_test": list(added.sides.stay_test),
         "stay_rest": list(added.sides.stay_rest),
+        "with_attributes": added.num_with_attributes,
+        "changed_attributes": list(added.changed_attributes),
         "notes": list(noted.notes),
     }
     lines = [

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
 from components.samples import class_twins
 from flows.terminal import Console
 from flows.workspace import data
 from flows.workspace.data import Added
 from flows.workspace.settings import read_settings
+from flows.workspace.sources import Chosen, choose, staged
 from flows.workspace.workspace import Workspace
 
 PURPOSE = "visionloop data add"
@@ -29,7 +30,7 @@ class NotedVersion:
 
 def add_images(
     workspace: Workspace,
-    folder: Path | None,
+    given: str | None,
     *,
     source: str | None,
     source_settings: Mapping[str, Any] | None = None,
@@ -37,33 +38,28 @@ def add_images(
     keep_splits: bool | None = None,
     console: Console,
 ) -> NotedVersion:
-    """Add a folder's images, or a source plug-in's to an empty workspace, or pin data/ as it is where neither is given.
+    """Add what a person names: a folder's images, or those that a source brings, or data/ as it is where nothing is named.
 
     What holds train/, test/ and perhaps val/ keeps its test/ as the frozen test by `keep_splits`, and is merged by False.
-    Raises ConfigError where a source would fill data/ that is there, and what `flows.workspace.data.add` raises.
+    Raises what `flows.workspace.sources.choose` and `flows.workspace.data.add` raise.
     """
     accepted = read_settings(workspace.state).accepted
-    with workspace.locked(PURPOSE):
-        if source is not None and workspace.data.exists():
-            raise ConfigError(f"{workspace.data} exists already; --source fills an empty workspace")
-        with console.stage("looking at images", 1) as (progress, _):
-            fetched = None
-            if source is not None:
-                fetched = data.fetch(
-                    workspace,
-                    source,
-                    source_settings,
-                    test_share=test_share,
-                    keep_splits=keep_splits,
-                    accepted=accepted,
-                    progress=progress,
-                )
+    chosen = choose(given, source, source_settings or {})
+    with workspace.locked(PURPOSE), contextlib.ExitStack() as stack:
+        written, folder = None, chosen if isinstance(chosen, Path) else None
+        number = total = 1 + isinstance(chosen, Chosen)
+        console.total = total
+        if isinstance(chosen, Chosen):
+            with console.stage(f"bringing images by source {chosen.name}", 1) as (progress, _):
+                bringing = staged(workspace, chosen.name, chosen.settings, progress=progress)
+                written = stack.enter_context(bringing)
+        with console.stage("looking at images", number) as (progress, _):
             added = data.add(
                 workspace,
                 folder,
                 test_share=test_share,
                 keep_splits=keep_splits,
-                fetched=fetched,
+                source=written,
                 accepted=accepted,
                 progress=progress,
             )
@@ -91,6 +87,9 @@ def notes_on(added: Added) -> Iterator[str]:
     ):
         if names:
             yield f"{counted(len(names), 'image')} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    if added.changed_attributes:
+        named = "; ".join(added.changed_attributes[:3])
+        yield f"{counted(len(added.changed_attributes), 'attribute')} said otherwise than before ({named})"
     others = [entry for entry in added.left_out if entry.file not in added.refused]
     for reason in dict.fromkeys(entry.reason for entry in others):
         files = [entry.file for entry in others if entry.reason == reason]

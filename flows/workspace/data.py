@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components import dataversions, plugins
+from components import attributes, dataversions
+from components.attributes import Attributes
 from components.contracts.data import DataVersion
 from components.contracts.errors import DataDiffers, DataError, UndecodableImage
-from components.contracts.families import Source
 from components.contracts.progress import Progress, silent
 from components.contracts.wording import counted
 from components.formats import PINNED, Accepted, check_size, refusal
@@ -23,6 +22,7 @@ from components.samples import alike
 from components.splitting import TestLedger
 from components.store import explained, sha256_file
 from flows.workspace.incoming import Incoming, LeftOut, SplitsUndecided, incoming
+from flows.workspace.sources import Staged, staged
 from flows.workspace.workspace import Workspace
 
 DEFAULT_TEST_SHARE = 0.2
@@ -31,7 +31,7 @@ _BY_SETTING = "VISIONLOOP_FORMATS, VISIONLOOP_MAX_PIXELS or VISIONLOOP_MAX_IMAGE
 
 @dataclass(frozen=True)
 class Added:
-    """What `data add` did. Of a folder, found = copied + there already + left out."""
+    """What `data add` did. Of a folder or a source, found = copied + there already + left out."""
 
     version: DataVersion
     num_found: int
@@ -44,6 +44,10 @@ class Added:
     """Files that serving would refuse and why, by their name in the folder: not copied, and named in `left_out`, too."""
     class_counts: dict[str, int]
     sides: Sides
+    num_with_attributes: int = 0
+    """Files that the source said something of beside their class."""
+    changed_attributes: tuple[str, ...] = ()
+    """What was known of files and is said to be something else, a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -64,42 +68,64 @@ def add(
     *,
     test_share: float | None,
     keep_splits: bool | None = None,
-    fetched: Fetched | None = None,
+    source: Staged | None = None,
     accepted: Accepted = PINNED,
     progress: Progress = silent,
 ) -> Added:
     """Copy `folder` (one sub-folder per class) into data/, freeze the side of every new picture, pin the version.
 
     A folder of train/, test/ and perhaps val/ is merged: with `keep_splits` the new pictures of test/ alone become test,
-    with False a share of all as ever. `fetched` is what `fetch` brought into data/, whose sides it chose.
+    with False a share of all as ever. In place of a folder, `source` is what a source wrote; what it knows of its files
+    goes beside the version.
 
     What serving would refuse by `accepted` is left out. Raises DataError when that is everything, or when it lies in data/
     and is not pinned yet.
 
-    Without a folder, what lies in data/ is pinned as it is. Nothing is removed or overwritten; a run that is killed leaves
+    Without either, what lies in data/ is pinned as it is. Nothing is removed or overwritten; a run that is killed leaves
     the old version pinned, and running again completes it.
     """
     root = workspace.root
     ledger = _ledger(root, test_share)
-    before, kept, sides = ledger, ledger, Sides()
-    if fetched is not None:
-        before, sides = fetched.before, fetched.sides
+    kept, sides = ledger, Sides()
     refused: dict[str, str] = {}
     copied = there = found = 0
     left_out: list[LeftOut] = []
+    said: list[tuple[Path, Attributes]] = []
+    changed: list[str] = []
+    if source is not None:
+        folder = source.folder
     if folder is not None:
-        given = incoming(folder, workspace.data, keep_splits=keep_splits)
+        given = (
+            incoming(folder, workspace.data, keep_splits=keep_splits)
+            if source is None
+            else _given(source, workspace.data, keep_splits=keep_splits)
+        )
         reasons = _refused(given.files, accepted)
         refused = {_within(folder, path): why for path, why in reasons.items()}
         taken = [(label, path) for label, path in given.files if path not in reasons]
-        plan, there = _plan(taken, workspace.data)
         if given.test is not None:
             files = [path for _, path in taken]
             kept, sides = _keep_splits(files, given.test, folder, ledger, accepted, progress)
-            # Before a file is copied: a run that is killed then leaves no picture in data/ whose side another would draw.
+        of_test: list[Path] = []
+        if source is not None:
+            said = [(path, source.attributes.get(path.relative_to(folder).as_posix(), Attributes())) for _, path in taken]
+            pseudo = [path for path, what in said if what.label_source == "model"]
+            kept, of_test = _keep_outside(pseudo, given.test or frozenset(), kept, accepted, progress)
+            taken = [(label, path) for label, path in taken if path not in of_test]
+            said = [(path, what) for path, what in said if any(what) and path not in of_test]
+        plan, there = _plan(taken, workspace.data)
+        # Before a file is copied: a run that is killed then leaves no picture in data/ whose side another would draw, and
+        # none that nobody knows to be labelled by a model.
+        if kept is not ledger:
             kept.write(root / dataversions.TEST_LEDGER)
-        copied, vanished = _copy(plan, workspace.data, folder, scratch=workspace.state / "tmp")
-        left_out = [*given.left_out, *(LeftOut(name, why) for name, why in refused.items()), *vanished]
+        changed = _learn(root, said, folder)
+        copied, vanished = _copy(plan, workspace.data, folder, workspace.state / "tmp", link=source is not None)
+        left_out = [
+            *given.left_out,
+            *(LeftOut(name, why) for name, why in refused.items()),
+            *(LeftOut(_within(folder, path), "labelled by a model, and its picture is frozen as test") for path in of_test),
+            *vanished,
+        ]
         found = copied + there + len(left_out)
     if not workspace.data.is_dir():
         raise DataError(f"{workspace.data} is not there; name a folder: `visionloop data add FOLDER`")
@@ -115,6 +141,8 @@ def add(
     extended = kept.extended(pictures)
     extended.write(root / dataversions.TEST_LEDGER)
     version = dataversions.pin(root)
+    if (root / attributes.ATTRIBUTES).exists():
+        dataversions.stage(root, attributes.ATTRIBUTES)
     empty = [path.name for path in workspace.data.iterdir() if path.is_dir() and not path.name.startswith(".")]
     return Added(
         version=version,
@@ -122,12 +150,14 @@ def add(
         num_copied=copied,
         num_already_there=there,
         left_out=tuple(left_out),
-        num_new_test=sum(extended.members.values()) - sum(before.members.values()),
+        num_new_test=sum(extended.members.values()) - sum(ledger.members.values()),
         undecodable=tuple(sorted(undecodable)),
         refused=refused,
         # An empty folder is no part of a version, and surely not meant.
         class_counts={label: len(lies_there.classes.get(label, ())) for label in sorted({*empty, *lies_there.classes})},
         sides=sides,
+        num_with_attributes=len(said),
+        changed_attributes=tuple(changed),
     )
 
 
@@ -200,6 +230,45 @@ def _keep_splits(
     )
 
 
+def _keep_outside(
+    pseudo: list[Path], test: frozenset[Path], ledger: TestLedger, accepted: Accepted, progress: Progress
+) -> tuple[TestLedger, list[Path]]:
+    """The ledger with the pictures that a model labelled outside test, and the files whose pictures are test already.
+
+    Raises DataError for those that a source puts into test/.
+    """
+    if in_test := sorted(path for path in pseudo if path in test):
+        first = dataversions.shown(Path(in_test[0].name))
+        raise DataError(
+            f"{counted(len(in_test), 'file')} of test/ have label_source=model (first: {first}); "
+            f"what a model labelled is never test: put them into train/, or have a person label them. Nothing was changed"
+        )
+    looked = in_threads(lambda path: _picture(path, accepted)[0], pseudo, progress=progress)
+    pictures = [(path, picture) for path, picture in zip(pseudo, looked, strict=True) if picture is not None]
+    kept = ledger.with_sides({picture: False for _, picture in pictures}) if pictures else ledger
+    return kept, [path for path, picture in pictures if kept.members[picture]]
+
+
+def _learn(root: Path, said: Iterable[tuple[Path, Attributes]], folder: Path) -> list[str]:
+    """Write what a source knows of its files beside the version; returns what it says otherwise than was known."""
+    names = {}
+    rows = []
+    for path, what in said:
+        sha256 = sha256_file(path)
+        names[sha256] = _within(folder, path)
+        rows.append((sha256, what))
+    if not rows:
+        return []
+    place = root / attributes.ATTRIBUTES
+    known, changed = attributes.learned(attributes.read(place), rows)
+    attributes.write(place, known)
+    return [
+        f"{names[one.sha256]}: {one.column} was {one.known!r}, "
+        + ("and stays so: a model's label replaces no person's" if one.is_kept else f"and is {one.said!r} now")
+        for one in changed
+    ]
+
+
 def ensure(workspace: Workspace, source: str | None, settings: Mapping[str, Any] | None = None) -> DataVersion:
     """The verified pinned version; an empty workspace whose recipe names a source is filled from it first.
 
@@ -207,13 +276,12 @@ def ensure(workspace: Workspace, source: str | None, settings: Mapping[str, Any]
     """
     if source is not None and not workspace.data.exists():
         pinned = dataversions.pinned(workspace.root)
-        with _made(workspace, source, settings) as written:
-            given = _given(source, written, workspace.data, keep_splits=False)
-            merged = _merged(given, written)
+        with staged(workspace, source, settings) as made:
+            merged = _merged(_given(made, workspace.data, keep_splits=False), made.folder)
             found = dataversions.hash_of(workspace.root, merged)
             if found != pinned.dvc_hash:
                 raise DataDiffers(
-                    f"source {source!r} made other bytes than data.dvc pins ({pinned.dvc_hash}, not {found}); they were not "
+                    f"{made.told} made other bytes than data.dvc pins ({pinned.dvc_hash}, not {found}); they were not "
                     f"kept. Install the locked versions (`make setup`)"
                 )
             os.rename(merged, workspace.data)
@@ -222,62 +290,16 @@ def ensure(workspace: Workspace, source: str | None, settings: Mapping[str, Any]
     return dataversions.verify(workspace.root)
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """What a source brought into data/, before it is a version."""
-
-    before: TestLedger
-    """Without what it brought."""
-    sides: Sides
-
-
-def fetch(
-    workspace: Workspace,
-    source: str,
-    settings: Mapping[str, Any] | None = None,
-    *,
-    test_share: float | None = None,
-    keep_splits: bool | None = None,
-    accepted: Accepted = PINNED,
-    progress: Progress = silent,
-) -> Fetched:
-    """Write the images of a source plug-in into data/, all or nothing; of a source that is split see `add`."""
-    before = _ledger(workspace.root, test_share)
-    sides = Sides()
-    with _made(workspace, source, settings) as written:
-        given = _given(source, written, workspace.data, keep_splits=keep_splits)
-        if given.test is not None:
-            files = [path for _, path in given.files]
-            kept, sides = _keep_splits(files, given.test, written, before, accepted, progress)
-            kept.write(workspace.root / dataversions.TEST_LEDGER)  # before there is data/, as in `add`
-        os.rename(_merged(given, written), workspace.data)
-    return Fetched(before, sides)
-
-
-@contextlib.contextmanager
-def _made(workspace: Workspace, source: str, settings: Mapping[str, Any] | None) -> Iterator[Path]:
-    """A folder, for this time, with the images of a source plug-in."""
-    member: Source = plugins.load("sources", source, dict(settings or {}))
-    scratch = workspace.state / "tmp" / uuid.uuid4().hex
-    written = scratch / "written"
-    written.mkdir(parents=True)
+def _given(source: Staged, data: Path, *, keep_splits: bool | None) -> Incoming:
     try:
-        member.fetch(out=written)
-        yield written
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _given(source: str, written: Path, data: Path, *, keep_splits: bool | None) -> Incoming:
-    try:
-        return incoming(written, data, keep_splits=keep_splits)
+        return incoming(source.folder, data, keep_splits=keep_splits)
     except SplitsUndecided:
         raise SplitsUndecided(
-            f"source {source!r} is already split. Keep its test images as the frozen test with --keep-splits, or let "
+            f"{source.told} is already split. Keep its test images as the frozen test with --keep-splits, or let "
             f"visionloop choose the test images among all of it with --merge-splits"
         ) from None
     except DataError as error:
-        raise DataError(f"source {source!r} wrote no data set; nothing was kept. {error}") from error
+        raise DataError(f"{source.told} wrote no data set; nothing was kept. {error}") from error
 
 
 def _merged(given: Incoming, written: Path) -> Path:
@@ -285,6 +307,7 @@ def _merged(given: Incoming, written: Path) -> Path:
     if all(path.parent.parent == written for _, path in given.files):
         return written
     merged = written.parent / "merged"
+    shutil.rmtree(merged, ignore_errors=True)  # of a run that was killed
     for path, destination in _plan(given.files, merged)[0]:
         destination.parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, destination)
@@ -329,7 +352,10 @@ def _plan(files: list[tuple[str, Path]], data: Path) -> tuple[list[tuple[Path, P
     return plan, there
 
 
-def _copy(plan: list[tuple[Path, Path]], data: Path, folder: Path, *, scratch: Path) -> tuple[int, list[LeftOut]]:
+def _copy(
+    plan: list[tuple[Path, Path]], data: Path, folder: Path, scratch: Path, *, link: bool
+) -> tuple[int, list[LeftOut]]:
+    """Bring files to their places, by a second name where they are ours to `link`: they are removed when all is done."""
     scratch.mkdir(parents=True, exist_ok=True)
     vanished: list[LeftOut] = []
     for path, destination in plan:
@@ -337,7 +363,8 @@ def _copy(plan: list[tuple[Path, Path]], data: Path, folder: Path, *, scratch: P
         temporary = scratch / uuid.uuid4().hex
         try:
             with explained("copy into", data):
-                shutil.copyfile(path, temporary)
+                if not (link and dataversions.linked(path, temporary)):
+                    shutil.copyfile(path, temporary)
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary, destination)
         except OSError as error:

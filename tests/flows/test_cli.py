@@ -124,7 +124,8 @@ def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:
         (["train", "-r", "smoke", "--set", "export.targets=[{target: onnx}]"], "serving names"),
         (["train", "-r", "smoke", "--set", "gating.gates=[{gate: luck}]"], "unknown gate 'luck'; valid:"),
         (["data", "add", "nowhere"], "is not a folder"),
-        (["data", "add", "x", "--source", "digits"], "one of them"),
+        (["data", "add", "x", "--source", "digits"], "source 'digits' takes nothing by position"),
+        (["data", "add", "x", "--from-predictions", "smoke"], "one of them"),
         (["recipe", "show", "nothing"], "unknown recipe"),
     ],
 )
