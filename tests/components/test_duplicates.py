@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+
+from components.duplicates import SIZE, Pair, clusters_of, descriptor, pairs
+from components.images import Picture, pixel_digest
+
+Change = Callable[[Image.Image], Image.Image]
+
+
+def scene(seed: int, size: tuple[int, int] = (240, 180)) -> Image.Image:
+    """A photograph of sorts: coarse colours, a few objects, texture and noise of its own."""
+    draw = np.random.default_rng(seed)
+    coarse = draw.integers(40, 215, (5, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    for _ in range(10):
+        x, y, r = draw.integers(0, size[0]), draw.integers(0, size[1]), draw.integers(5, 40)
+        pen.ellipse((int(x - r), int(y - r), int(x + r), int(y + r)), fill=tuple(draw.integers(0, 255, 3).tolist()))
+    return noisy(image.filter(ImageFilter.GaussianBlur(0.7)), seed, 8)
+
+
+def noisy(image: Image.Image, seed: int, deviation: float) -> Image.Image:
+    noise = np.random.default_rng(seed).normal(0, deviation, (image.height, image.width, 1))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+
+
+def looked_through(images: dict[str, Image.Image]) -> list[Pair]:
+    stored = {path: Picture(image) for path, image in images.items()}
+    table = pd.DataFrame(
+        {
+            "path": list(stored),
+            "picture": [pixel_digest(picture)[:32] for picture in stored.values()],
+            "descriptor": [descriptor(picture) for picture in stored.values()],
+            "width": [picture.width for picture in stored.values()],
+            "height": [picture.height for picture in stored.values()],
+        }
+    )
+    return pairs(table, read=stored.__getitem__)
+
+
+CHANGES: dict[str, tuple[str, Change]] = {
+    "png again": ("pixels", lambda image: image.copy()),
+    "jpeg 90": ("re-encoded", lambda image: jpeg(image, 90)),
+    "jpeg 30": ("re-encoded", lambda image: jpeg(image, 30)),
+    "half": ("resized", lambda image: image.resize((120, 90), Image.Resampling.BICUBIC)),
+    "stretched": ("resized", lambda image: image.resize((200, 180), Image.Resampling.BILINEAR)),
+    "left cut": ("cropped", lambda image: image.crop((36, 0, 240, 180))),
+    "bottom cut": ("cropped", lambda image: image.crop((0, 0, 240, 158))),
+    "cut around, smaller, stored badly": (
+        "cropped",
+        lambda image: jpeg(image.crop((14, 9, 228, 166)).resize((160, 120)), 60),
+    ),
+    "mirrored": ("flipped", ImageOps.mirror),
+    "mirrored jpeg": ("flipped", lambda image: jpeg(ImageOps.mirror(image), 60)),
+    "brighter": ("re-encoded", lambda image: ImageEnhance.Brightness(image).enhance(1.25)),
+    "darker": ("re-encoded", lambda image: ImageEnhance.Brightness(image).enhance(0.75)),
+}
+
+
+def test_copies_are_found_and_what_was_done_to_them_is_told() -> None:
+    images = {f"{seed:02d}": scene(seed) for seed in range(24)}
+    planted = {}
+    for seed, (name, (relation, change)) in enumerate(CHANGES.items()):
+        images[f"{seed:02d} {name}"] = change(images[f"{seed:02d}"])
+        planted[f"{seed:02d}", f"{seed:02d} {name}"] = relation
+    assert {(pair.first, pair.second): pair.relation for pair in looked_through(images)} == planted
+
+
+@pytest.mark.parametrize("size", [(32, 32), (1600, 1200)])
+def test_small_and_large_pictures_alike(size: tuple[int, int]) -> None:
+    images = {str(seed): scene(seed, size) for seed in range(6)}
+    images["0 copy"] = jpeg(images["0"], 80)
+    images["1 copy"] = ImageOps.mirror(images["1"])
+    images["2 copy"] = images["2"].crop((round(size[0] * 0.1), 0, *size))
+    assert [(pair.first, pair.second) for pair in looked_through(images)] == [(f"{i}", f"{i} copy") for i in range(3)]
+
+
+def part(seed: int, size: tuple[int, int] = (256, 256)) -> Image.Image:
+    """One of many parts on a line: the same part in the same place, with scratches, noise and play of its own."""
+    draw = np.random.default_rng(seed)
+    image = Image.new("RGB", (size[0] * 2, size[1] * 2), (90, 95, 100))
+    pen = ImageDraw.Draw(image)
+    x, y = draw.normal(0, 2, 2)
+    pen.ellipse((80 + x, 80 + y, 432 + x, 432 + y), fill=(170, 170, 165), outline=(40, 40, 40), width=6)
+    for i in range(4):
+        cx, cy = 256 + x + 110 * np.cos(i * np.pi / 2), 256 + y + 110 * np.sin(i * np.pi / 2)
+        pen.ellipse((cx - 22, cy - 22, cx + 22, cy + 22), fill=(30, 30, 35))
+    for _ in range(draw.integers(1, 4)):
+        sx, sy = draw.integers(140, 370, 2).tolist()
+        pen.line((sx, sy, sx + draw.integers(-60, 60), sy + draw.integers(-60, 60)), fill=(220, 220, 220), width=3)
+    light = float(draw.uniform(0.95, 1.05))
+    return noisy(ImageEnhance.Brightness(image.resize(size, Image.Resampling.BOX)).enhance(light), seed, 4)
+
+
+def test_parts_of_one_line_are_no_copies_of_each_other_and_their_own_copies_are_found() -> None:
+    images = {f"{seed:02d}": part(seed) for seed in range(20)}
+    images["03 copy"] = jpeg(images["03"], 70)
+    images["07 copy"] = images["07"].crop((20, 0, 256, 256))
+    assert [(pair.first, pair.second) for pair in looked_through(images)] == [("03", "03 copy"), ("07", "07 copy")]
+
+
+def test_two_photographs_of_a_burst_are_no_copies() -> None:
+    """The same place a moment later: something moved, the hand shook, and the noise is another one."""
+    images = {}
+    for seed in range(6):
+        wide = scene(seed, (280, 220))
+        for moment in range(2):
+            image = wide.crop((20 + 2 * moment, 20 + moment, 260 + 2 * moment, 200 + moment))
+            ImageDraw.Draw(image).rectangle((100 + 6 * moment, 60, 130 + 6 * moment, 130), fill=(200, 60, 40))
+            images[f"{seed} {moment}"] = noisy(image.filter(ImageFilter.GaussianBlur(1)), 100 + seed * 2 + moment, 5)
+    assert looked_through(images) == []
+
+
+def test_pictures_that_show_nothing_are_no_copies() -> None:
+    assert looked_through({str(grey): Image.new("RGB", (64, 64), (grey,) * 3) for grey in (0, 1, 128, 255)}) == []
+
+
+def test_a_cluster_is_all_that_is_joined_named_by_its_lowest_digest() -> None:
+    pictures = {"a": "3", "a again": "3", "b": "1", "c": "2", "d": "5", "e": "4", "f": "6"}
+    found = [
+        Pair("a", "a again", "pixels", 0.0),
+        Pair("a", "c", "cropped", 0.1),
+        Pair("c", "b", "near", 0.1),
+        Pair("d", "e", "flipped", 0.1),
+        Pair("f", "f", "pixels", 0.0),
+    ]
+    assert clusters_of(found, pictures) == {"1": "1", "2": "1", "3": "1", "4": "4", "5": "4"}
+
+
+def test_a_descriptor_has_one_size_whatever_the_picture() -> None:
+    for image in (Image.new("L", (1, 1)), Image.new("RGB", (3000, 2)), scene(0)):
+        assert len(descriptor(Picture(image))) == SIZE
+
+
+def test_descriptors_of_another_version_are_refused() -> None:
+    picture = Picture(scene(0))
+    table = pd.DataFrame({"path": ["a"], "picture": ["0"], "descriptor": [b"\0" + descriptor(picture)[1:]]})
+    with pytest.raises(ValueError, match="version"):
+        pairs(table, read=lambda _: picture)
