@@ -93,9 +93,8 @@ def _improved(
     width, height = edges[2] - edges[0], edges[3] - edges[1]
     step = solved[2:] / solved[0] * np.array([width / shape[0], height / shape[1]] * 2)
     most = 0.1 * np.array([width, height] * 2)
-    moved = edges + np.clip(step, -most, most)
     limits = np.array([image.width, image.height] * 2)
-    moved = np.clip(moved, 0, limits)
+    moved: npt.NDArray[np.float64] = np.clip(edges + np.clip(step, -most, most), 0, limits)
     if moved[2] - moved[0] < 0.4 * width or moved[3] - moved[1] < 0.4 * height:
         return edges
     return moved
@@ -108,7 +107,8 @@ def _fine(grey: Grey) -> Grey:
         padded = np.pad(blurred, [(2, 2) if a == axis else (0, 0) for a in (0, 1)], mode="reflect")
         size = blurred.shape[axis]
         parts = [np.take(padded, range(i, i + size), axis=axis) for i in range(5)]
-        blurred = (parts[0] + 4 * parts[1] + 6 * parts[2] + 4 * parts[3] + parts[4]) / 16
+        weighted = parts[0] + 4 * parts[1] + 6 * parts[2] + 4 * parts[3] + parts[4]
+        blurred = (weighted / 16).astype(np.float32)
     return grey - blurred
 
 

@@ -8,8 +8,7 @@ crops that leave less than two thirds of a side, are not looked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from PIL import Image
 
 from components.alignment import Alignment, align
 from components.candidates import SIDE, Candidate, candidates
+from components.contracts.issues import Pair, Relation
 from components.contracts.progress import Progress, silent
 from components.images import Picture, in_threads
 
@@ -27,21 +27,8 @@ VERSION = 1
 """Of the descriptor; what was computed by another one is not comparable."""
 SIZE = 4 + SIDE * SIDE
 """Bytes of a descriptor."""
-Relation = Literal["pixels", "re-encoded", "resized", "cropped", "flipped", "near"]
 _FLAT = 6
 """Grey levels between the darkest and the lightest place of a picture that shows nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two files that show the same picture, which was verified on their pixels."""
-
-    first: str
-    """Path as in the table, of the larger picture; so is `second`, of what may have been made of it."""
-    second: str
-    relation: Relation
-    score: float
-    """How far apart they are, in [0, 1]: 0 for equal pixels."""
 
 
 def descriptor(picture: Picture) -> bytes:
@@ -50,7 +37,8 @@ def descriptor(picture: Picture) -> bytes:
     grey = np.asarray(small.convert("L"), dtype=np.float32)
     low, high = float(grey.min()), float(grey.max())
     stretched = np.rint((grey - low) * (255 / max(1.0, high - low))).astype(np.uint8)
-    return bytes((VERSION, int(low), int(high), 0)) + stretched.tobytes()
+    found: bytes = bytes((VERSION, int(low), int(high), 0)) + stretched.tobytes()
+    return found
 
 
 def pairs(
@@ -67,8 +55,8 @@ def pairs(
     """
     found: list[Pair] = []
     table = table.sort_values("path", ignore_index=True)
-    for _, paths in table.groupby("picture", sort=False)["path"]:
-        first, *others = paths
+    for _, files in table.groupby("picture", sort=False)["path"]:
+        first, *others = files
         found += [Pair(first, other, "pixels", 0.0) for other in others]
     unique = table.drop_duplicates("picture", ignore_index=True)
     data = np.frombuffer(b"".join(unique["descriptor"]), dtype=np.uint8).reshape(-1, SIZE)

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from components.duplicates import SIZE, Pair, clusters_of, descriptor, pairs
+from components.contracts.issues import Pair
+from components.duplicates import SIZE, clusters_of, descriptor, pairs
 from components.images import Picture, pixel_digest
 
 Change = Callable[[Image.Image], Image.Image]
