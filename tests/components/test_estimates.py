@@ -7,21 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import save_file
-from shapes import KINDS, write_pictures
+from shapes import KINDS
+from small_splits import NETWORK, write_small_splits
 
-from components import plugins
-from components.contracts.data import DataVersion, Splits
+from components.contracts.data import Splits
 from components.contracts.errors import WeightsUnavailable
 from components.contracts.records import Stored
 from components.estimates import Images, PhaseEstimate, estimate
-from components.images import decode, pixel_digest
-from components.store import describe
 from components.training import TrainingConfig, train
 from components.weights import download, without_downloads
 
-SMALL = {"image_size": 16, "width": 4, "embedding_dim": 8}
 FIT = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every_s": 0}
 FLIPPED: Mapping[str, object] = {"views": 2, "augmentations": [{"augmentation": "flip"}]}
 
@@ -29,7 +24,7 @@ FLIPPED: Mapping[str, object] = {"views": 2, "augmentations": [{"augmentation": 
 def config(*phases: Mapping[str, object], **changes: object) -> TrainingConfig:
     values = {
         "backbone": "small_cnn",
-        "backbone_settings": SMALL,
+        "backbone_settings": NETWORK,
         "weights": "start.safetensors",
         "phases": [{"fit": FIT, **phase} for phase in phases],
     }
@@ -39,28 +34,13 @@ def config(*phases: Mapping[str, object], **changes: object) -> TrainingConfig:
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[Path, Images, Stored[Splits]]:
     """A workspace with 24 train and 12 valid images, and weights to start from."""
-    write_pictures(tmp_path / "data", 12)
-    with torch.random.fork_rng():
-        save_file(plugins.load("backbones", "small_cnn", SMALL).build().state_dict(), tmp_path / "start.safetensors")
-    paths = sorted((tmp_path / "data").rglob("*.png"))
-    members = [(path, pixel_digest(decode(path.read_bytes()))[:32]) for path in paths]
-    valid, train_ = members[::3], [member for index, member in enumerate(members) if index % 3]
-    table = [
-        (path.relative_to(tmp_path / "data").as_posix(), path.parent.name, digest, name)
-        for name, some in (("train", train_), ("valid", valid))
-        for path, digest in some
-    ]
-    pd.DataFrame(table, columns=["path", "label", "picture", "split"]).to_parquet(tmp_path / "splits.parquet")
-    record = Splits(
-        data=DataVersion(dvc_hash="a", num_files=36, bytes=1, ledger_sha256="b"),
-        table=describe(tmp_path / "splits.parquet", within=tmp_path),
-        classes=KINDS,
-        counts={"train": 24, "valid": 12},
-        class_counts={},
-        num_duplicate_groups=0,
-        test_digest="c",
+    splits = write_small_splits(tmp_path)
+    table = pd.read_parquet(tmp_path / "splits.parquet")
+    train, valid = (
+        [(tmp_path / "data" / row.path, row.picture) for row in table[table["split"] == name].itertuples()]
+        for name in ("train", "valid")
     )
-    return tmp_path, Images(KINDS, train_, valid, 24, 12, split=True), Stored(record, tmp_path)
+    return tmp_path, Images(KINDS, train, valid, 24, 12, split=True), splits
 
 
 def estimated(root: Path, images: Images, section: TrainingConfig) -> list[PhaseEstimate]:

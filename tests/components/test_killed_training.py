@@ -8,21 +8,13 @@ from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import pandas as pd
 import pytest
-import torch
 from killed import Moment, trainings
 from safetensors.numpy import load_file
-from safetensors.torch import save_file
-from shapes import KINDS, write_pictures
+from small_splits import NETWORK, write_small_splits
 
-from components import plugins
-from components.contracts.data import DataVersion, Splits
-from components.images import decode, pixel_digest
-from components.store import describe
 from components.training import TrainingConfig
 
-NETWORK = {"image_size": 16, "width": 4, "embedding_dim": 8}
 FIT = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every_s": 0}
 PHASES = [
     {"trains": "head", "views": 3, "augmentations": [{"augmentation": "flip"}, {"augmentation": "rotation"}], "fit": FIT},
@@ -99,28 +91,9 @@ MOMENTS = [
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Pictures of three shapes under data/, weights to start from, and the splits."""
     root = tmp_path / "data-version"
-    write_pictures(root / "data", 12)
-    members = []
-    for index, path in enumerate(sorted((root / "data").rglob("*.png"))):
-        picture = pixel_digest(decode(path.read_bytes()))[:32]
-        split = ("train", "valid")[index % 3 == 0]
-        members.append((path.relative_to(root / "data").as_posix(), path.parent.name, picture, split))
-    pd.DataFrame(members, columns=["path", "label", "picture", "split"]).to_parquet(root / "splits.parquet")
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        save_file(plugins.load("backbones", "small_cnn", NETWORK).build().state_dict(), root / "start.safetensors")
-    record = Splits(
-        data=DataVersion(dvc_hash="a", num_files=36, bytes=1, ledger_sha256="b"),
-        table=describe(root / "splits.parquet", within=root),
-        classes=KINDS,
-        counts={"train": 24, "valid": 12},
-        class_counts={},
-        num_duplicate_groups=0,
-        test_digest="c",
-    )
-    (root / "splits.json").write_text(json.dumps(record.to_json()))
+    splits = write_small_splits(root)
+    (root / "splits.json").write_text(json.dumps(splits.record.to_json()))
     return root
 
 

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from shapes import KINDS, write_pictures
+from small_splits import NETWORK, write_small_splits
 
 from components import plugins
-from components.contracts.data import DataVersion, Splits
+from components.contracts.data import Splits
 from components.contracts.errors import (
     CheckpointMismatch,
     ConfigError,
@@ -26,9 +25,7 @@ from components.contracts.models import Checkpoint
 from components.contracts.progress import MetricSink
 from components.contracts.records import Stored
 from components.hooks import LEFTOVERS
-from components.images import decode, pixel_digest
 from components.phases import Augmentation, Phase
-from components.store import describe
 from components.training import TrainingConfig, check, expect_same_network, train
 from flows.workspace.recipes import load_recipe
 
@@ -111,36 +108,14 @@ def test_a_flip_mirrors_and_nothing_else() -> None:
 
 
 PLACE = Path(__file__).parent
-SMALL = {"image_size": 16, "width": 4, "embedding_dim": 8}
 FIT = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every_s": 0}
 MOVED = {"rotate_degrees": 10, "translate": 0.1, "horizontal_flip": True}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Stored[Splits]]:
-    """A workspace with pictures of three shapes under data/, weights to start from, and the splits."""
     root = tmp_path_factory.mktemp("world")
-    write_pictures(root / "data", 12)
-    members = []
-    for index, path in enumerate(sorted((root / "data").rglob("*.png"))):
-        key = pixel_digest(decode(path.read_bytes()))[:32]
-        members.append(
-            (path.relative_to(root / "data").as_posix(), path.parent.name, key, ("train", "valid")[index % 3 == 0])
-        )
-    pd.DataFrame(members, columns=["path", "label", "picture", "split"]).to_parquet(root / "splits.parquet")
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        save_file(plugins.load("backbones", "small_cnn", SMALL).build().state_dict(), root / "start.safetensors")
-    record = Splits(
-        data=DataVersion(dvc_hash="a", num_files=36, bytes=1, ledger_sha256="b"),
-        table=describe(root / "splits.parquet", within=root),
-        classes=KINDS,
-        counts={"train": 24, "valid": 12},
-        class_counts={},
-        num_duplicate_groups=0,
-        test_digest="c",
-    )
-    return root, Stored(record, root)
+    return root, write_small_splits(root)
 
 
 def trained(world: tuple[Path, Stored[Splits]], out: Path, config: TrainingConfig, sink: MetricSink | None = None) -> Path:
@@ -151,7 +126,7 @@ def trained(world: tuple[Path, Stored[Splits]], out: Path, config: TrainingConfi
 
 
 def small(**changes: object) -> TrainingConfig:
-    values = {"backbone": "small_cnn", "backbone_settings": SMALL, "weights": "start.safetensors"} | changes
+    values = {"backbone": "small_cnn", "backbone_settings": NETWORK, "weights": "start.safetensors"} | changes
     return TrainingConfig.model_validate_json(json.dumps(values), strict=True)
 
 
@@ -395,17 +370,17 @@ def test_a_warm_start_goes_on_from_the_whole_network_of_a_champion_of_the_same_c
         from_champion(grown, tmp_path / "b", champion)
     with pytest.raises(ConfigError, match="no champion was given"):
         from_champion(splits.record, tmp_path / "c", None)
-    wider = small(backbone_settings={**SMALL, "width": 16}, weights="champion", fit=FIT)
+    wider = small(backbone_settings={**NETWORK, "width": 16}, weights="champion", fit=FIT)
     with pytest.raises(
         CheckpointMismatch, match=r"do not fit the network of this recipe: its backbone.0.weight has the shape"
     ):
         train(splits, root / "data", wider, out=tmp_path / "c", cache=root / "cache", root=root, champion=champion)
-    sized = small(backbone_settings={**SMALL, "image_size": 24}, weights="champion", fit=FIT)
+    sized = small(backbone_settings={**NETWORK, "image_size": 24}, weights="champion", fit=FIT)
     with pytest.raises(
         ConfigError, match=r"training.backbone: a warm start .* version 3, has the backbone 'small_cnn' with"
     ):
         expect_same_network(sized, first, "version 3")
-    written_out = plugins.load("backbones", "small_cnn", SMALL).model_dump()
+    written_out = plugins.load("backbones", "small_cnn", NETWORK).model_dump()
     expect_same_network(warm, first.model_copy(update={"backbone_settings": written_out}), "version 3")
 
 

@@ -1,0 +1,43 @@
+"""A split data set that a training takes a second for: 36 pictures of three shapes, and weights to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from shapes import KINDS, write_pictures
+
+from components import plugins
+from components.contracts.data import DataVersion, Splits
+from components.contracts.records import Stored
+from components.images import decode, pixel_digest
+from components.store import describe
+
+NETWORK = {"image_size": 16, "width": 4, "embedding_dim": 8}
+"""Settings of the backbone small_cnn that the weights fit."""
+
+
+def write_small_splits(root: Path) -> Stored[Splits]:
+    """Write data/, splits.parquet and start.safetensors into `root`: 24 images to train, every third one valid."""
+    write_pictures(root / "data", 12)
+    members = []
+    for index, path in enumerate(sorted((root / "data").rglob("*.png"))):
+        picture = pixel_digest(decode(path.read_bytes()))[:32]
+        split = ("train", "valid")[index % 3 == 0]
+        members.append((path.relative_to(root / "data").as_posix(), path.parent.name, picture, split))
+    pd.DataFrame(members, columns=["path", "label", "picture", "split"]).to_parquet(root / "splits.parquet")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        save_file(plugins.load("backbones", "small_cnn", NETWORK).build().state_dict(), root / "start.safetensors")
+    record = Splits(
+        data=DataVersion(dvc_hash="a", num_files=36, bytes=1, ledger_sha256="b"),
+        table=describe(root / "splits.parquet", within=root),
+        classes=KINDS,
+        counts={"train": 24, "valid": 12},
+        class_counts={},
+        num_duplicate_groups=0,
+        test_digest="c",
+    )
+    return Stored(record, root)
