@@ -15,7 +15,7 @@ from pydantic import Field
 
 from components import plugins
 from components.contracts.errors import TamperedArtefact
-from components.contracts.families import Answers, Evidence, Gate, Task
+from components.contracts.families import Answers, Evidence, Gate, Least, Task
 from components.contracts.models import Engine
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import (
@@ -227,6 +227,16 @@ def _answers(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...], ta
     if logits.shape[1] != len(classes):
         raise TamperedArtefact(f"{path} has logits of {logits.shape[1]} classes, expected {len(classes)}; run again")
     return Answers(tuple(frame["sha256"]), tuple(frame["label"]), logits, classes, task)
+
+
+def least(config: GatingConfig) -> dict[str, Least]:
+    """The fewest test images with which each gate can pass, by its name; of the gates that say so."""
+    found = {}
+    for chosen in config.gates:
+        needs = getattr(plugins.load("gates", chosen.gate, chosen.settings), "least", None)
+        if needs is not None:
+            found[chosen.gate] = needs()
+    return found
 
 
 def policy(config: GatingConfig) -> Mapping[str, Any]:

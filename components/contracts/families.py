@@ -340,8 +340,22 @@ class Evidence:
     """All classes that the champion knows, in its own order."""
 
 
+@dataclass(frozen=True)
+class Least:
+    """The fewest test images with which a gate can pass at all: where every answer is right."""
+
+    images: int | None = 1
+    """None where no number would do."""
+    of_each_class: int = 0
+    against_champion: bool = False
+    """Whether that counts only once there is a champion."""
+
+
 class Gate(Protocol):
-    """One condition an engine has to meet; its fields are its thresholds."""
+    """One condition an engine has to meet; its fields are its thresholds.
+
+    A gate that needs a number of test images may say so by a method `least(self) -> Least`: whoever adds images is told.
+    """
 
     def judge(self, evidence: Evidence) -> verdicts.Finding: ...
 

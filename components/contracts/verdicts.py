@@ -192,22 +192,33 @@ def shared_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...
 _MOST_IMAGES = 10_000_000
 
 
+def fewest(decides: Callable[[int], bool], *, above: int = 0) -> int | None:
+    """The smallest number above `above` for which `decides` holds; it has to hold for every larger one, too.
+
+    None when ten million would not do.
+    """
+    high = above + 1
+    while not decides(high):
+        high *= 2
+        if high > _MOST_IMAGES:
+            return None
+    low = max(above, high // 2)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decides(middle) else (middle, high)
+    return high
+
+
 def enough(decides: Callable[[int], bool], n: int) -> int | None:
     """About how many, more than the `n` that are there, it takes until `decides` holds, rounded up to two digits.
 
     None when ten million would not do: then the measured value lies on the limit itself.
     """
-    high = n + 1
-    while not decides(high):
-        high *= 2
-        if high > _MOST_IMAGES:
-            return None
-    low = max(n, high // 2)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if decides(middle) else (middle, high)
-    step = int(10 ** max(0, len(str(high)) - 2))
-    return -(-high // step) * step
+    found = fewest(decides, above=n)
+    if found is None:
+        return None
+    step = int(10 ** max(0, len(str(found)) - 2))
+    return -(-found // step) * step
 
 
 def too_few(what: str, n: int, needed: int | None, *, exactly: bool = False) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts.families import Evidence
-from components.contracts.verdicts import Finding, compare_interval, enough, too_few
+from components.contracts.families import Evidence, Least
+from components.contracts.verdicts import Finding, compare_interval, enough, fewest, too_few
 from components.intervals import wilson
 
 
@@ -34,6 +34,9 @@ class Gate(BaseModel):
             threshold=self.floor,
             n=estimate.n,
         )
+
+    def least(self) -> Least:
+        return Least(images=fewest(lambda n: wilson(n, n).low >= self.floor))
 
     def _decides(self, share: float, n: int) -> bool:
         """Whether the floor would be decided if `n` images gave the same share of right answers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts.families import Evidence
+from components.contracts.families import Evidence, Least
 from components.contracts.verdicts import Finding, compare, too_few
 
 
@@ -37,6 +37,9 @@ class Gate(BaseModel):
             threshold=self.floor,
             n=worst.support,
         )
+
+    def least(self) -> Least:
+        return Least(of_each_class=self.min_images)
 
     def _inconclusive(self, message: str) -> Finding:
         return Finding(gate="class_recall", status="inconclusive", message=message, threshold=self.floor)

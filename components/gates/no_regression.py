@@ -12,8 +12,8 @@ import math
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.contracts.families import Evidence
-from components.contracts.verdicts import Finding, enough, too_few
+from components.contracts.families import Evidence, Least
+from components.contracts.verdicts import Finding, enough, fewest, too_few
 from components.intervals import wilson
 
 
@@ -75,6 +75,9 @@ class Gate(BaseModel):
                 "n": n,
             }
         )
+
+    def least(self) -> Least:
+        return Least(images=fewest(lambda n: self._not_worse(difference_interval(n, 0, 0, 0)[0])), against_champion=True)
 
     def _worse(self, high: float) -> bool:
         return high < -self.margin

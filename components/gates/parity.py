@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from components.contracts.families import Evidence
+from components.contracts.families import Evidence, Least
 from components.contracts.models import Precision
 from components.contracts.verdicts import Finding, compare, too_few
 from components.contracts.wording import counted
@@ -60,6 +60,9 @@ class Gate(BaseModel):
             if status == "pass":
                 status = compare(difference, self.max_logit_difference, at_least=False)
         return Finding(gate="parity", status=status, message=text, value=agreement, threshold=floor, n=n)
+
+    def least(self) -> Least:
+        return Least(images=self.min_images)
 
 
 def _inconclusive(message: str, n: int | None = None) -> Finding:

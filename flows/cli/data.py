@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,6 +101,7 @@ def _finish_added(noted: NotedVersion, following: str, as_json: bool) -> None:
         "with_attributes": added.num_with_attributes,
         "changed_attributes": list(added.changed_attributes),
         "notes": list(noted.notes),
+        "amounts": [dataclasses.asdict(amount) for amount in noted.amounts],
     }
     lines = [
         f"Data version {added.version.dvc_hash}: {counted(added.version.num_files, 'file')} in "
@@ -107,6 +109,7 @@ def _finish_added(noted: NotedVersion, following: str, as_json: bool) -> None:
         f"({added.num_found} found: {added.num_copied} copied, {added.num_already_there} already there, "
         f"{len(added.left_out)} left out; {counted(added.num_new_test, 'new test image')}).",
         *(f"Note: {note}." for note in noted.notes),
+        *(f"Note: {told}." for amount in noted.amounts if (told := amount.told())),
         f"Next: git commit -m 'New data version', {following}",
     ]
     finish(answer, as_json, lambda: "\n".join(lines))

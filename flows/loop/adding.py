@@ -8,7 +8,7 @@ from flows.loop.labels import gathered, move_relabelled
 from flows.loop.loop import Loop
 from flows.terminal import Console, Say
 from flows.workspace import data
-from flows.workspace.adding import PURPOSE, NotedVersion, notes_on
+from flows.workspace.adding import PURPOSE, NotedVersion, notes_on, provable
 
 
 def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
@@ -26,4 +26,4 @@ def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
     if labelled.damaged:
         notes.append(f"{labelled.damaged} captured images are damaged and were left out")
     notes += [f"alarm {key} waited for data and was raised again" for key in tell_of_data(loop, say=say)]
-    return NotedVersion(added, (*notes, *notes_on(added)))
+    return NotedVersion(added, (*notes, *notes_on(added)), tuple(provable(loop.workspace, added)))

@@ -12,6 +12,7 @@ from components.contracts.wording import counted
 from components.samples import class_twins
 from flows.terminal import Console
 from flows.workspace import data
+from flows.workspace.amounts import Amount, amounts
 from flows.workspace.data import Added
 from flows.workspace.settings import read_settings
 from flows.workspace.sources import Chosen, choose, staged
@@ -26,6 +27,8 @@ class NotedVersion:
 
     added: Added
     notes: tuple[str, ...]
+    amounts: tuple[Amount, ...]
+    """What its test images can and cannot decide, by recipe."""
 
 
 def add_images(
@@ -63,7 +66,12 @@ def add_images(
                 accepted=accepted,
                 progress=progress,
             )
-    return NotedVersion(added, tuple(notes_on(added)))
+    return NotedVersion(added, tuple(notes_on(added)), tuple(provable(workspace, added)))
+
+
+def provable(workspace: Workspace, added: Added) -> list[Amount]:
+    """What the test images of a new version can and cannot decide by the gates of the workspace's recipes."""
+    return amounts(added.test_counts, added.test_share, workspace=workspace.root)
 
 
 def notes_on(added: Added) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ class Added:
     """Files that serving would refuse and why, by their name in the folder: not copied, and named in `left_out`, too."""
     class_counts: dict[str, int]
     sides: Sides
+    test_counts: dict[str, int]
+    """Test images of each class."""
+    test_share: float
     num_with_attributes: int = 0
     """Files that the source said something of beside their class."""
     changed_attributes: tuple[str, ...] = ()
@@ -158,6 +162,9 @@ def add(
         sides=sides,
         num_with_attributes=len(said),
         changed_attributes=tuple(changed),
+        test_counts=dict.fromkeys(lies_there.classes, 0)
+        | Counter(label for picture, label in pictures if extended.members[picture]),
+        test_share=extended.test_share,
     )
 
 
