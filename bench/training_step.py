@@ -78,7 +78,7 @@ def _seconds(upper: nn.Module, maps: torch.Tensor, targets: torch.Tensor, layout
             start = time.perf_counter()
             inputs = maps.to(torch.float32, memory_format=form)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(upper(inputs), targets).backward()
+            nn.functional.cross_entropy(upper(inputs), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             elapsed.append(time.perf_counter() - start)
     return statistics.median(elapsed[1:])

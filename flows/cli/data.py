@@ -193,3 +193,51 @@ def data_pull(
         json_,
         lambda: f"data/ is version {pulled.version.dvc_hash}, {counted(pulled.version.num_files, 'file')}",
     )
+
+
+@data_app.command("suggest")
+def data_suggest(
+    source: Annotated[Path, typer.Argument(help="A folder of unlabelled pictures, also in sub-folders.")],
+    out: Annotated[Path, typer.Option("--out", help="The new folder that the batch is written to.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The model whose champion is asked.")],
+    most: Annotated[int, typer.Option("--most", min=1, help="Most pictures of the batch.")] = 100,
+    pseudo_labels: Annotated[
+        float | None,
+        typer.Option(
+            min=0.5,
+            max=1.0,
+            help="Also write the other pictures that are answered with at least this confidence, with the answer as their "
+            "label: they train, and are never in valid, calibration or test.",
+        ),
+    ] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Choose which unlabelled pictures are worth a label: unsure, unlike what the model knows, unlike each other.
+
+    Fill in the column label of suggestions.csv, or label in Label Studio, and give the result to visionloop data add.
+    """
+    from flows.loop.suggesting import MANIFEST, SHEET, suggest_labels
+    from flows.terminal import Console
+    from flows.workspace.settings import prepare_environment
+    from flows.workspace.workspace import Workspace
+
+    found = Workspace.find(workspace)
+    prepare_environment(found.state)
+    with (
+        Console(1, quiet=json_) as console,
+        console.stage("asking the champion", 1) as (progress, _),
+    ):
+        done = suggest_labels(found, model, source, out=out, most=most, pseudo_labels=pseudo_labels, progress=progress)
+    lines = [
+        f"{counted(len(done.chosen), 'picture')} of {done.num_pool} to label, in {out} ({SHEET} shows them): fill in the "
+        f"column label of {MANIFEST}, then visionloop data add {out / MANIFEST}"
+    ]
+    if len(done.chosen) < min(most, done.num_pool):
+        lines.append("The others are answered surely, or like those that are known or in the batch.")
+    lines += [f"{one.found_as}: {one.proposal} {one.confidence:.2f}, {one.why}" for one in done.chosen[:5]]
+    lines += [f"{counted(done.num_known, 'picture')} of the data passed over."] if done.num_known else []
+    lines += [f"{counted(done.errors, 'file')} got no answer."] if done.errors else []
+    lines += [f"{counted(done.num_pseudo, 'picture')} with a pseudo-label."] if pseudo_labels is not None else []
+    answer = dataclasses.asdict(done) | {"out": str(out)}
+    finish(answer, json_, lambda: "\n".join(lines))

@@ -37,7 +37,7 @@ def world(tmp_path: Path) -> tuple[Path, Images, Stored[Splits]]:
     splits = write_small_splits(tmp_path)
     table = pd.read_parquet(tmp_path / "splits.parquet")
     train, valid = (
-        [(tmp_path / "data" / row.path, row.picture) for row in table[table["split"] == name].itertuples()]
+        [(tmp_path / "data" / str(row["path"]), str(row["picture"])) for _, row in table[table["split"] == name].iterrows()]
         for name in ("train", "valid")
     )
     return tmp_path, Images(KINDS, train, valid, 24, 12, split=True), splits
