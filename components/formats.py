@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from components.contracts.errors import UndecodableImage
 
@@ -89,6 +90,15 @@ def format_of(data: bytes) -> str:
     """The format that a file has by its first bytes: one of FORMATS, or in words what else it is; empty when unknown."""
     head = data[:4096]
     return next((name for name, pattern in _PATTERNS if pattern.match(head)), "")
+
+
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tif"}
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of what a file holds, whatever it is called."""
+    with path.open("rb") as file:
+        return _SUFFIXES.get(format_of(file.read(4096)), ".img")
 
 
 def accepted_format(data: bytes, formats: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from components.contracts.errors import DataError, UndecodableImage
 from components.contracts.releases import Release
 from components.contracts.wording import counted
-from components.formats import format_of
+from components.formats import suffix_of
 from components.images import decode
 from components.store import sha256_file
 from flows.loop.loop import Loop
@@ -114,7 +114,6 @@ def _champion(loop: Loop) -> Release:
 
 _NAME = 24
 """Digits of an image's digest that name its file in the data."""
-_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tif"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
                 continue
             folder = scratch / label.label
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / f"{sha[:_NAME]}{_suffix(path)}")
+            shutil.copyfile(path, folder / f"{sha[:_NAME]}{suffix_of(path)}")
             images += 1
         if not images:
             raise DataError(
@@ -198,9 +197,3 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
         yield Gathered(scratch, images, len(set(said) - there), damaged)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _suffix(path: Path) -> str:
-    with path.open("rb") as file:
-        found = format_of(file.read(4096))
-    return _SUFFIXES.get(found, ".img")

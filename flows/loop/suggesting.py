@@ -24,7 +24,7 @@ from components import dataversions
 from components.contracts.errors import ConfigError, DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
 from components.contracts.records import sha256_text
-from components.formats import format_of
+from components.formats import suffix_of
 from components.images import decode, pixel_digest
 from components.releases import REFERENCE
 from components.splitting import TestLedger
@@ -46,7 +46,6 @@ MANIFEST, PSEUDO, TASKS, LABELING, SHEET = (
 )
 _IMAGES = "images"
 _PSEUDO_IMAGES = "pseudo"
-_SUFFIXES = {"jpeg": ".jpg", "tiff": ".tif"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ class _Pool:
         return chosen, sum(looked.values())
 
     def _is_known(self, row: int, members: Mapping[str, bool]) -> bool:
-        return bool(members) and digest_of(self.path(row)) in members
+        return bool(members) and _digest_of(self.path(row)) in members
 
     def _chosen(self, row: int, number: int, each: Suggestion) -> Chosen:
         entry = self.table.iloc[row]
@@ -196,19 +195,12 @@ class _Pool:
                 yield int(row)
 
 
-def digest_of(path: Path) -> str:
+def _digest_of(path: Path) -> str:
     """The key of a picture in the test ledger; empty for one that cannot be decoded."""
     try:
         return pixel_digest(decode(path.read_bytes()))[:32]
     except (OSError, UndecodableImage):
         return ""
-
-
-def suffix_of(path: Path) -> str:
-    """The suffix of what a file holds, whatever it is called."""
-    with path.open("rb") as file:
-        found = format_of(file.read(4096))
-    return _SUFFIXES.get(found, f".{found}")
 
 
 def _write(folder: Path, pool: _Pool, chosen: Mapping[int, Chosen], *, model: str, version: str) -> None:
@@ -261,7 +253,7 @@ def _write_pseudo(folder: Path, pool: _Pool, chosen: Mapping[int, Chosen], membe
     rows: list[dict[str, Any]] = []
     for row in pool.sure(least, chosen):
         source = pool.path(row)
-        if members and digest_of(source) in members:
+        if members and _digest_of(source) in members:
             continue
         path = f"{_PSEUDO_IMAGES}/{len(rows) + 1:06d}{suffix_of(source)}"
         shutil.copyfile(source, folder / path)
