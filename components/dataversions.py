@@ -1,8 +1,8 @@
 """Data versions: which bytes `data/` holds, pinned by `data.dvc` in git. The only DVC code.
 
-A data version is two files committed together: `data.dvc` (DVC's directory hash) and `data.test-ledger.csv` (which
-pictures are test for ever, `components/splitting.py`). `data.dvc` carries the ledger's sha256 in its `meta`, so neither
-can change without the other.
+A data version is files committed together: `data.dvc` (DVC's directory hash), `data.test-ledger.csv` (which pictures are
+test for ever, `components/splitting.py`) and the companions (`components/companions.py`). `data.dvc` carries the sha256 of
+each in its `meta`, so none can change without the others.
 
 DVC is asked for its hashes, its cache and its remotes alone. It sees no git (`no_scm`): what git is told is told here, and
 files that are replaced are replaced here, whole and verified first.
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
+from components.companions import COMPANIONS, digest_of_all, digests
 from components.contracts.data import DataVersion
 from components.contracts.errors import ConfigError, DataDiffers, DataError
 from components.contracts.wording import counted, is_text
@@ -62,12 +63,14 @@ _DATA_IGNORED = (".DS_Store", "Thumbs.db", "[Tt]humbs.db", "[Dd]esktop.ini")
 _ATTRIBUTES = (
     f"/{PIN} -text -filter",
     f"/{TEST_LEDGER} -text -filter",
+    *(f"/{companion.file} -text -filter" for companion in COMPANIONS),
     "/.dvc/** -text",
     "/.dvcignore -text",
     "/.gitattributes -text",
     "/.gitignore -text",
 )
-"""The pin names the ledger's bytes, and rules are read by line: no setting of git may change either on the way in or out."""
+"""The pin names the bytes of the ledger and the companions, and rules are read by line: no setting of git may change any of
+them on the way in or out."""
 _GIT_OPTIONS = (
     "-c",
     "core.hooksPath=/dev/null",
@@ -336,6 +339,7 @@ def pinned(root: Path) -> DataVersion:
                 f"takes over what lies in {DATA}/ as it is"
             )
         expected_ledger = str(content["meta"][_LEDGER_KEY])
+        companions = {each.name: str(content["meta"][each.key]) for each in COMPANIONS if each.key in content["meta"]}
     except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(
             f"{path} is not a pin that DVC wrote for a folder ({type(error).__name__}: {error}); bring it back with "
@@ -348,7 +352,33 @@ def pinned(root: Path) -> DataVersion:
             f"{ledger} is not the one that {PIN} names (sha256 {expected_ledger[:12]}, found {found[:12]}). "
             f"The two are one version: restore both with `git checkout -- {PIN} {TEST_LEDGER}`"
         )
-    return DataVersion(dvc_hash=dvc_hash, num_files=num_files, bytes=size, ledger_sha256=expected_ledger)
+    _expect_companions(root, companions)
+    return DataVersion(
+        dvc_hash=dvc_hash,
+        num_files=num_files,
+        bytes=size,
+        ledger_sha256=expected_ledger,
+        companions_sha256=digest_of_all(companions),
+    )
+
+
+def _expect_companions(root: Path, expected: Mapping[str, str]) -> None:
+    """Raises DataDiffers unless the companions that are there are those that data.dvc names."""
+    there = digests(root)
+    for companion in COMPANIONS:
+        file, wanted = root / companion.file, expected.get(companion.name)
+        found = there.get(companion.name)
+        if found == wanted:
+            continue
+        if wanted is None:
+            raise DataDiffers(
+                f"{file} is there, and {PIN} names none: it is of no version. If an interrupted `visionloop data add` left "
+                f"it, run that again; otherwise remove it"
+            )
+        raise DataDiffers(
+            f"{file} is not the one that {PIN} names (sha256 {wanted[:12]}, found {found[:12] if found else 'missing'}). "
+            f"The two are one version: restore both with `git checkout -- {PIN} {companion.file}`"
+        )
 
 
 def adoptable(root: Path) -> bool:
@@ -494,7 +524,7 @@ def store(root: Path) -> None:
 
 
 def pin(root: Path) -> DataVersion:
-    """Record the present content of `data/` and the ledger as the new data version; stages both in git."""
+    """Record the present content of `data/`, the ledger and the companions as the new data version; stages all in git."""
     ledger_sha256 = hashlib.sha256((root / TEST_LEDGER).read_bytes()).hexdigest()
     with _repo(root) as repo:
         meta, tree = _tree(repo, root / DATA, store=True)
@@ -502,9 +532,18 @@ def pin(root: Path) -> DataVersion:
     before = content["outs"][0] if content else {}
     out = {"md5": str(tree.hash_info.value), "size": int(meta.size), "nfiles": int(meta.nfiles), "hash": "md5", "path": DATA}
     content = {**content, "outs": [{**out, **{key: value for key, value in before.items() if key not in out}}]}
-    content["meta"] = {**(content.get("meta") or {}), _LEDGER_KEY: ledger_sha256}
+    companions = digests(root)
+    keys = {each.key: companions[each.name] for each in COMPANIONS if each.name in companions}
+    others = {key: value for key, value in (content.get("meta") or {}).items() if key not in {e.key for e in COMPANIONS}}
+    content["meta"] = {**others, _LEDGER_KEY: ledger_sha256, **keys}
     write_atomically(root / PIN, yaml.safe_dump(content, sort_keys=False).encode())
-    stage(root, *(name for name in (PIN, TEST_LEDGER, ".gitignore") if (root / name).exists()))
+    names = [PIN, TEST_LEDGER, ".gitignore", *(each.file for each in COMPANIONS)]
+    if companions:
+        add_lines(root / ".gitattributes", _ATTRIBUTES)  # a workspace from before companions has no rules for them
+        names.append(".gitattributes")
+    stage(root, *(name for name in names if (root / name).exists()))
+    gone = [each.file for each in COMPANIONS if each.name not in companions]
+    git(root, "rm", "--cached", "--quiet", "--ignore-unmatch", "--", *gone)
     return pinned(root)
 
 

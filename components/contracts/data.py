@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from components.contracts.records import FileDigest, Record
 
 
-class DataVersion(Record):
-    """A pinned state of `data/`: DVC's directory hash and the digest of the frozen test ledger beside it."""
+class _Grown(Record):
+    """A record that got fields since its first version.
 
+    Where all that a version added hold their defaults, it is written as the version before: what older ones say keeps its
+    digest, and all that is keyed by it.
+    """
+
+    ADDED: ClassVar[Mapping[int, tuple[str, ...]]] = {}
+    """The fields by the schema version that brought them; all have defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_version(cls, values: Any) -> Any:
+        newest = cls.model_fields["schema_version"].default
+        if isinstance(values, dict) and values.get("schema_version", newest) in range(1, newest):
+            return {**values, "schema_version": newest}
+        return values
+
+    @model_serializer(mode="wrap")
+    def _as_old_as_can_be(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        for version, names in sorted(self.ADDED.items(), reverse=True):
+            fields = type(self).model_fields
+            if any(getattr(self, name) != fields[name].get_default(call_default_factory=True) for name in names):
+                break
+            for name in names:
+                del values[name]
+            values["schema_version"] = version - 1
+        return values
+
+
+class DataVersion(_Grown):
+    """A pinned state of `data/`: DVC's directory hash, and the digests of what is pinned beside it."""
+
+    UPGRADES = {1: lambda values: values}
+    ADDED = {2: ("companions_sha256",)}
+    schema_version: int = 2
     dvc_hash: str
     num_files: int
     bytes: int
     ledger_sha256: str
+    """Of the frozen test ledger."""
+    companions_sha256: str = ""
+    """Over the digests of all companions (`components/companions.py`), "" where there are none."""
 
 
 class Dataset(Record):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from components import dataversions
+from components.companions import COMPANIONS
 from components.contracts.errors import ConfigError, StoreError, VisionloopError, WorkspaceBusy
 from components.databases import copy_sqlite, held, sqlite_file
 from components.objects import safe_name
@@ -46,6 +47,7 @@ _SETTINGS = (
     "plugins",
     dataversions.PIN,
     dataversions.TEST_LEDGER,
+    *(companion.file for companion in COMPANIONS),
     ".dvc/config",
     ".dvc/.gitignore",
     ".dvcignore",
