@@ -586,6 +586,23 @@ def _hashes(tree: Tree) -> dict[str, str]:
     return {"/".join(key): str(found.value) for key, _, found in tree if found is not None}
 
 
+def hashes(root: Path) -> dict[str, str]:
+    """md5 of every file that lies in `data/`, by its path there. DVC reads only what it has not seen as it is now."""
+    with _repo(root) as repo:
+        return _hashes(_tree(repo, root / DATA)[1])
+
+
+def pinned_hashes(root: Path) -> dict[str, str]:
+    """The same of the pinned version, without a look at its files; empty where DVC's cache lacks its list of them.
+
+    So is that of a version that DVC 2 pinned, whose hashes of files that look like text are no md5 of their bytes.
+    """
+    with _repo(root) as repo:
+        out = _out(repo)
+        tree = _before(out) if out.hash_name == "md5" else None
+        return {} if tree is None else _hashes(tree)
+
+
 def changes(root: Path) -> dict[str, list[str]]:
     """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted' | 'renamed': paths}; empty when equal.
 

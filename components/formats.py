@@ -103,7 +103,10 @@ def suffix_of(path: Path) -> str:
 
 def accepted_format(data: bytes, formats: tuple[str, ...]) -> str:
     """The format of a file; raises UndecodableImage, naming what it is, when it is none of `formats`."""
-    found = format_of(data)
+    return _expect(format_of(data), formats)
+
+
+def _expect(found: str, formats: tuple[str, ...]) -> str:
     if found in formats:
         return found
     if found in _NAMES:
@@ -258,12 +261,80 @@ def check_size(num_bytes: int, accepted: Accepted) -> None:
         raise UndecodableImage(f"{num_bytes} bytes, accepted are up to {accepted.max_bytes}; make it smaller")
 
 
-def refusal(data: bytes, width: int, height: int, accepted: Accepted) -> str:
-    """Why a picture that could be decoded is not accepted; empty when it is."""
+def refusal(num_bytes: int, kind: str, width: int, height: int, accepted: Accepted) -> str:
+    """Why a picture that could be decoded is not accepted; empty when it is. `kind` is its format, one of FORMATS."""
     try:
-        check_size(len(data), accepted)
-        accepted_format(data, accepted.formats)
+        check_size(num_bytes, accepted)
+        _expect(kind, accepted.formats)
         check_pixels(width, height, accepted)
     except UndecodableImage as error:
         return str(error)
     return ""
+
+
+_PROGRAMS = (("a program", rb"MZ.{58}|\x7fELF|#!"), ("a script in a web page", rb"(?i:.{0,512}?(?:<\?php|<script))"))
+_PATTERNS_BEHIND = tuple((name, re.compile(pattern, re.DOTALL)) for name, pattern in _PROGRAMS)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a file holds beside its picture."""
+
+    metadata: int = 0
+    """Bytes of profiles, camera settings, texts, edit histories and previews before the picture's end."""
+    behind: int = 0
+    """Bytes behind the picture's end that are not there to fill."""
+    behind_is: str = ""
+    """What they are, in words; empty when there are none or it is not known."""
+
+
+def surroundings(data: bytes, kind: str) -> Surroundings:
+    """What a whole picture of this format has around it; nothing for a format whose files do not say where they end."""
+    walk = {"JPEG": _around_jpeg, "PNG": _around_png, "WEBP": _around_webp}.get(kind)
+    metadata, end = walk(data) if walk is not None else (0, len(data))
+    if not data[end:].strip(b"\0\xff\r\n\t "):
+        return Surroundings(metadata)
+    rest = data[end:].lstrip(b"\0\r\n\t ")
+    found = format_of(rest)
+    what = f"a {_NAMES[found]} picture" if found in _NAMES else found
+    return Surroundings(
+        metadata, len(rest), next((name for name, pattern in _PATTERNS_BEHIND if pattern.match(rest[:4096])), what)
+    )
+
+
+def _around_jpeg(data: bytes) -> tuple[int, int]:
+    """Bytes of metadata, and where the picture ends: at its end marker, the first outside of a segment."""
+    place, metadata = 2, 0
+    while (marker := _MARKER.search(data, place)) is not None:
+        code = data[marker.start() + 1]
+        place = marker.end()
+        if code == 0xD9:
+            return metadata, place
+        if code == 0xD8 or place + 2 > len(data):
+            continue
+        (size,) = struct.unpack_from(">H", data, place)
+        metadata += size if 0xE0 <= code <= 0xEF or code == 0xFE else 0
+        place += max(2, size)
+    return metadata, len(data)
+
+
+def _around_png(data: bytes) -> tuple[int, int]:
+    place, metadata = 8, 0
+    while place + 12 <= len(data):
+        (size,) = struct.unpack_from(">I", data, place)
+        kind = data[place + 4 : place + 8]
+        metadata += size if kind[:1].islower() and kind != b"tRNS" else 0
+        place += 12 + size
+        if kind == b"IEND":
+            return metadata, min(place, len(data))
+    return metadata, len(data)
+
+
+def _around_webp(data: bytes) -> tuple[int, int]:
+    end = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    place, metadata = 12, 0
+    while place + 8 <= end:
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        metadata += size if data[place : place + 4] in (b"ICCP", b"EXIF", b"XMP ") else 0
+        place += 8 + size + size % 2
+    return metadata, end

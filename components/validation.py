@@ -1,27 +1,25 @@
-"""Validation: images under `data/` -> Dataset. Every image is decoded, and Great Expectations judges the facts.
+"""Validation: images under `data/` -> Dataset. Every image is looked at, and Great Expectations judges the facts.
 
 Undecodable files and contradictory labels are quarantined with a reason and counted; nothing is dropped in silence.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field
 
 from components.contracts.data import Dataset, DataVersion
-from components.contracts.errors import DataError, DataRejected, UndecodableImage
+from components.contracts.errors import DataError, DataRejected
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record
 from components.contracts.wording import counted
 from components.dataversions import listing
-from components.formats import PINNED, Accepted, refusal
-from components.images import decode, in_threads, pixel_digest
+from components.facts import File, facts
+from components.formats import PINNED, Accepted
 from components.samples import class_twins
 from components.store import describe
 
@@ -43,10 +41,9 @@ class ValidationConfig(Record):
     """Largest class over smallest, reported as a warning."""
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    label: str
+_SAMPLES = ["path", "label", "sha256", "picture", "bytes", "mode", "width", "height", "short_side"]
+_SAMPLES += ["brightness", "contrast", "sharpness"]
+_QUARANTINE = ["path", "label", "reason"]
 
 
 def validate(
@@ -56,10 +53,13 @@ def validate(
     *,
     out: Path,
     accepted: Accepted = PINNED,
+    hashes: Mapping[str, str] | None = None,
+    cache: Path | None = None,
     progress: Progress = silent,
 ) -> Dataset:
-    """Decode every file under `data/<class>/`, judge the sample table, write samples, quarantine and HTML data docs.
+    """Look at every file under `data/<class>/`, judge the sample table, write samples, quarantine and HTML data docs.
 
+    A file whose md5 `hashes` tells by its path, and whose facts `cache` has, is not opened.
     Pictures that serving would refuse by `accepted` are used and reported, as are colour profiles that are of no use.
     Raises DataRejected with every critical expectation that failed; the data docs say the same in pictures.
     """
@@ -67,23 +67,26 @@ def validate(
 
     there = listing(data)
     by_class, strays = there.classes, there.strays
-    files = [_File(path, label) for label, paths in by_class.items() for path in paths]
+    known = hashes or {}
+    files = [
+        File(path, name := path.relative_to(data).as_posix(), label, known.get(name, ""))
+        for label, paths in by_class.items()
+        for path in paths
+    ]
     if not files:
         raise DataError(f"{data} holds no images; add some with `visionloop data add FOLDER` (one sub-folder per class)")
-    facts = list(in_threads(lambda file: _inspect(file, data, accepted), files, progress=progress))
-    facts += [
-        {"path": path.relative_to(data).as_posix(), "label": "", "reason": "not directly in a class folder, or hidden"}
-        for path in strays
-    ]
-    table = pd.DataFrame([row for row in facts if "reason" not in row])
-    refused = pd.DataFrame([row for row in facts if "reason" in row], columns=["path", "label", "reason"])
-    if len(table):
-        contradictory = table.groupby("picture")["label"].transform("nunique") > 1
-        contradiction = table.loc[contradictory, ["path", "label"]].assign(reason="same picture under several classes")
-        table, refused = table[~contradictory], pd.concat([refused, contradiction])
-    table = table.sort_values("path", ignore_index=True) if len(table) else table
+    found = facts(files, cache=cache, accepted=accepted, progress=progress)
+    outside = [(path.relative_to(data).as_posix(), "", "not directly in a class folder, or hidden") for path in strays]
+    table = found[found["reason"] == ""]
+    refused = pd.concat(
+        [found.loc[found["reason"] != "", _QUARANTINE], pd.DataFrame(outside, columns=_QUARANTINE, dtype=object)]
+    )
+    contradictory = table.groupby("picture")["label"].transform("nunique") > 1
+    contradiction = table.loc[contradictory, ["path", "label"]].assign(reason="same picture under several classes")
+    table, refused = table[~contradictory], pd.concat([refused, contradiction])
+    table = table.sort_values("path", ignore_index=True)
     remarks = _remarks(table)
-    table = table.drop(columns=["not_served", "profile"], errors="ignore")
+    table = table[_SAMPLES]
     refused = refused.sort_values("path", ignore_index=True)
     num_input = len(files) + len(strays)
     assert len(table) + len(refused) == num_input, "validation lost an image"
@@ -124,47 +127,11 @@ def _remarks(table: pd.DataFrame) -> list[str]:
         ("not_served", "pictures are of a kind that serving refuses (VISIONLOOP_FORMATS, _MAX_PIXELS, _MAX_IMAGE_MB)"),
         ("profile", "pictures have a colour profile that is of no use; their colours are taken as they are stored"),
     ):
-        found = table[table[column] != ""] if len(table) else table
+        found = table[table[column] != ""]
         if len(found):
             shown = "; ".join(f"{row['path']}: {row[column]}" for _, row in found.head(3).iterrows())
             told.append(f"{len(found)} {text}: {shown}")
     return told
-
-
-def _inspect(file: _File, data: Path, accepted: Accepted) -> dict[str, Any]:
-    row: dict[str, Any] = {"path": file.path.relative_to(data).as_posix(), "label": file.label}
-    try:
-        content = file.path.read_bytes()
-        picture = decode(content)
-    except UndecodableImage as error:
-        return row | {"reason": str(error)}
-    except OSError as error:
-        return row | {"reason": f"cannot be read ({error.strerror})"}
-    image = picture.stored
-    grey = np.asarray(image.convert("L"), dtype=np.float32) / 255.0
-    return row | {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "picture": pixel_digest(picture)[:32],
-        "bytes": len(content),
-        "mode": image.mode,
-        "width": image.width,
-        "height": image.height,
-        "short_side": min(image.size),
-        "brightness": float(grey.mean()),
-        "contrast": float(grey.std()),
-        "sharpness": _sharpness(grey),
-        "not_served": refusal(content, image.width, image.height, accepted),
-        "profile": picture.conversion.problem,
-    }
-
-
-def _sharpness(grey: np.ndarray[Any, np.dtype[np.float32]]) -> float:
-    """Variance of the 4-neighbour Laplacian of luminance in [0, 1]; low means blurred. 0 for under 3 pixels."""
-    if min(grey.shape) < 3:
-        return 0.0
-    centre = grey[1:-1, 1:-1]
-    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * centre
-    return float(laplacian.var())
 
 
 def _judge(table: pd.DataFrame, class_counts: dict[str, int], config: ValidationConfig, *, docs: Path) -> list[str]:

@@ -59,6 +59,8 @@ def validation(run: Run) -> Stored[Dataset]:
             run.config.validation,
             out=out,
             accepted=run.settings.accepted,
+            hashes=dataversions.pinned_hashes(run.workspace.root),
+            cache=run.workspace.cache,
             progress=progress,
         )
 

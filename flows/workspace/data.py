@@ -6,10 +6,10 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components import attributes, dataversions
 from components.attributes import Attributes
@@ -17,14 +17,18 @@ from components.contracts.data import DataVersion
 from components.contracts.errors import DataDiffers, DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
 from components.contracts.wording import counted
-from components.formats import PINNED, Accepted, check_size, refusal
-from components.images import check, decode, in_threads, pixel_digest
+from components.facts import File, facts
+from components.formats import PINNED, Accepted, check_size
+from components.images import check, in_threads
 from components.samples import alike
 from components.splitting import TestLedger
 from components.store import explained, sha256_file
 from flows.workspace.incoming import Incoming, LeftOut, SplitsUndecided, incoming
 from flows.workspace.sources import Staged, staged
 from flows.workspace.workspace import Workspace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_TEST_SHARE = 0.2
 _BY_SETTING = "VISIONLOOP_FORMATS, VISIONLOOP_MAX_PIXELS or VISIONLOOP_MAX_IMAGE_MB, which serving needs too"
@@ -109,12 +113,12 @@ def add(
         taken = [(label, path) for label, path in given.files if path not in reasons]
         if given.test is not None:
             files = [path for _, path in taken]
-            kept, sides = _keep_splits(files, given.test, folder, ledger, accepted, progress)
+            kept, sides = _keep_splits(files, given.test, folder, ledger, workspace.cache, progress)
         of_test: list[Path] = []
         if source is not None:
             said = [(path, source.attributes.get(path.relative_to(folder).as_posix(), Attributes())) for _, path in taken]
             pseudo = [path for path, what in said if what.label_source == "model"]
-            kept, of_test = _keep_outside(pseudo, given.test or frozenset(), kept, accepted, progress)
+            kept, of_test = _keep_outside(pseudo, given.test or frozenset(), kept, workspace.cache, progress)
             taken = [(label, path) for label, path in taken if path not in of_test]
             said = [(path, what) for path, what in said if any(what) and path not in of_test]
         plan, there = _plan(taken, workspace.data)
@@ -139,7 +143,7 @@ def add(
         left_out = [LeftOut(dataversions.shown(path.relative_to(root)), reason) for path in lies_there.ignored]
         found = len(lies_there.files) + len(left_out)
         there = len(lies_there.files)
-    pictures, undecodable = _pictures(lies_there, ledger, workspace.data, accepted, progress)
+    pictures, undecodable = _pictures(workspace, lies_there, ledger, accepted, progress)
     # Before the ledger changes: what can fail for want of space is done, and pin and ledger still agree if it does.
     dataversions.store(root)
     extended = kept.extended(pictures)
@@ -185,32 +189,48 @@ def _ledger(root: Path, test_share: float | None) -> TestLedger:
 
 
 def _pictures(
-    lies_there: dataversions.Listing, ledger: TestLedger, data: Path, accepted: Accepted, progress: Progress
+    workspace: Workspace, lies_there: dataversions.Listing, ledger: TestLedger, accepted: Accepted, progress: Progress
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """(digest of pixels, class) of all in data/, and what cannot be decoded; raises DataError for what serving would refuse.
 
     Every picture is looked at, not only those DVC calls new: the ledger must not depend on what DVC's cache still holds.
     """
-    touched = [path for paths in lies_there.classes.values() for path in paths]
-    undecodable: list[str] = []
-    new_but_refused: list[str] = []
-    pictures: list[tuple[str, str]] = []
-    looked = in_threads(lambda path: _picture(path, accepted), touched, progress=progress)
-    for path, (picture, why) in zip(touched, looked, strict=True):
-        name = path.relative_to(data).as_posix()
-        if picture is None:
-            undecodable.append(name)
-        else:
-            pictures.append((picture, path.parent.name))
-        if why and picture is not None and picture not in ledger.members:
-            new_but_refused.append(f"{name}: {why}")
+    root, data = workspace.root, workspace.data
+    known = dataversions.hashes(root)
+    touched = [
+        File(path, name := path.relative_to(data).as_posix(), label, known.get(name, ""))
+        for label, paths in lies_there.classes.items()
+        for path in paths
+    ]
+    found = _readable(touched, facts(touched, cache=workspace.cache, accepted=accepted, progress=progress))
+    usable = found[found["reason"] == ""]
+    is_new = ~usable["picture"].isin(ledger.members.keys())
+    refused = usable[is_new & (usable["not_served"] != "")]
+    new_but_refused = [f"{name}: {why}" for name, why in zip(refused["path"], refused["not_served"], strict=True)]
     if new_but_refused:
         raise DataError(
             f"serving would refuse {counted(len(new_but_refused), 'new picture')} in {data} "
             f"({'; '.join(new_but_refused[:3])}); convert or remove them, or accept them by {_BY_SETTING}. "
             f"Nothing was pinned"
         )
-    return pictures, undecodable
+    pictures = list(zip(usable["picture"], usable["label"], strict=True))
+    return pictures, list(found.loc[found["reason"] != "", "path"])
+
+
+def _readable(files: Sequence[File], found: pd.DataFrame) -> pd.DataFrame:
+    """The facts of files all of which could be read; raises DataError for one that could not."""
+    unread = found.index[found["sha256"] == ""]
+    if len(unread):
+        place, why = files[unread[0]].place, found.loc[unread[0], "reason"]
+        raise DataError(f"{place} {why}; mend it and run the command again")
+    return found
+
+
+def _shown_by(files: Sequence[Path], cache: Path, progress: Progress) -> list[tuple[Path, str]]:
+    """(file, digest of its pixels) of those files that can be decoded."""
+    looked = [File(path, path.name, "") for path in files]
+    found = _readable(looked, facts(looked, cache=cache, progress=progress))
+    return [(path, picture) for path, picture in zip(files, found["picture"], strict=True) if picture]
 
 
 def _keep_splits(
@@ -218,15 +238,14 @@ def _keep_splits(
     test: frozenset[Path],
     folder: Path,
     ledger: TestLedger,
-    accepted: Accepted,
+    cache: Path,
     progress: Progress,
 ) -> tuple[TestLedger, Sides]:
     """The ledger with new pictures on the side of their split, and what is on the other one; `test` are the files of test/.
 
     A file that cannot be decoded has no side: validation quarantines it.
     """
-    looked = in_threads(lambda path: _picture(path, accepted)[0], files, progress=progress)
-    pictures = [(path, picture) for path, picture in zip(files, looked, strict=True) if picture is not None]
+    pictures = _shown_by(files, cache, progress)
     in_test = {picture for path, picture in pictures if path in test}
     kept = ledger.with_sides({picture: picture in in_test for _, picture in pictures})
     moved = [(path, picture) for path, picture in pictures if kept.members[picture] != (path in test)]
@@ -238,7 +257,7 @@ def _keep_splits(
 
 
 def _keep_outside(
-    pseudo: list[Path], test: frozenset[Path], ledger: TestLedger, accepted: Accepted, progress: Progress
+    pseudo: list[Path], test: frozenset[Path], ledger: TestLedger, cache: Path, progress: Progress
 ) -> tuple[TestLedger, list[Path]]:
     """The ledger with the pictures that a model labelled outside test, and the files whose pictures are test already.
 
@@ -250,8 +269,7 @@ def _keep_outside(
             f"{counted(len(in_test), 'file')} of test/ have label_source=model (first: {first}); "
             f"what a model labelled is never test: put them into train/, or have a person label them. Nothing was changed"
         )
-    looked = in_threads(lambda path: _picture(path, accepted)[0], pseudo, progress=progress)
-    pictures = [(path, picture) for path, picture in zip(pseudo, looked, strict=True) if picture is not None]
+    pictures = _shown_by(pseudo, cache, progress)
     kept = ledger.with_sides({picture: False for _, picture in pictures}) if pictures else ledger
     return kept, [path for path, picture in pictures if kept.members[picture]]
 
@@ -414,18 +432,6 @@ def _refused(files: list[tuple[str, Path]], accepted: Accepted) -> dict[Path, st
 def _within(folder: Path, path: Path) -> str:
     """A file's name in its folder, as it can be printed anywhere."""
     return dataversions.shown(path.relative_to(folder))
-
-
-def _picture(path: Path, accepted: Accepted) -> tuple[str | None, str]:
-    """The digest of a picture, None when it cannot be decoded, and why serving would refuse it."""
-    try:
-        content = path.read_bytes()
-        picture = decode(content)
-    except UndecodableImage as error:
-        return None, str(error)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; mend it and run the command again") from error
-    return pixel_digest(picture)[:32], refusal(content, picture.width, picture.height, accepted)
 
 
 @dataclass(frozen=True)
