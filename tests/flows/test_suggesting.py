@@ -1,0 +1,103 @@
+"""Which pictures to label next, asked of a champion that was really trained."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from served import png
+from shapes import KINDS, visionloop
+
+from components.images import decode
+
+
+@pytest.fixture(scope="module")
+def decided(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = Path(shutil.copytree(trained, tmp_path_factory.mktemp("suggested") / "workspace", symlinks=True))
+    for arguments in (["approve", "1", "--as", "Ann", "--reason", "good"], ["promote", "1"]):
+        assert visionloop(*arguments, cwd=root).returncode == 0
+    return root
+
+
+@pytest.fixture
+def pool(decided: Path, tmp_path: Path) -> Path:
+    """Pictures of the trained kind, five of another kind, some of the data itself, one twice, and a file that is no picture."""
+    folder = tmp_path / "pool"
+    (folder / "deeper").mkdir(parents=True)
+    for number in range(24):
+        (folder / f"like-{number}.png").write_bytes(png(KINDS[number % 3], 90_000 + number))
+    rng = np.random.default_rng(3)
+    for number in range(5):
+        # Called .jpg, and a PNG.
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(
+            folder / "deeper" / f"odd-{number}.jpg", "PNG"
+        )
+    shutil.copy(folder / "deeper" / "odd-0.jpg", folder / "again.jpg")
+    for number, path in enumerate(sorted((decided / "data").rglob("*.png"))[:6]):
+        shutil.copy(path, folder / f"known-{number}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_the_smallest_useful_batch_is_written_and_what_is_sure_becomes_pseudo_labels(
+    decided: Path, pool: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "batch"
+    arguments = (
+        "data",
+        "suggest",
+        str(pool),
+        "--model",
+        "shapes",
+        "--out",
+        str(out),
+        "--most",
+        "8",
+        "--pseudo-labels",
+        "0.5",
+    )
+    done = visionloop(*arguments, "--json", cwd=decided)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert (told["num_pool"], told["errors"]) == (24 + 5 + 6, 1)
+    rows = list(csv.DictReader((out / "suggestions.csv").open()))
+    assert 0 < len(rows) == len(told["chosen"]) <= 8
+    assert rows[0]["found_as"].startswith("deeper/odd-") or rows[0]["found_as"] == "again.jpg"
+    assert not [row for row in rows if row["found_as"].startswith("known-")]
+    for row in rows:
+        assert (row["label"], row["proposal"] in KINDS) == ("", True)
+        assert Path(row["path"]).suffix == ".png"
+        assert (out / row["path"]).read_bytes() == (pool / row["found_as"]).read_bytes()
+    tasks = json.loads((out / "label-studio-tasks.json").read_text())
+    assert [task["data"]["file"] for task in tasks] == [row["path"] for row in rows]
+    assert "suggestions.csv" in (out / "suggestions.html").read_text()
+    pseudo = list(csv.DictReader((out / "pseudo-labels.csv").open()))
+    assert len(pseudo) == told["num_pseudo"] > 0
+    assert {row["label_source"] for row in pseudo} == {"model"}
+    assert min(float(row["confidence"]) for row in pseudo) >= 0.5
+    chosen = {(out / row["path"]).read_bytes() for row in rows}
+    data = {path.read_bytes() for path in (decided / "data").rglob("*.png")}
+    for row in pseudo:
+        content = (out / row["path"]).read_bytes()
+        decode(content)
+        assert content not in chosen
+        assert content not in data
+    again = visionloop(*arguments, cwd=decided)
+    assert again.returncode == 2
+    assert f"{out} is there already" in again.stderr
+
+
+def test_a_pool_that_nothing_can_be_suggested_of_is_refused(decided: Path, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.txt").write_text("no picture")
+    out = tmp_path / "batch"
+    for pool, text in ((tmp_path / "none", "no picture"), (tmp_path / "absent", "is not a folder of pictures")):
+        done = visionloop("data", "suggest", str(pool), "--model", "shapes", "--out", str(out), cwd=decided)
+        assert (done.returncode, text in done.stderr, out.exists()) == (2, True, False), done.stderr
+    done = visionloop("data", "suggest", str(tmp_path / "none"), "--model", "other", "--out", str(out), cwd=decided)
+    assert (done.returncode, "has no champion yet" in done.stderr) == (2, True)
