@@ -626,7 +626,7 @@ def known_data() -> Known:
 
     row = np.arange(_FILES)
     label = np.where(row % 2 == 0, "a", "b")
-    label[40:42] = "c"  # two beside many of the others
+    label[40] = "c"  # one beside many of the others
     picture = [f"{i:032x}" for i in row]
     picture[2], picture[5] = picture[0], picture[4]
     table = pd.DataFrame(
@@ -644,16 +644,25 @@ def known_data() -> Known:
             "brightness": 0.4 + 0.002 * row,
             "contrast": 0.2 + 0.001 * row,
             "sharpness": 0.02 + 0.0001 * row,
-            "not_served": "",
+            "darkest": 0.1 + 0.001 * row,
+            "brightest": 0.9 + 0.001 * row,
+            "detail": 0.4 + 0.005 * row,
             "profile": "",
-            "suspicious": "",
+            "metadata": 16,
+            "behind": 0,
+            "behind_is": "",
+            "not_served": "",
             "split": np.where(row % 4 == 3, "test", "rest"),
         }
     )
-    table.loc[6, ["brightness", "contrast", "sharpness"]] = [0.004, 0.002, 0.0]
-    table.loc[8, "sharpness"] = 1e-7
+    table.loc[6, ["brightness", "contrast", "brightest", "darkest", "detail"]] = [0.004, 0.002, 0.008, 0.0, 0.0]
+    table.loc[14, ["brightness", "contrast", "brightest", "darkest"]] = [0.998, 0.001, 1.0, 0.997]
+    table.loc[16, ["contrast", "brightest", "darkest"]] = [0.002, 0.51, 0.49]
+    table.loc[8, ["sharpness", "detail"]] = [1e-7, 0.001]
     table.loc[10, ["width", "height", "short_side"]] = [2000, 20, 20]
-    table.loc[12, "suspicious"] = "named .png, and it holds a JPEG picture"
+    table.loc[12, "behind"] = 2000
+    table.loc[12, "behind_is"] = "a ZIP archive"
+    table.loc[18, "format"] = "JPEG"
     table = table.sort_values("path", ignore_index=True)
     refused = pd.DataFrame(
         {
@@ -662,7 +671,6 @@ def known_data() -> Known:
             "sha256": [f"{900:064x}", f"{901:064x}", ""],
             "bytes": [100, 12, 0],
             "format": ["PNG", "", ""],
-            "suspicious": "",
             "reason": ["damaged or truncated", "not an image in an accepted format", "cannot be read (Permission denied)"],
         }
     )
