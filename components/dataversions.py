@@ -729,13 +729,20 @@ def keep(root: Path) -> None:
     verify(root)
     with _repo(root) as repo:
         out = _out(repo)
-        # DVC takes what lies in its cache for what it is named after, and would send it.
         there = _hashes(_tree(repo, root / DATA, hash_name=out.hash_name)[1])
-        for oid, path in {oid: root / DATA / name for name, oid in there.items()}.items():
-            damaged = Path(out.cache.oid_to_path(oid)).is_file() and not _is_kept(out, oid)
-            if damaged and not _replaced(out, oid, functools.partial(shutil.copyfile, path)):
-                raise DataError(f"{path} changed while it was read; run the command again")
+        _mend_by(out, {oid: root / DATA / name for name, oid in there.items()})
         _tree(repo, root / DATA, hash_name=out.hash_name, store=True)
+
+
+def _mend_by(out: Output, paths: Mapping[str, Path]) -> None:
+    """Replace damaged objects of DVC's cache by the files that hold their bytes.
+
+    DVC takes what lies in its cache for what it is named after, and would send it.
+    """
+    for oid, path in paths.items():
+        damaged = Path(out.cache.oid_to_path(oid)).is_file() and not _is_kept(out, oid)
+        if damaged and not _replaced(out, oid, functools.partial(shutil.copyfile, path)):
+            raise DataError(f"{path} changed while it was read; run the command again")
 
 
 def push(root: Path) -> int:
@@ -809,6 +816,59 @@ def pull(root: Path, *, force: bool = False) -> int:
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return sum(wanted.get(name) != there.get(name) for name in {*wanted, *there})
+
+
+def files_of(root: Path) -> dict[str, str]:
+    """`pinned_hashes`; raises DataError where they are not known."""
+    found = pinned_hashes(root)
+    if not found:
+        raise DataError(
+            f"DVC's cache lacks the list of files of the pinned version, or DVC 2 wrote it: `visionloop data pull` brings "
+            f"the list back from the remote, `visionloop data add` pins what lies in {DATA}/ anew"
+        )
+    return found
+
+
+def moved(files: Mapping[str, str], moves: Mapping[str, str | None]) -> dict[str, str]:
+    """The files of a version after `moves`: a new path for some, None for those that leave it."""
+    after = {name: oid for name, oid in files.items() if name not in moves}
+    for name, target in moves.items():
+        if target is not None:
+            assert target not in after, f"{target} is taken"
+            after[target] = files[name]
+    return after
+
+
+def move(root: Path, before: Mapping[str, str], moves: Mapping[str, str | None]) -> None:
+    """Let `data/` hold the files of a version after `moves`, in one step; nothing is pinned by it.
+
+    `before` are the files of the version that is pinned. Their bytes are in DVC's cache, and whole, before one of them
+    leaves `data/`. Where `data/` cannot be replaced as a whole (see `pull`), a run that is killed is completed by the same
+    call. Raises DataDiffers for a file in `data/` that is neither of the version nor of what is to be made of it.
+    """
+    data, scratch = root / DATA, root / STATE / "tmp"
+    for stale in scratch.glob("pull-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    made = scratch / f"pull-{uuid.uuid4().hex}"
+    with _repo(root) as repo:
+        out = _out(repo)
+        there = _hashes(_tree(repo, data, hash_name=out.hash_name)[1])
+        wanted = moved(before, moves)
+        strange = sorted(name for name, oid in there.items() if oid not in (before.get(name), wanted.get(name)))
+        if strange:
+            raise DataDiffers(f"{data} holds what no version does: {', '.join(strange[:3])}; see `visionloop data status`")
+        if there == wanted:
+            return
+        _mend_by(out, {oid: data / name for name, oid in there.items()})
+        _tree(repo, data, hash_name=out.hash_name, store=True)
+        try:
+            with explained("make the next version in", made):
+                damaged = _make(out, wanted, there, data, made)
+            if damaged:
+                raise DataError(f"DVC's cache changed while it was read ({', '.join(sorted(damaged)[:3])}); run it again")
+            _put_in_place(made, data, wanted, there)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _wanted(out: Output) -> dict[str, str]:

@@ -43,7 +43,7 @@ def finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> No
 @contextlib.contextmanager
 def _alone(as_json: bool) -> Iterator[None]:
     """With --json, standard output is the object's alone: what libraries and plug-ins print would run into it."""
-    if not as_json:
+    if not as_json or _output.get() is not None:  # it is alone already where a group of commands began to answer
         yield
         return
     before = _output.set(sys.stdout)
@@ -127,7 +127,8 @@ class _Group(TyperGroup):
             return context
 
     def invoke(self, ctx: Any) -> Any:
-        with _answering(ctx.command_path, bool(ctx.meta.get("json")), HERE):
+        as_json = bool(ctx.meta.get("json"))
+        with _alone(as_json), _answering(ctx.command_path, as_json, HERE):
             stopping.started()
             return super().invoke(ctx)
 
@@ -136,7 +137,7 @@ class Commands(typer.Typer):
     """A group of commands; every one that is registered answers as this module says."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(cls=_Group, no_args_is_help=True, rich_markup_mode=None, **settings)
+        super().__init__(cls=_Group, rich_markup_mode=None, **{"no_args_is_help": True, **settings})
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Register a command; see `typer.Typer.command`."""

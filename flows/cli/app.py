@@ -29,6 +29,7 @@ app = Commands(
     \b
       visionloop init DIR                a workspace: git, DVC, your recipes
       visionloop data add FOLDER         one sub-folder per class -> a pinned data version
+      visionloop data review             a page and a CSV of what may be wrong; review apply makes the next version of it
       visionloop recipe list | show      what can be trained, and how; new NAME --from RECIPE copies one to edit
       visionloop plugin new | check      plug-ins of your own, and whether they keep their contracts
       visionloop augment preview         a contact sheet of what a recipe's augmentations make of images

@@ -11,6 +11,7 @@ import typer
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
+from flows.cli.review import review_app
 from flows.terminal import to_stderr
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 data_app = Commands(help="Images and their pinned versions.")
+data_app.add_typer(review_app, name="review")
 
 
 @data_app.command("add")

@@ -1,0 +1,249 @@
+"use strict";
+const at = (id) => document.getElementById(id);
+const data = JSON.parse(at("data").textContent);
+const SHOWN_CLASSES = 12;
+const kept = "visionloop review " + data.version;
+let here = 0, unsaved = false, keeps = true, decided = {};
+
+function element(kind, text, style) {
+  const made = document.createElement(kind);
+  if (text !== undefined) made.textContent = text;
+  if (style) made.className = style;
+  return made;
+}
+
+try {
+  decided = JSON.parse(localStorage.getItem(kept) || "{}");
+} catch {
+  keeps = false;
+}
+
+function keep() {
+  unsaved = true;
+  try { localStorage.setItem(kept, JSON.stringify(decided)); } catch { keeps = false; }
+  at("kept").hidden = keeps;
+}
+
+const said = (card) => (decided[card.issue] || {}).decision || "";
+
+function picture(file, small) {
+  const figure = element("figure", undefined, small ? "small" : "");
+  if (file.thumbnail) {
+    const image = element("img", undefined, file.tiny ? "tiny" : "");
+    image.loading = "lazy";
+    image.decoding = "async";
+    image.alt = file.path;
+    image.src = file.thumbnail;
+    figure.append(image);
+  } else {
+    figure.append(element("div", "cannot be shown", "none"));
+  }
+  if (!small) {
+    const caption = element("figcaption");
+    caption.append(element("b", file.label, "name"));
+    if (file.test) caption.append(element("span", "frozen test", "badge bad"));
+    caption.append(element("br"), element("span", file.path, "soft"));
+    figure.append(caption);
+  }
+  return figure;
+}
+
+function button(text, key, act) {
+  const made = element("button", text + " ");
+  made.type = "button";
+  made.append(element("kbd", key));
+  made.addEventListener("click", act);
+  return made;
+}
+
+function build(card, index) {
+  const article = element("article", undefined, "card");
+  article.tabIndex = -1;
+  const top = element("div");
+  top.append(element("h2", card.kind.replaceAll("_", " ")));
+  top.append(element("span", card.severity, "badge" + (card.severity === "critical" ? " bad" : "")));
+  if (card.leak) top.append(element("span", "leak into the frozen test", "badge bad"));
+  else if (card.test) top.append(element("span", "frozen test", "badge bad"));
+  top.append(element("span", "  score " + card.score, "soft small"));
+  article.append(top, element("p", card.detail));
+  const pictures = element("div", undefined, "pictures");
+  for (const file of card.files) pictures.append(picture(file, false));
+  if (card.more) pictures.append(element("p", "and " + card.more + " more files", "soft"));
+  if (card.candidate) {
+    const answer = element("div");
+    const title = element("p", "may be ", "soft");
+    title.append(element("b", card.candidate, "name"));
+    const row = element("div", undefined, "pictures");
+    for (const file of data.examples[card.candidate] || []) row.append(picture(file, true));
+    answer.append(title, row);
+    pictures.append(answer);
+  }
+  article.append(pictures, element("p", "To do: " + card.action, "soft small"));
+  const buttons = element("div", undefined, "buttons");
+  const accept = button(card.proposal ? "Accept: " + card.proposal : "Accept", "A", () => decide(index, "accept"));
+  accept.disabled = !card.proposal;
+  const relabel = button("Relabel to …", "R", () => ask(index)), remove = button("Remove", "X", () => decide(index, "remove"));
+  relabel.disabled = remove.disabled = !card.files.length;
+  const note = element("input");
+  note.placeholder = "note";
+  note.setAttribute("aria-label", "note");
+  note.maxLength = 500;
+  note.value = (decided[card.issue] || {}).note || "";
+  note.addEventListener("input", () => { decided[card.issue] = Object.assign({}, decided[card.issue], { note: note.value }); keep(); });
+  buttons.append(accept, relabel, remove, button("Not a problem", "N", () => decide(index, "not_a_problem")), button("Undo", "U", () => undo(index)), note);
+  article.append(buttons, element("p", "", "said name"));
+  article.addEventListener("pointerdown", () => go(index, false));
+  return article;
+}
+
+const cards = data.cards.map(build);
+
+function shown(index) {
+  return (!at("kind").value || data.cards[index].kind === at("kind").value) && (!at("open").checked || !said(data.cards[index]));
+}
+
+function told() {
+  const done = data.cards.filter(said).length;
+  at("progress").textContent = done + " of " + data.cards.length + " decided" + (unsaved ? ", not saved" : "");
+}
+
+function show(index) {
+  cards[index].querySelector(".said").textContent = said(data.cards[index]) && "Decided: " + said(data.cards[index]);
+}
+
+function go(index, move = true) {
+  cards[here].classList.remove("here");
+  here = index;
+  cards[here].classList.add("here");
+  if (!move) return;
+  cards[here].focus({ preventScroll: true });
+  cards[here].scrollIntoView({ block: "nearest" });
+}
+
+function step(by) {
+  for (let index = here + by; index >= 0 && index < cards.length; index += by) {
+    if (!cards[index].hidden) { go(index); return; }
+  }
+}
+
+function decide(index, decision) {
+  const card = data.cards[index];
+  decided[card.issue] = Object.assign({}, decided[card.issue], { decision: decision });
+  keep();
+  show(index);
+  told();
+  go(index);
+  step(1);
+}
+
+function undo(index) {
+  const entry = decided[data.cards[index].issue];
+  if (entry) delete entry.decision;
+  keep();
+  show(index);
+  told();
+  go(index);
+}
+
+function matching() {
+  const typed = at("label").value.toLowerCase(), own = data.cards[here].files[0].label;
+  const found = data.classes.filter((name) => name !== own && name.toLowerCase().includes(typed));
+  const rank = (name) => name.toLowerCase() === typed ? 0 : name.toLowerCase().startsWith(typed) ? 1 : 2;
+  return found.sort((a, b) => rank(a) - rank(b)).slice(0, SHOWN_CLASSES);
+}
+
+function choices() {
+  at("choices").replaceChildren(...matching().map((name) => {
+    const made = element("button", name, "name");
+    made.type = "button";
+    made.addEventListener("click", () => relabel(name));
+    return made;
+  }));
+}
+
+function ask(index) {
+  go(index);
+  at("label").value = data.cards[index].candidate || "";
+  choices();
+  at("dialog").showModal();
+  at("label").select();
+}
+
+function relabel(name) {
+  at("dialog").close();
+  decide(here, "relabel:" + name);
+}
+
+function cell(value) {
+  return /[",\r\n]/.test(value) ? '"' + value.replaceAll('"', '""') + '"' : value;
+}
+
+function csv() {
+  const lines = [data.columns];
+  for (const card of data.cards) {
+    const entry = decided[card.issue] || {};
+    lines.push([...card.row, entry.decision || "", entry.note || ""]);
+  }
+  return "\ufeff" + lines.map((line) => line.map(cell).join(",") + "\r\n").join("");
+}
+
+function save() {
+  const link = element("a");
+  link.href = URL.createObjectURL(new Blob([csv()], { type: "text/csv" }));
+  link.download = data.csv_name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  unsaved = false;
+  told();
+}
+
+function filter() {
+  cards.forEach((card, index) => { card.hidden = !shown(index); });
+  const first = cards.findIndex((card) => !card.hidden);
+  at("nothing").hidden = first >= 0;
+  if (first >= 0 && cards[here].hidden) go(first);
+}
+
+const KEYS = {
+  a: () => data.cards[here].proposal && decide(here, "accept"),
+  r: () => data.cards[here].files.length && ask(here),
+  x: () => data.cards[here].files.length && decide(here, "remove"),
+  n: () => decide(here, "not_a_problem"),
+  u: () => undo(here),
+  e: () => cards[here].querySelector("input").focus(),
+  j: () => step(1), arrowright: () => step(1),
+  k: () => step(-1), arrowleft: () => step(-1),
+  s: save,
+};
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || at("dialog").open) return;
+  if (event.target.closest("input:not([type=checkbox]), select")) {
+    if (event.key === "Escape" || event.key === "Enter") { event.preventDefault(); go(here); }
+    return;
+  }
+  const act = KEYS[event.key.toLowerCase()];
+  if (!act || !cards.length) return;
+  event.preventDefault();
+  act();
+});
+at("label").addEventListener("input", choices);
+at("label").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault();
+  const found = matching();
+  if (found.length) relabel(found[0]);
+});
+at("save").addEventListener("click", save);
+at("open").addEventListener("change", filter);
+at("kind").addEventListener("change", filter);
+addEventListener("beforeunload", (event) => { if (unsaved && !keeps) event.preventDefault(); });
+
+const kinds = new Map();
+for (const card of data.cards) kinds.set(card.kind, (kinds.get(card.kind) || 0) + 1);
+at("kind").append(new Option("all kinds", ""), ...[...kinds].map(([kind, count]) => new Option(kind.replaceAll("_", " ") + " (" + count + ")", kind)));
+at("cards").append(...cards);
+cards.forEach((_, index) => show(index));
+at("kept").hidden = keeps;
+told();
+if (cards.length) go(Math.max(0, data.cards.findIndex((card) => !said(card))), true);

@@ -1,0 +1,1 @@
+"""What the map of review is made of."""

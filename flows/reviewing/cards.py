@@ -1,0 +1,145 @@
+"""Cards: the issues that a person is asked about, each with what its files were when it was asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.contracts.errors import DataError, StoreError
+from components.contracts.issues import SEVERITIES, Issue, issue_id
+from components.contracts.records import Record, canonical_json
+from components.splitting import TestLedger
+from components.store import sha256_file, write_atomically
+from flows.workspace.workspace import Workspace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_VERSION = re.compile(r"[0-9a-f]{32}\.dir")
+
+
+class CardFile(Record):
+    """One file of an issue."""
+
+    path: str
+    """Relative to data/."""
+    label: str
+    sha256: str
+    test: bool
+    """Whether its picture is frozen as test."""
+
+
+class Card(Record):
+    """An issue with its files, in the issue's order."""
+
+    issue: Issue
+    files: tuple[CardFile, ...]
+
+    @property
+    def file(self) -> CardFile | None:
+        """The file to decide on; None where the issue is about a class, or the data as a whole."""
+        return self.files[0] if self.files else None
+
+    @property
+    def is_test(self) -> bool:
+        """Whether one of its files is frozen as test."""
+        return any(file.test for file in self.files)
+
+    @property
+    def is_leak(self) -> bool:
+        """Whether its files are on both sides of the frozen test set."""
+        return len({file.test for file in self.files}) > 1
+
+    @property
+    def twins(self) -> tuple[CardFile, ...]:
+        """The other files, the one that the issue would keep first."""
+        return tuple(sorted(self.files[1:], key=lambda file: (file.path != self.issue.candidate, file.path)))
+
+    @property
+    def label(self) -> str:
+        """The label that the issue proposes; empty where it proposes another thing, or none."""
+        candidate = self.issue.candidate
+        known = self.file is not None and "/" not in candidate and candidate != self.file.label
+        return candidate if known else ""
+
+    @property
+    def copies(self) -> tuple[CardFile, ...]:
+        """The files that it proposes to remove, since another one of it shows the same; a leak's test pictures stay."""
+        if self.issue.candidate not in [file.path for file in self.files]:
+            return ()
+        if self.is_leak:
+            return tuple(file for file in self.files if not file.test)
+        return tuple(file for file in self.files if file.path != self.issue.candidate)
+
+    @property
+    def proposal(self) -> str:
+        """What `accept` does, in words; empty where the issue proposes nothing that can be done by itself."""
+        if self.label:
+            return f"relabel:{self.label}"
+        return "remove " + " | ".join(file.path for file in self.copies) if self.copies else ""
+
+    def id_after(self, labels: Mapping[str, str]) -> str:
+        """The id that the same issue would have once its files have other labels."""
+        return issue_id(self.issue.kind, [(file.sha256, labels.get(file.path, file.label)) for file in self.files])
+
+
+def files_of(data: Path, facts: pd.DataFrame, ledger: TestLedger) -> list[CardFile]:
+    """The files that facts are about (path, label, sha256, picture), in their order.
+
+    Of a file that could not be decoded, and so is of no side, nothing but the path has to be known.
+    """
+    columns = (facts["path"], facts["label"], facts["sha256"], facts["picture"])
+    return [
+        CardFile(
+            path=path,
+            label=str(label),
+            sha256=sha256 if isinstance(sha256, str) and sha256 else sha256_file(data / path),
+            test=ledger.members.get(picture, False),
+        )
+        for path, label, sha256, picture in zip(*columns, strict=True)
+    ]
+
+
+def cards_of(issues: Iterable[Issue], files: Iterable[CardFile]) -> list[Card]:
+    """A card for each issue; `files` are those of the data version, as far as issues name them."""
+    by_path = {file.path: file for file in files}
+    return [Card(issue=issue, files=tuple(by_path[path] for path in issue.files)) for issue in issues]
+
+
+def by_cost(cards: Iterable[Card]) -> list[Card]:
+    """What costs most to leave first: frozen test pictures and leaks into them, then severity, then score."""
+
+    def cost(card: Card) -> tuple[bool, int, float, str, str]:
+        issue = card.issue
+        return not card.is_test, SEVERITIES.index(issue.severity), issue.score, issue.kind, issue.id
+
+    return sorted(cards, key=cost)
+
+
+def keep(workspace: Workspace, version: str, cards: Sequence[Card]) -> None:
+    """Remember what was asked about a data version, beside what was asked before."""
+    found = {**asked(workspace, version), **{card.issue.id: card for card in cards}}
+    path = _place(workspace, version)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, canonical_json([found[name].to_json() for name in sorted(found)]).encode())
+
+
+def asked(workspace: Workspace, version: str) -> dict[str, Card]:
+    """The cards that were asked about a data version here, by the issue's id; none of a version that nobody asked about."""
+    if not _VERSION.fullmatch(version):
+        return {}
+    path = _place(workspace, version)
+    try:
+        cards = [Card.read(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, StoreError) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove it and run `visionloop data review` again") from error
+    return {card.issue.id: card for card in cards}
+
+
+def _place(workspace: Workspace, version: str) -> Path:
+    return workspace.state / "reviews" / version.removesuffix(".dir") / "asked.json"

@@ -1,0 +1,460 @@
+"""From issues by a person's file to the next data version: what is decided is done, all of it or nothing, and nothing is lost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser, browser
+from shapes import commit, make_workspace, visionloop
+
+from components import attributes, dataversions
+from components.contracts.errors import DataDiffers, DataError
+from components.contracts.issues import Issue, issue_id
+from components.images import decode, pixel_digest
+from components.reviews import reviews
+from components.splitting import TestLedger
+from components.store import sha256_file
+from flows.review import Asked, apply_file, ask
+from flows.reviewing import sheet
+from flows.reviewing.applying import Applied
+from flows.reviewing.cards import Card, CardFile
+from flows.workspace.workspace import Workspace
+
+
+def apply_it(workspace: Workspace, file: Path, *, test_pictures: bool = False, dry_run: bool = False) -> Applied:
+    return apply_file(workspace, file, who="ann", why="second look", test_pictures=test_pictures, dry_run=dry_run)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace of a few pictures; copy it, never use it."""
+    return make_workspace(tmp_path_factory.mktemp("small") / "workspace", per_class=5)
+
+
+@pytest.fixture
+def workspace(small: Path, tmp_path: Path) -> Workspace:
+    return Workspace.find(Path(shutil.copytree(small, tmp_path / "workspace", symlinks=True)))
+
+
+def files_of(workspace: Workspace) -> list[CardFile]:
+    ledger = TestLedger.read(workspace.root / dataversions.TEST_LEDGER)
+    return [
+        CardFile(
+            path=path.relative_to(workspace.data).as_posix(),
+            label=path.parent.name,
+            sha256=sha256_file(path),
+            test=ledger.members[pixel_digest(decode(path.read_bytes()))[:32]],
+        )
+        for path in sorted(workspace.data.glob("*/*"))
+    ]
+
+
+def card(kind: str, *files: CardFile, candidate: str = "", score: float = 0.1, detail: str = "seen") -> Card:
+    return Card(
+        issue=Issue(
+            kind=kind,
+            severity="warning",
+            files=tuple(file.path for file in files),
+            score=score,
+            threshold=0.5,
+            detail=detail,
+            action="look at it",
+            candidate=candidate,
+            id=issue_id(kind, [(file.sha256, file.label) for file in files]),
+        ),
+        files=files,
+    )
+
+
+def sides(files: list[CardFile]) -> tuple[list[CardFile], list[CardFile]]:
+    """Frozen test pictures, and the others, of which the first three are crosses, discs and stripes."""
+    rest = [file for file in files if not file.test]
+    first = [next(file for file in rest if file.label == label) for label in ("cross", "disc", "stripes")]
+    return [file for file in files if file.test], first + [file for file in rest if file not in first]
+
+
+def questions(workspace: Workspace, *cards: Card) -> Asked:
+    return ask(workspace, dataversions.pinned(workspace.root).dvc_hash, cards, files_of(workspace))
+
+
+def filled(asked: Asked, decisions: Mapping[Card, str], **others: str) -> Path:
+    """The CSV file with decisions."""
+    assert asked.csv is not None
+    rows = list(csv.DictReader(io.StringIO(asked.csv.read_bytes().decode("utf-8-sig"), newline="")))
+    said = {each.issue.id: decision for each, decision in decisions.items()}
+    for row in rows:
+        row |= {"decision": said.get(row["issue"], "")} | others
+    asked.csv.write_bytes(sheet.text(rows))
+    return asked.csv
+
+
+def state(workspace: Workspace) -> dict[str, str]:
+    """All that a version is, and whether the next one was begun."""
+    root = workspace.root
+    names = [*workspace.data.glob("*/*"), *root.glob("data.*"), *root.glob(".visionloop/reviews/*.json")]
+    return {path.relative_to(root).as_posix(): sha256_file(path) for path in names}
+
+
+def test_what_a_person_decides_is_the_next_version_and_is_not_asked_again(workspace: Workspace) -> None:
+    test, (wrong, copy, kept, ugly, fine, *_) = sides(files_of(workspace))
+    told = attributes.Attributes(label_source="model", confidence="0.9", source="camera 3")
+    attributes.write(workspace.root / attributes.ATTRIBUTES, {wrong.sha256: told, copy.sha256: told})
+    before = dataversions.pin(workspace.root)
+    commit(workspace.root)
+    other = workspace.data / "disc" / Path(wrong.path).name
+    assert other.is_file(), "the name is to be taken in the other class"
+    cards = [
+        card("label_error", wrong, candidate="disc"),
+        card("near_duplicate", copy, kept, candidate=kept.path),
+        card("blurred", ugly),
+        card("dark", fine, score=0.2),
+        card("dark", wrong),
+        card("leak", fine, test[0], candidate=fine.path, score=0.4),
+    ]
+    asked = questions(workspace, *cards)
+    assert [each.issue.kind for each in asked.cards] == ["leak", "blurred", "dark", "label_error", "near_duplicate", "dark"]
+    said = dict(zip(cards, ("accept", "Accept ", "remove", "not_a_problem", "not_a_problem"), strict=False))
+    file = filled(asked, said, note="=seen\nat the desk")
+    planned = apply_it(workspace, file, dry_run=True)
+    assert dataversions.verify(workspace.root) == before
+    applied = apply_it(workspace, file)
+    target = applied.relabelled[wrong.path]
+    assert target == f"disc/{Path(wrong.path).stem}-{wrong.sha256[:12]}.png"
+    assert (planned.relabelled, planned.removed, planned.message) == (applied.relabelled, applied.removed, applied.message)
+    assert sha256_file(workspace.data / target) == wrong.sha256
+    assert applied.removed == tuple(sorted([copy.path, ugly.path]))
+    assert not [name for name in (wrong.path, copy.path, ugly.path) if (workspace.data / name).exists()]
+    assert applied.message == "Data reviewed by ann: 1 relabelled, 2 removed, 2 not a problem (second look)"
+    version = dataversions.verify(workspace.root)
+    assert (version.dvc_hash, version.num_files) == (applied.data_version, before.num_files - 2)
+    known = attributes.read(workspace.root / attributes.ATTRIBUTES)
+    assert known == {wrong.sha256: attributes.Attributes(label_source="person", source="camera 3"), copy.sha256: told}
+    written = reviews(workspace.root)
+    assert {(each.who, each.why) for each in written.values()} == {("ann", "second look")}
+    assert [written[each.issue.id].decision for each in said] == ["accept", "accept", "remove", *["not_a_problem"] * 2]
+    assert written[cards[0].issue.id].note == "=seen at the desk"
+    # Under the label that a person gave, neither the label nor what was said of the picture is asked about again.
+    mended = CardFile(path=target, label="disc", sha256=wrong.sha256, test=False)
+    again = questions(
+        workspace, cards[5], card("label_error", mended, candidate="cross"), card("dark", mended), card("blurred", fine)
+    )
+    assert [each.issue.kind for each in again.cards] == ["leak", "blurred"]
+    once_more = apply_it(workspace, file)
+    assert (once_more.num_already, once_more.message, once_more.data_version) == (5, "", version.dvc_hash)
+    commit(workspace.root)
+    names = ("data.dvc", attributes.ATTRIBUTES)
+    subprocess.run(["git", "checkout", "--quiet", "HEAD^", "--", *names], cwd=workspace.root, check=True)
+    (workspace.root / "data.reviews.csv").unlink()
+    assert dataversions.pull(workspace.root) > 0
+    assert dataversions.verify(workspace.root) == before
+
+
+def test_every_problem_is_told_by_line_and_nothing_is_changed(workspace: Workspace, tmp_path: Path) -> None:
+    test, (first, second, third, fourth, fifth, *_) = sides(files_of(workspace))
+    cards = [
+        card("label_error", first, candidate="disc"),
+        card("blurred", first),
+        card("near_duplicate", second, third, candidate=third.path),
+        card("near_duplicate", third, second, candidate=second.path, score=0.3),
+        card("dark", test[0]),
+        card("dark", fourth),
+        card("dark", fifth),
+        card("imbalance"),
+    ]
+    cards[3] = cards[3].model_copy(update={"issue": cards[3].issue.model_copy(update={"id": "f" * 32})})
+    asked = questions(workspace, *cards)
+    assert asked.csv is not None
+    rows = {row["issue"]: row for row in csv.DictReader(io.StringIO(asked.csv.read_bytes().decode("utf-8-sig"), newline=""))}
+    before = state(workspace)
+
+    def row(number: int, decision: str, **changed: str) -> dict[str, str]:
+        return {**rows[cards[number].issue.id], "decision": decision, **changed}
+
+    given = [
+        row(0, "accept"),
+        row(1, "remove"),
+        row(2, "accept"),
+        row(3, "accept"),
+        row(4, "remove"),
+        row(5, "not_a_problem"),
+    ]
+    file = tmp_path / "given.csv"
+
+    def told(*wrong: dict[str, str]) -> list[str]:
+        file.write_bytes(sheet.text(wrong))
+        with pytest.raises(DataError, match="nothing was changed") as caught:
+            apply_it(workspace, file)
+        assert state(workspace) == before
+        return list(caught.value.__notes__)
+
+    assert told(*given) == [
+        f"{first.path} is decided differently: line 2 relabels it to 'disc'; line 3 removes it",
+        f"line 4, line 5: of {' and '.join(sorted([second.path, third.path]))}, which show the same, none would be left",
+        f"line 6: {test[0].path} is a frozen test picture, and both models are judged by it; if it is meant: --test-pictures",
+    ]
+    outside = "../../outside.png"
+    problems = told(
+        row(0, "accept", issue="0" * 32),
+        row(0, "accept", file=outside),
+        row(0, "accept", data_version="1" * 32 + ".dir"),
+        row(0, "accept", data_version="../../x"),
+        row(5, "remove"),
+        row(5, "not_a_problem", note="two\r\nlines"),
+        row(0, "relabel:disc", score="0.1"),
+    )
+    for line, words in zip(
+        (2, 3, 4, 5, 7),
+        (
+            "was not asked",
+            f"file is {outside!r}, and was {first.path!r}",
+            "nothing was asked",
+            "nothing was asked",
+            "is 'not_a_",
+        ),
+        strict=True,
+    ):
+        assert [problem for problem in problems if problem.startswith(f"line {line}: ") and words in problem], problems
+    assert len(problems) == 5
+    problems = told(
+        row(0, "delete"), row(1, "relabel:dog"), row(5, "accept"), row(6, f"relabel:{fifth.label}"), row(7, "remove")
+    )
+    for line, words in enumerate(
+        ("unknown decision 'delete'", "no class 'dog'", "nothing is proposed", "already", "no file"), 2
+    ):
+        assert words in problems[line - 2], problems
+    whole = sheet.text([row(5, "not_a_problem")]).decode("utf-8-sig")
+    for content, words in (
+        (whole.replace(",", ";").encode(), "separated by semicolons; save it as CSV separated by commas"),
+        (whole.replace("decision", "Decision").encode(), "lacks decision and has 'Decision' too"),
+        (whole.encode("utf-16"), "not UTF-8"),
+        (whole.replace("not_a_problem", '"not').encode(), "is no CSV"),
+        (whole.replace("not_a_problem", "").encode(), "decides nothing"),
+        (b"", "lacks data_version"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            apply_it(workspace, file)
+    assert state(workspace) == before
+    file.write_bytes(sheet.text([row(4, "remove")]))
+    applied = apply_it(workspace, file, test_pictures=True)
+    assert (applied.removed, applied.test_pictures) == ((test[0].path,), (test[0].path,))
+    file.write_bytes(sheet.text([row(4, "not_a_problem")]))
+    with pytest.raises(DataError) as caught:
+        apply_it(workspace, file)
+    assert "was decided as 'remove' by ann" in caught.value.__notes__[0]
+
+
+def test_a_file_of_an_earlier_version_counts_where_its_files_are_as_they_were(workspace: Workspace) -> None:
+    _, (first, second, third, *_) = sides(files_of(workspace))
+    cards = [card("dark", first), card("dark", second), card("dark", third)]
+    asked = questions(workspace, *cards)
+    file = filled(asked, {cards[0]: "remove"})
+    with pytest.raises(DataError, match="holds decisions that were not applied"):
+        questions(workspace, *cards)
+    apply_it(workspace, file)
+    filled(asked, {cards[0]: "remove", cards[1]: "remove"})
+    applied = apply_it(workspace, file)
+    assert (applied.removed, applied.num_already) == ((second.path,), 1)
+    (workspace.data / third.path).write_bytes(b"another picture")
+    filled(asked, {cards[2]: "not_a_problem"})
+    with pytest.raises(DataDiffers, match="differs from data.dvc"):
+        apply_it(workspace, file)
+    dataversions.pin(workspace.root)
+    with pytest.raises(DataError) as caught:
+        apply_it(workspace, file)
+    assert [note.partition(": ")[2] for note in caught.value.__notes__] == [
+        f"{third.path} has other bytes than when it was asked about"
+    ]
+
+
+_KILLED = """
+import json, os, signal, shutil, sys
+from pathlib import Path
+import pytest
+from failpoints import Failpoints
+from components import dataversions
+from flows.review import apply_file
+from flows.reviewing import applying
+from flows.workspace.workspace import Workspace
+
+def kill(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def attempt(root, places, nth):
+    child = os.fork()
+    if not child:
+        status, found = 1, Workspace.find(root)
+        try:
+            if places == "one by one":  # as where data/ is a mount of its own, and cannot change places
+                dataversions._exchanged = lambda *_: False
+            if nth:
+                Failpoints(PLACES[places], nth=nth, when="after", fail=kill)(pytest.MonkeyPatch())
+            file = next(root.glob(".visionloop/reviews/*/review.csv"))
+            applied = apply_file(found, file, who="ann", why="why")
+            status = 0 if applied.completed else 3
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+PLACES = {
+    "at once": [(applying, "write_atomically"), (dataversions, "_exchanged"), (applying, "add_reviews"),
+                (dataversions, "write_atomically"), (dataversions, "stage")],
+    "one by one": [(Path, "unlink")],
+}
+original = Path(sys.argv[1])
+dataversions.verify(original)  # loads what every child would load by itself
+for places in PLACES:
+    nth, first = 1, None
+    while first != 3:
+        root = original.with_name(f"{places} {nth}")
+        shutil.copytree(original, root, symlinks=True)
+        first = attempt(root, places, nth)
+        print(json.dumps([root.name, first, attempt(root, places, 0)]), flush=True)
+        nth += 1
+"""
+
+
+def test_killed_at_any_step_it_is_completed_by_the_same_command(workspace: Workspace) -> None:
+    _, (first, second, third, *_) = sides(files_of(workspace))
+    cards = [card("label_error", first, candidate="disc"), card("dark", second), card("dark", third)]
+    filled(questions(workspace, *cards), {cards[0]: "accept", cards[1]: "remove", cards[2]: "not_a_problem"})
+    here = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(workspace.root)],
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": f"{here.parent}:{here}"},
+    )
+    assert done.returncode == 0, done.stderr
+    attempts = {name: (killed, again) for name, killed, again in map(json.loads, done.stdout.splitlines())}
+    # Killed before data/ changed it begins again (3), after that it goes on (0); where nothing was left to do, it says so (3).
+    assert attempts == {
+        "at once 1": (-9, 3),
+        **{f"at once {number}": (-9, 0) for number in range(2, 6)},
+        "at once 6": (3, 3),
+        **{f"one by one {number}": (-9, 0) for number in range(1, 3)},
+        "one by one 3": (-9, 3),
+        "one by one 4": (3, 3),
+    }, done.stderr
+    made = {name: _rid_of_time(workspace.root.with_name(name)) for name in attempts}
+    assert {name: each == made["at once 6"] for name, each in made.items()} == dict.fromkeys(attempts, True)
+
+
+def _rid_of_time(root: Path) -> Any:
+    """What a version is, but for when it was made."""
+    version = dataversions.verify(root)
+    names = state(Workspace(root))
+    written = [(each.issue, each.decision, each.who, each.why) for each in reviews(root).values()]
+    fixed = {name: digest for name, digest in names.items() if name not in ("data.dvc", "data.reviews.csv")}
+    staged = subprocess.run(["git", "diff", "--name-only"], cwd=root, capture_output=True, text=True, check=True).stdout
+    return version.dvc_hash, written, fixed, staged
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as found:
+        yield found
+
+
+def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspace, window: Browser, tmp_path: Path) -> None:
+    _, (first, second, third, fourth, *_) = sides(files_of(workspace))
+    hostile = "<img src=x onerror=\"document.title='broken'\">"
+    named = CardFile(path=f"cross/{hostile}.png", label="cross", sha256=first.sha256, test=False)
+    (workspace.data / first.path).rename(workspace.data / named.path)
+    dataversions.pin(workspace.root)
+    cards = [
+        card("label_error", named, candidate="disc", score=0.1, detail="</script><script>document.title='broken'</script>"),
+        card("near_duplicate", second, third, candidate=third.path, score=0.2),
+        card("blurred", fourth, score=0.3),
+        card("imbalance", score=0.4),
+    ]
+    asked = questions(workspace, *cards)
+    assert asked.page is not None
+    window.open(asked.page.as_uri())
+
+    def here() -> str:
+        return str(window.script("return document.querySelector('.card.here h2').textContent"))
+
+    def keys(text: str) -> None:
+        window.type(".card.here", text)
+
+    assert (here(), window.text("#progress")) == ("label error", "0 of 4 decided")
+    window.wait_for(lambda: window.script("return [...document.images].filter((one) => one.naturalWidth).length") == 7)
+    assert hostile in window.text(".card.here figcaption")
+    keys("a")
+    assert here() == "near duplicate"
+    keys("r")
+    window.type("#label", "STR\ue007")
+    assert here() == "blurred"
+    keys("x")
+    keys("x")  # an issue about no file has nothing to remove
+    keys("n")
+    assert window.text("#progress") == "4 of 4 decided, not saved"
+    window.click("#open")
+    assert window.text("#nothing") == "No card is left to show."
+    window.open(asked.page.as_uri())
+    assert window.text("#progress") == "4 of 4 decided"
+    keys("\ue012\ue012j")  # two back are none, as it begins at the first card; one on
+    assert here() == "near duplicate"
+    keys("u")
+    keys("a")
+    assert here() == "blurred"
+    keys("e")
+    window.type(".card.here input", 'smeared, with "dirt"\ue007')
+    folder = tmp_path / "downloads"
+    window.call(
+        "POST",
+        "/goog/cdp/execute",
+        cmd="Browser.setDownloadBehavior",
+        params={"behavior": "allow", "downloadPath": str(folder)},
+    )
+    keys("s")
+    window.wait_for(lambda: (folder / "review.csv").is_file())
+    for width, height in ((390, 800), (1200, 900)):
+        window.call("POST", "/window/rect", width=width, height=height)
+        assert window.script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width
+    assert window.script("return document.title") == "Review of 4 issues · visionloop"
+    assert window.complaints() == []
+    applied = apply_it(workspace, folder / "review.csv")
+    assert (set(applied.relabelled), applied.removed) == ({named.path}, (fourth.path, second.path))
+    assert reviews(workspace.root)[cards[2].issue.id].note == 'smeared, with "dirt"'
+
+
+def test_the_commands_say_what_is_to_be_done(workspace: Workspace) -> None:
+    root = workspace.root
+    _, (first, *_) = sides(files_of(workspace))
+    shutil.copyfile(workspace.data / first.path, workspace.data / first.label / "zz.png")
+    dataversions.pin(root)
+    done = visionloop("data", "review", "--kind", "exact_duplicate", "--json", cwd=root)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, told["issues"], told["kinds"]) == (0, 1, {"exact_duplicate": 1})
+    file = Path(told["csv"])
+    file.write_bytes(file.read_bytes().replace(b",,\r\n", b",accept,\r\n"))
+    asked = ("data", "review", "apply", str(file), "--as", "ann", "--reason", "it's a copy")
+    done = visionloop(*asked, "--dry-run", cwd=root)
+    assert (done.returncode, f"1 would be removed: {first.label}/zz.png" in done.stdout) == (0, True), done.stdout
+    assert (workspace.data / first.label / "zz.png").exists()
+    done = visionloop(*asked, cwd=root)
+    assert done.returncode == 0
+    assert "Next: git commit -m 'Data reviewed by ann: 1 removed (it'\"'\"'s a copy)'" in done.stdout
+    done = visionloop(*asked, cwd=root)
+    assert (done.returncode, done.stdout.startswith("Already applied: 1 decision")) == (0, True), done.stdout
+    done = visionloop("data", "review", "--kind", "exact_duplicate", cwd=root)
+    assert (done.returncode, "0 issues to decide on" in done.stdout) == (0, True), done.stdout
+    done = visionloop("data", "review", "--kind", "duplicate", cwd=root)
+    assert (done.returncode, "unknown kind of issue 'duplicate'; valid: " in done.stderr) == (2, True), done.stderr
+    file.write_bytes(file.read_bytes().replace(b"accept", b"keep"))
+    done = visionloop(*asked, "--json", cwd=root)
+    assert (done.returncode, json.loads(done.stdout)["notes"][0][:14]) == (2, "line 2: issue "), done.stdout
