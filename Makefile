@@ -49,4 +49,4 @@ lock: ## resolve requirements.lock anew
 
 clean: ## remove what can be made again
 	@test ! -d .demo/.visionloop || $(BIN)/visionloop down -w .demo
-	rm -rf .venv .uv .demo build .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-cleanvision .uv .demo build .mypy_cache .ruff_cache .import_linter_cache

@@ -38,6 +38,7 @@ from PIL import Image
 
 from bench.load import percentiles
 from bench.peers.answering import Answering
+from bench.peers.environment import python_of
 from components.contracts.records import Stored
 from components.contracts.releases import Route, Routes
 from components.releases import ReleaseStore
@@ -263,21 +264,11 @@ def goodput_of_ceiling(
 
 def peers_environment() -> str | None:
     """Python of the peers' environment, made on first use; None where it cannot be made."""
-    python = PEERS / "bin" / "python"
-    lock = ROOT / "bench" / "peers" / "requirements.lock"
-    stamp = PEERS / ".lock"
-    if python.exists() and stamp.exists() and stamp.read_bytes() == lock.read_bytes():
-        return str(python)
-    uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
-    say("installing the peers (bench/peers/requirements.lock)")
     try:
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(PEERS)], check=True)
-        subprocess.run([uv, "pip", "sync", "--quiet", "--python", str(python), str(lock)], check=True)
+        return str(python_of("requirements.lock", PEERS.name))
     except (OSError, subprocess.CalledProcessError) as error:
         say(f"  the peers could not be installed: {error}")
         return None
-    stamp.write_bytes(lock.read_bytes())
-    return str(python)
 
 
 def _chosen(found: list[Server]) -> list[Server]:
