@@ -34,6 +34,7 @@ from components.companions import COMPANIONS, digest_of_all, digests
 from components.contracts.data import DataVersion
 from components.contracts.errors import ConfigError, DataDiffers, DataError
 from components.contracts.wording import counted, is_text
+from components.differences import difference
 from components.store import explained, write_atomically
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ DATA = "data"
 PIN = "data.dvc"
 TEST_LEDGER = "data.test-ledger.csv"
 _LEDGER_KEY = "visionloop_test_ledger_sha256"
+_RENAMED_KEY = "visionloop_renamed"
 STATE = ".visionloop"
 """The folder of a workspace that git ignores: tables, artefacts, caches."""
+_OID = re.compile(r"[0-9a-f]{32}")
 _CONFIG = Path(".dvc", "config")
 _NEW_CONFIG = """\
 [core]
@@ -116,6 +119,12 @@ def git(root: Path, *arguments: str) -> str:
     if done.returncode:
         _git_failed(root, arguments, done)
     return done.stdout.strip()
+
+
+def try_git(root: Path, *arguments: str) -> str | None:
+    """What git printed, byte for byte where that is UTF-8; None where it says no."""
+    done = _git(root, *arguments)
+    return None if done.returncode else done.stdout
 
 
 def git_state(root: Path) -> tuple[str, bool]:
@@ -563,12 +572,16 @@ def _before(out: Output) -> Tree | None:
         return None
     tree = Tree.load(out.cache, out.hash_info)
     for name, oid in _hashes(tree).items():
-        if not {"", ".", ".."}.isdisjoint(name.split("/")) or not re.fullmatch(r"[0-9a-f]{32}", oid):
-            raise DataError(
-                f"the list of files that {PIN} names is not one that DVC wrote ({name!r}, {oid!r}); nothing was read or "
-                f"written by it. Ask who made this version, or bring an earlier {PIN} back with git"
-            )
+        _expect_inside(name, oid)
     return tree
+
+
+def _expect_inside(name: str, oid: str) -> None:
+    if not {"", ".", ".."}.isdisjoint(name.split("/")) or not _OID.fullmatch(oid):
+        raise DataError(
+            f"the list of files that {PIN} names is not one that DVC wrote ({name!r}, {oid!r}); nothing was read or "
+            f"written by it. Ask who made this version, or bring an earlier {PIN} back with git"
+        )
 
 
 def _hash_of_file(out: Output, path: Path) -> str:
@@ -604,10 +617,11 @@ def pinned_hashes(root: Path) -> dict[str, str]:
 
 
 def changes(root: Path) -> dict[str, list[str]]:
-    """Files of `data/` that differ from data.dvc: {'added' | 'modified' | 'deleted' | 'renamed': paths}; empty when equal.
+    """Files of `data/` that differ from data.dvc by kind (added, modified, deleted, renamed, relabelled); empty when equal.
 
-    A renamed file is told as `data/old -> data/new`; what .dvcignore hides has a kind of its own. Where DVC's cache lacks
-    the listing of the pinned version, which files differ cannot be told: {'unknown': [why]}.
+    The same bytes elsewhere are told as `data/old -> data/new`: renamed in one class, relabelled from one to another, and
+    a class whose files all went to a new one as a renamed class. What .dvcignore hides has a kind of its own. Where DVC's
+    cache lacks the listing of the pinned version, which files differ cannot be told: {'unknown': [why]}.
     """
     pinned(root)
     with _repo(root) as repo:
@@ -633,21 +647,16 @@ _IGNORED = "left out by .dvcignore"
 
 
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, list[str]]:
-    deleted, added = sorted(before.keys() - now.keys()), sorted(now.keys() - before.keys())
-    renamed = []
-    for old in list(deleted):
-        new = next((name for name in added if now[name] == before[old]), None)
-        if new is not None:
-            renamed.append(f"{DATA}/{old} -> {DATA}/{new}")
-            deleted.remove(old)
-            added.remove(new)
-    found = {
-        "added": [f"{DATA}/{name}" for name in added],
-        "modified": [f"{DATA}/{name}" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]],
-        "deleted": [f"{DATA}/{name}" for name in deleted],
-        "renamed": renamed,
+    found = difference(before, now)
+    named = {
+        "added": [f"{DATA}/{name}" for name in found.added],
+        "modified": [f"{DATA}/{name}" for name in found.changed],
+        "deleted": [f"{DATA}/{name}" for name in found.removed],
+        "renamed": [f"{DATA}/{one.before} -> {DATA}/{one.after}" for one in found.renamed],
+        "relabelled": [f"{DATA}/{one.before} -> {DATA}/{one.after}" for one in found.relabelled],
+        "classes renamed": [f"{DATA}/{one.old} -> {DATA}/{one.new}" for one in found.renamed_classes],
     }
-    return {kind: files for kind, files in found.items() if files}
+    return {kind: files for kind, files in named.items() if files}
 
 
 def verify(root: Path) -> DataVersion:
@@ -1045,3 +1054,100 @@ def set_remote(root: Path, url: str, *, endpoint_url: str | None = None) -> None
         raise ConfigError(f"{url!r} cannot be written into {path}: DVC would read {understood}; name the folder otherwise")
     write_atomically(path, text.getvalue())
     stage(root, _CONFIG.as_posix())
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The files that a version names, as far as it is known here."""
+
+    files: dict[str, str] | None
+    """Hash of the bytes by path in `data/`; None where nobody here has the list."""
+    why_not: str = ""
+
+
+class Objects:
+    """The bytes of versions that are here: DVC's cache, and `data/` as it lies. Nothing but lists of files is fetched."""
+
+    def __init__(self, root: Path, repo: Repo) -> None:
+        self._root, self._repo = root, repo
+
+    def now(self) -> tuple[str, int, dict[str, str]]:
+        """DVC's hash of what lies in `data/`, its size in bytes, and its files."""
+        meta, tree = _tree(self._repo, self._root / DATA)
+        return str(tree.hash_info.value), int(meta.size), _hashes(tree)
+
+    def listed(self, dvc_hash: str, hash_name: str) -> Listed:
+        """The files of a version by its hash; the list alone is fetched from the remote where the cache lacks it."""
+        path = Path(self._cache(hash_name).oid_to_path(dvc_hash))
+        remote, trouble = _remote_url(self._repo), ""
+        if not path.is_file() and remote is not None and not _traceless.get():
+            from dvc_data.hashfile.hash_info import HashInfo
+
+            try:
+                with _remote():
+                    self._repo.cloud.pull([HashInfo(hash_name, dvc_hash)])
+            except Exception as error:  # of a library behind it: what is not here is told, and nothing else fails for it
+                trouble = f" ({str(error) or type(error).__name__})"
+        try:
+            content = path.read_bytes()
+        except OSError:
+            where = f"neither DVC's cache nor the remote {remote}{trouble} has" if remote else "DVC's cache does not have"
+            return Listed(None, f"{where} the list of files of {dvc_hash}")
+        if f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}.dir" != dvc_hash:
+            return Listed(None, f"DVC's cache has a damaged list of files of {dvc_hash}; `visionloop data pull` mends it")
+        return Listed(_listed_files(content))
+
+    def read(self, path: str, oid: str, hash_name: str) -> bytes | str:
+        """The bytes of a file of a version; a sentence where they are not here."""
+        cached = Path(self._cache(hash_name).oid_to_path(oid))
+        for place in (cached, self._root / DATA / path):
+            try:
+                content = place.read_bytes() if place.is_file() and place.stat().st_size <= _LARGEST else b""
+            except OSError:
+                continue
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() == oid:
+                return content
+        return "damaged in DVC's cache" if cached.is_file() and hash_name == "md5" else "not in DVC's cache"
+
+    def _cache(self, hash_name: str) -> Any:
+        return self._repo.cache.local if hash_name == "md5" else self._repo.cache.legacy
+
+
+_LARGEST = 1 << 30
+"""Bytes of a file that is still looked at; no picture that is accepted comes near it."""
+
+
+@contextlib.contextmanager
+def objects(root: Path) -> Iterator[Objects]:
+    """What is here of the bytes of versions."""
+    with _repo(root) as repo:
+        yield Objects(root, repo)
+
+
+def _listed_files(content: bytes) -> dict[str, str]:
+    """Read DVC's list of a version's files; raises DataError for one that leads outside of `data/` or of the cache."""
+    import json
+
+    try:
+        files = {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"the list of files of a version is not one that DVC wrote ({type(error).__name__})") from error
+    for name, oid in files.items():
+        _expect_inside(name, oid)
+    return files
+
+
+def ledger_in(meta: Mapping[str, Any]) -> str:
+    """The sha256 of the test ledger in the meta of a data.dvc; empty where DVC alone wrote it."""
+    return str(meta.get(_LEDGER_KEY) or "")
+
+
+def renamed_in(meta: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Classes that were renamed by the meta of a data.dvc, (old, new) in their order; raises ValueError for other things."""
+    found = meta.get(_RENAMED_KEY) or []
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and set(one) == {"old", "new"} and all(isinstance(name, str) for name in one.values())
+        for one in found
+    ):
+        raise ValueError(f"{_RENAMED_KEY} is no list of old and new names")
+    return tuple((one["old"], one["new"]) for one in found)

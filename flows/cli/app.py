@@ -10,6 +10,7 @@ from components import collector
 from flows.cli.answers import Commands
 from flows.cli.backup import add_backup_commands
 from flows.cli.data import data_app
+from flows.cli.data_versions import add_data_version_commands
 from flows.cli.demo import demo
 from flows.cli.loop import add_loop_commands
 from flows.cli.plugins import plugin_app
@@ -30,6 +31,7 @@ app = Commands(
       visionloop init DIR                a workspace: git, DVC, your recipes
       visionloop data add FOLDER         one sub-folder per class -> a pinned data version
       visionloop data review             a page and a CSV of what may be wrong; review apply makes the next version of it
+      visionloop data diff | log         what differs between versions, with pictures (--html); who made which, and why
       visionloop recipe list | show      what can be trained, and how; new NAME --from RECIPE copies one to edit
       visionloop plugin new | check      plug-ins of your own, and whether they keep their contracts
       visionloop augment preview         a contact sheet of what a recipe's augmentations make of images
@@ -56,6 +58,7 @@ app = Commands(
     Exit status: 0 done, 1 the answer is no (rejected, drifted, not as it should be), 2 an error that says what to do.""",
 )
 add_training_commands(app)
+add_data_version_commands(data_app)
 app.add_typer(data_app, name="data")
 app.add_typer(plugin_app, name="plugin")
 add_registry_commands(app)

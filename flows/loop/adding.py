@@ -9,16 +9,19 @@ from flows.loop.loop import Loop
 from flows.terminal import Console, Say
 from flows.workspace import data
 from flows.workspace.adding import PURPOSE, NotedVersion, notes_on, provable
+from flows.workspace.differences import pinned_so_far, relabelled_test, relabelled_told
 
 
 def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
     """Add what people labelled, move what they relabelled; raises DataError when nothing is both captured and labelled."""
     with loop.workspace.locked(PURPOSE):
+        before = pinned_so_far(loop.workspace)
         with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
             relabelled = move_relabelled(loop)
             accepted = loop.settings.accepted
             added = data.add(loop.workspace, labelled.folder, test_share=None, accepted=accepted, progress=progress)
-    notes = []
+        in_test = relabelled_test(loop.workspace, before, pinned_so_far(loop.workspace))
+    notes = relabelled_told(in_test)
     if relabelled:
         notes.append(f"{counted(relabelled, 'image')} moved to the class that they are said to show now")
     if labelled.not_kept:

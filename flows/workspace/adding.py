@@ -14,6 +14,7 @@ from flows.terminal import Console
 from flows.workspace import data
 from flows.workspace.amounts import Amount, amounts
 from flows.workspace.data import Added
+from flows.workspace.differences import pinned_so_far, relabelled_test, relabelled_told
 from flows.workspace.settings import read_settings
 from flows.workspace.sources import Chosen, choose, staged
 from flows.workspace.workspace import Workspace
@@ -49,6 +50,7 @@ def add_images(
     accepted = read_settings(workspace.state).accepted
     chosen = choose(given, source, source_settings or {})
     with workspace.locked(PURPOSE), contextlib.ExitStack() as stack:
+        before = pinned_so_far(workspace)
         written, folder = None, chosen if isinstance(chosen, Path) else None
         number = total = 1 + isinstance(chosen, Chosen)
         console.total = total
@@ -66,7 +68,9 @@ def add_images(
                 accepted=accepted,
                 progress=progress,
             )
-    return NotedVersion(added, tuple(notes_on(added)), tuple(provable(workspace, added)))
+        relabelled = relabelled_test(workspace, before, pinned_so_far(workspace))
+    notes = (*relabelled_told(relabelled), *notes_on(added))
+    return NotedVersion(added, notes, tuple(provable(workspace, added)))
 
 
 def provable(workspace: Workspace, added: Added) -> list[Amount]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components import attributes, dataversions
+from components import attributes, dataversions, history
 from components.attributes import Attributes
 from components.contracts.data import DataVersion
 from components.contracts.errors import DataDiffers, DataError, UndecodableImage
@@ -23,6 +23,7 @@ from components.images import check, in_threads
 from components.samples import alike
 from components.splitting import TestLedger
 from components.store import explained, sha256_file
+from flows.workspace.differences import relabelled_test, relabelled_told
 from flows.workspace.incoming import Incoming, LeftOut, SplitsUndecided, incoming
 from flows.workspace.sources import Staged, staged
 from flows.workspace.workspace import Workspace
@@ -441,6 +442,8 @@ class DataStatus:
     version: DataVersion
     changes: dict[str, list[str]]
     """Files by kind of change; none where data/ is exactly that version."""
+    relabelled_test: tuple[str, ...] = ()
+    """A sentence where frozen test pictures have another label."""
 
 
 def status(workspace: Workspace) -> DataStatus:
@@ -449,7 +452,9 @@ def status(workspace: Workspace) -> DataStatus:
     version = dataversions.pinned(root)
     if not workspace.data.is_dir():
         return DataStatus(version, {"deleted": [f"{dataversions.DATA}/ (all of it)"]})
-    return DataStatus(version, dataversions.changes(root))
+    changes = dataversions.changes(root)
+    relabelled = relabelled_test(workspace, history.pinned(root)) if "relabelled" in changes else ()
+    return DataStatus(version, changes, tuple(relabelled_told(relabelled)))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ def test_light_commands_load_no_heavy_library(workspace: Path) -> None:
         "data --help": 0,
         "train --help": 0,
         "data status": 0,
+        "data diff": 0,
+        "data log": 0,
         "data add": 0,
         "recipe show smoke": 0,
         "recipe list": 0,

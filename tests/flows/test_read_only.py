@@ -53,6 +53,8 @@ def test_what_reads_works_on_a_disk_that_can_only_be_read(workspace: Path, tmp_p
 
     expected = (
         (("data", "status"), 0, "data/ is exactly that version"),
+        (("data", "diff", "HEAD", "now", "--html", str(tmp_path / "diff.html")), 0, "Nothing differs"),
+        (("data", "log"), 0, "180 files, 3 classes"),
         (("status",), 1, "shapes: champion version (none)"),
         (("ledger", "verify"), 0, "The ledger is whole: 1 row"),
         (("labels", "list"), 0, "shapes: no label so far"),
