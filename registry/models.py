@@ -62,6 +62,8 @@ class CandidateBundle:
     """What an approver reads first; kept in the ledger, so it cannot be changed afterwards."""
     requester: Principal | None = None
     """The person who asked for the run; none for a machine."""
+    inputs: Sequence[tracking.DataInput] = ()
+    """The splits that it was trained, chosen and judged on."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Registry:
             run_id = _run_of_candidate(mlflow, experiment, evidence)
             tracking.log_history(mlflow, run_id, evidence.history)
             _describe_run(mlflow, run_id, evidence)
+            tracking.log_inputs(mlflow, run_id, evidence.inputs)
             body: dict[str, Any] = {
                 "status": evidence.verdict.status,
                 "reasons": list(evidence.verdict.reasons),

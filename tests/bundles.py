@@ -14,6 +14,7 @@ from components.contracts.verdicts import EngineVerdict, Estimate, Evaluation, F
 from components.store import describe, sha256_file
 from registry.approval import person
 from registry.models import CandidateBundle, bound_in
+from registry.tracking import DataInput
 
 HISTORY = [{"epoch": float(e), "valid_loss": 1 / e, "train_loss": 2 / e} for e in range(1, 4)]
 CLASSES = ("cat", "dog")
@@ -146,4 +147,8 @@ def evidence(
         history=HISTORY,
         bound=bound_in(folder),
         requester=person(requester) if requester else None,
+        inputs=[
+            DataInput("train", f"{digest}-train", {"cat": 5, "dog": 5}, {"visionloop.data": data.dvc_hash}),
+            DataInput("test", "t" * 64, {"cat": 2, "dog": 2}, {"visionloop.data": data.dvc_hash}),
+        ],
     )

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from components.contracts.data import SPLITS
 from components.contracts.records import Record, canonical_json, sha256_text
 from components.contracts.verdicts import Candidate, Rejection
 from components.gating import policy
+from components.samples import rows
 from components.store import sha256_file, write_atomically
 from flows.training.keys import training_key
 from flows.training.results import Results, bound_digests, candidate_digest, estimate_json, estimates_json, headline_json
@@ -17,6 +19,7 @@ from registry.approval import person
 from registry.ledger import Ledger
 from registry.models import CandidateBundle
 from registry.policies import notes
+from registry.tracking import DataInput
 
 
 def assemble(run: Run, results: Results) -> CandidateBundle:
@@ -79,7 +82,25 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
         bound=bound_digests(results),
         summary=_for_approver(run, results),
         requester=person(run.requested_by) if run.requested_by else None,
+        inputs=_inputs(run, results),
     )
+
+
+def _inputs(run: Run, results: Results) -> list[DataInput]:
+    """The splits of the run; a digest is of the split's images and labels, so the test split's is its `test_digest`."""
+    splits = results.splits
+    source = {
+        "visionloop.data": run.data.dvc_hash,
+        "visionloop.test_ledger": run.data.ledger_sha256,
+        "mlflow.source.git.commit": run.lineage.git_commit,
+    }
+    found = []
+    for name in SPLITS:
+        table = rows(splits, name)
+        told = [list(splits.record.classes), *zip(table["sha256"], table["label"], strict=True)]
+        digest = sha256_text(canonical_json(told))
+        found.append(DataInput(name, digest, splits.record.class_counts[name], source))
+    return found
 
 
 def _for_approver(run: Run, results: Results) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlflow.artifacts
+import mlflow.data
 import pytest
 from bundles import HISTORY, evidence
 from mlflow import MlflowClient
@@ -196,6 +198,7 @@ def test_a_rejection_is_recorded_with_its_reasons(registry: Registry, uri: str, 
     "victim",
     [
         "_describe_run",
+        "log_inputs",
         "_bundle",
         "_logged_model",
         "verify_bundle",
@@ -210,9 +213,8 @@ def test_a_run_that_dies_at_any_step_and_runs_again_registers_once(
     class Died(BaseException):
         pass
 
-    owner: Any = {"append": Ledger, "create_registered_model": MlflowClient, "create_model_version": MlflowClient}.get(
-        victim, models
-    )
+    clients = dict.fromkeys(("log_inputs", "create_registered_model", "create_model_version"), MlflowClient)
+    owner: Any = {"append": Ledger, **clients}.get(victim, models)
     real = getattr(owner, victim)
     for after in (False, True):
         given = evidence(tmp_path, f"die-{victim.strip('_').replace('_', '-')}-{after}".lower())
@@ -231,8 +233,11 @@ def test_a_run_that_dies_at_any_step_and_runs_again_registers_once(
         (version,) = versions(uri, given.model)
         assert str(version.version) == outcome.version == "1"
         assert len(registry.ledger.entries(given.model)) == 1
-        runs = runs_of(uri, given.model)
-        assert len(runs) == 1
+        (run,) = runs_of(uri, given.model)
+        told = {used.tags[0].value: used.dataset for used in run.inputs.dataset_inputs}
+        assert {split: dataset.digest for split, dataset in told.items()} == {"train": "d1-train", "test": "t" * 36}
+        assert json.loads(told["test"].profile) == {"num_rows": 4, "class_counts": {"cat": 2, "dog": 2}}
+        assert mlflow.data.get_source(told["train"]).to_dict() == {"tags": {"visionloop.data": "d1.dir"}}
 
 
 def test_mlflow_down_is_said_clearly_and_records_nothing(tmp_path: Path) -> None:
