@@ -17,6 +17,7 @@ from components import features, plugins
 from components.contracts.errors import DataError, WeightsUnavailable
 from components.contracts.families import Backbone
 from components.contracts.progress import Progress, silent
+from components.contracts.records import canonical_json, sha256_text
 from components.out_of_fold import probabilities
 from components.weights import without_downloads
 
@@ -37,6 +38,12 @@ class Encoder:
     backbone: str = "efficientnet_lite0"
     settings: Mapping[str, Setting] = field(default_factory=dict)
     weights: str = "packaged"
+
+    @property
+    def key(self) -> str:
+        """Names what makes the embeddings, where something is kept that was made of them."""
+        source = plugins.member_digest("backbones", self.backbone)
+        return sha256_text(canonical_json([self.backbone, dict(self.settings), self.weights, source]))[:32]
 
     def load(self) -> Backbone:
         found: Backbone = plugins.load("backbones", self.backbone, dict(self.settings))
@@ -96,36 +103,24 @@ def of_pictures(
     )
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What findings are given beside the facts, and why where it is not there, by its name."""
-
-    embeddings: Floats | None = None
-    probabilities: Floats | None = None
-    absent: Mapping[str, str] = field(default_factory=dict)
-
-
-def learned(
-    table: pd.DataFrame,
-    data: Path,
-    encoder: Encoder,
-    *,
-    clusters: Mapping[str, str] | None = None,
-    cache: Path,
-    num_threads: int = 2,
-    progress: Progress = silent,
-) -> Learned:
-    """Embeddings of all pictures and out-of-fold probabilities of all labels; what cannot be had is told and not raised.
-
-    `clusters` name pictures that are the same but for how they were stored, by picture digest: no fold divides them.
-    """
+def embedded(
+    table: pd.DataFrame, data: Path, encoder: Encoder, *, cache: Path, num_threads: int = 2, progress: Progress = silent
+) -> tuple[Floats | None, str]:
+    """Embeddings of all pictures, or None and why the weights cannot be had."""
     try:
-        found = of_pictures(table, data, encoder, cache=cache, num_threads=num_threads, progress=progress)
+        return of_pictures(table, data, encoder, cache=cache, num_threads=num_threads, progress=progress), ""
     except WeightsUnavailable as error:
-        return Learned(absent={"embeddings": str(error), "probabilities": str(error)})
+        return None, str(error)
+
+
+def believed(embeddings: Floats, table: pd.DataFrame, clusters: Mapping[str, str]) -> tuple[Floats | None, str]:
+    """Out-of-fold probabilities of the labels, whose columns are these sorted; or None and why there are none.
+
+    `clusters` name pictures that are the same but for how they are stored, by picture digest: no fold divides them.
+    """
     labels, pictures = list(table["label"]), list(table["picture"])
-    given = [(clusters or {}).get(picture, picture) for picture in pictures]
     try:
-        return Learned(found, probabilities(found, labels, sorted(set(labels)), given))
+        given = [clusters.get(picture, picture) for picture in pictures]
+        return probabilities(embeddings, labels, sorted(set(labels)), given), ""
     except DataError as error:
-        return Learned(found, absent={"probabilities": str(error)})
+        return None, str(error)

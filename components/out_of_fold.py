@@ -24,7 +24,7 @@ Numbers = npt.NDArray[np.int64]
 NUM_FOLDS = 5
 MAX_PROBABILITIES = 1 << 26
 """Of pictures and classes; they are held several times at once."""
-_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """On the squared weights of a picture's mean error, the embeddings having a variance of one."""
 _TEMPERATURES = np.geomspace(0.02, 2.0, 41)
 _RANDOM = (0.0, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4)

