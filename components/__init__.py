@@ -2,7 +2,7 @@
 
 | stage      | takes                          | gives      | writes into its folder                               |
 |------------|--------------------------------|------------|------------------------------------------------------|
-| validation | images under `data/`           | Dataset    | samples.parquet, quarantine.parquet, data_docs/      |
+| validation | images under `data/`           | Dataset    | samples, quarantine, issues (.parquet), data_docs/   |
 | splitting  | Dataset, frozen test ledger    | Splits     | splits.parquet                                       |
 | training   | Splits                         | Checkpoint | weights.safetensors, history.json                    |
 | export     | Checkpoint x target            | Engine     | the engine's own files                               |

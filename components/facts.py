@@ -113,6 +113,12 @@ def facts(
     return table[list(COLUMNS)]
 
 
+def unlooked(names: Sequence[str], reason: str) -> pd.DataFrame:
+    """Rows as of `facts` for files that nobody looked at, without a label."""
+    table = _frame({name: {**_OF_CONTENT, "reason": reason} for name in names}).reset_index(names="path")
+    return table.assign(label="", short_side=0, not_served="")[list(COLUMNS)]
+
+
 def _workers() -> int:
     return min(8, os.cpu_count() or 2)
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from components.contracts.issues import Looked, Severity
 from components.contracts.records import FileDigest, Record
 
 
@@ -56,9 +57,12 @@ class DataVersion(_Grown):
     """Over the digests of all companions (`components/companions.py`), "" where there are none."""
 
 
-class Dataset(Record):
+class Dataset(_Grown):
     """Images that decoded and passed validation; `num_input = num_kept + num_quarantined`."""
 
+    UPGRADES = {1: lambda values: values}
+    ADDED = {2: ("issues", "findings", "severities")}
+    schema_version: int = 2
     data: DataVersion
     samples: FileDigest
     quarantine: FileDigest
@@ -68,6 +72,12 @@ class Dataset(Record):
     num_kept: int
     num_quarantined: int
     warnings: tuple[str, ...]
+    issues: FileDigest | None = None
+    """All that was found (`components/issues.py`); None where nothing was looked for, as in version 1."""
+    findings: tuple[Looked, ...] = ()
+    """What was looked for, and why something was not."""
+    severities: dict[Severity, int] = {}
+    """How many issues there are of each severity that there are some of."""
 
 
 SplitName = Literal["train", "valid", "calibration", "test"]

@@ -50,6 +50,12 @@ class Issue(Record):
     id: str
     """See `issue_id`."""
 
+    @property
+    def told(self) -> str:
+        """Its files and what was found, in one line."""
+        shown = ", ".join(self.files[:3]) + (", ..." if len(self.files) > 3 else "")
+        return f"{shown}: {self.detail}" if shown else self.detail
+
 
 def issue_id(kind: str, files: Iterable[tuple[str, str]], about: str = "") -> str:
     """Names an issue by what its files hold, as pairs of sha256 and label, so that it survives a file's new name.

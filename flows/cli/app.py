@@ -30,6 +30,7 @@ app = Commands(
     \b
       visionloop init DIR                a workspace: git, DVC, your recipes
       visionloop data add FOLDER         one sub-folder per class -> a pinned data version
+      visionloop data check              what is wrong with the images, and what to do about it
       visionloop data review             a page and a CSV of what may be wrong; review apply makes the next version of it
       visionloop data diff | log         what differs between versions, with pictures (--html); who made which, and why
       visionloop recipe list | show      what can be trained, and how; new NAME --from RECIPE copies one to edit

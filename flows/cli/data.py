@@ -15,7 +15,10 @@ from flows.cli.review import review_app
 from flows.terminal import to_stderr
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from flows.workspace.adding import NotedVersion
+    from flows.workspace.checking import Checked
 
 
 data_app = Commands(help="Images and their pinned versions.")
@@ -132,6 +135,51 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
     with Console(1, quiet=as_json) as console:
         noted = add_labelled(loop, console=console, say=to_stderr)
     _finish_added(noted, "then the loop trains by itself, or visionloop train --recipe NAME", as_json)
+
+
+@data_app.command("check")
+def data_check(
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Whose findings and severities are taken; all by default.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: section.key=value.")] = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Look for what is wrong with the images in data/. Exit status 1 when something is critical or a warning."""
+    from flows.terminal import Console
+    from flows.workspace.checking import check_data
+    from flows.workspace.workspace import Workspace
+
+    if set_ and recipe is None:
+        raise ConfigError("--set is of a recipe; name it by --recipe, too")
+    found = Workspace.find(workspace)
+    with Console(1, quiet=json_) as console, console.stage("looking at images", 1) as (progress, _):
+        checked = check_data(found, recipe, set_ or (), progress=progress)
+    answer = {
+        "files": checked.num_files,
+        "issues": [issue.to_json() for issue in checked.issues],
+        "looked_for": {each.name: each.num_issues for each in checked.looked if each.ran},
+        "not_looked_for": {each.name: each.reason for each in checked.looked if not each.ran},
+        "table": str(checked.table),
+    }
+    finish(answer, json_, lambda: "\n".join(_checked_lines(checked)))
+    if not checked.clean:
+        raise typer.Exit(1)
+
+
+def _checked_lines(checked: Checked) -> Iterator[str]:
+    for severity, kind, of in checked.by_kind():
+        yield f"{severity:<8}  {kind:<20}  {counted(len(of), 'issue')}: {of[0].action}"
+        yield from (f"            {issue.told}" for issue in of[:3])
+        if len(of) > 3:
+            yield f"            ... and {len(of) - 3} more"
+    ran = ", ".join(each.name for each in checked.looked if each.ran)
+    yield f"{counted(checked.num_files, 'file')} looked at, {counted(len(checked.issues), 'issue')}. Looked for: {ran}."
+    for each in checked.looked:
+        if not each.ran:
+            yield f"Not looked for: {each.name} ({each.reason})."
+    yield f"All of them: {checked.table}"
 
 
 @data_app.command("status")

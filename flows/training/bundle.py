@@ -240,6 +240,9 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
             "quarantined": results.dataset.record.num_quarantined,
             "splits": dict(results.splits.record.counts),
             "warnings": results.warnings,
+            "issues": results.dataset.record.severities,
+            "looked_for": {found.name: found.num_issues for found in results.dataset.record.findings if found.ran},
+            "not_looked_for": {found.name: found.reason for found in results.dataset.record.findings if not found.ran},
         },
         "git_commit": run.lineage.git_commit,
         "seconds": {

@@ -11,9 +11,11 @@ from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json
 from components.contracts.verdicts import Evaluation, Measurement
 from components.export import Graph, TargetConfig
+from components.issues import chosen as chosen_findings
 from components.machine import fingerprint
 from components.store import sha256_file
 from components.training import TrainingConfig, local_weights
+from components.validation import ValidationConfig
 from flows.training.run import Run
 
 
@@ -22,7 +24,16 @@ def validation_inputs(run: Run) -> dict[str, str]:
         "data": run.data.digest(),
         "config": run.config.validation.digest(),
         "accepted": canonical_json(dataclasses.asdict(run.settings.accepted)),
+        **_of_findings(run.config.validation),
     }
+
+
+def _of_findings(config: ValidationConfig) -> dict[str, str]:
+    """Source digests of what is looked for."""
+    found: dict[str, str] = {}
+    for each in chosen_findings(config.findings):
+        found |= member_digests(findings=each.finding)
+    return found
 
 
 def splitting_inputs(run: Run, dataset: Stored[Dataset]) -> dict[str, str]:

@@ -60,6 +60,7 @@ def validation(run: Run) -> Stored[Dataset]:
             out=out,
             accepted=run.settings.accepted,
             hashes=dataversions.pinned_hashes(run.workspace.root),
+            members=TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER).members,
             cache=run.workspace.cache,
             progress=progress,
         )

@@ -133,6 +133,7 @@ def _settings(workspace: Path, family: str, name: str) -> dict[str, Any]:
                 *(("losses", one.loss, one.settings) for phase in phases if (one := phase.loss)),
                 *(("augmentations", one.augmentation, one.settings) for phase in phases for one in phase.augmentations),
                 *(("targets", target.target, target.settings) for target in config.export.targets),
+                *(("findings", each.finding, each.settings) for each in config.validation.findings or ()),
                 *(("gates", gate.gate, gate.settings) for gate in config.gating.gates),
             ]
             for of, called, settings in used:

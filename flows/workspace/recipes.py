@@ -20,11 +20,13 @@ from components.export import ExportConfig
 from components.export import check as check_export
 from components.gating import GatingConfig
 from components.gating import check as check_gating
+from components.issues import chosen as chosen_findings
 from components.packaging import PackagingConfig
 from components.splitting import SplittingConfig
 from components.training import TrainingConfig
 from components.training import check as check_training
 from components.validation import ValidationConfig
+from components.validation import check as check_validation
 from flows.workspace.yaml_reading import parse_yaml, read_mapping
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -97,6 +99,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
     place = " ".join([str(path), *(f"--set {override}" for override in overrides)])
     config = parse(values, place=place)
     try:
+        check_validation(config.validation)
         check_training(config.training, workspace or Path())
         check_export(config.export)
         check_gating(config.gating, [target.name for target in config.export.all_targets])
@@ -150,6 +153,10 @@ def resolved(config: RunConfig) -> dict[str, Any]:
             chosen["settings"] = settings("losses", chosen["loss"], chosen["settings"])
         for chosen in phase["augmentations"]:
             chosen["settings"] = settings("augmentations", chosen["augmentation"], chosen["settings"])
+    values["validation"]["findings"] = [
+        each.model_dump(exclude={"schema_version"}) | {"settings": settings("findings", each.finding, each.settings)}
+        for each in chosen_findings(config.validation.findings)
+    ]
     for target in values["export"]["targets"]:
         target["settings"] = settings("targets", target["target"], target["settings"])
     for gate in values["gating"]["gates"]:

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pytest
 from PIL import Image
 from shapes import picture, write_pictures
 
+from components import issues, plugins
 from components.contracts.data import Dataset, DataVersion
-from components.contracts.errors import DataError, DataRejected
+from components.contracts.errors import ConfigError, DataError, DataRejected
+from components.contracts.records import canonical_json, sha256_text
+from components.expectations import ExpectationConfig
 from components.formats import PINNED, Accepted
-from components.validation import ValidationConfig, validate
+from components.validation import ValidationConfig, check, validate
 
 
 def run(data: Path, config: ValidationConfig | None = None, accepted: Accepted = PINNED) -> Dataset:
@@ -148,3 +153,70 @@ def test_a_folder_that_does_not_hold_its_version_is_refused(data: Path) -> None:
     version = DataVersion(dvc_hash="h", num_files=59, bytes=1, ledger_sha256="l")
     with pytest.raises(DataError, match="holds 60 files, its version pins 59"):
         validate(data, version, ValidationConfig(), out=data.parent)
+
+
+def test_what_was_looked_for_and_found_is_recorded_and_written(data: Path) -> None:
+    Image.fromarray(picture("disc", 1)).save(data / "disc" / "copy.bmp")
+    (data / "disc" / "text.png").write_bytes(b"not an image")
+    dataset = run(data, ValidationConfig(max_quarantined_share=0.1))
+    found = {issue.kind: issue for issue in issues.read(data.parent / "out" / issues.FILE)}
+    assert found["exact_duplicate"].files == ("disc/copy.bmp", "disc/0001.png")
+    assert found["unreadable"].files == ("disc/text.png",)
+    looked = {each.name: each for each in dataset.findings}
+    assert looked.keys() == set(plugins.names("findings"))
+    assert (looked["exact_duplicate"].ran, looked["exact_duplicate"].num_issues) == (True, 1)
+    assert (looked["leak"].ran, looked["leak"].reason) == (False, "no split here")
+    assert dataset.severities["warning"] >= 2
+    assert any(told.startswith("exact_duplicate: 1 issue (disc/copy.bmp, disc/0001.png: ") for told in dataset.warnings)
+
+
+def test_a_critical_issue_refuses_the_data_set_and_is_written(data: Path) -> None:
+    Image.fromarray(picture("disc", 1)).save(data / "disc" / "copy.bmp")
+    chosen = (issues.FindingConfig(finding="exact_duplicate", severity="critical"),)
+    with pytest.raises(
+        DataRejected, match=r"1 critical issue found \(exact_duplicate: disc/copy.bmp, .*`visionloop data check`"
+    ):
+        run(data, ValidationConfig(findings=chosen))
+    assert len(issues.read(data.parent / "out" / issues.FILE)) == 1
+    assert run(data, ValidationConfig(findings=())).findings == ()
+
+
+def test_a_recipe_adds_expectations_of_its_own(data: Path) -> None:
+    def asked(severity: Literal["critical", "warning", "note"], largest: int) -> ValidationConfig:
+        settings = {"max_value": largest}
+        more = ExpectationConfig(
+            expectation="ExpectColumnValuesToBeBetween", column="width", settings=settings, severity=severity
+        )
+        return ValidationConfig(expectations=(more,))
+
+    told = "ExpectColumnValuesToBeBetween of the recipe for width; 60 found: cross/0000.png (width 16)"
+    assert any(told in warning for warning in run(data, asked("warning", 10)).warnings)
+    assert not any("of the recipe" in warning for warning in run(data, asked("note", 10)).warnings)
+    assert not any("of the recipe" in warning for warning in run(data, asked("critical", 16)).warnings)
+    with pytest.raises(DataRejected, match="refused: ExpectColumnValuesToBeBetween of the recipe for width"):
+        run(data, asked("critical", 10))
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"findings": [{"finding": "blurry"}]}, "unknown finding 'blurry'; valid: blurred, "),
+        ({"findings": [{"finding": "dark", "settings": {"never": 1}}]}, "unknown setting of finding 'dark' 'never'"),
+        ({"expectations": [{"expectation": "ExpectNothing"}]}, "unknown expectation 'ExpectNothing'; valid: Expect"),
+        ({"expectations": [{"expectation": "ExpectColumnValuesToBeUnique", "column": "wide"}]}, "unknown column of images .* 'wide'; valid: "),
+        ({"expectations": [{"expectation": "ExpectColumnValuesToBeUnique", "column": "width", "settings": {"a": 1}}]}, "expectation ExpectColumnValuesToBeUnique: .*correct"),
+    ],
+)  # fmt: skip
+def test_what_does_not_exist_dies_before_any_work(config: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        check(ValidationConfig.model_validate_json(json.dumps(config)))
+
+
+def test_a_dataset_of_before_findings_is_read_and_keeps_its_digest(data: Path) -> None:
+    new = run(data)
+    old = {name: value for name, value in new.to_json().items() if name not in ("issues", "findings", "severities")}
+    old["schema_version"] = 1
+    read = Dataset.read(old)
+    assert (read.issues, read.findings, read.severities) == (None, (), {})
+    assert read.digest() == sha256_text(canonical_json(old))
+    assert Dataset.read(new.to_json()) == new

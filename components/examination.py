@@ -1,0 +1,75 @@
+"""Examination: all that is known of a data set, and what the findings see in it. Nothing of the data is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from components import duplicates
+from components.contracts.families import Known
+from components.contracts.issues import Issue, Looked
+from components.contracts.progress import Progress, silent
+from components.dataversions import listing
+from components.facts import File, facts, unlooked
+from components.formats import PINNED, Accepted
+from components.images import decode
+from components.issues import FindingConfig, chosen, look
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a data set: those in class folders, and those that are outside of one."""
+
+    data: Path
+    files: tuple[File, ...]
+    strays: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was known, and what was found; the severest issues first."""
+
+    known: Known
+    issues: tuple[Issue, ...]
+    looked: tuple[Looked, ...]
+
+
+def dataset_files(data: Path, hashes: Mapping[str, str]) -> Files:
+    """What lies in `data/`, with the md5 of those files that `hashes` tells by their path."""
+    there = listing(data)
+    files = tuple(
+        File(path, name := path.relative_to(data).as_posix(), label, hashes.get(name, ""))
+        for label, paths in there.classes.items()
+        for path in paths
+    )
+    return Files(data, files, tuple(path.relative_to(data).as_posix() for path in there.strays), tuple(there.classes))
+
+
+def examine(
+    there: Files,
+    findings: Sequence[FindingConfig] | None = None,
+    *,
+    members: Mapping[str, bool] | None = None,
+    cache: Path | None = None,
+    accepted: Accepted = PINNED,
+    progress: Progress = silent,
+) -> Examined:
+    """Look at every file once and ask the findings (all by default) what is wrong.
+
+    `members` says by the digest of a picture whether it is test; one that it does not know is not.
+    """
+    import pandas as pd
+
+    found = facts(there.files, cache=cache, accepted=accepted, progress=progress)
+    table = found[found["reason"] == ""].sort_values("path", ignore_index=True)
+    outside = unlooked(there.strays, "not directly in a class folder, or hidden")
+    refused = pd.concat([found[found["reason"] != ""], outside]).sort_values("path", ignore_index=True)
+    if members is not None:
+        table["split"] = ["test" if members.get(picture, False) else "rest" for picture in table["picture"]]
+    paths = dict(zip((file.name for file in there.files), (file.place for file in there.files), strict=True))
+    pairs = duplicates.pairs(table, read=lambda name: decode(paths[name].read_bytes()), progress=progress)
+    known = Known(table=table, refused=refused, pairs=tuple(pairs), classes=there.classes)
+    issues, looked = look(known, chosen(findings))
+    return Examined(known, tuple(issues), looked)
