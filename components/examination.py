@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from components import duplicates
 from components.contracts.families import Known
@@ -14,7 +16,10 @@ from components.dataversions import listing
 from components.facts import File, facts, unlooked
 from components.formats import PINNED, Accepted
 from components.images import decode
-from components.issues import FindingConfig, chosen, look
+from components.issues import FindingConfig, chosen, look, needed
+
+if TYPE_CHECKING:
+    from components.embeddings import Encoder
 
 
 @dataclass(frozen=True)
@@ -52,24 +57,58 @@ def examine(
     findings: Sequence[FindingConfig] | None = None,
     *,
     members: Mapping[str, bool] | None = None,
+    encoder: Encoder | None = None,
+    unlearned: str = "",
     cache: Path | None = None,
     accepted: Accepted = PINNED,
+    num_threads: int = 2,
     progress: Progress = silent,
 ) -> Examined:
     """Look at every file once and ask the findings (all by default) what is wrong.
 
-    `members` says by the digest of a picture whether it is test; one that it does not know is not.
+    `members` says by the digest of a picture whether it is test; one that it does not know is not. Embeddings are by
+    `encoder`, or by what suits the pictures; `unlearned` says why there are to be none. They need a cache.
     """
     import pandas as pd
 
+    asked = chosen(findings)
+    needs = needed(asked)
     found = facts(there.files, cache=cache, accepted=accepted, progress=progress)
     table = found[found["reason"] == ""].sort_values("path", ignore_index=True)
     outside = unlooked(there.strays, "not directly in a class folder, or hidden")
     refused = pd.concat([found[found["reason"] != ""], outside]).sort_values("path", ignore_index=True)
     if members is not None:
         table["split"] = ["test" if members.get(picture, False) else "rest" for picture in table["picture"]]
-    paths = dict(zip((file.name for file in there.files), (file.place for file in there.files), strict=True))
+    paths = {file.name: file.place for file in there.files}
     pairs = duplicates.pairs(table, read=lambda name: decode(paths[name].read_bytes()), progress=progress)
-    known = Known(table=table, refused=refused, pairs=tuple(pairs), classes=there.classes)
-    issues, looked = look(known, chosen(findings))
+    known = Known(table, refused, tuple(pairs), classes=tuple(sorted({*table["label"]})))
+    absent: dict[str, str] = {}
+    if needs & {"embeddings", "probabilities"}:
+        learned, absent = _learned(known, there.data, encoder, unlearned, cache, num_threads, progress)
+        known = dataclasses.replace(known, **learned)
+    issues, looked = look(known, asked, absent=absent)
     return Examined(known, tuple(issues), looked)
+
+
+def _learned(
+    known: Known,
+    data: Path,
+    encoder: Encoder | None,
+    unlearned: str,
+    cache: Path | None,
+    num_threads: int,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Embeddings and probabilities as far as they can be had, and why where they cannot."""
+    if unlearned or cache is None or not len(known.table):
+        why = unlearned or ("there is no cache for embeddings" if cache is None else "there are no pictures")
+        return {}, {"embeddings": why, "probabilities": why}
+    from components.embeddings import believed, embedded, encoder_for
+
+    made_by = encoder_for(known.table, encoder)
+    found, why = embedded(known.table, data, made_by, cache=cache, num_threads=num_threads, progress=progress)
+    if found is None:
+        return {}, {"embeddings": why, "probabilities": why}
+    pictures = dict(zip(known.table["path"], known.table["picture"], strict=True))
+    probabilities, why = believed(found, known.table, duplicates.clusters_of(known.pairs or (), pictures))
+    return {"embeddings": found, "probabilities": probabilities}, {"probabilities": why}

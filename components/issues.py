@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from components import plugins
 from components.contracts.errors import PluginFailed
 from components.contracts.families import Finding, Known
-from components.contracts.issues import SEVERITIES, Issue, Looked, Severity
+from components.contracts.issues import SEVERITIES, Issue, Looked, Need, Severity
 from components.contracts.records import Record
 from components.tables import read_frame
 
@@ -41,6 +41,12 @@ def check(findings: Sequence[FindingConfig] | None) -> None:
     """Raise ConfigError for an unknown finding or setting, before any work is done."""
     for each in findings or ():
         plugins.load("findings", each.finding, each.settings)
+
+
+def needed(findings: Sequence[FindingConfig]) -> frozenset[Need]:
+    """What these findings need beside the facts."""
+    loaded: list[Finding] = [plugins.load("findings", each.finding, each.settings) for each in findings]
+    return frozenset(need for finding in loaded for need in finding.needs)
 
 
 def look(

@@ -30,6 +30,11 @@ from components.store import describe
 if TYPE_CHECKING:
     import pandas as pd
 
+    from components.embeddings import Encoder
+
+
+UNLEARNED = "the recipe trains on no weights that a package brings; visionloop data check looks for it"
+
 
 class ValidationConfig(Record):
     """What a data set must be to be trained on."""
@@ -71,13 +76,16 @@ def validate(
     accepted: Accepted = PINNED,
     hashes: Mapping[str, str] | None = None,
     members: Mapping[str, bool] | None = None,
+    encoder: Encoder | None = None,
     cache: Path | None = None,
+    num_threads: int = 2,
     progress: Progress = silent,
 ) -> Dataset:
     """Look at every file under `data/<class>/`, judge the sample table, write samples, quarantine and HTML data docs.
 
     A file whose md5 `hashes` tells by its path, and whose facts `cache` has, is not opened. `members` are the pictures of
-    the test ledger, by which copies of test pictures outside of it are found. All issues are written, too.
+    the test ledger, by which copies of test pictures outside of it are found. `encoder` is that of a training which embeds
+    the same pictures; without one, what needs embeddings is not looked for. All issues are written, too.
     Pictures that serving would refuse by `accepted` are used and reported, as are colour profiles that are of no use.
     Raises DataRejected with every critical expectation that failed, of which the data docs say the same in pictures, and
     with the critical issues.
@@ -87,7 +95,17 @@ def validate(
     there = dataset_files(data, hashes or {})
     if not there.files:
         raise DataError(f"{data} holds no images; add some with `visionloop data add FOLDER` (one sub-folder per class)")
-    found = examine(there, config.findings, members=members, cache=cache, accepted=accepted, progress=progress)
+    found = examine(
+        there,
+        config.findings,
+        members=members,
+        encoder=encoder,
+        unlearned="" if encoder is not None else UNLEARNED,
+        cache=cache,
+        accepted=accepted,
+        num_threads=num_threads,
+        progress=progress,
+    )
     issues.write(found.issues, out / issues.FILE)
     table, refused = found.known.table, found.known.refused[_QUARANTINE]
     contradictory = table.groupby("picture")["label"].transform("nunique") > 1

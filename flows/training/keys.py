@@ -10,6 +10,7 @@ from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json
 from components.contracts.verdicts import Evaluation, Measurement
+from components.embeddings import absence
 from components.export import Graph, TargetConfig
 from components.issues import chosen as chosen_findings
 from components.machine import fingerprint
@@ -17,6 +18,7 @@ from components.store import sha256_file
 from components.training import TrainingConfig, local_weights
 from components.validation import ValidationConfig
 from flows.training.run import Run
+from flows.workspace.checking import encoder_of
 
 
 def validation_inputs(run: Run) -> dict[str, str]:
@@ -24,8 +26,15 @@ def validation_inputs(run: Run) -> dict[str, str]:
         "data": run.data.digest(),
         "config": run.config.validation.digest(),
         "accepted": canonical_json(dataclasses.asdict(run.settings.accepted)),
+        "embeddings": _embeddings(run.config.training),
         **_of_findings(run.config.validation),
     }
+
+
+def _embeddings(config: TrainingConfig) -> str:
+    """Names what validation embeds by, which is another thing once the weights are there."""
+    found = encoder_of(config)
+    return "" if found is None else f"{found.key} {absence(found)}"
 
 
 def _of_findings(config: ValidationConfig) -> dict[str, str]:

@@ -36,6 +36,7 @@ from flows.training.results import Results, candidate_digest
 from flows.training.run import Run
 from flows.training.warm_start import keep
 from flows.training.warm_start import warm_start as begun_from
+from flows.workspace.checking import encoder_of
 from flows.workspace.desk import artifacts_of, registry_of
 from registry.models import CurrentChampion
 from registry.tracking import LiveMetrics
@@ -61,7 +62,9 @@ def validation(run: Run) -> Stored[Dataset]:
             accepted=run.settings.accepted,
             hashes=dataversions.pinned_hashes(run.workspace.root),
             members=TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER).members,
+            encoder=encoder_of(run.config.training),
             cache=run.workspace.cache,
+            num_threads=run.settings.num_threads,
             progress=progress,
         )
 

@@ -11,8 +11,10 @@ from components import dataversions, issues
 from components.contracts.errors import DataError
 from components.contracts.issues import SEVERITIES, Issue, Looked, Severity
 from components.contracts.progress import Progress, silent
+from components.embeddings import Encoder
 from components.examination import Examined, dataset_files, examine
 from components.splitting import TestLedger
+from components.training import TrainingConfig
 from flows.workspace.recipes import load_recipe
 from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
@@ -52,6 +54,11 @@ class Checked:
         return [(severity, kind, of) for (severity, kind), of in ordered]
 
 
+def encoder_of(config: TrainingConfig) -> Encoder | None:
+    """What a recipe's training embeds pictures by, where a package brings its weights; findings use the same."""
+    return Encoder(config.backbone, config.backbone_settings, config.weights) if config.weights == "packaged" else None
+
+
 def check_data(
     workspace: Workspace, recipe: str | None = None, overrides: Sequence[str] = (), *, progress: Progress = silent
 ) -> Checked:
@@ -60,17 +67,20 @@ def check_data(
     A picture whose side is not frozen yet counts as no test picture. Raises DataError where there are no images.
     """
     root, data = workspace.root, workspace.data
-    findings = load_recipe(recipe, overrides, workspace=root).validation.findings if recipe is not None else None
+    config = load_recipe(recipe, overrides, workspace=root) if recipe is not None else None
+    settings = read_settings(workspace.state)
     if not data.is_dir():
         raise DataError(f"{data} is not there; name a folder: `visionloop data add FOLDER`, or `visionloop data pull`")
     ledger = root / dataversions.TEST_LEDGER
     there = dataset_files(data, dataversions.hashes(root))
     examined = examine(
         there,
-        findings,
+        config.validation.findings if config is not None else None,
         members=TestLedger.read(ledger).members if ledger.exists() else None,
         cache=workspace.cache,
-        accepted=read_settings(workspace.state).accepted,
+        encoder=encoder_of(config.training) if config is not None else None,
+        accepted=settings.accepted,
+        num_threads=settings.num_threads,
         progress=progress,
     )
     folder = workspace.state / FOLDER
