@@ -6,20 +6,17 @@ column that is said again replaces what was known, an empty one says nothing, an
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from components.companions import ATTRIBUTES
 from components.contracts.errors import DataError
 from components.contracts.wording import is_text, utc_of
-from components.store import write_atomically
 
-ATTRIBUTES = "data.attributes.csv"
 LABEL_SOURCES = ("person", "model")
 """Who labelled a file: `model` marks pseudo-labels, which only ever train."""
 _LONGEST = 255
@@ -83,42 +80,25 @@ def attributes_of(values: Mapping[str, object]) -> Attributes:
     return Attributes(**said)
 
 
-def read(path: Path) -> dict[str, Attributes]:
-    """By sha256; empty where there is no file. Raises DataError for anything but a file that this module wrote."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return dict(_rows(file))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(
-            f"{path} is not a readable table of attributes ({error}); restore it with `git checkout -- {path.name}`"
-        ) from error
+def read(root: Path) -> dict[str, Attributes]:
+    """What the workspace `root` knows, by sha256; raises DataError for anything but what this module wrote."""
+    known: dict[str, Attributes] = {}
+    for sha256, *values in ATTRIBUTES.read(root).itertuples(index=False):
+        known[sha256] = found = Attributes(*values)
+        try:
+            if not _SHA256.fullmatch(sha256) or not any(found) or found != attributes_of(found._asdict()):
+                raise ValueError("expected a sha256, and what is known in the form that it was written in")
+        except ValueError as error:
+            raise DataError(
+                f"{root / ATTRIBUTES.file} has a row {sha256[:64]!r} that is none ({error}); restore it with "
+                f"`git checkout -- {ATTRIBUTES.file}`"
+            ) from error
+    return known
 
 
-def _rows(file: Iterable[str]) -> Iterator[tuple[str, Attributes]]:
-    reader = csv.reader(file, strict=True)
-    header = next(reader, None)
-    if header != ["sha256", *Attributes._fields]:
-        raise ValueError(f"its first line is {header}")
-    before = ""
-    for row in reader:
-        if len(row) != len(Attributes._fields) + 1 or not _SHA256.fullmatch(row[0]) or row[0] <= before:
-            raise ValueError(f"line {reader.line_num} is no row, or not in its place")
-        before = row[0]
-        found = Attributes(*row[1:])
-        if found != attributes_of(found._asdict()) or not any(found):
-            raise ValueError(f"line {reader.line_num} is not as it was written")
-        yield before, found
-
-
-def write(path: Path, known: Mapping[str, Attributes]) -> None:
-    """Sorted by sha256, the same bytes for the same content."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("sha256", *Attributes._fields))
-    writer.writerows((sha256, *known[sha256]) for sha256 in sorted(known) if any(known[sha256]))
-    write_atomically(path, text.getvalue().encode())
+def write(root: Path, known: Mapping[str, Attributes]) -> None:
+    """Write all that says something, as the companion of the workspace's next data version."""
+    ATTRIBUTES.write(root, ATTRIBUTES.frame({sha256: one for sha256, one in known.items() if any(one)}))
 
 
 def learned(
@@ -145,6 +125,8 @@ def learned(
 
 FILE = "attributes.jsonl"
 """What a source writes beside its pictures: one object a file, with `file` and what is known of it."""
+LEFT_OUT = "left_out.jsonl"
+"""The same for what it did not take, which a person is told: `file` and `reason`."""
 
 
 def write_said(folder: Path, said: Iterable[tuple[str, Attributes]]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components import plugins
-from components.attributes import FILE, read_said
+from components.attributes import FILE, LEFT_OUT, read_said
 from components.conformance import Breach
 from components.contracts.errors import DataError, EngineUnavailable, UndecodableImage, WeightsUnavailable, in_short
 from components.contracts.families import (
@@ -63,7 +63,8 @@ def source_breaches(source: Source, _: str) -> Iterator[Breach]:
         if written[0] != written[1]:
             yield Breach("fetch", "wrote other files or bytes the second time; the same on every machine are expected")
         for digests in written:
-            digests.pop(FILE, None)
+            for beside in (FILE, LEFT_OUT):
+                digests.pop(beside, None)
         if unwritten := sorted(said.keys() - written[0].keys()):
             yield Breach("fetch", f"names {unwritten[0]!r} in {FILE}, and wrote no such file")
         within = {

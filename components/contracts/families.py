@@ -33,9 +33,10 @@ class Source(Protocol):
     def fetch(self, *, out: Path) -> None:
         """Write one folder per class into `out`, or train/, test/ and perhaps val/ of them, the same bytes on every machine.
 
-        Where more is known of the files, `out/attributes.jsonl` has an object a file: `file`, relative to `out`, and what
-        `components/attributes.py` has columns for. Raises SourceUnavailable where the images cannot be had, DataError that
-        lists the problems of what was given; nothing of it is imported then.
+        A file may be a link to one that lies elsewhere. Where more is known of the files, `out/attributes.jsonl` has an
+        object a file: `file`, relative to `out`, and what `components/attributes.py` has columns for; `out/left_out.jsonl`
+        has `file` and `reason` for all that was not taken. Raises SourceUnavailable where the images cannot be had,
+        DataError with a note a problem for what was given wrongly; nothing of it is imported then.
         """
         ...
 

@@ -104,6 +104,7 @@ def _finish_added(noted: NotedVersion, following: str, as_json: bool) -> None:
         "stay_test": list(added.sides.stay_test),
         "stay_rest": list(added.sides.stay_rest),
         "with_attributes": added.num_with_attributes,
+        "new_classes": list(added.new_classes),
         "changed_attributes": list(added.changed_attributes),
         "notes": list(noted.notes),
         "amounts": [dataclasses.asdict(amount) for amount in noted.amounts],

@@ -167,7 +167,7 @@ def _go_on(workspace: Workspace, plan: Plan) -> Applied:
     root = workspace.root
     dataversions.move(root, plan.before, plan.moves)
     add_reviews(root, plan.reviews)
-    _labelled_by_a_person(root / attributes.ATTRIBUTES, plan.labelled)
+    _labelled_by_a_person(root, plan.labelled)
     version = dataversions.pin(root)
     if dataversions.files_of(root) != dataversions.moved(plan.before, plan.moves):
         raise DataError(f"{workspace.data} changed while its next version was made; run `visionloop data status`")
@@ -175,13 +175,13 @@ def _go_on(workspace: Workspace, plan: Plan) -> Applied:
     return replace(plan.applied, data_version=version.dvc_hash)
 
 
-def _labelled_by_a_person(path: Path, sha256s: Iterable[str]) -> None:
+def _labelled_by_a_person(root: Path, sha256s: Iterable[str]) -> None:
     """Take the model's name from labels that a person gave; of other files nobody knows who labelled them."""
-    known = attributes.read(path)
+    known = attributes.read(root)
     models = [sha256 for sha256 in sha256s if sha256 in known and known[sha256].label_source == "model"]
     if models:
         said = attributes.Attributes(label_source="person")
-        attributes.write(path, attributes.learned(known, [(sha256, said) for sha256 in models])[0])
+        attributes.write(root, attributes.learned(known, [(sha256, said) for sha256 in models])[0])
 
 
 def pending(workspace: Workspace) -> Plan | None:

@@ -99,6 +99,10 @@ def notes_on(added: Added) -> Iterator[str]:
     ):
         if names:
             yield f"{counted(len(names), 'image')} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    if added.new_classes:
+        named = ", ".join(f"{label!r} ({added.class_counts[label]})" for label in added.new_classes[:3])
+        more = ", ..." if len(added.new_classes) > 3 else ""
+        yield f"new beside the classes that were there: {named}{more}"
     if added.changed_attributes:
         named = "; ".join(added.changed_attributes[:3])
         yield f"{counted(len(added.changed_attributes), 'attribute')} said otherwise than before ({named})"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_TEST_SHARE = 0.2
+_PSEUDO = "labelled by a model, and its picture is frozen as test"
 _BY_SETTING = "VISIONLOOP_FORMATS, VISIONLOOP_MAX_PIXELS or VISIONLOOP_MAX_IMAGE_MB, which serving needs too"
 
 
@@ -55,6 +56,8 @@ class Added:
     test_share: float
     num_with_attributes: int = 0
     """Files that the source said something of beside their class."""
+    new_classes: tuple[str, ...] = ()
+    """Classes that were not there before, of data that was."""
     changed_attributes: tuple[str, ...] = ()
     """What was known of files and is said to be something else, a sentence each."""
 
@@ -101,6 +104,7 @@ def add(
     left_out: list[LeftOut] = []
     said: list[tuple[Path, Attributes]] = []
     changed: list[str] = []
+    classes = {path.name for path in workspace.data.iterdir()} if workspace.data.is_dir() else set()
     if source is not None:
         folder = source.folder
     if folder is not None:
@@ -115,7 +119,7 @@ def add(
         if given.test is not None:
             files = [path for _, path in taken]
             kept, sides = _keep_splits(files, given.test, folder, ledger, workspace.cache, progress)
-        of_test: list[Path] = []
+        of_test: set[Path] = set()
         if source is not None:
             said = [(path, source.attributes.get(path.relative_to(folder).as_posix(), Attributes())) for _, path in taken]
             pseudo = [path for path, what in said if what.label_source == "model"]
@@ -130,9 +134,10 @@ def add(
         changed = _learn(root, said, folder)
         copied, vanished = _copy(plan, workspace.data, folder, workspace.state / "tmp", link=source is not None)
         left_out = [
+            *(source.left_out if source is not None else ()),
             *given.left_out,
             *(LeftOut(name, why) for name, why in refused.items()),
-            *(LeftOut(_within(folder, path), "labelled by a model, and its picture is frozen as test") for path in of_test),
+            *(LeftOut(name, _PSEUDO) for name in sorted(_within(folder, path) for path in of_test)),
             *vanished,
         ]
         found = copied + there + len(left_out)
@@ -150,8 +155,6 @@ def add(
     extended = kept.extended(pictures)
     extended.write(root / dataversions.TEST_LEDGER)
     version = dataversions.pin(root)
-    if (root / attributes.ATTRIBUTES).exists():
-        dataversions.stage(root, attributes.ATTRIBUTES)
     empty = [path.name for path in workspace.data.iterdir() if path.is_dir() and not path.name.startswith(".")]
     return Added(
         version=version,
@@ -167,6 +170,7 @@ def add(
         sides=sides,
         num_with_attributes=len(said),
         changed_attributes=tuple(changed),
+        new_classes=tuple(sorted(lies_there.classes.keys() - classes)) if classes else (),
         test_counts=dict.fromkeys(lies_there.classes, 0)
         | Counter(label for picture, label in pictures if extended.members[picture]),
         test_share=extended.test_share,
@@ -259,7 +263,7 @@ def _keep_splits(
 
 def _keep_outside(
     pseudo: list[Path], test: frozenset[Path], ledger: TestLedger, cache: Path, progress: Progress
-) -> tuple[TestLedger, list[Path]]:
+) -> tuple[TestLedger, set[Path]]:
     """The ledger with the pictures that a model labelled outside test, and the files whose pictures are test already.
 
     Raises DataError for those that a source puts into test/.
@@ -272,7 +276,7 @@ def _keep_outside(
         )
     pictures = _shown_by(pseudo, cache, progress)
     kept = ledger.with_sides({picture: False for _, picture in pictures}) if pictures else ledger
-    return kept, [path for path, picture in pictures if kept.members[picture]]
+    return kept, {path for path, picture in pictures if kept.members[picture]}
 
 
 def _learn(root: Path, said: Iterable[tuple[Path, Attributes]], folder: Path) -> list[str]:
@@ -285,9 +289,8 @@ def _learn(root: Path, said: Iterable[tuple[Path, Attributes]], folder: Path) ->
         rows.append((sha256, what))
     if not rows:
         return []
-    place = root / attributes.ATTRIBUTES
-    known, changed = attributes.learned(attributes.read(place), rows)
-    attributes.write(place, known)
+    known, changed = attributes.learned(attributes.read(root), rows)
+    attributes.write(root, known)
     return [
         f"{names[one.sha256]}: {one.column} was {one.known!r}, "
         + ("and stays so: a model's label replaces no person's" if one.is_kept else f"and is {one.said!r} now")
@@ -329,14 +332,17 @@ def _given(source: Staged, data: Path, *, keep_splits: bool | None) -> Incoming:
 
 
 def _merged(given: Incoming, written: Path) -> Path:
-    """A folder of class folders with what a source wrote, moved there where it is split."""
-    if all(path.parent.parent == written for _, path in given.files):
+    """A folder of class folders with what a source wrote, brought there where it is split or holds links."""
+    if all(path.parent.parent == written and not path.is_symlink() for _, path in given.files):
         return written
     merged = written.parent / "merged"
     shutil.rmtree(merged, ignore_errors=True)  # of a run that was killed
     for path, destination in _plan(given.files, merged)[0]:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(path, destination)
+        if path.is_symlink():
+            shutil.copyfile(path, destination)
+        else:
+            os.rename(path, destination)
     return merged
 
 
@@ -389,7 +395,7 @@ def _copy(
         temporary = scratch / uuid.uuid4().hex
         try:
             with explained("copy into", data):
-                if not (link and dataversions.linked(path, temporary)):
+                if path.is_symlink() or not (link and dataversions.linked(path, temporary)):
                     shutil.copyfile(path, temporary)
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary, destination)

@@ -8,19 +8,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components import plugins
-from components.attributes import FILE, Attributes, read_said
+from components import dataversions, plugins
+from components.attributes import FILE, LEFT_OUT, Attributes, read_said
 from components.conformance import failed
 from components.contracts.errors import ConfigError, DataError, VisionloopError
 from components.contracts.families import Source
 from components.contracts.progress import Progress, silent
 from components.contracts.records import sha256_text
 from components.store import explained
+from flows.workspace.incoming import LeftOut
 from flows.workspace.workspace import Workspace
 
 _GIVEN_AS = ("path", "address", "dataset")
@@ -102,6 +103,8 @@ class Staged:
     folder: Path
     attributes: Mapping[str, Attributes]
     """By file, relative to the folder."""
+    left_out: Sequence[LeftOut]
+    """What it did not take."""
     told: str
     """The source, as a person is told of it."""
 
@@ -135,9 +138,11 @@ def staged(
         reports = {"progress": progress} if "progress" in inspect.signature(kind.fetch).parameters else {}
         with explained("write", out):
             member.fetch(out=out, **reports)
-        if (out / FILE).exists():
-            os.replace(out / FILE, folder / FILE)
-        yield Staged(out, _said(folder / FILE, out, told), told)
+        for beside in (FILE, LEFT_OUT):
+            (folder / beside).unlink(missing_ok=True)
+            if (out / beside).exists():
+                os.replace(out / beside, folder / beside)
+        yield Staged(out, _said(folder / FILE, out, told), _left_out(folder / LEFT_OUT, told), told)
         done = True
     finally:
         if done or not resumes:
@@ -161,3 +166,17 @@ def _said(path: Path, out: Path, told: str) -> dict[str, Attributes]:
     except VisionloopError as error:
         raise DataError(f"{told}: {error}") from error
     return said
+
+
+def _left_out(path: Path, told: str) -> list[LeftOut]:
+    """What a source did not take, and why; raises DataError that names the line."""
+    found: list[LeftOut] = []
+    if not path.exists():
+        return found
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            found.append(LeftOut(dataversions.shown(Path(str(row["file"]))), str(row["reason"])))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{told}: {path.name}, line {number}: {error}; expected `file` and `reason`") from error
+    return found

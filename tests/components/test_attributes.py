@@ -7,18 +7,22 @@ import pytest
 
 from components import attributes
 from components.attributes import Attributes, Changed, attributes_of, learned
+from components.companions import ATTRIBUTES
 from components.contracts.errors import DataError
 
 A, B = "a" * 64, "b" * 64
 
 
 def test_what_was_known_is_read_back_and_only_rows_that_say_something_are_kept(tmp_path: Path) -> None:
-    path = tmp_path / attributes.ATTRIBUTES
-    assert attributes.read(path) == {}
+    assert attributes.read(tmp_path) == {}
     awkward = Attributes('part "7", left', "2026-03-01T13:00:00.250000Z", "Werk Süd;2", "model", "0.25")
-    attributes.write(path, {B: awkward, A: Attributes(group="x"), "c" * 64: Attributes()})
-    assert attributes.read(path) == {A: Attributes(group="x"), B: awkward}
-    assert path.read_text().startswith(f"sha256,group,captured_at,source,label_source,confidence\n{A},x,,,,\n")
+    attributes.write(tmp_path, {B: awkward, A: Attributes(group="x"), "c" * 64: Attributes()})
+    assert attributes.read(tmp_path) == {A: Attributes(group="x"), B: awkward}
+    assert (
+        (tmp_path / ATTRIBUTES.file)
+        .read_text()
+        .startswith(f"sha256,group,captured_at,source,label_source,confidence\n{A},x,,,,\n")
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,11 +39,11 @@ def test_what_was_known_is_read_back_and_only_rows_that_say_something_are_kept(t
     ],
 )
 def test_a_table_that_was_damaged_is_refused(tmp_path: Path, damage: object) -> None:
-    path = tmp_path / attributes.ATTRIBUTES
-    attributes.write(path, {A: Attributes(group="x"), B: Attributes(label_source="model", confidence="0.25")})
+    path = tmp_path / ATTRIBUTES.file
+    attributes.write(tmp_path, {A: Attributes(group="x"), B: Attributes(label_source="model", confidence="0.25")})
     path.write_bytes(damage(path.read_text()).encode(errors="surrogateescape"))  # type: ignore[operator]
-    with pytest.raises(DataError, match="not a readable table of attributes .*git checkout"):
-        attributes.read(path)
+    with pytest.raises(DataError, match=r"(?s)data.attributes.csv.*git checkout"):
+        attributes.read(tmp_path)
 
 
 def test_a_models_label_replaces_no_persons_and_a_persons_takes_the_models_confidence_away() -> None:

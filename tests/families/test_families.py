@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shapes import write_pictures
 
 from components import plugins
 from components.conformance import class_breaches
@@ -53,10 +54,30 @@ def test_a_member_is_one_frozen_class_with_documented_settings(family: str, name
         plugins.load(family, name, {"no_such_setting": 1})
 
 
+def listed_pictures(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """Settings of the sources that are given a file: one that names pictures of two classes."""
+    write_pictures(tmp_path, 2, kinds=("cross", "disc"))
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
+    (tmp_path / "all.csv").write_text("path,label,group\n" + "".join(f"{file},{file.parent},a\n" for file in files))
+    tasks = [
+        {
+            "data": {"image": f"/data/local-files/?d={file}"},
+            "annotations": [
+                {"result": [{"type": "choices", "from_name": "kind", "value": {"choices": [file.parent.name]}}]}
+            ],
+        }
+        for file in files
+    ]
+    (tmp_path / "all.json").write_text(json.dumps(tasks))
+    return {"manifest": {"path": tmp_path / "all.csv"}, "label_studio": {"path": tmp_path / "all.json"}}
+
+
 @pytest.mark.parametrize(("family", "name"), [(f, n) for f in sorted(plugins.FAMILIES) for n in plugins.names(f)])
-def test_a_shipped_member_keeps_its_contract(family: str, name: str) -> None:
+def test_a_shipped_member_keeps_its_contract(family: str, name: str, tmp_path: Path) -> None:
     probe = detector_breaches if family == "detectors" else PROBES[family]
     settings = TORCHVISION[family] if name == "torchvision" else SMALL.get(name) or GATES.get(name)
+    if family == "sources":
+        settings = settings or listed_pictures(tmp_path).get(name)
     member = plugins.load(family, name, settings)
     try:
         assert not list(probe(member, name))

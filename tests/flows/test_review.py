@@ -18,6 +18,7 @@ from browser import Browser, browser
 from shapes import commit, make_workspace, visionloop
 
 from components import attributes, dataversions
+from components.companions import ATTRIBUTES
 from components.contracts.errors import DataDiffers, DataError
 from components.contracts.issues import Issue, issue_id
 from components.images import decode, pixel_digest
@@ -108,7 +109,7 @@ def state(workspace: Workspace) -> dict[str, str]:
 def test_what_a_person_decides_is_the_next_version_and_is_not_asked_again(workspace: Workspace) -> None:
     test, (wrong, copy, kept, ugly, fine, *_) = sides(files_of(workspace))
     told = attributes.Attributes(label_source="model", confidence="0.9", source="camera 3")
-    attributes.write(workspace.root / attributes.ATTRIBUTES, {wrong.sha256: told, copy.sha256: told})
+    attributes.write(workspace.root, {wrong.sha256: told, copy.sha256: told})
     before = dataversions.pin(workspace.root)
     commit(workspace.root)
     other = workspace.data / "disc" / Path(wrong.path).name
@@ -137,7 +138,7 @@ def test_what_a_person_decides_is_the_next_version_and_is_not_asked_again(worksp
     assert applied.message == "Data reviewed by ann: 1 relabelled, 2 removed, 2 not a problem (second look)"
     version = dataversions.verify(workspace.root)
     assert (version.dvc_hash, version.num_files) == (applied.data_version, before.num_files - 2)
-    known = attributes.read(workspace.root / attributes.ATTRIBUTES)
+    known = attributes.read(workspace.root)
     assert known == {wrong.sha256: attributes.Attributes(label_source="person", source="camera 3"), copy.sha256: told}
     written = reviews(workspace.root)
     assert {(each.who, each.why) for each in written.values()} == {("ann", "second look")}
@@ -152,7 +153,7 @@ def test_what_a_person_decides_is_the_next_version_and_is_not_asked_again(worksp
     once_more = apply_it(workspace, file)
     assert (once_more.num_already, once_more.message, once_more.data_version) == (5, "", version.dvc_hash)
     commit(workspace.root)
-    names = ("data.dvc", attributes.ATTRIBUTES)
+    names = ("data.dvc", ATTRIBUTES.file)
     subprocess.run(["git", "checkout", "--quiet", "HEAD^", "--", *names], cwd=workspace.root, check=True)
     (workspace.root / "data.reviews.csv").unlink()
     assert dataversions.pull(workspace.root) > 0

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from failpoints import Died, Failpoints
 from shapes import visionloop, write_pictures
 
 from components import attributes, dataversions
+from components.companions import ATTRIBUTES
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
 from components.store import sha256_file
@@ -69,15 +71,15 @@ def own(workspace: Path) -> Path:
     return workspace
 
 
-def add(own: Path, *arguments: str) -> dict[str, object]:
+def add(own: Path, *arguments: str) -> dict[str, Any]:
     done = visionloop("data", "add", str(own.parent / "folder"), "--source", "shapes", "--json", *arguments, cwd=own)
-    answer: dict[str, object] = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(done.stdout)
     assert done.returncode == 0, answer
     return answer
 
 
 def known(own: Path) -> dict[str, attributes.Attributes]:
-    return attributes.read(own / attributes.ATTRIBUTES)
+    return attributes.read(own)
 
 
 def test_a_source_adds_to_data_that_is_there_and_what_it_knows_goes_with_the_version(own: Path) -> None:
@@ -87,9 +89,13 @@ def test_a_source_adds_to_data_that_is_there_and_what_it_knows_goes_with_the_ver
     assert {one.group for one in known(own).values()} == {"a"}
     assert {one.captured_at for one in known(own).values()} == {"2026-03-01T13:00:00Z"}
     assert known(own).keys() == {sha256_file(path) for path in (own.parent / "folder").rglob("0700.png")}
-    assert attributes.ATTRIBUTES in dataversions.git(own, "diff", "--cached", "--name-only")
+    assert ATTRIBUTES.file in dataversions.git(own, "diff", "--cached", "--name-only")
     assert not list((own / ".visionloop" / "tmp").glob("source-*"))
-    assert add(own)["already_there"] == 18
+    assert answer["new_classes"] == []
+    (own.parent / "folder" / "disc").rename(own.parent / "folder" / "Disk")
+    again = add(own)
+    assert (again["already_there"], again["copied"], again["new_classes"]) == (12, 6, ["Disk"])
+    assert "new beside the classes that were there: 'Disk' (6)" in again["notes"]
 
 
 def test_what_is_said_again_replaces_what_was_known_whatever_the_file_is_called_now(own: Path) -> None:
