@@ -321,7 +321,7 @@ def ensure(workspace: Workspace, source: str | None, settings: Mapping[str, Any]
 
 def _given(source: Staged, data: Path, *, keep_splits: bool | None) -> Incoming:
     try:
-        return incoming(source.folder, data, keep_splits=keep_splits)
+        given = incoming(source.folder, data, keep_splits=keep_splits)
     except SplitsUndecided:
         raise SplitsUndecided(
             f"{source.told} is already split. Keep its test images as the frozen test with --keep-splits, or let "
@@ -329,6 +329,16 @@ def _given(source: Staged, data: Path, *, keep_splits: bool | None) -> Incoming:
         ) from None
     except DataError as error:
         raise DataError(f"{source.told} wrote no data set; nothing was kept. {error}") from error
+    there = data.resolve()
+    for label, path in given.files:
+        # A list may name what lies in data/ and say more of it; under another class it would be there twice.
+        lies = path.parent / path.readlink() if path.is_symlink() else path
+        if lies.is_relative_to(there) and lies.relative_to(there).parts[0] != label:
+            raise DataError(
+                f"{dataversions.shown(lies)} lies in this workspace's data, and {source.told} says {label!r}; move the file "
+                f"into that class, or relabel it with `visionloop data review`. Nothing was changed"
+            )
+    return given
 
 
 def _merged(given: Incoming, written: Path) -> Path:

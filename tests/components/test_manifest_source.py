@@ -238,6 +238,18 @@ def test_a_column_of_splits_is_kept_as_the_frozen_test_and_its_files_are_copies(
     assert not any(path.is_symlink() for path in (root / "data").rglob("*.png"))
 
 
+def test_a_manifest_of_the_workspaces_own_files_says_more_of_them_and_relabels_none(workspace: Path, tmp_path: Path) -> None:
+    files = sorted((workspace / "data" / "disc").iterdir())[:2]
+    (tmp_path / "m.csv").write_text("path,label,group\n" + "".join(f"disc/{path.name},disc,g\n" for path in files))
+    arguments = ("data", "add", str(tmp_path / "m.csv"), "--source-setting", f"root={workspace}/data", "--json")
+    answer = json.loads(visionloop(*arguments, cwd=workspace).stdout)
+    assert (answer["copied"], answer["already_there"], answer["with_attributes"]) == (0, 2, 2)
+    (tmp_path / "m.csv").write_text(f"path,label\ndisc/{files[0].name},cross\n")
+    refused = json.loads(visionloop(*arguments, cwd=workspace).stdout)
+    assert "lies in this workspace's data, and source 'manifest' says 'cross'; move the file" in refused["message"]
+    dataversions.verify(workspace)
+
+
 def test_what_is_kept_of_a_row_does_not_grow_with_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     peaks = []
