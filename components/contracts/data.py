@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from components.contracts.issues import Looked, Severity
 from components.contracts.records import FileDigest, Record
@@ -21,13 +21,11 @@ class _Grown(Record):
     ADDED: ClassVar[Mapping[int, tuple[str, ...]]] = {}
     """The fields by the schema version that brought them; all have defaults."""
 
-    @model_validator(mode="before")
+    @field_validator("schema_version", mode="before")
     @classmethod
-    def _of_an_older_version(cls, values: Any) -> Any:
-        newest = cls.model_fields["schema_version"].default
-        if isinstance(values, dict) and values.get("schema_version", newest) in range(1, newest):
-            return {**values, "schema_version": newest}
-        return values
+    def _of_an_older_version(cls, value: Any) -> Any:
+        newest: int = cls.model_fields["schema_version"].default
+        return newest if value in range(1, newest) else value
 
     @model_serializer(mode="wrap")
     def _as_old_as_can_be(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

