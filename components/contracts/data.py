@@ -82,9 +82,15 @@ SplitName = Literal["train", "valid", "calibration", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "calibration", "test")
 
 
-class Splits(Record):
-    """Every kept image in exactly one split; `test_digest` names the test images and their labels alone."""
+class Splits(_Grown):
+    """Every kept image in exactly one split, or left out; `test_digest` names the test images and their labels alone.
 
+    No cluster (`components/clusters.py`) is in two splits.
+    """
+
+    UPGRADES = {1: lambda values: values}
+    ADDED = {2: ("num_clusters", "largest_cluster", "off_balance", "num_left_out", "left_out", "notes")}
+    schema_version: int = 2
     data: DataVersion
     table: FileDigest
     classes: tuple[str, ...]
@@ -92,3 +98,14 @@ class Splits(Record):
     class_counts: dict[SplitName, dict[str, int]]
     num_duplicate_groups: int
     test_digest: str
+    num_clusters: int = 0
+    """Of several pictures that are there."""
+    largest_cluster: int = 0
+    """Pictures of it."""
+    off_balance: dict[SplitName, dict[str, int]] = {}
+    """Pictures more or less than were wanted, by split and stratum, where clusters did not allow the number."""
+    num_left_out: dict[str, int] = {}
+    """Images in no split, by reason; `left_out` names them, each with what it belongs to."""
+    left_out: FileDigest | None = None
+    notes: tuple[str, ...] = ()
+    """What a person should know of it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components import dataversions
+from components.clusters import Clusters
 from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import RecordT, Stored
@@ -147,7 +148,8 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         out = scratch / "splitting"
         out.mkdir()
         ledger = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
-        splits = Stored(split(dataset, ledger, run.config.splitting, run.task, out=out), out)
+        clusters = Clusters.read(run.workspace.root)
+        splits = Stored(split(dataset, ledger, run.config.splitting, run.task, clusters=clusters, out=out), out)
         walk.unless = ""
     warm = run.config.training.weights == CHAMPION
     if warm:

@@ -50,12 +50,12 @@ class Results:
         sides = read_frame(self.dataset.folder / self.dataset.record.samples.name, ["short_side"])["short_side"]
         small = sides[sides < min(contract.height, contract.width)]
         if small.empty:
-            return list(self.dataset.record.warnings)
+            return [*self.dataset.record.warnings, *self.splits.record.notes]
         told = (
             f"{len(small)} of {counted(len(sides), 'image')} are smaller than the {contract.width}x{contract.height} pixels "
             f"that the network sees, and are enlarged, {contract.resize_shortest / small.median():.1f} times in the middle"
         )
-        return [*self.dataset.record.warnings, told]
+        return [*self.dataset.record.warnings, told, *self.splits.record.notes]
 
     @property
     def history(self) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from components import dataversions
+from components.clusters import Clusters
 from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
@@ -75,9 +76,13 @@ def validation(run: Run) -> Stored[Dataset]:
 def splitting(run: Run, dataset: Stored[Dataset]) -> Stored[Splits]:
     def compute(out: Path, progress: Progress) -> Splits:
         ledger = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
-        return split(dataset, ledger, run.config.splitting, run.task, out=out, progress=progress)
+        clusters = Clusters.read(run.workspace.root)
+        return split(dataset, ledger, run.config.splitting, run.task, clusters=clusters, out=out, progress=progress)
 
-    return run.stage("splitting", Splits, compute, inputs=keys.splitting_inputs(run, dataset))
+    splits = run.stage("splitting", Splits, compute, inputs=keys.splitting_inputs(run, dataset))
+    for note in splits.record.notes:
+        run.console.line(f"    {note}")
+    return splits
 
 
 @task(name="training", cache_policy=NO_CACHE)

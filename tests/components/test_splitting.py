@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from components.clusters import Clusters
 from components.contracts.data import SPLITS, Dataset, DataVersion, Splits
 from components.contracts.errors import DataError
-from components.contracts.records import FileDigest, Stored
+from components.contracts.records import FileDigest, Stored, sha256_text
 from components.splitting import SplittingConfig, TestLedger, split
 from components.store import describe
 from components.tasks.classification import Task
@@ -48,10 +50,18 @@ def sides(splits: Splits, folder: Path) -> dict[str, str]:
     return dict(zip(table["picture"], table["split"], strict=True))
 
 
-def run(tmp_path: Path, name: str, members: list[tuple[str, str]], ledger: TestLedger) -> tuple[Splits, dict[str, str]]:
+def run(
+    tmp_path: Path,
+    name: str,
+    members: list[tuple[str, str]],
+    ledger: TestLedger,
+    clusters: Clusters | None = None,
+    **config: object,
+) -> tuple[Splits, dict[str, str]]:
     out = tmp_path / f"{name}-out"
     out.mkdir()
-    found = split(dataset(tmp_path / name, members), ledger, SplittingConfig(), Task(), out=out)
+    settings = SplittingConfig.model_validate(config)
+    found = split(dataset(tmp_path / name, members), ledger, settings, Task(), clusters=clusters, out=out)
     return found, sides(found, out)
 
 
@@ -137,3 +147,161 @@ def test_the_test_digest_names_images_and_labels_alone(tmp_path: Path) -> None:
     third, _ = run(tmp_path, "z", more, TestLedger(0.2, {**ledger.members, more[-1][0]: True}))
     assert first.test_digest == second.test_digest
     assert first.test_digest != third.test_digest
+
+
+def test_without_clusters_every_side_and_digest_is_what_it_was_before_there_were_any(tmp_path: Path) -> None:
+    members = pictures("a", 203) + pictures("b", 61) + pictures("c", 17) + pictures("a", 9)
+    ledger = TestLedger(0.23, {}).extended([*members, (members[0][0], "b")])
+    more = pictures("a", 30, start=300) + pictures("c", 3, start=90)
+    ledger = ledger.extended(more)
+    found, where = run(tmp_path, "d", members + more, ledger)
+    plain = found.model_copy(update={"table": FileDigest(name="t", sha256="", bytes=0)})
+    # What commit f7edb38 made of these pictures.
+    assert (
+        sha256_text(f"{sorted(ledger.members.items())!r}{sorted(where.items())!r}{plain.digest()}")
+        == "6bb2eff54ccabcd56ab210cf2509146e0438c048c018529198af220a72d23a0e"
+    )
+
+
+def clusters_of(*together: list[str]) -> Clusters:
+    return Clusters().grown((one, other) for each in together for one, other in pairwise(each))
+
+
+def in_groups(*groups: list[str]) -> Clusters:
+    """Every picture has one file, whose sha256 begins as the picture does."""
+    return Clusters(groups={picture: f"group {number}" for number, each in enumerate(groups) for picture in each})
+
+
+def test_new_pictures_of_one_cluster_join_one_side_and_the_share_holds() -> None:
+    members = [picture for label in "ab" for picture in pictures(label, 300)]
+    chunks = [[picture for picture, _ in members[at : at + 5]] for at in range(0, 600, 5)]
+    # Every second cluster, so that single pictures are among them; one holds both classes.
+    near = clusters_of(*chunks[::2], [chunks[0][0], chunks[-2][0]]).near
+    ledger = TestLedger(0.2, {}).extended(members, together=near, near=near)
+    for cluster in set(near.values()):
+        assert len({ledger.members[picture] for picture, each in near.items() if each == cluster}) == 1
+    for label in "ab":
+        assert 58 <= sum(ledger.members[picture] for picture, each in members if each == label) <= 62
+    in_clusters = sum(ledger.members[picture] for picture in near)
+    assert 30 <= in_clusters <= 90  # clusters are drawn as single pictures are, neither first nor last
+
+
+def test_a_later_picture_follows_what_was_frozen_and_a_twin_of_a_test_picture_is_no_second_one() -> None:
+    test, rest, *new = (picture for picture, _ in pictures("a", 8))
+    ledger = TestLedger(0.5, {test: True, rest: False})
+    near = clusters_of([test, new[0]], [rest, new[1]]).near
+    grouped = clusters_of([test, new[0]], [rest, new[1]], [test, new[2], new[3]], [new[1], new[4]]).near
+    after = ledger.extended([(picture, "a") for picture in new], together=grouped, near=near).members
+    assert [after[picture] for picture in (test, rest)] == [True, False]
+    assert [after[picture] for picture in new[:5]] == [False, False, True, True, False]
+
+
+def test_what_belongs_to_a_frozen_test_picture_is_in_no_split_and_named(tmp_path: Path) -> None:
+    members = pictures("a", 100) + pictures("b", 100)
+    ledger = TestLedger(0.2, {}).extended(members)
+    test = [picture for picture, _ in members if ledger.members[picture]]
+    rest = [picture for picture, _ in members if not ledger.members[picture]]
+    plain, before = run(tmp_path, "plain", members, ledger)
+    known = clusters_of([test[0], rest[0], rest[1]], [rest[2], rest[3]])
+    groups = {test[1]: "g", rest[4]: "g"}
+    known = Clusters(near=known.near, groups=groups)
+    found, where = run(tmp_path, "x", members, ledger, known)
+    assert {rest[0], rest[1], rest[4]} == before.keys() - where.keys()
+    assert where[rest[2]] == where[rest[3]]
+    assert found.test_digest == plain.test_digest
+    assert found.num_left_out == {
+        "near-duplicate of a frozen test picture": 2,
+        "of one group with a frozen test picture": 1,
+    }
+    assert found.left_out is not None
+    left_out = pd.read_parquet(tmp_path / "x-out" / found.left_out.name).set_index("picture")
+    paths = dict(zip(*(dataset_table(tmp_path / "x")[column] for column in ("picture", "path")), strict=True))
+    assert left_out.loc[rest[0], "belongs_to"] == paths[test[0]]
+    note = found.notes[0]
+    assert note.startswith("2 images in no split, near-duplicate of a frozen test picture: ")
+    assert f"{paths[rest[0]]} (with {paths[test[0]]})" in note
+    assert Splits.read(found.to_json()) == found
+    # A twin of a test picture whose file is gone is left out as well.
+    gone = [(picture, label) for picture, label in members if picture != test[0]]
+    assert rest[0] not in run(tmp_path, "gone", gone, ledger, known)[1]
+    assert run(tmp_path, "ungrouped", members, ledger, known, groups=False)[1].keys() - where.keys() == {rest[4]}
+
+
+def dataset_table(folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(folder / "samples.parquet")
+
+
+def test_clusters_are_divided_as_evenly_as_they_allow_and_what_is_off_is_told(tmp_path: Path) -> None:
+    members = pictures("a", 400) + pictures("b", 40)
+    ledger = TestLedger(0.2, {picture: int(picture, 16) % 5 == 0 for picture, _ in members})
+    rest = {label: [p for p, each in members if each == label and not ledger.members[p]] for label in "ab"}
+    # Of class a 60 clusters of 4 and single pictures; class b is three clusters, one of which also holds pictures of a.
+    near = clusters_of(
+        *(rest["a"][at : at + 4] for at in range(0, 240, 4)),
+        rest["b"][:12],
+        [*rest["b"][12:20], *rest["a"][240:243]],
+        rest["b"][20:],
+    )
+    found, where = run(tmp_path, "d", members, ledger, near)
+    assert all(
+        len({where[p] for p, each in near.near.items() if each == cluster}) == 1 for cluster in set(near.near.values())
+    )
+    wanted = {"valid": 0.10 * len(rest["a"]), "calibration": 0.03 * len(rest["a"])}
+    for name, num in wanted.items():
+        assert abs(found.class_counts[name]["a"] - num) <= 3  # type: ignore[index]
+        assert found.class_counts[name]["b"] > 0  # type: ignore[index]
+    assert found.num_clusters == 63
+    assert found.off_balance["valid"]["b"] == found.class_counts["valid"]["b"] - round(0.1 * len(rest["b"]))
+    assert found.notes[0].startswith("63 clusters kept whole, the largest of ")
+    assert "class 'b')" in found.notes[0]
+    two = clusters_of(rest["b"][:16], rest["b"][16:])
+    with pytest.raises(DataError, match=f"class 'b' has no image in the .*Its 40 pictures are {2 + 40 - len(rest['b'])} cl"):
+        run(tmp_path, "two", members, ledger, two)
+
+
+def test_the_newest_pictures_are_valid_when_order_is_by_time(tmp_path: Path) -> None:
+    members = pictures("a", 100) + pictures("b", 100)
+    ledger = TestLedger(0.2, {}).extended(members)
+    times = {picture: f"2026-01-{1 + i % 100 // 4:02d}T00:00:00Z" for i, (picture, _) in enumerate(members) if i % 10}
+    known = Clusters(captured_at=times)
+    found, where = run(tmp_path, "d", members, ledger, known, order="captured_at")
+    for label in "ab":
+        of = {name: [times.get(p, "") for p, each in members if each == label and where[p] == name] for name in SPLITS}
+        assert min(of["valid"]) >= max(of["calibration"])
+        assert min(of["calibration"]) >= max(of["train"])
+    assert len({name for picture, name in where.items() if picture not in times}) == 2  # test and train
+    assert "of unknown captured_at count as the oldest" in found.notes[0]
+    with pytest.raises(DataError, match="splitting.order is captured_at, and of no picture"):
+        run(tmp_path, "x", members, ledger, order="captured_at")
+
+
+def test_what_a_model_labelled_only_trains(tmp_path: Path) -> None:
+    members = pictures("a", 100) + pictures("b", 100)
+    ledger = TestLedger(0.2, {}).extended(members)
+    before = run(tmp_path, "x", members, ledger)[1]
+    of_models = {next(p for p, split in before.items() if split == name) for name in SPLITS}
+    found, where = run(tmp_path, "y", members, ledger, Clusters(of_models=frozenset(of_models)))
+    assert {where.get(picture) for picture in of_models} == {"train", None}
+    assert found.num_left_out == {"labelled by a model, which only trains": 1}  # the one of test
+    # Beside a picture of valid it would leak.
+    valid = next(picture for picture, split in where.items() if split == "valid")
+    train = next(picture for picture, split in where.items() if split == "train" and picture not in of_models)
+    near = clusters_of([valid, train]).near
+    _, again = run(tmp_path, "z", members, ledger, Clusters(near=near, of_models=frozenset({train})))
+    assert again.get(train) == (None if again[valid] != "train" else "train")
+
+
+def test_a_file_is_known_by_its_bytes_when_its_pixels_are_decoded_otherwise(tmp_path: Path) -> None:
+    members = pictures("a", 100) + pictures("b", 100)
+    ledger = TestLedger(0.2, {}).extended(members)
+    before = run(tmp_path, "x", members, ledger)[1]
+    known = Clusters().grown([], {picture * 2: picture for picture, _ in members})
+    # The same files, of which another decoder makes other pixels.
+    table = dataset_table(tmp_path / "x")
+    other = {picture: sha256_text(picture)[:32] for picture, _ in members[::3]}
+    (tmp_path / "y").mkdir()
+    table.assign(picture=table["picture"].replace(other)).to_parquet(tmp_path / "y" / "samples.parquet", index=False)
+    stored = Stored(dataset(tmp_path / "x", members).record, tmp_path / "y")
+    (tmp_path / "out").mkdir()
+    found = split(stored, ledger, SplittingConfig(), Task(), clusters=known, out=tmp_path / "out")
+    assert sides(found, tmp_path / "out") == {other.get(picture, picture): split for picture, split in before.items()}
