@@ -1,9 +1,9 @@
 """Which pictures may be copies of each other, told from small thumbnails alone: cropped and mirrored copies included.
 
-Of every picture the signs of low frequencies are a code of a few bits: the perceptual hash. The codes of whole pictures are
+Of every picture the signs of low frequencies are a code of a few bits: a perceptual hash. The codes of whole pictures are
 a table; every picture asks it for the codes of parts of itself, mirrored too, so that a crop finds the picture it was cut
 from. As a sign is unsure where its frequency is weak, the weakest ones are asked for both ways. The cost grows with the
-number of pictures, not with its square, and no two pictures that are alike in nothing are ever compared.
+number of pictures and not with its square, also where many are alike: each asks for a bounded number of others.
 """
 
 from __future__ import annotations
@@ -17,29 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from components.contracts.progress import Progress, silent
+from components.images import in_threads
 
 SIDE = 32
 """Pixels a side of a thumbnail."""
-_FREQUENCIES = 8
-_BITS = 24
-_PROBED_BITS = 5
-_CUTS = (
-    (0.0, 0.0),
-    (0.05, 0.0),
-    (0.0, 0.05),
-    (0.1, 0.0),
-    (0.05, 0.05),
-    (0.0, 0.1),
-    (0.15, 0.0),
-    (0.075, 0.075),
-    (0.0, 0.15),
-)
+_BITS, _PROBED_BITS = 24, 5
+_CODED_FREQUENCIES, _FREQUENCIES = 6, 8
+_CUTS = ((0.0, 0.0), (0.05, 0.0), (0.0, 0.05), (0.1, 0.0), (0.05, 0.05), (0.0, 0.1), (0.15, 0.0), (0.075, 0.075), (0.0, 0.15))
 """What is cut off at either end of a side, in shares of it."""
 _LEAST_CORRELATION = 0.9
-_CHUNK = 512
+_MOST = 2000
+"""Pictures that one is compared with, as it is and again mirrored."""
+_CHUNK = 256
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in shares of the picture."""
+_Floats = npt.NDArray[np.float32]
+_Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -57,81 +51,113 @@ class Candidate:
 def candidates(thumbnails: npt.NDArray[np.uint8], *, progress: Progress = silent) -> Iterator[Candidate]:
     """Pairs of rows of thumbnails (n, SIDE, SIDE) that may show one picture; each pair once as it is and once mirrored.
 
-    Pictures of one colour have nothing to be told by and are left out.
+    Thumbnails of one colour have nothing to be told by and should be left out.
     """
-    count = len(thumbnails)
-    whole = _views(thumbnails, _basis(((0.0, 0.0),)))[:, 0]
-    codes = _codes(whole)
-    order = np.argsort(codes, kind="stable").astype(np.int32)
-    present = np.zeros(1 << _BITS, dtype=bool)
-    present[codes] = True
-    in_order = codes[order]
-    probes = _probes()
+    table = _Table(thumbnails)
     best: dict[tuple[int, int, bool], Candidate] = {}
-    for start in range(0, count, _CHUNK):
-        views = _views(thumbnails[start : start + _CHUNK], _basis(_CUTS))
-        for mirrored in (False, True):
-            seen = views * _MIRROR if mirrored else views
-            rows, cuts, parts, correlations = _hits(seen, start, whole, present, in_order, order, probes)
-            for row, cut, part, correlation in zip(
-                rows.tolist(), cuts.tolist(), parts.tolist(), correlations.tolist(), strict=True
-            ):
-                key = min(row, part), max(row, part), mirrored
-                known = best.get(key)
-                if known is None or known.correlation < correlation:
-                    best[key] = Candidate(row, part, _box(cut), mirrored, correlation)
-        progress(min(count, start + _CHUNK), count)
+    starts = range(0, len(thumbnails), _CHUNK)
+    for found in in_threads(table.asked, starts, progress=progress):
+        for whole, part, cut, mirrored, correlation in found:
+            key = min(whole, part), max(whole, part), mirrored
+            known = best.get(key)
+            if known is None or known.correlation < correlation:
+                best[key] = Candidate(whole, part, _box(cut), mirrored, correlation)
     yield from (best[key] for key in sorted(best))
 
 
+class _Table:
+    """The pictures by the code of the whole of each."""
+
+    def __init__(self, thumbnails: npt.NDArray[np.uint8]) -> None:
+        self._thumbnails = thumbnails
+        whole = _frequencies(thumbnails, _basis(_CUTS[:1], _FREQUENCIES))[:, 0]
+        self._whole = _normalised(whole)
+        codes = _codes(_coded(whole))
+        self._order = np.argsort(codes, kind="stable")
+        self._codes = codes[self._order]
+        self._present = np.zeros(1 << _BITS, dtype=bool)
+        self._present[codes] = True
+
+    def asked(self, start: int) -> list[tuple[int, int, int, bool, float]]:
+        """Whole, part, cut, mirrored, correlation of what the pictures of rows from `start` may contain."""
+        thumbnails = self._thumbnails[start : start + _CHUNK]
+        coded = _coded(_frequencies(thumbnails, _basis(_CUTS, _CODED_FREQUENCIES))).reshape(-1, _BITS)
+        weakest = np.argpartition(np.abs(coded), _PROBED_BITS, axis=1)[:, :_PROBED_BITS]
+        ways = (1 << weakest) @ _probes()
+        codes = _codes(coded)[:, None] ^ ways
+        found: list[tuple[int, int, int, bool, float]] = []
+        for mirrored in (False, True):
+            view, position = self._hits(codes ^ _MIRRORED_CODE if mirrored else codes, len(thumbnails))
+            row, cut = np.divmod(view, len(_CUTS) ** 2)
+            part = self._order[position]
+            other = part != row + start
+            row, cut, part = row[other], cut[other], part[other]
+            correlation = self._correlation(thumbnails, row, cut, part, mirrored)
+            alike = correlation >= _LEAST_CORRELATION
+            found += zip(
+                (row[alike] + start).tolist(),
+                part[alike].tolist(),
+                cut[alike].tolist(),
+                itertools.repeat(mirrored),
+                correlation[alike].tolist(),
+                strict=False,
+            )
+        return found
+
+    def _hits(self, codes: _Ints, rows: int) -> tuple[_Ints, _Ints]:
+        """Views that ask and the positions that they hit, for the codes (views, ways); at most so many hits a row."""
+        view, way = np.nonzero(self._present[codes])
+        wanted = codes[view, way]
+        first = np.searchsorted(self._codes, wanted, "left")
+        lengths = np.searchsorted(self._codes, wanted, "right") - first
+        row = view // (len(codes) // rows)
+        before = np.cumsum(lengths) - lengths
+        begins = np.searchsorted(row, np.arange(rows), "left")
+        in_row = before - np.append(before, 0)[begins][row]
+        lengths = np.clip(_MOST - in_row, 0, lengths)
+        position = np.repeat(first - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        return np.repeat(view, lengths), position
+
+    def _correlation(
+        self, thumbnails: npt.NDArray[np.uint8], row: _Ints, cut: _Ints, part: _Ints, mirrored: bool
+    ) -> _Floats:
+        """Of low frequencies of what cuts leave of rows, with those of whole pictures."""
+        found = np.zeros(len(row), dtype=np.float32)
+        basis = _basis(_CUTS, _FREQUENCIES)
+        for each in np.unique(cut):
+            here = cut == each
+            rows, which = np.unique(row[here], return_inverse=True)
+            down, across = divmod(int(each), len(_CUTS))
+            seen = _normalised((basis[down] @ thumbnails[rows].astype(np.float32) @ basis[across].T).reshape(len(rows), -1))
+            seen = seen * _MIRROR if mirrored else seen
+            found[here] = np.einsum("nd,nd->n", seen[which], self._whole[part[here]])
+        return found
+
+
 def _box(cut: int) -> Box:
-    rows, columns = divmod(cut, len(_CUTS))
-    return _CUTS[columns][0], _CUTS[rows][0], 1 - _CUTS[columns][1], 1 - _CUTS[rows][1]
+    down, across = divmod(cut, len(_CUTS))
+    return _CUTS[across][0], _CUTS[down][0], 1 - _CUTS[across][1], 1 - _CUTS[down][1]
 
 
-def _hits(
-    views: npt.NDArray[np.float32],
-    start: int,
-    whole: npt.NDArray[np.float32],
-    present: npt.NDArray[np.bool_],
-    in_order: npt.NDArray[np.int32],
-    order: npt.NDArray[np.int32],
-    probes: npt.NDArray[np.bool_],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Rows, cuts, the rows of what they may contain and the correlation, for views (n, cuts, d) of the rows from `start`."""
-    flat = views.reshape(-1, views.shape[-1])
-    told = np.abs(flat[:, _CODED])
-    weakest = np.argpartition(told, _PROBED_BITS, axis=1)[:, :_PROBED_BITS]
-    masks = (np.int32(1) << weakest.astype(np.int32)) @ probes.astype(np.int32)
-    asked = _codes(flat)[:, None] ^ masks
-    which, _ = np.nonzero(present[asked])
-    wanted = asked[present[asked]]
-    first, last = np.searchsorted(in_order, wanted, "left"), np.searchsorted(in_order, wanted, "right")
-    lengths = last - first
-    view = np.repeat(which, lengths)
-    offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    part = order[np.repeat(first, lengths) + offsets].astype(np.int64)
-    row, cut = start + view // views.shape[1], view % views.shape[1]
-    other = row != part
-    row, cut, part, view = row[other], cut[other], part[other], view[other]
-    correlation = np.einsum("nd,nd->n", flat[view], whole[part])
-    alike = correlation >= _LEAST_CORRELATION
-    return row[alike], cut[alike], part[alike], correlation[alike]
-
-
-def _views(thumbnails: npt.NDArray[np.uint8], basis: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Low frequencies (n, cuts * cuts, d) of parts of thumbnails, without the mean, of length 1; rows by columns of cuts."""
-    cuts = len(basis)
+def _frequencies(thumbnails: npt.NDArray[np.uint8], basis: _Floats) -> _Floats:
+    """Low frequencies (n, cuts * cuts, frequencies * frequencies) of what cuts leave of thumbnails, rows by columns of cuts."""
+    cuts, frequencies, _ = basis.shape
     flat = basis.reshape(-1, SIDE)
     found = (flat @ thumbnails.astype(np.float32)) @ flat.T
-    found = found.reshape(-1, cuts, _FREQUENCIES, cuts, _FREQUENCIES).transpose(0, 1, 3, 2, 4)
-    vectors: npt.NDArray[np.float32] = found.reshape(len(thumbnails), cuts * cuts, _FREQUENCIES**2)[:, :, 1:].copy()
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-6)
+    found = found.reshape(len(thumbnails), cuts, frequencies, cuts, frequencies).transpose(0, 1, 3, 2, 4)
+    return found.reshape(len(thumbnails), cuts * cuts, frequencies**2)
+
+
+def _normalised(vectors: _Floats) -> _Floats:
+    """Without the mean, of length 1."""
+    vectors = vectors.copy()
+    vectors[:, 0] = 0
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
     return vectors
 
 
 @functools.cache
-def _basis(cuts: tuple[tuple[float, float], ...]) -> npt.NDArray[np.float32]:
+def _basis(cuts: tuple[tuple[float, float], ...], frequencies: int) -> _Floats:
     """Cosines (cuts, frequencies, SIDE) over what each cut leaves of a side."""
     rows = []
     edges = np.arange(SIDE + 1) / SIDE
@@ -139,24 +165,31 @@ def _basis(cuts: tuple[tuple[float, float], ...]) -> npt.NDArray[np.float32]:
         left, right = np.clip(edges[:-1], before, 1 - after), np.clip(edges[1:], before, 1 - after)
         share = (right - left) / (1 - before - after)
         middle = ((left + right) / 2 - before) / (1 - before - after)
-        cosines = np.cos(np.pi * np.arange(_FREQUENCIES)[:, None] * middle) * share
+        cosines = np.cos(np.pi * np.arange(frequencies)[:, None] * middle) * share
         cosines[1:] *= np.sqrt(2)
         rows.append(cosines)
     return np.array(rows, dtype=np.float32)
 
 
-_GRID = [(v, u) for v in range(_FREQUENCIES) for u in range(_FREQUENCIES)][1:]
-"""Vertical and horizontal frequency of each number of a vector."""
-_CODED = np.array(sorted(range(len(_GRID)), key=lambda i: (_GRID[i][0] ** 2 + _GRID[i][1] ** 2, _GRID[i]))[:_BITS])
-_MIRROR = np.array([-1 if u % 2 else 1 for _, u in _GRID], dtype=np.float32)
+_CODED = sorted(
+    ((v, u) for v in range(_CODED_FREQUENCIES) for u in range(_CODED_FREQUENCIES)), key=lambda f: (f[0] ** 2 + f[1] ** 2, f)
+)[1 : 1 + _BITS]
+"""Vertical and horizontal frequency of each bit."""
+_MIRRORED_CODE = sum(1 << bit for bit, (_, u) in enumerate(_CODED) if u % 2)
+_MIRROR = np.tile(np.where(np.arange(_FREQUENCIES) % 2, -1, 1), _FREQUENCIES).astype(np.float32)
 
 
-def _codes(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-    codes: npt.NDArray[np.int32] = (vectors[:, _CODED] > 0).astype(np.int32) @ (1 << np.arange(_BITS, dtype=np.int32))
+def _coded(frequencies: _Floats) -> _Floats:
+    side = int(np.sqrt(frequencies.shape[-1]))
+    return frequencies[..., [v * side + u for v, u in _CODED]]
+
+
+def _codes(coded: _Floats) -> _Ints:
+    codes: _Ints = (coded > 0) @ (1 << np.arange(_BITS))
     return codes
 
 
 @functools.cache
-def _probes() -> npt.NDArray[np.bool_]:
-    """All ways (bits, ways) to turn some of the probed bits."""
-    return np.array(list(itertools.product((False, True), repeat=_PROBED_BITS))).T
+def _probes() -> _Ints:
+    """All ways (bits, ways) to turn some of the probed bits, none of them first."""
+    return np.array(list(itertools.product((0, 1), repeat=_PROBED_BITS))).T
