@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +21,33 @@ _LONGEST = 256
 """Pixels of the longer side at which pictures are compared at last; less where one of them is smaller."""
 _COARSER = (24, 64)
 """The same while the one is laid on the other."""
-_STEPS = 6
+_STEPS, _CLOSE_PIXELS = 8, 0.02
+"""Most steps of moving an edge, and a step that ends it."""
 _TILES, _TILE_PIXELS = 6, 9
 """Tiles a side, and the least pixels a side of one."""
-_LEAST_AGREEMENT = 0.5
-_LEAST_TILE = 0.2
+_LEAST_AGREEMENT, _LEAST_TILE = 0.6, 0.2
+_TELLING = 64
+_DIFFERENT_AGREEMENT, _DIFFERENT_TILE = 0.3, -0.1
+"""What has less than this at this many pixels is another picture."""
 _NOISE = 1.0
 """Fine structure of fewer grey levels is what rounding leaves."""
+_PLAIN = 5.0
+"""Fine structure of so many grey levels is not lost by storing a picture badly."""
+_CLIPPED = (8, 247)
+"""Grey levels beyond which brightening may have taken what was there."""
 
-Grey = npt.NDArray[np.float32]
+_Pixels = npt.NDArray[np.float32]
 _Edges = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Grey:
+    """A picture as it is compared: in grey, and no larger than that takes."""
+
+    image: Image.Image
+    width: int
+    height: int
+    """Of the picture itself."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,10 @@ class Alignment:
     """Correlation of the fine structure, in [-1, 1]."""
     worst: float
     """The same of the tile where they agree least, among those that hold any fine structure."""
+    contrast: float
+    """How much more contrast the second has than the first."""
+    brightness: float
+    """How many grey levels it is lighter, beside that."""
 
     @property
     def same(self) -> bool:
@@ -49,85 +71,103 @@ class Alignment:
         return self.agreement >= _LEAST_AGREEMENT and self.worst >= _LEAST_TILE
 
 
-def align(first: Image.Image, second: Image.Image, *, box: Box, mirrored: bool) -> Alignment:
-    """Lay the second picture on what `box` (shares) holds of the first, mirrored first if told, and compare."""
-    seen, target, found = laid(first, second, box=box, mirrored=mirrored)
-    return Alignment(found, *_agreement(seen, target))
+def grey(image: Image.Image) -> Grey:
+    """A picture as `align` takes it."""
+    return Grey(_reduced(image, max(image.size), 2 * _LONGEST), image.width, image.height)
 
 
-def laid(first: Image.Image, second: Image.Image, *, box: Box, mirrored: bool) -> tuple[Grey, Grey, Box]:
-    """What of the first picture the second shows, and the second, at one size; and the box that was found (shares)."""
-    size = np.array([first.width, first.height] * 2, dtype=np.float64)
+def align(first: Grey, second: Grey, *, box: Box, mirrored: bool) -> Alignment:
+    """Lay the second picture on what `box` (shares) holds of the first, mirrored first if told, and compare.
+
+    What disagrees when it is seen coarsely is not looked at more closely.
+    """
+    one, two = first.image, ImageOps.mirror(second.image) if mirrored else second.image
+    size = np.array([one.width, one.height] * 2, dtype=np.float64)
     edges = np.array(box) * size
-    longest = min(_LONGEST, max(second.size), round(max(edges[2] - edges[0], edges[3] - edges[1])))
-    one, two = _reduced(first, edges, longest), _reduced(second, None, longest)
-    two = ImageOps.mirror(two) if mirrored else two
-    edges *= np.array([one.width, one.height] * 2) / size
+    share = max((box[2] - box[0]) * first.width, (box[3] - box[1]) * first.height)
+    longest = min(_LONGEST, max(second.width, second.height, round(share)))
     for level in (*(level for level in _COARSER if level < 0.8 * longest), longest):
-        shape = max(8, round(second.width * level / max(second.size))), max(8, round(second.height * level / max(second.size)))
-        here = _reduced(one, edges, level)
-        scale = np.array([here.width / one.width, here.height / one.height] * 2)
+        scale = level / max(second.width, second.height)
+        shape = max(8, round(second.width * scale)), max(8, round(second.height * scale))
+        here = _reduced(one, max(edges[2] - edges[0], edges[3] - edges[1]), level)
+        times = np.array([here.width / one.width, here.height / one.height] * 2)
         target = _resized(two, shape, None)
-        for _ in range(_STEPS):
-            edges = _improved(here, edges * scale, target, shape) / scale
-    left, top, right, bottom = (edges / np.array([one.width, one.height] * 2)).tolist()
-    return _resized(one, shape, edges), target, (left, top, right, bottom)
+        edges = _improved(here, edges * times, target, shape) / times
+        seen = _resized(here, shape, edges * times)
+        found = _compared(seen, target, edges / size)
+        if level >= _TELLING and (found.agreement < _DIFFERENT_AGREEMENT or found.worst < _DIFFERENT_TILE):
+            break
+    return found
 
 
-def _reduced(image: Image.Image, edges: _Edges | None, longest: int) -> Image.Image:
-    """Grey, and by whole numbers smaller as long as what is between the edges stays twice as long as it will be looked at."""
-    extent = max(image.size) if edges is None else max(edges[2] - edges[0], edges[3] - edges[1])
+def _reduced(image: Image.Image, extent: float, longest: int) -> Image.Image:
+    """Grey, and smaller by a whole number as long as `extent` pixels of it stay twice as many as will be looked at."""
     factor = int(extent // (2 * longest))
-    reduced = image.reduce(factor) if factor > 1 else image
-    return reduced.convert("L")
+    return (image.reduce(factor) if factor > 1 else image).convert("L")
 
 
-def _resized(image: Image.Image, shape: tuple[int, int], edges: _Edges | None) -> Grey:
+def _resized(image: Image.Image, shape: tuple[int, int], edges: _Edges | None) -> _Pixels:
     box = None if edges is None else (edges[0], edges[1], edges[2], edges[3])
     return np.asarray(image.resize(shape, Image.Resampling.BILINEAR, box=box), dtype=np.float32)
 
 
-def _improved(image: Image.Image, edges: _Edges, target: Grey, shape: tuple[int, int]) -> _Edges:
-    """One Gauss-Newton step of the edges towards least squares, brightness and contrast left free."""
-    seen = _resized(image, shape, edges)
-    down, across = np.gradient(seen)
+def _improved(image: Image.Image, edges: _Edges, target: _Pixels, shape: tuple[int, int]) -> _Edges:
+    """The edges moved towards least squares, by Gauss-Newton, brightness and contrast left free."""
     x = ((np.arange(shape[0]) + 0.5) / shape[0])[None, :]
     y = ((np.arange(shape[1]) + 0.5) / shape[1])[:, None]
-    columns = [seen, np.ones_like(seen), across * (1 - x), down * (1 - y), across * x, down * y]
-    system = np.stack([column.ravel() for column in columns], axis=1).astype(np.float64)
-    normal = system.T @ system
-    normal[np.diag_indices(6)] += 1e-6 * np.trace(normal) / 6
-    solved = np.linalg.solve(normal, system.T @ target.ravel().astype(np.float64))
-    if solved[0] <= 0.1:
-        return edges
-    extent = np.array([edges[2] - edges[0], edges[3] - edges[1]] * 2)
-    step = solved[2:] / solved[0] * extent / np.array(shape * 2)
     limits = np.array([image.width, image.height] * 2)
-    moved: _Edges = np.clip(edges + np.clip(step, -0.1 * extent, 0.1 * extent), 0, limits)
-    if (moved[2:] - moved[:2] < 0.4 * extent[:2]).any():
-        return edges
-    return moved
+    for _ in range(_STEPS):
+        seen = _resized(image, shape, edges)
+        down, across = np.gradient(seen)
+        columns = [seen, np.ones_like(seen), across * (1 - x), down * (1 - y), across * x, down * y]
+        system = np.stack([column.ravel() for column in columns]).astype(np.float32)
+        normal = (system @ system.T).astype(np.float64)
+        normal[np.diag_indices(6)] += 1e-6 * np.trace(normal) / 6
+        solved = np.linalg.solve(normal, (system @ target.ravel()).astype(np.float64))
+        if solved[0] <= 0.1:
+            break
+        extent = np.array([edges[2] - edges[0], edges[3] - edges[1]] * 2)
+        pixels = solved[2:] / solved[0]
+        step = np.clip(pixels * extent / np.array(shape * 2), -0.1 * extent, 0.1 * extent)
+        moved: _Edges = np.clip(edges + step, 0, limits)
+        if (moved[2:] - moved[:2] < 0.4 * extent[:2]).any():
+            break
+        edges = moved
+        if np.abs(pixels).max() < _CLOSE_PIXELS:
+            break
+    return edges
 
 
-def _agreement(first: Grey, second: Grey) -> tuple[float, float]:
+def _compared(first: _Pixels, second: _Pixels, box: _Edges) -> Alignment:
     """Correlation of fine structure over all, and in the tile where it is least; at this size or at half of it.
 
     Storing a picture badly takes the finest noise away and leaves what is a little coarser.
     """
     bands = [(_fine(first), _fine(second)), (_fine(_halved(first)), _fine(_halved(second)))]
     tiles = [max(1, min(_TILES, round(side / _TILE_PIXELS))) for side in first.shape]
-    tiled = [_tiles(one, two, tiles) for one, two in bands]
+    lit = (_CLIPPED[0] < first) & (first < _CLIPPED[1]) & (_CLIPPED[0] < second) & (second < _CLIPPED[1])
+    tiled = [_tiles(one, two, seen, tiles) for (one, two), seen in zip(bands, (lit, _halved(lit) == 1), strict=True)]
     told = [max(found) for found in zip(*tiled, strict=True) if max(found) > -1]
-    return max(_correlation(one, two) for one, two in bands), min(told, default=1.0)
+    # Coarsely, as noise that is gone from one of them is no contrast.
+    one, two = _halved(_halved(first)), _halved(_halved(second))
+    contrast = float(((one - one.mean()) * (two - two.mean())).mean() / max(1e-6, float(one.var())))
+    left, top, right, bottom = box.tolist()
+    return Alignment(
+        box=(left, top, right, bottom),
+        agreement=max(_correlation(*band) for band in bands),
+        worst=min(told, default=1.0),
+        contrast=contrast,
+        brightness=float(second.mean() - first.mean()),
+    )
 
 
-def _halved(grey: Grey) -> Grey:
+def _halved(grey: npt.NDArray[Any]) -> _Pixels:
     height, width = grey.shape[0] // 2, grey.shape[1] // 2
-    halved: Grey = grey[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
+    halved: _Pixels = grey[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3), dtype=np.float32)
     return halved
 
 
-def _fine(grey: Grey) -> Grey:
+def _fine(grey: _Pixels) -> _Pixels:
     """What a blur of about a pixel takes away."""
     blurred = grey
     for axis in (0, 1):
@@ -139,16 +179,19 @@ def _fine(grey: Grey) -> Grey:
     return grey - blurred
 
 
-def _tiles(first: Grey, second: Grey, tiles: list[int]) -> list[float]:
-    """Correlation in each tile; below -1 where either holds no fine structure."""
+def _tiles(first: _Pixels, second: _Pixels, lit: npt.NDArray[np.bool_], tiles: list[int]) -> list[float]:
+    """Correlation in each tile; below -1 where there is no fine structure, or it is too dark or too light to be told."""
     down = itertools.pairwise(np.linspace(0, first.shape[0], tiles[0] + 1).astype(int).tolist())
     across = itertools.pairwise(np.linspace(0, first.shape[1], tiles[1] + 1).astype(int).tolist())
     found = []
     for (top, bottom), (left, right) in itertools.product(down, across):
-        one, two = first[top:bottom, left:right], second[top:bottom, left:right]
-        found.append(_correlation(one, two) if min(one.std(), two.std()) > _NOISE else -2.0)
+        here = slice(top, bottom), slice(left, right)
+        one, two = first[here], second[here]
+        weaker, stronger = sorted((float(one.std()), float(two.std())))
+        told = (weaker > _NOISE or stronger > _PLAIN) and lit[here].mean() > 0.5
+        found.append(_correlation(one, two) if told else -2.0)
     return found
 
 
-def _correlation(first: Grey, second: Grey) -> float:
+def _correlation(first: _Pixels, second: _Pixels) -> float:
     return float((first * second).sum() / max(1e-6, float(np.sqrt((first**2).sum() * (second**2).sum()))))

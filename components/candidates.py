@@ -23,13 +23,27 @@ SIDE = 32
 """Pixels a side of a thumbnail."""
 _BITS, _PROBED_BITS = 24, 5
 _CODED_FREQUENCIES, _FREQUENCIES = 6, 8
-_CUTS = ((0.0, 0.0), (0.05, 0.0), (0.0, 0.05), (0.1, 0.0), (0.05, 0.05), (0.0, 0.1), (0.15, 0.0), (0.075, 0.075), (0.0, 0.15))
+_CUTS = (
+    (0.0, 0.0),
+    (0.05, 0.0),
+    (0.0, 0.05),
+    (0.1, 0.0),
+    (0.05, 0.05),
+    (0.0, 0.1),
+    (0.15, 0.0),
+    (0.075, 0.075),
+    (0.0, 0.15),
+)
 """What is cut off at either end of a side, in shares of it."""
+_WIDE_CUTS = tuple((a, b) for a in (0.0, 0.06, 0.12, 0.2, 0.3) for b in (0.0, 0.06, 0.12, 0.2, 0.3) if a + b <= 0.35)
 _LEAST_CORRELATION = 0.9
 _MOST = 2000
-"""Pictures that one is compared with, as it is and again mirrored."""
+"""Others whose thumbnails a picture's is compared with, as it is and again mirrored."""
+_KEPT = 16
+"""Those of them that are candidates: the ones most alike."""
 _CHUNK = 256
 
+_Cuts = tuple[tuple[float, float], ...]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in shares of the picture."""
 _Floats = npt.NDArray[np.float32]
@@ -61,8 +75,36 @@ def candidates(thumbnails: npt.NDArray[np.uint8], *, progress: Progress = silent
             key = min(whole, part), max(whole, part), mirrored
             known = best.get(key)
             if known is None or known.correlation < correlation:
-                best[key] = Candidate(whole, part, _box(cut), mirrored, correlation)
+                best[key] = Candidate(whole, part, _box(_CUTS, cut), mirrored, correlation)
     yield from (best[key] for key in sorted(best))
+
+
+def matched(
+    thumbnails: npt.NDArray[np.uint8], first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]
+) -> list[Candidate]:
+    """Of pairs of rows that something else says may be alike, how they most likely lie in each other, where they can.
+
+    More may be cut off than `candidates` looks for, up to a third of a side.
+    """
+    found: list[Candidate] = []
+    for start in range(0, len(first), _CHUNK):
+        one, two = first[start : start + _CHUNK], second[start : start + _CHUNK]
+        in_one, in_two = _wide_views(thumbnails[one]), _wide_views(thumbnails[two])
+        for whole, part, these, those in ((one, two, in_one, in_two), (two, one, in_two, in_one)):
+            for mirrored in (False, True):
+                target = those[:, 0] * _MIRROR if mirrored else those[:, 0]
+                correlations = np.einsum("ncd,nd->nc", these, target)
+                for row, cut in enumerate(correlations.argmax(axis=1).tolist()):
+                    if (correlation := float(correlations[row, cut])) >= _LEAST_CORRELATION:
+                        found.append(
+                            Candidate(int(whole[row]), int(part[row]), _box(_WIDE_CUTS, cut), mirrored, correlation)
+                        )
+    return found
+
+
+def _wide_views(thumbnails: npt.NDArray[np.uint8]) -> _Floats:
+    seen = _frequencies(thumbnails, _basis(_WIDE_CUTS, _FREQUENCIES))
+    return _normalised(seen.reshape(-1, _FREQUENCIES**2)).reshape(seen.shape)
 
 
 class _Table:
@@ -93,7 +135,7 @@ class _Table:
             other = part != row + start
             row, cut, part = row[other], cut[other], part[other]
             correlation = self._correlation(thumbnails, row, cut, part, mirrored)
-            alike = correlation >= _LEAST_CORRELATION
+            alike = _most_alike(row, part, correlation)
             found += zip(
                 (row[alike] + start).tolist(),
                 part[alike].tolist(),
@@ -134,13 +176,24 @@ class _Table:
         return found
 
 
-def _box(cut: int) -> Box:
-    down, across = divmod(cut, len(_CUTS))
-    return _CUTS[across][0], _CUTS[down][0], 1 - _CUTS[across][1], 1 - _CUTS[down][1]
+def _most_alike(row: _Ints, part: _Ints, correlation: _Floats) -> _Ints:
+    """Which hits to keep: of each row's those most alike, each part once."""
+    alike = np.flatnonzero(correlation >= _LEAST_CORRELATION)
+    order = alike[np.lexsort((-correlation[alike], part[alike], row[alike]))]
+    again = (np.diff(row[order]) == 0) & (np.diff(part[order]) == 0)
+    order = order[np.insert(~again, 0, True)] if len(order) else order
+    order = order[np.lexsort((-correlation[order], row[order]))]
+    rank = np.arange(len(order)) - np.searchsorted(row[order], row[order], "left")
+    return order[rank < _KEPT]
+
+
+def _box(cuts: _Cuts, cut: int) -> Box:
+    down, across = divmod(cut, len(cuts))
+    return cuts[across][0], cuts[down][0], 1 - cuts[across][1], 1 - cuts[down][1]
 
 
 def _frequencies(thumbnails: npt.NDArray[np.uint8], basis: _Floats) -> _Floats:
-    """Low frequencies (n, cuts * cuts, frequencies * frequencies) of what cuts leave of thumbnails, rows by columns of cuts."""
+    """Low frequencies (n, cuts * cuts, frequencies * frequencies) of what cuts leave, rows by columns of cuts."""
     cuts, frequencies, _ = basis.shape
     flat = basis.reshape(-1, SIDE)
     found = (flat @ thumbnails.astype(np.float32)) @ flat.T
@@ -157,7 +210,7 @@ def _normalised(vectors: _Floats) -> _Floats:
 
 
 @functools.cache
-def _basis(cuts: tuple[tuple[float, float], ...], frequencies: int) -> _Floats:
+def _basis(cuts: _Cuts, frequencies: int) -> _Floats:
     """Cosines (cuts, frequencies, SIDE) over what each cut leaves of a side."""
     rows = []
     edges = np.arange(SIDE + 1) / SIDE

@@ -80,7 +80,7 @@ def examine(
     if members is not None:
         table["split"] = ["test" if members.get(picture, False) else "rest" for picture in table["picture"]]
     paths = {file.name: file.place for file in there.files}
-    pairs = duplicates.pairs(table, read=lambda name: decode(paths[name].read_bytes()), progress=progress)
+    pairs = duplicates.pairs(table, read=lambda name: decode(paths[name].read_bytes()), cache=cache, progress=progress)
     known = Known(table, refused, tuple(pairs), classes=tuple(sorted({*table["label"]})))
     absent: dict[str, str] = {}
     if needs & {"embeddings", "probabilities"}:

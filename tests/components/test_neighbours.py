@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.neighbours import neighbours
+
+
+def names(count: int) -> list[str]:
+    return [f"{number:032x}" for number in range(count)]
+
+
+def embeddings(count: int, dimensions: int = 300) -> np.ndarray:
+    """Pairs of neighbours: each even row's nearest is the one behind it."""
+    draw = np.random.default_rng(0)
+    found = np.repeat(draw.normal(size=(count // 2, dimensions)), 2, axis=0)
+    return (found + 0.1 * draw.normal(size=found.shape)).astype(np.float32)
+
+
+def test_the_nearest_are_told_with_their_cosines() -> None:
+    vectors = embeddings(400)
+    rows, cosines = neighbours(names(400), vectors, count=3)
+    assert rows.shape == cosines.shape == (400, 3)
+    assert np.mean(rows[:, 0] == np.arange(400) ^ 1) > 0.99
+    assert cosines[:, 0] == pytest.approx(1 / 1.01, abs=0.02)
+
+
+def test_pictures_are_added_to_the_index_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from usearch.index import Index
+
+    added: list[int] = []
+    add = Index.add
+
+    def counted(index: Index, keys: np.ndarray, *arguments: Any, **settings: Any) -> object:
+        added.append(len(keys))
+        return add(index, keys, *arguments, **settings)
+
+    monkeypatch.setattr(Index, "add", counted)
+    vectors = embeddings(100)
+    neighbours(names(80), vectors[:80], count=1, folder=tmp_path)
+    rows, _ = neighbours(names(100), vectors, count=1, folder=tmp_path)
+    assert added == [80, 20]
+    assert (rows[:, 0] == np.arange(100) ^ 1).all()
+    # Fewer pictures, in another order: those that are gone are never told.
+    chosen = np.array([7, 6, 30, 31, 50])
+    rows, _ = neighbours([names(100)[i] for i in chosen], vectors[chosen], count=1, folder=tmp_path)
+    assert rows[:4, 0].tolist() == [1, 0, 3, 2]
+    assert added == [80, 20]
+
+
+def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
+    vectors = embeddings(40)
+    first, _ = neighbours(names(40), vectors, count=1, folder=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 1
+    kept.write_bytes(data)
+    again, _ = neighbours(names(40), vectors, count=1, folder=tmp_path)
+    assert (again == first).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_fewer_pictures_than_neighbours(count: int) -> None:
+    rows, _ = neighbours(names(count), embeddings(2)[:count], count=5)
+    assert (rows >= 0).sum() == (2 if count == 2 else 0)
