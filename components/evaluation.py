@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from components import plugins
 from components.contracts.data import Splits
-from components.contracts.errors import ConfigError, EngineUnavailable
+from components.contracts.errors import ConfigError, DataError, EngineUnavailable
 from components.contracts.families import Predictor, Task
 from components.contracts.models import Engine
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored
-from components.contracts.verdicts import Evaluation, Measurement, shared_classes
+from components.contracts.verdicts import Evaluation, FoldEstimate, Measurement, shared_classes
 from components.images import batches
 from components.machine import fingerprint
 from components.samples import rows
 from components.store import describe
+from components.tables import read_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +48,15 @@ class EvaluationConfig(Record):
     """Timed single-image calls; a p99 rests on the slowest hundredth of them."""
     latency_warmup_runs: int = Field(default=30, ge=0)
     num_threads: int = Field(default=2, ge=1, le=256)
+    folds: int = Field(default=0, ge=0, le=20)
+    """Estimates the recipe by that many more trainings, for which all images take turns as test images; 0 for none."""
+
+    @field_validator("folds")
+    @classmethod
+    def _several(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one fold leaves nothing to train on; expected 0 for none, or 2 to 20")
+        return value
 
 
 def evaluate(
@@ -122,6 +132,32 @@ def evaluate(
         confusion=task.confusion(logits, targets, len(classes)),
         reliability=task.reliability(logits, targets, record.temperature),
         predictions=describe(out / PREDICTIONS, within=out),
+    )
+
+
+def pooled(folds: Sequence[tuple[Engine, Stored[Evaluation]]], task: Task, classes: Sequence[str]) -> FoldEstimate:
+    """The estimate of a recipe from the engines of its folds, each of which answered other images.
+
+    Raises DataError where a fold gave no answers that are finite numbers.
+    """
+    answered = []
+    for number, (engine, evaluation) in enumerate(folds, 1):
+        record = evaluation.record
+        if record.predictions is None or record.reason or record.engine_digest != engine.digest():
+            raise DataError(f"fold {number} of {len(folds)} has no answers: {record.reason or record.status}")
+        answered.append(read_frame(evaluation.folder / record.predictions.name, ["label", "logits"]))
+    names = task.classes(classes)
+    # The temperature of each fold is that of its own model, so calibration is judged as it would be used.
+    logits = np.concatenate(
+        [np.stack(list(table["logits"])) / engine.temperature for table, (engine, _) in zip(answered, folds, strict=True)]
+    ).astype(np.float32)
+    targets = task.targets([label for table in answered for label in table["label"]], names)
+    return FoldEstimate(
+        folds=len(folds),
+        num_images=len(logits),
+        metrics=task.metrics(logits, targets, 1.0),
+        per_class=task.per_class(logits, targets, names),
+        by_fold=tuple(evaluation.record.metrics[task.headline] for _, evaluation in folds),
     )
 
 

@@ -16,6 +16,7 @@ from flows.loop.permits import Cause, governed
 from flows.training import steps
 from flows.training.bundle import summarise, write_report
 from flows.training.chosen import ChosenRecipe, named
+from flows.training.folds import estimated
 from flows.training.opening import opened
 from flows.training.results import Results
 
@@ -67,8 +68,9 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         verdict = steps.gating(run, engines, evaluations, measurements, champion, compared)
         passed = verdict.record.status == "pass"
         release = steps.packaging(run, engines, splits) if passed else None
+        folds = estimated(run, dataset)
         results = Results(
-            dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release
+            dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release, folds
         )
         outcome = steps.registration(run, results)
         return summarise(run, results, outcome, write_report(run, results, outcome))

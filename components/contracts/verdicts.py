@@ -56,6 +56,29 @@ class Evaluation(Record):
     predictions: FileDigest | None = None
 
 
+class FoldEstimate(Record):
+    """What a recipe makes of its data, by k folds: every image is answered once, by a model that never saw it.
+
+    It says nothing of the model that is judged, and gates do not read it. The intervals are those of the images; how much
+    one training differs from another is in the spread of the folds.
+    """
+
+    folds: int
+    num_images: int
+    metrics: dict[str, Estimate]
+    per_class: tuple[ClassMetrics, ...]
+    by_fold: tuple[Estimate, ...]
+    """The headline metric of each fold."""
+
+    def told(self, headline: str) -> str:
+        """The estimate in one sentence, wherever a person reads of it."""
+        values = [fold.value for fold in self.by_fold]
+        return (
+            f"Estimate of the recipe: {headline} {self.metrics[headline]}, in {self.folds} folds from {min(values):.4f} to "
+            f"{max(values):.4f}; every image was answered by a model that never saw it. It is no figure of this model"
+        )
+
+
 class Measurement(Record):
     """Latency and size of one engine on one machine; never comes from another machine."""
 

@@ -197,6 +197,8 @@ def _beside(state: State, champion: Entry | None, then: Entry | None) -> list[st
     for name, estimate in summary["metrics"].items():
         other = beside.get(name)
         lines.append(f"  {name:22} {figure(estimate):38} {figure(other) if other else missing}")
+    if summary.get("folds"):
+        lines.append(f"  {summary['folds']['told']}.")
     if changed and beside:
         lines.append(
             f"  The champion's figures are on the {summary['champion_images']} test images of the classes that both know; "

@@ -13,7 +13,15 @@ from components.gating import policy
 from components.samples import rows
 from components.store import sha256_file, write_atomically
 from flows.training.keys import training_key
-from flows.training.results import Results, bound_digests, candidate_digest, estimate_json, estimates_json, headline_json
+from flows.training.results import (
+    Results,
+    bound_digests,
+    candidate_digest,
+    estimate_json,
+    estimates_json,
+    folds_json,
+    headline_json,
+)
 from flows.training.run import Run
 from registry.approval import person
 from registry.ledger import Ledger
@@ -63,6 +71,8 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
             files[f"evidence/{name}.predictions.parquet"] = evaluation.folder / evaluation.record.predictions.name
     if results.champion is not None:
         record("champion.evaluation", results.champion.record)
+    if results.folds is not None:
+        record("folds", results.folds)
     if results.release is not None:
         record("release", results.release.record)
         for file in (results.release.record.reference, results.release.record.golden):
@@ -133,6 +143,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "latency_p99_ms": latency.latency_p99_ms,
         "machine": latency.machine,
         "size_bytes": engine.size_bytes,
+        "folds": folds_json(run, results),
         "decision": results.release.record.decision.to_json() if results.release else None,
         "findings": [
             {"engine": e.engine, "gate": f.gate, "status": f.status, "message": f.message}
@@ -234,6 +245,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
         },
         "serving_engine": verdict.serving_engine,
         **headline_json(run),
+        "folds": folds_json(run, results),
         "data": {
             "version": run.data.dvc_hash,
             "kept": results.dataset.record.num_kept,

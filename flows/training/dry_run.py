@@ -103,6 +103,8 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False) -> Plan:
                 )
             if trains and splits is not None and run.store.begun("training", keys.training_key(run, splits)):
                 notes.append("training: a run that was stopped left work, which is taken up, so it takes less time")
+    if config.evaluation.folds:
+        notes.append(f"folds: {config.evaluation.folds} more trainings, evaluated on all images in turns, are not looked at")
     return Plan(
         run.id, config.name, data.dvc_hash, data.num_files, tuple(stages), tuple(phases), splits is not None, tuple(notes)
     )

@@ -118,7 +118,8 @@ def evaluation_inputs(run: Run, engine: Stored[Engine], splits: Stored[Splits]) 
 def measurement_inputs(run: Run, engine: Stored[Engine]) -> dict[str, str]:
     return {
         "engine": engine.record.digest(),
-        "config": run.config.evaluation.digest(),
+        # Folds say nothing of an engine's latency.
+        "config": run.config.evaluation.model_copy(update={"folds": 0}).digest(),
         "machine": fingerprint(),
         **member_digests(targets=engine.record.target),
     }

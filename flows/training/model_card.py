@@ -40,6 +40,7 @@ def model_card(run: Run, results: Results) -> str:
         "|---|---|---|---|",
         *(f"| {name} | {e.value:.4f} | {e.low:.4f} to {e.high:.4f} | {e.n} |" for name, e in shown.metrics.items()),
         "",
+        *([f"{results.folds.told(run.task.headline)}.", ""] if results.folds else []),
         "## Gates that judged it",
         "",
         *(f"- {line}" for line in _gates(run)),

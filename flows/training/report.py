@@ -54,6 +54,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
             lineage=run.lineage,
             verdict=verdict,
             notes=notes,
+            folds=results.folds.told(run.task.headline) if results.folds else "",
             champion=results.current_champion.version if results.current_champion else "",
             classes_new=new,
             classes_gone=gone,

@@ -11,7 +11,7 @@ from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
-from components.contracts.verdicts import Estimate, Evaluation, Measurement, Verdict
+from components.contracts.verdicts import Estimate, Evaluation, FoldEstimate, Measurement, Verdict
 from components.contracts.wording import counted
 from components.tables import read_frame
 from flows.training.run import Run
@@ -35,6 +35,9 @@ class Results:
     verdict: Stored[Verdict]
     release: Stored[Release] | None
     """Absent when the verdict is no pass: nothing that was refused is packaged."""
+
+    folds: FoldEstimate | None = None
+    """What the recipe makes of all images, where it was asked for."""
 
     @property
     def classes_changed(self) -> tuple[list[str], list[str]]:
@@ -99,6 +102,17 @@ def headline_json(run: Run) -> dict[str, str]:
 def estimate_json(estimate: Estimate) -> dict[str, float | int]:
     """An estimate as summaries and the ledger hold it."""
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def folds_json(run: Run, results: Results) -> dict[str, Any] | None:
+    """The estimate of the recipe as summaries and the ledger hold it; None where it was not asked for."""
+    if results.folds is None:
+        return None
+    return {
+        "told": results.folds.told(run.task.headline),
+        "folds": results.folds.folds,
+        "metrics": {name: estimate_json(estimate) for name, estimate in results.folds.metrics.items()},
+    }
 
 
 def estimates_json(evaluation: Evaluation) -> dict[str, Any]:

@@ -6,8 +6,9 @@ get better by trying again. Prefect's result cache is off: the store's verified 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prefect import task
@@ -86,19 +87,13 @@ def splitting(run: Run, dataset: Stored[Dataset]) -> Stored[Splits]:
 
 
 @task(name="training", cache_policy=NO_CACHE)
-def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
+def training(run: Run, splits: Stored[Splits], *, fold: str = "") -> Stored[Checkpoint]:
+    """A fold's training is no model of anybody's, so it has no live curves in MLflow."""
     config = run.config.training
     key = keys.training_key(run, splits)
 
     def compute(out: Path, progress: Progress) -> Checkpoint:
-        sink = LiveMetrics(
-            run.settings.tracking_uri,
-            run.config.model,
-            key,
-            artifacts=artifacts_of(run.workspace, run.settings),
-            tags={"visionloop.run": run.id, "visionloop.data": run.data.dvc_hash, "visionloop.git": run.lineage.git_commit},
-        )
-        try:
+        with contextlib.nullcontext() if fold else _live(run, key) as sink:
             return train(
                 splits,
                 run.workspace.data,
@@ -111,35 +106,59 @@ def training(run: Run, splits: Stored[Splits]) -> Stored[Checkpoint]:
                 progress=progress,
                 champion=run.warm_start.fetch() if run.warm_start else None,
             )
-        finally:
-            sink.close()
-            if sink.problem:
-                run.console.line(f"    live curves are late ({sink.problem}); registration will write them")
 
     inputs = keys.training_inputs(run, splits)
-    trained = run.stage("training", Checkpoint, compute, inputs=inputs, leftovers=LEFTOVERS)
+    trained = run.stage("training", Checkpoint, compute, inputs=inputs, leftovers=LEFTOVERS, instance=fold)
     if run.warm_start is not None:
         keep(run.warm_start, run.folder)
     return trained
 
 
+@contextlib.contextmanager
+def _live(run: Run, key: str) -> Iterator[LiveMetrics]:
+    """Curves in MLflow while a training goes on."""
+    sink = LiveMetrics(
+        run.settings.tracking_uri,
+        run.config.model,
+        key,
+        artifacts=artifacts_of(run.workspace, run.settings),
+        tags={"visionloop.run": run.id, "visionloop.data": run.data.dvc_hash, "visionloop.git": run.lineage.git_commit},
+    )
+    try:
+        yield sink
+    finally:
+        sink.close()
+        if sink.problem:
+            run.console.line(f"    live curves are late ({sink.problem}); registration will write them")
+
+
 @task(name="export graph", cache_policy=NO_CACHE)
-def graph(run: Run, checkpoint: Stored[Checkpoint]) -> Stored[Graph]:
+def graph(run: Run, checkpoint: Stored[Checkpoint], *, fold: str = "") -> Stored[Graph]:
     def compute(out: Path, _: Progress) -> Graph:
         return export_graph(checkpoint, out=out, plugin_folder=run.plugin_folder)
 
-    return run.stage("export", Graph, compute, inputs=keys.graph_inputs(run, checkpoint), instance="graph")
+    return run.stage("export", Graph, compute, inputs=keys.graph_inputs(run, checkpoint), instance=_named("graph", fold))
+
+
+def _named(instance: str, fold: str) -> str:
+    return f"{fold}-{instance}" if fold else instance
 
 
 @task(name="export", cache_policy=NO_CACHE)
 def engine(
-    run: Run, checkpoint: Stored[Checkpoint], interchange: Stored[Graph], splits: Stored[Splits], target: TargetConfig
+    run: Run,
+    checkpoint: Stored[Checkpoint],
+    interchange: Stored[Graph],
+    splits: Stored[Splits],
+    target: TargetConfig,
+    *,
+    fold: str = "",
 ) -> Stored[Engine]:
     def compute(out: Path, _: Progress) -> Engine:
         return export(checkpoint, interchange, splits, run.workspace.data, target, out=out, plugin_folder=run.plugin_folder)
 
     inputs = keys.engine_inputs(run, checkpoint, interchange, splits, target)
-    return run.stage("export", Engine, compute, inputs=inputs, instance=target.name)
+    return run.stage("export", Engine, compute, inputs=inputs, instance=_named(target.name, fold))
 
 
 @task(name="evaluation", cache_policy=NO_CACHE)

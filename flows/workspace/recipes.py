@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from components import plugins
 from components.contracts.errors import ConfigError, PluginFailed, UnknownName
@@ -23,7 +23,7 @@ from components.gating import check as check_gating
 from components.issues import chosen as chosen_findings
 from components.packaging import PackagingConfig
 from components.splitting import SplittingConfig
-from components.training import TrainingConfig
+from components.training import CHAMPION, TrainingConfig
 from components.training import check as check_training
 from components.validation import ValidationConfig
 from components.validation import check as check_validation
@@ -51,6 +51,15 @@ class RunConfig(Record):
     evaluation: EvaluationConfig = EvaluationConfig()
     gating: GatingConfig
     packaging: PackagingConfig = PackagingConfig()
+
+    @model_validator(mode="after")
+    def _folds_are_unseen(self) -> RunConfig:
+        if self.evaluation.folds and self.training.weights == CHAMPION:
+            raise ValueError(
+                "evaluation.folds judge models that never saw the images, and a champion saw them; leave the folds out, or "
+                "choose other training.weights"
+            )
+        return self
 
     @field_validator("name", "model")
     @classmethod

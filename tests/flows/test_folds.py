@@ -1,0 +1,51 @@
+"""The estimate of a recipe from folds: all images take turns as test images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+from shapes import visionloop
+
+STORE = Path(".visionloop") / "store"
+
+
+def test_every_image_is_answered_once_by_a_model_that_never_saw_it(trained: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "workspace", symlinks=True))
+    before = json.loads((root / "summary.json").read_text())
+    arguments = ("train", "-r", "smoke", "--set", "evaluation.folds=2", "--set", "training.fit.epochs=2", "--json")
+    done = visionloop(*arguments, cwd=root)
+    assert done.returncode in (0, 1), done.stderr
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    everything = set(pd.read_parquet(next((root / STORE / "splitting").glob("*/splits.parquet")))["path"])
+    answered: list[str] = []
+    for number in (1, 2):
+        (table,) = (root / STORE / "splitting" / f"fold-{number}-of-2").glob("*/splits.parquet")
+        rows = pd.read_parquet(table)
+        assert set(rows["path"]) == everything
+        test = rows[rows["split"] == "test"]
+        assert not set(test["picture"]) & set(rows.loc[rows["split"] != "test", "picture"])
+        assert set(rows["split"]) == {"train", "valid", "calibration", "test"}
+        answered += list(test["path"])
+    assert sorted(answered) == sorted(everything)
+    assert told["folds"]["metrics"]["accuracy"]["n"] == len(everything) == before["data"]["kept"]
+    assert told["folds"]["told"].startswith("Estimate of the recipe: accuracy ")
+    assert told["folds"]["told"] in Path(told["report"]).read_text()
+    # What is judged is the model of the frozen test, with folds or without.
+    assert told["data"]["splits"] == before["data"]["splits"]
+    again = visionloop(*arguments, cwd=root)
+    assert json.loads(again.stdout.strip().splitlines()[-1])["folds"] == told["folds"]
+    assert "fold-2-of-2: unchanged, from the store" in again.stderr
+
+
+def test_folds_that_say_nothing_are_refused(trained: Path) -> None:
+    for override, text in (
+        ("evaluation.folds=1", "one fold leaves nothing to train on"),
+        ("evaluation.folds=21", "less than or equal to 20"),
+    ):
+        done = visionloop("train", "-r", "smoke", "--set", override, cwd=trained)
+        assert (done.returncode, text in done.stderr) == (2, True), done.stderr
+    done = visionloop("train", "-r", "warm-start", "--set", "evaluation.folds=5", cwd=trained)
+    assert (done.returncode, "a champion saw them" in done.stderr) == (2, True), done.stderr
