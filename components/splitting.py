@@ -233,6 +233,43 @@ def split(
     )
 
 
+def fold(
+    dataset: Stored[Dataset],
+    ledger: TestLedger,
+    number: int,
+    of: int,
+    config: SplittingConfig,
+    task: Task,
+    *,
+    clusters: Clusters | None = None,
+) -> TestLedger:
+    """The ledger by which the images of fold `number`, from 0, of all kept ones are test, and those of the others are not.
+
+    `ledger` is the frozen one, which names pictures. Folds are stratified, hold clusters whole, and hold no image that a
+    model labelled. What is split by such a ledger is no test of a model that is released.
+    """
+    clusters = clusters or Clusters()
+    table = read_frame(dataset.folder / dataset.record.samples.name)
+    table["picture"] = clusters.first_seen(table, ledger.members)
+    together, by_models = clusters.together(table, groups=config.groups), clusters.by_models(table)
+    pictures = table.drop_duplicates("picture")
+    units, totals = Units(), Counter[str]()
+    for picture, label in zip(pictures["picture"], pictures["label"], strict=True):
+        if picture not in by_models:
+            stratum = task.stratum(label)
+            totals[stratum] += 1
+            units.add(picture, stratum, together.get(picture))
+    wanted = [
+        {stratum: round(num * (index + 1) / of) - round(num * index / of) for stratum, num in totals.items()}
+        for index in range(of - 1)
+    ]
+    order = sorted(units.sizes, key=lambda unit: _rank(f"fold {config.seed}", unit))
+    members = dict.fromkeys(pictures["picture"], False)
+    for unit, share in units.divided(wanted, order=order).items():
+        members |= dict.fromkeys(units.pictures(unit), share == number)
+    return TestLedger(ledger.test_share, members)
+
+
 @dataclass(frozen=True)
 class _Assigned:
     """Where each picture goes, by its name in the ledger."""

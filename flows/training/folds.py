@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from components import dataversions
+from components.clusters import Clusters
 from components.contracts.data import Dataset, Splits
 from components.contracts.models import Engine
 from components.contracts.progress import Progress
@@ -16,7 +18,7 @@ from components.contracts.records import Stored
 from components.contracts.verdicts import Evaluation, FoldEstimate
 from components.evaluation import pooled
 from components.export import REFERENCE
-from components.splitting import fold
+from components.splitting import TestLedger, fold, split
 from flows.training import keys, steps
 from flows.training.run import Run
 
@@ -34,12 +36,15 @@ def _judged(run: Run, dataset: Stored[Dataset], number: int, of: int) -> tuple[E
     name = f"fold-{number + 1}-of-{of}"
 
     def divide(out: Path, progress: Progress) -> Splits:
-        return fold(dataset, number, of, run.config.splitting, run.task, clusters=run.clusters, out=out, progress=progress)
+        ledger, clusters = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER), Clusters.read(run.workspace.root)
+        config = run.config.splitting
+        turn = fold(dataset, ledger, number, of, config, run.task, clusters=clusters)
+        return split(dataset, turn, config, run.task, clusters=clusters, out=out, progress=progress)
 
     inputs = {**keys.splitting_inputs(run, dataset), "fold": name}
-    splits = run.stage("splitting", Splits, divide, inputs=inputs, instance=name)
+    splits = run.stage("splitting", Splits, divide, inputs=inputs, fold=name)
     checkpoint = steps.training(run, splits, fold=name)
     graph = steps.graph(run, checkpoint, fold=name)
     target = next(target for target in run.config.export.all_targets if target.name == REFERENCE)
     engine = steps.engine(run, checkpoint, graph, splits, target, fold=name)
-    return engine.record, steps.evaluation(run, engine, splits, role=f"{name}-{REFERENCE}")
+    return engine.record, steps.evaluation(run, engine, splits, fold=name)

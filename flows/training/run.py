@@ -142,6 +142,7 @@ class Run:
         *,
         inputs: Mapping[str, str],
         instance: str = "",
+        fold: str = "",
         leftovers: Sequence[str] = (),
         anew: bool = False,
     ) -> Stored[RecordT]:
@@ -150,12 +151,14 @@ class Run:
         The key covers `inputs` (digests of records, configs and plug-ins), the stage's source with everything it imports,
         and the locked libraries. A stage with `leftovers` takes up what a killed run left: files of these names serve to
         resume and are removed when the result is published. What another failed stage leaves is kept in the run folder.
-        With `anew` it is computed whatever the store holds, and replaces that.
+        With `anew` it is computed whatever the store holds, and replaces that. The stages of a `fold` lie in a folder of
+        their own.
         """
-        place = stage_folder(name)
-        label = f"{name} {instance}".strip()
-        key = self.key(name, inputs, instance)
-        kind = f"{name}/{instance}" if instance else name
+        place = f"folds/{fold}/{stage_folder(name)}" if fold else stage_folder(name)
+        named = "-".join(part for part in (fold, instance) if part)
+        label = f"{name} {named}".strip()
+        key = self.key(name, inputs, named)
+        kind = f"{name}/{named}" if named else name
         with self.console.stage(label, STAGES.index(name) + 1) as (progress, cached):
             found = None if anew else self.store.open(kind, key, record)
             if found is not None:

@@ -108,7 +108,7 @@ def training(run: Run, splits: Stored[Splits], *, fold: str = "") -> Stored[Chec
             )
 
     inputs = keys.training_inputs(run, splits)
-    trained = run.stage("training", Checkpoint, compute, inputs=inputs, leftovers=LEFTOVERS, instance=fold)
+    trained = run.stage("training", Checkpoint, compute, inputs=inputs, leftovers=LEFTOVERS, fold=fold)
     if run.warm_start is not None:
         keep(run.warm_start, run.folder)
     return trained
@@ -137,11 +137,7 @@ def graph(run: Run, checkpoint: Stored[Checkpoint], *, fold: str = "") -> Stored
     def compute(out: Path, _: Progress) -> Graph:
         return export_graph(checkpoint, out=out, plugin_folder=run.plugin_folder)
 
-    return run.stage("export", Graph, compute, inputs=keys.graph_inputs(run, checkpoint), instance=_named("graph", fold))
-
-
-def _named(instance: str, fold: str) -> str:
-    return f"{fold}-{instance}" if fold else instance
+    return run.stage("export", Graph, compute, inputs=keys.graph_inputs(run, checkpoint), instance="graph", fold=fold)
 
 
 @task(name="export", cache_policy=NO_CACHE)
@@ -158,18 +154,20 @@ def engine(
         return export(checkpoint, interchange, splits, run.workspace.data, target, out=out, plugin_folder=run.plugin_folder)
 
     inputs = keys.engine_inputs(run, checkpoint, interchange, splits, target)
-    return run.stage("export", Engine, compute, inputs=inputs, instance=_named(target.name, fold))
+    return run.stage("export", Engine, compute, inputs=inputs, instance=target.name, fold=fold)
 
 
 @task(name="evaluation", cache_policy=NO_CACHE)
-def evaluation(run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role: str = "") -> Stored[Evaluation]:
+def evaluation(
+    run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role: str = "", fold: str = ""
+) -> Stored[Evaluation]:
     config = run.config.evaluation
 
     def compute(out: Path, progress: Progress) -> Evaluation:
         return evaluate(engine, splits, run.workspace.data, run.task, config, out=out, progress=progress)
 
     inputs = keys.evaluation_inputs(run, engine, splits)
-    return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name)
+    return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name, fold=fold)
 
 
 @task(name="measurement", cache_policy=NO_CACHE)
