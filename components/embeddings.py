@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from components import features, plugins
+from components import features, out_of_fold, plugins
 from components.contracts.errors import DataError, WeightsUnavailable
 from components.contracts.families import Backbone
 from components.contracts.progress import Progress, silent
 from components.contracts.records import canonical_json, sha256_text
-from components.out_of_fold import probabilities
+from components.segments import Segments
 from components.weights import without_downloads
 
 if TYPE_CHECKING:
@@ -113,14 +113,34 @@ def embedded(
         return None, str(error)
 
 
-def believed(embeddings: Floats, table: pd.DataFrame, clusters: Mapping[str, str]) -> tuple[Floats | None, str]:
+def believed(
+    embeddings: Floats,
+    table: pd.DataFrame,
+    clusters: Mapping[str, str],
+    *,
+    cache: Path | None = None,
+    made_by: str = "",
+) -> tuple[Floats | None, str]:
     """Out-of-fold probabilities of the labels, whose columns are these sorted; or None and why there are none.
 
     `clusters` name pictures that are the same but for how they are stored, by picture digest: no fold divides them.
+    `cache` keeps them where `made_by`, the key of the encoder, tells what the embeddings are.
     """
     labels, pictures = list(table["label"]), list(table["picture"])
+    given = [clusters.get(picture, picture) for picture in pictures]
+    classes = sorted(set(labels))
+    kept: Segments | None = None
+    if cache is not None and made_by:
+        source = plugins.source_digest(Path(out_of_fold.__file__))
+        asked = [made_by, source, sorted(zip(pictures, labels, given, strict=True))]
+        kept = Segments(cache / "probabilities" / sha256_text(canonical_json(asked))[:32], np.float32, (len(classes),))
+        if kept.known >= set(pictures):
+            return kept.rows(pictures), ""
     try:
-        given = [clusters.get(picture, picture) for picture in pictures]
-        return probabilities(embeddings, labels, sorted(set(labels)), given), ""
+        found = out_of_fold.probabilities(embeddings, labels, classes, given)
     except DataError as error:
         return None, str(error)
+    if kept is not None:
+        once = {picture: row for row, picture in enumerate(pictures)}
+        kept.append(list(once), found[list(once.values())])
+    return found, ""

@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
 
-_MOST_OTHERS = 8192
+_MOST_OTHERS = 4096
 """Neighbours are looked for among so many pictures: the time grows with the number of pictures, and not with its square."""
 _FEWEST = 30
 """Of fewer pictures nobody can say what is usual among them."""

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
 import pytest
 from shapes import write_pictures
 
+from components import out_of_fold
 from components.contracts.errors import WeightsUnavailable
 from components.embeddings import Encoder, absence, believed, embedded, encoder_for, of_pictures
 from components.images import decode, pixel_digest
@@ -62,6 +64,32 @@ def test_weights_that_are_not_here_are_told_and_never_downloaded(
     other = Encoder("torchvision", {"architecture": "resnet18"}, "IMAGENET1K_V1")
     with pytest.raises(WeightsUnavailable, match="the weights of torchvision are not here: .* not downloaded yet"):
         of_pictures(table, tmp_path / "data", other, cache=tmp_path / "cache")
+
+
+def test_probabilities_are_kept_by_all_that_they_depend_on(
+    table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, vectors = tmp_path / "cache", np.random.default_rng(0).normal(size=(len(table), 8)).astype(np.float32)
+    compute = MagicMock(wraps=out_of_fold.probabilities)
+    monkeypatch.setattr(out_of_fold, "probabilities", compute)
+    first, _ = believed(vectors, table, {}, cache=cache, made_by="one")
+    order = np.random.default_rng(1).permutation(len(table))
+    again, _ = believed(vectors[order], table.iloc[order].reset_index(drop=True), {}, cache=cache, made_by="one")
+    assert first is not None
+    assert again is not None
+    assert np.array_equal(again, first[order])
+    assert compute.call_count == 1
+    (kept,) = (cache / "probabilities").rglob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    restored, _ = believed(vectors, table, {}, cache=cache, made_by="one")
+    assert restored is not None
+    assert np.array_equal(restored, first)
+    assert compute.call_count == 2
+    swapped = table.assign(label=table["label"].to_numpy()[::-1])
+    believed(vectors, swapped, {}, cache=cache, made_by="one")
+    believed(vectors, table, {}, cache=cache, made_by="other")
+    believed(vectors, table, dict.fromkeys(table["picture"][:2], "cluster"), cache=cache, made_by="one")
+    assert compute.call_count == 5
 
 
 def test_what_is_kept_by_an_encoder_is_kept_by_all_of_it() -> None:
