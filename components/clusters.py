@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +41,19 @@ class Clusters:
     @classmethod
     def read(cls, root: Path) -> Clusters:
         """Of the workspace `root`; empty where its version has no companions. Raises DataError."""
-        near, files, known = CLUSTERS.read(root), FILES.read(root), ATTRIBUTES.read(root)
-        keys = known["sha256"].str[:_DIGITS]
-        grouped, timed = known["group"] != "", known["captured_at"] != ""
+        near, files = CLUSTERS.read(root), FILES.read(root)
         return cls(
             near=dict(zip(near["picture"], near["cluster"], strict=True)),
             files=dict(zip(files["file"], files["picture"], strict=True)),
+        ).with_attributes_of(root)
+
+    def with_attributes_of(self, root: Path) -> Clusters:
+        """With what the workspace `root` says of files now."""
+        known = ATTRIBUTES.read(root)
+        keys = known["sha256"].str[:_DIGITS]
+        grouped, timed = known["group"] != "", known["captured_at"] != ""
+        return replace(
+            self,
             groups=dict(zip(keys[grouped], known.loc[grouped, "group"], strict=True)),
             captured_at=dict(zip(keys[timed], known.loc[timed, "captured_at"], strict=True)),
             of_models=frozenset(keys[known["label_source"] == "model"]),
@@ -70,7 +77,11 @@ class Clusters:
         """With pairs of near-duplicates and files, by sha256, that are seen; what was known stays joined."""
         joined = joined_by([*self.near.items(), *pairs])
         more = {sha256[:_DIGITS]: picture for sha256, picture in (files or {}).items()}
-        return Clusters(joined, {**more, **self.files}, self.groups, self.captured_at, self.of_models)
+        return replace(self, near=joined, files={**more, **self.files})
+
+    def with_groups(self, groups: Mapping[str, str]) -> Clusters:
+        """With the groups of more files, by sha256."""
+        return replace(self, groups={**self.groups, **{sha256[:_DIGITS]: group for sha256, group in groups.items()}})
 
     def together(self, table: pd.DataFrame, *, groups: bool = True) -> dict[str, str]:
         """The cluster of each picture that belongs to others, by near-duplicates and, with `groups`, by group.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -55,12 +55,23 @@ def data_add(
             "test images among all of it. Images of val/ are added to those that training and validation are drawn from.",
         ),
     ] = None,
+    near_duplicates: Annotated[
+        Literal["refuse", "exclude", "ignore"],
+        typer.Option(
+            help="New images that show what a frozen test image shows, or the same under another label: add nothing "
+            "(exit status 1), add them and keep them out of what they would poison, or take them for images of their own.",
+        ),
+    ] = "refuse",
+    max_cluster_share: Annotated[
+        float, typer.Option(min=0, max=1, help="A cluster of near-duplicates with a larger share of the images is refused.")
+    ] = 0.05,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
     """Copy images into data/, freeze which of them are test, and pin the result as a new data version."""
     from flows.terminal import Console
     from flows.workspace.adding import add_images
+    from flows.workspace.near_duplicates import PoisonsTest
     from flows.workspace.workspace import Workspace
     from flows.workspace.yaml_reading import parse_settings
 
@@ -75,16 +86,23 @@ def data_add(
         _add_from_predictions(workspace, from_predictions, json_)
         return
     found = Workspace.find(workspace)
-    with Console(1, quiet=json_) as console:
-        noted = add_images(
-            found,
-            given,
-            source=source,
-            source_settings=settings,
-            test_share=test_share,
-            keep_splits=keep_splits,
-            console=console,
-        )
+    try:
+        with Console(1, quiet=json_) as console:
+            noted = add_images(
+                found,
+                given,
+                source=source,
+                source_settings=settings,
+                test_share=test_share,
+                keep_splits=keep_splits,
+                near_duplicates=near_duplicates,
+                max_cluster_share=max_cluster_share,
+                console=console,
+            )
+    except PoisonsTest as refusal:
+        told, conflicts = str(refusal), [dataclasses.asdict(conflict) for conflict in refusal.conflicts]
+        finish({"refused": told, "conflicts": conflicts}, json_, lambda: f"Not added: {told}")
+        raise typer.Exit(1) from None
     _finish_added(noted, "then visionloop train --recipe NAME", json_)
 
 

@@ -19,7 +19,16 @@ def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
         with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
             relabelled = move_relabelled(loop)
             accepted = loop.settings.accepted
-            added = data.add(loop.workspace, labelled.folder, test_share=None, accepted=accepted, progress=progress)
+            # Nobody is there to be asked, and production sees things again that test pictures show.
+            added = data.add(
+                loop.workspace,
+                labelled.folder,
+                test_share=None,
+                near_duplicates="exclude",
+                max_cluster_share=1.0,
+                accepted=accepted,
+                progress=progress,
+            )
         in_test = relabelled_test(loop.workspace, before, pinned_so_far(loop.workspace))
     notes = relabelled_told(in_test)
     if relabelled:

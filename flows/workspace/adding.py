@@ -15,6 +15,7 @@ from flows.workspace import data
 from flows.workspace.amounts import Amount, amounts
 from flows.workspace.data import Added
 from flows.workspace.differences import pinned_so_far, relabelled_test, relabelled_told
+from flows.workspace.near_duplicates import MAX_CLUSTER_SHARE, Handling, told_of
 from flows.workspace.settings import read_settings
 from flows.workspace.sources import Chosen, choose, staged
 from flows.workspace.workspace import Workspace
@@ -40,6 +41,8 @@ def add_images(
     source_settings: Mapping[str, Any] | None = None,
     test_share: float | None,
     keep_splits: bool | None = None,
+    near_duplicates: Handling = "refuse",
+    max_cluster_share: float = MAX_CLUSTER_SHARE,
     console: Console,
 ) -> NotedVersion:
     """Add what a person names: a folder's images, or those that a source brings, or data/ as it is where nothing is named.
@@ -65,6 +68,8 @@ def add_images(
                 test_share=test_share,
                 keep_splits=keep_splits,
                 source=written,
+                near_duplicates=near_duplicates,
+                max_cluster_share=max_cluster_share,
                 accepted=accepted,
                 progress=progress,
             )
@@ -99,6 +104,8 @@ def notes_on(added: Added) -> Iterator[str]:
     ):
         if names:
             yield f"{counted(len(names), 'image')} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    if added.looked is not None:
+        yield from told_of(added.looked)
     if added.new_classes:
         named = ", ".join(f"{label!r} ({added.class_counts[label]})" for label in added.new_classes[:3])
         more = ", ..." if len(added.new_classes) > 3 else ""

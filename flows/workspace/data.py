@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import uuid
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from components import attributes, dataversions, history
 from components.attributes import Attributes
+from components.clusters import Clusters
 from components.contracts.data import DataVersion
 from components.contracts.errors import DataDiffers, DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
@@ -25,6 +27,7 @@ from components.splitting import TestLedger
 from components.store import explained, sha256_file
 from flows.workspace.differences import relabelled_test, relabelled_told
 from flows.workspace.incoming import Incoming, LeftOut, SplitsUndecided, incoming
+from flows.workspace.near_duplicates import MAX_CLUSTER_SHARE, Handling, Looked, look_for
 from flows.workspace.sources import Staged, staged
 from flows.workspace.workspace import Workspace
 
@@ -60,6 +63,8 @@ class Added:
     """Classes that were not there before, of data that was."""
     changed_attributes: tuple[str, ...] = ()
     """What was known of files and is said to be something else, a sentence each."""
+    looked: Looked | None = None
+    """What was found of near-duplicates."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ def add(
     test_share: float | None,
     keep_splits: bool | None = None,
     source: Staged | None = None,
+    near_duplicates: Handling = "refuse",
+    max_cluster_share: float = MAX_CLUSTER_SHARE,
     accepted: Accepted = PINNED,
     progress: Progress = silent,
 ) -> Added:
@@ -90,6 +97,9 @@ def add(
     with False a share of all as ever. In place of a folder, `source` is what a source wrote; what it knows of its files
     goes beside the version.
 
+    Near-duplicates are looked for among all pictures, new and old, and fall on one side. Where new ones would poison the
+    frozen test set, `near_duplicates` says what becomes of them; PoisonsTest where nobody did, and nothing is changed then.
+
     What serving would refuse by `accepted` is left out. Raises DataError when that is everything, or when it lies in data/
     and is not pinned yet.
 
@@ -98,6 +108,7 @@ def add(
     """
     root = workspace.root
     ledger = _ledger(root, test_share)
+    clusters = Clusters.read(root)
     kept, sides = ledger, Sides()
     refused: dict[str, str] = {}
     copied = there = found = 0
@@ -105,6 +116,9 @@ def add(
     said: list[tuple[Path, Attributes]] = []
     changed: list[str] = []
     classes = {path.name for path in workspace.data.iterdir()} if workspace.data.is_dir() else set()
+    look = functools.partial(
+        look_for, workspace, clusters, handling=near_duplicates, max_cluster_share=max_cluster_share, progress=progress
+    )
     if source is not None:
         folder = source.folder
     if folder is not None:
@@ -118,14 +132,16 @@ def add(
         taken = [(label, path) for label, path in given.files if path not in reasons]
         if given.test is not None:
             files = [path for _, path in taken]
-            kept, sides = _keep_splits(files, given.test, folder, ledger, workspace.cache, progress)
+            kept, sides = _keep_splits(files, given.test, folder, ledger, clusters, workspace.cache, progress)
         of_test: set[Path] = set()
         if source is not None:
             said = [(path, source.attributes.get(path.relative_to(folder).as_posix(), Attributes())) for _, path in taken]
             pseudo = [path for path, what in said if what.label_source == "model"]
-            kept, of_test = _keep_outside(pseudo, given.test or frozenset(), kept, workspace.cache, progress)
+            kept, of_test = _keep_outside(pseudo, given.test or frozenset(), kept, clusters, workspace.cache, progress)
             taken = [(label, path) for label, path in taken if path not in of_test]
             said = [(path, what) for path, what in said if any(what) and path not in of_test]
+        groups = {path: what.group for path, what in said if what.group}
+        looked = look(taken, folder, groups, ledger=kept, keep_splits=given.test is not None)
         plan, there = _plan(taken, workspace.data)
         # Before a file is copied: a run that is killed then leaves no picture in data/ whose side another would draw, and
         # none that nobody knows to be labelled by a model.
@@ -149,10 +165,17 @@ def add(
         left_out = [LeftOut(dataversions.shown(path.relative_to(root)), reason) for path in lies_there.ignored]
         found = len(lies_there.files) + len(left_out)
         there = len(lies_there.files)
-    pictures, undecodable = _pictures(workspace, lies_there, ledger, accepted, progress)
+        looked = look([], root, {}, ledger=kept)
+    usable, undecodable = _usable(workspace, lies_there, clusters, ledger, accepted, progress)
+    pictures = list(zip(usable["picture"], usable["label"], strict=True))
     # Before the ledger changes: what can fail for want of space is done, and pin and ledger still agree if it does.
     dataversions.store(root)
-    extended = kept.extended(pictures)
+    kept = kept.with_sides(dict.fromkeys(looked.not_test, False))
+    clusters = looked.clusters.with_attributes_of(root).grown(
+        [], dict(zip(usable["sha256"], usable["picture"], strict=True))
+    )
+    extended = kept.extended(pictures, together=clusters.together(usable), near=clusters.near)
+    clusters.write(root)
     extended.write(root / dataversions.TEST_LEDGER)
     version = dataversions.pin(root)
     empty = [path.name for path in workspace.data.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -170,6 +193,7 @@ def add(
         sides=sides,
         num_with_attributes=len(said),
         changed_attributes=tuple(changed),
+        looked=looked,
         new_classes=tuple(sorted(lies_there.classes.keys() - classes)) if classes else (),
         test_counts=dict.fromkeys(lies_there.classes, 0)
         | Counter(label for picture, label in pictures if extended.members[picture]),
@@ -193,12 +217,18 @@ def _ledger(root: Path, test_share: float | None) -> TestLedger:
     return ledger
 
 
-def _pictures(
-    workspace: Workspace, lies_there: dataversions.Listing, ledger: TestLedger, accepted: Accepted, progress: Progress
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """(digest of pixels, class) of all in data/, and what cannot be decoded; raises DataError for what serving would refuse.
+def _usable(
+    workspace: Workspace,
+    lies_there: dataversions.Listing,
+    clusters: Clusters,
+    ledger: TestLedger,
+    accepted: Accepted,
+    progress: Progress,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Path, label, sha256 and picture of all in data/ that can be decoded, and what cannot be.
 
     Every picture is looked at, not only those DVC calls new: the ledger must not depend on what DVC's cache still holds.
+    Raises DataError for a new one that serving would refuse.
     """
     root, data = workspace.root, workspace.data
     known = dataversions.hashes(root)
@@ -209,6 +239,7 @@ def _pictures(
     ]
     found = _readable(touched, facts(touched, cache=workspace.cache, accepted=accepted, progress=progress))
     usable = found[found["reason"] == ""]
+    usable = usable.assign(picture=clusters.first_seen(usable, ledger.members))
     is_new = ~usable["picture"].isin(ledger.members.keys())
     refused = usable[is_new & (usable["not_served"] != "")]
     new_but_refused = [f"{name}: {why}" for name, why in zip(refused["path"], refused["not_served"], strict=True)]
@@ -218,8 +249,7 @@ def _pictures(
             f"({'; '.join(new_but_refused[:3])}); convert or remove them, or accept them by {_BY_SETTING}. "
             f"Nothing was pinned"
         )
-    pictures = list(zip(usable["picture"], usable["label"], strict=True))
-    return pictures, list(found.loc[found["reason"] != "", "path"])
+    return usable[["path", "label", "sha256", "picture"]], list(found.loc[found["reason"] != "", "path"])
 
 
 def _readable(files: Sequence[File], found: pd.DataFrame) -> pd.DataFrame:
@@ -231,11 +261,14 @@ def _readable(files: Sequence[File], found: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def _shown_by(files: Sequence[Path], cache: Path, progress: Progress) -> list[tuple[Path, str]]:
-    """(file, digest of its pixels) of those files that can be decoded."""
+def _shown_by(
+    files: Sequence[Path], clusters: Clusters, ledger: TestLedger, cache: Path, progress: Progress
+) -> list[tuple[Path, str]]:
+    """(file, digest of its pixels when it was first seen) of those files that can be decoded."""
     looked = [File(path, path.name, "") for path in files]
     found = _readable(looked, facts(looked, cache=cache, progress=progress))
-    return [(path, picture) for path, picture in zip(files, found["picture"], strict=True) if picture]
+    pictures = clusters.first_seen(found, ledger.members)
+    return [(path, picture) for path, picture in zip(files, pictures, strict=True) if picture]
 
 
 def _keep_splits(
@@ -243,6 +276,7 @@ def _keep_splits(
     test: frozenset[Path],
     folder: Path,
     ledger: TestLedger,
+    clusters: Clusters,
     cache: Path,
     progress: Progress,
 ) -> tuple[TestLedger, Sides]:
@@ -250,7 +284,7 @@ def _keep_splits(
 
     A file that cannot be decoded has no side: validation quarantines it.
     """
-    pictures = _shown_by(files, cache, progress)
+    pictures = _shown_by(files, clusters, ledger, cache, progress)
     in_test = {picture for path, picture in pictures if path in test}
     kept = ledger.with_sides({picture: picture in in_test for _, picture in pictures})
     moved = [(path, picture) for path, picture in pictures if kept.members[picture] != (path in test)]
@@ -262,7 +296,12 @@ def _keep_splits(
 
 
 def _keep_outside(
-    pseudo: list[Path], test: frozenset[Path], ledger: TestLedger, cache: Path, progress: Progress
+    pseudo: list[Path],
+    test: frozenset[Path],
+    ledger: TestLedger,
+    clusters: Clusters,
+    cache: Path,
+    progress: Progress,
 ) -> tuple[TestLedger, set[Path]]:
     """The ledger with the pictures that a model labelled outside test, and the files whose pictures are test already.
 
@@ -274,7 +313,7 @@ def _keep_outside(
             f"{counted(len(in_test), 'file')} of test/ have label_source=model (first: {first}); "
             f"what a model labelled is never test: put them into train/, or have a person label them. Nothing was changed"
         )
-    pictures = _shown_by(pseudo, cache, progress)
+    pictures = _shown_by(pseudo, clusters, ledger, cache, progress)
     kept = ledger.with_sides({picture: False for _, picture in pictures}) if pictures else ledger
     return kept, {path for path, picture in pictures if kept.members[picture]}
 

@@ -1,0 +1,154 @@
+"""What `data add` does about near-duplicates before the side of a picture is frozen."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from shapes import visionloop
+
+from components import dataversions
+from components.clusters import Clusters
+from components.images import decode, pixel_digest
+from components.splitting import TestLedger
+from flows.workspace.workspace import Workspace
+
+
+def photograph(seed: int) -> Image.Image:
+    """Smooth coloured noise: no two alike."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    return coarse.resize((96, 96), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
+
+
+def again(image: Image.Image, kind: str) -> Image.Image:
+    if kind == "resized":
+        return image.resize((80, 80), Image.Resampling.LANCZOS)
+    if kind == "cropped":
+        return image.crop((5, 5, 91, 91))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=70)
+    return Image.open(out).convert("RGB")
+
+
+def key(image: Image.Image | Path) -> str:
+    out = io.BytesIO()
+    if isinstance(image, Image.Image):
+        image.save(out, "PNG")
+    return pixel_digest(decode(out.getvalue() if isinstance(image, Image.Image) else image.read_bytes()))[:32]
+
+
+def write(folder: Path, **classes: list[Image.Image]) -> Path:
+    for label, images in classes.items():
+        (folder / label).mkdir(parents=True)
+        for number, image in enumerate(images):
+            image.save(folder / label / f"{number:03d}.png")
+    return folder
+
+
+def added(root: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
+    done = visionloop("data", "add", *arguments, "--json", cwd=root)
+    assert done.returncode == status, (done.stdout, done.stderr)
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def ledger(root: Path) -> dict[str, bool]:
+    return dict(TestLedger.read(root / dataversions.TEST_LEDGER).members)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A workspace of 30 pictures of a class; `first` is what was added to it."""
+    Workspace.create(tmp_path / "ws")
+    cats, dogs = ([photograph(start + seed) for seed in range(30)] for start in (0, 100))
+    write(tmp_path / "first", cat=cats, dog=dogs)
+    added(tmp_path / "ws", str(tmp_path / "first"))
+    return tmp_path / "ws"
+
+
+def test_copies_of_a_test_picture_are_refused_until_a_person_says_what_to_do(photographs: Path, tmp_path: Path) -> None:
+    before = ledger(photographs)
+    tested = next(path for path in sorted((tmp_path / "first").rglob("*.png")) if before[key(path)])
+    trained = next(path for path in sorted((tmp_path / "first" / "dog").glob("*.png")) if not before[key(path)])
+    label, image = tested.parent.name, Image.open(tested)
+    more = write(tmp_path / "more", **{label: [again(image, "resized"), again(image, "jpeg"), photograph(500)]})
+    (more / "dog").mkdir(exist_ok=True)
+    again(Image.open(trained), "cropped").save(more / "dog" / "twin.png")
+    state = {path: path.read_bytes() for path in photographs.glob("data.*")}
+    refused = added(photographs, str(more), status=1)
+    assert [(each["kind"], each["file"], each["twin"]) for each in refused["conflicts"]] == [
+        ("copy of a test picture", f"{label}/{number:03d}.png", f"data/{label}/{tested.name}") for number in (0, 1)
+    ]
+    assert "--near-duplicates exclude" in refused["refused"]
+    # Nothing is half-added.
+    assert {path: path.read_bytes() for path in photographs.glob("data.*")} == state
+    assert dataversions.verify(photographs).num_files == 60
+
+    answer = added(photographs, str(more), "--near-duplicates", "exclude")
+    assert any("2 new files would poison the frozen test set and are kept out of every split" in n for n in answer["notes"])
+    after = ledger(photographs)
+    assert {picture: after[picture] for picture in before} == before
+    twins = [key(more / label / f"{number:03d}.png") for number in (0, 1)]
+    clusters = Clusters.read(photographs)
+    assert {after[twin] for twin in (*twins, key(more / "dog" / "twin.png"))} == {False}
+    assert len({clusters.near[picture] for picture in (*twins, key(tested))}) == 1
+    assert clusters.near[key(trained)] == clusters.near[key(more / "dog" / "twin.png")]
+    # What was decided is not asked again.
+    assert added(photographs)["copied"] == 0
+    assert dataversions.verify(photographs).num_files == 64
+
+
+def test_who_takes_copies_for_pictures_of_their_own_is_believed_for_ever(photographs: Path, tmp_path: Path) -> None:
+    before = ledger(photographs)
+    tested = next(path for path in sorted((tmp_path / "first" / "cat").glob("*.png")) if before[key(path)])
+    write(tmp_path / "more", cat=[again(Image.open(tested), "resized")])
+    added(photographs, str(tmp_path / "more"), "--near-duplicates", "ignore")
+    added(photographs)
+    assert key(tmp_path / "more" / "cat" / "000.png") in ledger(photographs)
+    assert Clusters.read(photographs).near == {}
+
+
+def test_one_picture_under_two_labels_is_refused_and_never_test(photographs: Path, tmp_path: Path) -> None:
+    one, other, equal = photograph(700), photograph(701), photograph(702)
+    write(tmp_path / "more", cat=[one, other, equal], dog=[again(one, "cropped"), equal])
+    refused = added(photographs, str(tmp_path / "more"), status=1)
+    assert {each["kind"] for each in refused["conflicts"]} == {"other label"}
+    assert {each["file"] for each in refused["conflicts"]} == {"cat/000.png", "dog/000.png", "cat/002.png", "dog/001.png"}
+    added(photographs, str(tmp_path / "more"), "--near-duplicates", "exclude")
+    after = ledger(photographs)
+    assert not any(after[key(image)] for image in (one, again(one, "cropped"), equal))
+
+
+def test_copies_across_given_splits_are_refused_and_then_leave_the_test_as_it_was_given(tmp_path: Path) -> None:
+    root = tmp_path / "ws"
+    Workspace.create(root)
+    cats, dogs = ([photograph(start + seed) for seed in range(12)] for start in (0, 100))
+    write(tmp_path / "given" / "train", cat=[*cats[:9], again(cats[9], "jpeg")], dog=dogs[:9])
+    write(tmp_path / "given" / "test", cat=cats[9:], dog=dogs[9:])
+    refused = added(root, str(tmp_path / "given"), "--keep-splits", status=1)
+    assert [(each["kind"], each["file"], each["twin"]) for each in refused["conflicts"]] == [
+        ("copy across splits", "train/cat/009.png", "test/cat/000.png")
+    ]
+    assert not (root / "data").exists()
+    added(root, str(tmp_path / "given"), "--keep-splits", "--near-duplicates", "exclude")
+    frozen = {picture for picture, test in ledger(root).items() if test}
+    assert frozen == {key(image) for image in (*cats[9:], *dogs[9:])}
+
+
+def test_a_large_cluster_is_asked_about(tmp_path: Path) -> None:
+    root = tmp_path / "ws"
+    Workspace.create(root)
+    one = photograph(1)
+    copies = [one.resize((side, side), Image.Resampling.LANCZOS) for side in range(84, 96)]
+    write(tmp_path / "given", cat=[photograph(start) for start in range(50, 70)], dog=[*copies, photograph(2)])
+    refused = added(root, str(tmp_path / "given"), status=1)
+    assert "12 pictures of 33 (36%) are one cluster of near-duplicates" in refused["refused"]
+    assert not (root / "data").exists()
+    added(root, str(tmp_path / "given"), "--max-cluster-share", "0.4")
+    assert len({ledger(root)[key(image)] for image in copies}) == 1
