@@ -106,6 +106,7 @@ def look_for(
         handling=handling,
         max_cluster_share=max_cluster_share,
         keep_splits=keep_splits,
+        cache=workspace.cache,
         progress=progress,
     )
 
@@ -139,13 +140,16 @@ def look(
     handling: Handling = "refuse",
     max_cluster_share: float = MAX_CLUSTER_SHARE,
     keep_splits: bool = False,
+    cache: Path | None = None,
     progress: Progress = silent,
 ) -> Looked:
     """Look for near-duplicates among files: place, path, label, sha256, picture, descriptor, short_side and new."""
     table = table.assign(picture=clusters.first_seen(table, ledger.members))
     large = table[table["short_side"] >= SMALLEST]
     places = dict(zip(table["path"], table["place"], strict=True))
-    found = duplicates.pairs(large, read=lambda path: decode(Path(places[path]).read_bytes()), progress=progress)
+    found = duplicates.pairs(
+        large, read=lambda path: decode(Path(places[path]).read_bytes()), cache=cache, progress=progress
+    )
     seen = _Seen(table, ledger, frozenset(clusters.files.values()))
     pairs = [pair for pair in found if seen.counts(pair)]
     by_picture = [(seen.picture[pair.first], seen.picture[pair.second]) for pair in pairs]

@@ -17,6 +17,7 @@ from botocore.exceptions import ClientError
 from shapes import free_port, visionloop_process, write_pictures
 
 from components import dataversions
+from components.companions import FILES
 from components.contracts.errors import ConfigError, DataDiffers, DataError
 from flows.workspace.data import add, ensure
 from flows.workspace.workspace import Workspace
@@ -281,8 +282,8 @@ def test_a_damaged_object_stays_until_a_whole_one_is_there(workspace: Path, tmp_
 
 def test_a_file_that_the_cache_has_damaged_is_not_lost(workspace: Path, tmp_path: Path) -> None:
     found = Workspace.find(workspace)
-    pin, ledger = (workspace / name for name in (dataversions.PIN, dataversions.TEST_LEDGER))
-    earlier = {path: path.read_bytes() for path in (pin, ledger)}
+    names = (dataversions.PIN, dataversions.TEST_LEDGER, FILES.file)
+    earlier = {workspace / name: (workspace / name).read_bytes() for name in names}
     write_pictures(tmp_path / "more", 1, start=500, kinds=("disc",))
     add(found, tmp_path / "more", test_share=None)
     newest = workspace / "data" / "disc" / "0500.png"
