@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from components import duplicates
 from components.contracts.families import Known
@@ -79,36 +78,31 @@ def examine(
     refused = pd.concat([found[found["reason"] != ""], outside]).sort_values("path", ignore_index=True)
     if members is not None:
         table["split"] = ["test" if members.get(picture, False) else "rest" for picture in table["picture"]]
+    why = "there is no cache for embeddings" if cache is None else "there are no pictures" if not len(table) else unlearned
+    embeddings, key = None, ""
+    if needs & {"embeddings", "probabilities"} and not why:
+        assert cache is not None
+        from components.embeddings import embedded, encoder_for
+
+        made_by = encoder_for(table, encoder)
+        embeddings, why = embedded(table, there.data, made_by, cache=cache, num_threads=num_threads, progress=progress)
+        key = made_by.key
     paths = {file.name: file.place for file in there.files}
-    pairs = duplicates.pairs(table, read=lambda name: decode(paths[name].read_bytes()), cache=cache, progress=progress)
-    known = Known(table, refused, tuple(pairs), classes=tuple(sorted({*table["label"]})))
-    absent: dict[str, str] = {}
-    if needs & {"embeddings", "probabilities"}:
-        learned, absent = _learned(known, there.data, encoder, unlearned, cache, num_threads, progress)
-        known = dataclasses.replace(known, **learned)
+    pairs = duplicates.pairs(
+        table,
+        read=lambda name: decode(paths[name].read_bytes()),
+        embeddings=embeddings,
+        embeddings_key=key,
+        cache=cache,
+        progress=progress,
+    )
+    absent = {"embeddings": why, "probabilities": why}
+    probabilities = None
+    if embeddings is not None and "probabilities" in needs:
+        from components.embeddings import believed
+
+        clusters = duplicates.clusters_of(pairs, dict(zip(table["path"], table["picture"], strict=True)))
+        probabilities, absent["probabilities"] = believed(embeddings, table, clusters)
+    known = Known(table, refused, tuple(pairs), embeddings, probabilities, classes=tuple(sorted({*table["label"]})))
     issues, looked = look(known, asked, absent=absent)
     return Examined(known, tuple(issues), looked)
-
-
-def _learned(
-    known: Known,
-    data: Path,
-    encoder: Encoder | None,
-    unlearned: str,
-    cache: Path | None,
-    num_threads: int,
-    progress: Progress,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Embeddings and probabilities as far as they can be had, and why where they cannot."""
-    if unlearned or cache is None or not len(known.table):
-        why = unlearned or ("there is no cache for embeddings" if cache is None else "there are no pictures")
-        return {}, {"embeddings": why, "probabilities": why}
-    from components.embeddings import believed, embedded, encoder_for
-
-    made_by = encoder_for(known.table, encoder)
-    found, why = embedded(known.table, data, made_by, cache=cache, num_threads=num_threads, progress=progress)
-    if found is None:
-        return {}, {"embeddings": why, "probabilities": why}
-    pictures = dict(zip(known.table["path"], known.table["picture"], strict=True))
-    probabilities, why = believed(found, known.table, duplicates.clusters_of(known.pairs or (), pictures))
-    return {"embeddings": found, "probabilities": probabilities}, {"probabilities": why}
