@@ -102,7 +102,7 @@ def examine(
         from components.embeddings import believed
 
         clusters = duplicates.clusters_of(pairs, dict(zip(table["path"], table["picture"], strict=True)))
-        probabilities, absent["probabilities"] = believed(embeddings, table, clusters)
+        probabilities, absent["probabilities"] = believed(embeddings, table, clusters, cache=cache, made_by=key)
     known = Known(table, refused, tuple(pairs), embeddings, probabilities, classes=tuple(sorted({*table["label"]})))
     issues, looked = look(known, asked, absent=absent)
     return Examined(known, tuple(issues), looked)

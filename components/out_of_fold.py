@@ -59,6 +59,8 @@ def probabilities(
 ) -> Floats:
     """Probabilities (n, classes) for embeddings (n, d), each by a head that saw no picture of the same cluster.
 
+    A label of which that head saw no picture at all has the probability 1.
+
     Raises DataError where there is nothing to learn from, or more of them than memory holds.
     """
     n, k = len(labels), len(classes)
@@ -79,7 +81,12 @@ def probabilities(
             loss = min(_log_loss((1 - share) * given + share / k) for share in _RANDOM)
             if loss < lowest:
                 best, lowest, temperature = scores, loss, float(each)
-    return _softmax(best, temperature)
+    found = _softmax(best, temperature)
+    for fold in set(folds.tolist()):
+        # A head that saw nothing of a class knows nothing against that label: it counts as right.
+        unseen = np.flatnonzero((folds == fold) & ~np.isin(targets, targets[folds != fold]))
+        found[unseen] = np.eye(k, dtype=np.float32)[targets[unseen]]
+    return found
 
 
 def _scaled(embeddings: Floats) -> Floats:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
-from shapes import write_pictures
+from PIL import Image
 
 from components import embeddings
 from components.examination import Files, dataset_files, examine
@@ -19,7 +19,12 @@ ASKED = [FindingConfig(finding=name) for name in ("label_error", "outlier", "spu
 
 @pytest.fixture
 def there(tmp_path: Path) -> Files:
-    write_pictures(tmp_path / "data", 16)
+    """Sixteen pictures of noise a class, none like another."""
+    rng = np.random.default_rng(0)
+    for number in range(48):
+        folder = tmp_path / "data" / ("cross", "disc", "stripes")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(folder / f"{number:04d}.png")
     return dataset_files(tmp_path / "data", {})
 
 

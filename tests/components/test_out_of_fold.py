@@ -66,6 +66,16 @@ def test_probabilities_mean_what_they_say() -> None:
         assert abs(is_right[some].mean() - confidence[some].mean()) < 0.06, (low, some.sum())
 
 
+def test_a_class_that_no_head_could_know_is_not_doubted() -> None:
+    """All pictures of c2 are copies of each other, so that they are in one fold."""
+    embeddings, labels, names = overlapping(300)
+    clusters = ["copies" if label == "c2" else name for name, label in zip(names, labels, strict=True)]
+    found = probabilities(embeddings, labels, ["c0", "c1", "c2"], clusters)
+    copies = np.array(labels) == "c2"
+    assert (found[copies] == [0, 0, 1]).all()
+    assert not (found[~copies].max(axis=1) == 1).any()
+
+
 def test_what_there_is_nothing_to_learn_from_is_said() -> None:
     embeddings = np.zeros((4, 3), dtype=np.float32)
     with pytest.raises(DataError, match="no pictures of two classes"):
