@@ -36,17 +36,18 @@ _SMALL_CLUSTER = 10
 SMALLEST = SIDE
 """Pixels on the short side under which pictures are too small to be told from copies of each other."""
 _SHOWN = 10
-_Kind = Literal["copy of a test picture", "copy across splits", "other label"]
-_WHY: Mapping[_Kind, str] = {
-    "copy of a test picture": "a frozen test picture",
-    "copy across splits": "on the other side of the given splits",
-    "other label": "the same under another label",
+_Kind = Literal["copy of a test picture", "copy across splits", "group across splits", "other label"]
+_WHY: Mapping[_Kind, tuple[str, str]] = {
+    "copy of a test picture": ("shows what", "shows, a frozen test picture"),
+    "copy across splits": ("shows what", "shows, on the other side of the given splits"),
+    "group across splits": ("is of one group with", "which is on the other side of the given splits"),
+    "other label": ("shows what", "shows, under another label"),
 }
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """A new file that would poison the frozen test set, and the file that it is a near-duplicate of."""
+    """A new file that would poison the frozen test set, and the file that it belongs to."""
 
     kind: _Kind
     file: str
@@ -155,7 +156,7 @@ def look(
     by_picture = [(seen.picture[pair.first], seen.picture[pair.second]) for pair in pairs]
     grown = clusters.grown(by_picture)
     together = grown.together(table[table["new"]]) if keep_splits else grown.near
-    conflicts = [*seen.on_both_sides(together, keep_splits), *seen.contradictions(by_picture)]
+    conflicts = [*seen.on_both_sides(together, grown.near), *seen.contradictions(by_picture)]
     if conflicts and handling == "refuse":
         raise PoisonsTest(_told(conflicts), conflicts)
     not_test: frozenset[str] = frozenset()
@@ -197,8 +198,8 @@ class _Seen:
             return False
         return pair.relation != "flipped" or self.labels(one) == self.labels(other)
 
-    def on_both_sides(self, together: Mapping[str, str], keep_splits: bool) -> list[Conflict]:
-        """New files of clusters, by picture, that have pictures in test and outside."""
+    def on_both_sides(self, together: Mapping[str, str], near: Mapping[str, str]) -> list[Conflict]:
+        """New files of clusters, by picture, that have pictures in test and outside; `near` joins copies alone."""
         members: dict[str, list[str]] = defaultdict(list)
         for picture, cluster in together.items():
             members[cluster].append(picture)
@@ -209,10 +210,13 @@ class _Seen:
             against = [other for other in others if self.ledger.members.get(other, False) != is_test and self.files[other]]
             if is_test:  # told once, by what is outside test, unless that was there before
                 against = [other for other in against if other not in self.new_files]
-            if against:
-                given = keep_splits and any(other in self.new_files for other in against)
-                kind: _Kind = "copy across splits" if given else "copy of a test picture"
-                found += [self._conflict(kind, path, against[0]) for path in paths]
+            if not against:
+                continue
+            copies = [other for other in against if picture in near and near.get(other) == near[picture]]
+            kind: _Kind = "group across splits"
+            if copies:
+                kind = "copy across splits" if copies[0] in self.new_files else "copy of a test picture"
+            found += [self._conflict(kind, path, (copies or against)[0]) for path in paths]
         return found
 
     def contradictions(self, pairs: Iterable[tuple[str, str]]) -> list[Conflict]:
@@ -248,7 +252,7 @@ def told_of(looked: Looked) -> Iterator[str]:
             if looked.handling == "exclude"
             else "were taken for pictures of their own"
         )
-        shown = ", ".join(f"{one.file} (shows what {one.twin} shows)" for one in looked.conflicts[:3])
+        shown = ", ".join(f"{one.file} (with {one.twin})" for one in looked.conflicts[:3])
         yield f"{counted(files, 'new file')} would poison the frozen test set and {became}: {shown}"
     if looked.num_too_small:
         yield (
@@ -261,7 +265,7 @@ def _told(conflicts: Sequence[Conflict]) -> str:
     """What is asked, with files by name."""
     files = list(dict.fromkeys(conflict.file for conflict in conflicts))
     lines = [
-        f"\n  {one.file} ({one.label}) shows what {one.twin} ({one.twin_label}) shows, {_WHY[one.kind]}"
+        f"\n  {one.file} ({one.label}) {_WHY[one.kind][0]} {one.twin} ({one.twin_label}) {_WHY[one.kind][1]}"
         for one in conflicts[:_SHOWN]
     ]
     more = f"\n  ... and {len(conflicts) - _SHOWN} more" if len(conflicts) > _SHOWN else ""

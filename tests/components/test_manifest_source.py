@@ -225,8 +225,10 @@ def test_a_column_of_splits_is_kept_as_the_frozen_test_and_its_files_are_copies(
     root = Workspace.create(tmp_path / "ws").root
     undecided = visionloop("data", "add", str(photos / "split.csv"), cwd=root)
     assert "source 'manifest' is already split. Keep its test" in undecided.stderr
-    done = visionloop("data", "add", str(photos / "split.csv"), "--keep-splits", "--json", cwd=root)
-    answer = json.loads(done.stdout)
+    arguments = ("data", "add", str(photos / "split.csv"), "--keep-splits", "--json")
+    refused = visionloop(*arguments, cwd=root)
+    assert (refused.returncode, json.loads(refused.stdout)["conflicts"][0]["kind"]) == (1, "group across splits")
+    answer = json.loads(visionloop(*arguments, "--near-duplicates", "exclude", cwd=root).stdout)
     assert (answer["copied"], answer["new_test_images"], answer["with_attributes"]) == (12, 4, 12)
     assert sum(TestLedger.read(root / dataversions.TEST_LEDGER).members.values()) == 4
     assert {one.group for one in attributes.read(root).values()} == {"g"}
