@@ -680,8 +680,8 @@ def known_data() -> Known:
     embeddings = np.random.default_rng(0).normal(size=(_FILES, 8)).astype(np.float32) * 0.1
     embeddings += np.eye(3, 8, dtype=np.float32)[number]
     embeddings[7] = 9.0
-    probabilities = np.full((_FILES, 3), 0.02, dtype=np.float32)
-    probabilities[np.arange(_FILES), number] = 0.96
+    probabilities = np.full((_FILES, 3), 0.002, dtype=np.float32)
+    probabilities[np.arange(_FILES), number] = 0.996
     probabilities[9] = np.roll(probabilities[9], 1)
     first = table["path"]
     pairs = (Pair(first[1], first[13], "re-encoded", 0.01), Pair(first[2], first[30], "near", 0.05))

@@ -72,7 +72,7 @@ def probabilities(
     place = {name: position for position, name in enumerate(classes)}
     targets = np.array([place[label] for label in labels], dtype=np.int64)
     asked = np.linspace(0, n - 1, min(n, _MOST_ASKED)).astype(np.int64)
-    heads = _Heads(_scaled(embeddings), targets, k, folds)
+    heads = _Heads(embeddings, targets, k, folds)
     best, lowest, temperature = np.empty(0, dtype=np.float32), np.inf, 1.0
     for penalty in _PENALTIES:
         scores = heads.scores(penalty)
@@ -89,31 +89,31 @@ def probabilities(
     return found
 
 
-def _scaled(embeddings: Floats) -> Floats:
-    """Centred, of variance one over all of them, and a column of ones for the intercept."""
-    found = np.ones((len(embeddings), embeddings.shape[1] + 1), dtype=np.float32)
-    np.subtract(embeddings, embeddings.mean(axis=0, dtype=np.float64).astype(np.float32), out=found[:, :-1])
-    found[:, :-1] /= max(float(found[:, :-1].std(dtype=np.float64)), 1e-12)
-    return found
-
-
 class _Heads:
-    """Ridge regressions from inputs (n, d) to zeros and ones, one for each fold, which is left out of it."""
+    """Ridge regressions from embeddings (n, d) to zeros and ones, one for each fold, which is left out of it."""
 
-    def __init__(self, inputs: Floats, targets: Numbers, num_classes: int, folds: Numbers) -> None:
-        self.inputs, self.num_classes = inputs, num_classes
+    def __init__(self, embeddings: Floats, targets: Numbers, num_classes: int, folds: Numbers) -> None:
+        self.embeddings, self.num_classes = embeddings, num_classes
+        self.mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+        self.scale = np.float32(max(1e-12, float(embeddings.var(axis=0, dtype=np.float64).mean()) ** 0.5))
         self.members = [np.flatnonzero(folds == fold) for fold in sorted(set(folds.tolist()))]
         sums = [self._sums(rows, targets) for rows in self.members]
         squares, products = sum(square for square, _ in sums), sum(product for _, product in sums)
         self.without = [(squares - square, products - product) for square, product in sums]
 
+    def _inputs(self, rows: Numbers) -> Floats:
+        """Centred, of variance one over all of them, and a column of ones for the intercept; never of all rows at once."""
+        found = np.ones((len(rows), self.embeddings.shape[1] + 1), dtype=np.float32)
+        found[:, :-1] = (self.embeddings[rows] - self.mean) / self.scale
+        return found
+
     def _sums(self, rows: Numbers, targets: Numbers) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """The inputs' products with each other and with the targets, summed over these rows."""
-        square = np.zeros((self.inputs.shape[1],) * 2)
-        product = np.zeros((self.inputs.shape[1], self.num_classes))
+        square = np.zeros((len(self.mean) + 1,) * 2)
+        product = np.zeros((len(self.mean) + 1, self.num_classes))
         for some in _blocks(rows):
             some = some[np.argsort(targets[some], kind="stable")]
-            block = self.inputs[some]
+            block = self._inputs(some)
             square += block.T @ block
             there, begins = np.unique(targets[some], return_index=True)
             product[:, there] += np.add.reduceat(block, begins, axis=0, dtype=np.float64).T
@@ -121,14 +121,14 @@ class _Heads:
 
     def scores(self, penalty: float) -> Floats:
         """The answers (n, classes) to every row of the head that it was left out of."""
-        found = np.empty((len(self.inputs), self.num_classes), dtype=np.float32)
-        weights = np.arange(self.inputs.shape[1] - 1)  # all but the intercept
+        found = np.empty((len(self.embeddings), self.num_classes), dtype=np.float32)
+        weights = np.arange(len(self.mean))  # all but the intercept
         for rows, (squares, products) in zip(self.members, self.without, strict=True):
             normal = squares.copy()
             normal[weights, weights] += penalty * (len(found) - len(rows))
             head = np.linalg.solve(normal, products).astype(np.float32)
             for some in _blocks(rows):
-                found[some] = self.inputs[some] @ head
+                found[some] = self._inputs(some) @ head
         return found
 
 

@@ -52,7 +52,7 @@ class Finding(BaseModel):
         if len(once) < max(_FEWEST, 2 * self.num_neighbours):
             return []
         digests, labels = table["picture"].to_numpy(str), table["label"].to_numpy(str)
-        distances = _distances(known.embeddings[once], np.argsort(digests[once]), self.num_neighbours)
+        distances = _distances(known.embeddings, once, np.argsort(digests[once]), self.num_neighbours)
         usual, limits = self._limits(distances, labels[once])
         place = {picture: row for row, picture in enumerate(digests[once])}
         rows = np.array([place[picture] for picture in digests])
@@ -89,18 +89,22 @@ class Finding(BaseModel):
         return usual, np.maximum(limits, usual * 1.05)
 
 
-def _distances(embeddings: Floats, order: Rows, num_neighbours: int) -> Numbers:
-    """Of each picture, the cosine distance to the last of its neighbours; `order` mixes the sample that these are of."""
-    unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+def _distances(embeddings: Floats, rows: Rows, order: Rows, num_neighbours: int) -> Numbers:
+    """Of each of these rows, the cosine distance to the last of its neighbours; `order` mixes the sample of these."""
     sample = order[np.linspace(0, len(order) - 1, min(len(order), _MOST_OTHERS)).astype(np.intp)]
-    place = np.full(len(unit), -1)
+    place = np.full(len(rows), -1)
     place[sample] = np.arange(len(sample))
-    others = unit[sample].T
-    found = np.empty(len(unit))
-    for start in range(0, len(unit), _BLOCK):
-        stop = min(len(unit), start + _BLOCK)
-        distances = 1 - unit[start:stop] @ others
+    others = _unit(embeddings[rows[sample]]).T
+    found = np.empty(len(rows))
+    for start in range(0, len(rows), _BLOCK):
+        stop = min(len(rows), start + _BLOCK)
+        distances = 1 - _unit(embeddings[rows[start:stop]]) @ others
         own = place[start:stop]
         distances[np.flatnonzero(own >= 0), own[own >= 0]] = np.inf
         found[start:stop] = np.partition(distances, num_neighbours - 1, axis=1)[:, num_neighbours - 1]
     return np.maximum(found, 1e-6)
+
+
+def _unit(embeddings: Floats) -> Floats:
+    found: Floats = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+    return found
