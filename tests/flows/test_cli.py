@@ -33,7 +33,7 @@ def test_from_nothing_to_a_pinned_version(tmp_path: Path) -> None:
     assert "of 38 files none is a picture that is accepted" in none.stderr
     added = visionloop("data", "add", "../photos", "--json", cwd=tmp_path / "ws", VISIONLOOP_MAX_PIXELS="1000")
     answer = json.loads(added.stdout.strip().splitlines()[-1])
-    assert (answer["files"], answer["copied"], len(answer["notes"])) == (36, 36, 1)
+    assert (answer["files"], answer["copied"], len(answer["notes"])) == (36, 36, 2)
     assert answer["refused"] == {
         "disc/large.bmp": "30x40 pixels, accepted are up to 1000; make it smaller",
         "disc/moving.jpg": "a GIF, which is not an accepted format (JPEG, PNG, WebP, BMP, PPM, TIFF); convert it to JPEG or PNG",
