@@ -349,6 +349,7 @@ def pinned(root: Path) -> DataVersion:
             )
         expected_ledger = str(content["meta"][_LEDGER_KEY])
         companions = {each.name: str(content["meta"][each.key]) for each in COMPANIONS if each.key in content["meta"]}
+        renamed = renamed_in(content["meta"])
     except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(
             f"{path} is not a pin that DVC wrote for a folder ({type(error).__name__}: {error}); bring it back with "
@@ -368,6 +369,7 @@ def pinned(root: Path) -> DataVersion:
         bytes=size,
         ledger_sha256=expected_ledger,
         companions_sha256=digest_of_all(companions),
+        renamed=renamed,
     )
 
 
@@ -532,7 +534,7 @@ def store(root: Path) -> None:
         _tree(repo, root / DATA, store=True)
 
 
-def pin(root: Path) -> DataVersion:
+def pin(root: Path, *, renamed: tuple[str, str] | None = None) -> DataVersion:
     """Record the present content of `data/`, the ledger and the companions as the new data version; stages all in git."""
     ledger_sha256 = hashlib.sha256((root / TEST_LEDGER).read_bytes()).hexdigest()
     with _repo(root) as repo:
@@ -545,6 +547,9 @@ def pin(root: Path) -> DataVersion:
     keys = {each.key: companions[each.name] for each in COMPANIONS if each.name in companions}
     others = {key: value for key, value in (content.get("meta") or {}).items() if key not in {e.key for e in COMPANIONS}}
     content["meta"] = {**others, _LEDGER_KEY: ledger_sha256, **keys}
+    if renamed is not None:
+        old, new = renamed
+        content["meta"][_RENAMED_KEY] = [*(content["meta"].get(_RENAMED_KEY) or []), {"old": old, "new": new}]
     write_atomically(root / PIN, yaml.safe_dump(content, sort_keys=False).encode())
     names = [PIN, TEST_LEDGER, ".gitignore", *(each.file for each in COMPANIONS)]
     if companions:

@@ -7,13 +7,13 @@ another class they are a relabelled one. A class whose every file went to one ne
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+
+from components.contracts.data import Renames, names_after
 
 Files = Mapping[str, str]
 """DVC's hash of a file's bytes by its path in `data/`."""
-Renames = Sequence[tuple[str, str]]
-"""Classes that people renamed, (old, new), in the order in which they did."""
 
 
 @dataclass(frozen=True)
@@ -160,18 +160,6 @@ def balance(found: Difference) -> list[Balance]:
         for name in {*before, *after}
     ]
     return sorted(rows, key=lambda row: (-abs(row.after - row.before), not row.was, row.name))
-
-
-def names_after(classes: Sequence[str], renames: Renames) -> tuple[str, ...]:
-    """Classes, in their order, by the names that they have after these renames, one after the other.
-
-    A rename to a name that another of the classes has is not theirs: two classes never become one by their names.
-    """
-    names = list(classes)
-    for old, new in renames:
-        if old in names and new not in names:
-            names[names.index(old)] = new
-    return tuple(names)
 
 
 def _matched(removed: dict[str, str], added: dict[str, str]) -> tuple[list[Moved], list[Moved]]:

@@ -4,7 +4,8 @@ An Evaluation is a function of its inputs. A Measurement belongs to the machine 
 another one. An engine that cannot run here gets the status `not executed here`, never a pass.
 
 A champion may know other classes than today's data. It is asked about the test images of the classes that both know, and its
-answers are chosen among these classes alone, matched by name; one that shares fewer than two of them is `not comparable`.
+answers are chosen among these classes alone, matched by their names of today; one that shares fewer than two of them is
+`not comparable`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from pydantic import Field, field_validator
 
 from components import plugins
-from components.contracts.data import Splits
+from components.contracts.data import Renames, Splits, names_after
 from components.contracts.errors import ConfigError, DataError, EngineUnavailable
 from components.contracts.families import Predictor, Task
 from components.contracts.models import Engine
@@ -67,11 +68,13 @@ def evaluate(
     config: EvaluationConfig,
     *,
     out: Path,
+    renamed: Renames = (),
     progress: Progress = silent,
 ) -> Evaluation:
     """Answer every test image and score the answers; writes predictions.parquet (one row an image).
 
-    Logits of that table are over the classes that the data and the engine share, in the data's order.
+    Logits of that table are over the classes that the data and the engine share, in the data's order. Classes that were
+    `renamed` since the engine was trained count under the names that they have now.
     """
     record = engine.record
     common: dict[str, Any] = {
@@ -80,11 +83,12 @@ def evaluate(
         "test_digest": splits.record.test_digest,
     }
     ours = task.classes(splits.record.classes)
-    classes = shared_classes(ours, record.classes)
+    known = names_after(record.classes, renamed)
+    classes = shared_classes(ours, known)
     if len(classes) < 2:
         # Among one class every answer is right, whoever gives it.
         shared = f"only {classes[0]!r}" if classes else "none"
-        reason = f"of its classes ({', '.join(record.classes)}) the data ({', '.join(ours)}) share {shared}"
+        reason = f"of its classes ({', '.join(known)}) the data ({', '.join(ours)}) share {shared}"
         return Evaluation(**common, status="not comparable", reason=reason)
     table = rows(splits, "test")
     if len(table) == 0:
@@ -104,7 +108,7 @@ def evaluate(
     logits = np.concatenate([answer[0] for answer in answers]).astype(np.float32)
     embedding = np.concatenate([answer[1] for answer in answers])
     _check_shapes(record, len(table), logits, embedding)
-    logits = task.select(logits, record.classes, classes)
+    logits = task.select(logits, known, classes)
     targets = task.targets(list(table["label"]), classes)
     if not np.isfinite(logits).all():
         # Kept as evidence: the gates call it inconclusive, and a person can see which images it was.

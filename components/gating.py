@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from components import plugins
+from components.contracts.data import Renames, names_after
 from components.contracts.errors import TamperedArtefact
 from components.contracts.families import Answers, Evidence, Gate, Least, Task
 from components.contracts.models import Engine
@@ -53,6 +54,13 @@ class Champion:
 
     engine: Engine
     evaluation: Stored[Evaluation]
+    renamed: Renames = ()
+    """Classes that were renamed since it was trained."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All that it knows, by their names of today."""
+        return names_after(self.engine.classes, self.renamed)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def judge(
                 champion_known=champion_known and not champion_missing,
                 champion_missing=champion_missing,
                 headline=task.headline,
-                champion_classes=champion.engine.classes if champion is not None else (),
+                champion_classes=champion.classes if champion is not None else (),
             )
             findings = [gate.judge(evidence) for g, gate in gates if not g.engines or engine.name in g.engines]
         verdicts.append(
@@ -208,7 +216,7 @@ def _answers_of_champion(champion: Champion | None, judged: Sequence[Judged], ta
     if record.engine_digest != champion.engine.digest():
         return None, "its evaluation is of another engine"
     classes = judged[0].engine.record.classes if judged else ()
-    answers = _answers(champion.evaluation, shared_classes(classes, champion.engine.classes), task)
+    answers = _answers(champion.evaluation, shared_classes(classes, champion.classes), task)
     if answers is not None:
         return answers, ""
     here = {"not executed here": "its engine cannot be executed here: ", "not comparable": "", "evaluated": ""}

@@ -64,7 +64,7 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         measurements = steps.measurements(run, engines, splits, anew=measure_again)
         champion = steps.champion(run)
-        compared = steps.evaluation(run, champion.engine, splits, role="champion") if champion else None
+        compared = steps.evaluation_of_champion(run, champion, splits) if champion else None
         verdict = steps.gating(run, engines, evaluations, measurements, champion, compared)
         passed = verdict.record.status == "pass"
         release = steps.packaging(run, engines, splits) if passed else None

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.contracts.data import Dataset, Splits
+from components.contracts.data import Dataset, DataVersion, Splits
 from components.contracts.errors import RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError, causes, redacted
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import FileDigest, RecordT, Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate, Evaluation, Rejection, Verdict
 from components.store import describe, seal, sha256_file, unseal
+from components.tables import read_frame
 from registry import tracking
 from registry.approval import State
 from registry.ledger import Entry, Ledger, Principal
@@ -72,6 +73,10 @@ class CurrentChampion:
 
     version: str
     engine: Stored[Engine]
+    data: DataVersion
+    """What it was trained, chosen and judged on."""
+    test_labels: Mapping[str, str]
+    """The label of each test picture then; none where its evidence holds no table of them."""
 
 
 class Registry:
@@ -213,10 +218,16 @@ class Registry:
 
     def fetch_engine(self, model: str, entry: Entry, *, out: Path) -> Stored[Engine]:
         """The serving engine of the version that a ledger row names, verified against the ledger's digest, in `out`."""
+        return self.fetch_champion(model, entry, out=out).engine
+
+    def fetch_champion(self, model: str, entry: Entry, *, out: Path) -> CurrentChampion:
+        """The version that a ledger row names, verified against the ledger's digest, its engine in `out`."""
         with self._registered(model, entry.body["version"]) as (local, manifest):
             name = manifest["serving_engine"]
             record = Engine.read(json.loads((local / "evidence" / f"{name}.engine.json").read_text()))
-            return _copied(Stored(record, local / "engines" / name), record.files, out / name)
+            dataset = Dataset.read(json.loads((local / "evidence" / "dataset.json").read_text()))
+            engine = _copied(Stored(record, local / "engines" / name), record.files, out / name)
+            return CurrentChampion(str(entry.body["version"]), engine, dataset.data, _test_labels(local / "evidence"))
 
     def fetch_checkpoint(self, model: str, version: str, *, out: Path) -> Stored[Checkpoint]:
         """The weights of a version, verified against the ledger's digest, in `out`."""
@@ -288,6 +299,15 @@ class Registry:
             mlflow = self._client()
             mlflow.set_registered_model_alias(model, CHAMPION, entry.body["version"])
             mlflow.set_model_version_tag(model, entry.body["version"], _CHAMPION_TAG, str(entry.seq))
+
+
+def _test_labels(evidence: Path) -> dict[str, str]:
+    table = evidence / "splits.parquet"
+    if not table.is_file():
+        return {}
+    frame = read_frame(table, ["picture", "label", "split"])
+    frame = frame[frame["split"] == "test"]
+    return dict(zip(frame["picture"], frame["label"], strict=True))
 
 
 def _copied(stored: Stored[RecordT], files: Sequence[FileDigest], out: Path) -> Stored[RecordT]:

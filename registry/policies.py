@@ -1,4 +1,4 @@
-"""What a person who approves has to know: how the gate policy differs from earlier ones, and what these weights failed.
+"""What a person who approves has to know: how gate policy and data differ from earlier ones, what these weights failed.
 
 Pure functions of ledger rows. A policy is recorded in the summary of every request and rejection; rows written before that
 have only its digest, and then it is said that the policies differ and not how.
@@ -50,7 +50,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def notes(entries: Sequence[Entry], body: Mapping[str, Any], *, subject: str = "") -> list[str]:
-    """What a person has to know of a candidate's policy and past, from the rows of its model.
+    """What a person has to know of a candidate's policy, past and data, from the rows of its model.
 
     `body` is that of its request, `subject` its digest: its own rows are no past.
     """
@@ -70,6 +70,7 @@ def notes(entries: Sequence[Entry], body: Mapping[str, Any], *, subject: str = "
             seen.add(digest)
             found += _beside(f"that of {verb(entry)} of {shown_utc(entry.at)} (ledger row {entry.seq})", entry.body, body)
     found += [f"These weights before: {told}" for told in _rejections(others, body)]
+    found += (body.get("summary") or {}).get("data_notes") or []
     return found
 
 

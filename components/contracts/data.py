@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from components.contracts.issues import Looked, Severity
 from components.contracts.records import FileDigest, Record
+
+Renames = tuple[tuple[str, str], ...]
+"""Classes that people renamed, (old, new), in the order in which they did."""
+
+
+def names_after(classes: Sequence[str], renames: Renames) -> tuple[str, ...]:
+    """Classes, in their order, by the names that they have after these renames, one after the other.
+
+    A rename to a name that another of the classes has is not theirs: two classes never become one by their names.
+    """
+    names = list(classes)
+    for old, new in renames:
+        if old in names and new not in names:
+            names[names.index(old)] = new
+    return tuple(names)
 
 
 class _Grown(Record):
@@ -43,9 +58,9 @@ class _Grown(Record):
 class DataVersion(_Grown):
     """A pinned state of `data/`: DVC's directory hash, and the digests of what is pinned beside it."""
 
-    UPGRADES = {1: lambda values: values}
-    ADDED = {2: ("companions_sha256",)}
-    schema_version: int = 2
+    UPGRADES = {1: lambda values: values, 2: lambda values: values}
+    ADDED = {2: ("companions_sha256",), 3: ("renamed",)}
+    schema_version: int = 3
     dvc_hash: str
     num_files: int
     bytes: int
@@ -53,6 +68,13 @@ class DataVersion(_Grown):
     """Of the frozen test ledger."""
     companions_sha256: str = ""
     """Over the digests of all companions (`components/companions.py`), "" where there are none."""
+    renamed: Renames = ()
+    """Classes that people renamed since the data set began."""
+
+    def renames_since(self, earlier: DataVersion) -> Renames:
+        """The classes that were renamed after an earlier version, or after the two went different ways."""
+        both = enumerate(zip(self.renamed, earlier.renamed, strict=False))
+        return self.renamed[next((at for at, (one, other) in both if one != other), len(earlier.renamed)) :]
 
 
 class Dataset(_Grown):

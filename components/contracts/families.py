@@ -338,7 +338,7 @@ class Evidence:
     headline: str = "accuracy"
     """Name of the task's headline metric."""
     champion_classes: tuple[str, ...] = ()
-    """All classes that the champion knows, in its own order."""
+    """All classes that the champion knows, in its own order, by their names of today."""
 
 
 @dataclass(frozen=True)

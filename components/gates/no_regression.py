@@ -113,7 +113,11 @@ def _told_classes(evidence: Evidence, n: int) -> str:
         text += f"; new: {', '.join(new)}, judged by the floors alone"
     if gone:
         text += f"; no longer known: {', '.join(gone)}"
-    return text + ("; a renamed class looks like one that is gone and one that is new" if new and gone else "")
+    return text + (
+        "; a class renamed without `visionloop data rename-class` looks like one that is gone and one that is new"
+        if new and gone
+        else ""
+    )
 
 
 def _paired(first: Right, second: Right) -> Counts:

@@ -33,6 +33,7 @@ app = Commands(
       visionloop data check              what is wrong with the images, and what to do about it
       visionloop data review             a page and a CSV of what may be wrong; review apply makes the next version of it
       visionloop data diff | log         what differs between versions, with pictures (--html); who made which, and why
+      visionloop data rename-class       another name for a class, by which models of the old name are compared too
       visionloop recipe list | show      what can be trained, and how; new NAME --from RECIPE copies one to edit
       visionloop plugin new | check      plug-ins of your own, and whether they keep their contracts
       visionloop augment preview         a contact sheet of what a recipe's augmentations make of images

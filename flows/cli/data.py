@@ -211,14 +211,14 @@ def data_status(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     version, changes = found.version, found.changes
     lines = [f"Pinned: {version.dvc_hash}, {counted(version.num_files, 'file')}, {counted(version.bytes, 'byte')}"]
     lines += [f"{kind}: {len(files)} ({', '.join(files[:5])})" for kind, files in changes.items()]
-    lines += [f"Note: {told}." for told in found.relabelled_test]
+    lines += [f"Note: {told}." for told in found.notes]
     lines += [] if changes else ["data/ is exactly that version."]
     finish(
         {
             "data_version": version.dvc_hash,
             "files": version.num_files,
             "changes": changes,
-            "notes": list(found.relabelled_test),
+            "notes": list(found.notes),
         },
         json_,
         lambda: "\n".join(lines),

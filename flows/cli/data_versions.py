@@ -230,6 +230,29 @@ def _logged(one: LoggedVersion) -> str:
     )
 
 
+def data_rename_class(
+    old: Annotated[str, typer.Argument(help="The class as it is called.")],
+    new: Annotated[str, typer.Argument(help="What it is to be called.")],
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Give a class another name and pin that, so that models which know the old name stay comparable."""
+    from flows.workspace.renaming import rename_class
+    from flows.workspace.workspace import Workspace
+
+    done = rename_class(Workspace.find(workspace), old, new)
+    files = counted(done.num_files, "file")
+    finish(
+        {"data_version": done.version.dvc_hash, "old": old, "new": new, "files": done.num_files},
+        json_,
+        lambda: (
+            f"Class {old!r} ({files}) is {new!r} in data version {done.version.dvc_hash}"
+            + (", and was before" if done.was_done else f"\nNext: git commit -m 'Class {old} is called {new}'")
+        ),
+    )
+
+
 def add_data_version_commands(data_app: Commands) -> None:
     data_app.command("diff")(data_diff)
     data_app.command("log")(data_log)
+    data_app.command("rename-class")(data_rename_class)

@@ -211,7 +211,7 @@ def _beside(state: State, champion: Entry | None, then: Entry | None) -> list[st
     if gone:
         lines.append(f"  Classes of the champion that this version does not know: {', '.join(gone)}.")
     if new and gone:
-        lines.append("  A renamed class looks like this: one is gone and one is new.")
+        lines.append("  A class renamed without `visionloop data rename-class` looks like this: one is gone and one is new.")
     now = str(champion.body["version"]) if champion else None
     if champion is not None and now not in (version, state.version):
         same = " (the same engine)" if champion.body["engine"] == was else ""

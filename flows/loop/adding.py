@@ -9,7 +9,7 @@ from flows.loop.loop import Loop
 from flows.terminal import Console, Say
 from flows.workspace import data
 from flows.workspace.adding import PURPOSE, NotedVersion, notes_on, provable
-from flows.workspace.differences import pinned_so_far, relabelled_test, relabelled_told
+from flows.workspace.differences import notes_on_labels, pinned_so_far
 
 
 def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
@@ -29,8 +29,7 @@ def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
                 accepted=accepted,
                 progress=progress,
             )
-        in_test = relabelled_test(loop.workspace, before, pinned_so_far(loop.workspace))
-    notes = relabelled_told(in_test)
+        notes = notes_on_labels(loop.workspace, before, pinned_so_far(loop.workspace))
     if relabelled:
         notes.append(f"{counted(relabelled, 'image')} moved to the class that they are said to show now")
     if labelled.not_kept:

@@ -18,6 +18,7 @@ from components.images import decode
 from components.store import sha256_file
 from flows.loop.loop import Loop
 from flows.loop.windows import capture_path, captured, champion_at, release_of, task_of
+from flows.workspace.renaming import names_of_today
 from flows.workspace.workspace import Workspace
 from monitoring.labels import Imported, read_file, resolve
 
@@ -76,7 +77,7 @@ def import_labels(
             given,
             by_prediction=by_prediction,
             images=images,
-            classes=champion.engine.classes if champion else (),
+            classes=_known(loop, champion) if champion else (),
             task=task_of(champion) if champion else None,
         )
     except DataError as error:
@@ -85,6 +86,12 @@ def import_labels(
         raise
     imported = loop.labels.append(loop.model, labels, source=path, skipped=len(rows) - len(given) - unknown)
     return LabelsTaken(imported, unknown, len(loop.labels.latest(loop.model)))
+
+
+def _known(loop: Loop, champion: Release) -> tuple[str, ...]:
+    """The classes of the champion, by its names and by those of today."""
+    classes = champion.engine.classes
+    return tuple(dict.fromkeys((*classes, *map(names_of_today(loop.workspace), classes))))
 
 
 def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str], tuple[str, ...]]:
@@ -139,14 +146,15 @@ def move_relabelled(loop: Loop) -> int:
     Their files are named by their digest, so nothing else is touched, and a rename loses nothing, whenever it is cut short.
     Raises DataError, before anything is renamed, where a file of that name with other bytes would be overwritten.
     """
-    data = loop.workspace.data
+    data, name_of = loop.workspace.data, names_of_today(loop.workspace)
     classes = [folder for folder in data.glob("*") if folder.is_dir()]
     moves: dict[Path, list[Path]] = {}
     for sha, label in loop.labels.latest(loop.model).items():
+        name = name_of(label.label)
         for folder in classes:
-            if folder.name != label.label:
+            if folder.name != name:
                 for path in sorted(folder.glob(f"{sha[:_NAME]}.*")):
-                    moves.setdefault(data / label.label / path.name, []).append(path)
+                    moves.setdefault(data / name / path.name, []).append(path)
     for target, paths in moves.items():
         first, *others = [target, *paths] if target.exists() else paths
         digest = sha256_file(first)
@@ -170,7 +178,7 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
     Each is checked against the sha256 it is named by. Raises DataError when there is none.
     """
     there = captured(loop.workspace)
-    said = loop.labels.latest(loop.model)
+    said, name_of = loop.labels.latest(loop.model), names_of_today(loop.workspace)
     scratch = loop.workspace.state / "tmp" / f"labelled-{uuid.uuid4().hex}"
     images = damaged = 0
     try:
@@ -185,7 +193,7 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
             except (OSError, UndecodableImage):
                 damaged += 1
                 continue
-            folder = scratch / label.label
+            folder = scratch / name_of(label.label)
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / f"{sha[:_NAME]}{suffix_of(path)}")
             images += 1

@@ -30,6 +30,7 @@ from components.releases import ReleaseStore
 from components.store import explained, seal, unseal, write_atomically
 from flows.loop.loop import Loop
 from flows.workspace.desk import desk
+from flows.workspace.renaming import names_of_today
 from flows.workspace.workspace import Workspace
 from monitoring.outbox import Alarm, window_id
 from monitoring.verdicts import DriftVerdict, Sample
@@ -317,7 +318,10 @@ def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:
     if labelled.empty or verdict is None:
         return None
     task = task_of(_fetched(loop, verdict.window.release).record)
-    labels, predicted = [said[sha].label for sha in labelled["image_sha256"]], labelled["predicted"].to_list()
+    # A class that got another name is answered by its old one until the next model.
+    name_of = names_of_today(loop.workspace)
+    labels = [name_of(said[sha].label) for sha in labelled["image_sha256"]]
+    predicted = [name_of(answer) for answer in labelled["predicted"]]
     classes = task.classes([*labels, *predicted])
     same = task.targets(labels, classes) == task.targets(predicted, classes)
     right = same.reshape(len(labels), -1).all(axis=1)

@@ -78,6 +78,7 @@ def _headings(compared: Compared, found: Difference, read: Read, most: int) -> l
     ]
     for heading in headings:
         heading["count"] = len(heading["entries"])
+        heading["entries"].sort(key=lambda entry: entry[2] not in test)  # test pictures first
         shown = heading["entries"][:most]
         heading["pictures"] = [
             {

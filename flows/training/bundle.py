@@ -139,6 +139,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "champion_reason": champion.reason if champion else "",
         "classes_new": new,
         "classes_gone": gone,
+        "data_notes": results.data_notes,
         "latency_p50_ms": latency.latency_p50_ms,
         "latency_p99_ms": latency.latency_p99_ms,
         "machine": latency.machine,
@@ -171,7 +172,8 @@ def recorded_policy(run: Run, results: Results) -> dict[str, Any]:
 def notes_of(run: Run, results: Results) -> list[str]:
     """What the reader of the report has to know of earlier policies, and of rejections of the same weights."""
     entries = Ledger(run.settings.ledger_url).entries(run.config.model)
-    body = {"bound": bound_digests(results), "summary": {"policy": recorded_policy(run, results)}}
+    summary = {"policy": recorded_policy(run, results), "data_notes": results.data_notes}
+    body = {"bound": bound_digests(results), "summary": summary}
     return notes(entries, body, subject=candidate_digest(run, results))
 
 

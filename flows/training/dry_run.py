@@ -212,7 +212,8 @@ def _verdict(
     verdict = run.store.open("gating", folder.name, Verdict)
     inputs = keys.gating_inputs(run, [e for e, _, _ in known], [v for _, v, _ in known], [m for _, _, m in known], None)
     before = dict(read_manifest(folder)["inputs"])
-    return verdict if {**before, "champion": ""} == {**inputs, "champion": ""} else None
+    of_champion = {"champion": "", "renamed": ""}
+    return verdict if {**before, **of_champion} == {**inputs, **of_champion} else None
 
 
 def _images(run: Run, splits: Stored[Splits] | None) -> Images:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from components import plugins
-from components.contracts.data import Dataset, Splits
+from components.contracts.data import Dataset, Renames, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json
 from components.contracts.verdicts import Evaluation, Measurement
@@ -101,8 +101,9 @@ def engine_inputs(
     }
 
 
-def evaluation_inputs(run: Run, engine: Stored[Engine], splits: Stored[Splits]) -> dict[str, str]:
+def evaluation_inputs(run: Run, engine: Stored[Engine], splits: Stored[Splits], renamed: Renames = ()) -> dict[str, str]:
     return {
+        **({"renamed": canonical_json(renamed)} if renamed else {}),
         "engine": engine.record.digest(),
         "test": splits.record.test_digest,
         "classes": ", ".join(splits.record.classes),
@@ -141,9 +142,11 @@ def gating_inputs(
     evaluations: Sequence[Stored[Evaluation]],
     measurements: Sequence[Stored[Measurement]],
     champion_evaluation: Stored[Evaluation] | None,
+    renamed: Renames = (),
 ) -> dict[str, str]:
     config = run.config.gating
     inputs = {
+        **({"renamed": canonical_json(renamed)} if renamed else {}),
         "config": config.digest(),
         "export": run.config.export.digest(),
         "absent": ", ".join(sorted(run.absent)),

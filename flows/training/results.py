@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.contracts.data import Dataset, Splits
+from components.contracts.data import Dataset, Renames, Splits, names_after
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
 from components.contracts.verdicts import Estimate, Evaluation, FoldEstimate, Measurement, Verdict
 from components.contracts.wording import counted
+from components.samples import rows
 from components.tables import read_frame
 from flows.training.run import Run
 from registry.models import CurrentChampion
@@ -43,8 +44,37 @@ class Results:
     def classes_changed(self) -> tuple[list[str], list[str]]:
         """Classes that the champion does not know, and classes of the champion that the candidate no longer knows."""
         ours = self.checkpoint.record.classes
-        theirs = self.current_champion.engine.record.classes if self.current_champion else ours
+        theirs = names_after(self.current_champion.engine.record.classes, self.renamed) if self.current_champion else ours
         return [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+
+    @property
+    def renamed(self) -> Renames:
+        """Classes that were renamed since the champion was trained."""
+        return self.dataset.record.data.renames_since(self.current_champion.data) if self.current_champion else ()
+
+    @property
+    def data_notes(self) -> list[str]:
+        """What changed in the data between the champion and this model and has to be known when the two are compared."""
+        if self.current_champion is None:
+            return []
+        whose = f"the data of the champion (version {self.current_champion.version})"
+        notes = [
+            f"Class {old!r} of {whose} is called {new!r} now, and both are compared on it." for old, new in self.renamed
+        ]
+        was = self.current_champion.test_labels
+        names = dict(zip(labels := sorted(set(was.values())), names_after(labels, self.renamed), strict=True))
+        table = rows(self.splits, "test").drop_duplicates("picture")
+        changed = [
+            f"{path} ({names[was[picture]]}, now {label})"
+            for path, picture, label in zip(table["path"], table["picture"], table["label"], strict=True)
+            if picture in was and names[was[picture]] != label
+        ]
+        if changed:
+            notes.append(
+                f"{counted(len(changed), 'frozen test picture')} relabelled since {whose}, and both are judged by the new "
+                f"label: {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}."
+            )
+        return notes
 
     @property
     def warnings(self) -> list[str]:

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from components import dataversions
 from components.clusters import Clusters
-from components.contracts.data import Dataset, Splits
+from components.contracts.data import Dataset, Renames, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
 from components.contracts.records import Stored
@@ -159,15 +159,27 @@ def engine(
 
 @task(name="evaluation", cache_policy=NO_CACHE)
 def evaluation(
-    run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role: str = "", fold: str = ""
+    run: Run,
+    engine: Stored[Engine],
+    splits: Stored[Splits],
+    *,
+    role: str = "",
+    fold: str = "",
+    renamed: Renames = (),
 ) -> Stored[Evaluation]:
     config = run.config.evaluation
 
     def compute(out: Path, progress: Progress) -> Evaluation:
-        return evaluate(engine, splits, run.workspace.data, run.task, config, out=out, progress=progress)
+        return evaluate(engine, splits, run.workspace.data, run.task, config, out=out, renamed=renamed, progress=progress)
 
-    inputs = keys.evaluation_inputs(run, engine, splits)
+    inputs = keys.evaluation_inputs(run, engine, splits, renamed)
     return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name, fold=fold)
+
+
+def evaluation_of_champion(run: Run, champion: CurrentChampion, splits: Stored[Splits]) -> Stored[Evaluation]:
+    """What the champion answers on today's test images, by today's labels and names of classes."""
+    renamed = run.data.renames_since(champion.data)
+    return evaluation(run, champion.engine, splits, role="champion", renamed=renamed)
 
 
 @task(name="measurement", cache_policy=NO_CACHE)
@@ -224,7 +236,7 @@ def champion(run: Run) -> CurrentChampion | None:
     if entry is None:
         return None
     folder = run.workspace.cache / "champions" / run.config.model
-    return CurrentChampion(str(entry.body["version"]), registry.fetch_engine(run.config.model, entry, out=folder))
+    return registry.fetch_champion(run.config.model, entry, out=folder)
 
 
 @task(name="gating", cache_policy=NO_CACHE)
@@ -238,11 +250,12 @@ def gating(
 ) -> Stored[Verdict]:
     config, chosen = run.config.gating, run.config.export
     required = {target.name: target.required for target in chosen.all_targets}
+    renamed = run.data.renames_since(current_champion.data) if current_champion else ()
 
     def compute(_: Path, __: Progress) -> Verdict:
         champion = None
         if current_champion and champion_evaluation:
-            champion = Champion(current_champion.engine.record, champion_evaluation)
+            champion = Champion(current_champion.engine.record, champion_evaluation, renamed)
         judged = [
             Judged(engine, evaluation, measurement.record, required[engine.record.name])
             for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True)
@@ -258,7 +271,7 @@ def gating(
             absent={name: (reason, required[name]) for name, reason in run.absent.items()},
         )
 
-    inputs = keys.gating_inputs(run, engines, evaluations, measurements, champion_evaluation)
+    inputs = keys.gating_inputs(run, engines, evaluations, measurements, champion_evaluation, renamed)
     return run.stage("gating", Verdict, compute, inputs=inputs)
 
 

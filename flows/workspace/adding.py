@@ -14,7 +14,7 @@ from flows.terminal import Console
 from flows.workspace import data
 from flows.workspace.amounts import Amount, amounts
 from flows.workspace.data import Added
-from flows.workspace.differences import pinned_so_far, relabelled_test, relabelled_told
+from flows.workspace.differences import notes_on_labels, pinned_so_far
 from flows.workspace.near_duplicates import MAX_CLUSTER_SHARE, Handling, told_of
 from flows.workspace.settings import read_settings
 from flows.workspace.sources import Chosen, choose, staged
@@ -73,8 +73,8 @@ def add_images(
                 accepted=accepted,
                 progress=progress,
             )
-        relabelled = relabelled_test(workspace, before, pinned_so_far(workspace))
-    notes = (*relabelled_told(relabelled), *notes_on(added))
+        of_labels = notes_on_labels(workspace, before, pinned_so_far(workspace))
+    notes = (*of_labels, *notes_on(added))
     return NotedVersion(added, notes, tuple(provable(workspace, added)))
 
 

@@ -25,7 +25,7 @@ from components.images import check, in_threads
 from components.samples import alike
 from components.splitting import TestLedger
 from components.store import explained, sha256_file
-from flows.workspace.differences import relabelled_test, relabelled_told
+from flows.workspace.differences import notes_on_labels
 from flows.workspace.incoming import Incoming, LeftOut, SplitsUndecided, incoming
 from flows.workspace.near_duplicates import MAX_CLUSTER_SHARE, Handling, Looked, look_for
 from flows.workspace.sources import Staged, staged
@@ -497,8 +497,8 @@ class DataStatus:
     version: DataVersion
     changes: dict[str, list[str]]
     """Files by kind of change; none where data/ is exactly that version."""
-    relabelled_test: tuple[str, ...] = ()
-    """A sentence where frozen test pictures have another label."""
+    notes: tuple[str, ...] = ()
+    """Sentences on labels that changed."""
 
 
 def status(workspace: Workspace) -> DataStatus:
@@ -508,8 +508,8 @@ def status(workspace: Workspace) -> DataStatus:
     if not workspace.data.is_dir():
         return DataStatus(version, {"deleted": [f"{dataversions.DATA}/ (all of it)"]})
     changes = dataversions.changes(root)
-    relabelled = relabelled_test(workspace, history.pinned(root)) if "relabelled" in changes else ()
-    return DataStatus(version, changes, tuple(relabelled_told(relabelled)))
+    of_labels = changes.keys() & {"relabelled", "classes renamed"}
+    return DataStatus(version, changes, tuple(notes_on_labels(workspace, history.pinned(root)) if of_labels else ()))
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from components import dataversions, history
 from components.contracts.errors import DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
 from components.contracts.wording import counted
+from components.dataversions import DATA
 from components.differences import Difference, Moved, TestChanges, class_counts, difference
 from components.formats import PINNED
 from components.history import Compared, Version
@@ -153,37 +154,43 @@ def pinned_so_far(workspace: Workspace) -> Version | None:
         return None
 
 
-def relabelled_test(workspace: Workspace, before: Version | None, after: Version | None = None) -> tuple[Moved, ...]:
-    """Frozen test pictures of a version that have another label in a later one, or in data/ where none is given.
+def notes_on_labels(workspace: Workspace, before: Version | None, after: Version | None = None) -> list[str]:
+    """What a person has to know of labels that changed from one version to a later one, or to what lies in data/.
 
-    None are found where the files of one of them are not known.
+    None are known where the list of files of one of them is not here.
     """
     if before is None or before.hash_name != "md5" or (after is not None and after.dvc_hash == before.dvc_hash):
-        return ()
+        return []
     with dataversions.objects(workspace.root) as objects:
         files = objects.listed(before.dvc_hash, before.hash_name).files
         others = objects.listed(after.dvc_hash, after.hash_name).files if after is not None else objects.now()[2]
         if files is None or others is None:
-            return ()
-        relabelled = difference(files, others).relabelled
-        known = history.sides(workspace.root, history.pinned(workspace.root)) if relabelled else {}
+            return []
+        found = difference(files, others, _on_the_way(before, after) if after is not None else ())
+        known = history.sides(workspace.root, history.pinned(workspace.root)) if found.relabelled else {}
 
         def is_test(one: Moved) -> bool:
             picture, _ = _picture(one.after, one.oid, lambda path, oid: objects.read(path, oid, before.hash_name))
             return picture is not None and bool(known and known.get(picture))
 
-        return tuple(one for one, test in zip(relabelled, in_threads(is_test, relabelled), strict=True) if test)
-
-
-def relabelled_told(relabelled: Sequence[Moved]) -> list[str]:
-    """A sentence for people about test pictures that have another label now."""
-    if not relabelled:
-        return []
-    shown = ", ".join(f"{dataversions.DATA}/{one.before} -> {dataversions.DATA}/{one.after}" for one in relabelled[:5])
-    return [
-        f"{counted(len(relabelled), 'frozen test picture')} relabelled: champion and candidate are judged on the new label "
-        f"({shown}{', ...' if len(relabelled) > 5 else ''})"
+        in_test = list(in_threads(is_test, found.relabelled))
+    notes = []
+    if any(in_test):
+        shown = [
+            f"{DATA}/{one.before} -> {DATA}/{one.after}" for one, test in zip(found.relabelled, in_test, strict=True) if test
+        ]
+        notes.append(
+            f"{counted(len(shown), 'frozen test picture')} relabelled: champion and candidate are judged by the new label "
+            f"({', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''})"
+        )
+    undone = "" if after is None else "move the folder back, pin that by `visionloop data add`, and then "
+    notes += [
+        f"class {one.old!r} is gone and {one.new!r} has its images: a champion that knows {one.old!r} is not compared on "
+        f"it. If it is the same class, {undone}say so by `visionloop data rename-class {one.old} {one.new}`"
+        for one in found.renamed_classes
+        if not one.recorded
     ]
+    return notes
 
 
 @dataclass(frozen=True)

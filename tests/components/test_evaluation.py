@@ -8,14 +8,15 @@ import pandas as pd
 import pytest
 
 from components import evaluation, plugins
-from components.contracts.data import Splits
+from components.contracts.data import DataVersion, Splits
 from components.contracts.errors import EngineUnavailable
 from components.contracts.models import Engine, Preprocessing
 from components.contracts.records import Stored
 from components.contracts.verdicts import Evaluation, Measurement
 from components.evaluation import EvaluationConfig, evaluate, measure, summarised
 from components.machine import fingerprint
-from components.store import Store
+from components.store import Store, describe
+from components.tasks.classification import Task
 
 CONFIG = EvaluationConfig(latency_runs=20, latency_warmup_runs=2)
 
@@ -180,6 +181,54 @@ def test_a_champion_of_another_label_space_is_asked_about_what_it_knows(
     expected = np.stack(list(whole["logits"]))[:, [classes.index(name) for name in shared]]
     assert np.array_equal(np.stack(list(table["logits"])), expected)
     assert [metrics.name for metrics in found.per_class] == list(shared)
+
+
+def test_a_champion_knows_a_class_by_the_name_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers for `square` and `disc`; the data call the second one `circle` since."""
+    table = pd.DataFrame(
+        [(f"{label}/{n}.png", label, f"{n}", f"{n}", "test") for n, label in enumerate(("circle", "square", "circle"))],
+        columns=["path", "label", "sha256", "picture", "split"],
+    )
+    table.to_parquet(tmp_path / "splits.parquet")
+    splits = Splits(
+        data=DataVersion(dvc_hash="d", num_files=3, bytes=3, ledger_sha256="l", renamed=(("disc", "circle"),)),
+        table=describe(tmp_path / "splits.parquet", within=tmp_path),
+        classes=("circle", "square"),
+        counts={"test": 3},
+        class_counts={},
+        num_duplicate_groups=0,
+        test_digest="t",
+    )
+    preprocessing = Preprocessing(
+        channels=1, height=8, width=8, resize_shortest=8, interpolation="bilinear", mean=(0.5,), std=(0.5,)
+    )
+    engine = Engine(
+        name="one",
+        target="openvino",
+        precision="int8",
+        settings={},
+        checkpoint_digest="c",
+        files=(),
+        entry="m",
+        preprocessing=preprocessing,
+        classes=("square", "disc"),
+        embedding_dim=4,
+        temperature=1.0,
+        runtime="r",
+        built_for=(),
+        facts={},
+    )
+    answers = np.array([[0, 9], [9, 0], [8, 0]], np.float32)
+    replaced(monkeypatch, lambda images: (answers, np.zeros((3, 4))))
+    monkeypatch.setattr(evaluation, "batches", lambda *_, **__: [np.zeros((3, 8, 8, 1), np.uint8)])
+    common: Any = (Stored(engine, tmp_path), Stored(splits, tmp_path), tmp_path, Task(), CONFIG)
+    found = evaluate(*common, out=tmp_path, renamed=splits.data.renamed)
+    assert [metrics.name for metrics in found.per_class] == ["circle", "square"]
+    assert found.num_images == 3
+    assert found.metrics["accuracy"].value == pytest.approx(2 / 3)
+    kept = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert np.array_equal(np.stack(list(kept["logits"])), answers[:, ::-1])
+    assert evaluate(*common, out=tmp_path).status == "not comparable"
 
 
 @pytest.mark.parametrize("classes", [("cross", "square", "ring"), ("line", "square", "ring")])

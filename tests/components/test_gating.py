@@ -252,7 +252,7 @@ def champion_of(folder: Path, classes: tuple[str, ...], wrong: int = 0) -> Champ
     [
         (("a", "b"), 200, "of the 2 classes that both know (a, b), among these; new: c, judged by the floors alone"),
         (("d", "c", "b", "a"), 300, "of the 3 classes that both know (a, b, c), among these; no longer known: d"),
-        (("c", "bee", "a"), 200, "new: b, judged by the floors alone; no longer known: bee; a renamed class looks like"),
+        (("c", "bee", "a"), 200, "new: b, judged by the floors alone; no longer known: bee; a class renamed without"),
         (("c", "b", "a"), 300, None),
     ],
 )
@@ -273,6 +273,17 @@ def test_a_champion_of_other_classes_is_compared_on_those_that_both_know(
     (finding,) = [f for f in found.engines[0].findings if f.gate == "no_regression"]
     assert finding.status == "fail"
     assert finding.value == pytest.approx(-20 / n)
+
+
+def test_a_class_that_was_renamed_is_compared_under_its_new_name(tmp_path: Path) -> None:
+    known = champion_of(tmp_path / "champion", ("c", "b", "a"))
+    of = engine("openvino-fp32", "fp32", ("c", "bee", "a"))
+    answered_by_new_names = known.evaluation.record.model_copy(update={"engine_digest": of.digest()})
+    champion = Champion(of, Stored(answered_by_new_names, known.evaluation.folder), renamed=(("bee", "b"),))
+    found = verdict(tmp_path, item(tmp_path), champion=champion)
+    (finding,) = [f for f in found.engines[0].findings if f.gate == "no_regression"]
+    assert (finding.status, finding.n) == ("pass", 300)
+    assert "both know" not in finding.message
 
 
 def test_tampered_predictions_are_refused(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_file_is_known_by_its_bytes_wherever_it_goes() -> None:
     assert (found.added, found.removed, found.changed) == ({"e/1": "e"}, {"stray": "s"}, {})
     assert (found.class_counts_before, found.class_counts_after["a"]) == ({"a": 2, "b": 3, "c": 2}, 3)
     # Recorded, a rename is no difference of its files: what was renamed, relabelled or replaced besides is.
-    found = difference(before, {**after, "d/1": "other"}, [("c", "d")])
+    found = difference(before, {**after, "d/1": "other"}, (("c", "d"),))
     assert [(one.old, one.new, one.num_files, one.recorded) for one in found.renamed_classes] == [("c", "d", 2, True)]
     assert found.changed == {"d/1": ("c", "other")}
     # Two classes that were merged are no rename, and neither is a class some of whose files went elsewhere.
@@ -101,7 +101,7 @@ def test_relabels_and_renames_are_told_for_what_they_are(changed: Path) -> None:
     assert (len(status["changes"]["added"]), len(status["changes"]["deleted"])) == (2, 1)
     assert status["changes"]["modified"] == ["data/cross/0001.png"]
     assert (
-        f"1 frozen test picture relabelled: champion and candidate are judged on the new label (data/disc/{first}"
+        f"1 frozen test picture relabelled: champion and candidate are judged by the new label (data/disc/{first}"
         in (status["notes"][0])
     )
     found = told("diff", cwd=changed, status=1)
