@@ -133,53 +133,64 @@ S3_CONNECT_TIMEOUT_S, S3_READ_TIMEOUT_S, S3_ATTEMPTS = 3, 8, 2
 """A server that takes the connection and never answers is given up after 16 s, and one that is not there after 6 s."""
 
 
-class _S3:
-    """Credentials, region and endpoint come from the AWS environment, as for every AWS tool."""
+def s3_client(url: str, **config: Any) -> Any:
+    """A client of S3 for one address, which its errors name; `config` is botocore's.
 
-    def __init__(self, bucket: str, prefix: str, url: str) -> None:
-        import boto3
-        from botocore.config import Config
+    Credentials, region and endpoint come from the AWS environment, as for every AWS tool. Answers of what is no S3 raise
+    RegistryUnavailable.
+    """
+    import boto3
+    from botocore.config import Config
 
-        self._bucket, self._prefix, self._url = bucket, prefix, url
-        self._client: Any = boto3.client(
-            "s3",
-            config=Config(
-                signature_version="s3v4",
-                s3={"addressing_style": "path"},
-                connect_timeout=S3_CONNECT_TIMEOUT_S,
-                read_timeout=S3_READ_TIMEOUT_S,
-                # `max_attempts` would count what comes after the first.
-                retries={"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
-                # Servers that are not AWS often know no CRC trailers; every byte is hashed here anyway.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
+    settings: dict[str, Any] = {
+        "signature_version": "s3v4",
+        "s3": {"addressing_style": "path"},
+        "connect_timeout": S3_CONNECT_TIMEOUT_S,
+        "read_timeout": S3_READ_TIMEOUT_S,
+        # `max_attempts` would count what comes after the first.
+        "retries": {"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
+        # Servers that are not AWS often know no CRC trailers; every byte is hashed here anyway.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    client: Any = boto3.client("s3", config=Config(**settings | config))
+
+    def expect_s3(operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
+        _expect_s3(operation_model.name, response_dict, client.meta.endpoint_url, url)
+
+    client.meta.events.register("before-parse.s3", expect_s3)
+    return client
+
+
+def _expect_s3(operation: str, answer: dict[str, Any], endpoint: str, url: str) -> None:
+    """Refuse the answer of a sign-in page or another program: botocore would take it for an object, or for none."""
+    status, headers, body = answer["status_code"], answer["headers"], answer["body"]
+    if status > 500 or any(name.lower().startswith("x-amz-") for name in headers):
+        return  # S3's own, or of a proxy that has no server behind it at the moment: asked again
+    # botocore calls a page of status 200 that is no XML a 500.
+    kind = headers.get("content-type", "no content type")
+    if status >= 300:
+        is_s3 = operation.startswith("Head") or b"<Error" in body
+    elif operation == "ListObjectsV2":
+        is_s3 = b"<ListBucketResult" in body
+    elif operation == "GetObject":
+        is_s3 = "etag" in headers and "html" not in kind
+    elif operation in ("PutObject", "UploadPart"):
+        is_s3 = "etag" in headers and b"<html" not in body
+    else:
+        is_s3 = True
+    if not is_s3:
+        raise RegistryUnavailable(
+            f"{endpoint}, asked for {url}, does not answer as S3 does (status {status}, {kind}); its answer was not used. "
+            f"Check the address in AWS_ENDPOINT_URL and its port, and whether a proxy or the sign-in page of a network "
+            f"answers in its place"
         )
-        self._client.meta.events.register("before-parse.s3", self._expect_s3)
 
-    def _expect_s3(self, operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
-        """Refuse the answer of a sign-in page or another program: botocore would take it for an object, or for none."""
-        status, headers, body = response_dict["status_code"], response_dict["headers"], response_dict["body"]
-        if status > 500 or any(name.lower().startswith("x-amz-") for name in headers):
-            return  # S3's own, or of a proxy that has no server behind it at the moment: asked again
-        # botocore calls a page of status 200 that is no XML a 500.
-        kind = headers.get("content-type", "no content type")
-        if status >= 300:
-            is_s3 = operation_model.name.startswith("Head") or b"<Error" in body
-        elif operation_model.name == "ListObjectsV2":
-            is_s3 = b"<ListBucketResult" in body
-        elif operation_model.name == "GetObject":
-            is_s3 = "etag" in headers and "html" not in kind
-        elif operation_model.name in ("PutObject", "UploadPart"):
-            is_s3 = "etag" in headers and b"<html" not in body
-        else:
-            is_s3 = True
-        if not is_s3:
-            raise RegistryUnavailable(
-                f"{self._client.meta.endpoint_url}, asked for {self._url}, does not answer as S3 does (status {status}, "
-                f"{kind}); its answer was not used. Check the address in AWS_ENDPOINT_URL and its port, and whether a proxy "
-                f"or the sign-in page of a network answers in its place"
-            )
+
+class _S3:
+    def __init__(self, bucket: str, prefix: str, url: str) -> None:
+        self._bucket, self._prefix, self._url = bucket, prefix, url
+        self._client = s3_client(url)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{safe_name(name)}" if self._prefix else safe_name(name)

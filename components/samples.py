@@ -24,6 +24,9 @@ def rows(splits: Stored[Splits], name: SplitName) -> pd.DataFrame:
 MAX_CLASS_NAME_BYTES = 255
 OF_FILE_MANAGERS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
 """Names, in lower case, of files and folders that file managers leave beside people's own; they are no data."""
+_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLIT_OF = {name: split for split, names in _SPLIT_FOLDERS.items() for name in names}
+"""The split that a folder of class folders is, by its name in lower case."""
 
 
 def class_name_problem(name: str) -> str | None:

@@ -18,19 +18,10 @@ from components.attributes import LEFT_OUT, Attributes, write_said
 from components.contracts.errors import DataError
 from components.contracts.progress import Progress
 from components.contracts.wording import counted, is_text
-from components.samples import class_name_problem
+from components.samples import SPLIT_OF, class_name_problem
 
 MOST_PROBLEMS = 100
 """How many problems are told one by one."""
-SPLITS = {
-    name: split
-    for split, names in {
-        "train": ("train", "training"),
-        "val": ("val", "valid", "validation"),
-        "test": ("test", "testing"),
-    }.items()
-    for name in names
-}
 
 
 class _Entry(NamedTuple):
@@ -78,7 +69,7 @@ class Listed:
                 self._labels[label] = self._wrong_label(label)
             if why := self._labels[label]:
                 raise ValueError(why)
-            if split and split.casefold() not in SPLITS:
+            if split and split.casefold() not in SPLIT_OF:
                 raise ValueError(f"split is {split!r}; expected train, val or test")
             if before := self._seen.get(identity):
                 if before.label != label:
@@ -90,7 +81,7 @@ class Listed:
         except ValueError as error:
             self.problem(place, str(error))
             return
-        entry = _Entry(place, file, name, label, SPLITS.get(split.casefold(), ""), attributes)
+        entry = _Entry(place, file, name, label, SPLIT_OF.get(split.casefold(), ""), attributes)
         self._entries.append(entry)
         self._seen.setdefault(identity, entry)
         if not split and not self._without_split:

@@ -19,12 +19,12 @@ import tempfile
 import urllib.request
 import zlib
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from components.contracts.errors import DataError, SourceUnavailable
 from components.samples import class_name_problem
@@ -130,6 +130,7 @@ SETS: dict[str, Pickled | Idx] = {
         ),
     ),
 }
+_PREFIX = "torchvision:"
 _MOST_BYTES = 256 * 2**20
 """Of a download, and of a file that is unpacked: the largest one here has 170 million."""
 _UNPICKLE = """
@@ -154,11 +155,20 @@ class Source(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: Literal["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST"]
+    dataset: Annotated[
+        Literal["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST"],
+        BeforeValidator(lambda name: str(name).removeprefix(_PREFIX)),
+    ]
+    """Its name, with or without `torchvision:` before it."""
     folder: Path = Path("~/.cache/visionloop/datasets")
     """Where downloads are kept, a folder for each data set; what lies there already is not downloaded."""
     download: bool = True
     """Whether what is missing is downloaded."""
+
+    @classmethod
+    def takes(cls, given: str) -> bool:
+        """Whether it is a name such as torchvision:CIFAR10."""
+        return given.startswith(_PREFIX)
 
     def fetch(self, *, out: Path) -> None:
         """Write `out/train/<class>/<number>.png` and `out/test/...`; raises SourceUnavailable, DataError."""

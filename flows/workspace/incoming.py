@@ -12,11 +12,9 @@ from pathlib import Path
 
 from components import dataversions
 from components.contracts.errors import DataError
-from components.samples import OF_FILE_MANAGERS, class_name_problem
+from components.samples import OF_FILE_MANAGERS, SPLIT_OF, class_name_problem
 
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-"""The folders that each predefined split may be called, in lower case."""
-_SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
+_SPLITS = ("train", "val", "test")
 _Rules = Callable[[str, list[str], list[str]], tuple[list[str], list[str]]]
 
 
@@ -83,14 +81,14 @@ def _predefined(folder: Path) -> list[Path]:
 
     A class may be called `train`: such a folder holds images, and that of a split holds folders.
     """
-    named = [path for path in folder.iterdir() if path.is_dir() and path.name.casefold() in _SPLIT_OF]
+    named = [path for path in folder.iterdir() if path.is_dir() and path.name.casefold() in SPLIT_OF]
     if not any(inner.is_dir() and not inner.name.startswith(".") for path in named for inner in path.iterdir()):
         return []
-    return sorted(named, key=lambda path: (list(_SPLITS).index(_split(path)), path.name))
+    return sorted(named, key=lambda path: (_SPLITS.index(_split(path)), path.name))
 
 
 def _split(path: Path) -> str:
-    return _SPLIT_OF[path.name.casefold()]
+    return SPLIT_OF[path.name.casefold()]
 
 
 def _choice(folder: Path, splits: list[Path]) -> str:

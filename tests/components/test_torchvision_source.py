@@ -98,7 +98,7 @@ def test_a_source_that_is_split_becomes_data_whose_test_is_its_own(cifar: Path, 
     third = decode((tmp_path / "out" / "train" / "airplane" / "00008.png").read_bytes()).stored  # third of the second batch
     assert np.array_equal(np.asarray(third), _images(6, 2, 3072)[2].reshape(3, 32, 32).transpose(1, 2, 0))
     root = Workspace.create(tmp_path / "ws").root
-    add = ("data", "add", "--source", "torchvision", "--source-setting", "dataset=CIFAR10", "--json")
+    add = ("data", "add", "torchvision:CIFAR10", "--json")
     undecided = visionloop(*add, "--source-setting", f"folder={cifar}", cwd=root)
     assert undecided.returncode == 2
     assert "source 'torchvision' is already split. Keep" in undecided.stdout
