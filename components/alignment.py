@@ -25,7 +25,11 @@ _STEPS, _CLOSE_PIXELS = 8, 0.02
 """Most steps of moving an edge, and a step that ends it."""
 _TILES, _TILE_PIXELS = 6, 9
 """Tiles a side, and the least pixels a side of one."""
-_LEAST_AGREEMENT, _LEAST_TILE = 0.6, 0.2
+_LEAST_PIXELS = 12
+"""Pixels of the shorter side under which a smaller copy of a picture tells nothing."""
+_LEAST_AGREEMENT, _LEAST_TILE = 0.85, 0.2
+_LEAST_OF_FEW = 0.93
+"""The agreement of pictures that are plain in more than half of their tiles: outlines alone are soon alike."""
 _TELLING = 64
 _DIFFERENT_AGREEMENT, _DIFFERENT_TILE = 0.3, -0.1
 """What has less than this at this many pixels is another picture."""
@@ -60,6 +64,8 @@ class Alignment:
     """Correlation of the fine structure, in [-1, 1]."""
     worst: float
     """The same of the tile where they agree least, among those that hold any fine structure."""
+    told: float
+    """The share of tiles that hold any."""
     contrast: float
     """How much more contrast the second has than the first."""
     brightness: float
@@ -68,7 +74,8 @@ class Alignment:
     @property
     def same(self) -> bool:
         """Whether the two are one picture."""
-        return self.agreement >= _LEAST_AGREEMENT and self.worst >= _LEAST_TILE
+        least = _LEAST_AGREEMENT if self.told >= 0.5 else _LEAST_OF_FEW
+        return self.agreement >= least and self.worst >= _LEAST_TILE
 
 
 def grey(image: Image.Image) -> Grey:
@@ -85,7 +92,7 @@ def align(first: Grey, second: Grey, *, box: Box, mirrored: bool) -> Alignment:
     size = np.array([one.width, one.height] * 2, dtype=np.float64)
     edges = np.array(box) * size
     share = max((box[2] - box[0]) * first.width, (box[3] - box[1]) * first.height)
-    longest = min(_LONGEST, max(second.width, second.height, round(share)))
+    longest = max(8, min(_LONGEST, max(second.width, second.height), round(share)))
     for level in (*(level for level in _COARSER if level < 0.8 * longest), longest):
         scale = level / max(second.width, second.height)
         shape = max(8, round(second.width * scale)), max(8, round(second.height * scale))
@@ -139,23 +146,26 @@ def _improved(image: Image.Image, edges: _Edges, target: _Pixels, shape: tuple[i
 
 
 def _compared(first: _Pixels, second: _Pixels, box: _Edges) -> Alignment:
-    """Correlation of fine structure over all, and in the tile where it is least; at this size or at half of it.
+    """Correlation of fine structure, over all and in the tile where it is least; the best of this size and smaller ones.
 
     Storing a picture badly takes the finest noise away and leaves what is a little coarser.
     """
-    bands = [(_fine(first), _fine(second)), (_fine(_halved(first)), _fine(_halved(second)))]
+    sizes = [(first, second), (_halved(first), _halved(second)), (_halved(_halved(first)), _halved(_halved(second)))]
+    bands = [(_fine(one), _fine(two)) for one, two in sizes if min(one.shape) >= _LEAST_PIXELS]
+    bands = bands or [(_fine(first), _fine(second))]
     tiles = [max(1, min(_TILES, round(side / _TILE_PIXELS))) for side in first.shape]
     lit = (_CLIPPED[0] < first) & (first < _CLIPPED[1]) & (_CLIPPED[0] < second) & (second < _CLIPPED[1])
-    tiled = [_tiles(one, two, seen, tiles) for (one, two), seen in zip(bands, (lit, _halved(lit) == 1), strict=True)]
+    tiled = [_tiles(*band, seen, tiles) for band, seen in zip(bands[:2], (lit, _halved(lit) == 1), strict=False)]
     told = [max(found) for found in zip(*tiled, strict=True) if max(found) > -1]
     # Coarsely, as noise that is gone from one of them is no contrast.
-    one, two = _halved(_halved(first)), _halved(_halved(second))
+    one, two = sizes[-1]
     contrast = float(((one - one.mean()) * (two - two.mean())).mean() / max(1e-6, float(one.var())))
     left, top, right, bottom = box.tolist()
     return Alignment(
         box=(left, top, right, bottom),
         agreement=max(_correlation(*band) for band in bands),
         worst=min(told, default=1.0),
+        told=len(told) / (tiles[0] * tiles[1]),
         contrast=contrast,
         brightness=float(second.mean() - first.mean()),
     )
