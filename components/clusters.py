@@ -176,7 +176,7 @@ class Units:
     def _give_each_some(self, wanted: Sequence[Mapping[str, int]], found: dict[str, int]) -> None:
         have: list[set[str]] = [set() for _ in range(len(wanted) + 1)]
         for unit, share in found.items():
-            have[share] |= self.sizes[unit].keys()
+            have[share].update(self.sizes[unit])
         lacking = [
             (n, s) for n, each in enumerate(wanted) for s, count in sorted(each.items()) if count and s not in have[n]
         ]
@@ -191,6 +191,6 @@ class Units:
             for unit in sorted(last[stratum], key=lambda unit: sum(self.sizes[unit].values())):
                 if all(len(last[each]) > 1 for each in self.sizes[unit]) and stratum not in have[share]:
                     found[unit] = share
-                    have[share] |= self.sizes[unit].keys()
+                    have[share].update(self.sizes[unit])
                     for each in self.sizes[unit]:
                         last[each].remove(unit)

@@ -305,3 +305,11 @@ def test_a_file_is_known_by_its_bytes_when_its_pixels_are_decoded_otherwise(tmp_
     (tmp_path / "out").mkdir()
     found = split(stored, ledger, SplittingConfig(), Task(), clusters=known, out=tmp_path / "out")
     assert sides(found, tmp_path / "out") == {other.get(picture, picture): split for picture, split in before.items()}
+
+
+def test_ten_thousand_classes_are_divided(tmp_path: Path) -> None:
+    members = [each for number in range(10_000) for each in pictures(f"c{number:04d}", 5)]
+    near = clusters_of(*([members[at][0], members[at + 1][0]] for at in range(0, 50_000, 5)))
+    ledger = TestLedger(0.2, {}).extended(members, together=near.near, near=near.near)
+    found, _ = run(tmp_path, "d", members, ledger, near)
+    assert {len(found.class_counts[name]) for name in SPLITS} == {10_000}
