@@ -14,10 +14,10 @@ from components.reviews import reviews
 from components.store import write_atomically
 from flows.reviewing import applying, page, sheet
 from flows.reviewing.applying import Applied, Plan
-from flows.reviewing.cards import Card, CardFile, asked, by_cost, keep
+from flows.reviewing.cards import Card, CardFile, asked, by_cost, cards_of, files_of, keep
 from flows.reviewing.deciding import Decision, decide, targets
-from flows.reviewing.looking import see
 from flows.terminal import Console
+from flows.workspace.checking import check_data
 from flows.workspace.workspace import Workspace
 
 PURPOSE = "visionloop data review apply"
@@ -45,22 +45,29 @@ class Asked:
 def review(
     workspace: Workspace,
     *,
+    recipe: str | None = None,
     kinds: Collection[str] = (),
     limit: int | None = None,
     out: Path | None = None,
     console: Console,
 ) -> Asked:
-    """Look at the pinned data, and ask a person about what nobody reviewed; see `ask`. Raises UnknownName."""
+    """Look at the pinned data for all findings or those of a recipe, and ask about what nobody reviewed; see `ask`.
+
+    Raises UnknownName, and DataDiffers where data/ is not what is pinned.
+    """
+    valid = plugins.names("findings")
     for kind in kinds:
-        if kind not in (known := plugins.names("findings")):
-            raise UnknownName("kind of issue", kind, known)
+        if kind not in valid:
+            raise UnknownName("kind of issue", kind, valid)
     with console.stage("looking at images", 1) as (progress, _):
-        seen = see(workspace, progress=progress)
+        version = dataversions.verify(workspace.root).dvc_hash
+        checked = check_data(workspace, recipe, progress=progress)
+    known = checked.examined.known
+    there, refused = files_of(workspace.data, known.table), files_of(workspace.data, known.refused)
+    cards = cards_of(checked.issues, [*there, *refused])
     with console.stage("drawing cards", 2) as (progress, _):
-        found = ask(
-            workspace, seen.data_version, seen.cards, seen.files, kinds=kinds, limit=limit, out=out, progress=progress
-        )
-    return replace(found, not_looked_for=seen.not_looked_for)
+        found = ask(workspace, version, cards, there, kinds=kinds, limit=limit, out=out, progress=progress)
+    return replace(found, not_looked_for={each.name: each.reason for each in checked.looked if not each.ran})
 
 
 def ask(

@@ -27,6 +27,7 @@ review_app = Commands(
 @review_app.callback()
 def data_review(
     context: typer.Context,
+    recipe: Annotated[str | None, typer.Option(help="Look for the findings of this recipe; else for all.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only issues of this kind; may be repeated.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many, those that cost most to leave.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for the CSV file, the page and its thumbnails.")] = None,
@@ -45,7 +46,9 @@ def data_review(
 
     found = Workspace.find(workspace)
     with Console(2, quiet=json_) as console:
-        asked = review(found, kinds=kind or (), limit=limit, out=out.absolute() if out else None, console=console)
+        asked = review(
+            found, recipe=recipe, kinds=kind or (), limit=limit, out=out.absolute() if out else None, console=console
+        )
     kinds = Counter(card.issue.kind for card in asked.cards)
     answer = {
         "data_version": asked.data_version,

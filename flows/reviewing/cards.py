@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from components.contracts.errors import DataError, StoreError
 from components.contracts.issues import SEVERITIES, Issue, issue_id
 from components.contracts.records import Record, canonical_json
-from components.splitting import TestLedger
 from components.store import sha256_file, write_atomically
 from flows.workspace.workspace import Workspace
 
@@ -60,10 +59,13 @@ class Card(Record):
 
     @property
     def label(self) -> str:
-        """The label that the issue proposes; empty where it proposes another thing, or none."""
+        """The label that the issue proposes for its files; empty where it proposes another thing, or none."""
         candidate = self.issue.candidate
-        known = self.file is not None and "/" not in candidate and candidate != self.file.label
-        return candidate if known else ""
+        return candidate if candidate and "/" not in candidate and self.not_labelled(candidate) else ""
+
+    def not_labelled(self, label: str) -> tuple[CardFile, ...]:
+        """Its files with another label: those of one issue show the same picture, so that they get one label together."""
+        return tuple(file for file in self.files if file.label != label)
 
     @property
     def copies(self) -> tuple[CardFile, ...]:
@@ -78,7 +80,8 @@ class Card(Record):
     def proposal(self) -> str:
         """What `accept` does, in words; empty where the issue proposes nothing that can be done by itself."""
         if self.label:
-            return f"relabel:{self.label}"
+            changed = len(self.not_labelled(self.label))
+            return f"relabel:{self.label}" + (f" ({changed} files)" if changed > 1 else "")
         return "remove " + " | ".join(file.path for file in self.copies) if self.copies else ""
 
     def id_after(self, labels: Mapping[str, str]) -> str:
@@ -86,20 +89,15 @@ class Card(Record):
         return issue_id(self.issue.kind, [(file.sha256, labels.get(file.path, file.label)) for file in self.files])
 
 
-def files_of(data: Path, facts: pd.DataFrame, ledger: TestLedger) -> list[CardFile]:
-    """The files that facts are about (path, label, sha256, picture), in their order.
+def files_of(data: Path, facts: pd.DataFrame) -> list[CardFile]:
+    """The files that facts are about (path, label, sha256; split where it is known), in their order.
 
-    Of a file that could not be decoded, and so is of no side, nothing but the path has to be known.
+    Nobody knows the side of a file that cannot be decoded, and it is not test.
     """
-    columns = (facts["path"], facts["label"], facts["sha256"], facts["picture"])
+    splits = facts["split"] if "split" in facts else [""] * len(facts)
     return [
-        CardFile(
-            path=path,
-            label=str(label),
-            sha256=sha256 if isinstance(sha256, str) and sha256 else sha256_file(data / path),
-            test=ledger.members.get(picture, False),
-        )
-        for path, label, sha256, picture in zip(*columns, strict=True)
+        CardFile(path=path, label=label, sha256=sha256 or sha256_file(data / path), test=split == "test")
+        for path, label, sha256, split in zip(facts["path"], facts["label"], facts["sha256"], splits, strict=True)
     ]
 
 

@@ -12,6 +12,7 @@ from components.samples import alike
 from flows.reviewing.cards import Card, CardFile
 
 DECISIONS = ("accept", "relabel:LABEL", "remove", "not_a_problem")
+"""What the issue proposes; what its files show; that the one to decide on first leaves; that nothing is to be done."""
 
 
 _MAX_NAME_BYTES = 255
@@ -67,9 +68,12 @@ def decide(decisions: Sequence[Decision], classes: Collection[str]) -> Outcome:
             for file in card.copies:
                 wanted[file.path][""].append(decision)
             copies.append(({file.path for file in card.files}, decision))
+        elif said == "remove":
+            wanted[card.files[0].path][""].append(decision)
         elif said != "not_a_problem":
-            assert card.file is not None
-            wanted[card.file.path][said.partition(":")[2]].append(decision)
+            label = said.partition(":")[2]
+            for file in card.not_labelled(label):
+                wanted[file.path][label].append(decision)
     for path, ways in sorted(wanted.items()):
         if len(ways) > 1:
             told = "; ".join(
@@ -113,7 +117,7 @@ def _problem(decision: Decision, classes: Collection[str]) -> str:
         return f"there is no class {label[:80]!r}; classes: {shown}{', ...' if len(classes) > 20 else ''}"
     if word == "relabel" and not label:
         return "relabel: names no label; expected relabel:LABEL"
-    if word == "relabel" and label == card.file.label:
+    if word == "relabel" and not card.not_labelled(label):
         return f"{card.file.path} is labelled {label!r} already; if that is right, the decision is not_a_problem"
     return ""
 

@@ -64,6 +64,8 @@ def render(
                 "test": card.is_test,
                 "leak": card.is_leak,
                 "files": [told(file) for file in pictured(card)],
+                "count": len(card.files),
+                "labels": sorted({file.label for file in card.files}),
                 "more": max(0, len(card.files) - _SHOWN_FILES),
                 "row": [row[name] for name in sheet.ASKED],
             }

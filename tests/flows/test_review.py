@@ -107,10 +107,12 @@ def state(workspace: Workspace) -> dict[str, str]:
 
 
 def test_what_a_person_decides_is_the_next_version_and_is_not_asked_again(workspace: Workspace) -> None:
-    test, (wrong, copy, kept, ugly, fine, *_) = sides(files_of(workspace))
+    test, (wrong, copy, kept, ugly, fine, *others) = sides(files_of(workspace))
+    one, two = others[-2:]
     told = attributes.Attributes(label_source="model", confidence="0.9", source="camera 3")
     attributes.write(workspace.root, {wrong.sha256: told, copy.sha256: told})
     before = dataversions.pin(workspace.root)
+    hashes = dataversions.hashes(workspace.root)
     commit(workspace.root)
     other = workspace.data / "disc" / Path(wrong.path).name
     assert other.is_file(), "the name is to be taken in the other class"
@@ -120,12 +122,19 @@ def test_what_a_person_decides_is_the_next_version_and_is_not_asked_again(worksp
         card("blurred", ugly),
         card("dark", fine, score=0.2),
         card("dark", wrong),
+        card("contradictory_label", one, two, candidate="disc", score=0.3),
         card("leak", fine, test[0], candidate=fine.path, score=0.4),
     ]
     asked = questions(workspace, *cards)
-    assert [each.issue.kind for each in asked.cards] == ["leak", "blurred", "dark", "label_error", "near_duplicate", "dark"]
-    said = dict(zip(cards, ("accept", "Accept ", "remove", "not_a_problem", "not_a_problem"), strict=False))
+    ordered = ["leak", "blurred", "dark", "label_error", "near_duplicate", "dark", "contradictory_label"]
+    assert [each.issue.kind for each in asked.cards] == ordered
+    answers = ("accept", "Accept ", "remove", "not_a_problem", "not_a_problem", "accept")
+    said = dict(zip(cards, answers, strict=False))
     file = filled(asked, said, note="=seen\nat the desk")
+    objects = {path: workspace.root / ".dvc" / "cache" / "files" / "md5" / oid[:2] / oid[2:] for path, oid in hashes.items()}
+    objects[ugly.path].unlink()
+    objects[copy.path].chmod(0o644)
+    objects[copy.path].write_bytes(b"damaged")
     planned = apply_it(workspace, file, dry_run=True)
     assert dataversions.verify(workspace.root) == before
     applied = apply_it(workspace, file)
@@ -133,25 +142,26 @@ def test_what_a_person_decides_is_the_next_version_and_is_not_asked_again(worksp
     assert target == f"disc/{Path(wrong.path).stem}-{wrong.sha256[:12]}.png"
     assert (planned.relabelled, planned.removed, planned.message) == (applied.relabelled, applied.removed, applied.message)
     assert sha256_file(workspace.data / target) == wrong.sha256
+    assert {Path(applied.relabelled[each.path]).parent.name for each in (one, two)} == {"disc"}
     assert applied.removed == tuple(sorted([copy.path, ugly.path]))
     assert not [name for name in (wrong.path, copy.path, ugly.path) if (workspace.data / name).exists()]
-    assert applied.message == "Data reviewed by ann: 1 relabelled, 2 removed, 2 not a problem (second look)"
+    assert applied.message == "Data reviewed by ann: 3 relabelled, 2 removed, 2 not a problem (second look)"
     version = dataversions.verify(workspace.root)
     assert (version.dvc_hash, version.num_files) == (applied.data_version, before.num_files - 2)
     known = attributes.read(workspace.root)
     assert known == {wrong.sha256: attributes.Attributes(label_source="person", source="camera 3"), copy.sha256: told}
     written = reviews(workspace.root)
     assert {(each.who, each.why) for each in written.values()} == {("ann", "second look")}
-    assert [written[each.issue.id].decision for each in said] == ["accept", "accept", "remove", *["not_a_problem"] * 2]
+    assert [written[each.issue.id].decision for each in said] == [each.strip().lower() for each in answers]
     assert written[cards[0].issue.id].note == "=seen at the desk"
     # Under the label that a person gave, neither the label nor what was said of the picture is asked about again.
     mended = CardFile(path=target, label="disc", sha256=wrong.sha256, test=False)
     again = questions(
-        workspace, cards[5], card("label_error", mended, candidate="cross"), card("dark", mended), card("blurred", fine)
+        workspace, cards[6], card("label_error", mended, candidate="cross"), card("dark", mended), card("blurred", fine)
     )
     assert [each.issue.kind for each in again.cards] == ["leak", "blurred"]
     once_more = apply_it(workspace, file)
-    assert (once_more.num_already, once_more.message, once_more.data_version) == (5, "", version.dvc_hash)
+    assert (once_more.num_already, once_more.message, once_more.data_version) == (6, "", version.dvc_hash)
     commit(workspace.root)
     names = ("data.dvc", ATTRIBUTES.file)
     subprocess.run(["git", "checkout", "--quiet", "HEAD^", "--", *names], cwd=workspace.root, check=True)

@@ -82,7 +82,7 @@ function build(card, index) {
   const buttons = element("div", undefined, "buttons");
   const accept = button(card.proposal ? "Accept: " + card.proposal : "Accept", "A", () => decide(index, "accept"));
   accept.disabled = !card.proposal;
-  const relabel = button("Relabel to …", "R", () => ask(index)), remove = button("Remove", "X", () => decide(index, "remove"));
+  const relabel = button(card.count > 1 ? "Relabel all " + card.count + " to …" : "Relabel to …", "R", () => ask(index)), remove = button(card.files.length > 1 ? "Remove " + card.files[0].path : "Remove", "X", () => decide(index, "remove"));
   relabel.disabled = remove.disabled = !card.files.length;
   const note = element("input");
   note.placeholder = "note";
@@ -146,8 +146,8 @@ function undo(index) {
 }
 
 function matching() {
-  const typed = at("label").value.toLowerCase(), own = data.cards[here].files[0].label;
-  const found = data.classes.filter((name) => name !== own && name.toLowerCase().includes(typed));
+  const typed = at("label").value.toLowerCase(), own = data.cards[here].labels;
+  const found = data.classes.filter((name) => !(own.length === 1 && own[0] === name) && name.toLowerCase().includes(typed));
   const rank = (name) => name.toLowerCase() === typed ? 0 : name.toLowerCase().startsWith(typed) ? 1 : 2;
   return found.sort((a, b) => rank(a) - rank(b)).slice(0, SHOWN_CLASSES);
 }
