@@ -28,8 +28,8 @@ _TILES, _TILE_PIXELS = 6, 9
 _LEAST_PIXELS = 12
 """Pixels of the shorter side under which a smaller copy of a picture tells nothing."""
 _LEAST_AGREEMENT, _LEAST_TILE = 0.85, 0.2
-_LEAST_OF_FEW = 0.93
-"""The agreement of pictures that are plain in more than half of their tiles: outlines alone are soon alike."""
+_LEAST_OF_FEW, _MOST_TILES = 0.93, 0.75
+"""The agreement of pictures that are plain in more than a quarter of their tiles: outlines alone are soon alike."""
 _TELLING = 64
 _DIFFERENT_AGREEMENT, _DIFFERENT_TILE = 0.3, -0.1
 """What has less than this at this many pixels is another picture."""
@@ -74,7 +74,7 @@ class Alignment:
     @property
     def same(self) -> bool:
         """Whether the two are one picture."""
-        least = _LEAST_AGREEMENT if self.told >= 0.5 else _LEAST_OF_FEW
+        least = _LEAST_AGREEMENT if self.told >= _MOST_TILES else _LEAST_OF_FEW
         return self.agreement >= least and self.worst >= _LEAST_TILE
 
 
