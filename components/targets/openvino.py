@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -88,26 +89,33 @@ def compiled(path: Path, *, hint: Literal["LATENCY", "THROUGHPUT"], num_threads:
 
 
 def stream(model: Any, batches: Iterator[npt.NDArray[np.uint8]], output: str) -> Iterator[npt.NDArray[np.float32]]:
-    """Outputs named `output` of all batches in order, several requests in flight."""
-    import openvino
+    """Outputs named `output` of all batches in order, several requests in flight.
 
-    queue = openvino.AsyncInferQueue(model)
-    results: dict[int, npt.NDArray[np.float32]] = {}
+    The requests have no callbacks in Python: a thread of OpenVINO that gives one up waits for Python's lock, and whoever
+    drops the model meanwhile waits for that thread while holding the lock, for ever.
+    """
+    free = deque(model.create_infer_request() for _ in range(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+    running: deque[Any] = deque()
 
-    def keep(request: Any, index: int) -> None:
-        results[index] = request.get_tensor(output).data.copy()
+    def first() -> npt.NDArray[np.float32]:
+        request = running.popleft()
+        request.wait()
+        free.append(request)
+        found: npt.NDArray[np.float32] = request.get_tensor(output).data.copy()
+        return found
 
-    queue.set_callback(keep)
-    submitted = given = 0
-    for batch in batches:
-        queue.start_async({"images": batch}, submitted)
-        submitted += 1
-        while given in results:
-            yield results.pop(given)
-            given += 1
-    queue.wait_all()
-    for index in range(given, submitted):
-        yield results.pop(index)
+    try:
+        for batch in batches:
+            if not free:
+                yield first()
+            request = free.popleft()
+            request.start_async({"images": batch})
+            running.append(request)
+        while running:
+            yield first()
+    finally:
+        for request in running:
+            request.wait()
 
 
 def _int8_constants(model: Any) -> int:
