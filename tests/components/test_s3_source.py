@@ -24,7 +24,7 @@ from components.contract_checks import source_breaches
 from components.contracts.errors import DataError, SourceUnavailable
 from components.sources.s3 import Source
 
-Fault = Literal["", "cut", "other bytes", "no checksum", "away", "denied", "page"]
+Fault = Literal["", "cut", "shorter", "other bytes", "no checksum", "away", "denied", "page"]
 DENIED = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>'
 
 
@@ -65,6 +65,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 (403 if fault == "denied" else 200),
                 [("Content-Length", str(len(body))), ("Content-Type", kind)],
             )
+        elif fault == "shorter":
+            status, body = 200, body[:-1]
+            headers = [
+                ("Content-Length", str(len(body))),
+                *((name, value) for name, value in headers if name.lower() == "etag"),
+            ]
         elif fault in ("other bytes", "no checksum"):
             body = bytes([body[0] ^ 1]) + body[1:]
             left_out = "x-amz-checksum" if fault == "no checksum" else "nothing"
@@ -210,12 +216,13 @@ def test_an_object_whose_etag_says_nothing_is_kept_by_its_own_digest(bucket: Buc
     named = {"Bucket": "photos", "Key": "set/disc/parts.png", "UploadId": upload}
     part = bucket.client.upload_part(**named, PartNumber=1, Body=b"parts")
     bucket.client.complete_multipart_upload(**named, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]})
-    bucket.between.fault = lambda path: "away" if "cross/0000" in path else ""
     out = tmp_path / "out"
     for name in list(bucket.files):
         if name not in ("cross/0000.png", "disc/0000.png"):
             bucket.client.delete_object(Bucket="photos", Key=f"set/{name}")
     bucket.client.copy_object(Bucket="photos", CopySource="photos/set/cross/0000.png", Key="set/zebra/0000.png")
+    bucket.between.fault = lambda path: "shorter" if "parts" in path else ""
+    assert "set/disc/parts.png has 4 bytes, and 5 are listed, 3 times" in refused(out, workers=1)
     bucket.between.fault = lambda path: "away" if "zebra" in path else ""
     assert "3 of 4 objects are here" in refused(out)
     bucket.asked()

@@ -132,7 +132,7 @@ def cut(path: Path) -> None:
 
 def playlist(path: Path) -> None:
     """What FFmpeg reads elsewhere, of the name of a film."""
-    path.write_text(f"ffconcat version 1.0\nfile {clip(path.parent.parent.with_name('other.mkv'))}\n")
+    path.write_text(f"ffconcat version 1.0\nfile {clip(path.with_name('other.mkv')).name}\n")
 
 
 @pytest.mark.parametrize(
