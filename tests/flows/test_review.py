@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, browser
-from shapes import commit, make_workspace, visionloop
+from shapes import SMOKE, commit, make_workspace, visionloop
 
 from components import attributes, dataversions
 from components.companions import ATTRIBUTES
@@ -448,7 +448,11 @@ def test_the_commands_say_what_is_to_be_done(workspace: Workspace) -> None:
     _, (first, *_) = sides(files_of(workspace))
     shutil.copyfile(workspace.data / first.path, workspace.data / first.label / "zz.png")
     dataversions.pin(root)
-    done = visionloop("data", "review", "--kind", "exact_duplicate", "--json", cwd=root)
+    # Findings that need a network would take most of the time.
+    recipe = SMOKE.replace("name: smoke", "name: copies") + "validation: {findings: [{finding: exact_duplicate}]}\n"
+    (root / "recipes" / "copies.yaml").write_text(recipe.replace("validation: {min_images_per_class: 10}\n", ""))
+    looked = ("data", "review", "--recipe", "copies", "--kind")
+    done = visionloop(*looked, "exact_duplicate", "--json", cwd=root)
     told = json.loads(done.stdout.splitlines()[-1])
     assert (done.returncode, told["issues"], told["kinds"]) == (0, 1, {"exact_duplicate": 1})
     file = Path(told["csv"])
@@ -462,9 +466,9 @@ def test_the_commands_say_what_is_to_be_done(workspace: Workspace) -> None:
     assert "Next: git commit -m 'Data reviewed by ann: 1 removed (it'\"'\"'s a copy)'" in done.stdout
     done = visionloop(*asked, cwd=root)
     assert (done.returncode, done.stdout.startswith("Already applied: 1 decision")) == (0, True), done.stdout
-    done = visionloop("data", "review", "--kind", "exact_duplicate", cwd=root)
+    done = visionloop(*looked, "exact_duplicate", cwd=root)
     assert (done.returncode, "0 issues to decide on" in done.stdout) == (0, True), done.stdout
-    done = visionloop("data", "review", "--kind", "duplicate", cwd=root)
+    done = visionloop(*looked, "duplicate", cwd=root)
     assert (done.returncode, "unknown kind of issue 'duplicate'; valid: " in done.stderr) == (2, True), done.stderr
     file.write_bytes(file.read_bytes().replace(b"accept", b"keep"))
     done = visionloop(*asked, "--json", cwd=root)
