@@ -117,7 +117,7 @@ def test_two_gates_of_one_name_are_not_told_apart() -> None:
         ("gating.gates=[]", "at least 1"),
         ("splitting.valid_share=0.9", "less than 0.5"),
         ("model='../x'", "not a plain name"),
-        ("source=imagenet", "unknown source 'imagenet'; valid: digits"),
+        ("source=imagenet", "unknown source 'imagenet'; valid: archive, digits, "),
         ("training.backbone_settings.width=-1", r"digits.yaml --set training.backbone_settings.width=-1: .*greater than"),
         ("gating.gates.0.settings.floor=0.5", r"'gates' is a list, .*give it whole"),
         ("training..fit=1", "not of the form section.key=value"),
