@@ -64,8 +64,9 @@ def test_what_nothing_reaches_goes_and_a_run_finds_the_rest(root: Path) -> None:
     for folder, name in ((partial, "progress"), (resumable, "progress"), (cache, "0.safetensors"), (used, "0.safetensors")):
         folder.mkdir(parents=True)
         (folder / name).write_bytes(bytes(5000))
-    # What the training kept; it is older than the last run too.
-    shutil.rmtree(state / "cache" / "pictures")
+    # What validation and training kept; it is older than the last run too.
+    for name in ("pictures", "duplicates"):
+        shutil.rmtree(state / "cache" / name)
     # After the last run started.
     os.utime(resumable / "progress", (2**32, 2**32))
     os.utime(used, (2**32, 2**32))
