@@ -75,7 +75,9 @@ def test_pictures_that_the_network_sees_enlarged_are_told(summary: dict[str, Any
     def warnings(crop: int) -> list[str]:
         contract = SimpleNamespace(height=crop, width=crop, resize_shortest=crop + 8)
         results: Any = SimpleNamespace(
-            dataset=dataset, checkpoint=SimpleNamespace(record=SimpleNamespace(preprocessing=contract))
+            dataset=dataset,
+            splits=SimpleNamespace(record=SimpleNamespace(notes=())),
+            checkpoint=SimpleNamespace(record=SimpleNamespace(preprocessing=contract)),
         )
         read: Any = Results.warnings
         found: list[str] = read.fget(results)
@@ -234,7 +236,7 @@ def test_bad_data_stops_the_run_and_keeps_the_data_docs(workspace: Path, prefect
     differs = visionloop("train", "-r", "smoke", cwd=workspace)
     assert differs.returncode == 2
     assert "lonely/a.png" in differs.stderr
-    added = visionloop("data", "add", cwd=workspace)
+    added = visionloop("data", "add", "--near-duplicates", "ignore", cwd=workspace)
     assert "'lonely' has 1 image: training needs at least 10" in added.stdout
     wide = "validation.max_quarantined_share=0.5"
     refused = visionloop("train", "-r", "smoke", "--set", wide, cwd=workspace)

@@ -124,7 +124,9 @@ def test_a_relabelled_image_overwrites_nothing(database: Database, tmp_path: Pat
     edited.write_bytes(b"two, retouched by hand")
     labels = Labels(database)
     labels.append("m", [Label(digest, "dog", "ann", "") for digest in images.values()], source=written(tmp_path, "x"))
-    loop = cast("Loop", SimpleNamespace(workspace=SimpleNamespace(data=tmp_path / "data"), labels=labels, model="m"))
+    loop = cast(
+        "Loop", SimpleNamespace(workspace=SimpleNamespace(root=tmp_path, data=tmp_path / "data"), labels=labels, model="m")
+    )
 
     def content() -> dict[str, bytes]:
         return {str(path.relative_to(tmp_path / "data")): path.read_bytes() for path in (tmp_path / "data").glob("*/*")}
