@@ -292,6 +292,7 @@ def test_cutmix_is_refused_before_any_work_where_there_are_no_maps_to_cut(
     check(phased(CUTMIX | {"trains": "all"}, backbone=backbone, backbone_settings=settings), world[0])
 
 
+@pytest.mark.slow
 def test_the_recipe_resnet50_trains_through_both_phases(world: tuple[Path, Stored[Splits]], tmp_path: Path) -> None:
     backbone = plugins.load("backbones", "torchvision", {"architecture": "resnet50"})
     with torch.random.fork_rng():

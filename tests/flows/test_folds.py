@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from shapes import visionloop
 
 STORE = Path(".visionloop") / "store"
 
 
+@pytest.mark.slow
 def test_every_image_is_answered_once_by_a_model_that_never_saw_it(trained: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(trained, tmp_path / "workspace", symlinks=True))
     before = json.loads((root / "summary.json").read_text())

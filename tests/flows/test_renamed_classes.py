@@ -26,6 +26,7 @@ def told(*arguments: str, cwd: Path, status: int = 0) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_renamed_class_and_a_relabelled_test_picture_are_judged_for_both_models(root: Path) -> None:
     members = TestLedger.read(root / dataversions.TEST_LEDGER).members
     assert told("data", "rename-class", "disc", "circle", cwd=root)["files"] == 60

@@ -335,6 +335,7 @@ for places in PLACES:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_is_completed_by_the_same_command(workspace: Workspace) -> None:
     _, (first, second, third, *_) = sides(files_of(workspace))
     cards = [card("label_error", first, candidate="disc"), card("dark", second), card("dark", third)]
