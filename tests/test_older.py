@@ -79,6 +79,7 @@ def test_it_serves_and_its_log_is_whole(older: Path) -> None:
     assert len(pd.read_parquet(exported)) == 186
 
 
+@pytest.mark.slow
 def test_it_trains_on_and_rolls_back(older: Path) -> None:
     before = TestLedger.read(older / "data.test-ledger.csv")
     (first,) = [Path(run["folder"]) for run in answer("runs", cwd=older)["runs"] if run["version"] == "1"]

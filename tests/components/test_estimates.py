@@ -49,6 +49,7 @@ def estimated(root: Path, images: Images, section: TrainingConfig) -> list[Phase
     return estimate(section, images, cache=root / "cache", root=root, num_threads=1, scratch=scratch)
 
 
+@pytest.mark.slow
 def test_what_a_training_keeps_is_found_and_the_rest_is_timed(world: tuple[Path, Images, Stored[Splits]]) -> None:
     root, images, splits = world
     phases = (

@@ -68,6 +68,7 @@ def test_before_anything_ran_it_estimates_and_writes_nothing(workspace: Path) ->
     assert "a step, timed on " in told
 
 
+@pytest.mark.slow
 def test_after_a_run_it_knows_what_is_in_the_store_and_in_the_caches(phased: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(phased, tmp_path / "copy", symlinks=True))
     visionloop("runs", cwd=root)  # any command settles a workspace that was copied

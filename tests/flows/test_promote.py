@@ -193,6 +193,7 @@ ONE_ENGINE = ("--set", "export.targets=[{target: onnxruntime}]", "--set", "expor
 WARM = ("train", "-r", "smoke", "--set", "training.weights=champion", "--set", "training.fit.epochs=1")
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_the_champion_and_stays_what_it_was_when_another_one_is(decided: Path) -> None:
     first = json.loads(visionloop(*WARM, *ONE_ENGINE, "--json", cwd=decided).stdout.strip().splitlines()[-1])
     run = Path(first["run_folder"])
