@@ -20,7 +20,7 @@ from PIL import Image
 
 from components import alignment, plugins
 from components.alignment import Alignment, Grey, align, grey
-from components.candidates import SIDE, Candidate, candidates, matched
+from components.candidates import SIDE, Candidate, candidates, matched, refined
 from components.contracts.issues import Pair, Relation
 from components.contracts.progress import Progress, silent
 from components.contracts.records import canonical_json, sha256_text
@@ -125,7 +125,7 @@ def _asked(
         others = nearest[rows, columns]
         near = np.unique(np.stack([np.minimum(rows, others), np.maximum(rows, others)]), axis=1)
         found += matched(thumbnails, near[0], near[1])
-    return [(digests[each.whole], digests[each.part], each) for each in found]
+    return [(digests[each.whole], digests[each.part], each) for each in refined(thumbnails, found)]
 
 
 class _Comparisons:
