@@ -156,7 +156,8 @@ def _moved(whole: _Floats, part: _Floats, boxes: _Floats) -> _Floats:
     moved = np.clip(boxes + np.clip(step, -0.06, 0.06), 0, 1)
     small = (moved[:, 2:] - moved[:, :2]).min(axis=1) < _LEAST_SHARE
     moved[small] = boxes[small]
-    return moved.astype(np.float32)
+    found: npt.NDArray[np.float32] = moved.astype(np.float32)
+    return found
 
 
 def _agreements(seen: _Floats, part: _Floats) -> _Floats:
