@@ -21,6 +21,7 @@ from PIL import Image
 from components import alignment, plugins
 from components.alignment import Alignment, Grey, align, grey
 from components.candidates import SIDE, Candidate, candidates, matched, refined
+from components.clusters import joined_by
 from components.contracts.issues import Pair, Relation
 from components.contracts.progress import Progress, silent
 from components.contracts.records import canonical_json, sha256_text
@@ -245,16 +246,4 @@ def clusters_of(pairs: Iterable[Pair], pictures: Mapping[str, str]) -> dict[str,
 
     `pictures` tells the digest of the picture at each path. Pictures that only equal files show are in none.
     """
-    parent: dict[str, str] = {}
-
-    def root(picture: str) -> str:
-        while (above := parent.setdefault(picture, picture)) != picture:
-            parent[picture] = parent[above]
-            picture = parent[picture]
-        return picture
-
-    for pair in pairs:
-        if pictures[pair.first] != pictures[pair.second]:
-            one, two = root(pictures[pair.first]), root(pictures[pair.second])
-            parent[max(one, two)] = min(one, two)
-    return {picture: root(picture) for picture in sorted(parent)}
+    return joined_by((pictures[pair.first], pictures[pair.second]) for pair in pairs)
