@@ -73,26 +73,32 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             stdout=log_file,
             stderr=subprocess.STDOUT,
         )
-    api = f"http://127.0.0.1:{port}/api"
-    deadline = time.monotonic() + 120
+    try:
+        api = f"http://127.0.0.1:{port}/api"
+        _wait_for(f"{api}/health", server, home / "server.log")
+        # Before Prefect is imported anywhere in this process: it reads its settings once.
+        os.environ["PREFECT_API_URL"] = api
+        yield api
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
     while True:
         try:
-            with urllib.request.urlopen(f"{api}/health", timeout=2):
-                break
+            with urllib.request.urlopen(url, timeout=2):
+                return
         except OSError:
-            log = (home / "server.log").read_text()
-            assert server.poll() is None, f"the Prefect server died:\n{log}"
-            assert time.monotonic() < deadline, f"the Prefect server did not answer:\n{log}"
+            told = log.read_text()
+            assert server.poll() is None, f"the Prefect server died:\n{told}"
+            assert time.monotonic() < deadline, f"the Prefect server did not answer:\n{told}"
             time.sleep(0.2)
-    # Before Prefect is imported anywhere in this process: it reads its settings once.
-    os.environ["PREFECT_API_URL"] = api
-    yield api
-    server.terminate()
-    try:
-        server.wait(20)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -115,8 +115,7 @@ def test_the_engine_process_killed_again_and_again_costs_no_answer(stage: Path) 
 
 DEADLY = '''
 """An engine that dies, or hangs, when a picture is almost white: what a bug in a native library does."""
-import os, time
-import numpy as np
+import ctypes
 from components.targets.openvino import Target as OpenVino
 
 
@@ -127,7 +126,8 @@ class Target(OpenVino):
         class Deadly:
             def predict(self, images):
                 if (images.reshape(len(images), -1).min(axis=1) > 250).any():
-                    os.kill(os.getpid(), 11)
+                    # No signal to the process: another thread may take it, after this one has answered.
+                    ctypes.string_at(0)
                 return real.predict(images)
 
         return Deadly()
