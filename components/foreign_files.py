@@ -173,17 +173,28 @@ def settle(out: Path, told: str) -> None:
     if len(manifests) > 1:
         raise DataError(f"{told} has {' and '.join(manifests)} at its top; expected one of them. Nothing was imported")
     if manifests:
-        _as_listed(folder, manifests[0], out)
+        _as_listed(folder, manifests[0], out, told)
     else:
         _as_it_lies(folder, out, told)
     shutil.rmtree(out / _RECEIVED)
 
 
-def _as_listed(folder: Path, manifest: str, out: Path) -> None:
+def _as_listed(folder: Path, manifest: str, out: Path, told: str) -> None:
     for path in out.iterdir():
         if path.name != _RECEIVED:
             _remove(path)  # of an earlier call that was killed here
-    plugins.load("sources", "manifest", {"path": folder / manifest}).fetch(out=out)
+    try:
+        plugins.load("sources", "manifest", {"path": folder / manifest}).fetch(out=out)
+    except DataError as error:
+        # A person knows the archive, and not the folder that it was unpacked into.
+        first, *notes = (
+            text.replace(f"{folder}/", f"{told}: ").replace(str(folder), told)
+            for text in (str(error), *getattr(error, "__notes__", ()))
+        )
+        of_archive = DataError(first)
+        for note in notes:
+            of_archive.add_note(note)
+        raise of_archive from error
     for place, _, files in os.walk(out):
         if Path(place) == out / _RECEIVED:
             continue

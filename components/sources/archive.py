@@ -28,7 +28,7 @@ from pydantic import Field
 from components.contracts.errors import DataError, SourceUnavailable, VisionloopError, in_short
 from components.contracts.progress import Progress, silent
 from components.dataversions import shown
-from components.foreign_files import MANIFESTS, MOST_PROBLEMS, Names, Quotas, receiving, refused, settle, visible
+from components.foreign_files import MANIFESTS, MOST_PROBLEMS, Names, Quotas, leave_out, receiving, refused, settle, visible
 from components.formats import format_of
 from components.samples import SPLIT_OF
 from components.store import explained
@@ -97,11 +97,15 @@ class Source(Quotas):
 
         with file, explained("unpack into", out):
             self._unpack(watched(), folder, told)
+        beside: list[str] = []
         while inner := _folder_around(folder):
             around = folder.with_name("around")
             folder.rename(around)
             (around / inner).rename(folder)
+            beside += (f"{path.name}/" if path.is_dir() else path.name for path in sorted(around.iterdir()))
+            shutil.rmtree(around)
         settle(out, told)
+        leave_out(out, ((name, "it lies beside the folder that holds everything else") for name in beside))
 
     def _unpack(self, entries: Iterator[_Entry], folder: Path, told: str) -> None:
         names, made = Names(), {folder}
@@ -144,12 +148,13 @@ class Source(Quotas):
 
 
 def _folder_around(folder: Path) -> str | None:
-    """The name of the one folder that holds everything else, unless it is a class, or one side of a split."""
+    """The name of the only folder, beside which there may be a licence, unless it is a class, or one side of a split."""
     seen = visible(folder)
-    if len(seen) != 1 or not seen[0].is_dir() or seen[0].name.casefold() in SPLIT_OF:
+    folders = [path for path in seen if path.is_dir()]
+    if len(folders) != 1 or folders[0].name.casefold() in SPLIT_OF or any(path.name in MANIFESTS for path in seen):
         return None
-    inside = visible(seen[0])
-    return seen[0].name if any(path.is_dir() or path.name in MANIFESTS for path in inside) else None
+    inside = visible(folders[0])
+    return folders[0].name if any(path.is_dir() or path.name in MANIFESTS for path in inside) else None
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,8 @@ def _of_zip(file: _Archive, budget: _Budget) -> Iterator[_Entry]:
     with _damage_told(budget.told):
         archive = zipfile.ZipFile(file)
         expected = _num_entries(file, budget.size)
-    if len(archive.infolist()) != expected:
+    # Of the programs that know no zip64, macOS's among them, the number goes round at 65,536.
+    if len(archive.infolist()) % 0x10000 != expected % 0x10000:
         raise _damaged(budget.told, f"it lists {len(archive.infolist())} entries and says that they are {expected}")
     for info in archive.infolist():
         raw, name = info.orig_filename, info.orig_filename
@@ -323,6 +329,13 @@ class _Stream:
         """The next bytes; raises DataError where there are less."""
         return b"".join(self.pieces(size))
 
+    def goes_on(self) -> DataError:
+        """The error for a tar with something behind its end."""
+        return DataError(
+            f"{self._budget.told} goes on behind its end, as several archives in one file do; nothing of it was imported. "
+            f"Unpack it with `tar --ignore-zeros` and pack it again"
+        )
+
     def damaged(self, what: str) -> DataError:
         """The error for a tar that cannot be read further."""
         return _damaged(self._budget.told, what)
@@ -374,8 +387,9 @@ def _of_tar(stream: _Stream) -> Iterator[_Entry]:
             pass  # what nobody wanted
         stream.exactly(-size % _BLOCK)
         extended = {}
-    while stream.read(_CHUNK):
-        pass  # a compressed stream has its checksum at its end
+    while rest := stream.read(_CHUNK):  # to its end, where a compressed stream has its checksum
+        if rest.strip(b"\0"):
+            raise stream.goes_on()
 
 
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import stat
@@ -91,14 +92,18 @@ def test_an_archive_of_any_kind_becomes_class_folders_without_the_folder_around_
     suffix: str, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
     assert Source.takes(f"Photos{suffix.upper()}")
-    around = {f"./photos of May/{name}": content for name, content in pictures.items()}
-    beside = {"__MACOSX/photos of May/._0000.png": b"x", ".DS_Store": b"x", "photos of May/README.txt": b"x"}
-    long = {f"photos of May/disc/{'ä' * 90}.png": b"named longer than a header has room for"}
-    path = pack(tmp_path / f"photos{suffix}", around | beside | long, folders=("./", "photos of May/", "__MACOSX/"))
+    around = {f"./May/my photos/{name}": content for name, content in pictures.items()}
+    beside = {"__MACOSX/May/._0000.png": b"x", "LICENSE": b"x", "May/.DS_Store": b"x", "May/my photos/README.txt": b"x"}
+    long = {f"May/my photos/disc/{'ä' * 90}.png": b"named longer than a header has room for"}
+    path = pack(tmp_path / f"photos{suffix}", around | beside | long, folders=("./", "May/", "__MACOSX/"))
     found = fetched(path, tmp_path / "out")
-    assert found.pop("left_out.jsonl") == b'{"file": "README.txt", "reason": "it lies beside the class folders"}\n'
+    left = {row["file"]: row["reason"] for row in map(json.loads, found.pop("left_out.jsonl").splitlines())}
+    assert left.pop("README.txt") == "it lies beside the class folders"
+    assert left == dict.fromkeys(
+        ("LICENSE", "__MACOSX/", ".DS_Store"), "it lies beside the folder that holds everything else"
+    )
     assert found.pop(f"disc/{'ä' * 90}.png") == b"named longer than a header has room for"
-    assert {name: content for name, content in found.items() if not name.startswith((".", "_"))} == pictures
+    assert found == pictures
     assert not list(source_breaches(Source(path=pack(tmp_path / f"plain{suffix}", pictures)), "archive"))
     one_class = {name: content for name, content in pictures.items() if name.startswith("disc/")}
     assert fetched(pack(tmp_path / f"class{suffix}", one_class), tmp_path / "class") == one_class
@@ -247,6 +252,11 @@ def test_what_a_zip_says_of_itself_is_not_believed(
     path.write_bytes(
         many + packed[end : end + 8] + struct.pack("<HHII", 10_000, 10_000, 10_000 * len(record), place) + b"\0\0"
     )
+    whole, many = path.read_bytes(), many + record * (0x10001 - 10_000)
+    ends = packed[end : end + 8] + struct.pack("<HHII", 1, 1, len(record) * 0x10001, place) + b"\0\0"
+    path.write_bytes(many + ends)  # as macOS counts 65,537 entries
+    assert "a/zeros.png: it is there twice" in refused(path, tmp_path / "out")
+    path.write_bytes(whole)
     monkeypatch.setattr(zipfile, "ZipInfo", None)  # a record is made of none of them
     assert "more than 9000 files and folders" in refused(path, tmp_path / "out", max_files=9000)
 
@@ -297,6 +307,9 @@ def test_a_damaged_archive_gives_all_of_its_files_or_none(suffix: str, tmp_path:
     if suffix == ".tar.gz":
         path.write_bytes(packed[:-8] + bytes(4) + packed[-4:])  # the checksum, behind the end of the tar
         assert "damaged or cut short" in refused(path, out)
+    if suffix == ".tar":
+        path.write_bytes(packed + pack(tmp_path / "more.tar", {"disc/more.png": b"x"}).read_bytes())
+        assert "goes on behind its end, as several archives in one file do" in refused(path, tmp_path / "twice")
     path.write_bytes(packed)
     assert fetched(path, out) == pictures
 
@@ -345,7 +358,9 @@ def test_an_archive_with_a_manifest_is_read_by_it(tmp_path: Path, pictures: dict
     assert {name.split("/")[0] for name in found} == {"cross", "disc"}
     assert not [place for place in (tmp_path / "out").rglob("*") if place.is_symlink()]
     wrong = pack(tmp_path / "wrong.zip", {**files, "top/manifest.csv": listed.replace(b"all/cross-0001", b"../cross-0001")})
-    assert "line 3" in refused(wrong, tmp_path / "wrong")
+    told = refused(wrong, tmp_path / "wrong")
+    assert f"{wrong}: manifest.csv has 1 problem; nothing of it was imported\nline 3" in told
+    assert ".received" not in told
     both = pack(tmp_path / "both.zip", {"manifest.csv": listed, "manifest.jsonl": b"", "a/1.png": b""})
     assert "manifest.csv and manifest.jsonl at its top" in refused(both, tmp_path / "both")
 
