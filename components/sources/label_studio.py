@@ -156,18 +156,17 @@ def _answers(task: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 
 def _parts(answer: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    result = answer.get("result") or []
-    yield from (part for part in result if isinstance(part, dict))
+    result = answer.get("result")
+    yield from (part for part in (result if isinstance(result, list) else ()) if isinstance(part, dict))
 
 
 def _label(answer: Mapping[str, Any], choice: str) -> str | None:
     """The one choice of an answer; None where there is none, or more."""
-    chosen = [
-        label
-        for part in _parts(answer)
-        if part.get("type") == "choices" and part.get("from_name") == choice
-        for label in (part.get("value") or {}).get("choices") or []
+    values = [
+        part.get("value") for part in _parts(answer) if part.get("type") == "choices" and part.get("from_name") == choice
     ]
+    lists = [value.get("choices") if isinstance(value, dict) else None for value in values]
+    chosen = [label for labels in lists if isinstance(labels, list) for label in labels]
     return chosen[0] if len(chosen) == 1 and isinstance(chosen[0], str) else None
 
 

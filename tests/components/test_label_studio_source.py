@@ -39,6 +39,11 @@ def answer(*labels: str, by: int = 3, day: int = 1, **more: Any) -> dict[str, An
     }
 
 
+def edited(value: object) -> dict[str, Any]:
+    """An annotation whose choice something else than Label Studio wrote."""
+    return answer(result=[{"type": "choices", "from_name": "kind", "value": value}])
+
+
 def task(number: int, image: str, *annotations: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A task as Label Studio exports it."""
     return {
@@ -89,6 +94,8 @@ def test_choices_of_people_become_classes_and_the_others_are_left_out_and_told(m
         task(8, uploaded(907), answer("disc", "cross")),
         task(9, "/data/local-files/?d=line%202/0908+a.png", answer("disc", completed_by={"id": 9, "email": "a@b.c"})),
         task(10, "line 2/0909+a.png", answer("cross", result=[])),
+        task(11, uploaded(901), answer("cross", result=5)),
+        *(task(12 + number, uploaded(901), edited(value)) for number, value in enumerate(("cross", {"choices": 5}))),
     )
     out = tmp_path / "out"
     out.mkdir()
@@ -102,7 +109,7 @@ def test_choices_of_people_become_classes_and_the_others_are_left_out_and_told(m
     }
     root = Workspace.create(tmp_path / "ws").root
     done = json.loads(visionloop("data", "add", str(place), "--json", cwd=root).stdout)
-    assert (done["found"], done["copied"], done["with_attributes"]) == (10, 4, 4)
+    assert (done["found"], done["copied"], done["with_attributes"]) == (13, 4, 4)
     assert [(row["file"], row["reason"]) for row in done["left_out"]] == [
         ("task 3 (upload/1/0902.png)", "the answers disagree (cross: 1, disc: 1)"),
         ("task 5 (upload/1/0904.png)", "nobody labelled it"),
@@ -110,6 +117,7 @@ def test_choices_of_people_become_classes_and_the_others_are_left_out_and_told(m
         ("task 7 (upload/1/0906.png)", "nobody labelled it, it has predictions only"),
         ("task 8 (upload/1/0907.png)", "an answer has no choice, or several"),
         ("task 10 (line 2/0909+a.png)", "an answer has no choice, or several"),
+        *((f"task {number} (upload/1/0901.png)", "an answer has no choice, or several") for number in (11, 12, 13)),
     ]
     more = visionloop("data", "add", str(place), "--source-setting", "predictions=true", "--json", cwd=root)
     assert (json.loads(more.stdout)["copied"], json.loads(more.stdout)["new_test_images"]) == (1, 0)
