@@ -129,8 +129,15 @@ LEFT_OUT = "left_out.jsonl"
 """The same for what it did not take, which a person is told: `file` and `reason`."""
 
 
+def expect_no_class(folder: Path) -> None:
+    """Raise DataError where a class has the name of a file that a source writes beside its pictures."""
+    if taken := [name for name in (FILE, LEFT_OUT) if (folder / name).is_dir()]:
+        raise DataError(f"a class cannot be called {taken[0]}: it is the name of a file that a source writes; rename it")
+
+
 def write_said(folder: Path, said: Iterable[tuple[str, Attributes]]) -> None:
-    """Write what a source knows, (file relative to `folder`, attributes); nothing where it knows nothing."""
+    """Write what a source knows, (file relative to `folder`, attributes); raises DataError for a class of that name."""
+    expect_no_class(folder)
     with (folder / FILE).open("w", encoding="utf-8") as out:
         for file, one in said:
             if any(one):

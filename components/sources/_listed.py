@@ -24,6 +24,10 @@ MOST_PROBLEMS = 100
 """How many problems are told one by one."""
 
 
+_LONGEST_TOLD = 200
+"""Characters of a path that an error shows."""
+
+
 class _Entry(NamedTuple):
     place: int
     file: str
@@ -98,32 +102,35 @@ class Listed:
         """A file's path without links, and what it is to the system; raises ValueError that says why it cannot be taken."""
         if not name or not is_text(name):
             raise ValueError(f"path is {name[:80]!r}; expected the name of a file")
+        told = repr(name if len(name) <= _LONGEST_TOLD else f"{name[:_LONGEST_TOLD]}...")
         if os.path.isabs(name) and not self._takes_absolute:  # noqa: PTH117 - a million paths
-            raise ValueError(f"{name!r} is absolute; expected a path relative to {self._root}, or the setting root=FOLDER")
+            raise ValueError(f"{told} is absolute; expected a path relative to {self._root}, or the setting root=FOLDER")
         if ".." in name.split("/"):
-            raise ValueError(f"{name!r} holds '..'; expected a path below {self._root}, without it")
+            raise ValueError(f"{told} holds '..'; expected a path below {self._root}, without it")
         place, _, last = os.path.join(self._root, name).rpartition("/")  # noqa: PTH118
         if place not in self._inside:
             real = os.path.realpath(place)
             self._inside[place] = real if self._is_inside(real) else None
         folder = self._inside[place]
         if folder is None:
-            raise ValueError(f"{name!r} leads outside of {self._root}; expected files below it, without links that leave it")
+            raise ValueError(f"{told} leads outside of {self._root}; expected files below it, without links that leave it")
         file = f"{folder}/{last}"
         try:
             found = os.lstat(file)
             if stat.S_ISLNK(found.st_mode):
                 file = os.path.realpath(file)
                 if not self._is_inside(file):
-                    raise ValueError(f"{name!r} is a link that leads outside of {self._root}; put the file itself there")
+                    raise ValueError(f"{told} is a link that leads outside of {self._root}; put the file itself there")
                 found = os.lstat(file)
         except OSError as error:
             hint = "; expected '/' and not '\\' between folders" if "\\" in name else ""
-            raise ValueError(f"{name!r} is not there ({error.strerror}){hint}") from None
+            if "://" in name:
+                hint = "; nothing is fetched from addresses, so bring the file here and name it as it lies here"
+            raise ValueError(f"{told} is not there ({error.strerror}){hint}") from None
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{name!r} is no regular file")
+            raise ValueError(f"{told} is no regular file")
         if not os.access(file, os.R_OK):
-            raise ValueError(f"{name!r} cannot be read: permission denied")
+            raise ValueError(f"{told} cannot be read: permission denied")
         return file, (found.st_dev, found.st_ino)
 
     def _is_inside(self, real: str) -> bool:
@@ -154,8 +161,7 @@ class Listed:
             try:
                 (out / name).symlink_to(entry.file)
             except FileExistsError:
-                stem, suffix = os.path.splitext(name)  # noqa: PTH122
-                name = f"{stem}-{hashlib.sha256(entry.name.encode()).hexdigest()[:12]}{suffix}"
+                name = f"{folder}/{_other_name(entry.name)}"
                 (out / name).symlink_to(entry.file)
             said.append((name, entry.attributes))
             if number % 1000 == 0:
@@ -168,3 +174,10 @@ class Listed:
     def _all_left_out(self) -> str:
         shown = "; ".join(f"{name}: {why}" for name, why in self._left_out[:3])
         return f" ({len(self._left_out)} left out: {shown})" if shown else ""
+
+
+def _other_name(path: str) -> str:
+    """A name for a file whose own one is taken in its class: with a digest of its path, and cut to what a disk can hold."""
+    stem, suffix = os.path.splitext(os.path.basename(path))  # noqa: PTH119, PTH122
+    digest = hashlib.sha256(path.encode()).hexdigest()[:12]
+    return f"{stem.encode()[:180].decode(errors='ignore')}-{digest}{suffix.encode()[:60].decode(errors='ignore')}"

@@ -30,6 +30,11 @@ _SUFFIXES = (".csv", ".jsonl")
 _LONGEST_LINE = 2**20
 _OF_MANY = ("group", "source", "label_source")
 """Columns whose values stand in many rows; each is kept once."""
+_OF_CSV = {
+    "new-line character seen in unquoted field": "a carriage return in the middle of a line (save it with the line ends LF)",
+    "unexpected end of data": "double quotes begin here and never end",
+}
+"""What is wrong with a line, in place of the words of Python's csv."""
 _ROW = tuple[int, dict[str, object]]
 
 
@@ -143,7 +148,8 @@ def _csv(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
         except StopIteration:
             break
         except csv.Error as error:
-            listed.problem(first, f"{error}; expected values between commas, in double quotes where they hold some")
+            why = _OF_CSV.get(str(error).partition(" - ")[0], str(error))
+            listed.problem(first, f"{why}; expected values between commas, in double quotes where they hold some")
             if columns is None:
                 return
             continue

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from components import dataversions, plugins
-from components.attributes import FILE, LEFT_OUT, Attributes, read_said
+from components.attributes import FILE, LEFT_OUT, Attributes, expect_no_class, read_said
 from components.conformance import failed
 from components.contracts.errors import ConfigError, DataError, VisionloopError
 from components.contracts.families import Source
@@ -138,6 +138,7 @@ def staged(
         reports = {"progress": progress} if "progress" in inspect.signature(kind.fetch).parameters else {}
         with explained("write", out):
             member.fetch(out=out, **reports)
+        expect_no_class(out)
         for beside in (FILE, LEFT_OUT):
             (folder / beside).unlink(missing_ok=True)
             if (out / beside).exists():

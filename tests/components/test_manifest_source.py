@@ -106,7 +106,10 @@ def test_every_problem_is_told_by_its_line_and_nothing_is_imported(photos: Path,
         ("tuesday/\xff.png,cat,,", "byte 9 is no UTF-8"),
         ('"tues\nday.png",cat,,', "path is 'tues\\nday.png'; expected the name of a file"),
         ("tuesday/0805.png,cat,,", ""),
-        ('"tuesday/0804.png,cat,,', "unexpected end of data"),
+        ("https://example.com/1.png,cat,,", "nothing is fetched from addresses, so bring the file here"),
+        ("tuesday/0807.png,cat\r,,", "a carriage return in the middle of a line (save it with the line ends LF)"),
+        (f"{'x/' * 200}1.png,cat,,", "x/...' is not there"),
+        ('"tuesday/0804.png,cat,,', "double quotes begin here and never end"),
     ]
     place = photos / "all.csv"
     place.write_bytes(
@@ -157,6 +160,8 @@ def test_objects_are_told_by_line_too(photos: Path, tmp_path: Path) -> None:
         (b"file,label\n", "unknown column 'file'"),
         (b"path,group\n", "there is no column 'label'"),
         (b"path,label\n", "names no file with a label"),
+        (b"path,label\rmonday/0800.png,a\r", "1 problem"),
+        (b"path,label\nmonday/0800.png,attributes.jsonl\n", "a class cannot be called attributes.jsonl"),
         (b"path,label\n" + b"x" * 2**20, "line 2 has more than 1048576 bytes"),
         (b"path,label,split\nmonday/0800.png,a,dev\n", "1 problem"),
         (b"path,label,split\nmonday/0800.png,a,Train\nmonday/0801.png,a,\n", "1 problem"),
@@ -185,6 +190,16 @@ def test_absolute_paths_are_taken_below_a_root_that_is_named(photos: Path, tmp_p
     assert set(written(tmp_path / "out")) == {"a/0800.png", "b/0801.png"}
     place.write_text(f"path,label\n{place},a\n")
     assert "leads outside of" in problems(place, tmp_path / "none", root=photos)[1]
+
+
+def test_long_names_that_meet_in_a_class_are_told_apart(photos: Path, tmp_path: Path) -> None:
+    names = [f"{folder}/{'ä' * 125}.png" for folder in ("monday", "tuesday")]
+    for name in names:
+        (photos / name).write_bytes(name.encode())
+    (photos / "m.csv").write_text("path,label\n" + "".join(f"{name},cat\n" for name in names))
+    (tmp_path / "out").mkdir()
+    Source(path=photos / "m.csv").fetch(out=tmp_path / "out")
+    assert {path.read_text() for path in (tmp_path / "out" / "cat").iterdir()} == set(names)
 
 
 def test_suggestions_that_a_person_labelled_are_a_manifest(photos: Path, tmp_path: Path) -> None:
