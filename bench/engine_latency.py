@@ -21,7 +21,7 @@ from components.checkpoints import assemble, save_weights
 from components.contracts.families import Backbone, ExportRequest
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import FileDigest, Stored
-from components.dataversions import listing
+from components.data_folder import listing
 from components.graphs import to_onnx
 from components.images import batches
 

@@ -90,7 +90,7 @@ def _timed(command: list[str]) -> dict[str, Any]:
 def _look(root: Path, cache: Path, known_content: dict[str, str]) -> dict[str, int]:
     """The number of issues of each kind that needs no embeddings."""
     from components.contracts.families import Known
-    from components.dataversions import listing
+    from components.data_folder import listing
     from components.duplicates import pairs
     from components.facts import File, facts
     from components.images import decode

@@ -20,7 +20,7 @@ import torch
 from components import features, plugins
 from components.checkpoints import assemble
 from components.contracts.families import Backbone
-from components.dataversions import listing
+from components.data_folder import listing
 from components.fitting import Examples, FittingConfig, fit
 from components.hooks import Checkpointing
 from components.images import batches

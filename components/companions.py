@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+PIN = "data.dvc"
+TEST_LEDGER = "data.test-ledger.csv"
+
+
 @dataclass(frozen=True)
 class Companion:
     """One kind of companion: its name and its columns, of which the first one is the key of a row."""

@@ -11,7 +11,7 @@ from components import duplicates
 from components.contracts.families import Known
 from components.contracts.issues import Issue, Looked
 from components.contracts.progress import Progress, silent
-from components.dataversions import listing
+from components.data_folder import listing
 from components.facts import File, facts, unlooked
 from components.formats import PINNED, Accepted
 from components.images import decode

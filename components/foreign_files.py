@@ -19,7 +19,7 @@ from components import plugins
 from components.attributes import LEFT_OUT
 from components.contracts.errors import DataError
 from components.contracts.wording import counted, is_text
-from components.dataversions import shown
+from components.data_folder import shown
 from components.samples import OF_FILE_MANAGERS, alike
 
 MANIFESTS = ("manifest.csv", "manifest.jsonl")

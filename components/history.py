@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from components import dataversions
+from components import dataversions, git
+from components.companions import PIN, TEST_LEDGER
 from components.contracts.errors import ConfigError, DataError
-from components.dataversions import PIN, TEST_LEDGER
 from components.differences import Difference, TestChanges
 
 _SHORTEST = 4
@@ -133,7 +133,7 @@ def find(root: Path, given: str) -> Version:
 
 
 def _at(root: Path, given: str) -> Version | None:
-    done = dataversions.try_git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{given}^{{commit}}")
+    done = git.ask(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{given}^{{commit}}")
     if done is None:
         return None
     text = _text(root, done.strip())
@@ -147,7 +147,7 @@ def _by_hash(root: Path, given: str) -> Version | None:
         return None
     found: dict[str, Version] = {}
     # Commits in which the text appears or vanishes; in a data.dvc it may also stand for a ledger's hash.
-    said = dataversions.try_git(root, "log", "--all", "--format=%H", f"-S{given}", "--", PIN) or ""
+    said = git.ask(root, "log", "--all", "--format=%H", f"-S{given}", "--", PIN) or ""
     for commit in [*said.split(), ""]:
         text = _text(root, commit)
         try:
@@ -166,7 +166,7 @@ def _by_hash(root: Path, given: str) -> Version | None:
 def _text(root: Path, commit: str) -> str | None:
     """The text of data.dvc in a commit, or here where none is named."""
     if commit:
-        return dataversions.try_git(root, "cat-file", "blob", f"{commit}:./{PIN}")
+        return git.ask(root, "cat-file", "blob", f"{commit}:./{PIN}")
     try:
         return (root / PIN).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -174,7 +174,7 @@ def _text(root: Path, commit: str) -> str | None:
 
 
 def _commit(root: Path, commit: str) -> Commit:
-    return _commits(dataversions.git(root, "show", *_SHOWN, commit))[0]
+    return _commits(git.run(root, "show", *_SHOWN, commit))[0]
 
 
 def _commits(said: str) -> list[Commit]:
@@ -184,7 +184,7 @@ def _commits(said: str) -> list[Commit]:
 
 def log(root: Path, most: int) -> list[Version]:
     """Versions of this branch's history, newest first, at most `most`; before them what is pinned and not committed yet."""
-    said = dataversions.try_git(root, "log", f"-n{most}", *_SHOWN, "--", PIN) or ""
+    said = git.ask(root, "log", f"-n{most}", *_SHOWN, "--", PIN) or ""
     found = []
     for commit in _commits(said):
         text = _text(root, commit.id)
@@ -211,7 +211,7 @@ def sides(root: Path, version: Version) -> dict[str, bool] | None:
         except (OSError, UnicodeDecodeError):
             return None
     else:
-        text = dataversions.try_git(root, "cat-file", "blob", f"{version.commit.id}:./{TEST_LEDGER}") or ""
+        text = git.ask(root, "cat-file", "blob", f"{version.commit.id}:./{TEST_LEDGER}") or ""
     if hashlib.sha256(text.encode()).hexdigest() != version.ledger_sha256:
         return None
     return {line[:32]: line[33:] == "test" for line in text.splitlines()[1:]}

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from components.contracts.errors import DataError, SourceUnavailable, VisionloopError, in_short
 from components.contracts.progress import Progress, silent
-from components.dataversions import shown
+from components.data_folder import shown
 from components.foreign_files import MANIFESTS, MOST_PROBLEMS, Names, Quotas, leave_out, receiving, refused, settle, visible
 from components.formats import format_of
 from components.samples import SPLIT_OF

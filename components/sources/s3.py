@@ -22,7 +22,7 @@ from pydantic import Field
 
 from components.contracts.errors import ConfigError, DataError, RegistryUnavailable, SourceUnavailable
 from components.contracts.progress import Progress, silent
-from components.dataversions import shown
+from components.data_folder import shown
 from components.foreign_files import MOST_PROBLEMS, Names, Quotas, bring_back, refused, settle
 from components.objects import s3_client
 from components.store import explained, sha256_file

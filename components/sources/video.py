@@ -31,7 +31,7 @@ from components.attributes import Attributes, write_said
 from components.contracts.errors import ConfigError, DataError, SourceUnavailable, UndecodableImage
 from components.contracts.progress import Progress, silent
 from components.contracts.wording import is_text
-from components.dataversions import shown
+from components.data_folder import shown
 from components.foreign_files import MOST_PROBLEMS, leave_out, receiving, refused, visible
 from components.formats import PINNED
 from components.images import decode

@@ -235,20 +235,20 @@ def data_remote(
     json_: AsJson = False,
 ) -> None:
     """Choose where push and pull go. S3 credentials come from the AWS environment, they are not stored."""
-    from components import dataversions
+    from components import dvc_repository
     from flows.workspace.workspace import Workspace
 
-    dataversions.set_remote(Workspace.find(workspace).root, url, endpoint_url=endpoint_url)
+    dvc_repository.set_remote(Workspace.find(workspace).root, url, endpoint_url=endpoint_url)
     finish({"remote": url}, json_, lambda: f"Remote: {url}")
 
 
 @data_app.command("push")
 def data_push(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Send the pinned data version to the remote."""
-    from components import dataversions
+    from components import transfers
     from flows.workspace.workspace import Workspace
 
-    sent = dataversions.push(Workspace.find(workspace).root)
+    sent = transfers.push(Workspace.find(workspace).root)
     finish({"sent": sent}, json_, lambda: f"{counted(sent, 'object')} sent")
 
 

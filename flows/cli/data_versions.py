@@ -74,7 +74,7 @@ def _version_json(version: Version) -> dict[str, Any]:
 
 
 def _compared_json(compared: Compared) -> dict[str, Any]:
-    from components.dataversions import DATA
+    from components.data_folder import DATA
 
     found, test = compared.found, compared.test
 

@@ -29,11 +29,11 @@ def add_training_commands(app: Commands) -> None:
 
 def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE, json_: AsJson = False) -> None:
     """Make a workspace: git and DVC, ready for `data add`."""
-    from components import dataversions
+    from components import git
     from flows.workspace.workspace import Workspace
 
     workspace = Workspace.create(directory)
-    repository = dataversions.repository(workspace.root)
+    repository = git.top_folder(workspace.root)
     within = "" if repository == workspace.root else f" It is part of the git repository {repository}."
     finish(
         {"workspace": str(workspace.root), "repository": str(repository)},

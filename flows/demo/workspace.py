@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components import dataversions
+from components import git
+from components.companions import PIN, TEST_LEDGER
 from components.contracts.errors import ConfigError, DataError
 from components.store import write_atomically
 from flows.loop.loop import LOOPS
@@ -23,7 +24,7 @@ _IDENTITY = {"user.name": "visionloop demo", "user.email": "demo@visionloop.inva
 
 def prepare(directory: Path) -> Workspace:
     """Make or reopen the scratch workspace; what it pins first has to be what the repository's data.dvc says."""
-    pins = [_REPOSITORY / name for name in (dataversions.PIN, dataversions.TEST_LEDGER)]
+    pins = [_REPOSITORY / name for name in (PIN, TEST_LEDGER)]
     missing = [pin for pin in pins if not pin.is_file()]
     if missing:
         raise ConfigError(f"{missing[0]} is missing: the demo runs from a clone of the repository")
@@ -31,14 +32,14 @@ def prepare(directory: Path) -> Workspace:
         raise ConfigError(f"{directory} is not empty and not a workspace; name another with --directory")
     workspace = Workspace.create(directory, own_repository=True)
     with workspace.locked("visionloop demo"):
-        if dataversions.git_state(workspace.root)[0] == "none":
+        if git.state(workspace.root)[0] == "none":
             for pin in pins:
                 write_atomically(workspace.root / pin.name, pin.read_bytes())
             (workspace.root / LOOPS).mkdir(exist_ok=True)
             write_atomically(workspace.root / LOOPS / f"{MODEL}.yaml", LOOP.encode())
             ignore = workspace.root / ".gitignore"
             write_atomically(ignore, ignore.read_bytes() + b"/report.html\n")
-            dataversions.stage(workspace.root, ".gitignore", *(pin.name for pin in pins), f"{LOOPS}/{MODEL}.yaml")
+            git.stage(workspace.root, ".gitignore", *(pin.name for pin in pins), f"{LOOPS}/{MODEL}.yaml")
             commit(workspace, "Pin the embedded digits")
         else:
             _expect_ours(workspace, pins)
@@ -48,10 +49,10 @@ def prepare(directory: Path) -> Workspace:
 def _expect_ours(workspace: Workspace, pins: list[Path]) -> None:
     """The demo's own history begins with the repository's pins; its later versions are the loop's."""
     root = workspace.root
-    first = dataversions.git(root, "rev-list", "--max-parents=0", "HEAD").splitlines()[-1]
+    first = git.run(root, "rev-list", "--max-parents=0", "HEAD").splitlines()[-1]
     for pin in pins:
         try:
-            began = dataversions.git(root, "show", f"{first}:{pin.name}")
+            began = git.run(root, "show", f"{first}:{pin.name}")
         except DataError:
             began = ""
         if began.strip() != pin.read_text(encoding="utf-8").strip():
@@ -63,4 +64,4 @@ def _expect_ours(workspace: Workspace, pins: list[Path]) -> None:
 def commit(workspace: Workspace, message: str) -> None:
     """Commit what is staged, as the demo."""
     options = [part for name, value in _IDENTITY.items() for part in ("-c", f"{name}={value}")]
-    dataversions.git(workspace.root, *options, "commit", "--quiet", "-m", message)
+    git.run(workspace.root, *options, "commit", "--quiet", "-m", message)

@@ -20,7 +20,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from components import dataversions
+from components.companions import TEST_LEDGER
 from components.contracts.errors import ConfigError, DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
 from components.contracts.records import sha256_text
@@ -114,7 +114,7 @@ def suggest_labels(
     if table.empty:
         raise DataError(f"no picture of {source} could be answered; see `visionloop predict {source}` for the reasons")
     pool = _Pool(source, table, batch)
-    ledger = workspace.root / dataversions.TEST_LEDGER
+    ledger = workspace.root / TEST_LEDGER
     members = TestLedger.read(ledger).members if ledger.exists() else {}
     chosen, known = pool.choose(members, most)
     written = workspace.state / "tmp" / f"suggest-{uuid.uuid4().hex}"

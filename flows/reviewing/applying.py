@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from components import attributes, dataversions
+from components import attributes, dataversions, transfers
 from components.contracts.errors import ConfigError, DataError
 from components.contracts.records import canonical_json
 from components.contracts.wording import counted
@@ -153,7 +153,7 @@ def complete(workspace: Workspace) -> Applied | None:
     if plan is None:
         return None
     root = workspace.root
-    pinned, after = dataversions.files_of(root), dataversions.moved(plan.before, plan.moves)
+    pinned, after = dataversions.files_of(root), transfers.moved(plan.before, plan.moves)
     untouched = bool(plan.moves) and pinned == plan.before and dataversions.hash_of(root, workspace.data) == plan.version
     if untouched or pinned not in (plan.before, after):
         # Killed before the first step, or taken back by a person since.
@@ -165,11 +165,11 @@ def complete(workspace: Workspace) -> Applied | None:
 def _go_on(workspace: Workspace, plan: Plan) -> Applied:
     """Every step leaves alone what is done already."""
     root = workspace.root
-    dataversions.move(root, plan.before, plan.moves)
+    transfers.move(root, plan.before, plan.moves)
     add_reviews(root, plan.reviews)
     _labelled_by_a_person(root, plan.labelled)
     version = dataversions.pin(root)
-    if dataversions.files_of(root) != dataversions.moved(plan.before, plan.moves):
+    if dataversions.files_of(root) != transfers.moved(plan.before, plan.moves):
         raise DataError(f"{workspace.data} changed while its next version was made; run `visionloop data status`")
     _journal(workspace).unlink()
     return replace(plan.applied, data_version=version.dvc_hash)

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components import dataversions
+from components import data_folder, dataversions, dvc_repository
 from components.clusters import Clusters
+from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import RecordT, Stored
@@ -79,7 +80,7 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False) -> Plan:
     settings = read_settings(workspace.state)
     notes = []
     there = workspace.data.exists() or config.source is None
-    with dataversions.leaving_no_trace():
+    with dvc_repository.leaving_no_trace():
         data = dataversions.verify(workspace.root) if there else dataversions.pinned(workspace.root)
         if not there:
             notes.append(f"data/ is not there: the run fills it from the source {config.source!r} first")
@@ -149,7 +150,7 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         # It takes a moment and is the same each time, so what it gives is known.
         out = scratch / "splitting"
         out.mkdir()
-        ledger = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
+        ledger = TestLedger.read(run.workspace.root / TEST_LEDGER)
         clusters = Clusters.read(run.workspace.root)
         splits = Stored(split(dataset, ledger, run.config.splitting, run.task, clusters=clusters, out=out), out)
         walk.unless = ""
@@ -224,8 +225,8 @@ def _images(run: Run, splits: Stored[Splits] | None) -> Images:
             for table in (rows(splits, "train"), rows(splits, "valid"))
         )
         return Images(splits.record.classes, train, valid, len(train), len(valid), split=True)
-    listed = dataversions.listing(run.workspace.data).classes
-    config, ledger = run.config.splitting, TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
+    listed = data_folder.listing(run.workspace.data).classes
+    config, ledger = run.config.splitting, TestLedger.read(run.workspace.root / TEST_LEDGER)
     rest = run.data.num_files * (1 - ledger.test_share)
     num_train = round(rest * (1 - config.valid_share - config.calibration_share))
     some = [(path, "") for paths in listed.values() for path in paths]

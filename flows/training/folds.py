@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components import dataversions
 from components.clusters import Clusters
+from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Splits
 from components.contracts.models import Engine
 from components.contracts.progress import Progress
@@ -36,7 +36,7 @@ def _judged(run: Run, dataset: Stored[Dataset], number: int, of: int) -> tuple[E
     name = f"fold-{number + 1}-of-{of}"
 
     def divide(out: Path, progress: Progress) -> Splits:
-        ledger, clusters = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER), Clusters.read(run.workspace.root)
+        ledger, clusters = TestLedger.read(run.workspace.root / TEST_LEDGER), Clusters.read(run.workspace.root)
         config = run.config.splitting
         turn = fold(dataset, ledger, number, of, config, run.task, clusters=clusters)
         return split(dataset, turn, config, run.task, clusters=clusters, out=out, progress=progress)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components import dataversions
+from components.companions import PIN
 from components.contracts.errors import ConfigError
 from components.contracts.records import canonical_json, sha256_text
 from components.segments import CacheFolder, cache_folders
@@ -105,7 +106,7 @@ def _named(workspace: Workspace) -> set[str]:
 
 def _reached(workspace: Workspace, runs: Iterable[Path], names: set[str]) -> set[Path]:
     """Artefacts that a run links, the ledger names or the pinned data made, and all that they were made from."""
-    if (workspace.root / dataversions.PIN).exists():
+    if (workspace.root / PIN).exists():
         names = names | {dataversions.pinned(workspace.root).digest()}
     manifests = {folder.resolve(): _manifest(folder) for folder in workspace.store.artefacts()}
     made: dict[str, list[Path]] = {}

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from components import dataversions, plugins
+from components import data_folder, plugins
+from components.companions import TEST_LEDGER
 from components.contracts.errors import ConfigError, DataError, UndecodableImage
 from components.contracts.families import Backbone
 from components.images import decode, pixel_digest, prepare
@@ -96,8 +97,8 @@ def _pictures(data: Path, root: Path, backbone: Backbone) -> Iterator[Shown]:
         raise DataError(
             f"{data} is not there; add images with `visionloop data add FOLDER`, or get the pinned ones with `pull`"
         )
-    members = TestLedger.read(root / dataversions.TEST_LEDGER).members
-    classes = dataversions.listing(data).classes
+    members = TestLedger.read(root / TEST_LEDGER).members
+    classes = data_folder.listing(data).classes
     for path in itertools.chain.from_iterable(itertools.zip_longest(*classes.values())):
         if path is None:
             continue

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from components import dataversions, plugins
+from components import git, plugins
 from components.contracts.data import DataVersion
 from components.contracts.errors import VisionloopError
 from components.contracts.families import Task
@@ -91,7 +91,7 @@ class Run:
         self.store = workspace.store
         self.absent = absent(config.export)
         """Engines that cannot be built on this machine, with the reason."""
-        commit, dirty = dataversions.git_state(workspace.root)
+        commit, dirty = git.state(workspace.root)
         code = code_digest(workspace.plugins)
         self.id = run_id(workspace, config, data, settings)
         self.folder = workspace.runs / self.id

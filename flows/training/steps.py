@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from components import dataversions
 from components.clusters import Clusters
+from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Renames, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
@@ -63,7 +64,7 @@ def validation(run: Run) -> Stored[Dataset]:
             out=out,
             accepted=run.settings.accepted,
             hashes=dataversions.pinned_hashes(run.workspace.root),
-            members=TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER).members,
+            members=TestLedger.read(run.workspace.root / TEST_LEDGER).members,
             encoder=encoder_of(run.config.training),
             cache=run.workspace.cache,
             num_threads=run.settings.num_threads,
@@ -76,7 +77,7 @@ def validation(run: Run) -> Stored[Dataset]:
 @task(name="splitting", cache_policy=NO_CACHE)
 def splitting(run: Run, dataset: Stored[Dataset]) -> Stored[Splits]:
     def compute(out: Path, progress: Progress) -> Splits:
-        ledger = TestLedger.read(run.workspace.root / dataversions.TEST_LEDGER)
+        ledger = TestLedger.read(run.workspace.root / TEST_LEDGER)
         clusters = Clusters.read(run.workspace.root)
         return split(dataset, ledger, run.config.splitting, run.task, clusters=clusters, out=out, progress=progress)
 

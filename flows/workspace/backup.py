@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from components import dataversions
-from components.companions import COMPANIONS
+from components import dvc_repository, git
+from components.companions import COMPANIONS, PIN, TEST_LEDGER
 from components.contracts.errors import ConfigError, StoreError, VisionloopError, WorkspaceBusy
 from components.databases import copy_sqlite, held, sqlite_file
 from components.objects import safe_name
@@ -40,13 +40,13 @@ from registry.ledger import Ledger
 FORMAT = 1
 _MANIFEST, _BUNDLE, _FILES = "manifest.json", "git.bundle", "files"
 _MAX_MANIFEST = 256 << 20
-_STATE = dataversions.STATE
+_STATE = dvc_repository.STATE
 _SETTINGS = (
     "recipes",
     "loops",
     "plugins",
-    dataversions.PIN,
-    dataversions.TEST_LEDGER,
+    PIN,
+    TEST_LEDGER,
     *(companion.file for companion in COMPANIONS),
     ".dvc/config",
     ".dvc/.gitignore",
@@ -99,18 +99,18 @@ def _write(workspace: Workspace, settings: Settings, out: IO[bytes], scratch: Pa
     files: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
     tables, elsewhere, head = _tables(workspace, settings, scratch)
-    commit, dirty = dataversions.git_state(root)
+    commit, dirty = git.state(root)
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in tables:
             files += _added(path, f"{_FILES}/{_STATE}/{path.relative_to(scratch).as_posix()}", archive)
-        if commit != "none" and dataversions.git(root, "rev-parse", "--show-prefix"):
+        if commit != "none" and git.run(root, "rev-parse", "--show-prefix"):
             elsewhere["git"] = "the workspace is a folder of a larger repository; push that"
         elif commit != "none":
-            if dataversions.git(root, "rev-parse", "--is-shallow-repository") == "true":
+            if git.run(root, "rev-parse", "--is-shallow-repository") == "true":
                 raise ConfigError(
                     f"{root} is a shallow clone, whose history is incomplete; run `git fetch --unshallow` first"
                 )
-            dataversions.git(root, "bundle", "create", "--quiet", str(scratch / _BUNDLE), "HEAD", "--all")
+            git.run(root, "bundle", "create", "--quiet", str(scratch / _BUNDLE), "HEAD", "--all")
             files += _added(scratch / _BUNDLE, _BUNDLE, archive)
         for path in _regular(root, _SETTINGS):
             files += _added(path, f"{_FILES}/{path.relative_to(root).as_posix()}", archive)
@@ -125,7 +125,7 @@ def _write(workspace: Workspace, settings: Settings, out: IO[bytes], scratch: Pa
             "visionloop": version(),
             "workspace": str(root),
             "git_commit": commit,
-            "git_branch": dataversions.git(root, "rev-parse", "--abbrev-ref", "HEAD") if commit != "none" else "HEAD",
+            "git_branch": git.run(root, "rev-parse", "--abbrev-ref", "HEAD") if commit != "none" else "HEAD",
             "git_dirty": dirty,
             "ledger": head,
             "elsewhere": elsewhere,
@@ -352,18 +352,18 @@ def _extract(file: Path, manifest: dict[str, Any], scratch: Path) -> None:
 
 
 def _repository(bundle: Path, scratch: Path, branch: str) -> None:
-    dataversions.git(scratch, "init", "--quiet", "--initial-branch=main")
+    git.run(scratch, "init", "--quiet", "--initial-branch=main")
     if not bundle.is_file():
         return  # nothing was committed
     everything = ("+refs/*:refs/*", "+HEAD:refs/visionloop/head")
-    dataversions.git(scratch, "fetch", "--quiet", "--update-head-ok", str(bundle), *everything)
+    git.run(scratch, "fetch", "--quiet", "--update-head-ok", str(bundle), *everything)
     bundle.unlink()
     if branch != "HEAD":
-        dataversions.git(scratch, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
-        dataversions.git(scratch, "reset", "--quiet", "--hard")
+        git.run(scratch, "symbolic-ref", "HEAD", f"refs/heads/{branch}")
+        git.run(scratch, "reset", "--quiet", "--hard")
     else:
-        dataversions.git(scratch, "checkout", "--quiet", "--detach", "refs/visionloop/head")
-    dataversions.git(scratch, "update-ref", "-d", "refs/visionloop/head")
+        git.run(scratch, "checkout", "--quiet", "--detach", "refs/visionloop/head")
+    git.run(scratch, "update-ref", "-d", "refs/visionloop/head")
 
 
 def _expect_ledger(scratch: Path, manifest: dict[str, Any]) -> None:

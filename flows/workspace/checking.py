@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components import dataversions, issues
+from components.companions import TEST_LEDGER
 from components.contracts.errors import DataError
 from components.contracts.issues import SEVERITIES, Issue, Looked, Severity
 from components.contracts.progress import Progress, silent
@@ -71,7 +72,7 @@ def check_data(
     settings = read_settings(workspace.state)
     if not data.is_dir():
         raise DataError(f"{data} is not there; name a folder: `visionloop data add FOLDER`, or `visionloop data pull`")
-    ledger = root / dataversions.TEST_LEDGER
+    ledger = root / TEST_LEDGER
     there = dataset_files(data, dataversions.hashes(root))
     examined = examine(
         there,

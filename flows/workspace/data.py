@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components import attributes, dataversions, history
+from components import attributes, data_folder, dataversions, history, transfers
 from components.attributes import Attributes
 from components.clusters import Clusters
+from components.companions import TEST_LEDGER
 from components.contracts.data import DataVersion
 from components.contracts.errors import DataDiffers, DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
@@ -146,7 +147,7 @@ def add(
         # Before a file is copied: a run that is killed then leaves no picture in data/ whose side another would draw, and
         # none that nobody knows to be labelled by a model.
         if kept is not ledger:
-            kept.write(root / dataversions.TEST_LEDGER)
+            kept.write(root / TEST_LEDGER)
         changed = _learn(root, said, folder)
         copied, vanished = _copy(plan, workspace.data, folder, workspace.state / "tmp", link=source is not None)
         left_out = [
@@ -159,10 +160,10 @@ def add(
         found = copied + there + len(left_out)
     if not workspace.data.is_dir():
         raise DataError(f"{workspace.data} is not there; name a folder: `visionloop data add FOLDER`")
-    lies_there = dataversions.listing(workspace.data)
+    lies_there = data_folder.listing(workspace.data)
     if folder is None:
         reason = "the workspace's .dvcignore leaves it out of versions"
-        left_out = [LeftOut(dataversions.shown(path.relative_to(root)), reason) for path in lies_there.ignored]
+        left_out = [LeftOut(data_folder.shown(path.relative_to(root)), reason) for path in lies_there.ignored]
         found = len(lies_there.files) + len(left_out)
         there = len(lies_there.files)
         looked = look([], root, {}, ledger=kept)
@@ -176,7 +177,7 @@ def add(
     )
     extended = kept.extended(pictures, together=clusters.together(usable), near=clusters.near)
     clusters.write(root)
-    extended.write(root / dataversions.TEST_LEDGER)
+    extended.write(root / TEST_LEDGER)
     version = dataversions.pin(root)
     empty = [path.name for path in workspace.data.iterdir() if path.is_dir() and not path.name.startswith(".")]
     return Added(
@@ -203,7 +204,7 @@ def add(
 
 def _ledger(root: Path, test_share: float | None) -> TestLedger:
     """The frozen test ledger, an empty one for a first version; raises DataError where it is lost or of another share."""
-    path = root / dataversions.TEST_LEDGER
+    path = root / TEST_LEDGER
     if not path.exists():
         if not dataversions.adoptable(root):
             raise DataError(f"{path} is missing; restore it with `git checkout -- {path.name}`")
@@ -219,7 +220,7 @@ def _ledger(root: Path, test_share: float | None) -> TestLedger:
 
 def _usable(
     workspace: Workspace,
-    lies_there: dataversions.Listing,
+    lies_there: data_folder.Listing,
     clusters: Clusters,
     ledger: TestLedger,
     accepted: Accepted,
@@ -308,7 +309,7 @@ def _keep_outside(
     Raises DataError for those that a source puts into test/.
     """
     if in_test := sorted(path for path in pseudo if path in test):
-        first = dataversions.shown(Path(in_test[0].name))
+        first = data_folder.shown(Path(in_test[0].name))
         raise DataError(
             f"{counted(len(in_test), 'file')} of test/ have label_source=model (first: {first}); "
             f"what a model labelled is never test: put them into train/, or have a person label them. Nothing was changed"
@@ -374,7 +375,7 @@ def _given(source: Staged, data: Path, *, keep_splits: bool | None) -> Incoming:
         lies = path.parent / path.readlink() if path.is_symlink() else path
         if lies.is_relative_to(there) and lies.relative_to(there).parts[0] != label:
             raise DataError(
-                f"{dataversions.shown(lies)} lies in this workspace's data, and {source.told} says {label!r}; move the file "
+                f"{data_folder.shown(lies)} lies in this workspace's data, and {source.told} says {label!r}; move the file "
                 f"into that class, or relabel it with `visionloop data review`. Nothing was changed"
             )
     return given
@@ -427,7 +428,7 @@ def _plan(files: list[tuple[str, Path]], data: Path) -> tuple[list[tuple[Path, P
     for path, destination in plan:
         if len(os.fsencode(destination.name)) > longest_name or len(os.fsencode(destination)) >= longest_path:
             raise DataError(
-                f"{dataversions.shown(path)} would become {dataversions.shown(destination)}, which is too long for the "
+                f"{data_folder.shown(path)} would become {data_folder.shown(destination)}, which is too long for the "
                 f"workspace's disk ({longest_name} bytes a name, {longest_path} a path); shorten it"
             )
     return plan, there
@@ -444,7 +445,7 @@ def _copy(
         temporary = scratch / uuid.uuid4().hex
         try:
             with explained("copy into", data):
-                if path.is_symlink() or not (link and dataversions.linked(path, temporary)):
+                if path.is_symlink() or not (link and transfers.linked(path, temporary)):
                     shutil.copyfile(path, temporary)
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary, destination)
@@ -453,7 +454,7 @@ def _copy(
                 vanished.append(LeftOut(_within(folder, path), "it vanished while it was copied"))
                 continue
             raise DataError(
-                f"cannot copy {dataversions.shown(path)}: {error.strerror}. The old version is still the pinned one; "
+                f"cannot copy {data_folder.shown(path)}: {error.strerror}. The old version is still the pinned one; "
                 f"mend it and run the command again, it goes on where it stopped"
             ) from error
         finally:
@@ -487,7 +488,7 @@ def _refused(files: list[tuple[str, Path]], accepted: Accepted) -> dict[Path, st
 
 def _within(folder: Path, path: Path) -> str:
     """A file's name in its folder, as it can be printed anywhere."""
-    return dataversions.shown(path.relative_to(folder))
+    return data_folder.shown(path.relative_to(folder))
 
 
 @dataclass(frozen=True)
@@ -506,7 +507,7 @@ def status(workspace: Workspace) -> DataStatus:
     root = workspace.root
     version = dataversions.pinned(root)
     if not workspace.data.is_dir():
-        return DataStatus(version, {"deleted": [f"{dataversions.DATA}/ (all of it)"]})
+        return DataStatus(version, {"deleted": [f"{data_folder.DATA}/ (all of it)"]})
     changes = dataversions.changes(root)
     of_labels = changes.keys() & {"relabelled", "classes renamed"}
     return DataStatus(version, changes, tuple(notes_on_labels(workspace, history.pinned(root)) if of_labels else ()))
@@ -523,5 +524,5 @@ class Pulled:
 def pull(workspace: Workspace, *, force: bool) -> Pulled:
     """Bring the pinned version from the remote into data/, over local changes with `force`. Raises DataError."""
     with workspace.locked("visionloop data pull"):
-        changed = dataversions.pull(workspace.root, force=force)
+        changed = transfers.pull(workspace.root, force=force)
         return Pulled(changed, dataversions.verify(workspace.root))

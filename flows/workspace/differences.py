@@ -8,11 +8,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from components import dataversions, history
+from components import history, stored_files
 from components.contracts.errors import DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
 from components.contracts.wording import counted
-from components.dataversions import DATA
+from components.data_folder import DATA
 from components.differences import Difference, Moved, TestChanges, class_counts, difference
 from components.formats import PINNED
 from components.history import Compared, Version
@@ -38,7 +38,7 @@ def compare(
     Only files that differ are read. `look` is given the result and a reader of those files while they can be read.
     """
     root = workspace.root
-    with dataversions.objects(root) as objects:
+    with stored_files.objects(root) as objects:
 
         @functools.cache
         def lies_there() -> tuple[str, int, dict[str, str]]:
@@ -55,9 +55,9 @@ def compare(
             here = history.pinned(root)
             return dataclasses.replace(here, given=NOW, dvc_hash=dvc_hash, hash_name="md5", num_files=len(files), bytes=size)
 
-        def listed(version: Version) -> dataversions.Listed:
+        def listed(version: Version) -> stored_files.Listed:
             if version.given == NOW:
-                return dataversions.Listed(lies_there()[2])
+                return stored_files.Listed(lies_there()[2])
             return objects.listed(version.dvc_hash, version.hash_name)
 
         first, second = resolved(before), resolved(after)
@@ -161,7 +161,7 @@ def notes_on_labels(workspace: Workspace, before: Version | None, after: Version
     """
     if before is None or before.hash_name != "md5" or (after is not None and after.dvc_hash == before.dvc_hash):
         return []
-    with dataversions.objects(workspace.root) as objects:
+    with stored_files.objects(workspace.root) as objects:
         files = objects.listed(before.dvc_hash, before.hash_name).files
         others = objects.listed(after.dvc_hash, after.hash_name).files if after is not None else objects.now()[2]
         if files is None or others is None:
@@ -208,18 +208,18 @@ class LoggedVersion:
 def log(workspace: Workspace, most: int) -> Iterator[LoggedVersion]:
     """Versions of this branch, newest first, beginning with what is pinned and not committed yet."""
     versions = history.log(workspace.root, most + 1)
-    with dataversions.objects(workspace.root) as objects:
+    with stored_files.objects(workspace.root) as objects:
 
-        def listed(version: Version) -> dataversions.Listed:
+        def listed(version: Version) -> stored_files.Listed:
             if version.problem:
-                return dataversions.Listed(None, version.problem)
+                return stored_files.Listed(None, version.problem)
             return objects.listed(version.dvc_hash, version.hash_name)
 
-        here = listed(versions[0]) if versions else dataversions.Listed(None)
+        here = listed(versions[0]) if versions else stored_files.Listed(None)
         for version, earlier in itertools.zip_longest(versions[:most], versions[1:]):
             if version is None:
                 return
-            before = listed(earlier) if earlier is not None else dataversions.Listed(None)
+            before = listed(earlier) if earlier is not None else stored_files.Listed(None)
             counts, problem = None, here.why_not or before.why_not
             if here.files is not None and before.files is not None and earlier.hash_name == version.hash_name:
                 counts = difference(before.files, here.files, _on_the_way(earlier, version)).counts

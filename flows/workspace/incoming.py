@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from components import dataversions
+from components import data_folder
 from components.contracts.errors import DataError
 from components.samples import OF_FILE_MANAGERS, SPLIT_OF, class_name_problem
 
@@ -55,7 +55,7 @@ def incoming(folder: Path, data: Path, *, keep_splits: bool | None = None) -> In
             f"{folder} is the workspace's own data folder, lies in it or holds it; to pin what is in {data}, "
             f"run `visionloop data add` without a folder"
         )
-    reader = _Reader(folder, data, dataversions.ignore_rules(data))
+    reader = _Reader(folder, data, data_folder.ignore_rules(data))
     try:
         splits = _predefined(folder)
         if not splits and keep_splits:
@@ -92,8 +92,8 @@ def _split(path: Path) -> str:
 
 
 def _choice(folder: Path, splits: list[Path]) -> str:
-    names = ", ".join(dataversions.shown(Path(path.name)) for path in splits)
-    text = f"{dataversions.shown(folder)} is already split ({names} hold class folders). "
+    names = ", ".join(data_folder.shown(Path(path.name)) for path in splits)
+    text = f"{data_folder.shown(folder)} is already split ({names} hold class folders). "
     if any(_split(path) == "test" for path in splits):
         text += "Keep its test images as the frozen test with --keep-splits, or "
     return f"{text}let visionloop choose the test images among all of it with --merge-splits"
@@ -110,7 +110,7 @@ class _Reader:
         """Raise DataError for other folders than those of splits; files beside them are left out, and told."""
         others: list[str] = []
         for path in self.taken(self.folder, self.data):
-            name = dataversions.shown(Path(path.name))
+            name = data_folder.shown(Path(path.name))
             if not path.is_dir():
                 self.left_out.append(LeftOut(name, "it lies beside the folders of the splits"))
             elif path not in splits:
@@ -167,16 +167,16 @@ class _Reader:
         for path in classes:
             problem = None if (self.data / path.name).is_dir() else class_name_problem(path.name)
             if problem:
-                raise DataError(f"{dataversions.shown(path)} cannot be the name of a class: {problem}; rename the folder")
+                raise DataError(f"{data_folder.shown(path)} cannot be the name of a class: {problem}; rename the folder")
             images = self.taken(path, self.data / path.name)
             deeper = [image for image in images if image.is_dir()]
             if deeper:
                 raise DataError(
-                    f"{dataversions.shown(deeper[0])} is a folder inside a class; images have to lie directly in their "
+                    f"{data_folder.shown(deeper[0])} is a folder inside a class; images have to lie directly in their "
                     f"class folder"
                 )
             if not images:
-                shown = dataversions.shown(path.relative_to(self.folder))
+                shown = data_folder.shown(path.relative_to(self.folder))
                 inside = [left for left in self.left_out if left.file.startswith(f"{shown}/")]
                 raise DataError(
                     f"class {path.name!r} has no images in {place}; add some, or remove the empty folder{_told(inside)}"
@@ -198,7 +198,7 @@ class _Reader:
             elif not (path.is_file() or path.is_dir()):
                 reason = "no regular file"
             else:
-                dataversions.expect_utf8(path)
+                data_folder.expect_utf8(path)
                 folders, names = ([name], []) if path.is_dir() else ([], [name])
                 kept = self.rules(str(destination.absolute()), folders, names)
                 reason = None if any(kept) else "the workspace's .dvcignore leaves it out of versions"
@@ -206,7 +206,7 @@ class _Reader:
                 taken.append(path)
             else:
                 is_folder = path.is_dir() and not path.is_symlink()
-                shown = dataversions.shown(path.relative_to(self.folder)) + ("/" if is_folder else "")
+                shown = data_folder.shown(path.relative_to(self.folder)) + ("/" if is_folder else "")
                 self.left_out.append(LeftOut(shown, reason))
         return taken
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from components import dataversions, duplicates
+from components import data_folder, dataversions, duplicates
 from components.candidates import SIDE
 from components.clusters import Clusters
+from components.companions import PIN
 from components.contracts.errors import DataError
 from components.contracts.issues import Pair
 from components.contracts.progress import Progress, silent
@@ -115,14 +116,14 @@ def look_for(
 def _table(workspace: Workspace, files: Sequence[tuple[str, Path]], folder: Path, progress: Progress) -> pd.DataFrame:
     """What `look` takes; a file of data/ is new when it is not as the pinned version has it."""
     root, data = workspace.root, workspace.data
-    listed = dataversions.listing(data).classes if data.is_dir() else {}
+    listed = data_folder.listing(data).classes if data.is_dir() else {}
     hashes = dataversions.hashes(root) if listed else {}
-    is_pinned = (root / dataversions.PIN).exists() and not dataversions.adoptable(root)
+    is_pinned = (root / PIN).exists() and not dataversions.adoptable(root)
     pinned = dataversions.pinned_hashes(root) if is_pinned else {}
     there = [(label, path, path.relative_to(data).as_posix()) for label, paths in listed.items() for path in paths]
     looked = [
-        *(File(path, f"{dataversions.DATA}/{name}", label, hashes.get(name, "")) for label, path, name in there),
-        *(File(path, dataversions.shown(path.relative_to(folder)), label) for label, path in files),
+        *(File(path, f"{data_folder.DATA}/{name}", label, hashes.get(name, "")) for label, path, name in there),
+        *(File(path, data_folder.shown(path.relative_to(folder)), label) for label, path in files),
     ]
     table = facts(looked, cache=workspace.cache, progress=progress)
     table["place"] = [str(file.place) for file in looked]

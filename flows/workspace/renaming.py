@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from components import dataversions, history
+from components import data_folder, dataversions, git, history, stored_files
+from components.companions import PIN
 from components.contracts.data import DataVersion, names_after
 from components.contracts.errors import ConfigError, DataDiffers, DataError, UnknownName
 from components.differences import class_counts, difference
@@ -45,7 +46,7 @@ def rename_class(workspace: Workspace, old: str, new: str) -> ClassRenamed:
         pinned = history.pinned(workspace.root)
         if not workspace.data.is_dir():
             raise DataError(f"{workspace.data} is not there; `visionloop data pull` brings the pinned version")
-        there = dataversions.listing(workspace.data).classes
+        there = data_folder.listing(workspace.data).classes
         if old in there:
             _expect_free(workspace.data, new, [name for name in there if name != old])
             _expect_short(there[old], new)
@@ -53,7 +54,7 @@ def rename_class(workspace: Workspace, old: str, new: str) -> ClassRenamed:
             os.rename(workspace.data / old, workspace.data / new)
             fsync_folder(workspace.data)
         elif pinned.renamed[-1:] == ((old, new),) and new in there:
-            dataversions.stage(workspace.root, dataversions.PIN)  # a kill may have come between the pin and this
+            git.stage(workspace.root, PIN)  # a kill may have come between the pin and this
             return ClassRenamed(dataversions.verify(workspace.root), len(there[new]), True)
         elif not _is_renamed(workspace, pinned, old, new):
             raise UnknownName("class", old, list(there))
@@ -82,7 +83,7 @@ def _expect_short(files: list[Path], new: str) -> None:
 
 def _is_renamed(workspace: Workspace, pinned: history.Version, old: str, new: str) -> bool:
     """Whether the rename of the pinned version's folder is all that data/ differs by."""
-    with dataversions.objects(workspace.root) as objects:
+    with stored_files.objects(workspace.root) as objects:
         before = objects.listed(pinned.dvc_hash, pinned.hash_name)
         if before.files is None:
             raise DataError(f"it cannot be told whether {old!r} was a class: {before.why_not}")

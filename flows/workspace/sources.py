@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components import dataversions, plugins
+from components import data_folder, plugins
 from components.attributes import FILE, LEFT_OUT, Attributes, expect_no_class, read_said
 from components.conformance import failed
 from components.contracts.errors import ConfigError, DataError, VisionloopError
@@ -177,7 +177,7 @@ def _left_out(path: Path, told: str) -> list[LeftOut]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-            found.append(LeftOut(dataversions.shown(Path(str(row["file"]))), str(row["reason"])))
+            found.append(LeftOut(data_folder.shown(Path(str(row["file"]))), str(row["reason"])))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{told}: {path.name}, line {number}: {error}; expected `file` and `reason`") from error
     return found

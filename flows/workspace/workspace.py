@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from components import dataversions, plugins
+from components import data_folder, dvc_repository, git, plugins
 from components.contracts.errors import ConfigError, WorkspaceBusy
 from components.contracts.wording import is_text
 from components.store import Store
@@ -30,11 +30,11 @@ class Workspace:
 
     @property
     def state(self) -> Path:
-        return self.root / dataversions.STATE
+        return self.root / dvc_repository.STATE
 
     @property
     def data(self) -> Path:
-        return self.root / dataversions.DATA
+        return self.root / data_folder.DATA
 
     @property
     def plugins(self) -> Path:
@@ -61,7 +61,7 @@ class Workspace:
             if (folder / ".dvc").is_dir() and any((place / ".git").exists() for place in (folder, *folder.parents)):
                 workspace = cls(folder)
                 have_home(workspace.state)
-                dataversions.settle(folder)
+                dvc_repository.settle(folder)
                 with contextlib.suppress(OSError):  # what only reads needs none, and what writes says what it could not
                     workspace.state.mkdir(mode=0o700, exist_ok=True)
                 plugins.use_workspace(workspace.plugins if workspace.plugins.is_dir() else None)
@@ -77,15 +77,15 @@ class Workspace:
         root = root.resolve()
         leave_foreign_git()
         if not is_text(str(root)):
-            raise ConfigError(f"{dataversions.shown(root)}: the path holds characters that are no text; choose another")
+            raise ConfigError(f"{data_folder.shown(root)}: the path holds characters that are no text; choose another")
         if root.exists() and not root.is_dir():
             raise ConfigError(f"{root} is a file; name a folder for the workspace")
-        dataversions.initialise(root, own_repository=own_repository)
+        dvc_repository.initialise(root, own_repository=own_repository)
         ignore = root / ".gitignore"
         there = ignore.read_bytes().splitlines() if ignore.exists() else []
-        dataversions.add_lines(ignore, tuple(line for line in _IGNORED if line.rstrip("/").encode() not in there))
+        dvc_repository.add_lines(ignore, tuple(line for line in _IGNORED if line.rstrip("/").encode() not in there))
         (root / "recipes").mkdir(exist_ok=True)
-        dataversions.stage(root, ".gitignore")
+        git.stage(root, ".gitignore")
         return cls.find(root)
 
     def expect_writable(self) -> None:

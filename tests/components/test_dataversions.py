@@ -16,8 +16,8 @@ import pytest
 from botocore.exceptions import ClientError
 from shapes import free_port, visionloop_process, write_pictures
 
-from components import dataversions
-from components.companions import FILES
+from components import dataversions, dvc_repository, transfers
+from components.companions import FILES, PIN, TEST_LEDGER
 from components.contracts.errors import ConfigError, DataDiffers, DataError
 from flows.workspace.data import add, ensure
 from flows.workspace.workspace import Workspace
@@ -42,7 +42,7 @@ def test_changed_added_and_deleted_files_are_named(workspace: Path) -> None:
 
 
 def test_a_changed_ledger_is_found(workspace: Path) -> None:
-    ledger = workspace / dataversions.TEST_LEDGER
+    ledger = workspace / TEST_LEDGER
     ledger.write_text(ledger.read_text().replace(",test", ",rest", 1))
     with pytest.raises(DataDiffers, match="not the one that data.dvc names.*git checkout"):
         dataversions.verify(workspace)
@@ -63,10 +63,10 @@ def test_missing_pin_and_missing_data_say_what_to_do(workspace: Path, tmp_path: 
 def test_appending_makes_a_new_version_and_keeps_the_test_side(workspace: Path, tmp_path: Path) -> None:
     from components.splitting import TestLedger
 
-    before, ledger = dataversions.pinned(workspace), TestLedger.read(workspace / dataversions.TEST_LEDGER)
+    before, ledger = dataversions.pinned(workspace), TestLedger.read(workspace / TEST_LEDGER)
     write_pictures(tmp_path / "more", 20, start=500)
     added = add(Workspace.find(workspace), tmp_path / "more", test_share=None)
-    after = TestLedger.read(workspace / dataversions.TEST_LEDGER)
+    after = TestLedger.read(workspace / TEST_LEDGER)
     assert added.num_copied == 60
     assert added.version.dvc_hash != before.dvc_hash
     assert {p: after.members[p] for p in ledger.members} == dict(ledger.members)
@@ -164,11 +164,11 @@ def test_a_source_that_makes_other_bytes_is_refused_and_leaves_no_data(
 
 def test_push_and_pull_through_a_folder(workspace: Path, tmp_path: Path) -> None:
     version = dataversions.pinned(workspace)
-    dataversions.set_remote(workspace, str(tmp_path / "remote"))
-    assert dataversions.push(workspace) > 0
+    dvc_repository.set_remote(workspace, str(tmp_path / "remote"))
+    assert transfers.push(workspace) > 0
     shutil.rmtree(workspace / "data")
     shutil.rmtree(workspace / ".dvc" / "cache")
-    dataversions.pull(workspace)
+    transfers.pull(workspace)
     assert dataversions.verify(workspace) == version
 
 
@@ -188,30 +188,30 @@ def test_pull_removes_nothing_that_it_cannot_replace(workspace: Path, tmp_path: 
     with pytest.raises(DataDiffers, match="no way back.*no remote is set"):
         dataversions.verify(workspace)
     with pytest.raises(DataError, match="no remote is set"):
-        dataversions.pull(workspace, force=True)
-    dataversions.set_remote(workspace, str(tmp_path / "empty, \u00e9 #1"))
+        transfers.pull(workspace, force=True)
+    dvc_repository.set_remote(workspace, str(tmp_path / "empty, \u00e9 #1"))
     with pytest.raises(DataError, match="neither DVC.s cache here nor the remote"):
-        dataversions.pull(workspace, force=True)
+        transfers.pull(workspace, force=True)
     assert content() == before
     cached.write_bytes(aside)
     with pytest.raises(DataDiffers, match="would lose 1 file of .* that no version holds"):
-        dataversions.pull(workspace)
+        transfers.pull(workspace)
     assert content() == before
-    assert dataversions.pull(workspace, force=True) == 3
+    assert transfers.pull(workspace, force=True) == 3
     assert dataversions.verify(workspace) == version
 
 
 def test_a_damaged_object_of_the_cache_is_not_sent(workspace: Path, tmp_path: Path) -> None:
     version = dataversions.pinned(workspace)
-    dataversions.set_remote(workspace, str(tmp_path / "remote"))
+    dvc_repository.set_remote(workspace, str(tmp_path / "remote"))
     cached = next(path for path in (workspace / ".dvc" / "cache").rglob("*") if path.is_file() and path.suffix != ".dir")
     cached.chmod(0o600)
     cached.write_bytes(b"damaged")
     cached.chmod(0o444)
-    dataversions.push(workspace)
+    transfers.push(workspace)
     shutil.rmtree(workspace / "data")
     shutil.rmtree(workspace / ".dvc" / "cache")
-    dataversions.pull(workspace)
+    transfers.pull(workspace)
     assert dataversions.verify(workspace) == version
     sent = tmp_path / "remote" / "files" / "md5" / cached.parent.name / cached.name
     sent.chmod(0o600)
@@ -219,7 +219,7 @@ def test_a_damaged_object_of_the_cache_is_not_sent(workspace: Path, tmp_path: Pa
     shutil.rmtree(workspace / ".dvc" / "cache")
     shutil.rmtree(workspace / "data")
     with pytest.raises(DataError, match=f"1 damaged file .{cached.parent.name}/{cached.name}.*Remove these from the remote"):
-        dataversions.pull(workspace)
+        transfers.pull(workspace)
 
 
 def test_rules_that_hide_pinned_files_are_told(workspace: Path) -> None:
@@ -234,14 +234,14 @@ def test_rules_that_hide_pinned_files_are_told(workspace: Path) -> None:
 
 def test_a_damaged_listing_is_fetched_again(workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     version = dataversions.pinned(workspace)
-    dataversions.set_remote(workspace, str(tmp_path / "remote"))
-    dataversions.push(workspace)
+    dvc_repository.set_remote(workspace, str(tmp_path / "remote"))
+    transfers.push(workspace)
     listing = next((workspace / ".dvc" / "cache").rglob("*.dir"))
     listing.chmod(0o600)
     listing.write_text('[{"md5": "d41d8cd98f00b204e9800998ecf8427e", "relpath": "../../evil"}]')
     (workspace / "data" / "disc" / "0000.png").unlink()
     assert "unknown" in dataversions.changes(workspace)
-    assert dataversions.pull(workspace) == 1
+    assert transfers.pull(workspace) == 1
     assert dataversions.verify(workspace) == version
     assert capfd.readouterr().err == ""
 
@@ -255,8 +255,8 @@ def test_a_damaged_object_stays_until_a_whole_one_is_there(workspace: Path, tmp_
     damaged = next(path for path in objects if (path.suffix == ".dir") == (kind == "listing"))
     sent = there / damaged.relative_to(cache)
     if remote != "none":
-        dataversions.set_remote(workspace, str(tmp_path / "remote"))
-        dataversions.push(workspace)
+        dvc_repository.set_remote(workspace, str(tmp_path / "remote"))
+        transfers.push(workspace)
         whole = sent.read_bytes()
         sent.chmod(0o600)
         sent.write_bytes(b"damaged too") if remote == "damaged" else sent.unlink()
@@ -271,18 +271,18 @@ def test_a_damaged_object_stays_until_a_whole_one_is_there(workspace: Path, tmp_
 
     before = content()
     with pytest.raises(DataError, match="visionloop data remote URL" if remote == "none" else "visionloop data push"):
-        dataversions.pull(workspace, force=True)
+        transfers.pull(workspace, force=True)
     assert content() == before
     if remote != "none":
         sent.unlink(missing_ok=True)
         sent.write_bytes(whole)
-        dataversions.pull(workspace, force=True)
+        transfers.pull(workspace, force=True)
         assert dataversions.verify(workspace) == version
 
 
 def test_a_file_that_the_cache_has_damaged_is_not_lost(workspace: Path, tmp_path: Path) -> None:
     found = Workspace.find(workspace)
-    names = (dataversions.PIN, dataversions.TEST_LEDGER, FILES.file)
+    names = (PIN, TEST_LEDGER, FILES.file)
     earlier = {workspace / name: (workspace / name).read_bytes() for name in names}
     write_pictures(tmp_path / "more", 1, start=500, kinds=("disc",))
     add(found, tmp_path / "more", test_share=None)
@@ -294,7 +294,7 @@ def test_a_file_that_the_cache_has_damaged_is_not_lost(workspace: Path, tmp_path
     cached.chmod(0o600)
     cached.write_bytes(b"damaged")
     with pytest.raises(DataDiffers, match="would lose 1 file of .*disc/0500.png"):
-        dataversions.pull(workspace)
+        transfers.pull(workspace)
     assert newest.exists()
 
 
@@ -313,7 +313,7 @@ def test_a_listing_that_leads_out_of_the_folder_is_refused(workspace: Path, name
     pin = workspace / "data.dvc"
     pin.write_text(pin.read_text().replace(dataversions.pinned(workspace).dvc_hash, f"{digest}.dir"))
     with pytest.raises(DataError, match="not one that DVC wrote"):
-        dataversions.pull(workspace, force=True)
+        transfers.pull(workspace, force=True)
     assert kept.read_bytes() == b"not DVC's"
 
 
@@ -321,16 +321,16 @@ def test_a_listing_that_leads_out_of_the_folder_is_refused(workspace: Path, name
 def test_a_remote_that_cannot_be_used_leaves_the_config_as_it_was(workspace: Path, url: str) -> None:
     before = (workspace / ".dvc" / "config").read_bytes()
     with pytest.raises((ConfigError, DataError)):
-        dataversions.set_remote(workspace, url)
+        dvc_repository.set_remote(workspace, url)
     assert (workspace / ".dvc" / "config").read_bytes() == before != b""
 
 
 def test_pull_without_the_objects_says_so(workspace: Path, tmp_path: Path) -> None:
-    dataversions.set_remote(workspace, str(tmp_path / "empty"))
+    dvc_repository.set_remote(workspace, str(tmp_path / "empty"))
     shutil.rmtree(workspace / "data")
     shutil.rmtree(workspace / ".dvc" / "cache")
     with pytest.raises(DataError, match="DVC"):
-        dataversions.pull(workspace)
+        transfers.pull(workspace)
 
 
 KEY, SECRET = "visionloop-test", "a-secret-of-the-test"
@@ -397,17 +397,17 @@ def test_the_ledger_does_not_depend_on_what_dvcs_cache_holds(workspace: Path, tm
     write_pictures(tmp_path / "more", 5, start=800)
     (workspace / "data" / "disc" / "0001.png").unlink()
     assert "unknown" in dataversions.changes(workspace) or "deleted" in dataversions.changes(workspace)
-    before = len(TestLedger.read(workspace / dataversions.TEST_LEDGER).members)
+    before = len(TestLedger.read(workspace / TEST_LEDGER).members)
     add(Workspace.find(workspace), tmp_path / "more", test_share=None)
-    assert len(TestLedger.read(workspace / dataversions.TEST_LEDGER).members) == before + 15
+    assert len(TestLedger.read(workspace / TEST_LEDGER).members) == before + 15
 
 
 def test_push_sends_the_data_also_when_the_cache_was_empty(workspace: Path, tmp_path: Path) -> None:
     version = dataversions.pinned(workspace)
     shutil.rmtree(workspace / ".dvc" / "cache")
-    dataversions.set_remote(workspace, str(tmp_path / "remote"))
-    assert dataversions.push(workspace) > 100
+    dvc_repository.set_remote(workspace, str(tmp_path / "remote"))
+    assert transfers.push(workspace) > 100
     shutil.rmtree(workspace / "data")
     shutil.rmtree(workspace / ".dvc" / "cache")
-    dataversions.pull(workspace)
+    transfers.pull(workspace)
     assert dataversions.verify(workspace) == version

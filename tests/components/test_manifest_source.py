@@ -11,6 +11,7 @@ from shapes import visionloop, write_pictures
 
 from components import attributes, dataversions
 from components.attributes import FILE, Attributes, read_said
+from components.companions import TEST_LEDGER
 from components.contract_checks import source_breaches
 from components.contracts.errors import DataError
 from components.sources.manifest import Source
@@ -245,7 +246,7 @@ def test_a_column_of_splits_is_kept_as_the_frozen_test_and_its_files_are_copies(
     assert (refused.returncode, json.loads(refused.stdout)["conflicts"][0]["kind"]) == (1, "group across splits")
     answer = json.loads(visionloop(*arguments, "--near-duplicates", "exclude", cwd=root).stdout)
     assert (answer["copied"], answer["new_test_images"], answer["with_attributes"]) == (12, 4, 12)
-    assert sum(TestLedger.read(root / dataversions.TEST_LEDGER).members.values()) == 4
+    assert sum(TestLedger.read(root / TEST_LEDGER).members.values()) == 4
     assert {one.group for one in attributes.read(root).values()} == {"g"}
     lying = sorted((root / "data").rglob("*.png"))
     assert [path.name for path in lying if path.is_symlink() or path.stat().st_nlink > 1] == []

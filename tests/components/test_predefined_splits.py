@@ -11,6 +11,7 @@ from PIL import Image
 from shapes import picture, visionloop, write_pictures
 
 from components import dataversions
+from components.companions import TEST_LEDGER
 from components.contracts.errors import DataError
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
@@ -35,7 +36,7 @@ def digests(folder: Path) -> set[str]:
 
 
 def on_test_side(root: Path) -> set[str]:
-    return {picture for picture, test in TestLedger.read(root / dataversions.TEST_LEDGER).members.items() if test}
+    return {picture for picture, test in TestLedger.read(root / TEST_LEDGER).members.items() if test}
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_a_picture_of_train_that_is_also_in_test_is_test_and_named(empty: Path, 
 
 
 def test_pictures_that_were_frozen_before_stay_where_they_are_and_are_named(workspace: Path, tmp_path: Path) -> None:
-    before = TestLedger.read(workspace / dataversions.TEST_LEDGER).members
+    before = TestLedger.read(workspace / TEST_LEDGER).members
     lying = {pixel_digest(decode(path.read_bytes()))[:32]: path for path in sorted((workspace / "data").rglob("*.png"))}
     rest, test = (next(path for key, path in lying.items() if before[key] is side) for side in (False, True))
     write_split(tmp_path / "given")
@@ -91,7 +92,7 @@ def test_pictures_that_were_frozen_before_stay_where_they_are_and_are_named(work
     assert added.sides == data.Sides(
         stay_test=(f"train/{test.parent.name}/was-test.png",), stay_rest=(f"test/{rest.parent.name}/was-rest.png",)
     )
-    after = TestLedger.read(workspace / dataversions.TEST_LEDGER).members
+    after = TestLedger.read(workspace / TEST_LEDGER).members
     assert {key: after[key] for key in before} == dict(before)
 
 
@@ -118,7 +119,7 @@ def test_a_killed_add_leaves_no_picture_whose_side_a_later_one_would_draw(
                 add(Workspace.find(workspace), split, test_share=None, keep_splits=True)
         assert (workspace / "data.dvc").read_bytes() == pinned or (place[1], when) == ("pin", "after")
         there = digests(workspace / "data")
-        frozen = TestLedger.read(workspace / dataversions.TEST_LEDGER).extended((key, "a") for key in there).members
+        frozen = TestLedger.read(workspace / TEST_LEDGER).extended((key, "a") for key in there).members
         assert {key for key in there & (test | rest) if frozen[key] != (key in test)} == set()
     add(Workspace.find(workspace), None, test_share=None)  # whoever pins what lies there draws no side anew
     assert on_test_side(workspace) >= test

@@ -16,6 +16,7 @@ import torchvision
 from shapes import commit, visionloop
 
 from components import dataversions
+from components.companions import TEST_LEDGER
 from components.contract_checks import source_breaches
 from components.contracts.errors import DataError, SourceUnavailable
 from components.images import decode, pixel_digest
@@ -107,7 +108,7 @@ def test_a_source_that_is_split_becomes_data_whose_test_is_its_own(cifar: Path, 
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["classes"], answer["new_test_images"]) == ({"airplane": 19, "cat": 19}, 8)
-    frozen = TestLedger.read(root / dataversions.TEST_LEDGER).members
+    frozen = TestLedger.read(root / TEST_LEDGER).members
     theirs = {pixel_digest(decode(path.read_bytes()))[:32] for path in (tmp_path / "out" / "test").rglob("*.png")}
     assert {picture for picture, test in frozen.items() if test} == theirs
     commit(root)

@@ -189,7 +189,7 @@ def test_an_intact_store_verifies(trained: Path) -> None:
 
 
 def test_the_embedded_digits_hash_to_the_committed_pin(tmp_path: Path) -> None:
-    from components import dataversions
+    from components import dataversions, git
     from flows.demo.workspace import prepare
     from flows.workspace.data import ensure
 
@@ -197,7 +197,7 @@ def test_the_embedded_digits_hash_to_the_committed_pin(tmp_path: Path) -> None:
     version = ensure(workspace, "digits")
     assert version.num_files == 4000
     assert version == dataversions.pinned(Path(__file__).resolve().parents[2])
-    assert dataversions.git_state(workspace.root)[1] is False
+    assert git.state(workspace.root)[1] is False
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from PIL import Image
 from shapes import commit, picture, visionloop, write_pictures
 
 from components import dataversions
+from components.companions import TEST_LEDGER
 from components.differences import difference
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
@@ -34,7 +35,7 @@ def told(*arguments: str, cwd: Path, status: int = 0) -> dict[str, Any]:
 
 def test_pictures(root: Path, label: str) -> list[str]:
     """Names of frozen test pictures of a class."""
-    members = TestLedger.read(root / dataversions.TEST_LEDGER).members
+    members = TestLedger.read(root / TEST_LEDGER).members
     return [
         path.name
         for path in sorted((root / "data" / label).iterdir())

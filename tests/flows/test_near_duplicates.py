@@ -14,6 +14,7 @@ from shapes import visionloop
 
 from components import dataversions
 from components.clusters import Clusters
+from components.companions import TEST_LEDGER
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
 from flows.workspace.workspace import Workspace
@@ -59,7 +60,7 @@ def added(root: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
 
 
 def ledger(root: Path) -> dict[str, bool]:
-    return dict(TestLedger.read(root / dataversions.TEST_LEDGER).members)
+    return dict(TestLedger.read(root / TEST_LEDGER).members)
 
 
 @pytest.fixture

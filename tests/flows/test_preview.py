@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from shapes import SMOKE, visionloop
 
-from components import dataversions
+from components.companions import TEST_LEDGER
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
 from flows.training.preview import GAP, LINE, TILE
@@ -37,7 +37,7 @@ def tile(
 
 
 def test_the_sheet_shows_images_outside_the_test_as_they_are_and_as_training_changes_them(workspace: Path) -> None:
-    path = workspace / dataversions.TEST_LEDGER
+    path = workspace / TEST_LEDGER
     ledger = TestLedger.read(path)
     lying = {file: pixel_digest(decode(file.read_bytes()))[:32] for file in sorted((workspace / "data").rglob("*.png"))}
     kept = list(lying)[7::50]

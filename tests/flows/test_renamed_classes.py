@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from shapes import LENIENT, visionloop
 
-from components import dataversions
+from components import dataversions, git
+from components.companions import TEST_LEDGER
 from components.contracts.data import DataVersion, names_after
 from components.contracts.errors import VisionloopError
 from components.images import decode, pixel_digest
@@ -28,7 +29,7 @@ def told(*arguments: str, cwd: Path, status: int = 0) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_renamed_class_and_a_relabelled_test_picture_are_judged_for_both_models(root: Path) -> None:
-    members = TestLedger.read(root / dataversions.TEST_LEDGER).members
+    members = TestLedger.read(root / TEST_LEDGER).members
     assert told("data", "rename-class", "disc", "circle", cwd=root)["files"] == 60
     moved = next(
         path
@@ -122,7 +123,14 @@ def test_a_rename_takes_no_other_change_into_the_version(workspace: Path) -> Non
         rename_class(Workspace.find(workspace), "disc", "circle")
 
 
-@pytest.mark.parametrize("victim", ["rename", "pin", "stage"])
+_PLACES = {
+    "rename": "flows.workspace.renaming.os.rename",
+    "pin": "components.dataversions.pin",
+    "stage": "components.git.stage",
+}
+
+
+@pytest.mark.parametrize("victim", list(_PLACES))
 def test_a_rename_that_is_killed_is_completed_by_running_it_again(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
@@ -134,9 +142,7 @@ def test_a_rename_that_is_killed_is_completed_by_running_it_again(
 
     found, before = Workspace.find(workspace), dataversions.pinned(workspace)
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "flows.workspace.renaming.os.rename" if victim == "rename" else f"components.dataversions.{victim}", killed
-        )
+        patched.setattr(_PLACES[victim], killed)
         with pytest.raises(Killed):
             rename_class(found, "disc", "circle")
     if victim == "pin":
@@ -144,7 +150,7 @@ def test_a_rename_that_is_killed_is_completed_by_running_it_again(
         assert "say so by `visionloop data rename-class disc circle`" in note
     done = rename_class(found, "disc", "circle")
     assert (done.num_files, done.version.renamed) == (60, (("disc", "circle"),))
-    assert dataversions.git(workspace, "diff", "--", "data.dvc") == ""
+    assert git.run(workspace, "diff", "--", "data.dvc") == ""
     again = rename_class(found, "disc", "circle")
     assert (again.was_done, again.version) == (True, done.version)
     found_changes = told("data", "diff", "HEAD", "pinned", cwd=workspace, status=1)

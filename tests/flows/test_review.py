@@ -17,8 +17,8 @@ import pytest
 from browser import Browser, browser
 from shapes import SMOKE, commit, make_workspace, visionloop
 
-from components import attributes, dataversions
-from components.companions import ATTRIBUTES
+from components import attributes, dataversions, transfers
+from components.companions import ATTRIBUTES, TEST_LEDGER
 from components.contracts.errors import DataDiffers, DataError
 from components.contracts.issues import Issue, issue_id
 from components.images import decode, pixel_digest
@@ -48,7 +48,7 @@ def workspace(small: Path, tmp_path: Path) -> Workspace:
 
 
 def files_of(workspace: Workspace) -> list[CardFile]:
-    ledger = TestLedger.read(workspace.root / dataversions.TEST_LEDGER)
+    ledger = TestLedger.read(workspace.root / TEST_LEDGER)
     return [
         CardFile(
             path=path.relative_to(workspace.data).as_posix(),
@@ -166,7 +166,7 @@ def test_what_a_person_decides_is_the_next_version_and_is_not_asked_again(worksp
     names = ("data.dvc", ATTRIBUTES.file)
     subprocess.run(["git", "checkout", "--quiet", "HEAD^", "--", *names], cwd=workspace.root, check=True)
     (workspace.root / "data.reviews.csv").unlink()
-    assert dataversions.pull(workspace.root) > 0
+    assert transfers.pull(workspace.root) > 0
     assert dataversions.verify(workspace.root) == before
 
 
@@ -293,7 +293,7 @@ import json, os, signal, shutil, sys
 from pathlib import Path
 import pytest
 from failpoints import Failpoints
-from components import dataversions
+from components import dataversions, git, transfers
 from flows.review import apply_file
 from flows.reviewing import applying
 from flows.workspace.workspace import Workspace
@@ -307,7 +307,7 @@ def attempt(root, places, nth):
         status, found = 1, Workspace.find(root)
         try:
             if places == "one by one":  # as where data/ is a mount of its own, and cannot change places
-                dataversions._exchanged = lambda *_: False
+                transfers._exchanged = lambda *_: False
             if nth:
                 Failpoints(PLACES[places], nth=nth, when="after", fail=kill)(pytest.MonkeyPatch())
             file = next(root.glob(".visionloop/reviews/*/review.csv"))
@@ -318,8 +318,8 @@ def attempt(root, places, nth):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 PLACES = {
-    "at once": [(applying, "write_atomically"), (dataversions, "_exchanged"), (applying, "add_reviews"),
-                (dataversions, "write_atomically"), (dataversions, "stage")],
+    "at once": [(applying, "write_atomically"), (transfers, "_exchanged"), (applying, "add_reviews"),
+                (dataversions, "write_atomically"), (git, "stage")],
     "one by one": [(Path, "unlink")],
 }
 original = Path(sys.argv[1])

@@ -12,8 +12,8 @@ import pytest
 from failpoints import Died, Failpoints
 from shapes import visionloop, write_pictures
 
-from components import attributes, dataversions
-from components.companions import ATTRIBUTES
+from components import attributes, dataversions, git
+from components.companions import ATTRIBUTES, TEST_LEDGER
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
 from components.store import sha256_file
@@ -89,7 +89,7 @@ def test_a_source_adds_to_data_that_is_there_and_what_it_knows_goes_with_the_ver
     assert {one.group for one in known(own).values()} == {"a"}
     assert {one.captured_at for one in known(own).values()} == {"2026-03-01T13:00:00Z"}
     assert known(own).keys() == {sha256_file(path) for path in (own.parent / "folder").rglob("0700.png")}
-    assert ATTRIBUTES.file in dataversions.git(own, "diff", "--cached", "--name-only")
+    assert ATTRIBUTES.file in git.run(own, "diff", "--cached", "--name-only")
     assert not list((own / ".visionloop" / "tmp").glob("source-*"))
     assert answer["new_classes"] == []
     (own.parent / "folder" / "disc").rename(own.parent / "folder" / "Disk")
@@ -114,7 +114,7 @@ def test_what_is_said_again_replaces_what_was_known_whatever_the_file_is_called_
 
 def test_what_a_model_labelled_is_never_test(own: Path) -> None:
     folder = own.parent / "folder"
-    lying = TestLedger.read(own / dataversions.TEST_LEDGER).members
+    lying = TestLedger.read(own / TEST_LEDGER).members
     in_test = next(
         path for path in sorted((own / "data").rglob("*.png")) if lying[pixel_digest(decode(path.read_bytes()))[:32]]
     )
