@@ -31,7 +31,7 @@ class Finding(BaseModel):
     min_pictures: int = Field(default=5, ge=2)
     """A class of fewer pictures is left out: a head that learned from hardly any of it does not know it."""
 
-    min_probability: float = Field(default=0.3, gt=0, lt=1)
+    min_probability: float = Field(default=0.25, gt=0, lt=1)
     """How probable it has to be that the label is wrong."""
 
     @property
