@@ -6,8 +6,10 @@ BIN := .venv/bin
 NAME ?=
 DATA ?=
 SHORT ?=
+# A test waits for processes for half of its time, so that `make test` runs two halves at once; this is one of them.
+FIRST_HALF := tests/flows tests/registry
 
-.PHONY: help setup demo check test test-slow bench lock clean
+.PHONY: help setup demo check test test-first-half test-second-half test-slow bench lock clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -33,9 +35,15 @@ check: setup ## lint, strict types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: setup ## everything that takes minutes or less
+test: setup ## everything that takes minutes or less, in two halves at once; each is shown when it has ended
 	infra/browser.sh
-	$(BIN)/pytest -m "not slow"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-first-half test-second-half
+
+test-first-half:
+	$(BIN)/pytest -m "not slow" $(FIRST_HALF)
+
+test-second-half:
+	$(BIN)/pytest -m "not slow" $(FIRST_HALF:%=--ignore=%)
 
 test-slow: setup ## the long proofs: kill at every stage, resumption, real servers
 	$(BIN)/pytest -m slow
