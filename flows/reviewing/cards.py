@@ -36,6 +36,7 @@ class Card(Record):
 
     issue: Issue
     files: tuple[CardFile, ...]
+    """Those of its issue, and of issues of the same id: what is decided of a file holds for every copy of its bytes."""
 
     @property
     def file(self) -> CardFile | None:
@@ -77,6 +78,13 @@ class Card(Record):
         return tuple(file for file in self.files if file.path != self.issue.candidate)
 
     @property
+    def leaving(self) -> tuple[CardFile, ...]:
+        """What `remove` takes: the file to decide on, and its equals in bytes and label unless one of them is to stay."""
+        if self.issue.candidate in [file.path for file in self.files]:
+            return self.files[:1]
+        return tuple(file for file in self.files if (file.sha256, file.label) == (self.files[0].sha256, self.files[0].label))
+
+    @property
     def proposal(self) -> str:
         """What `accept` does, in words; empty where the issue proposes nothing that can be done by itself."""
         if self.label:
@@ -86,7 +94,8 @@ class Card(Record):
 
     def id_after(self, labels: Mapping[str, str]) -> str:
         """The id that the same issue would have once its files have other labels."""
-        return issue_id(self.issue.kind, [(file.sha256, labels.get(file.path, file.label)) for file in self.files])
+        own = [file for file in self.files if file.path in self.issue.files]
+        return issue_id(self.issue.kind, [(file.sha256, labels.get(file.path, file.label)) for file in own])
 
 
 def files_of(data: Path, facts: pd.DataFrame) -> list[CardFile]:
@@ -102,9 +111,16 @@ def files_of(data: Path, facts: pd.DataFrame) -> list[CardFile]:
 
 
 def cards_of(issues: Iterable[Issue], files: Iterable[CardFile]) -> list[Card]:
-    """A card for each issue; `files` are those of the data version, as far as issues name them."""
+    """A card for each id of an issue; `files` are those of the data version, as far as issues name them.
+
+    An id tells bytes and labels, so that issues of copies have the same one; the first of them stands for all.
+    """
     by_path = {file.path: file for file in files}
-    return [Card(issue=issue, files=tuple(by_path[path] for path in issue.files)) for issue in issues]
+    found: dict[str, tuple[Issue, dict[str, CardFile]]] = {}
+    for issue in issues:
+        _, theirs = found.setdefault(issue.id, (issue, {}))
+        theirs.update({path: by_path[path] for path in issue.files})
+    return [Card(issue=issue, files=tuple(theirs.values())) for issue, theirs in found.values()]
 
 
 def by_cost(cards: Iterable[Card]) -> list[Card]:

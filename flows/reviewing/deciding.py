@@ -12,7 +12,8 @@ from components.samples import alike
 from flows.reviewing.cards import Card, CardFile
 
 DECISIONS = ("accept", "relabel:LABEL", "remove", "not_a_problem")
-"""What the issue proposes; what its files show; that the one to decide on first leaves; that nothing is to be done."""
+"""What the issue proposes; what its files show; that the one to decide on first leaves, with its equals unless one of them
+is to be kept; that nothing is to be done."""
 
 
 _MAX_NAME_BYTES = 255
@@ -69,7 +70,8 @@ def decide(decisions: Sequence[Decision], classes: Collection[str]) -> Outcome:
                 wanted[file.path][""].append(decision)
             copies.append(({file.path for file in card.files}, decision))
         elif said == "remove":
-            wanted[card.files[0].path][""].append(decision)
+            for file in card.leaving:
+                wanted[file.path][""].append(decision)
         elif said != "not_a_problem":
             label = said.partition(":")[2]
             for file in card.not_labelled(label):
@@ -82,8 +84,10 @@ def decide(decisions: Sequence[Decision], classes: Collection[str]) -> Outcome:
             )
             problems.append(f"{path} is decided differently: {told}")
     removed = {path for path, ways in wanted.items() if "" in ways}
+    # Who says of a picture itself that it leaves means all of its copies.
+    for_a_copy = {path for path in removed if all(each.said == "accept" for each in wanted[path][""])}
     for group, places in _joined(copies):
-        if group <= removed:
+        if group <= for_a_copy:
             problems.append(
                 f"{', '.join(places)}: of {' and '.join(sorted(group))}, which show the same, none would be left"
             )

@@ -65,6 +65,7 @@ def render(
                 "leak": card.is_leak,
                 "files": [told(file) for file in pictured(card)],
                 "count": len(card.files),
+                "leaving": len(card.leaving),
                 "labels": sorted({file.label for file in card.files}),
                 "more": max(0, len(card.files) - _SHOWN_FILES),
                 "row": [row[name] for name in sheet.ASKED],

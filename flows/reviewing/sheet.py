@@ -17,6 +17,7 @@ ASKED = ("data_version", "issue", "kind", "score", "file", "sha256", "label", "c
 ANSWERED = ("decision", "note")
 COLUMNS = (*ASKED, *ANSWERED)
 MAX_BYTES = 256 << 20
+SEPARATORS = ",;\t"
 _MAX_NOTE = 500
 _SHOWN_TWINS = 20
 
@@ -74,7 +75,9 @@ def read(path: Path) -> list[Row]:
         raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as CSV UTF-8") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); expected {expected}") from error
-    lines = csv.reader(io.StringIO(content, newline=""), strict=True)
+    # Which separator a spreadsheet writes is a matter of its language.
+    separator = max(SEPARATORS, key=content.partition("\n")[0].count)
+    lines = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     rows: list[Row] = []
     try:
         header = next(lines, [])
@@ -99,9 +102,6 @@ def read(path: Path) -> list[Row]:
 def _check_header(path: Path, header: Sequence[str], expected: str) -> None:
     if sorted(header) == sorted(COLUMNS):
         return
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if len(header) == 1 and separator in header[0]:
-            raise DataError(f"{path} is separated by {name}; save it as CSV separated by commas (in Excel: `CSV UTF-8`)")
     missing = [name for name in COLUMNS if name not in header]
     extra = [name for name in header if name not in COLUMNS]
     told = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(map(repr, extra[:5]))} too"] * bool(extra)
@@ -160,15 +160,19 @@ def decisions(path: Path, rows: Sequence[Row], asked: Callable[[str], Mapping[st
 
 
 def _changed(values: Mapping[str, str], asked: Mapping[str, str]) -> str:
-    """Which column is not as it was asked; a score may have lost its last zeros in a spreadsheet."""
+    """Which column is not as it was asked. The score decides nothing, and spreadsheets make all kinds of numbers of it."""
     for name in ASKED:
         given = values[name]
-        if name == "score":
-            try:
-                if float(given) == float(asked[name]):
-                    continue
-            except ValueError:
-                pass
-        if given != asked[name]:
+        if name != "score" and not _is_same(given, asked[name]):
             return f"{name} is {given[:80]!r}, and was {asked[name][:80]!r} when it was asked"
     return ""
+
+
+def _is_same(given: str, asked: str) -> bool:
+    """Also where a spreadsheet took a label for a number or a truth value: 007 comes back as 7, true as TRUE."""
+    if given == asked or (given in ("TRUE", "FALSE") and given == asked.upper()):
+        return True
+    try:
+        return float(given) == float(asked)
+    except ValueError:
+        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from components.store import sha256_file
 from flows.review import Asked, apply_file, ask
 from flows.reviewing import sheet
 from flows.reviewing.applying import Applied
-from flows.reviewing.cards import Card, CardFile
+from flows.reviewing.cards import Card, CardFile, cards_of
 from flows.workspace.workspace import Workspace
 
 
@@ -245,7 +246,7 @@ def test_every_problem_is_told_by_line_and_nothing_is_changed(workspace: Workspa
         assert words in problems[line - 2], problems
     whole = sheet.text([row(5, "not_a_problem")]).decode("utf-8-sig")
     for content, words in (
-        (whole.replace(",", ";").encode(), "separated by semicolons; save it as CSV separated by commas"),
+        (whole.replace(",", ";").replace("decision", "answer").encode(), "lacks decision and has 'answer' too"),
         (whole.replace("decision", "Decision").encode(), "lacks decision and has 'Decision' too"),
         (whole.encode("utf-16"), "not UTF-8"),
         (whole.replace("not_a_problem", '"not').encode(), "is no CSV"),
@@ -263,6 +264,62 @@ def test_every_problem_is_told_by_line_and_nothing_is_changed(workspace: Workspa
     with pytest.raises(DataError) as caught:
         apply_it(workspace, file)
     assert "was decided as 'remove' by ann" in caught.value.__notes__[0]
+
+
+def test_what_is_decided_of_a_file_holds_for_each_copy_of_its_bytes(workspace: Workspace) -> None:
+    _, (kept, *_) = sides(files_of(workspace))
+    shutil.copyfile(workspace.data / kept.path, workspace.data / kept.label / "again.png")
+    empty = hashlib.sha256(b"").hexdigest()
+    there = files_of(workspace) + [
+        CardFile(path=f"disc/{name}.png", label="disc", sha256=empty, test=False) for name in "ab"
+    ]
+    for file in there[-2:]:
+        (workspace.data / file.path).write_bytes(b"")
+    dataversions.pin(workspace.root)
+    copy, first, second = (
+        next(file for file in there if file.path.endswith(name)) for name in ("again.png", "a.png", "b.png")
+    )
+    issues = [
+        *(card("unreadable", file).issue for file in (first, second)),
+        *(card("dark", file).issue for file in (copy, kept)),
+        card("exact_duplicate", copy, kept, candidate=kept.path).issue,
+    ]
+    cards = {each.issue.kind: each for each in cards_of(issues, there)}
+    assert cards["dark"].files == (copy, kept)
+    asked = ask(workspace, dataversions.pinned(workspace.root).dvc_hash, list(cards.values()), there)
+    applied = apply_it(
+        workspace,
+        filled(asked, {cards["unreadable"]: "remove", cards["exact_duplicate"]: "remove", cards["dark"]: "remove"}),
+    )
+    assert applied.removed == tuple(sorted(file.path for file in (first, second, copy, kept)))
+
+
+def test_a_sheet_counts_as_spreadsheets_of_all_languages_write_it(workspace: Workspace) -> None:
+    _, (first, *_) = sides(files_of(workspace))
+    named = [CardFile(path=f"{label}/x.png", label=label, sha256=first.sha256, test=False) for label in ("007", "true")]
+    for each in named:
+        (workspace.data / each.label).mkdir()
+        shutil.copyfile(workspace.data / first.path, workspace.data / each.path)
+    dataversions.pin(workspace.root)
+    cards = [card("dark", each, score=0.25) for each in named]
+    file = filled(questions(workspace, *cards), dict.fromkeys(cards, "not_a_problem"), note='"odd"; 1,5 \u00e9')
+    text = file.read_bytes().decode("utf-8-sig")
+    rows = [[{"007": "7", "true": "TRUE"}.get(value, value) for value in row] for row in csv.reader(text.splitlines())]
+    rows[1][3], rows[2][3] = "0,25", "25. Jan"
+    for separator, quoted, encoding, end in (
+        (";", False, "utf-8-sig", "\r\n"),
+        ("\t", True, "utf-8", "\n"),
+        (",", True, "utf-8-sig", "\r\n"),
+    ):
+        written = io.StringIO()
+        writer = csv.writer(written, delimiter=separator, quoting=1 if quoted else 0, lineterminator=end)
+        writer.writerows([*rows, [""] * len(rows[0])])
+        file.write_bytes(written.getvalue().encode(encoding))
+        assert apply_it(workspace, file, dry_run=True).num_not_a_problem == 2
+    rows[1][7] = "disc"  # a candidate that was written by hand would be accepted for another one
+    file.write_bytes(sheet.text([dict(zip(rows[0], row, strict=True)) for row in rows[1:]]))
+    with pytest.raises(DataError, match="nothing was changed"):
+        apply_it(workspace, file)
 
 
 def test_a_file_of_an_earlier_version_counts_where_its_files_are_as_they_were(workspace: Workspace) -> None:

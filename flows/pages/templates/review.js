@@ -82,7 +82,7 @@ function build(card, index) {
   const buttons = element("div", undefined, "buttons");
   const accept = button(card.proposal ? "Accept: " + card.proposal : "Accept", "A", () => decide(index, "accept"));
   accept.disabled = !card.proposal;
-  const relabel = button(card.count > 1 ? "Relabel all " + card.count + " to …" : "Relabel to …", "R", () => ask(index)), remove = button(card.files.length > 1 ? "Remove " + card.files[0].path : "Remove", "X", () => decide(index, "remove"));
+  const relabel = button(card.count > 1 ? "Relabel all " + card.count + " to …" : "Relabel to …", "R", () => ask(index)), remove = button(card.leaving > 1 ? "Remove " + card.leaving + " files" : card.files.length > 1 ? "Remove " + card.files[0].path : "Remove", "X", () => decide(index, "remove"));
   relabel.disabled = remove.disabled = !card.files.length;
   const note = element("input");
   note.placeholder = "note";
