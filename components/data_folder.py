@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +34,19 @@ class Listing:
         return sorted([*(path for paths in self.classes.values() for path in paths), *self.strays])
 
 
+def import_dvc() -> None:
+    """Import DVC where standard output is the process's own.
+
+    Its colour library remembers standard output as it was at the import, and writes an escape sequence there at the end of
+    the process. A bar that is drawn puts a stand-in in its place, which would show that sequence as letters.
+    """
+    with contextlib.redirect_stdout(sys.__stdout__):
+        import dvc  # noqa: F401 - whose import is meant
+
+
 def ignore_rules(data: Path) -> Callable[[str, list[str], list[str]], tuple[list[str], list[str]]]:
     """DVC's own rule of what a version leaves out: (absolute folder under `data`, sub-folders, files) -> those that stay."""
+    import_dvc()
     from dvc.fs import localfs
     from dvc.ignore import DvcIgnoreFilter
 

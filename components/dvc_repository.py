@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from components import git
 from components.companions import COMPANIONS, PIN, TEST_LEDGER
 from components.contracts.errors import ConfigError, DataError
-from components.data_folder import DATA, ignore_rules
+from components.data_folder import DATA, ignore_rules, import_dvc
 from components.store import write_atomically
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def leaving_no_trace() -> Iterator[None]:
 def opened(root: Path, config: Mapping[str, Any] | None = None) -> Iterator[Repo]:
     import logging
 
-    import dvc  # noqa: F401 - whose import sets the levels of its loggers
-
+    import_dvc()  # whose import sets the levels of its loggers
     # What goes wrong reaches us as an exception; DVC's own words would come twice, and without saying what to do here.
     logging.getLogger("dvc").setLevel(logging.CRITICAL + 1)
     logging.getLogger("dvc_data").setLevel(logging.CRITICAL + 1)

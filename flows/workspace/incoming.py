@@ -5,6 +5,7 @@ A folder holds one sub-folder per class, or predefined splits: `train/`, `test/`
 
 from __future__ import annotations
 
+import mimetypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from components.contracts.errors import DataError
 from components.samples import OF_FILE_MANAGERS, SPLIT_OF, class_name_problem
 
 _SPLITS = ("train", "val", "test")
+_KINDS = mimetypes.MimeTypes()
+"""The kinds of files that Python knows by their names, whatever else the system knows."""
 _Rules = Callable[[str, list[str], list[str]], tuple[list[str], list[str]]]
 
 
@@ -155,13 +158,20 @@ class _Reader:
         loose = [path.name for path in labels if not path.is_dir()]
         classes = [path for path in labels if path.is_dir()]
         if not classes:
+            parent = (
+                f". If it is the folder of one class, name the folder that holds it: {os.path.normpath(place / '..')}"
+                if loose
+                else ""
+            )
             raise DataError(
                 f"{place} has no sub-folders; expected one per class, such as {place}/cat and {place}/dog"
-                f"{_told(self.left_out)}"
+                f"{parent}{_told(self.left_out)}"
             )
+        loose = [name for name in loose if not self.no_picture(name)]
         if loose:
             raise DataError(
-                f"{place} holds files beside the class folders ({', '.join(sorted(loose)[:3])}); move each into its class"
+                f"{place} holds files beside the class folders ({', '.join(sorted(loose)[:3])}), whose class nobody can "
+                f"tell; move each into the folder of its class, or out of {place}"
             )
         files: list[tuple[str, Path]] = []
         for path in classes:
@@ -183,6 +193,14 @@ class _Reader:
                 )
             files.extend((path.name, image) for image in images)
         return Incoming(files, self.left_out)
+
+    def no_picture(self, name: str) -> bool:
+        """Leave out a file beside the class folders whose name says that it is no picture, such as notes.txt."""
+        kind, _ = _KINDS.guess_type(name)
+        if kind is None or kind.startswith("image/"):
+            return False
+        self.left_out.append(LeftOut(data_folder.shown(Path(name)), "it lies beside the class folders"))
+        return True
 
     def taken(self, place: Path, destination: Path) -> list[Path]:
         """Files and folders of `place` that are not left out, sorted; names are judged as if they lay in `destination`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import json
 import os
@@ -61,11 +62,23 @@ def choose(given: str | None, source: str | None, settings: Mapping[str, Any]) -
     if len(takers) > 1:
         raise ConfigError(f"{given} can be for several sources ({', '.join(takers)}); name one by --source")
     if not takers:
-        raise DataError(
-            f"{given} is not a folder, and no source takes it; expected a folder with one sub-folder per class, a file that "
-            f"a source takes, or the name of one: {', '.join(plugins.names('sources'))}"
-        )
+        raise DataError(_not_taken(given, plugins.names("sources")))
     return Chosen(takers[0], {**settings, **_as_setting(takers[0], given, settings)})
+
+
+def _not_taken(given: str, names: Sequence[str]) -> str:
+    """What is wrong with a SOURCE that is no folder, no source's name and nothing that a source takes."""
+    path = Path(given)
+    expected = (
+        f"expected a folder with one sub-folder per class, a file that a source takes (a .csv or .jsonl manifest, an "
+        f"archive), or the name of a source: {', '.join(names)}"
+    )
+    if path.exists():
+        return f"{given} is not a folder, and no source takes such a file; {expected}"
+    beside = [path.with_name(other.name) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(given, [*names, *map(str, beside)], n=1, cutoff=0.8)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"{given} is not there: no folder, file or source is called so{meant} ({expected})"
 
 
 def _takes(name: str, given: str) -> bool:

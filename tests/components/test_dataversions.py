@@ -128,6 +128,16 @@ def test_folders_of_the_wrong_shape_change_nothing(
     dataversions.verify(workspace)
 
 
+def test_what_is_no_picture_by_its_name_is_left_out_beside_the_classes(workspace: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "given", 1, start=900)
+    (tmp_path / "given" / "notes.txt").write_text("from the second shift")
+    added = add(Workspace.find(workspace), tmp_path / "given", test_share=None)
+    assert [(left.file, left.reason) for left in added.left_out] == [("notes.txt", "it lies beside the class folders")]
+    inside = tmp_path / "given" / "disc"
+    with pytest.raises(DataError, match=f"has no sub-folders.*name the folder that holds it: {inside.parent}$"):
+        add(Workspace.find(workspace), inside, test_share=None)
+
+
 def test_an_unreadable_folder_is_named() -> None:
     """As a user without the right to read it; root becomes one first."""
     script = (

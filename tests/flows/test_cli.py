@@ -123,7 +123,7 @@ def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:
         (["train", "-r", "smoke", "--set", "training.backbone=vgg"], "unknown backbone 'vgg'; valid:"),
         (["train", "-r", "smoke", "--set", "export.targets=[{target: onnx}]"], "serving names"),
         (["train", "-r", "smoke", "--set", "gating.gates=[{gate: luck}]"], "unknown gate 'luck'; valid:"),
-        (["data", "add", "nowhere"], "is not a folder"),
+        (["data", "add", "nowhere"], "nowhere is not there"),
         (["data", "add", "x", "--source", "digits"], "source 'digits' takes nothing by position"),
         (["data", "add", "x", "--from-predictions", "smoke"], "one of them"),
         (["recipe", "show", "nothing"], "unknown recipe"),

@@ -172,7 +172,9 @@ def test_a_killed_add_goes_on_with_what_was_brought(
 def test_what_is_for_no_source_or_for_several_is_refused_and_nothing_is_guessed(own: Path) -> None:
     twin = OWN.replace("Shapes that lie", "Twins")
     refused = {
-        "x.tiff": "is not a folder, and no source takes it",
+        "x.tiff": "x.tiff is not there: no folder, file or source is called so",
+        "digit": "did you mean digits?",
+        "plugins/sources/twins.py": "is not a folder, and no source takes such a file",
         "x.shapes": "can be for several sources (shapes, twins)",
         "digits": "is a folder here and the name of a source; write ./digits or --source digits",
     }
