@@ -57,7 +57,11 @@ class Amount:
         if self.more_for_first == 0:
             return f"{self._proves()}. {lacks}: {self._more('a successor', self.more_for_successor)}"
         first = self._more("a first model", self.more_for_first)
-        later = "" if self.more_for_successor == self.more_for_first else f", {self.more_for_successor} for its successor"
+        later = (
+            ""
+            if self.more_for_successor == self.more_for_first
+            else f", and its successor with {self.more_for_successor} more"
+        )
         return f"{self._proves()}. {lacks}: {first}{later}"
 
     def _proves(self) -> str:
@@ -72,7 +76,7 @@ class Amount:
     def _more(self, who: str, number: int | None) -> str:
         if number is None:
             return f"{who} cannot pass whatever is added; change the gate"
-        return f"{who} can pass when {counted(number, 'more image')} are there"
+        return f"{who} can pass with {counted(number, 'more image')} added"
 
 
 def amounts(test_counts: Mapping[str, int], test_share: float, *, workspace: Path) -> list[Amount]:

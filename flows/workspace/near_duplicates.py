@@ -114,7 +114,7 @@ def look_for(
 
 
 def _table(workspace: Workspace, files: Sequence[tuple[str, Path]], folder: Path, progress: Progress) -> pd.DataFrame:
-    """What `look` takes; a file of data/ is new when it is not as the pinned version has it."""
+    """What `look` takes; a file is new when the pinned version has none of its bytes in its class."""
     root, data = workspace.root, workspace.data
     listed = data_folder.listing(data).classes if data.is_dir() else {}
     hashes = dataversions.hashes(root) if listed else {}
@@ -127,9 +127,12 @@ def _table(workspace: Workspace, files: Sequence[tuple[str, Path]], folder: Path
     ]
     table = facts(looked, cache=workspace.cache, progress=progress)
     table["place"] = [str(file.place) for file in looked]
+    as_pinned = [name in pinned and pinned[name] == hashes.get(name) for _, _, name in there]
+    contents = list(zip(table["label"], table["sha256"], strict=True))
+    decided = {content for content, is_old in zip(contents, as_pinned, strict=False) if is_old}
     table["new"] = [
-        *(name not in pinned or pinned[name] != hashes.get(name) for _, _, name in there),
-        *(True for _ in files),
+        *(not is_old for is_old in as_pinned),
+        *(content not in decided for content in contents[len(there) :]),
     ]
     return table[table["reason"] == ""].drop_duplicates("path")
 
@@ -248,17 +251,18 @@ def told_of(looked: Looked) -> Iterator[str]:
         )
     files = len({conflict.file for conflict in looked.conflicts})
     if files:
-        became = (
-            "are kept out of every split with what they are copies of, and of the test"
-            if looked.handling == "exclude"
-            else "were taken for pictures of their own"
-        )
+        became = "were taken for pictures of their own"
+        if looked.handling == "exclude":
+            of_labels = {conflict.kind == "other label" for conflict in looked.conflicts}
+            ways = {False: "are kept out of every split", True: "are never test where their label is contradicted"}
+            became = " or ".join(way for is_of_labels, way in ways.items() if is_of_labels in of_labels)
         shown = ", ".join(f"{one.file} (with {one.twin})" for one in looked.conflicts[:3])
-        yield f"{counted(files, 'new file')} would poison the frozen test set and {became}: {shown}"
+        more = ", ..." if len(looked.conflicts) > 3 else ""
+        yield f"{counted(files, 'new file')} would poison the frozen test set and {became}: {shown}{more}"
     if looked.num_too_small:
         yield (
-            f"{counted(looked.num_too_small, 'picture')} under {SMALLEST} pixels were compared by equal pixels alone: "
-            f"changed copies of them are not known"
+            f"{counted(looked.num_too_small, 'picture')} under {SMALLEST} pixels: only copies of equal pixels are looked "
+            f"for among such small ones"
         )
 
 
@@ -272,9 +276,10 @@ def _told(conflicts: Sequence[Conflict]) -> str:
     more = f"\n  ... and {len(conflicts) - _SHOWN} more" if len(conflicts) > _SHOWN else ""
     return (
         f"{counted(len(files), 'new file')} would poison the frozen test set:{''.join(lines)}{more}\n"
-        f"Remove them or mend their labels, or say what to do: --near-duplicates exclude adds them, in no split with what "
-        f"they are copies of, and never as test under two labels; --near-duplicates ignore takes them for pictures of their "
-        f"own. Nothing was changed"
+        f"Nothing was changed. Remove them or mend their labels, or run it again with one of these:\n"
+        f"  --near-duplicates exclude  adds them; what belongs to a test picture is in no split, what has two labels never "
+        f"test\n"
+        f"  --near-duplicates ignore   takes them for pictures of their own, because they only look alike"
     )
 
 

@@ -45,13 +45,13 @@ def test_what_is_missing_is_told_by_gate_and_class_and_how_many_images_would_do(
     told = amount.told()
     assert "28 test images can prove an accuracy of at most 0.879" in told
     assert "class_recall needs 15 test images of 'cat'" in told
-    assert "a first model can pass when 60 more images are there, 805 for its successor" in told
+    assert "a first model can pass with 60 more images added, and its successor with 805 more" in told
 
 
 def test_where_a_first_model_can_pass_its_successor_is_told_of_and_where_all_can_nothing_is(workspace: Path) -> None:
     [amount] = amounts({"cat": 40, "dog": 40}, 0.2, workspace=workspace)
     assert (amount.more_for_first, amount.more_for_successor) == (0, 545)
-    assert "a successor can pass when 545 more images are there" in amount.told()
+    assert "a successor can pass with 545 more images added" in amount.told()
     [amount] = amounts({"cat": 100, "dog": 100}, 0.2, workspace=workspace)
     assert amount.told() == ""
 

@@ -102,6 +102,7 @@ def test_copies_of_a_test_picture_are_refused_until_a_person_says_what_to_do(pho
     assert clusters.near[key(trained)] == clusters.near[key(more / "dog" / "twin.png")]
     # What was decided is not asked again.
     assert added(photographs)["copied"] == 0
+    assert added(photographs, str(more))["already_there"] == 4
     assert dataversions.verify(photographs).num_files == 64
 
 
