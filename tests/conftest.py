@@ -21,6 +21,8 @@ from flows.workspace.settings import prepare_environment
 # With torch, Prefect and MLflow in one process a look through all objects takes a second: 43 of 1,161 s, measured.
 collector.collect_seldom()
 collector.skip_at_exit()
+# Where a test says that MLflow is away it is away for good.
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 _STATE = Path(os.environ.get("TMPDIR", "/tmp")) / f"visionloop-tests-{os.getpid()}"
 prepare_environment(_STATE)
 # The server of the session is gone before the last log line would be sent.

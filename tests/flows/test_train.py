@@ -215,11 +215,7 @@ def test_mlflow_down_keeps_every_stage_and_the_next_run_goes_on(trained: Path, t
     root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
     for name in ("ledger.db", "mlflow.db"):
         (root / ".visionloop" / name).unlink()
-    away = {
-        "PREFECT_API_URL": prefect_server,
-        "VISIONLOOP_TRACKING_URI": "http://127.0.0.1:9",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    }
+    away = {"PREFECT_API_URL": prefect_server, "VISIONLOOP_TRACKING_URI": "http://127.0.0.1:9"}
     refused = visionloop("train", "-r", "smoke", cwd=root, **away)
     assert refused.returncode == 2
     assert "MLflow at http://127.0.0.1:9 did not do what was asked" in refused.stderr
