@@ -160,7 +160,8 @@ def now(connection: sa.Connection) -> datetime.datetime:
 def _sqlite_manual_transactions(connection: Any, _: Any) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout=10000")
+    # A training gives way to everything else on its machine, and holds a lock for as long as that takes.
+    cursor.execute("PRAGMA busy_timeout=60000")
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
 
