@@ -22,8 +22,9 @@ def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
             # Nobody is there to be asked, and production sees things again that test pictures show.
             added = data.add(
                 loop.workspace,
-                labelled.folder,
+                None,
                 test_share=None,
+                source=labelled.staged,
                 near_duplicates="exclude",
                 max_cluster_share=1.0,
                 accepted=accepted,
@@ -34,7 +35,5 @@ def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
         notes.append(f"{counted(relabelled, 'image')} moved to the class that they are said to show now")
     if labelled.not_kept:
         notes.append(f"{counted(labelled.not_kept, 'labelled image')} not captured, so not added")
-    if labelled.damaged:
-        notes.append(f"{labelled.damaged} captured images are damaged and were left out")
     notes += [f"alarm {key} waited for data and was raised again" for key in tell_of_data(loop, say=say)]
     return NotedVersion(added, (*notes, *notes_on(added)), tuple(provable(loop.workspace, added)))

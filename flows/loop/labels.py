@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from components import attributes
+from components.attributes import Attributes
 from components.contracts.errors import DataError, UndecodableImage
 from components.contracts.releases import Release
 from components.contracts.wording import counted
@@ -18,9 +21,16 @@ from components.images import decode
 from components.store import sha256_file
 from flows.loop.loop import Loop
 from flows.loop.windows import capture_path, captured, champion_at, release_of, task_of
+from flows.workspace.incoming import LeftOut
 from flows.workspace.renaming import names_of_today
+from flows.workspace.sources import Staged
 from flows.workspace.workspace import Workspace
 from monitoring.labels import Imported, read_file, resolve
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from components.predictionlog import Stretch
 
 
 @dataclass(frozen=True)
@@ -96,18 +106,33 @@ def _known(loop: Loop, champion: Release) -> tuple[str, ...]:
 
 def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str], tuple[str, ...]]:
     """Image digest by prediction id, all image digests, and what cannot be read, of all that the log holds of the model."""
+    log = _whole_log(loop, "prediction_id", "image_sha256")
+    pairs: dict[str, str] = {}
+    for table in log.tables:
+        pairs |= dict(zip(table["prediction_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True))
+    return pairs, set(pairs.values()), log.problems
+
+
+def _whole_log(loop: Loop, *columns: str) -> Stretch:
+    """Columns of all that the log holds of the model."""
     from datetime import UTC, datetime, timedelta
 
     from components.predictionlog import read_stretch
 
     since, until = datetime.fromtimestamp(0, UTC), datetime.now(UTC) + timedelta(days=366)
     journals = loop.workspace.state / "serving" / "journal"
-    columns = ("prediction_id", "image_sha256", "model", "ingest_at")
-    log = read_stretch(loop.settings.predictions_url, journals, model=loop.model, since=since, until=until, columns=columns)
-    pairs: dict[str, str] = {}
-    for table in log.tables:
-        pairs |= dict(zip(table["prediction_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True))
-    return pairs, set(pairs.values()), log.problems
+    needed = ("model", "ingest_at", *columns)
+    return read_stretch(loop.settings.predictions_url, journals, model=loop.model, since=since, until=until, columns=needed)
+
+
+def _first_sent(loop: Loop) -> dict[str, datetime]:
+    """When each image was sent first, by the callers' clocks where they said it; parts that cannot be read say nothing."""
+    first: dict[str, datetime] = {}
+    for table in _whole_log(loop, "image_sha256", "event_at").tables:
+        for sha, at in zip(table["image_sha256"].to_pylist(), table["event_at"].to_pylist(), strict=True):
+            if at is not None and at.year > 1970:  # the clock of a device that was never set
+                first[sha] = min(at, first.get(sha, at))
+    return first
 
 
 def _champion(loop: Loop) -> Release:
@@ -127,11 +152,9 @@ _NAME = 24
 class Gathered:
     """Labelled images of production, one folder a class, ready to be added."""
 
-    folder: Path
-    images: int
+    staged: Staged
     not_kept: int
     """Labelled images whose bytes were not captured, or were erased or outdated since."""
-    damaged: int
 
 
 def training_copies(workspace: Workspace, sha: str) -> list[str]:
@@ -173,14 +196,17 @@ def move_relabelled(loop: Loop) -> int:
 
 @contextmanager
 def gathered(loop: Loop) -> Iterator[Gathered]:
-    """The images that were captured and labelled, copied into a folder for as long as the context lasts.
+    """The images that were captured and labelled, copied into a folder for as long as the context lasts, and what is known.
 
     Each is checked against the sha256 it is named by. Raises DataError when there is none.
     """
     there = captured(loop.workspace)
     said, name_of = loop.labels.latest(loop.model), names_of_today(loop.workspace)
     scratch = loop.workspace.state / "tmp" / f"labelled-{uuid.uuid4().hex}"
-    images = damaged = 0
+    told = f"production of {loop.model}"
+    first_sent, known = _first_sent(loop), attributes.read(loop.workspace.root)
+    said_of: dict[str, Attributes] = {}
+    damaged: list[LeftOut] = []
     try:
         for sha, label in sorted(said.items()):
             if sha not in there:
@@ -191,17 +217,24 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
                     raise UndecodableImage("not the image it is named after")
                 decode(path.read_bytes())
             except (OSError, UndecodableImage):
-                damaged += 1
+                damaged.append(LeftOut(sha, "captured, and its bytes are damaged"))
                 continue
-            folder = scratch / name_of(label.label)
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / f"{sha[:_NAME]}{suffix_of(path)}")
-            images += 1
-        if not images:
+            file = scratch / name_of(label.label) / f"{sha[:_NAME]}{suffix_of(path)}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, file)
+            # Only what nobody said of these bytes before: production sees pictures again that a source has told more of.
+            there_is = known.get(sha, Attributes())
+            at = first_sent.get(sha)
+            said_of[file.relative_to(scratch).as_posix()] = Attributes(
+                captured_at="" if at is None or there_is.captured_at else at.isoformat().replace("+00:00", "Z"),
+                source="" if there_is.source else told,
+                label_source="person",
+            )
+        if not said_of:
             raise DataError(
                 f"no image of {loop.model} is both captured and labelled ({len(said)} labelled, {len(there)} captured). "
                 f"Serve with --capture-share, and import labels (visionloop labels import FILE)"
             )
-        yield Gathered(scratch, images, len(set(said) - there), damaged)
+        yield Gathered(Staged(scratch, said_of, damaged, told), len(set(said) - there))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

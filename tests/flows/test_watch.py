@@ -20,7 +20,7 @@ from failpoints import Died, Failpoints
 from looped import MODEL, champion, loop_of, now, predict
 from shapes import visionloop
 
-from components import predictionlog
+from components import attributes, predictionlog
 from components.contracts.errors import ConfigError, RegistryUnavailable
 from components.objects import open_objects
 from components.predictionlog import read_stretch
@@ -615,12 +615,18 @@ def test_labels_come_back_and_become_data(labelled: tuple[Path, str]) -> None:
     (window,) = told("windows", cwd=root)["windows"]
     assert window["realised_accuracy"]["n"] == 20
     before = told("data", "status", cwd=root)["data_version"]
+    first_sent = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=3)
+    predict(root, 200, shift=4, name="sent before", at=first_sent)
     added = told("data", "add", "--from-predictions", MODEL, cwd=root)
     assert added["copied"] == 20
     assert added["data_version"] != before
     after = (root / "data.test-ledger.csv").read_text().splitlines()
     assert set(ledger) <= set(after)  # nobody who was test, or was not, changed sides
     assert len(after) == len(ledger) + 20
+    known = attributes.read(root)
+    assert {(known[sha].source, known[sha].label_source) for sha in shas} == {(f"production of {MODEL}", "person")}
+    assert {datetime.datetime.fromisoformat(known[sha].captured_at) for sha in shas} == {first_sent}
+    assert (added["with_attributes"], added["changed_attributes"]) == (20, [])
     assert added["new_test_images"] == sum(line.endswith(",test") for line in set(after) - set(ledger)) > 0
     assert told("data", "add", "--from-predictions", MODEL, cwd=root)["copied"] == 0
     # Labelled anew: the image moves to its class of today, and stays on its side of the test ledger.
