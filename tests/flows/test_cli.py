@@ -126,6 +126,7 @@ def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:
         (["data", "add", "nowhere"], "nowhere is not there"),
         (["data", "add", "x", "--source", "digits"], "source 'digits' takes nothing by position"),
         (["data", "add", "x", "--from-predictions", "smoke"], "one of them"),
+        (["data", "add", "--from-predictions", "smoke", "--near-duplicates", "ignore"], "are not of --from-predictions"),
         (["recipe", "show", "nothing"], "unknown recipe"),
     ],
 )
