@@ -7,6 +7,7 @@ family's contract; what the member raises goes through. Nothing here is download
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from components.contracts.issues import Need, Pair
 from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
 from components.contracts.records import FileDigest, Stored
 from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Measurement
+from components.foreign_files import RECEIVED
 from components.images import decode
 from components.store import describe, sha256_file
 
@@ -53,6 +55,7 @@ def source_breaches(source: Source, _: str) -> Iterator[Breach]:
         written = []
         for folder in (Path(first), Path(second)):
             source.fetch(out=folder)
+            shutil.rmtree(folder / RECEIVED, ignore_errors=True)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             written.append({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
         try:

@@ -21,12 +21,14 @@ from components.contracts.errors import DataError
 from components.contracts.wording import counted, is_text
 from components.data_folder import shown
 from components.samples import OF_FILE_MANAGERS, alike
+from components.transfers import linked
 
 MANIFESTS = ("manifest.csv", "manifest.jsonl")
 """Names of the file at the top that says which files are the images."""
 MOST_PROBLEMS = 20
 """So many are listed; a person who sees them knows what is wrong."""
-_RECEIVED = ".received"
+RECEIVED = ".received"
+"""The folder in a source's `out` for what it got from elsewhere and what it needs to go on, which is no class."""
 _MAX_PART, _MAX_NAME, _MAX_DEPTH = 255, 1024, 32
 """Bytes of a part of a name and of all of it, and how many parts it has at most."""
 GB = 1 << 30
@@ -76,6 +78,10 @@ class Names:
     def __init__(self) -> None:
         self._files: dict[str, str] = {}
         self._folders: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        """How many files there are, with all folders around them."""
+        return len(self._files) + len(self._folders)
 
     def problem(self, name: str, *, is_folder: bool = False) -> str:
         """Why a name cannot be taken beside those before it; empty when it can, and then it is taken."""
@@ -128,8 +134,8 @@ def _wrong(name: str) -> str:
         return f"its path has more than {_MAX_NAME} bytes, or a part of it more than {_MAX_PART}"
     if len(parts) > _MAX_DEPTH:
         return f"it lies more than {_MAX_DEPTH} folders deep"
-    if parts[0] == _RECEIVED:
-        return f"{_RECEIVED} is a name of visionloop's own"
+    if parts[0] == RECEIVED:
+        return f"{RECEIVED} is a name of visionloop's own"
     return ""
 
 
@@ -144,45 +150,52 @@ def refused(told: str, problems: Sequence[str], advice: str) -> DataError:
 
 
 def receiving(out: Path) -> Path:
-    """The folder below a source's `out` for files that come, and what is needed to go on, until all are there."""
-    folder = out / _RECEIVED / "files"
+    """The folder below a source's `out` for files that come, beside which it may keep what it needs to go on.
+
+    All else in `out` is removed: an earlier call that was killed has left it.
+    """
+    for path in out.iterdir() if out.is_dir() else ():
+        if path.name != RECEIVED:
+            _remove(path)
+    folder = out / RECEIVED / "files"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def bring_back(out: Path) -> Path:
-    """Undo what an earlier call settled that was killed since, and return the folder of `receiving`."""
-    folder = receiving(out)
-    for path in out.iterdir():
-        if path.name == _RECEIVED:
-            continue
-        if (folder / path.name).exists():
-            _remove(path)  # as a manifest wrote it
-        else:
-            os.replace(path, folder / path.name)
-    return folder
-
-
-def settle(out: Path, told: str) -> None:
+def settle(out: Path, told: str, *, keep: bool) -> None:
     """Make what was received the images of a source: as its manifest says, or as it lies there.
 
-    What is no part of them is told in `left_out.jsonl`. Raises DataError for two manifests, and where there is no folder.
+    What is no part of them is told in `left_out.jsonl`. With `keep` the files stay received, too, so that a call after one
+    that was killed need not get them again. Raises DataError for two manifests, and where there is no folder.
     """
-    folder = out / _RECEIVED / "files"
+    folder = out / RECEIVED / "files"
     manifests = [name for name in MANIFESTS if (folder / name).is_file()]
     if len(manifests) > 1:
         raise DataError(f"{told} has {' and '.join(manifests)} at its top; expected one of them. Nothing was imported")
     if manifests:
         _as_listed(folder, manifests[0], out, told)
     else:
-        _as_it_lies(folder, out, told)
-    shutil.rmtree(out / _RECEIVED)
+        _as_it_lies(folder, out, told, keep=keep)
+    if not keep:
+        shutil.rmtree(out / RECEIVED)
+
+
+def bring(file: Path, target: Path) -> None:
+    """Give what was received its place among the images, by a second name where the disk has such."""
+    if not linked(file, target):
+        os.replace(file, target)
+
+
+def _bring_all(path: Path, target: Path) -> None:
+    if path.is_dir():
+        target.mkdir()
+        for inner in path.iterdir():
+            _bring_all(inner, target / inner.name)
+    else:
+        bring(path, target)
 
 
 def _as_listed(folder: Path, manifest: str, out: Path, told: str) -> None:
-    for path in out.iterdir():
-        if path.name != _RECEIVED:
-            _remove(path)  # of an earlier call that was killed here
     try:
         plugins.load("sources", "manifest", {"path": folder / manifest}).fetch(out=out)
     except DataError as error:
@@ -195,17 +208,20 @@ def _as_listed(folder: Path, manifest: str, out: Path, told: str) -> None:
         for note in notes:
             of_archive.add_note(note)
         raise of_archive from error
-    for place, _, files in os.walk(out):
-        if Path(place) == out / _RECEIVED:
-            continue
-        for link in (Path(place, file) for file in files):
-            if link.is_symlink():
-                os.replace(link.resolve(), link)  # the file itself, as what it leads to is removed
-    unnamed = (Path(place, file).relative_to(folder).as_posix() for place, _, files in os.walk(folder) for file in files)
-    leave_out(out, ((name, f"{manifest} does not name it") for name in sorted(unnamed) if name != manifest))
+    root = folder.resolve()
+    named = {root / manifest}
+    links = [path for path in out.rglob("*") if path.is_symlink()]
+    for link in links:
+        file = link.resolve()
+        named.add(file)
+        link.unlink()
+        bring(file, link)  # as what it leads to is removed in the end
+    received = (Path(place, file) for place, _, files in os.walk(root) for file in files)
+    unnamed = sorted(path.relative_to(root).as_posix() for path in received if path not in named)
+    leave_out(out, ((name, f"{manifest} does not name it") for name in unnamed))
 
 
-def _as_it_lies(folder: Path, out: Path, told: str) -> None:
+def _as_it_lies(folder: Path, out: Path, told: str, *, keep: bool) -> None:
     seen = visible(folder)
     loose = [path for path in seen if not path.is_dir()]
     if len(loose) == len(seen):
@@ -213,12 +229,13 @@ def _as_it_lies(folder: Path, out: Path, told: str) -> None:
             f"{told} has no folders; expected one per class, or a {' or '.join(MANIFESTS)} at its top that names the class "
             f"of each file. Nothing was imported"
         )
-    _remove(out / LEFT_OUT)
     leave_out(out, ((path.name, "it lies beside the class folders") for path in loose))
     for path in sorted(folder.iterdir()):
         if path not in loose:
-            _remove(out / path.name)  # of an earlier call that was killed here
-            os.replace(path, out / path.name)
+            if keep:
+                _bring_all(path, out / path.name)
+            else:
+                os.replace(path, out / path.name)
 
 
 def leave_out(out: Path, files: Iterable[tuple[str, str]]) -> None:

@@ -26,8 +26,9 @@ class Source(Protocol):
 
     A source may say by a classmethod `takes(given: str) -> bool` what `data add` is given that is for it, by a suffix or the
     scheme of an address; it gets that as its setting `path`, `address` or `dataset`. One with a class variable
-    `resumes = True` finds in `out` what an earlier call left that was killed or failed; for others `out` is empty. One whose
-    `fetch` takes `progress: Progress`, too, is given one.
+    `resumes = True` finds in `out` what an earlier call left that was killed or failed; for others `out` is empty. What it
+    keeps to go on, and is no data, lies in the folder `.received` of `out`. One whose `fetch` takes `progress: Progress`,
+    too, is given one.
     """
 
     def fetch(self, *, out: Path) -> None:

@@ -56,7 +56,8 @@ def _sampled(request: dict[str, Any]) -> dict[str, Any]:
         if before is not None and float(np.abs(small - before).mean()) < request["min_change"]:
             continue
         if len(frames) == request["max_frames"]:
-            return {"wrong": f"it gives more than {request['max_frames']} frames; take fewer (every_seconds, min_change)"}
+            most = request["max_frames"]
+            return {"wrong": f"it gives more than {most} frames; take fewer by every_seconds or raise max_frames"}
         before = small
         frames.append((number - 1, seconds))
         if not cv2.imwrite(str(Path(request["out"], f"{number - 1:07d}.png")), frame):

@@ -104,7 +104,7 @@ class Source(Quotas):
             (around / inner).rename(folder)
             beside += (f"{path.name}/" if path.is_dir() else path.name for path in sorted(around.iterdir()))
             shutil.rmtree(around)
-        settle(out, told)
+        settle(out, told, keep=False)
         leave_out(out, ((name, "it lies beside the folder that holds everything else") for name in beside))
 
     def _unpack(self, entries: Iterator[_Entry], folder: Path, told: str) -> None:
@@ -112,13 +112,13 @@ class Source(Quotas):
         problems: list[str] = []
         try:
             for count, entry in enumerate(entries, 1):
-                self.check_count(count, told)
                 name = entry.name
                 while name.startswith("./"):
                     name = name[2:]
                 if entry.is_folder and name in ("", "."):
                     continue
                 wrong = entry.wrong or names.problem(name, is_folder=entry.is_folder)
+                self.check_count(max(count, len(names)), told)
                 if wrong:
                     problems.append(f"{shown(Path(entry.name))}: {wrong}")
                 if len(problems) == MOST_PROBLEMS:

@@ -52,7 +52,7 @@ class Source(BaseModel):
     @classmethod
     def takes(cls, given: str) -> bool:
         """Whether it is the name of an export."""
-        return given.casefold().endswith(".json")
+        return "://" not in given and given.casefold().endswith(".json")
 
     def fetch(self, *, out: Path, progress: Progress = silent) -> None:
         """Write links to its files into class folders, and who labelled them; raises DataError with a note a problem."""

@@ -53,7 +53,7 @@ class Source(BaseModel):
     @classmethod
     def takes(cls, given: str) -> bool:
         """Whether it is the name of a manifest."""
-        return given.casefold().endswith(_SUFFIXES)
+        return "://" not in given and given.casefold().endswith(_SUFFIXES)
 
     def fetch(self, *, out: Path, progress: Progress = silent) -> None:
         """Write links to its files into class folders, and what is known of them; raises DataError with a note a problem."""

@@ -23,7 +23,7 @@ from pydantic import Field
 from components.contracts.errors import ConfigError, DataError, RegistryUnavailable, SourceUnavailable
 from components.contracts.progress import Progress, silent
 from components.data_folder import shown
-from components.foreign_files import MOST_PROBLEMS, Names, Quotas, bring_back, refused, settle
+from components.foreign_files import MOST_PROBLEMS, Names, Quotas, receiving, refused, settle
 from components.objects import s3_client
 from components.store import explained, sha256_file
 
@@ -68,14 +68,14 @@ class Source(Quotas):
     def fetch(self, *, out: Path, progress: Progress = silent) -> None:
         """Bring every object into `out`; raises SourceUnavailable, and DataError that lists keys that cannot be taken."""
         bucket, _, prefix = self.address.removeprefix(_SCHEME).partition("/")
-        folder = bring_back(out)
+        folder = receiving(out)
         with _told(self.address):
             client = self._client()
             objects = self._listed(client, bucket, prefix.strip("/"))
         transfer = _Transfer(client, bucket, folder, self.address, progress)
         transfer.leave_only(objects)
         transfer.bring(objects, self.workers)
-        settle(out, self.address)
+        settle(out, self.address, keep=True)
 
     def _client(self) -> Any:
         config: dict[str, Any] = {"max_pool_connections": self.workers, "response_checksum_validation": "when_supported"}
@@ -103,7 +103,7 @@ class Source(Quotas):
                 self.check_file(size, shown(Path(key)), self.address)
                 self.check_total(total, self.address)
                 objects.append(_Object(name, key, size, item["ETag"]))
-                self.check_count(len(objects), self.address)
+                self.check_count(max(len(objects), len(names)), self.address)
         if problems:
             raise refused(self.address, problems, "Give them other keys, or name a prefix without them")
         if not objects:

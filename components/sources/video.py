@@ -18,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from components.contracts.errors import ConfigError, DataError, SourceUnavailabl
 from components.contracts.progress import Progress, silent
 from components.contracts.wording import is_text
 from components.data_folder import shown
-from components.foreign_files import MOST_PROBLEMS, leave_out, receiving, refused, visible
+from components.foreign_files import bring, leave_out, receiving, refused, visible
 from components.formats import PINNED
 from components.images import decode
 from components.samples import SPLIT_OF, class_name_problem
@@ -75,47 +76,51 @@ class Source(BaseModel):
     frames_per_second: float | None = Field(default=None, gt=0)
     """Of folders of frames, which say nothing of time."""
     max_frames: int = Field(default=10_000, ge=1)
-    """Of a clip; one that gives more is refused."""
+    """Of a clip; one that gives more is left out."""
     max_seconds: int = Field(default=3600, ge=1)
     """Time that a video file may take to be read."""
     max_memory_mb: int = Field(default=4096, ge=512)
     """Memory that a video file may take to be read."""
     take_cut: bool = False
-    """Whether a video that ends before its time is taken as far as it goes, and not refused."""
+    """Whether a video that ends before its time is taken as far as it goes, and not left out."""
 
     def fetch(self, *, out: Path, progress: Progress = silent) -> None:
-        """Write frames as `out/<class>/<clip>-<number>.png`; raises SourceUnavailable, and DataError that lists clips."""
+        """Write frames as `out/<class>/<clip>-<number>.png`; what is no whole clip is left out.
+
+        Raises SourceUnavailable, and DataError that lists clips where none is whole, or the class of one is not clear.
+        """
         told = shown(self.path)
         if not self.path.exists():
             raise SourceUnavailable(f"{told} is not there; expected a video file or a folder")
         work = receiving(out)
-        for path in out.iterdir():
-            if path != work.parent:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()  # of an earlier call that was killed
         problems: list[str] = []
         others: list[Path] = []
-        clips = list(self._clips(problems, others))
-        if not clips and not problems:
-            raise DataError(f"{told} holds no video files and no folders of frames")
-        sampled: list[tuple[_Clip, _Sampled]] = []
-        seen: dict[str, _Clip] = {}
-        for number, clip in enumerate(clips):
-            progress(number, len(clips), clip.name)
-            known = seen.setdefault(clip.group, clip)
-            found = self._sampled(clip, work) if known is clip else f"the same clip as {known.name}"
-            if isinstance(found, str):
-                problems.append(f"{clip.name}: {found}")
-            else:
-                sampled.append((clip, found))
-            if len(problems) == MOST_PROBLEMS:
-                break
+        left_out: list[tuple[str, str]] = []
+        clips: dict[str, _Clip] = {}
+        for clip in self._clips(problems, others):
+            known = clips.setdefault(clip.digest, clip)
+            if known.label != clip.label:
+                problems.append(f"{clip.name}: the same clip as {known.name}, which is of another class")
+            elif known is not clip:
+                left_out.append((clip.name, f"the same clip as {known.name}"))
         if problems:
-            raise refused(told, problems, "Repair them or move them elsewhere")
-        said = [row for clip, found in sampled for row in _moved(clip, found, work, out)]
+            raise refused(told, problems, "Mend that or move them elsewhere")
+        if not clips:
+            raise DataError(f"{told} holds no video files and no folders of frames")
+        said: list[tuple[str, Attributes]] = []
+        for number, clip in enumerate(clips.values()):
+            progress(number, len(clips), clip.name)
+            found = self._sampled(clip, work)
+            if isinstance(found, str):
+                left_out.append((clip.name, found))
+            else:
+                said += _brought(clip, found, work, out)
+        if not said:
+            raise refused(told, [f"{name}: {why}" for name, why in left_out], "Repair them")
         write_said(out, said)
         names = (shown(path.relative_to(self.path)) for path in others)
-        leave_out(out, ((name, "neither a video nor a picture, by its name") for name in names))
-        shutil.rmtree(work.parent)
+        left_out += ((name, "neither a video nor a picture, by its name") for name in names)
+        leave_out(out, left_out)
 
     def _clips(self, problems: list[str], others: list[Path]) -> Iterator[_Clip]:
         """Every clip at or below the path, in order; what cannot be one, and files that are something else."""
@@ -169,11 +174,16 @@ class Source(BaseModel):
             if isinstance(found, _Sampled):
                 (part / "sampled.json").write_text(found.model_dump_json(), encoding="utf-8")
                 os.replace(part, done)
+            else:
+                with tempfile.TemporaryFile(dir=part) as file:  # for want of space no clip is damaged
+                    file.write(bytes(1 << 20))
         return found
 
     def _of_folder(self, clip: _Clip, part: Path) -> _Sampled | str:
         if self.every_seconds and self.frames_per_second is None:
-            return "a folder of frames says nothing of time; name frames_per_second, too, or leave every_seconds out"
+            raise ConfigError(
+                f"{clip.name}: a folder of frames says nothing of time; name frames_per_second, or leave every_seconds out"
+            )
         files: list[str] = []
         seconds: list[float] = []
         before: np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None = None
@@ -185,7 +195,7 @@ class Source(BaseModel):
             if small is not None and before is not None and float(np.abs(small - before).mean()) < self.min_change:
                 continue
             if len(files) == self.max_frames:
-                return f"it gives more than {self.max_frames} frames; take fewer (every_seconds, min_change)"
+                return f"it gives more than {self.max_frames} frames; take fewer by every_seconds or raise max_frames"
             before = small
             files.append(f"{number:07d}{path.suffix.lower()}")
             seconds.append(at)
@@ -276,8 +286,13 @@ class _Clip:
     """As a person is told of it."""
     label: str
     """Its class, below that of a split where it is in one."""
-    group: str
-    """The same for the same bytes, wherever they lie."""
+    digest: str
+    """The same for the same bytes, whatever they are called."""
+
+    @property
+    def group(self) -> str:
+        """The name of what belongs together."""
+        return f"{self.path.stem[:60]}-{self.digest[:12]}"
 
     @classmethod
     def of(cls, path: Path, name: str, label: str) -> _Clip:
@@ -289,7 +304,7 @@ class _Clip:
                 digest = sha256_file(path)
         except OSError as error:
             raise SourceUnavailable(f"cannot read {error.filename}: {error.strerror}; mend it and run again") from error
-        return cls(path, shown(Path(name)), label, f"{path.stem[:60]}-{digest[:12]}")
+        return cls(path, shown(Path(name)), label, digest)
 
 
 def _frames(folder: Path) -> list[Path]:
@@ -311,13 +326,13 @@ def _small(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]] | No
     return np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float32) / np.float32(255)
 
 
-def _moved(clip: _Clip, found: _Sampled, work: Path, out: Path) -> Iterator[tuple[str, Attributes]]:
+def _brought(clip: _Clip, found: _Sampled, work: Path, out: Path) -> Iterator[tuple[str, Attributes]]:
     """Bring the frames of a clip to their class; what is known of each."""
     began = _recorded_at(clip.path) if clip.path.is_file() else None
     (out / clip.label).mkdir(parents=True, exist_ok=True)
     for file, seconds in zip(found.files, found.seconds, strict=True):
         target = f"{clip.label}/{clip.group}-{file}"
-        os.replace(work / clip.group / file, out / target)
+        bring(work / clip.group / file, out / target)
         captured = "" if began is None else (began + datetime.timedelta(seconds=seconds)).isoformat()
         yield target, Attributes(group=clip.group, captured_at=captured)
 

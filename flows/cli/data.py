@@ -79,8 +79,8 @@ def data_add(
         raise ConfigError("give a SOURCE or --from-predictions, one of them")
     if from_predictions is not None and (test_share, near_duplicates, max_cluster_share) != (None, "refuse", 0.05):
         raise ConfigError(
-            "--test-share, --near-duplicates and --max-cluster-share are not of --from-predictions; leave them out: the test "
-            "share is that of the data, and what would poison the frozen test set is kept out of it"
+            "--test-share, --near-duplicates and --max-cluster-share are not of --from-predictions; leave them out: the "
+            "test share is that of the data, and what would poison the frozen test set is kept out of it"
         )
     if keep_splits is not None and given is None and source is None:
         raise ConfigError("--keep-splits and --merge-splits are of a folder or a source that is split; name it, too")

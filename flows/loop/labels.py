@@ -23,7 +23,7 @@ from flows.loop.loop import Loop
 from flows.loop.windows import capture_path, captured, champion_at, release_of, task_of
 from flows.workspace.incoming import LeftOut
 from flows.workspace.renaming import names_of_today
-from flows.workspace.sources import Staged
+from flows.workspace.sources import Staged, clear_stale
 from flows.workspace.workspace import Workspace
 from monitoring.labels import Imported, read_file, resolve
 
@@ -203,6 +203,7 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
     there = captured(loop.workspace)
     said, name_of = loop.labels.latest(loop.model), names_of_today(loop.workspace)
     scratch = loop.workspace.state / "tmp" / f"labelled-{uuid.uuid4().hex}"
+    clear_stale(loop.workspace)
     told = f"production of {loop.model}"
     first_sent, known = _first_sent(loop), attributes.read(loop.workspace.root)
     said_of: dict[str, Attributes] = {}

@@ -20,6 +20,7 @@ from flows.workspace.settings import read_settings
 from flows.workspace.sources import Chosen, choose, staged
 from flows.workspace.workspace import Workspace
 
+_MOST_REASONS = 10
 PURPOSE = "visionloop data add"
 
 
@@ -114,10 +115,13 @@ def notes_on(added: Added) -> Iterator[str]:
         named = "; ".join(added.changed_attributes[:3])
         yield f"{counted(len(added.changed_attributes), 'attribute')} said otherwise than before ({named})"
     others = [entry for entry in added.left_out if entry.file not in added.refused]
-    for reason in dict.fromkeys(entry.reason for entry in others):
+    reasons = list(dict.fromkeys(entry.reason for entry in others))
+    for reason in reasons[:_MOST_REASONS]:
         files = [entry.file for entry in others if entry.reason == reason]
         shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
         yield f"{len(files)} left out, {reason}: {shown}"
+    if rest := [entry for entry in others if entry.reason in reasons[_MOST_REASONS:]]:
+        yield f"{len(rest)} more left out for {counted(len(reasons) - _MOST_REASONS, 'reason')} more; --json names them all"
 
 
 def _of_classes(class_counts: dict[str, int], minimum: int) -> Iterator[str]:

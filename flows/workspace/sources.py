@@ -21,6 +21,7 @@ from components.contracts.errors import ConfigError, DataError, VisionloopError
 from components.contracts.families import Source
 from components.contracts.progress import Progress, silent
 from components.contracts.records import sha256_text
+from components.foreign_files import RECEIVED
 from components.store import explained
 from flows.workspace.incoming import LeftOut
 from flows.workspace.workspace import Workspace
@@ -122,6 +123,14 @@ class Staged:
     """The source, as a person is told of it."""
 
 
+def clear_stale(workspace: Workspace) -> None:
+    """Remove what calls that were killed long ago left half done."""
+    for stale in (workspace.state / "tmp").glob("*"):
+        with contextlib.suppress(OSError):
+            if time.time() - stale.lstat().st_mtime > _STALE_S:
+                shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+
+
 @contextlib.contextmanager
 def staged(
     workspace: Workspace, source: str, settings: Mapping[str, Any] | None = None, *, progress: Progress = silent
@@ -134,10 +143,7 @@ def staged(
     member: Source = plugins.load("sources", source, dict(settings or {}))
     kind, _ = plugins.member_class("sources", source)
     resumes, scratch = bool(getattr(kind, "resumes", False)), workspace.state / "tmp"
-    for stale in scratch.glob("source-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > _STALE_S:
-                shutil.rmtree(stale)
+    clear_stale(workspace)
     folder = scratch / f"source-{source}-{_key(source, member)}"
     if not resumes:
         shutil.rmtree(folder, ignore_errors=True)
@@ -147,11 +153,15 @@ def staged(
     told = f"source {source!r}"
     done = False
     try:
+        if (folder / RECEIVED).exists():
+            os.replace(folder / RECEIVED, out / RECEIVED)
         # A source's own class is asked, since a workspace's own member is wrapped.
         reports = {"progress": progress} if "progress" in inspect.signature(kind.fetch).parameters else {}
         with explained("write", out):
             member.fetch(out=out, **reports)
         expect_no_class(out)
+        if (out / RECEIVED).exists():
+            os.replace(out / RECEIVED, folder / RECEIVED)
         for beside in (FILE, LEFT_OUT):
             (folder / beside).unlink(missing_ok=True)
             if (out / beside).exists():

@@ -175,6 +175,7 @@ def test_what_is_no_manifest_is_refused_as_a_whole(photos: Path, tmp_path: Path,
 
 
 def test_a_manifest_that_is_not_there_or_of_another_kind_is_told(photos: Path, tmp_path: Path) -> None:
+    assert (Source.takes("A.CSV"), Source.takes("s3://bucket/a.csv")) == (True, False)
     with pytest.raises(DataError, match="cannot read .*no.csv: No such file"):
         Source(path=photos / "no.csv").fetch(out=tmp_path)
     with pytest.raises(DataError, match="no manifest by its name; expected a .csv or .jsonl file"):

@@ -133,7 +133,8 @@ def source(**settings: Any) -> Source:
 
 
 def written(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    files = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(f"{foreign_files.RECEIVED}/")}
 
 
 def refused(out: Path, **settings: Any) -> str:
@@ -186,14 +187,21 @@ def test_data_add_goes_on_where_the_server_went_away_in_the_middle(bucket: Bucke
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("nth", [4, 17, 18])
+@pytest.mark.parametrize(
+    ("place", "nth"), [((os, "replace"), 4), ((foreign_files, "linked"), 1), ((foreign_files, "linked"), 16)]
+)
 def test_a_transfer_that_was_killed_keeps_what_is_whole_and_what_is_listed(
-    bucket: Bucket, tmp_path: Path, nth: int, when: Literal["before", "after"], monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket,
+    tmp_path: Path,
+    place: tuple[object, str],
+    nth: int,
+    when: Literal["before", "after"],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with monkeypatch.context() as patched:
-        Failpoints([(os, "replace")], nth=nth, when=when)(patched)
+        Failpoints([place], nth=nth, when=when)(patched)
         with pytest.raises(Died):
             source(workers=1).fetch(out=out)
     kept = {path.name for path in out.rglob("*.png")}
@@ -314,7 +322,11 @@ def test_a_manifest_in_a_bucket_says_what_the_pictures_are(bucket: Bucket, tmp_p
     (tmp_path / "out").mkdir()
     source().fetch(out=tmp_path / "out")
     found = written(tmp_path / "out")
+    everything = set(found)
     assert found.pop("left_out.jsonl").count(b"manifest.csv does not name it") == 2
     found.pop("attributes.jsonl", None)
     assert sorted(found.values()) == sorted(content for name, content in bucket.files.items() if "0007" not in name)
     assert {name.split("/")[0] for name in found} == {"round", "other"}
+    bucket.asked()
+    source().fetch(out=tmp_path / "out")  # after a kill
+    assert (bucket.asked(), set(written(tmp_path / "out"))) == ([], everything)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import importlib.util
 import json
+import os
+import shutil
 import struct
 import subprocess
+import tempfile
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +25,16 @@ from failpoints import Died, Failpoints
 from PIL import Image
 from shapes import visionloop
 
-from components import attributes
+from components import attributes, foreign_files
 from components.contract_checks import source_breaches
-from components.contracts.errors import DataError, SourceUnavailable
+from components.contracts.errors import ConfigError, DataError, SourceUnavailable, StoreError
+from components.foreign_files import RECEIVED
 from components.images import decode
 from components.sources import video
 from components.sources.video import Source
 from components.store import sha256_file
+from flows.workspace import sources
+from flows.workspace.workspace import Workspace
 
 FPS, SECONDS = 10, 4
 
@@ -53,8 +62,14 @@ def fetched(path: Path, out: Path, **settings: Any) -> dict[str, attributes.Attr
     out.mkdir(exist_ok=True)
     Source(path=path, **settings).fetch(out=out)
     said = attributes.read_said(out / attributes.FILE)
+    shutil.rmtree(out / RECEIVED)
     assert said.keys() == {file.relative_to(out).as_posix() for file in out.rglob("*.*") if not file.name.endswith(".jsonl")}
     return said
+
+
+def left_out(out: Path) -> dict[str, str]:
+    rows = map(json.loads, (out / attributes.LEFT_OUT).read_text().splitlines())
+    return {row["file"]: row["reason"] for row in rows}
 
 
 def refused(path: Path, out: Path, **settings: Any) -> str:
@@ -72,7 +87,7 @@ def test_class_folders_of_clips_become_class_folders_of_frames_without_loss(tmp_
     (films / "cat" / "one.srt").write_text("subtitles")
     said = fetched(films, tmp_path / "out")
     assert len(said) == 3 * SECONDS
-    assert (tmp_path / "out" / "left_out.jsonl").read_text().count("cat/one.srt") == 1
+    assert left_out(tmp_path / "out") == {"cat/one.srt": "neither a video nor a picture, by its name"}
     group = f"one-{sha256_file(films / 'cat' / 'one.mkv')[:12]}"
     frames = [f"cat/{group}-{number:07d}.png" for number in range(0, FPS * SECONDS, FPS)]
     assert sorted(name for name, known in said.items() if known.group == group) == frames
@@ -107,7 +122,8 @@ def test_a_folder_of_frames_is_a_clip_whose_pictures_are_copied_as_they_are(tmp_
     changed = fetched(tmp_path / "films", tmp_path / "b", min_change=0.05)
     assert [name[-11:-4] for name in sorted(changed)] == ["0000000", "0000004", "0000008"]
     assert len(fetched(folder, tmp_path / "c", every_seconds=1, frames_per_second=4)) == 3
-    assert "says nothing of time; name frames_per_second" in refused(folder, tmp_path / "d", every_seconds=1)
+    with pytest.raises(ConfigError, match="says nothing of time; name frames_per_second"):
+        fetched(folder, tmp_path / "d", every_seconds=1)
     (tmp_path / "films" / "deep" / "er" / "and").mkdir(parents=True)
     folder.rename(tmp_path / "films" / "deep" / "er" / "and" / "deeper")
     assert "deeper: it lies deeper than in a class folder" in refused(tmp_path / "films", tmp_path / "e")
@@ -132,7 +148,8 @@ def cut(path: Path) -> None:
 
 def playlist(path: Path) -> None:
     """What FFmpeg reads elsewhere, of the name of a film."""
-    path.write_text(f"ffconcat version 1.0\nfile {clip(path.with_name('other.mkv')).name}\n")
+    other = clip(path.with_name("other.mkv")).rename(path.with_name("other.film"))
+    path.write_text(f"ffconcat version 1.0\nfile {other.name}\n")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +164,7 @@ def playlist(path: Path) -> None:
     ],
     ids=["empty", "noise", "playlist", "cut", "no frames", "slow"],
 )
-def test_what_is_no_whole_clip_is_told_and_nothing_is_imported(
+def test_what_is_no_whole_clip_is_left_out_and_told_and_where_none_is_nothing_is_imported(
     make: Callable[[Path], object], settings: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "films" / "cat").mkdir(parents=True)
@@ -159,8 +176,13 @@ def test_what_is_no_whole_clip_is_told_and_nothing_is_imported(
     told = refused(tmp_path / "films", tmp_path / "out", **settings)
     assert f"cat/film.mkv: {why}" in told
     assert "1 file that cannot be taken; nothing of it was imported" in told
+    if settings:
+        return
     if make is cut:
-        assert len(fetched(tmp_path / "films", tmp_path / "out", take_cut=True)) == 2
+        assert len(fetched(tmp_path / "films", tmp_path / "cut", take_cut=True)) == 2
+    clip(tmp_path / "films" / "dog" / "film.mkv", 99)
+    assert {name.split("/")[0] for name in fetched(tmp_path / "films", tmp_path / "out")} == {"dog"}
+    assert left_out(tmp_path / "out")["cat/film.mkv"].startswith(why)
 
 
 def test_a_decoder_that_goes_wrong_is_told_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +198,11 @@ def test_a_decoder_that_goes_wrong_is_told_and_bounded(tmp_path: Path, monkeypat
     ):
         program.write_text(does)
         assert told in refused(path, tmp_path / "out")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "TemporaryFile", unittest.mock.Mock(side_effect=full))
+        with pytest.raises(StoreError, match="no space left to write frames into"):
+            fetched(path, tmp_path / "out")
     real = Path(video.__file__).with_name("_frames.py").read_text()
     program.write_text(
         real.replace(
@@ -192,26 +219,33 @@ def test_clips_that_are_sampled_are_not_sampled_again_after_a_kill(tmp_path: Pat
     clip(tmp_path / "films" / "dog" / "three.mkv", 99)
     clip(tmp_path / "films" / "cat" / "two.mkv", 150)
     expected = fetched(tmp_path / "films", tmp_path / "whole")
-    out = tmp_path / "out"
-    out.mkdir()
-    with monkeypatch.context() as patched:
-        Failpoints([(subprocess, "run")], nth=3, when="before")(patched)
-        with pytest.raises(Died):
-            Source(path=tmp_path / "films").fetch(out=out)
-    again = Failpoints([(subprocess, "run")], nth=99, when="before")
-    with monkeypatch.context() as patched:
-        again(patched)
-        assert fetched(tmp_path / "films", out) == expected
-    assert again.calls == 1
+    workspace = Workspace.create(tmp_path / "ws")
+    seen: list[int] = []
+    places = ((subprocess, "run"), 3, 2), ((foreign_files, "linked"), 2 * SECONDS + 1, 1), ((sources, "read_said"), 1, 0)
+    for stop, nth, sampled in (*places, (None, 0, 0)):
+        again = Failpoints([(subprocess, "run")], nth=99, when="before")
+        with monkeypatch.context() as patched, contextlib.suppress(Died):
+            again(patched)
+            if stop is not None:
+                Failpoints([stop], nth=nth, when="before")(patched)
+            with sources.staged(workspace, "video", {"path": str(tmp_path / "films")}) as made:
+                assert made.attributes == expected
+                seen.append(1)
+        assert again.calls == sampled
+    assert seen == [1]
 
 
-def test_a_clip_that_is_there_twice_is_told_and_without_opencv_what_to_install(
+def test_a_clip_that_is_there_twice_is_taken_once_and_without_opencv_it_is_told_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = clip(tmp_path / "films" / "cat" / "film.mkv")
     (tmp_path / "films" / "dog").mkdir()
     (tmp_path / "films" / "dog" / "film.mkv").write_bytes(path.read_bytes())
-    assert "dog/film.mkv: the same clip as cat/film.mkv" in refused(tmp_path / "films", tmp_path / "out")
+    told = refused(tmp_path / "films", tmp_path / "out")
+    assert "dog/film.mkv: the same clip as cat/film.mkv, which is of another class" in told
+    (tmp_path / "films" / "dog" / "film.mkv").rename(path.with_name("twin.mkv"))
+    assert len(fetched(tmp_path / "films", tmp_path / "once")) == SECONDS
+    assert left_out(tmp_path / "once") == {"cat/twin.mkv": "the same clip as cat/film.mkv"}
     (tmp_path / "none").mkdir()
     assert "holds no video files and no folders of frames" in refused(tmp_path / "none", tmp_path / "out")
     with pytest.raises(SourceUnavailable, match="is not there"):

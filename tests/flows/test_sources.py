@@ -192,9 +192,12 @@ def test_what_is_for_no_source_or_for_several_is_refused_and_nothing_is_guessed(
 def test_a_transfer_that_nobody_goes_on_with_is_cleaned_away(own: Path) -> None:
     stale = own / ".visionloop" / "tmp" / "source-shapes-0123"
     fresh = own / ".visionloop" / "tmp" / "source-shapes-4567"
+    half = stale.with_name("0123456789abcdef")  # a picture that was being copied
     for folder in (stale, fresh):
         (folder / "out").mkdir(parents=True)
-    os.utime(stale, (0, 0))
+    half.touch()
+    for left in (stale, half):
+        os.utime(left, (0, 0))
     with sources.staged(Workspace.find(own), "shapes", {"path": str(own.parent / "folder")}):
         pass
-    assert (stale.exists(), fresh.exists()) == (False, True)
+    assert (stale.exists(), half.exists(), fresh.exists()) == (False, False, True)
