@@ -156,7 +156,8 @@ def pin(root: Path, *, renamed: tuple[str, str] | None = None) -> DataVersion:
         names.append(".gitattributes")
     git.stage(root, *(name for name in names if (root / name).exists()))
     gone = [each.file for each in COMPANIONS if each.name not in companions]
-    git.run(root, "rm", "--cached", "--quiet", "--ignore-unmatch", "--", *gone)
+    if gone:
+        git.run(root, "rm", "--cached", "--quiet", "--ignore-unmatch", "--", *gone)
     return pinned(root)
 
 

@@ -135,7 +135,10 @@ def apply_file(
     rows = sheet.read(file)
     found = sheet.decisions(file, rows, lambda version: asked(workspace, version))
     if not found:
-        raise DataError(f"{file} decides nothing: fill the column `decision`, rows without one stay open")
+        raise DataError(
+            f"{file} decides nothing: fill the column `decision`, rows without one stay open. What was decided in the page "
+            f"is in the file that it saved into the browser's downloads"
+        )
     versions = {row.values["data_version"] for row in rows}
     others = [card for version in versions for card in asked(workspace, version).values()]
     return apply(workspace, found, others, who=who, why=why, test_pictures=test_pictures, dry_run=dry_run, place=str(file))

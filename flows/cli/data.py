@@ -108,7 +108,7 @@ def data_add(
         told, conflicts = str(refusal), [dataclasses.asdict(conflict) for conflict in refusal.conflicts]
         finish({"refused": told, "conflicts": conflicts}, json_, lambda: f"Not added: {told}")
         raise typer.Exit(1) from None
-    _finish_added(noted, "then visionloop train --recipe NAME", json_)
+    _finish_added(noted, "visionloop train --recipe NAME", json_)
 
 
 def _finish_added(noted: NotedVersion, following: str, as_json: bool) -> None:
@@ -139,7 +139,9 @@ def _finish_added(noted: NotedVersion, following: str, as_json: bool) -> None:
         f"{len(added.left_out)} left out; {counted(added.num_new_test, 'new test image')}).",
         *(f"Note: {note}." for note in noted.notes),
         *(f"Note: {told}." for amount in noted.amounts if (told := amount.told())),
-        f"Next: git commit -m 'New data version', {following}",
+        f"Next: git commit -m 'New data version', then {following}"
+        if noted.is_new
+        else f"Nothing is new: this version was pinned before. Next: {following}",
     ]
     finish(answer, as_json, lambda: "\n".join(lines))
 
@@ -158,7 +160,7 @@ def _add_from_predictions(workspace: Path, model: str, as_json: bool) -> None:
     loop = open_loop(found.root, model)
     with Console(1, quiet=as_json) as console:
         noted = add_labelled(loop, console=console, say=to_stderr)
-    _finish_added(noted, "then the loop trains by itself, or visionloop train --recipe NAME", as_json)
+    _finish_added(noted, "the loop trains by itself, or visionloop train --recipe NAME", as_json)
 
 
 @data_app.command("check")
@@ -204,6 +206,8 @@ def _checked_lines(checked: Checked) -> Iterator[str]:
         if not each.ran:
             yield f"Not looked for: {each.name} ({each.reason})."
     yield f"All of them: {checked.table}"
+    if checked.issues:
+        yield "Next: visionloop data review asks about each of them, in a page with its pictures and in a CSV file"
 
 
 @data_app.command("status")

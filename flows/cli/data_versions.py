@@ -222,7 +222,11 @@ def _logged(one: LoggedVersion) -> str:
     if one.counts is None:
         changed = f"  {one.problem}" if one.problem else "  the first one"
     else:
-        told = [f"{count} {kind.replace('_', ' ')}" for kind, count in one.counts.items() if count]
+        told = [
+            f"{counted(count, 'class')} renamed" if kind == "renamed_classes" else f"{count} {kind}"
+            for kind, count in one.counts.items()
+            if count
+        ]
         changed = f"  {', '.join(told) or 'no file changed'}"
     return (
         f"{version.dvc_hash[:12] or '(unreadable)'}  {_who(version)}\n"

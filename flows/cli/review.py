@@ -47,7 +47,7 @@ def data_review(
     found = Workspace.find(workspace)
     with Console(2, quiet=json_) as console:
         asked = review(
-            found, recipe=recipe, kinds=kind or (), limit=limit, out=out.absolute() if out else None, console=console
+            found, recipe=recipe, kinds=kind or (), limit=limit, out=out.resolve() if out else None, console=console
         )
     kinds = Counter(card.issue.kind for card in asked.cards)
     answer = {
@@ -70,7 +70,8 @@ def data_review(
         lines += [
             f"Page: {asked.page}",
             f"CSV: {asked.csv}",
-            "Next: decide in the page and save, then visionloop data review apply FILE --as YOU --reason WHY",
+            "Next: open the page in a browser, decide and save (or fill in the CSV file), then "
+            "visionloop data review apply FILE --as YOU --reason WHY",
         ]
     finish(answer, json_, lambda: "\n".join(lines))
 

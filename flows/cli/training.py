@@ -12,6 +12,7 @@ import typer
 from components.contracts.errors import ConfigError
 from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
+from flows.terminal import silent, to_stderr
 
 recipe_app = Commands(help="What can be trained, and how.")
 augment_app = Commands(help="What training makes of images.")
@@ -90,7 +91,8 @@ def _dry_run(recipe: str, overrides: list[str], workspace: Path, json_: bool, *,
     from flows.workspace.workspace import Workspace
 
     sys.dont_write_bytecode = True  # a workspace's own plug-ins are loaded, and leave nothing beside them
-    plan = dry_run(choose(recipe, Workspace.find(workspace), overrides), measure_again=measure_again)
+    chosen = choose(recipe, Workspace.find(workspace), overrides)
+    plan = dry_run(chosen, measure_again=measure_again, say=silent if json_ else to_stderr)
     finish(plan.to_json(), json_, lambda: "\n".join(told(plan)))
 
 

@@ -82,7 +82,7 @@ def decide(decisions: Sequence[Decision], classes: Collection[str]) -> Outcome:
                 f"{', '.join(each.place for each in found)} {f'relabels it to {label!r}' if label else 'removes it'}"
                 for label, found in ways.items()
             )
-            problems.append(f"{path} is decided differently: {told}")
+            problems.append(f"{path} is decided differently: {told}. Empty all but one")
     removed = {path for path, ways in wanted.items() if "" in ways}
     # Who says of a picture itself that it leaves means all of its copies.
     for_a_copy = {path for path in removed if all(each.said == "accept" for each in wanted[path][""])}

@@ -66,7 +66,9 @@ def text(rows: Sequence[Mapping[str, str]]) -> bytes:
 
 def read(path: Path) -> list[Row]:
     """The rows in which something is decided or noted. Raises DataError for what is no such file."""
-    expected = "a file that `visionloop data review` wrote"
+    expected = "a file that `visionloop data review` wrote, or that its page saved into the browser's downloads"
+    if path.suffix == ".html":
+        raise DataError(f"{path} is the page; expected the CSV file that it saves into the browser's downloads")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path} has more than {MAX_BYTES >> 20} MB; expected {expected}")

@@ -24,7 +24,7 @@ from components.samples import rows
 from components.splitting import TestLedger, split
 from components.store import read_manifest
 from components.training import CHAMPION
-from flows.terminal import Console
+from flows.terminal import Console, Say, silent
 from flows.training import keys
 from flows.training.chosen import ChosenRecipe
 from flows.training.run import STAGES, Run, stage_folder
@@ -74,13 +74,17 @@ class Plan:
         return {**asdict(self), "phases": phases, "training_seconds": self.training_s}
 
 
-def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False) -> Plan:
-    """Read recipe and pinned data as a run would, with the same errors, and say what it would do. Raises VisionloopError."""
+def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = silent) -> Plan:
+    """Read recipe and pinned data as a run would, with the same errors, and say what it would do. Raises VisionloopError.
+
+    `say` is told what takes long.
+    """
     workspace, config = chosen.workspace, chosen.config
     settings = read_settings(workspace.state)
     notes = []
     there = workspace.data.exists() or config.source is None
     with dvc_repository.leaving_no_trace():
+        say("comparing data/ with what is pinned ...")
         data = dataversions.verify(workspace.root) if there else dataversions.pinned(workspace.root)
         if not there:
             notes.append(f"data/ is not there: the run fills it from the source {config.source!r} first")
@@ -94,6 +98,7 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False) -> Plan:
             phases: Sequence[PhaseEstimate] = ()
             if trains and images is not None and images.classes:
                 (scratch / "cache").mkdir()
+                say("timing a few images and training steps on this machine, which can take minutes where it is busy ...")
                 phases = estimate(
                     config.training,
                     images,

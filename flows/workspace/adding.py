@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.companions import PIN
 from components.contracts.wording import counted
 from components.samples import class_twins
 from flows.terminal import Console
@@ -32,6 +33,8 @@ class NotedVersion:
     notes: tuple[str, ...]
     amounts: tuple[Amount, ...]
     """What its test images can and cannot decide, by recipe."""
+    is_new: bool = True
+    """False where it was pinned exactly so before."""
 
 
 def add_images(
@@ -54,7 +57,7 @@ def add_images(
     accepted = read_settings(workspace.state).accepted
     chosen = choose(given, source, source_settings or {})
     with workspace.locked(PURPOSE), contextlib.ExitStack() as stack:
-        before = pinned_so_far(workspace)
+        before, pin = pinned_so_far(workspace), _pin(workspace)
         written, folder = None, chosen if isinstance(chosen, Path) else None
         number = total = 1 + isinstance(chosen, Chosen)
         console.total = total
@@ -76,7 +79,13 @@ def add_images(
             )
         of_labels = notes_on_labels(workspace, before, pinned_so_far(workspace))
     notes = (*of_labels, *notes_on(added))
-    return NotedVersion(added, notes, tuple(provable(workspace, added)))
+    return NotedVersion(added, notes, tuple(provable(workspace, added)), is_new=_pin(workspace) != pin)
+
+
+def _pin(workspace: Workspace) -> bytes | None:
+    """What pins the data version and its companions; None before the first."""
+    path = workspace.root / PIN
+    return path.read_bytes() if path.exists() else None
 
 
 def provable(workspace: Workspace, added: Added) -> list[Amount]:

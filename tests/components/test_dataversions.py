@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 from shapes import free_port, visionloop_process, write_pictures
 
 from components import dataversions, dvc_repository, transfers
-from components.companions import FILES, PIN, TEST_LEDGER
+from components.companions import COMPANIONS, FILES, PIN, TEST_LEDGER
 from components.contracts.errors import ConfigError, DataDiffers, DataError
 from flows.workspace.data import add, ensure
 from flows.workspace.workspace import Workspace
@@ -97,6 +97,14 @@ def test_a_killed_add_is_completed_by_running_it_again(
         dataversions.verify(workspace)
     add(found, tmp_path / "more", test_share=None)
     assert dataversions.verify(workspace).num_files == 225
+
+
+def test_a_version_that_has_every_companion_is_pinned(workspace: Path) -> None:
+    for companion in COMPANIONS:
+        if not (workspace / companion.file).exists():
+            (workspace / companion.file).write_text("sha256\n")
+    dataversions.pin(workspace)
+    assert dataversions.verify(workspace).num_files == dataversions.pinned(workspace).num_files
 
 
 def _loose(folder: Path) -> None:

@@ -210,7 +210,7 @@ def test_every_problem_is_told_by_line_and_nothing_is_changed(workspace: Workspa
         return list(caught.value.__notes__)
 
     assert told(*given) == [
-        f"{first.path} is decided differently: line 2 relabels it to 'disc'; line 3 removes it",
+        f"{first.path} is decided differently: line 2 relabels it to 'disc'; line 3 removes it. Empty all but one",
         f"line 4, line 5: of {' and '.join(sorted([second.path, third.path]))}, which show the same, none would be left",
         f"line 6: {test[0].path} is a frozen test picture, and both models are judged by it; if it is meant: --test-pictures",
     ]
@@ -467,8 +467,11 @@ def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspa
     keys("r")
     window.type("#label", "STR\ue007")
     assert here() == "blurred"
+    keys("a")  # says that nothing is proposed, and stays
+    assert window.text(".card.here .said") == "Nothing is proposed here: R, X or N."
     keys("x")
     keys("x")  # an issue about no file has nothing to remove
+    assert window.text(".card.here .said").startswith("No file is named here")
     keys("n")
     assert window.text("#progress") == "4 of 4 decided, not saved"
     window.click("#open")
@@ -491,6 +494,7 @@ def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspa
     )
     keys("s")
     window.wait_for(lambda: (folder / "review.csv").is_file())
+    assert window.text("#progress") == "4 of 4 decided, saved as review.csv among the downloads"
     for width, height in ((390, 800), (1200, 900)):
         window.call("POST", "/window/rect", width=width, height=height)
         assert window.script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width

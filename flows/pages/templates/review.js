@@ -2,8 +2,9 @@
 const at = (id) => document.getElementById(id);
 const data = JSON.parse(at("data").textContent);
 const SHOWN_CLASSES = 12;
+const NO_FILE = "No file is named here: N, or leave it open.";
 const kept = "visionloop review " + data.version;
-let here = 0, unsaved = false, keeps = true, decided = {};
+let here = 0, unsaved = false, saved = false, keeps = true, decided = {};
 
 function element(kind, text, style) {
   const made = document.createElement(kind);
@@ -25,6 +26,7 @@ function keep() {
 }
 
 const said = (card) => (decided[card.issue] || {}).decision || "";
+const words = (decision) => decision.replace(/^relabel:/, "relabel to ").replace(/^not_a_problem$/, "not a problem");
 
 function picture(file, small) {
   const figure = element("figure", undefined, small ? "small" : "");
@@ -64,7 +66,7 @@ function build(card, index) {
   top.append(element("span", card.severity, "badge" + (card.severity === "critical" ? " bad" : "")));
   if (card.leak) top.append(element("span", "leak into the frozen test", "badge bad"));
   else if (card.test) top.append(element("span", "frozen test", "badge bad"));
-  top.append(element("span", "  score " + card.score, "soft small"));
+  top.append(element("span", "  score " + card.score + " (lower is worse)", "soft small"));
   article.append(top, element("p", card.detail));
   const pictures = element("div", undefined, "pictures");
   for (const file of card.files) pictures.append(picture(file, false));
@@ -80,7 +82,7 @@ function build(card, index) {
   }
   article.append(pictures, element("p", "To do: " + card.action, "soft small"));
   const buttons = element("div", undefined, "buttons");
-  const accept = button(card.proposal ? "Accept: " + card.proposal : "Accept", "A", () => decide(index, "accept"));
+  const accept = button(card.proposal ? "Accept: " + words(card.proposal) : "Nothing is proposed", "A", () => decide(index, "accept"));
   accept.disabled = !card.proposal;
   const relabel = button(card.count > 1 ? "Relabel all " + card.count + " to …" : "Relabel to …", "R", () => ask(index)), remove = button(card.leaving > 1 ? "Remove " + card.leaving + " files" : card.files.length > 1 ? "Remove " + card.files[0].path : "Remove", "X", () => decide(index, "remove"));
   relabel.disabled = remove.disabled = !card.files.length;
@@ -104,11 +106,24 @@ function shown(index) {
 
 function told() {
   const done = data.cards.filter(said).length;
-  at("progress").textContent = done + " of " + data.cards.length + " decided" + (unsaved ? ", not saved" : "");
+  at("progress").textContent = done + " of " + data.cards.length + " decided" + (unsaved ? ", not saved" : saved ? ", saved as " + data.csv_name + " among the downloads" : "");
 }
 
 function show(index) {
-  cards[index].querySelector(".said").textContent = said(data.cards[index]) && "Decided: " + said(data.cards[index]);
+  const card = data.cards[index], decision = said(card);
+  tell(index, decision && "Decided: " + words(decision) + (decision === "accept" ? " (" + words(card.proposal) + ")" : ""), false);
+}
+
+function tell(index, text, refused) {
+  const line = cards[index].querySelector(".said");
+  line.textContent = text;
+  line.classList.toggle("bad", refused);
+}
+
+function refuse(index, text) {
+  if (!said(data.cards[index])) tell(index, text, true);
+  told();
+  at("progress").textContent += ". " + text;  // the card's own line may be below the window
 }
 
 function go(index, move = true) {
@@ -194,6 +209,7 @@ function save() {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   unsaved = false;
+  saved = true;
   told();
 }
 
@@ -205,9 +221,9 @@ function filter() {
 }
 
 const KEYS = {
-  a: () => data.cards[here].proposal && decide(here, "accept"),
-  r: () => data.cards[here].files.length && ask(here),
-  x: () => data.cards[here].files.length && decide(here, "remove"),
+  a: () => data.cards[here].proposal ? decide(here, "accept") : refuse(here, "Nothing is proposed here: R, X or N."),
+  r: () => data.cards[here].files.length ? ask(here) : refuse(here, NO_FILE),
+  x: () => data.cards[here].files.length ? decide(here, "remove") : refuse(here, NO_FILE),
   n: () => decide(here, "not_a_problem"),
   u: () => undo(here),
   e: () => cards[here].querySelector("input").focus(),
@@ -245,5 +261,6 @@ at("kind").append(new Option("all kinds", ""), ...[...kinds].map(([kind, count])
 at("cards").append(...cards);
 cards.forEach((_, index) => show(index));
 at("kept").hidden = keeps;
+at("frozen").hidden = !data.cards.some((card) => card.test);
 told();
 if (cards.length) go(Math.max(0, data.cards.findIndex((card) => !said(card))), true);
