@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,13 +162,15 @@ class Source(BaseModel):
         """The frames of a clip, in a folder of `work`, or what is wrong with it; an earlier call's are not made anew."""
         if problem := class_name_problem(clip.label.rpartition("/")[2]):
             raise ConfigError(f"{clip.label!r} cannot be the name of a class: {problem}; name one by `label`")
-        done, part = work / clip.group, work / "part"
+        # Never the same one twice: what a killed call's process still writes is then nobody's folder.
+        done, part = work / clip.group, work.with_name(f"part-{uuid.uuid4().hex}")
         if done.is_dir():
             known = _Sampled.model_validate_json((done / "sampled.json").read_text(encoding="utf-8"))
             if all((done / file).is_file() for file in known.files):
                 return known
             shutil.rmtree(done)
-        shutil.rmtree(part, ignore_errors=True)
+        for stale in work.parent.glob("part-*"):
+            shutil.rmtree(stale, ignore_errors=True)
         part.mkdir()
         with explained("write frames into", work):
             found = self._of_folder(clip, part) if clip.path.is_dir() else self._of_video(clip, part)

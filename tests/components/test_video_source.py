@@ -196,8 +196,10 @@ def test_a_decoder_that_goes_wrong_is_told_and_bounded(tmp_path: Path, monkeypat
         ("import sys; open(sys.argv[2], 'w').write('[]')", "could not be read"),
         ("import sys; open(sys.argv[2], 'w').write('{\"frames\": [[7, 0.0]]}')", "frames are missing"),
     ):
-        program.write_text(does)
+        program.write_text(f"import sys; open({str(tmp_path / 'asked')!r}, 'a').write(sys.argv[2] + chr(10)); {does}")
         assert told in refused(path, tmp_path / "out")
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(set(asked)) == len(asked) == 4  # what one that was left behind still writes is of no clip after it
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patched:
         patched.setattr(tempfile, "TemporaryFile", unittest.mock.Mock(side_effect=full))
