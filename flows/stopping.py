@@ -101,6 +101,8 @@ def end(number: int) -> NoReturn:
             os.write(2, f"{text}\n".encode())
             if _ending.as_json:
                 os.write(1, (json.dumps({"error": "Stopped", "message": text, "notes": []}) + "\n").encode())
+        # What unwinds in other threads meanwhile has nothing to add, such as a framework's own word for Ctrl-C.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if not _ending.starting:
             _kill_family()
         if _ending.told is not None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.contracts.errors import ConfigError, UnknownName
-from components.contracts.wording import counted
 from components.releases import ReleaseStore
 from flows.terminal import to_stderr
 from flows.workspace.settings import Settings, read_settings
@@ -55,10 +54,9 @@ def desk(folder: Path, model: str | None) -> Desk:
     known = sorted({entry.model for entry in ledger.entries()})
     if model is None:
         if len(known) != 1:
-            hint = (
-                f"name one with --model: {', '.join(known)}" if known else "train one first: visionloop train --recipe NAME"
-            )
-            raise ConfigError(f"the ledger knows {counted(len(known), 'model')}; {hint}")
+            if not known:
+                raise ConfigError("no model is registered in this workspace; train one: visionloop train --recipe NAME")
+            raise ConfigError(f"there are {len(known)} models; name one with --model: {', '.join(known)}")
         model = known[0]
     elif model not in known:
         raise UnknownName("model", model, known)
