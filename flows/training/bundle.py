@@ -20,6 +20,7 @@ from flows.training.results import (
     estimate_json,
     estimates_json,
     folds_json,
+    folds_proposed,
     headline_json,
 )
 from flows.training.run import Run
@@ -248,6 +249,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
         "serving_engine": verdict.serving_engine,
         **headline_json(run),
         "folds": folds_json(run, results),
+        "folds_proposed": folds_proposed(run, results),
         "data": {
             "version": run.data.dvc_hash,
             "kept": results.dataset.record.num_kept,

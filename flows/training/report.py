@@ -23,7 +23,7 @@ from flows.pages.figures import (
 )
 from flows.training.diagnosis import PhaseResult, fit_told, gain_told, imbalance, phase_results
 from flows.training.model_card import VERDICTS, evaluation_shown
-from flows.training.results import Results
+from flows.training.results import Results, folds_proposed
 from flows.training.run import Run
 
 _SHOWN = 12
@@ -54,7 +54,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
             lineage=run.lineage,
             verdict=verdict,
             notes=notes,
-            folds=results.folds.told(run.task.headline) if results.folds else "",
+            folds=results.folds.told(run.task.headline) if results.folds else folds_proposed(run, results),
             champion=results.current_champion.version if results.current_champion else "",
             classes_new=new,
             classes_gone=gone,

@@ -13,10 +13,14 @@ from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
 from components.contracts.verdicts import Estimate, Evaluation, FoldEstimate, Measurement, Verdict
 from components.contracts.wording import counted
+from components.gating import least
 from components.samples import rows
 from components.tables import read_frame
+from components.training import CHAMPION
 from flows.training.run import Run
 from registry.models import CurrentChampion
+
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,27 @@ def headline_json(run: Run) -> dict[str, str]:
 def estimate_json(estimate: Estimate) -> dict[str, float | int]:
     """An estimate as summaries and the ledger hold it."""
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def folds_proposed(run: Run, results: Results) -> str:
+    """What to ask for where few test images left a gate undecided; empty where folds were there, or would tell nothing."""
+    if results.folds is not None or run.config.training.weights == CHAMPION:
+        return ""
+    counting = least(run.config.gating)
+    undecided = {
+        finding.gate
+        for engine in results.verdict.record.engines
+        if engine.serving or engine.required
+        for finding in engine.findings
+        if finding.status == "inconclusive" and finding.n and finding.gate in counting
+    }
+    if not undecided:
+        return ""
+    num_test, num_kept = results.splits.record.counts["test"], results.dataset.record.num_kept
+    return (
+        f"{counted(num_test, 'test image')} did not decide {', '.join(sorted(undecided))}: --set evaluation.folds={_FOLDS} "
+        f"adds an estimate of the recipe on all {num_kept} images by {_FOLDS} more trainings, which no gate reads"
+    )
 
 
 def folds_json(run: Run, results: Results) -> dict[str, Any] | None:

@@ -73,6 +73,9 @@ def told(summary: dict[str, Any]) -> str:
     if summary.get("folds"):
         console.print(f"{summary['folds']['told']}.", markup=False, soft_wrap=True)
         console.print()
+    if summary.get("folds_proposed"):
+        console.print(f"{summary['folds_proposed']}.", markup=False, soft_wrap=True)
+        console.print()
     slowest = sorted(summary["seconds"].items(), key=lambda item: -item[1]["seconds"])
     spent = ", ".join(f"{name} {spent['seconds']:.1f} s" for name, spent in slowest[:6] if not spent["cached"])
     console.print(f"time    {spent or 'every stage came from the store'}")

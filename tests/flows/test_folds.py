@@ -35,8 +35,23 @@ def test_every_image_is_answered_once_by_a_model_that_never_saw_it(trained: Path
     assert told["folds"]["metrics"]["accuracy"]["n"] == len(everything) == before["data"]["kept"]
     assert told["folds"]["told"].startswith("Estimate of the recipe: accuracy ")
     assert told["folds"]["told"] in Path(told["report"]).read_text()
+    assert told["folds_proposed"] == ""
     # What is judged is the model of the frozen test, with folds or without.
     assert told["data"]["splits"] == before["data"]["splits"]
+
+
+def test_folds_are_proposed_where_few_test_images_decide_nothing(trained: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "workspace", symlinks=True))
+    before = json.loads((root / "summary.json").read_text())
+    assert before["folds_proposed"] == ""
+    accuracy = before["engines"][before["serving_engine"]]["metrics"]["accuracy"]
+    floor = (accuracy["low"] + accuracy["value"]) / 2  # inside the interval
+    gates = f"gating.gates=[{{gate: accuracy, settings: {{floor: {floor}}}}}]"
+    done = visionloop("train", "-r", "smoke", "--set", gates, "--json", cwd=root)
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    proposed = f"{accuracy['n']} test images did not decide accuracy: --set evaluation.folds=5 adds an estimate"
+    assert told["folds_proposed"].startswith(proposed)
+    assert proposed in Path(told["report"]).read_text()
 
 
 def test_folds_that_say_nothing_are_refused(trained: Path) -> None:
