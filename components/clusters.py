@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.companions import ATTRIBUTES, CLUSTERS, FILES
+from components.companions import APART, ATTRIBUTES, CLUSTERS, FILES
 
 if TYPE_CHECKING:
     import pandas as pd
 
+SMALLEST = 32
+"""Pixels on the short side under which pictures are too small to be told from copies of each other."""
 _DIGITS = 32
 """Of a file's sha256, as of a picture's digest."""
 
@@ -30,6 +32,8 @@ class Clusters:
 
     near: Mapping[str, str] = field(default_factory=dict)
     """The cluster of near-duplicates of a picture that has some: the lowest digest among them."""
+    apart: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """Pairs, the lower digest first, that a person took for pictures of their own, and how they are alike."""
     files: Mapping[str, str] = field(default_factory=dict)
     """The picture that a file was when it was first seen, by the first 32 hex digits of its sha256."""
     groups: Mapping[str, str] = field(default_factory=dict)
@@ -41,9 +45,12 @@ class Clusters:
     @classmethod
     def read(cls, root: Path) -> Clusters:
         """Of the workspace `root`; empty where its version has no companions. Raises DataError."""
-        near, files = CLUSTERS.read(root), FILES.read(root)
+        near, apart, files = CLUSTERS.read(root), APART.read(root), FILES.read(root)
         return cls(
             near=dict(zip(near["picture"], near["cluster"], strict=True)),
+            apart={
+                _pair(*pair.partition("-")[::2]): how for pair, how in zip(apart["pair"], apart["relation"], strict=True)
+            },
             files=dict(zip(files["file"], files["picture"], strict=True)),
         ).with_attributes_of(root)
 
@@ -60,8 +67,9 @@ class Clusters:
         )
 
     def write(self, root: Path) -> None:
-        """Write what this module owns: near-duplicates and files."""
+        """Write what this module owns: near-duplicates, what is none of them, and files."""
         CLUSTERS.write(root, CLUSTERS.frame({picture: (cluster,) for picture, cluster in self.near.items()}))
+        APART.write(root, APART.frame({"-".join(pair): (relation,) for pair, relation in self.apart.items()}))
         FILES.write(root, FILES.frame({file: (picture,) for file, picture in self.files.items()}))
 
     def first_seen(self, table: pd.DataFrame, known: Mapping[str, object]) -> pd.Series:
@@ -78,6 +86,14 @@ class Clusters:
         joined = joined_by([*self.near.items(), *pairs])
         more = {sha256[:_DIGITS]: picture for sha256, picture in (files or {}).items()}
         return replace(self, near=joined, files={**more, **self.files})
+
+    def with_apart(self, pairs: Mapping[tuple[str, str], str]) -> Clusters:
+        """With pairs of pictures of their own, and how they are alike; what is joined stays joined."""
+        return replace(self, apart={**self.apart, **{_pair(*pair): relation for pair, relation in pairs.items()}})
+
+    def are_apart(self, one: str, other: str) -> bool:
+        """Whether a person took two pictures that are alike for pictures of their own."""
+        return _pair(one, other) in self.apart
 
     def with_groups(self, groups: Mapping[str, str]) -> Clusters:
         """With the groups of more files, by sha256."""
@@ -108,6 +124,10 @@ class Clusters:
         """When each picture of a table (sha256, picture) was captured, the latest of its files; only where it is known."""
         known = table["sha256"].str[:_DIGITS].map(self.captured_at)
         return {str(picture): time for picture, time in known.groupby(table["picture"]).max().dropna().items()}
+
+
+def _pair(one: str, other: str) -> tuple[str, str]:
+    return (one, other) if one < other else (other, one)
 
 
 def joined_by(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -119,13 +119,15 @@ class Companion:
 
 CLUSTERS = Companion("clusters", ("picture", "cluster"))
 """Pictures that are verified near-duplicates of others; a cluster is named after its lowest picture."""
+APART = Companion("apart", ("pair", "relation"))
+"""Near-duplicates that a person took for pictures of their own, `lower-higher` digest, and how they are alike."""
 ATTRIBUTES = Companion("attributes", ("sha256", "group", "captured_at", "source", "label_source", "confidence"))
 """What a source knows of a file's bytes beside its class."""
 REVIEWS = Companion("reviews", ("issue", "decision", "who", "when", "why", "note"))
 """What people decided about issues, which are not asked again."""
 FILES = Companion("files", ("file", "picture"))
 """The picture that each file ever seen was, by the first 32 hex digits of the file's sha256."""
-COMPANIONS = (CLUSTERS, ATTRIBUTES, REVIEWS, FILES)
+COMPANIONS = (CLUSTERS, APART, ATTRIBUTES, REVIEWS, FILES)
 
 
 def digests(root: Path) -> dict[str, str]:

@@ -71,20 +71,25 @@ class TestLedger:
     def read(cls, path: Path) -> TestLedger:
         """Raises DataError for anything but a ledger this module wrote."""
         try:
-            header, *lines = path.read_text(encoding="utf-8").splitlines()
-            if not header.startswith(_HEADER):
-                raise ValueError(f"first line is {header!r}")
-            share = float(header.removeprefix(_HEADER))
-            members: dict[str, bool] = {}
-            for line in lines:
-                picture, membership = line.split(",")
-                if len(picture) != 32 or membership not in ("test", "rest") or picture in members:
-                    raise ValueError(f"line {line!r}")
-                members[picture] = membership == "test"
+            return cls.parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path} is not a readable test ledger ({error}); restore it with `git checkout -- {path.name}`"
             ) from error
+
+    @classmethod
+    def parse(cls, text: str) -> TestLedger:
+        """The ledger of a file's text; raises ValueError for anything but what this module wrote."""
+        header, *lines = text.splitlines()
+        if not header.startswith(_HEADER):
+            raise ValueError(f"first line is {header!r}")
+        share = float(header.removeprefix(_HEADER))
+        members: dict[str, bool] = {}
+        for line in lines:
+            picture, membership = line.split(",")
+            if len(picture) != 32 or membership not in ("test", "rest") or picture in members:
+                raise ValueError(f"line {line!r}")
+            members[picture] = membership == "test"
         return cls(share, members)
 
     def write(self, path: Path) -> None:
@@ -95,6 +100,10 @@ class TestLedger:
     def with_sides(self, sides: Mapping[str, bool]) -> TestLedger:
         """The ledger after seeing pictures whose side (True: test) somebody else chose; known ones keep theirs."""
         return TestLedger(self.test_share, {**sides, **self.members})
+
+    def moved_from(self, earlier: TestLedger) -> list[str]:
+        """The pictures that are on another side than in an earlier ledger."""
+        return [picture for picture, test in earlier.members.items() if self.members.get(picture, test) != test]
 
     def extended(
         self,

@@ -18,6 +18,7 @@ from components.reviews import Review, add_reviews
 from components.store import sha256_file, write_atomically
 from flows.reviewing.cards import Card
 from flows.reviewing.deciding import Decision, Outcome
+from flows.workspace.near_duplicates import join_again
 from flows.workspace.workspace import Workspace
 
 _MAX_WHO, _MAX_WHY = 128, 500
@@ -168,6 +169,8 @@ def _go_on(workspace: Workspace, plan: Plan) -> Applied:
     transfers.move(root, plan.before, plan.moves)
     add_reviews(root, plan.reviews)
     _labelled_by_a_person(root, plan.labelled)
+    if plan.labelled:
+        join_again(workspace)
     version = dataversions.pin(root)
     if dataversions.files_of(root) != transfers.moved(plan.before, plan.moves):
         raise DataError(f"{workspace.data} changed while its next version was made; run `visionloop data status`")

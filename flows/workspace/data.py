@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components import attributes, data_folder, dataversions, history, transfers
+from components import attributes, data_folder, dataversions, git, history, transfers
 from components.attributes import Attributes
 from components.clusters import Clusters
-from components.companions import TEST_LEDGER
+from components.companions import PIN, TEST_LEDGER
 from components.contracts.data import DataVersion
 from components.contracts.errors import DataDiffers, DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
@@ -209,12 +209,36 @@ def _ledger(root: Path, test_share: float | None) -> TestLedger:
         if not dataversions.adoptable(root):
             raise DataError(f"{path} is missing; restore it with `git checkout -- {path.name}`")
         return TestLedger(test_share or DEFAULT_TEST_SHARE, {})
-    ledger = TestLedger.read(path)
+    ledger = _with_all_that_git_knows(root, TestLedger.read(path))
     if test_share is not None and test_share != ledger.test_share:
         raise DataError(
             f"the test share of this data set is frozen at {ledger.test_share}; "
             f"leave --test-share out, or start another workspace"
         )
+    return ledger
+
+
+def _with_all_that_git_knows(root: Path, ledger: TestLedger) -> TestLedger:
+    """The ledger with every row of the staged, the committed and the merged one: who goes back to an older version, or
+    merges two branches, forgets no side. Raises DataError where a picture changed sides.
+    """
+    own = (root / TEST_LEDGER).read_text(encoding="utf-8")
+    for revision, told in (("", "git's index"), ("HEAD", "HEAD"), ("MERGE_HEAD", "the branch that is being merged")):
+        text = git.ask(root, "cat-file", "blob", f"{revision}:./{TEST_LEDGER}")
+        if not text or text == own:
+            continue
+        try:
+            known = TestLedger.parse(text)
+        except ValueError:  # in git, and of no use to anybody
+            continue
+        if moved := ledger.moved_from(known):
+            raise DataError(
+                f"{root / TEST_LEDGER} has {counted(len(moved), 'picture')} on another side than {told} has them (first: "
+                f"{moved[0]}), and what is frozen as test, or as none, stays so. Restore it with `git checkout HEAD -- "
+                f"{PIN} 'data.*.csv'`; of two branches that froze a picture on different sides take one whole, commit that, "
+                f"and add the images of the other"
+            )
+        ledger = ledger.with_sides(known.members)
     return ledger
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from components import data_folder, dataversions, duplicates
-from components.candidates import SIDE
-from components.clusters import Clusters
-from components.companions import PIN
+from components.clusters import SMALLEST, Clusters
+from components.companions import PIN, TEST_LEDGER
 from components.contracts.errors import DataError
 from components.contracts.issues import Pair
 from components.contracts.progress import Progress, silent
@@ -34,12 +33,13 @@ they would poison, or they are taken for pictures of their own."""
 MAX_CLUSTER_SHARE = 0.05
 _SMALL_CLUSTER = 10
 """Pictures of one cluster that are never too many, however few pictures there are."""
-SMALLEST = SIDE
-"""Pixels on the short side under which pictures are too small to be told from copies of each other."""
 _SHOWN = 10
-_Kind = Literal["copy of a test picture", "copy across splits", "group across splits", "other label"]
+_Kind = Literal[
+    "copy of a test picture", "test picture with a copy", "copy across splits", "group across splits", "other label"
+]
 _WHY: Mapping[_Kind, tuple[str, str]] = {
     "copy of a test picture": ("shows what", "shows, a frozen test picture"),
+    "test picture with a copy": ("is a frozen test picture and shows what", "shows, which is none"),
     "copy across splits": ("shows what", "shows, on the other side of the given splits"),
     "group across splits": ("is of one group with", "which is on the other side of the given splits"),
     "other label": ("shows what", "shows, under another label"),
@@ -113,6 +113,16 @@ def look_for(
     )
 
 
+def join_again(workspace: Workspace) -> None:
+    """Join the near-duplicates in data/ once labels were changed there: mirror images of one label are copies.
+
+    The side of no picture changes. The next pin makes it part of a version.
+    """
+    clusters, ledger = Clusters.read(workspace.root), TestLedger.read(workspace.root / TEST_LEDGER)
+    looked = look_for(workspace, clusters, [], workspace.root, {}, ledger=ledger, handling="exclude", max_cluster_share=1.0)
+    looked.clusters.write(workspace.root)
+
+
 def _table(workspace: Workspace, files: Sequence[tuple[str, Path]], folder: Path, progress: Progress) -> pd.DataFrame:
     """What `look` takes; a file is new when the pinned version has none of its bytes in its class."""
     root, data = workspace.root, workspace.data
@@ -155,9 +165,9 @@ def look(
     found = duplicates.pairs(
         large, read=lambda path: decode(Path(places[path]).read_bytes()), cache=cache, progress=progress
     )
-    seen = _Seen(table, ledger, frozenset(clusters.files.values()))
-    pairs = [pair for pair in found if seen.counts(pair)]
-    by_picture = [(seen.picture[pair.first], seen.picture[pair.second]) for pair in pairs]
+    seen = _Seen(table, ledger)
+    alike = {(seen.picture[pair.first], seen.picture[pair.second]): pair.relation for pair in found if seen.counts(pair)}
+    by_picture = [pair for pair in alike if not clusters.are_apart(*pair)]
     grown = clusters.grown(by_picture)
     together = grown.together(table[table["new"]]) if keep_splits else grown.near
     conflicts = [*seen.on_both_sides(together, grown.near), *seen.contradictions(by_picture)]
@@ -165,40 +175,45 @@ def look(
         raise PoisonsTest(_told(conflicts), conflicts)
     not_test: frozenset[str] = frozenset()
     if handling == "ignore":
-        grown = clusters.grown(pair for pair in by_picture if seen.new_files.keys().isdisjoint(pair))
+        ignored = {
+            (one, other)
+            for one, other in by_picture
+            if not seen.new_files.keys().isdisjoint((one, other))
+            and not (one in clusters.near and clusters.near[one] == clusters.near.get(other))
+        }
+        grown = clusters.grown(pair for pair in by_picture if pair not in ignored)
+        grown = grown.with_apart({pair: alike[pair] for pair in ignored})
     else:
         contradicted = {seen.picture[conflict.file] for conflict in conflicts if conflict.kind == "other label"}
         not_test = frozenset(picture for picture in contradicted if picture not in ledger.members)
-    _expect_small(grown, seen, max_cluster_share)
+    _expect_small(clusters, grown, seen, max_cluster_share)
     return Looked(grown, not_test, tuple(conflicts), handling, len(large), len(table) - len(large))
 
 
 class _Seen:
     """Files by the pictures that they show."""
 
-    def __init__(self, table: pd.DataFrame, ledger: TestLedger, looked_at: frozenset[str]) -> None:
+    def __init__(self, table: pd.DataFrame, ledger: TestLedger) -> None:
         self.ledger = ledger
-        self.looked_at = looked_at
-        """Pictures whose near-duplicates were looked for by an earlier version."""
         self.picture: dict[str, str] = dict(zip(table["path"], table["picture"], strict=True))
         self.label: dict[str, str] = dict(zip(table["path"], table["label"], strict=True))
-        self.new_files: dict[str, list[str]] = defaultdict(list)
-        self.files: dict[str, list[str]] = defaultdict(list)
+        self.new_files: dict[str, list[str]] = {}
+        self.files: dict[str, list[str]] = {}
         for path, picture, is_new in zip(table["path"], table["picture"], table["new"], strict=True):
-            self.files[picture].append(path)
+            self.files.setdefault(picture, []).append(path)
             if is_new:
-                self.new_files[picture].append(path)
+                self.new_files.setdefault(picture, []).append(path)
 
     def labels(self, picture: str) -> set[str]:
         return {self.label[path] for path in self.files[picture]}
 
     def counts(self, pair: Pair) -> bool:
-        """Whether a pair joins two pictures: what was decided of two pictures before stays so.
+        """Whether a pair joins two pictures.
 
         Mirror images of several labels are several things, such as arrows to the left and to the right.
         """
         one, other = self.picture[pair.first], self.picture[pair.second]
-        if one == other or (one in self.looked_at and other in self.looked_at):
+        if one == other:
             return False
         return pair.relation != "flipped" or self.labels(one) == self.labels(other)
 
@@ -211,7 +226,7 @@ class _Seen:
         for picture, paths in self.new_files.items():
             others = members.get(together.get(picture, ""), [])
             is_test = self.ledger.members.get(picture, False)
-            against = [other for other in others if self.ledger.members.get(other, False) != is_test and self.files[other]]
+            against = [other for other in others if self.ledger.members.get(other, False) != is_test and other in self.files]
             if is_test:  # told once, by what is outside test, unless that was there before
                 against = [other for other in against if other not in self.new_files]
             if not against:
@@ -219,7 +234,8 @@ class _Seen:
             copies = [other for other in against if picture in near and near.get(other) == near[picture]]
             kind: _Kind = "group across splits"
             if copies:
-                kind = "copy across splits" if copies[0] in self.new_files else "copy of a test picture"
+                one_side: _Kind = "test picture with a copy" if is_test else "copy of a test picture"
+                kind = "copy across splits" if copies[0] in self.new_files else one_side
             found += [self._conflict(kind, path, (copies or against)[0]) for path in paths]
         return found
 
@@ -283,11 +299,15 @@ def _told(conflicts: Sequence[Conflict]) -> str:
     )
 
 
-def _expect_small(clusters: Clusters, seen: _Seen, max_share: float) -> None:
-    """Raises PoisonsTest for a cluster of new pictures that is so large that it is likelier a chain of look-alikes."""
+def _expect_small(before: Clusters, clusters: Clusters, seen: _Seen, max_share: float) -> None:
+    """Raises PoisonsTest for a cluster that grew and is so large that it is likelier a chain of look-alikes."""
     sizes = Counter(clusters.near[picture] for picture in seen.files if picture in clusters.near)
     limit = max(max_share * len(seen.files), _SMALL_CLUSTER)
-    grew = {clusters.near[picture] for picture in seen.new_files if picture in clusters.near}
+    grew = {
+        cluster
+        for picture, cluster in clusters.near.items()
+        if picture in seen.new_files or before.near.get(picture) != cluster
+    }
     for cluster, size in sizes.most_common():
         if size > limit and cluster in grew:
             files = [paths[0] for picture, paths in seen.files.items() if clusters.near.get(picture) == cluster]

@@ -9,14 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
-from shapes import visionloop
+from PIL import Image, ImageFilter, ImageOps
+from shapes import commit, visionloop
 
-from components import dataversions
+from components import dataversions, git, transfers
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
+from components.contracts.errors import DataError
+from components.contracts.issues import Issue, issue_id
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
+from components.store import sha256_file
+from flows.review import apply
+from flows.reviewing.cards import Card, CardFile
+from flows.reviewing.deciding import Decision
+from flows.workspace import data
+from flows.workspace.near_duplicates import PoisonsTest
 from flows.workspace.workspace import Workspace
 
 
@@ -63,14 +71,25 @@ def ledger(root: Path) -> dict[str, bool]:
     return dict(TestLedger.read(root / TEST_LEDGER).members)
 
 
+def take(root: Path, folder: Path | None = None, **options: Any) -> data.Added:
+    """`data add` in this process."""
+    return data.add(Workspace.find(root), folder, test_share=None, **options)
+
+
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
     """A workspace of 30 pictures of a class; `first` is what was added to it."""
     Workspace.create(tmp_path / "ws")
     cats, dogs = ([photograph(start + seed) for seed in range(30)] for start in (0, 100))
-    write(tmp_path / "first", cat=cats, dog=dogs)
-    added(tmp_path / "ws", str(tmp_path / "first"))
+    take(tmp_path / "ws", write(tmp_path / "first", cat=cats, dog=dogs))
+    commit(tmp_path / "ws")
     return tmp_path / "ws"
+
+
+def frozen(root: Path, label: str) -> list[Path]:
+    """The test pictures of a class, where they lie."""
+    members = ledger(root)
+    return [path for path in sorted((root / "data" / label).glob("*.png")) if members[key(path)]]
 
 
 def test_copies_of_a_test_picture_are_refused_until_a_person_says_what_to_do(photographs: Path, tmp_path: Path) -> None:
@@ -107,13 +126,20 @@ def test_copies_of_a_test_picture_are_refused_until_a_person_says_what_to_do(pho
 
 
 def test_who_takes_copies_for_pictures_of_their_own_is_believed_for_ever(photographs: Path, tmp_path: Path) -> None:
-    before = ledger(photographs)
-    tested = next(path for path in sorted((tmp_path / "first" / "cat").glob("*.png")) if before[key(path)])
-    write(tmp_path / "more", cat=[again(Image.open(tested), "resized")])
+    one = frozen(photographs, "cat")[0]
+    original = Image.open(one).copy()
+    write(tmp_path / "more", cat=[again(original, "resized")])
     added(photographs, str(tmp_path / "more"), "--near-duplicates", "ignore")
-    added(photographs)
+    take(photographs)
     assert key(tmp_path / "more" / "cat" / "000.png") in ledger(photographs)
+    # Also when the picture was away and comes back; what it is a copy of now is asked about as ever.
+    one.unlink()
+    take(photographs)
+    original.save(one)
+    take(photographs)
     assert Clusters.read(photographs).near == {}
+    with pytest.raises(PoisonsTest, match="1 new file would poison"):
+        take(photographs, write(tmp_path / "third", cat=[again(original, "cropped")]))
 
 
 def test_one_picture_under_two_labels_is_refused_and_never_test(photographs: Path, tmp_path: Path) -> None:
@@ -139,8 +165,87 @@ def test_copies_across_given_splits_are_refused_and_then_leave_the_test_as_it_wa
     ]
     assert not (root / "data").exists()
     added(root, str(tmp_path / "given"), "--keep-splits", "--near-duplicates", "exclude")
-    frozen = {picture for picture, test in ledger(root).items() if test}
-    assert frozen == {key(image) for image in (*cats[9:], *dogs[9:])}
+    in_test = {picture for picture, test in ledger(root).items() if test}
+    assert in_test == {key(image) for image in (*cats[9:], *dogs[9:])}
+
+
+def test_copies_that_came_while_their_test_pictures_were_away_never_train(photographs: Path, tmp_path: Path) -> None:
+    away = frozen(photographs, "cat")
+    originals = {path: path.read_bytes() for path in away}
+    names = [key(path) for path in away]
+    for path in away:
+        path.unlink()
+    take(photographs)
+    twins = [again(Image.open(io.BytesIO(content)), "cropped") for content in originals.values()]
+    more = write(tmp_path / "more", cat=twins)
+    for path in sorted((more / "cat").iterdir()):
+        path.rename(path.with_stem(f"twin-{path.stem}"))
+    take(photographs, more)
+    before = ledger(photographs)
+    outside = {name: key(twin) for name, twin in zip(names, twins, strict=True) if not before[key(twin)]}
+    assert outside, "nobody knew of them, so some of them train"
+    for path, content in originals.items():
+        path.write_bytes(content)
+    with pytest.raises(PoisonsTest, match="is a frozen test picture and shows what .* shows, which is none") as caught:
+        take(photographs)
+    assert {one.kind for one in caught.value.conflicts} == {"test picture with a copy"}
+    assert len(caught.value.conflicts) == len(outside)
+    take(photographs, near_duplicates="exclude")
+    near = Clusters.read(photographs).near
+    assert all(near[twin] == near[original] for original, twin in outside.items())
+    assert {picture: ledger(photographs)[picture] for picture in before} == before
+
+
+def test_mirror_images_are_copies_once_they_have_one_label(photographs: Path, tmp_path: Path) -> None:
+    """By a person's hand, and by a review."""
+    by_hand, by_review = (ImageOps.mirror(Image.open(path)) for path in frozen(photographs, "cat")[:2])
+    take(photographs, write(tmp_path / "more", dog=[by_hand, by_review]))
+    after = ledger(photographs)
+    assert Clusters.read(photographs).near == {}, "an arrow to the left is no arrow to the right"
+    take(photographs)
+    places = {key(path): path for path in (photographs / "data" / "dog").iterdir()}
+    workspace, one = Workspace.find(photographs), places[key(by_review)]
+    name = one.relative_to(photographs / "data").as_posix()
+    sha256 = sha256_file(one)
+    issue = Issue(
+        kind="label_error",
+        severity="warning",
+        files=(name,),
+        score=0.1,
+        threshold=0.5,
+        detail="it looks like a cat",
+        action="look at it",
+        id=issue_id("label_error", [(sha256, "dog")]),
+    )
+    card = Card(issue=issue, files=(CardFile(path=name, label="dog", sha256=sha256, test=after[key(by_review)]),))
+    apply(workspace, [Decision("line 2", card, "relabel:cat")], who="ann", why="why", test_pictures=True)
+    assert set(Clusters.read(photographs).near) == {key(by_review), key(ImageOps.mirror(by_review))}
+    moved = places[key(by_hand)]
+    moved.rename(photographs / "data" / "cat" / "moved.png")
+    if not after[key(by_hand)]:
+        with pytest.raises(PoisonsTest, match="moved.png .cat. shows what .* a frozen test picture"):
+            take(photographs)
+    take(photographs, near_duplicates="exclude")
+    assert len(Clusters.read(photographs).near) == 4
+
+
+def test_no_row_of_a_ledger_that_git_holds_is_forgotten(photographs: Path, tmp_path: Path) -> None:
+    take(photographs, write(tmp_path / "second", cat=[photograph(200 + seed) for seed in range(40)]))
+    second = ledger(photographs)
+    commit(photographs)
+    # Back to the first version, and on from there with other pictures.
+    names = [path.name for path in photographs.glob("data.*") if path.is_file()]
+    git.run(photographs, "checkout", "--quiet", "HEAD~1", "--", *names)
+    transfers.pull(photographs)
+    assert len(ledger(photographs)) == 60
+    take(photographs, write(tmp_path / "third", cat=[photograph(200 + seed) for seed in range(20, 50)]))
+    third = ledger(photographs)
+    assert {picture: third[picture] for picture in second} == second
+    assert len(third) == 110
+    text = (photographs / TEST_LEDGER).read_text()
+    (photographs / TEST_LEDGER).write_text(text.replace(",test", ",rest", 1))
+    with pytest.raises(DataError, match="has 1 picture on another side than git's index has them .* Restore it with"):
+        take(photographs)
 
 
 def test_a_large_cluster_is_asked_about(tmp_path: Path) -> None:
@@ -154,3 +259,8 @@ def test_a_large_cluster_is_asked_about(tmp_path: Path) -> None:
     assert not (root / "data").exists()
     added(root, str(tmp_path / "given"), "--max-cluster-share", "0.4")
     assert len({ledger(root)[key(image)] for image in copies}) == 1
+    # It is asked about again once it has grown, and not before; a picture of it that is away is none of them.
+    take(root, write(tmp_path / "more", cat=[photograph(3)]))
+    (root / "data" / "dog" / "000.png").unlink()
+    with pytest.raises(PoisonsTest, match="12 pictures of 34 .35%. are one cluster"):
+        take(root, write(tmp_path / "again", dog=[one.resize((97, 97), Image.Resampling.LANCZOS)]))
