@@ -17,8 +17,8 @@ from components.out_of_fold import probabilities
 Numbers = npt.NDArray[np.int64]
 
 
-def known(labels: Numbers, embeddings: npt.NDArray[Any] | None = None, **columns: Any) -> Known:
-    """Data of these classes; with embeddings, their out-of-fold probabilities too."""
+def known(labels: Numbers, embeddings: npt.NDArray[Any] | None = None, *, believed: bool = False, **columns: Any) -> Known:
+    """Data of these classes; `believed` with the out-of-fold probabilities of the embeddings, which take a second."""
     n = len(labels)
     names = [f"c{number}" for number in labels]
     facts = {
@@ -37,9 +37,10 @@ def known(labels: Numbers, embeddings: npt.NDArray[Any] | None = None, **columns
     }
     table = pd.DataFrame({**facts, **columns})
     classes = tuple(sorted(set(names)))
+    embeddings = None if embeddings is None else embeddings.astype(np.float32)
     found = None
-    if embeddings is not None:
-        embeddings = embeddings.astype(np.float32)
+    if believed:
+        assert embeddings is not None
         found = probabilities(embeddings, names, classes, list(table["picture"]))
     return Known(table, table.iloc[:0], None, embeddings, found, classes)
 
@@ -66,7 +67,7 @@ def test_labels_that_were_changed_are_found_with_what_they_were() -> None:
     rng = np.random.default_rng(1)
     changed = rng.random(2000) < 0.05
     labels = np.where(changed, (truth + rng.integers(1, 8, 2000)) % 8, truth)
-    issues = look("label_error", known(labels, embeddings))
+    issues = look("label_error", known(labels, embeddings, believed=True))
     rows = np.array(rows_of(issues))
     assert changed[rows].sum() >= 0.9 * changed.sum()
     assert changed[rows].mean() >= 0.75
@@ -81,7 +82,7 @@ def test_labels_that_were_changed_are_found_with_what_they_were() -> None:
 def test_labels_that_are_right_are_left_alone() -> None:
     labels, embeddings = clusters(2000)
     labels[:3] = 8  # a class of three beside classes of hundreds, which no head can know
-    rows = rows_of(look("label_error", known(labels, embeddings)))
+    rows = rows_of(look("label_error", known(labels, embeddings, believed=True)))
     assert len(rows) <= 20
     assert 8 not in labels[rows]
 
@@ -131,7 +132,7 @@ def test_properties_that_tell_little_or_tell_by_chance_are_not_reported() -> Non
     for seed in range(100):
         drawn = np.random.default_rng(seed)
         few = np.repeat([0, 1, 2], 20)
-        columns = {name: drawn.random(60) for name in ("brightness", "contrast", "sharpness", "bytes")}
+        columns: dict[str, Any] = {name: drawn.random(60) for name in ("brightness", "contrast", "sharpness", "bytes")}
         assert look("spurious_correlation", known(few, **columns)) == [], seed
 
 
