@@ -30,6 +30,8 @@ _LEAST_PIXELS = 12
 _LEAST_AGREEMENT, _LEAST_TILE = 0.85, 0.2
 _LEAST_OF_FEW, _MOST_TILES = 0.93, 0.75
 """The agreement of pictures that are plain in more than a quarter of their tiles: outlines alone are soon alike."""
+_LEAST_OF_DRAWN, _FEWEST_TILES = 0.985, 0.35
+"""The agreement of what is drawn in black and white, and tells in hardly any tile: two sevens by one hand are not one."""
 _TELLING = 64
 _DIFFERENT_AGREEMENT, _DIFFERENT_TILE = 0.3, -0.1
 """What has less than this at this many pixels is another picture."""
@@ -75,6 +77,7 @@ class Alignment:
     def same(self) -> bool:
         """Whether the two are one picture."""
         least = _LEAST_AGREEMENT if self.told >= _MOST_TILES else _LEAST_OF_FEW
+        least = least if self.told >= _FEWEST_TILES else _LEAST_OF_DRAWN
         return self.agreement >= least and self.worst >= _LEAST_TILE
 
 

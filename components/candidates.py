@@ -45,6 +45,9 @@ _KEPT = 16
 _STEPS, _LEAST_SHARE = 5, 0.4
 """Steps in which a box is moved, and the least share of a side that it leaves."""
 _LEAST_AGREEMENT = 0.75
+_LEAST_OF_DRAWN, _LEAST_SHADED = 0.92, 0.35
+"""The agreement of thumbnails of which less than this share is neither black nor white: drawings are soon alike."""
+_BLACK, _WHITE = 8, 247
 _PLACES = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE
 _CHUNK = 256
 
@@ -123,8 +126,10 @@ def refined(thumbnails: npt.NDArray[np.uint8], found: Sequence[Candidate]) -> li
         for _ in range(_STEPS):
             boxes = _moved(whole, part, boxes)
         agreements = _agreements(_seen(whole, boxes), part)
-        for each, box, agreement in zip(chunk, boxes.tolist(), agreements.tolist(), strict=True):
-            if agreement >= _LEAST_AGREEMENT:
+        shaded = np.minimum(*(((side > _BLACK) & (side < _WHITE)).mean(axis=(1, 2)) for side in (whole, part)))
+        enough = agreements >= np.where(shaded < _LEAST_SHADED, _LEAST_OF_DRAWN, _LEAST_AGREEMENT)
+        for each, box, kept_one in zip(chunk, boxes.tolist(), enough.tolist(), strict=True):
+            if kept_one:
                 kept.append(dataclasses.replace(each, box=(box[0], box[1], box[2], box[3])))
     return kept
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+from components import plugins
 from components.contracts.issues import Pair
 from components.duplicates import SIZE, clusters_of, descriptor, pairs
 from components.images import Picture, pixel_digest
@@ -118,6 +119,21 @@ def test_parts_of_one_line_are_no_copies_of_each_other_and_their_own_copies_are_
     images["03 copy"] = jpeg(images["03"], 70)
     images["07 copy"] = images["07"].crop((20, 0, 256, 256))
     assert [(pair.first, pair.second) for pair in looked_through(images)] == [("03", "03 copy"), ("07", "07 copy")]
+
+
+def test_digits_written_by_hand_are_seldom_copies_of_each_other_and_their_own_copies_are_found(tmp_path: Path) -> None:
+    plugins.load("sources", "digits").fetch(out=tmp_path)
+    images: dict[str, Image.Image] = {path.name: Image.open(path) for path in sorted((tmp_path / "1").iterdir())[:200]}
+    originals = sorted(images)[::40]
+    for name in originals:
+        images[f"{name} stored"] = jpeg(images[name].convert("RGB"), 85).convert("L")
+        images[f"{name} mirrored"] = ImageOps.mirror(images[name])
+        images[f"{name} larger"] = images[name].resize((42, 42), Image.Resampling.BICUBIC)
+    found = looked_through(images)
+    alone = {tuple(sorted({pair.first.split(" ")[0], pair.second.split(" ")[0]})) for pair in found}
+    assert {(name,) for name in originals} <= alone
+    assert len(alone) - len(originals) <= 5
+    assert {name for name in images if " " in name} <= {path for pair in found for path in (pair.first, pair.second)}
 
 
 def test_two_photographs_of_a_burst_are_no_copies() -> None:
