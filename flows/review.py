@@ -126,6 +126,7 @@ def apply_file(
     who: str,
     why: str,
     test_pictures: bool = False,
+    new_classes: Collection[str] = (),
     dry_run: bool = False,
 ) -> Applied:
     """Make the next data version by what a person filled into a review's CSV file; all of it or nothing.
@@ -141,7 +142,17 @@ def apply_file(
         )
     versions = {row.values["data_version"] for row in rows}
     others = [card for version in versions for card in asked(workspace, version).values()]
-    return apply(workspace, found, others, who=who, why=why, test_pictures=test_pictures, dry_run=dry_run, place=str(file))
+    return apply(
+        workspace,
+        found,
+        others,
+        who=who,
+        why=why,
+        test_pictures=test_pictures,
+        new_classes=new_classes,
+        dry_run=dry_run,
+        place=str(file),
+    )
 
 
 def apply(
@@ -152,13 +163,15 @@ def apply(
     who: str,
     why: str,
     test_pictures: bool = False,
+    new_classes: Collection[str] = (),
     dry_run: bool = False,
     place: str = "the review",
 ) -> Applied:
     """Make the next data version by decisions on cards; all of it or nothing. A run that was killed is completed first.
 
     `others` are the cards that were asked beside them. Files leave data/ by a decision alone, and stay in DVC's cache.
-    Raises DataError with every problem, also for frozen test pictures without `test_pictures`.
+    Raises DataError with every problem, also for frozen test pictures without `test_pictures` and for a label that is
+    neither a class nor one of `new_classes`; ConfigError for one of these that cannot be the name of a class.
     """
     applying.check_words(who, why)
     with contextlib.nullcontext() if dry_run else workspace.locked(PURPOSE):
@@ -178,7 +191,9 @@ def apply(
         if not new and not problems:
             return completed or Applied(version, {}, (), 0, num_already, (), (), "", dry_run)
         problems += applying.unchanged(workspace, new, there)
-        outcome = decide(new, applying.classes_of(there))
+        classes = applying.classes_of(there)
+        applying.check_new_classes(workspace, new_classes, classes)
+        outcome = decide(new, {*classes, *new_classes})
         problems += outcome.problems
         if not test_pictures:
             problems += [
@@ -201,6 +216,7 @@ def apply(
             notes=applying.notes(outcome, there, moves),
             message=applying.message(who, why, outcome, num_fine),
             dry_run=dry_run,
+            completed=completed is not None,
         )
         if dry_run:
             return applied

@@ -29,6 +29,11 @@ def is_text(name: str) -> bool:
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
+def for_spreadsheets(value: str) -> str:
+    """A value of a CSV file that no spreadsheet takes for a formula: the name of a file may begin like one."""
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun in the right form: `1 class`, `2 classes`, `0 images`, `3 epochs`."""
     hissing = noun.endswith(("s", "x", "ch", "sh")) and not noun.endswith("epoch")

@@ -85,6 +85,9 @@ def data_review_apply(
         bool,
         typer.Option("--test-pictures", help="Frozen test pictures may be relabelled and removed, too."),
     ] = False,
+    new_class: Annotated[
+        list[str] | None, typer.Option(help="A label that decisions may give though no class has it yet; may be repeated.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would become of the data.")] = False,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
@@ -96,7 +99,15 @@ def data_review_apply(
     from flows.review import apply_file
     from flows.workspace.workspace import Workspace
 
-    applied = apply_file(Workspace.find(workspace), file, who=as_, why=reason, test_pictures=test_pictures, dry_run=dry_run)
+    applied = apply_file(
+        Workspace.find(workspace),
+        file,
+        who=as_,
+        why=reason,
+        test_pictures=test_pictures,
+        new_classes=new_class or (),
+        dry_run=dry_run,
+    )
     answer = {
         "data_version": applied.data_version,
         "relabelled": dict(applied.relabelled),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +15,7 @@ from components.contracts.errors import ConfigError, DataError
 from components.contracts.records import canonical_json
 from components.contracts.wording import counted
 from components.reviews import Review, add_reviews
+from components.samples import alike, class_name_problem
 from components.store import sha256_file, write_atomically
 from flows.reviewing.cards import Card
 from flows.reviewing.deciding import Decision, Outcome
@@ -76,10 +77,26 @@ def unchanged(workspace: Workspace, decisions: Iterable[Decision], there: Mappin
     for decision in decisions:
         for file in decision.card.files:
             if file.path not in there:
-                problems.append(f"{decision.place}: {file.path} is not in this data version any more")
+                problems.append(
+                    f"{decision.place}: {file.path} is not in this data version any more; what is left of it is asked by "
+                    f"`visionloop data review`"
+                )
             elif file.sha256 != content(file.path):
                 problems.append(f"{decision.place}: {file.path} has other bytes than when it was asked about")
     return problems
+
+
+def check_new_classes(workspace: Workspace, names: Iterable[str], there: Collection[str]) -> None:
+    """Raise ConfigError for a name that no new class beside those that are `there` can have."""
+    for name in names:
+        twin = next((label for label in there if alike(label) == alike(name)), None)
+        problem = class_name_problem(name)
+        if twin is not None and twin != name:
+            problem = f"it differs from the class {twin!r} only in how it is written"
+        elif twin is None and (workspace.data / name).is_file():
+            problem = f"{workspace.data / name} is a file"
+        if problem:
+            raise ConfigError(f"--new-class {name[:80]!r} cannot be the name of a class: {problem}")
 
 
 def classes_of(paths: Iterable[str]) -> set[str]:
@@ -127,7 +144,8 @@ def message(who: str, why: str, outcome: Outcome, num_not_a_problem: int) -> str
 def notes(outcome: Outcome, there: Iterable[str], moves: Mapping[str, str | None]) -> tuple[str, ...]:
     """What a person should know of what comes of it."""
     left = {*there, *(target for target in moves.values() if target)} - moves.keys()
-    told = [f"class {label!r} has no image left" for label in sorted(classes_of(there) - classes_of(left))]
+    told = [f"class {label!r} is new" for label in sorted(classes_of(left) - classes_of(there))]
+    told += [f"class {label!r} has no image left" for label in sorted(classes_of(there) - classes_of(left))]
     if outcome.test:
         shown = ", ".join(list(outcome.test)[:5]) + (", ..." if len(outcome.test) > 5 else "")
         told.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def normalised(said: str) -> str:
 
 
 def decide(decisions: Sequence[Decision], classes: Collection[str]) -> Outcome:
-    """Work out what decisions do to files; `classes` are the labels that there are."""
+    """Work out what decisions do to files; `classes` are the labels that can be given."""
     problems: list[str] = []
     wanted: dict[str, dict[str, list[Decision]]] = defaultdict(lambda: defaultdict(list))
     """Decisions by path and by what becomes of it: a label, or "" where it leaves."""
@@ -118,7 +119,10 @@ def _problem(decision: Decision, classes: Collection[str]) -> str:
     label = card.label if said == "accept" else label
     if label and label not in classes:
         shown = ", ".join(sorted(classes)[:20])
-        return f"there is no class {label[:80]!r}; classes: {shown}{', ...' if len(classes) > 20 else ''}"
+        return (
+            f"there is no class {label[:80]!r}; classes: {shown}{', ...' if len(classes) > 20 else ''}; where a new one is "
+            f"meant: --new-class {shlex.quote(label[:80])}"
+        )
     if word == "relabel" and not label:
         return "relabel: names no label; expected relabel:LABEL"
     if word == "relabel" and not card.not_labelled(label):

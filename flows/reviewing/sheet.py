@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.contracts.errors import DataError
-from components.contracts.wording import counted
+from components.contracts.wording import counted, for_spreadsheets
 from flows.reviewing.cards import Card
 from flows.reviewing.deciding import Decision, normalised
 
@@ -47,12 +47,7 @@ def asked_row(version: str, card: Card) -> dict[str, str]:
         "twin": shown,
         "proposal": proposal,
     }
-    return {name: _cell(value) for name, value in values.items()}
-
-
-def _cell(value: str) -> str:
-    """A value that no spreadsheet takes for a formula: the name of a file may begin like one."""
-    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return {name: for_spreadsheets(value) for name, value in values.items()}
 
 
 def text(rows: Sequence[Mapping[str, str]]) -> bytes:
@@ -150,7 +145,7 @@ def decisions(path: Path, rows: Sequence[Row], asked: Callable[[str], Mapping[st
         if changed:
             problems.append(f"{place}: {changed}; only {' and '.join(ANSWERED)} are to be filled")
             continue
-        said, note = normalised(values["decision"]), " ".join(values["note"].split())[:_MAX_NOTE]
+        said, note = normalised(values["decision"]), _one_line(values["note"])[:_MAX_NOTE]
         if not said:
             continue
         before = found.get(issue)
@@ -159,6 +154,10 @@ def decisions(path: Path, rows: Sequence[Row], asked: Callable[[str], Mapping[st
         found.setdefault(issue, Decision(place, card, said, note))
     refuse(path, problems)
     return list(found.values())
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def _changed(values: Mapping[str, str], asked: Mapping[str, str]) -> str:

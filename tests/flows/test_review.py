@@ -20,7 +20,7 @@ from shapes import SMOKE, commit, make_workspace, visionloop
 
 from components import attributes, dataversions, transfers
 from components.companions import ATTRIBUTES, TEST_LEDGER
-from components.contracts.errors import DataDiffers, DataError
+from components.contracts.errors import ConfigError, DataDiffers, DataError
 from components.contracts.issues import Issue, issue_id
 from components.images import decode, pixel_digest
 from components.reviews import reviews
@@ -33,8 +33,8 @@ from flows.reviewing.cards import Card, CardFile, cards_of
 from flows.workspace.workspace import Workspace
 
 
-def apply_it(workspace: Workspace, file: Path, *, test_pictures: bool = False, dry_run: bool = False) -> Applied:
-    return apply_file(workspace, file, who="ann", why="second look", test_pictures=test_pictures, dry_run=dry_run)
+def apply_it(workspace: Workspace, file: Path, **asked: Any) -> Applied:
+    return apply_file(workspace, file, who="ann", why="second look", **asked)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_a_sheet_counts_as_spreadsheets_of_all_languages_write_it(workspace: Wor
         shutil.copyfile(workspace.data / first.path, workspace.data / each.path)
     dataversions.pin(workspace.root)
     cards = [card("dark", each, score=0.25) for each in named]
-    file = filled(questions(workspace, *cards), dict.fromkeys(cards, "not_a_problem"), note='"odd"; 1,5 \u00e9')
+    file = filled(questions(workspace, *cards), dict.fromkeys(cards, "not_a_problem"), note='"odd";\x00 1,5 \u00e9')
     text = file.read_bytes().decode("utf-8-sig")
     rows = [[{"007": "7", "true": "TRUE"}.get(value, value) for value in row] for row in csv.reader(text.splitlines())]
     rows[1][3], rows[2][3] = "0,25", "25. Jan"
@@ -316,6 +316,8 @@ def test_a_sheet_counts_as_spreadsheets_of_all_languages_write_it(workspace: Wor
         writer.writerows([*rows, [""] * len(rows[0])])
         file.write_bytes(written.getvalue().encode(encoding))
         assert apply_it(workspace, file, dry_run=True).num_not_a_problem == 2
+    apply_it(workspace, file)
+    assert {each.note for each in reviews(workspace.root).values()} == {'"odd"; 1,5 \u00e9'}
     rows[1][7] = "disc"  # a candidate that was written by hand would be accepted for another one
     file.write_bytes(sheet.text([dict(zip(rows[0], row, strict=True)) for row in rows[1:]]))
     with pytest.raises(DataError, match="nothing was changed"):
@@ -438,7 +440,7 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspace, window: Browser, tmp_path: Path) -> None:
-    _, (first, second, third, fourth, *_) = sides(files_of(workspace))
+    _, (first, second, third, fourth, fifth, *_) = sides(files_of(workspace))
     hostile = "<img src=x onerror=\"document.title='broken'\">"
     named = CardFile(path=f"cross/{hostile}.png", label="cross", sha256=first.sha256, test=False)
     (workspace.data / first.path).rename(workspace.data / named.path)
@@ -448,6 +450,7 @@ def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspa
         card("near_duplicate", second, third, candidate=third.path, score=0.2),
         card("blurred", fourth, score=0.3),
         card("imbalance", score=0.4),
+        card("outlier", fifth, score=0.5),
     ]
     asked = questions(workspace, *cards)
     assert asked.page is not None
@@ -459,8 +462,8 @@ def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspa
     def keys(text: str) -> None:
         window.type(".card.here", text)
 
-    assert (here(), window.text("#progress")) == ("label error", "0 of 4 decided")
-    window.wait_for(lambda: window.script("return [...document.images].filter((one) => one.naturalWidth).length") == 7)
+    assert (here(), window.text("#progress")) == ("label error", "0 of 5 decided")
+    window.wait_for(lambda: window.script("return [...document.images].filter((one) => one.naturalWidth).length") >= 7)
     assert hostile in window.text(".card.here figcaption")
     keys("a")
     assert here() == "near duplicate"
@@ -473,11 +476,19 @@ def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspa
     keys("x")  # an issue about no file has nothing to remove
     assert window.text(".card.here .said").startswith("No file is named here")
     keys("n")
-    assert window.text("#progress") == "4 of 4 decided, not saved"
+    held = "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'x', repeat: true, bubbles: true}))"
+    window.script(held.replace("document.", "document.querySelector('.card.here').", 1))  # decides nothing
+    assert window.text("#progress") == "4 of 5 decided, not saved"
+    keys("r")
+    window.type("#label", "red fox")
+    assert window.text("#choices") == "new class: red fox"
+    window.type("#label", "\ue007")
+    assert "--as YOU --reason WHY --new-class 'red fox'" in window.text("main p")
+    assert window.text("#progress") == "5 of 5 decided, not saved"
     window.click("#open")
     assert window.text("#nothing") == "No card is left to show."
     window.open(asked.page.as_uri())
-    assert window.text("#progress") == "4 of 4 decided"
+    assert window.text("#progress") == "5 of 5 decided"
     keys("\ue012\ue012j")  # two back are none, as it begins at the first card; one on
     assert here() == "near duplicate"
     keys("u")
@@ -498,10 +509,19 @@ def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspa
     for width, height in ((390, 800), (1200, 900)):
         window.call("POST", "/window/rect", width=width, height=height)
         assert window.script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width
-    assert window.script("return document.title") == "Review of 4 issues · visionloop"
+    assert window.script("return document.title") == "Review of 5 issues · visionloop"
     assert window.complaints() == []
-    applied = apply_it(workspace, folder / "review.csv")
-    assert (set(applied.relabelled), applied.removed) == ({named.path}, (fourth.path, second.path))
+    with pytest.raises(DataError) as caught:
+        apply_it(workspace, folder / "review.csv")
+    assert "there is no class 'red fox'" in caught.value.__notes__[0]
+    assert "where a new one is meant: --new-class 'red fox'" in caught.value.__notes__[0]
+    for name in ("Disc", "a/b", ".hidden"):
+        with pytest.raises(ConfigError, match="cannot be the name of a class"):
+            apply_it(workspace, folder / "review.csv", new_classes=["red fox", name])
+    applied = apply_it(workspace, folder / "review.csv", new_classes=["red fox"])
+    assert (set(applied.relabelled), applied.removed) == ({named.path, fifth.path}, (fourth.path, second.path))
+    assert applied.relabelled[fifth.path] == f"red fox/{Path(fifth.path).name}"
+    assert applied.notes == ("class 'red fox' is new",)
     assert reviews(workspace.root)[cards[2].issue.id].note == 'smeared, with "dirt"'
 
 

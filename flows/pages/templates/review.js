@@ -4,6 +4,7 @@ const data = JSON.parse(at("data").textContent);
 const SHOWN_CLASSES = 12;
 const NO_FILE = "No file is named here: N, or leave it open.";
 const kept = "visionloop review " + data.version;
+const classes = new Set(data.classes);
 let here = 0, unsaved = false, saved = false, keeps = true, decided = {};
 
 function element(kind, text, style) {
@@ -14,7 +15,7 @@ function element(kind, text, style) {
 }
 
 try {
-  decided = JSON.parse(localStorage.getItem(kept) || "{}");
+  decided = JSON.parse(localStorage.getItem(kept)) || {};
 } catch {
   keeps = false;
 }
@@ -104,9 +105,15 @@ function shown(index) {
   return (!at("kind").value || data.cards[index].kind === at("kind").value) && (!at("open").checked || !said(data.cards[index]));
 }
 
+function newClasses() {
+  const given = data.cards.map(said).filter((decision) => decision.startsWith("relabel:")).map((decision) => decision.slice(8));
+  return [...new Set(given)].filter((label) => !classes.has(label));
+}
+
 function told() {
   const done = data.cards.filter(said).length;
   at("progress").textContent = done + " of " + data.cards.length + " decided" + (unsaved ? ", not saved" : saved ? ", saved as " + data.csv_name + " among the downloads" : "");
+  at("new").textContent = newClasses().map((label) => " --new-class '" + label.replaceAll("'", "'\\''") + "'").join("");
 }
 
 function show(index) {
@@ -161,15 +168,17 @@ function undo(index) {
 }
 
 function matching() {
-  const typed = at("label").value.toLowerCase(), own = data.cards[here].labels;
-  const found = data.classes.filter((name) => !(own.length === 1 && own[0] === name) && name.toLowerCase().includes(typed));
+  const typed = at("label").value.trim().toLowerCase(), own = data.cards[here].labels;
+  const given = at("label").value.trim(), found = data.classes.filter((name) => !(own.length === 1 && own[0] === name) && name.toLowerCase().includes(typed));
   const rank = (name) => name.toLowerCase() === typed ? 0 : name.toLowerCase().startsWith(typed) ? 1 : 2;
-  return found.sort((a, b) => rank(a) - rank(b)).slice(0, SHOWN_CLASSES);
+  const best = found.sort((a, b) => rank(a) - rank(b)).slice(0, SHOWN_CLASSES);
+  // A class of another name is the last choice, so that a slip of the finger makes none.
+  return given && !data.classes.some((name) => name.toLowerCase() === typed) ? [...best, given] : best;
 }
 
 function choices() {
   at("choices").replaceChildren(...matching().map((name) => {
-    const made = element("button", name, "name");
+    const made = element("button", classes.has(name) ? name : "new class: " + name, "name");
     made.type = "button";
     made.addEventListener("click", () => relabel(name));
     return made;
@@ -232,15 +241,19 @@ const KEYS = {
   s: save,
 };
 
+const WALKING = ["j", "k", "arrowright", "arrowleft"];
+
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || at("dialog").open) return;
   if (event.target.closest("input:not([type=checkbox]), select")) {
     if (event.key === "Escape" || event.key === "Enter") { event.preventDefault(); go(here); }
     return;
   }
-  const act = KEYS[event.key.toLowerCase()];
+  const key = event.key.toLowerCase(), act = KEYS[key];
   if (!act || !cards.length) return;
   event.preventDefault();
+  // A key that is held down walks through the cards, and decides nothing of those that it comes to.
+  if (event.repeat && !WALKING.includes(key)) return;
   act();
 });
 at("label").addEventListener("input", choices);
