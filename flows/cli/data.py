@@ -281,9 +281,19 @@ def data_pull(
 
 @data_app.command("suggest")
 def data_suggest(
-    source: Annotated[Path, typer.Argument(help="A folder of unlabelled pictures, also in sub-folders.")],
     out: Annotated[Path, typer.Option("--out", help="The new folder that the batch is written to.")],
     model: Annotated[str, typer.Option("--model", "-m", help="The model whose champion is asked.")],
+    source: Annotated[
+        Path | None, typer.Argument(help="A folder of unlabelled pictures, also in sub-folders; none with --captured.")
+    ] = None,
+    from_captures: Annotated[
+        bool,
+        typer.Option(
+            "--captured",
+            help="Choose among what servers of this workspace were asked of the model and kept (serve --capture-share), and "
+            "nobody labelled. The batch holds copies, which `predictions erase` does not reach.",
+        ),
+    ] = False,
     most: Annotated[int, typer.Option("--most", min=1, help="Most pictures of the batch.")] = 100,
     pseudo_labels: Annotated[
         float | None,
@@ -306,6 +316,8 @@ def data_suggest(
     from flows.workspace.settings import prepare_environment
     from flows.workspace.workspace import Workspace
 
+    if (source is None) is not from_captures:
+        raise ConfigError("name a folder of pictures or --captured, one of them")
     found = Workspace.find(workspace)
     prepare_environment(found.state)
     with (

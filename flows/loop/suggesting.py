@@ -1,4 +1,4 @@
-"""`data suggest`: the smallest useful batch to label, out of a folder of unlabelled pictures, and how it comes back.
+"""`data suggest`: the smallest useful batch to label, out of a folder of unlabelled pictures or of those that a server kept.
 
 The champion answers all of them (resumable, as `predict` does); those worth a person's look are copied into a folder with a
 manifest to fill in, a sheet to look at, and tasks for Label Studio. What the model is sure of may become pseudo-labels,
@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +20,22 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
+from components.clusters import Clusters
 from components.companions import TEST_LEDGER
 from components.contracts.errors import ConfigError, DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
 from components.contracts.records import sha256_text
+from components.contracts.wording import for_spreadsheets
 from components.formats import suffix_of
 from components.images import decode, pixel_digest
 from components.releases import REFERENCE
 from components.splitting import TestLedger
+from components.store import write_atomically
 from components.suggestions import Suggestion, suggest
 from components.tables import read_frame
+from flows.loop.labels import known_predictions
 from flows.loop.serving import Batch, open_batch, predict
+from flows.loop.windows import capture_path, captured, open_loop
 from flows.pages.figures import environment, thumbnail
 from flows.workspace.workspace import Workspace
 
@@ -88,7 +93,7 @@ class Suggested:
 def suggest_labels(
     workspace: Workspace,
     model: str,
-    source: Path,
+    source: Path | None,
     *,
     out: Path,
     most: int,
@@ -97,26 +102,28 @@ def suggest_labels(
 ) -> Suggested:
     """Write the pictures of `source` that are worth a label into the new folder `out`, all or nothing.
 
+    Without a source the pool is what servers of this workspace were asked of the model and kept, and nobody labelled.
     With `pseudo_labels`, every other picture that is answered with at least this confidence comes with the answer as its
     label. Raises ConfigError for a source without images, a folder that is taken or a model without a champion, DataError
     where no picture was answered.
     """
-    if not source.is_dir():
+    if source is not None and not source.is_dir():
         raise ConfigError(f"{source} is not a folder of pictures")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already; name a new folder with --out")
-    batch = open_batch(workspace, model, str(source), shard_size=2000, embeddings=True)
+    folder, inputs = (source, source) if source is not None else _captured(workspace, model)
+    batch = open_batch(workspace, model, str(inputs), shard_size=2000, embeddings=True)
     answers = (
         workspace.cache / "suggestions" / sha256_text(f"{batch.release.record.digest()} {batch.inputs.fingerprint}")[:32]
     )
     done = predict(batch, str(answers), progress=progress)
     table = _answered(answers)
     if table.empty:
-        raise DataError(f"no picture of {source} could be answered; see `visionloop predict {source}` for the reasons")
-    pool = _Pool(source, table, batch)
+        raise DataError(f"no picture of {inputs} could be answered; see `visionloop predict {inputs}` for the reasons")
+    pool = _Pool(folder, table, batch, Clusters.read(workspace.root).files)
     ledger = workspace.root / TEST_LEDGER
     members = TestLedger.read(ledger).members if ledger.exists() else {}
-    chosen, known = pool.choose(members, most)
+    chosen = pool.choose(members, most)
     written = workspace.state / "tmp" / f"suggest-{uuid.uuid4().hex}"
     try:
         _write(written, pool, chosen, model=model, version=batch.route.version)
@@ -128,7 +135,35 @@ def suggest_labels(
     finally:
         shutil.rmtree(written, ignore_errors=True)
     shutil.rmtree(answers, ignore_errors=True)
-    return Suggested(out, model, batch.route.version, len(table), known, done.errors, tuple(chosen.values()), num_pseudo)
+    return Suggested(
+        out, model, batch.route.version, len(table), pool.num_known, done.errors, tuple(chosen.values()), num_pseudo
+    )
+
+
+def _captured(workspace: Workspace, model: str) -> tuple[Path, Path]:
+    """The folder of captures, and a table of those that the model was asked and nobody labelled.
+
+    Raises DataError where there are none.
+    """
+    import pandas as pd
+
+    loop = open_loop(workspace.root, model)
+    there, labelled = captured(workspace), loop.labels.latest(loop.model).keys()
+    asked = sorted((there & known_predictions(loop)[1]) - labelled)
+    if not asked:
+        raise DataError(
+            f"no image that {model} was asked in production is captured and unlabelled ({len(there)} captured, "
+            f"{len(labelled)} labelled); serve with --capture-share, or name a folder of pictures"
+        )
+    folder = capture_path(workspace, asked[0]).parents[1]
+    paths = [capture_path(workspace, sha256) for sha256 in asked]
+    table = pd.DataFrame({"name": [path.relative_to(folder).as_posix() for path in paths], "path": list(map(str, paths))})
+    data = io.BytesIO()
+    table.to_parquet(data, index=False)
+    listed = workspace.cache / "suggestions" / f"captured-{model}.parquet"
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(listed, data.getvalue())
+    return folder, listed
 
 
 def _answered(answers: Path) -> pd.DataFrame:
@@ -143,8 +178,11 @@ def _answered(answers: Path) -> pd.DataFrame:
 class _Pool:
     """The pictures of a source with what the champion makes of them."""
 
-    def __init__(self, source: Path, table: pd.DataFrame, batch: Batch) -> None:
+    def __init__(self, source: Path, table: pd.DataFrame, batch: Batch, files: Container[str]) -> None:
+        """`files` are those that the data has seen, by the first 32 digits of their sha256."""
         self.source, self.table = source, table
+        self._known_files = {row for row, sha256 in enumerate(table["image_sha256"]) if sha256[:32] in files}
+        self.num_known = 0
         self.classes = batch.release.record.engine.classes
         self._embeddings = np.stack(list(table["embedding"])).astype(np.float32)
         self._confidence = table["confidence"].to_numpy(np.float32)
@@ -154,9 +192,9 @@ class _Pool:
     def path(self, row: int) -> Path:
         return self.source / str(self.table["name"].iloc[row])
 
-    def choose(self, members: Mapping[str, bool], most: int) -> tuple[dict[int, Chosen], int]:
-        """What to label, by row, best first, and how many pictures the data was found to hold already."""
-        left = np.arange(len(self.table))
+    def choose(self, members: Mapping[str, bool], most: int) -> dict[int, Chosen]:
+        """What to label, by row, best first; `num_known` tells then how many pictures the data was found to hold already."""
+        left = np.setdiff1d(np.arange(len(self.table)), list(self._known_files))
         looked: dict[int, bool] = {}
         while True:
             found = suggest(self._embeddings[left], self._confidence[left], self._known, most=most)
@@ -166,10 +204,11 @@ class _Pool:
             if not known:
                 break
             left = np.setdiff1d(left, known)
-        chosen = {row: self._chosen(row, number, each) for number, (row, each) in enumerate(rows.items(), 1)}
-        return chosen, sum(looked.values())
+        self.num_known = len(self._known_files) + sum(looked.values())
+        return {row: self._chosen(row, number, each) for number, (row, each) in enumerate(rows.items(), 1)}
 
     def _is_known(self, row: int, members: Mapping[str, bool]) -> bool:
+        """By its pixels, whatever file they are stored in."""
         return bool(members) and _digest_of(self.path(row)) in members
 
     def _chosen(self, row: int, number: int, each: Suggestion) -> Chosen:
@@ -191,7 +230,7 @@ class _Pool:
     def sure(self, least: float, but: Mapping[int, Chosen]) -> Iterator[int]:
         """Rows that are answered with at least this confidence and are not suggested."""
         for row in np.flatnonzero((self._confidence >= least) & ~self.table["unsure"].to_numpy(bool)):
-            if int(row) not in but:
+            if int(row) not in but and int(row) not in self._known_files:
                 yield int(row)
 
 
@@ -209,10 +248,16 @@ def _write(folder: Path, pool: _Pool, chosen: Mapping[int, Chosen], *, model: st
         shutil.copyfile(pool.path(row), folder / one.path)
     columns = ["path", "label", "proposal", "confidence", "why", "found_as"]
     lines = [
-        {**{name: getattr(one, name, "") for name in columns}, "confidence": f"{one.confidence:.4f}"}
+        {
+            **{name: getattr(one, name, "") for name in columns},
+            "confidence": f"{one.confidence:.4f}",
+            "proposal": for_spreadsheets(one.proposal),
+            "found_as": for_spreadsheets(one.found_as),
+        }
         for one in chosen.values()
     ]
-    _write_table(folder / MANIFEST, columns, lines)
+    # With a byte order mark, by which spreadsheets know that it is UTF-8.
+    _write_table(folder / MANIFEST, columns, lines, encoding="utf-8-sig")
     classes = sorted({*pool.classes, *(one.proposal for one in chosen.values())})
     tasks = [_task(one, f"{model} version {version}") for one in chosen.values()]
     (folder / TASKS).write_text(json.dumps(tasks, indent=1, ensure_ascii=False))
@@ -230,12 +275,12 @@ def _write(folder: Path, pool: _Pool, chosen: Mapping[int, Chosen], *, model: st
     (folder / SHEET).write_text(page)
 
 
-def _write_table(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+def _write_table(path: Path, columns: list[str], rows: list[dict[str, Any]], *, encoding: str = "utf-8") -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path.write_text(text.getvalue(), encoding="utf-8")
+    path.write_text(text.getvalue(), encoding=encoding)
 
 
 def _task(one: Chosen, by: str) -> dict[str, Any]:

@@ -31,6 +31,10 @@ def test_what_is_unsure_new_and_unlike_the_others_is_suggested_first() -> None:
     assert all(each.is_unlike == (each.row >= 80) for each in found)
     assert [each.gain for each in found] == sorted((each.gain for each in found), reverse=True)
     assert found[0].gain == 1
+    # The length of an embedding says nothing.
+    lengths = RNG.uniform(0.1, 10, (len(pool), 1)).astype(np.float32)
+    assert [each.row for each in suggest(pool * lengths, confidence, 3 * known, most=20)] == rows
+    assert [each.row for each in suggest(pool, confidence, known, most=1)] == rows[:1]
 
 
 def test_pictures_that_are_known_already_are_never_suggested() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from looped import MODEL, predict
 from PIL import Image
 from served import png
 from shapes import KINDS, visionloop
 
-from components.images import decode
+from components.images import decode, pixel_digest
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,8 @@ def pool(decided: Path, tmp_path: Path) -> Path:
     shutil.copy(folder / "deeper" / "odd-0.jpg", folder / "again.jpg")
     for number, path in enumerate(sorted((decided / "data").rglob("*.png"))[:6]):
         shutil.copy(path, folder / f"known-{number}.png")
+        if number >= 3:  # the same pixels in other bytes
+            Image.open(path).save(folder / f"known-{number}.png", compress_level=1)
     (folder / "notes.txt").write_text("no picture")
     return folder
 
@@ -66,7 +70,8 @@ def test_the_smallest_useful_batch_is_written_and_what_is_sure_becomes_pseudo_la
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.strip().splitlines()[-1])
     assert (told["num_pool"], told["errors"]) == (24 + 5 + 6, 1)
-    rows = list(csv.DictReader((out / "suggestions.csv").read_text().splitlines()))
+    assert 3 <= told["num_known"] <= 6
+    rows = list(csv.DictReader((out / "suggestions.csv").read_text(encoding="utf-8-sig").splitlines()))
     assert 0 < len(rows) == len(told["chosen"]) <= 8
     assert rows[0]["found_as"].startswith("deeper/odd-") or rows[0]["found_as"] == "again.jpg"
     assert not [row for row in rows if row["found_as"].startswith("known-")]
@@ -82,15 +87,41 @@ def test_the_smallest_useful_batch_is_written_and_what_is_sure_becomes_pseudo_la
     assert {row["label_source"] for row in pseudo} == {"model"}
     assert min(float(row["confidence"]) for row in pseudo) >= 0.5
     chosen = {(out / row["path"]).read_bytes() for row in rows}
-    data = {path.read_bytes() for path in (decided / "data").rglob("*.png")}
+    data = {pixel_digest(decode(path.read_bytes())) for path in (decided / "data").rglob("*.png")}
     for row in pseudo:
         content = (out / row["path"]).read_bytes()
-        decode(content)
         assert content not in chosen
-        assert content not in data
+        assert pixel_digest(decode(content)) not in data
     again = visionloop(*arguments, cwd=decided)
     assert again.returncode == 2
     assert f"{out} is there already" in again.stderr
+
+
+def test_what_a_server_kept_and_nobody_labelled_is_a_pool_too(decided: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(decided, tmp_path / "workspace", symlinks=True))
+    arguments = ("data", "suggest", "--captured", "--model", MODEL, "--json", "--out")
+    done = visionloop(*arguments, str(tmp_path / "none"), cwd=root)
+    assert (done.returncode, "0 captured" in done.stderr) == (2, True), done.stderr
+    ids = predict(root, 12, capture=True)
+    captures = root / ".visionloop" / "serving" / "captures"
+    (captures / "erased.jsonl").write_text("")
+    other = png("disc", 77_000)  # another model was asked
+    name = hashlib.sha256(other).hexdigest()
+    (captures / name[:2]).mkdir(exist_ok=True)
+    (captures / name[:2] / name).write_bytes(other)
+    (tmp_path / "labels.csv").write_text(f"prediction_id,label\n{ids[0]},{KINDS[0]}\n")
+    assert visionloop("labels", "import", str(tmp_path / "labels.csv"), "--as", "ann", cwd=root).returncode == 0
+    done = visionloop(*arguments, str(tmp_path / "batch"), "--pseudo-labels", "0.5", cwd=root)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert (told["num_pool"], told["errors"]) == (11, 0)
+    rows = list(csv.DictReader((tmp_path / "batch" / "suggestions.csv").read_text(encoding="utf-8-sig").splitlines()))
+    assert rows
+    for row in rows:
+        assert (tmp_path / "batch" / row["path"]).read_bytes() == (captures / row["found_as"]).read_bytes()
+        assert Path(row["path"]).suffix == ".png"
+    both = visionloop(*arguments, str(tmp_path / "both"), str(tmp_path), cwd=root)
+    assert (both.returncode, "one of them" in both.stderr) == (2, True), both.stderr
 
 
 def test_a_pool_that_nothing_can_be_suggested_of_is_refused(decided: Path, tmp_path: Path) -> None:
