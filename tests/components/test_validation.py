@@ -40,7 +40,12 @@ def test_good_images_are_kept_with_their_facts_and_data_docs(data: Path) -> None
     table = pd.read_parquet(data.parent / "out" / "samples.parquet")
     assert {"sha256", "picture", "brightness", "contrast", "sharpness", "mode", "width"} <= set(table.columns)
     assert table["sharpness"].min() > 0
-    assert (data.parent / "out" / "data_docs" / "index.html").exists()
+    pages = list((data.parent / "out" / "data_docs").rglob("*.html"))
+    assert "index.html" in {page.name for page in pages}
+    for page in pages:  # whose makers do not escape the names of files and classes
+        policy = page.read_text().partition("<head>")[2].partition(">")[0]
+        assert policy.startswith('<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; ')
+        assert "script" not in policy
 
 
 def test_what_serving_refuses_and_profiles_without_use_are_counted_and_used(data: Path) -> None:
