@@ -67,7 +67,8 @@ class Amount:
     def _proves(self) -> str:
         if self.num_test == 0:
             return "Without a test image nothing is proven"
-        best, likely = wilson(self.num_test, self.num_test), wilson(round(0.95 * self.num_test), self.num_test)
+        num_right = self.num_test - max(1, round(0.05 * self.num_test))
+        best, likely = wilson(self.num_test, self.num_test), wilson(num_right, self.num_test)
         return (
             f"{counted(self.num_test, 'test image')} can prove an accuracy of at most {best.low:.3f}, if every answer is "
             f"right; at {likely.value:.2f} the interval reaches from {likely.low:.2f} to {likely.high:.2f}"
