@@ -96,6 +96,11 @@ def read(root: Path) -> dict[str, Attributes]:
     return known
 
 
+def sources(root: Path) -> dict[str, str]:
+    """Where files of the workspace `root` come from, by sha256, as far as that is known."""
+    return {sha256: one.source for sha256, one in read(root).items() if one.source}
+
+
 def write(root: Path, known: Mapping[str, Attributes]) -> None:
     """Write all that says something, as the companion of the workspace's next data version."""
     ATTRIBUTES.write(root, ATTRIBUTES.frame({sha256: one for sha256, one in known.items() if any(one)}))

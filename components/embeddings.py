@@ -5,7 +5,7 @@ Each picture is embedded once: rows are cached by picture, where training on the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from components import features, out_of_fold, plugins
 from components.contracts.errors import DataError, WeightsUnavailable
-from components.contracts.families import Backbone
+from components.contracts.families import Backbone, Keep
 from components.contracts.progress import Progress, silent
 from components.contracts.records import canonical_json, sha256_text
 from components.segments import Segments
@@ -111,6 +111,21 @@ def embedded(
         return of_pictures(table, data, encoder, cache=cache, num_threads=num_threads, progress=progress), ""
     except WeightsUnavailable as error:
         return None, str(error)
+
+
+def keeping(cache: Path, made_by: str) -> Keep:
+    """Keeps what findings compute of embeddings; `made_by` is the key of the encoder."""
+
+    def keep(finding: str, asked: str, pictures: Sequence[str], compute: Callable[[], Floats], /) -> Floats:
+        told = [made_by, plugins.member_digest("findings", finding), asked, sorted(pictures)]
+        kept = Segments(cache / "neighbours" / sha256_text(canonical_json(told))[:32], np.float32, ())
+        if kept.known >= set(pictures):
+            return kept.rows(pictures)
+        found = compute()
+        kept.append(pictures, found)
+        return found
+
+    return keep
 
 
 def believed(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components import duplicates
-from components.contracts.families import Known
+from components.contracts.families import Keep, Known, compute_anew
 from components.contracts.issues import Issue, Looked
 from components.contracts.progress import Progress, silent
 from components.data_folder import listing
@@ -56,6 +56,7 @@ def examine(
     findings: Sequence[FindingConfig] | None = None,
     *,
     members: Mapping[str, bool] | None = None,
+    sources: Mapping[str, str] | None = None,
     encoder: Encoder | None = None,
     unlearned: str = "",
     cache: Path | None = None,
@@ -65,8 +66,9 @@ def examine(
 ) -> Examined:
     """Look at every file once and ask the findings (all by default) what is wrong.
 
-    `members` says by the digest of a picture whether it is test; one that it does not know is not. Embeddings are by
-    `encoder`, or by what suits the pictures; `unlearned` says why there are to be none. They need a cache.
+    `members` says by the digest of a picture whether it is test; one that it does not know is not. `sources` says by the
+    sha256 of a file where it comes from. Embeddings are by `encoder`, or by what suits the pictures; `unlearned` says why
+    there are to be none. They need a cache.
     """
     import pandas as pd
 
@@ -78,6 +80,7 @@ def examine(
     refused = pd.concat([found[found["reason"] != ""], outside]).sort_values("path", ignore_index=True)
     if members is not None:
         table["split"] = ["test" if members.get(picture, False) else "rest" for picture in table["picture"]]
+    table["source"] = table["sha256"].map(dict(sources or {})).fillna("").astype(object)
     why = "there is no cache for embeddings" if cache is None else "there are no pictures" if not len(table) else unlearned
     embeddings, key = None, ""
     if needs & {"embeddings", "probabilities"} and not why:
@@ -98,11 +101,15 @@ def examine(
     )
     absent = {"embeddings": why, "probabilities": why}
     probabilities = None
-    if embeddings is not None and "probabilities" in needs:
-        from components.embeddings import believed
+    keep: Keep = compute_anew
+    if embeddings is not None and cache is not None:
+        from components.embeddings import believed, keeping
 
+        keep = keeping(cache, key)
+    if embeddings is not None and "probabilities" in needs:
         clusters = duplicates.clusters_of(pairs, dict(zip(table["path"], table["picture"], strict=True)))
         probabilities, absent["probabilities"] = believed(embeddings, table, clusters, cache=cache, made_by=key)
-    known = Known(table, refused, tuple(pairs), embeddings, probabilities, classes=tuple(sorted({*table["label"]})))
+    classes = tuple(sorted({*table["label"]}))
+    known = Known(table, refused, tuple(pairs), embeddings, probabilities, classes, keep)
     issues, looked = look(known, asked, absent=absent)
     return Examined(known, tuple(issues), looked)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components import plugins
-from components.contracts.errors import PluginFailed
+from components.contracts.errors import ConfigError, PluginFailed
 from components.contracts.families import Finding, Known
 from components.contracts.issues import SEVERITIES, Issue, Looked, Need, Severity
 from components.contracts.records import Record
@@ -41,6 +42,11 @@ def check(findings: Sequence[FindingConfig] | None) -> None:
     """Raise ConfigError for an unknown finding or setting, before any work is done."""
     for each in findings or ():
         plugins.load("findings", each.finding, each.settings)
+    twice = [name for name, count in Counter(each.finding for each in findings or ()).items() if count > 1]
+    if twice:
+        raise ConfigError(
+            f"finding {twice[0]!r} is there several times; expected each once, for its issues are told by its name"
+        )
 
 
 def needed(findings: Sequence[FindingConfig]) -> frozenset[Need]:

@@ -38,7 +38,7 @@ _SPELLED = {"uint8": "U8", "float16": "F16", "float32": "F32"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-KINDS = ("features", "maps", "pictures", "encoders", "duplicates", "probabilities")
+KINDS = ("features", "maps", "pictures", "encoders", "duplicates", "probabilities", "neighbours")
 """Folders of the workspace's cache that hold what can be computed again. Downloaded weights are none of them."""
 _limits: dict[Path, int] = {}
 _used: set[Path] = set()

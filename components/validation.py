@@ -76,6 +76,7 @@ def validate(
     accepted: Accepted = PINNED,
     hashes: Mapping[str, str] | None = None,
     members: Mapping[str, bool] | None = None,
+    sources: Mapping[str, str] | None = None,
     encoder: Encoder | None = None,
     cache: Path | None = None,
     num_threads: int = 2,
@@ -84,7 +85,8 @@ def validate(
     """Look at every file under `data/<class>/`, judge the sample table, write samples, quarantine and HTML data docs.
 
     A file whose md5 `hashes` tells by its path, and whose facts `cache` has, is not opened. `members` are the pictures of
-    the test ledger, by which copies of test pictures outside of it are found. `encoder` is that of a training which embeds
+    the test ledger, by which copies of test pictures outside of it are found. `sources` are what is known of files' origins,
+    by their sha256. `encoder` is that of a training which embeds
     the same pictures; without one, what needs embeddings is not looked for. All issues are written, too.
     Pictures that serving would refuse by `accepted` are used and reported, as are colour profiles that are of no use.
     Raises DataRejected with every critical expectation that failed, of which the data docs say the same in pictures, and
@@ -99,6 +101,7 @@ def validate(
         there,
         config.findings,
         members=members,
+        sources=sources,
         encoder=encoder,
         unlearned="" if encoder is not None else UNLEARNED,
         cache=cache,

@@ -362,13 +362,34 @@ class Gate(Protocol):
     def judge(self, evidence: Evidence) -> verdicts.Finding: ...
 
 
+class Keep(Protocol):
+    """Keeps numbers that take long to compute, for the next look at the same pictures."""
+
+    def __call__(
+        self, finding: str, asked: str, pictures: Sequence[str], compute: Callable[[], npt.NDArray[np.float32]], /
+    ) -> npt.NDArray[np.float32]:
+        """What `compute` gives, a number (n,) for each of n pictures by digest, computed or as it was kept.
+
+        `asked` tells the settings of the finding that the numbers depend on; they depend on nothing else but embeddings.
+        """
+        ...
+
+
+def compute_anew(
+    _finding: str, _asked: str, _pictures: Sequence[str], compute: Callable[[], npt.NDArray[np.float32]], /
+) -> npt.NDArray[np.float32]:
+    """Where nothing is kept."""
+    return compute()
+
+
 @dataclass(frozen=True)
 class Known:
-    """All that a finding may look at in a data set. A finding computes none of it and changes none of it."""
+    """All that a finding may look at in a data set. A finding changes none of it."""
 
     table: pd.DataFrame
     """Facts of the usable files, one row a file in the order of their paths: path, label, sha256, picture, bytes, format,
-    mode, width, height, short_side, brightness, contrast, sharpness and more; `split` (test or rest) where it is known."""
+    mode, width, height, short_side, brightness, contrast, sharpness and more; `source`, empty where nobody said it; `split`
+    (test or rest) where it is known."""
     refused: pd.DataFrame
     """The files that cannot be used, with the same columns as far as they are known, and `reason`."""
     pairs: Sequence[Pair] | None = None
@@ -379,6 +400,7 @@ class Known:
     """(n, classes), a row for each of the table, by models that were not trained on that file."""
     classes: tuple[str, ...] = ()
     """All labels, sorted; the columns of `probabilities`."""
+    keep: Keep = compute_anew
 
     def issue(
         self,

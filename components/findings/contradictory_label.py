@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from components.contracts.families import Known
 from components.contracts.issues import Issue, Need
+from components.findings._equal import equal_pictures
 
 NAME = "contradictory_label"
 
@@ -23,8 +24,7 @@ class Finding(BaseModel):
     def look(self, known: Known) -> list[Issue]:
         """The files of each such picture, those under the rarer label first; the label of most of them is the candidate."""
         issues = []
-        several = known.table[known.table.duplicated("picture", keep=False)]
-        for _, rows in several.groupby("picture", sort=True):
+        for rows in equal_pictures(known.table):
             counts = rows["label"].value_counts()
             if len(counts) < 2:
                 continue

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from components.contracts.families import Known
 from components.contracts.issues import Issue, Need
+from components.findings._equal import equal_pictures
 
 NAME = "exact_duplicate"
 
@@ -23,8 +24,7 @@ class Finding(BaseModel):
     def look(self, known: Known) -> list[Issue]:
         """The files of each such picture; the first path is the one to keep, so it is the candidate."""
         issues = []
-        several = known.table[known.table.duplicated("picture", keep=False)]
-        for _, rows in several.groupby("picture", sort=True):
+        for rows in equal_pictures(known.table):
             if rows["label"].nunique() > 1:
                 continue
             kept, *copies = sorted(rows["path"])

@@ -7,6 +7,8 @@ outliers. Of many pictures, neighbours are looked for among a sample of them.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
@@ -52,7 +54,9 @@ class Finding(BaseModel):
         if len(once) < max(_FEWEST, 2 * self.num_neighbours):
             return []
         digests, labels = table["picture"].to_numpy(str), table["label"].to_numpy(str)
-        distances = _distances(known.embeddings, once, np.argsort(digests[once]), self.num_neighbours)
+        pictures = digests[once].tolist()
+        compute = functools.partial(_distances, known.embeddings, once, np.argsort(digests[once]), self.num_neighbours)
+        distances = known.keep(NAME, str(self.num_neighbours), pictures, compute).astype(np.float64)
         usual, limits = self._limits(distances, labels[once])
         place = {picture: row for row, picture in enumerate(digests[once])}
         rows = np.array([place[picture] for picture in digests])
@@ -79,30 +83,33 @@ class Finding(BaseModel):
         """What distance is usual for each picture's label, and how far is too far."""
         logs = np.log(distances)
         usual, limits = np.empty(len(logs)), np.empty(len(logs))
-        for label in np.unique(labels):
-            of_label = labels == label
-            some = logs[of_label] if of_label.sum() >= _FEWEST else logs
-            middle = np.median(some)
-            # By the half above the median alone: how close others are says nothing about how far is far.
-            spread = np.median(some[some >= middle] - middle) / 0.6745
-            usual[of_label], limits[of_label] = np.exp(middle), np.exp(middle + self.deviations * spread)
+        of_all = self._limit(logs)
+        _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        for rows in np.split(np.argsort(place, kind="stable"), np.cumsum(counts)[:-1]):
+            usual[rows], limits[rows] = self._limit(logs[rows]) if len(rows) >= _FEWEST else of_all
         return usual, np.maximum(limits, usual * 1.05)
 
+    def _limit(self, logs: Numbers) -> tuple[float, float]:
+        middle = np.median(logs)
+        # By the half above the median alone: how close others are says nothing about how far is far.
+        spread = np.median(logs[logs >= middle] - middle) / 0.6745
+        return float(np.exp(middle)), float(np.exp(middle + self.deviations * spread))
 
-def _distances(embeddings: Floats, rows: Rows, order: Rows, num_neighbours: int) -> Numbers:
+
+def _distances(embeddings: Floats, rows: Rows, order: Rows, num_neighbours: int) -> Floats:
     """Of each of these rows, the cosine distance to the last of its neighbours; `order` mixes the sample of these."""
     sample = order[np.linspace(0, len(order) - 1, min(len(order), _MOST_OTHERS)).astype(np.intp)]
     place = np.full(len(rows), -1)
     place[sample] = np.arange(len(sample))
     others = _unit(embeddings[rows[sample]]).T
-    found = np.empty(len(rows))
+    found = np.empty(len(rows), dtype=np.float32)
     for start in range(0, len(rows), _BLOCK):
         stop = min(len(rows), start + _BLOCK)
         distances = 1 - _unit(embeddings[rows[start:stop]]) @ others
         own = place[start:stop]
         distances[np.flatnonzero(own >= 0), own[own >= 0]] = np.inf
         found[start:stop] = np.partition(distances, num_neighbours - 1, axis=1)[:, num_neighbours - 1]
-    return np.maximum(found, 1e-6)
+    return np.maximum(found, np.float32(1e-6))
 
 
 def _unit(embeddings: Floats) -> Floats:

@@ -108,7 +108,7 @@ def _properties(table: pd.DataFrame) -> Iterator[tuple[str, Numbers]]:
         "aspect": table["width"] / table["height"],
     }
     if "source" in table:
-        columns["source"] = table["source"].fillna("")
+        columns["source"] = table["source"]
     for name, column in columns.items():
         bins = _bins(column)
         if bins.max(initial=0) > 0:
@@ -116,10 +116,13 @@ def _properties(table: pd.DataFrame) -> Iterator[tuple[str, Numbers]]:
 
 
 def _bins(column: pd.Series) -> Numbers:
-    """Numbers by their quantiles, each value of anything else by itself."""
+    """Numbers by their quantiles; of anything else each value by itself, where there are many the rarer ones together."""
     values = column.to_numpy()
     if values.dtype.kind not in "iuf":
-        found: Numbers = np.unique(values.astype(str), return_inverse=True)[1]
+        _, place, counts = np.unique(values.astype(str), return_inverse=True, return_counts=True)
+        rank = np.empty(len(counts), dtype=np.int64)
+        rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+        found: Numbers = np.minimum(rank[place], _MOST_BINS - 1)
         return found
     # Few pictures a bin tell little about what is usual in it.
     number = int(np.clip(len(values) // 10, 2, _MOST_BINS))

@@ -14,7 +14,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from components import dataversions
+from components import attributes, dataversions
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Renames, Splits
@@ -65,6 +65,7 @@ def validation(run: Run) -> Stored[Dataset]:
             accepted=run.settings.accepted,
             hashes=dataversions.pinned_hashes(run.workspace.root),
             members=TestLedger.read(run.workspace.root / TEST_LEDGER).members,
+            sources=attributes.sources(run.workspace.root),
             encoder=encoder_of(run.config.training),
             cache=run.workspace.cache,
             num_threads=run.settings.num_threads,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components import dataversions, issues
+from components import attributes, dataversions, issues
 from components.companions import TEST_LEDGER
 from components.contracts.errors import DataError
 from components.contracts.issues import SEVERITIES, Issue, Looked, Severity
@@ -78,6 +78,7 @@ def check_data(
         there,
         config.validation.findings if config is not None else None,
         members=TestLedger.read(ledger).members if ledger.exists() else None,
+        sources=attributes.sources(root),
         cache=workspace.cache,
         encoder=encoder_of(config.training) if config is not None else None,
         accepted=settings.accepted,

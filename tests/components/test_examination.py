@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,12 @@ import pytest
 from PIL import Image
 
 from components import embeddings
+from components.contracts.errors import ConfigError
 from components.examination import Files, dataset_files, examine
-from components.issues import FindingConfig
+from components.findings import outlier
+from components.formats import PINNED
+from components.images import decode, pixel_digest
+from components.issues import FindingConfig, check
 
 ASKED = [FindingConfig(finding=name) for name in ("label_error", "outlier", "spurious_correlation")]
 
@@ -44,7 +51,9 @@ def test_a_wrong_label_is_found_in_the_embeddings_of_the_pictures_that_can_be_us
         return (np.eye(8)[shown] + noise).astype(np.float32)
 
     monkeypatch.setattr(embeddings, "of_pictures", of_pictures)
+    (data / "stray.png").write_bytes(moved.with_name("broken.png").read_bytes())
     found = examine(dataset_files(data, {}), ASKED, cache=tmp_path / "cache")
+    assert [*found.known.refused["path"]] == [f"{right}/broken.png", "stray.png"]
     assert [each.name for each in found.looked if each.ran] == ["label_error", "outlier", "spurious_correlation"]
     (issue,) = [issue for issue in found.issues if issue.kind == "label_error"]
     assert issue.files == (f"{wrong}/moved-{moved.name}",)
@@ -66,3 +75,78 @@ def test_what_was_not_looked_for_is_told_with_the_reason(
     found = examine(there, ASKED, unlearned="the caller says why" if case == "none wanted" else "", cache=cache)
     told = {each.name: (each.ran, each.reason) for each in found.looked}
     assert told == {"label_error": (False, reason), "outlier": (False, reason), "spurious_correlation": (True, "")}
+
+
+def test_what_is_known_of_test_pictures_copies_and_formats_is_what_the_findings_are_asked_with(
+    there: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    first, second, third = (file.place for file in there.files[:3])
+    shutil.copyfile(first, data / "disc" / "again.png")
+    digests = {path: pixel_digest(decode(path.read_bytes()))[:32] for path in (first, second, third)}
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing that was asked for needs embeddings")
+
+    monkeypatch.setattr(embeddings, "of_pictures", refuse)
+    members = {digests[first]: True, digests[second]: False}  # the third is of no side yet
+    asked = [FindingConfig(finding="contradictory_label", severity="critical"), FindingConfig(finding="unreadable")]
+    jpeg_only = dataclasses.replace(PINNED, formats=("JPEG",))
+    found = examine(dataset_files(data, {}), asked, members=members, cache=tmp_path / "cache", accepted=jpeg_only)
+    table = found.known.table.set_index("path")
+    assert list(table.index) == sorted(table.index)
+    assert sorted(table.index[table["split"] == "test"]) == ["cross/0000.png", "disc/again.png"]
+    assert set(table["split"]) == {"test", "rest"}
+    assert table["not_served"].str.len().min() > 0
+    assert [(issue.kind, issue.severity, set(issue.files)) for issue in found.issues] == [
+        ("contradictory_label", "critical", {"cross/0000.png", "disc/again.png"})
+    ]
+    assert found.known.classes == ("cross", "disc", "stripes")
+    with pytest.raises(ConfigError, match="unreadable' is there several times"):
+        check([*asked, FindingConfig(finding="unreadable", severity="note")])
+
+
+def test_copies_are_told_to_the_folds_and_distances_are_kept_by_all_that_they_depend_on(
+    there: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, clusters = tmp_path / "data", []
+    original = Image.open(there.files[0].place).resize((240, 240), Image.Resampling.BICUBIC)
+    original.save(data / "cross" / "large.png")
+    original.resize((180, 180), Image.Resampling.BICUBIC).save(data / "cross" / "smaller.png")
+
+    def of_pictures(table: pd.DataFrame, *_: Any, **__: Any) -> npt.NDArray[np.float32]:
+        rng = np.random.default_rng(0)
+        found: npt.NDArray[np.float32] = (np.eye(8)[0] + rng.normal(scale=0.1, size=(len(table), 8))).astype(np.float32)
+        found[[path == "disc/0001.png" for path in table["path"]]] = -np.eye(8, dtype=np.float32)[0]
+        return found
+
+    def believed(*given: Any, **_: Any) -> tuple[None, str]:
+        clusters.append(given[2])
+        return None, "not asked here"
+
+    def look(**settings: Any) -> list[tuple[str, ...]]:
+        asked = [FindingConfig(finding="outlier", settings=settings), FindingConfig(finding="label_error")]
+        found = examine(dataset_files(data, {}), asked, cache=tmp_path / "cache")
+        return [issue.files for issue in found.issues]
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(embeddings, "of_pictures", of_pictures)
+    monkeypatch.setattr(embeddings, "believed", believed)
+    first = look()
+    assert first[0] == ("disc/0001.png",)
+    (cluster,) = clusters
+    assert sorted(Counter(cluster.values()).values()) == [2]
+    compute = outlier._distances
+    monkeypatch.setattr(outlier, "_distances", refuse)
+    assert look() == first
+    with pytest.raises(AssertionError, match="computed again"):
+        look(num_neighbours=3)
+    (there.files[5].place).unlink()
+    with pytest.raises(AssertionError, match="computed again"):
+        look()
+    monkeypatch.setattr(outlier, "_distances", compute)
+    (kept,) = (tmp_path / "cache" / "neighbours").glob("*/*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-4] + b"\0\0\0\0")
+    assert look()[0] == ("disc/0001.png",)

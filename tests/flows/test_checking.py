@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageFilter
 from shapes import visionloop, write_pictures
 
-from components import duplicates, embeddings, facts, issues
+from components import attributes, duplicates, embeddings, facts, issues
 from components.splitting import TestLedger
+from components.store import sha256_file
 from flows.workspace.checking import check_data
 from flows.workspace.workspace import Workspace
 
@@ -74,6 +75,21 @@ def test_unchanged_data_is_neither_decoded_nor_read_again(photographs: Path, mon
     monkeypatch.setattr(facts, "_look", refuse)
     monkeypatch.setattr(duplicates, "align", refuse)
     assert check_data(Workspace.find(photographs)).issues == first.issues
+
+
+def test_a_source_that_gives_away_a_class_is_told(photographs: Path) -> None:
+    for path in (photographs / "data").glob("*/*.png"):
+        for number in range(2):  # enough of a class to be told by chance from what is none
+            changed = Image.open(path).transpose(Image.Transpose.ROTATE_90)
+            changed.putpixel((number, 0), (255, 0, 0))
+            changed.save(path.with_name(f"{path.stem}-{number}.png"))
+    files = {path: sha256_file(path) for path in (photographs / "data").glob("*/*.png")}
+    said = {sha256: path.parent.name == "near" for path, sha256 in files.items()}
+    cameras = {sha256: attributes.Attributes(source="camera 2") for sha256, is_near in said.items() if is_near}
+    attributes.write(photographs, cameras)
+    recipe = ["validation.findings=[{finding: spurious_correlation}]"]
+    issues = check_data(Workspace.find(photographs), "transfer", recipe).issues
+    assert ["the source alone gives away" in issue.detail for issue in issues].count(True) == 1
 
 
 def test_what_cannot_be_checked_ends_with_2(tmp_path: Path) -> None:
