@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from components import embeddings
+from components import duplicates, embeddings
 from components.contracts.errors import ConfigError
 from components.examination import Files, dataset_files, examine
 from components.findings import outlier
@@ -92,7 +92,9 @@ def test_what_is_known_of_test_pictures_copies_and_formats_is_what_the_findings_
     members = {digests[first]: True, digests[second]: False}  # the third is of no side yet
     asked = [FindingConfig(finding="contradictory_label", severity="critical"), FindingConfig(finding="unreadable")]
     jpeg_only = dataclasses.replace(PINNED, formats=("JPEG",))
-    found = examine(dataset_files(data, {}), asked, members=members, cache=tmp_path / "cache", accepted=jpeg_only)
+    files = dataset_files(data, {})
+    files = dataclasses.replace(files, files=files.files[::-1])
+    found = examine(files, asked, members=members, cache=tmp_path / "cache", accepted=jpeg_only)
     table = found.known.table.set_index("path")
     assert list(table.index) == sorted(table.index)
     assert sorted(table.index[table["split"] == "test"]) == ["cross/0000.png", "disc/again.png"]
@@ -109,7 +111,7 @@ def test_what_is_known_of_test_pictures_copies_and_formats_is_what_the_findings_
 def test_copies_are_told_to_the_folds_and_distances_are_kept_by_all_that_they_depend_on(
     there: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, clusters = tmp_path / "data", []
+    data, clusters, searched, pairs = tmp_path / "data", [], [], duplicates.pairs
     original = Image.open(there.files[0].place).resize((240, 240), Image.Resampling.BICUBIC)
     original.save(data / "cross" / "large.png")
     original.resize((180, 180), Image.Resampling.BICUBIC).save(data / "cross" / "smaller.png")
@@ -124,6 +126,10 @@ def test_copies_are_told_to_the_folds_and_distances_are_kept_by_all_that_they_de
         clusters.append(given[2])
         return None, "not asked here"
 
+    def searching(*given: Any, **named: Any) -> Any:
+        searched.append(named["embeddings"])
+        return pairs(*given, **named)
+
     def look(**settings: Any) -> list[tuple[str, ...]]:
         asked = [FindingConfig(finding="outlier", settings=settings), FindingConfig(finding="label_error")]
         found = examine(dataset_files(data, {}), asked, cache=tmp_path / "cache")
@@ -134,10 +140,12 @@ def test_copies_are_told_to_the_folds_and_distances_are_kept_by_all_that_they_de
 
     monkeypatch.setattr(embeddings, "of_pictures", of_pictures)
     monkeypatch.setattr(embeddings, "believed", believed)
+    monkeypatch.setattr(duplicates, "pairs", searching)
     first = look()
+    assert searched[0] is not None
     assert first[0] == ("disc/0001.png",)
     (cluster,) = clusters
-    assert sorted(Counter(cluster.values()).values()) == [2]
+    assert sorted(Counter(cluster.values()).values()) == [3]  # the small one that they were made of, too
     compute = outlier._distances
     monkeypatch.setattr(outlier, "_distances", refuse)
     assert look() == first

@@ -505,7 +505,7 @@ def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspa
     )
     keys("s")
     window.wait_for(lambda: (folder / "review.csv").is_file())
-    assert window.text("#progress") == "4 of 4 decided, saved as review.csv among the downloads"
+    assert window.text("#progress") == "5 of 5 decided, saved as review.csv among the downloads"
     for width, height in ((390, 800), (1200, 900)):
         window.call("POST", "/window/rect", width=width, height=height)
         assert window.script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width

@@ -101,7 +101,7 @@ def test_what_a_server_kept_and_nobody_labelled_is_a_pool_too(decided: Path, tmp
     root = Path(shutil.copytree(decided, tmp_path / "workspace", symlinks=True))
     arguments = ("data", "suggest", "--captured", "--model", MODEL, "--json", "--out")
     done = visionloop(*arguments, str(tmp_path / "none"), cwd=root)
-    assert (done.returncode, "0 captured" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "0 captured" in done.stdout) == (2, True), done.stdout
     ids = predict(root, 12, capture=True)
     captures = root / ".visionloop" / "serving" / "captures"
     (captures / "erased.jsonl").write_text("")
@@ -121,7 +121,7 @@ def test_what_a_server_kept_and_nobody_labelled_is_a_pool_too(decided: Path, tmp
         assert (tmp_path / "batch" / row["path"]).read_bytes() == (captures / row["found_as"]).read_bytes()
         assert Path(row["path"]).suffix == ".png"
     both = visionloop(*arguments, str(tmp_path / "both"), str(tmp_path), cwd=root)
-    assert (both.returncode, "one of them" in both.stderr) == (2, True), both.stderr
+    assert (both.returncode, "one of them" in both.stdout) == (2, True), both.stdout
 
 
 def test_a_pool_that_nothing_can_be_suggested_of_is_refused(decided: Path, tmp_path: Path) -> None:
