@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -82,6 +82,21 @@ def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], refusal: st
     if problems:
         raise CheckpointMismatch(f"{refusal}: {problems[0]}")
     module.load_state_dict(state)
+
+
+def reorder_answers(head: nn.Module, order: Sequence[int]) -> None:
+    """Let a head answer about the same classes in another order: answer `i` is what answer `order[i]` was.
+
+    Raises CheckpointMismatch for a head that does not end in one linear layer of as many answers.
+    """
+    last = next(reversed([layer for layer in head.modules() if isinstance(layer, nn.Linear)]), None)
+    if last is None or last.out_features != len(order):
+        raise CheckpointMismatch(
+            f"the head ends in no linear layer of {len(order)} answers, so it cannot be told which answer is of which class"
+        )
+    with torch.no_grad():
+        for parameter in last.parameters(recurse=False):
+            parameter.copy_(parameter[list(order)].clone())
 
 
 def save_weights(state: Mapping[str, torch.Tensor], *, out: Path) -> FileDigest:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from components import phases, plugins
-from components.contracts.data import SplitName, Splits
+from components.contracts.data import Renames, SplitName, Splits, names_after
 from components.contracts.errors import CheckpointMismatch, ConfigError, UnknownName, WeightsUnavailable
 from components.contracts.families import Backbone, Task
 from components.contracts.models import Checkpoint
@@ -51,7 +51,8 @@ class TrainingConfig(Record):
     weights: str = "random"
     """`random`, a name that the backbone knows, `champion`, or the path of a local .safetensors file of the backbone.
 
-    `champion` goes on from the whole network of the model's champion, of the same classes. Of a checkpoint's file the
+    `champion` goes on from the whole network of the model's champion, of the same classes, whatever they are called
+    now. Of a checkpoint's file the
     backbone is taken, and the head is made anew.
     """
     mode: Literal["scratch", "frozen"] = "scratch"
@@ -193,11 +194,13 @@ def train(
     sink: MetricSink | None = None,
     progress: Progress = silent,
     champion: Stored[Checkpoint] | None = None,
+    renamed: Renames = (),
 ) -> Checkpoint:
     """Fit the phases on train, choose each one's epoch and the temperature on valid; calibration and test are not read.
 
-    `champion` is what `weights: champion` goes on from. Writes weights.safetensors and history.json, whose rows say their
-    phase where there are several. What a killed run left in `out` is taken up, bit for bit.
+    `champion` is what `weights: champion` goes on from, and `renamed` the classes that got other names since it was
+    trained. Writes weights.safetensors and history.json, whose rows say their phase where there are several. What a killed
+    run left in `out` is taken up, bit for bit.
     """
     import torch
 
@@ -208,7 +211,7 @@ def train(
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
     classes = task.classes(splits.record.classes)
-    model, weights_digest = initial(config, classes, cache=cache, root=root, champion=champion)
+    model, weights_digest = initial(config, classes, cache=cache, root=root, champion=champion, renamed=renamed)
     data_of_phases = _Data(splits, data, task, config, backbone, cache, num_threads, progress)
     history: list[dict[str, float]] = []
     for number, phase in enumerate(config.all_phases, 1):
@@ -265,6 +268,7 @@ def initial(
     cache: Path,
     root: Path,
     champion: Stored[Checkpoint] | None = None,
+    renamed: Renames = (),
 ) -> tuple[ImageModel, str]:
     """The network before its first phase, and what is to be known of its weights beyond their name.
 
@@ -279,39 +283,24 @@ def initial(
     with torch.random.fork_rng():
         torch.manual_seed(config.all_phases[0].fit.seed)
         model = assemble(backbone, task, len(classes))
-    return model, _put_weights(config, model, backbone, classes, cache=cache, root=root, champion=champion)
+    if config.weights == CHAMPION:
+        return model, _go_on_from(champion, model, backbone, classes, renamed)
+    return model, _put_weights(config, model, backbone, cache=cache, root=root)
 
 
 def _put_weights(
     config: TrainingConfig,
     model: ImageModel,
     backbone: Backbone,
-    classes: tuple[str, ...],
     *,
     cache: Path,
     root: Path,
-    champion: Stored[Checkpoint] | None,
 ) -> str:
     """Put the weights that the section names into the network; returns what is to be known of them beyond their name."""
     from components.checkpoints import load_state
 
     if config.weights == "random":
         return ""
-    if config.weights == CHAMPION:
-        if champion is None:
-            raise ConfigError("training.weights: champion: no champion was given to go on from")
-        known = champion.record.classes
-        if known != classes:
-            new = [name for name in classes if name not in known]
-            gone = [name for name in known if name not in classes]
-            raise ConfigError(
-                f"training.weights: champion: the champion answers about other classes than the data have (new: "
-                f"{', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'}); train from other weights, such as "
-                f"{', '.join(backbone.weights_choices) or 'random'}"
-            )
-        state = from_safetensors(champion.folder / champion.record.weights.name)
-        load_state(model, state, "the champion's weights do not fit the network of this recipe")
-        return champion.record.weights.sha256
     local = local_weights(config, root)
     given = from_safetensors(local) if local else backbone.pretrained(config.weights, cache=cache)
     # A checkpoint of ours holds a head too, which answers about classes of its own.
@@ -321,6 +310,35 @@ def _put_weights(
     except CheckpointMismatch as error:
         raise WeightsUnavailable(str(error)) from None
     return sha256_file(local) if local else ""
+
+
+def _go_on_from(
+    champion: Stored[Checkpoint] | None,
+    model: ImageModel,
+    backbone: Backbone,
+    classes: tuple[str, ...],
+    renamed: Renames,
+) -> str:
+    """Put the champion's weights into the network, each answer where its class is now; returns what they are."""
+    from components.checkpoints import load_state, reorder_answers
+
+    if champion is None:
+        raise ConfigError("training.weights: champion: no champion was given to go on from")
+    known = names_after(champion.record.classes, renamed)
+    if set(known) != set(classes):
+        new = [name for name in classes if name not in known]
+        gone = [name for name in known if name not in classes]
+        raise ConfigError(
+            f"training.weights: champion: the champion answers about other classes than the data have (new: "
+            f"{', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'}); train from other weights, such as "
+            f"{', '.join(backbone.weights_choices) or 'random'}. A class that only gets another name gets it by "
+            f"`visionloop data rename-class`"
+        )
+    state = from_safetensors(champion.folder / champion.record.weights.name)
+    load_state(model, state, "the champion's weights do not fit the network of this recipe")
+    if known != classes:
+        reorder_answers(model.head, [known.index(name) for name in classes])
+    return f"{champion.record.weights.sha256} of {', '.join(known)}" if renamed else champion.record.weights.sha256
 
 
 def part_of(config: TrainingConfig, backbone: Backbone, phase: Phase, model: ImageModel) -> tuple[nn.Module, int]:

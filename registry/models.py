@@ -229,12 +229,13 @@ class Registry:
             engine = _copied(Stored(record, local / "engines" / name), record.files, out / name)
             return CurrentChampion(str(entry.body["version"]), engine, dataset.data, _test_labels(local / "evidence"))
 
-    def fetch_checkpoint(self, model: str, version: str, *, out: Path) -> Stored[Checkpoint]:
-        """The weights of a version, verified against the ledger's digest, in `out`."""
+    def fetch_checkpoint(self, model: str, version: str, *, out: Path) -> tuple[Stored[Checkpoint], DataVersion]:
+        """The weights of a version, verified against the ledger's digest, in `out`, and the data they were trained on."""
         with self._registered(model, version) as (local, _):
             evidence, files = local / "evidence", local / "checkpoint"
             record = Checkpoint.read(json.loads((evidence / "checkpoint.json").read_text()))
-            return _copied(Stored(record, files), (record.weights,), out)
+            dataset = Dataset.read(json.loads((evidence / "dataset.json").read_text()))
+            return _copied(Stored(record, files), (record.weights,), out), dataset.data
 
     @contextmanager
     def _registered(self, model: str, version: str) -> Iterator[tuple[Path, dict[str, Any]]]:

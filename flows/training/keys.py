@@ -53,7 +53,9 @@ def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
     config = run.config.training
     local = local_weights(config, run.workspace.root)
     begun_from = run.warm_start.weights if run.warm_start else ""
+    renamed = run.warm_start.renamed if run.warm_start else ()
     return {
+        **({"renamed": canonical_json(renamed)} if renamed else {}),
         "weights": sha256_file(local) if local else begun_from,
         "splits": splits.record.digest(),
         "config": config.digest(),

@@ -50,7 +50,7 @@ def warm_start(run: Run) -> None:
     """Before any work: the champion that the training goes on from."""
     registry = registry_of(run.workspace, run.settings)
     config = run.config.training
-    run.warm_start = begun_from(run.config.model, config, registry, run=run.folder, cache=run.workspace.cache)
+    run.warm_start = begun_from(run.config.model, config, run.data, registry, run=run.folder, cache=run.workspace.cache)
     run.console.line(f"    warm start: {run.warm_start.told}")
 
 
@@ -107,6 +107,7 @@ def training(run: Run, splits: Stored[Splits], *, fold: str = "") -> Stored[Chec
                 sink=sink,
                 progress=progress,
                 champion=run.warm_start.fetch() if run.warm_start else None,
+                renamed=run.warm_start.renamed if run.warm_start else (),
             )
 
     inputs = keys.training_inputs(run, splits)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.contracts.data import DataVersion, Renames
 from components.contracts.errors import ConfigError, TamperedArtefact
 from components.contracts.models import Checkpoint
 from components.contracts.records import Stored
@@ -27,27 +28,33 @@ class WarmStart:
     """Their sha256."""
     fetch: Callable[[], Stored[Checkpoint]]
     """The verified checkpoint; asked only when there is something to train."""
+    renamed: Renames = ()
+    """The classes that got other names since it was trained."""
 
     @property
     def told(self) -> str:
         return f"champion, version {self.version} (weights {self.weights[:16]})"
 
 
-def warm_start(model: str, config: TrainingConfig, registry: Registry, *, run: Path, cache: Path) -> WarmStart:
-    """The champion that the run in the folder `run` begins from, or began from; `cache` takes its checkpoint.
+def warm_start(
+    model: str, config: TrainingConfig, data: DataVersion, registry: Registry, *, run: Path, cache: Path
+) -> WarmStart:
+    """The champion that the run on `data` in the folder `run` begins from, or began from; `cache` takes its checkpoint.
 
     Raises ConfigError where the model has none, or one of another network; TamperedArtefact, RegistryUnavailable.
     """
     kept = _file(run)
 
-    def fetch(version: str) -> Stored[Checkpoint]:
+    def fetch(version: str) -> tuple[Stored[Checkpoint], DataVersion]:
         return registry.fetch_checkpoint(model, version, out=cache / "champions" / model / "checkpoint")
 
     if kept.exists():
         body = unseal(kept.read_bytes())
         if body is None:
             raise TamperedArtefact(f"{kept} was changed after it was written; remove it to go on from today's champion")
-        return WarmStart(body["version"], body["weights"], lambda: fetch(body["version"]))
+        # Files of before classes could get other names say nothing of them.
+        renamed = tuple((old, new) for old, new in body.get("renamed", ()))
+        return WarmStart(body["version"], body["weights"], lambda: fetch(body["version"])[0], renamed)
     entry = registry.champion(model)
     if entry is None:
         raise ConfigError(
@@ -55,15 +62,16 @@ def warm_start(model: str, config: TrainingConfig, registry: Registry, *, run: P
             f"from other weights first, and promote what comes of it"
         )
     version = str(entry.body["version"])
-    checkpoint = fetch(version)
+    checkpoint, its_data = fetch(version)
     expect_same_network(config, checkpoint.record, f"version {version} of {model}, the champion")
-    return WarmStart(version, checkpoint.record.weights.sha256, lambda: checkpoint)
+    return WarmStart(version, checkpoint.record.weights.sha256, lambda: checkpoint, data.renames_since(its_data))
 
 
 def keep(start: WarmStart, run: Path) -> None:
     """Let the run in this folder begin from this champion whenever it is started again."""
     if not _file(run).exists():
-        write_atomically(_file(run), seal({"version": start.version, "weights": start.weights}))
+        said = {"version": start.version, "weights": start.weights, "renamed": [list(one) for one in start.renamed]}
+        write_atomically(_file(run), seal(said))
 
 
 def _file(run: Path) -> Path:

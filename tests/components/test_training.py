@@ -26,7 +26,7 @@ from components.contracts.progress import MetricSink
 from components.contracts.records import Stored
 from components.hooks import LEFTOVERS
 from components.phases import Augmentation, Phase
-from components.training import TrainingConfig, check, expect_same_network, train
+from components.training import TrainingConfig, check, expect_same_network, initial, train
 from flows.workspace.recipes import load_recipe
 
 ROOT = Path()
@@ -369,6 +369,15 @@ def test_a_warm_start_goes_on_from_the_whole_network_of_a_champion_of_the_same_c
         ConfigError, match="other classes than the data have .new: ring; gone: disc.; train from other weights"
     ):
         from_champion(grown, tmp_path / "b", champion)
+    # Classes that got other names: its answers are about the same things, in another order.
+    called = splits.record.model_copy(update={"classes": ("a", "cross", "disc")})
+    renames = (("disc", "a"), ("stripes", "disc"))
+    model, digest = initial(warm, called.classes, cache=root, root=root, champion=champion, renamed=renames)
+    for name in ("head.1.weight", "head.1.bias"):
+        assert torch.equal(model.state_dict()[name], old[name][[1, 0, 2]])
+    assert digest == f"{first.weights.sha256} of cross, a, disc"
+    with pytest.raises(ConfigError, match=r"new: a; gone: stripes"):
+        initial(warm, called.classes, cache=root, root=root, champion=champion)
     with pytest.raises(ConfigError, match="no champion was given"):
         from_champion(splits.record, tmp_path / "c", None)
     wider = small(backbone_settings={**NETWORK, "width": 16}, weights="champion", fit=FIT)

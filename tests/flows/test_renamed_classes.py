@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 from shapes import LENIENT, visionloop
 
-from components import dataversions, git
+from components import dataversions, git, plugins
 from components.companions import TEST_LEDGER
 from components.contracts.data import DataVersion, names_after
 from components.contracts.errors import VisionloopError
+from components.contracts.families import Backbone
+from components.contracts.models import Checkpoint
+from components.contracts.records import FileDigest, Stored
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
+from components.store import seal
+from components.training import TrainingConfig
+from flows.training.warm_start import WarmStart, keep, warm_start
 from flows.workspace.renaming import names_of_today, rename_class
 from flows.workspace.workspace import Workspace
 
@@ -61,6 +68,61 @@ def test_a_renamed_class_and_a_relabelled_test_picture_are_judged_for_both_model
     assert f"cross/was-{moved.name} (circle, now cross)" in report
     if summary["version"]:
         assert any("relabelled since" in note for note in told("show", summary["version"], cwd=root)["notes"])
+
+
+class OneChampion:
+    """As much of a registry as a warm start asks."""
+
+    def __init__(self, checkpoint: Checkpoint, data: DataVersion) -> None:
+        self.found = Stored(checkpoint, Path()), data
+
+    def champion(self, _: str) -> Any:
+        return SimpleNamespace(body={"version": "3"})
+
+    def fetch_checkpoint(self, *_: Any, **__: Any) -> tuple[Stored[Checkpoint], DataVersion]:
+        return self.found
+
+
+def test_a_warm_start_knows_and_keeps_which_classes_were_renamed_since(tmp_path: Path) -> None:
+    config = TrainingConfig(backbone="small_cnn", weights="champion")
+    backbone: Backbone = plugins.load("backbones", "small_cnn", {})
+    file = FileDigest(name="w", sha256="0" * 64, bytes=1)
+    checkpoint = Checkpoint(
+        splits_digest="s",
+        task="classification",
+        task_settings={},
+        backbone="small_cnn",
+        backbone_settings={},
+        preprocessing=backbone.preprocessing,
+        classes=("cross", "disc"),
+        embedding_dim=backbone.embedding_dim,
+        weights=file,
+        history=file,
+        temperature=1.0,
+        best_epoch=1,
+        epochs=1,
+        valid_metrics={},
+    )
+
+    def version(*renames: tuple[str, str]) -> DataVersion:
+        return DataVersion(dvc_hash="h", num_files=1, bytes=1, ledger_sha256="l", renamed=renames)
+
+    before = ("box", "disc")
+    registry: Any = OneChampion(checkpoint, version(before))
+
+    def begun(*renames: tuple[str, str]) -> WarmStart:
+        return warm_start("m", config, version(*renames), registry, run=tmp_path, cache=tmp_path)
+
+    assert begun(before).renamed == ()
+    start = begun(before, ("disc", "circle"))
+    assert start.renamed == (("disc", "circle"),)
+    keep(start, tmp_path)
+    again = begun(before, ("disc", "circle"))
+    assert (again.version, again.weights, again.renamed) == (start.version, start.weights, start.renamed)
+    assert again.fetch().record == checkpoint
+    # What a run kept before classes could be renamed.
+    (tmp_path / "warm_start.json").write_bytes(seal({"version": "3", "weights": "0" * 64}))
+    assert begun(before).renamed == ()
 
 
 def test_names_follow_renames_one_after_the_other() -> None:
