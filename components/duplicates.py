@@ -85,12 +85,14 @@ def pairs(
         if names[picture] != path
     ]
     comparisons = _Comparisons(names, read, cache)
-    kept = cache / "duplicates" / _digest(list(names), embeddings_key if vectors is not None else "") if cache else None
+    kept = None
+    if cache is not None and (vectors is None or embeddings_key):  # what brought other candidates has to have a name
+        kept = cache / "duplicates" / _digest(list(names), embeddings_key if vectors is not None else "")
     told = _read_pairs(kept / "pairs.json") if kept is not None else None
     if told is None:
         asked = _asked(unique, vectors, embeddings_key, cache, progress)
         told = comparisons.told(asked, progress)
-        if kept is not None and (vectors is None or embeddings_key):
+        if kept is not None:
             kept_file(kept / "pairs.json", _sealed(told))
     elif kept is not None:
         used(kept)

@@ -211,3 +211,25 @@ def test_embeddings_bring_candidates_and_never_a_pair_by_themselves() -> None:
     embeddings[3] = embeddings[2]
     found = looked_through(images, embeddings=embeddings)
     assert [(pair.first, pair.second, pair.relation) for pair in found] == [("0", "0 much cut", "cropped")]
+
+
+def test_what_is_kept_of_embeddings_is_theirs_alone(tmp_path: Path) -> None:
+    images = {f"{seed}": scene(seed) for seed in range(4)} | {"0 much cut": scene(0).crop((70, 0, 240, 180))}
+    far = np.eye(5, 300, dtype=np.float32)
+    near = far.copy()
+    near[4] = far[0] + 0.2 * far[1]
+    assert looked_through(images, cache=tmp_path) == []
+    assert looked_through(images, cache=tmp_path, embeddings=far, embeddings_key="far") == []
+    found = looked_through(images, cache=tmp_path, embeddings=near)
+    assert len(found) == 1
+    assert looked_through(images, cache=tmp_path, embeddings=far) == []
+    assert looked_through(images, cache=tmp_path, embeddings=near, embeddings_key="near") == found
+    read: list[str] = []
+    assert looked_through(images, cache=tmp_path, embeddings=near, embeddings_key="near", read_too=read) == found
+    assert read == []
+
+
+def test_the_first_of_a_pair_is_the_one_with_more_pixels_or_the_first_by_name() -> None:
+    large, other = scene(1), scene(2)
+    images = {"a": large.resize((120, 90)), "b": large, "d": other, "c": jpeg(other, 70)}
+    assert [(pair.first, pair.second) for pair in looked_through(images)] == [("b", "a"), ("c", "d")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
 import json
 import re
 import shutil
@@ -14,14 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browser
-from PIL import Image
+from PIL import Image, ImageCms
 from shapes import commit, picture, visionloop, write_pictures
 
 from components import dataversions
 from components.companions import TEST_LEDGER
-from components.differences import difference
+from components.differences import TestChanges, difference
+from components.history import Compared, Version
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
+from flows.pages.differences import render
 
 HOSTILE = "<img src=x onerror=document.title='broken'>"
 
@@ -198,6 +203,39 @@ def test_the_log_tells_who_made_which_version_and_why(changed: Path) -> None:
     (changed / "data.dvc").write_text("<<<<<<< HEAD\n")
     assert "not a pin that DVC wrote" in told("log", cwd=changed)["versions"][0]["problem"]
     assert "\x1b" not in visionloop("data", "log", cwd=changed).stdout
+
+
+def test_the_page_shows_test_pictures_first_small_and_without_what_their_files_say() -> None:
+    names = {f"a/{number:04d}.jpg": f"{number:032x}" for number in range(620)}
+    before, after = (Version(given, "0" * 32 + ".dir", "md5", 0, 0, "l", ()) for given in ("pinned", "now"))
+    after = dataclasses.replace(after, dvc_hash="1" * 32 + ".dir", num_files=620)
+    test = TestChanges(joined=("a/0600.jpg",))
+    compared = Compared(before, after, difference({}, names), "", test, {})
+    image, exif = Image.fromarray(np.full((300, 400, 3), 90, np.uint8)), Image.Exif()
+    exif[0x010E] = "where somebody lives"
+    out = io.BytesIO()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(out, "JPEG", exif=exif, comment=b"who took it", icc_profile=profile)
+    read: list[str] = []
+
+    def reader(path: str, oid: str) -> bytes | str:
+        assert names[path] == oid
+        read.append(path)
+        return out.getvalue() if path == "a/0600.jpg" else "not in DVC's cache"
+
+    page = render(compared, reader, most_pictures=2)
+    assert read == ["a/0600.jpg", "a/0000.jpg"], "no more is read than is shown"
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert captions == ['<span class="badge test">test</span> a/0600.jpg', "a/0000.jpg"]
+    (shown,) = (base64.b64decode(text) for text in re.findall(r"data:image/jpeg;base64,([^\"]+)", page))
+    small = Image.open(io.BytesIO(shown))
+    assert small.size == (128, 96)
+    assert small.getpixel((64, 48)) == pytest.approx((90, 90, 90), abs=3)
+    assert not [said for said in (b"lives", b"took", b"ICC_PROFILE") if said in shown]
+    assert "618 more" in page
+    listed = re.findall(r"<li>(a/\d+\.jpg)</li>", page)
+    assert (len(listed), listed[0], "118 more are in" in page) == (500, "a/0001.jpg", True)
+    assert "620<br><small>100.0 %</small>" in page
 
 
 def test_the_page_is_seen_in_light_and_dark_and_on_a_telephone(changed: Path, tmp_path: Path) -> None:
