@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.companions import APART, ATTRIBUTES, CLUSTERS, FILES
+from components.companions import APART, ATTRIBUTES, CLUSTERS, FILES, REVIEWS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,17 +41,21 @@ class Clusters:
     captured_at: Mapping[str, str] = field(default_factory=dict)
     of_models: frozenset[str] = frozenset()
     """Files that a model labelled."""
+    no_problems: frozenset[str] = frozenset()
+    """Issues, by id, of which a person said that they are none."""
 
     @classmethod
     def read(cls, root: Path) -> Clusters:
         """Of the workspace `root`; empty where its version has no companions. Raises DataError."""
         near, apart, files = CLUSTERS.read(root), APART.read(root), FILES.read(root)
+        reviews = REVIEWS.read(root)
         return cls(
             near=dict(zip(near["picture"], near["cluster"], strict=True)),
             apart={
                 _pair(*pair.partition("-")[::2]): how for pair, how in zip(apart["pair"], apart["relation"], strict=True)
             },
             files=dict(zip(files["file"], files["picture"], strict=True)),
+            no_problems=frozenset(reviews.loc[reviews["decision"] == "not_a_problem", "issue"]),
         ).with_attributes_of(root)
 
     def with_attributes_of(self, root: Path) -> Clusters:

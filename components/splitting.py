@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from components.clusters import Clusters, Units
+from components import issues
+from components.clusters import SMALLEST, Clusters, Units
 from components.contracts.data import SPLITS, Dataset, SplitName, Splits
 from components.contracts.errors import DataError
 from components.contracts.families import Task
@@ -193,6 +194,7 @@ def split(
             f"run `visionloop data add` so that their side is decided once and for ever"
         )
     known = table[["path", "label", "sha256"]].assign(picture=table["named"])
+    clusters = clusters.grown(_leaks(dataset, table.assign(picture=table["named"]), clusters))
     assigned = _assign(known, ledger, config, task, clusters)
     table["split"] = table["named"].map(assigned.side)
     left_out = table[table["split"].isna()].sort_values("path", ignore_index=True)
@@ -260,6 +262,7 @@ def fold(
     clusters = clusters or Clusters()
     table = read_frame(dataset.folder / dataset.record.samples.name)
     table["picture"] = clusters.first_seen(table, ledger.members)
+    clusters = clusters.grown(_leaks(dataset, table, clusters))
     together, by_models = clusters.together(table, groups=config.groups), clusters.by_models(table)
     pictures = table.drop_duplicates("picture")
     units, totals = Units(), Counter[str]()
@@ -277,6 +280,27 @@ def fold(
     for unit, share in units.divided(wanted, order=order).items():
         members |= dict.fromkeys(units.pictures(unit), share == number)
     return TestLedger(ledger.test_share, members)
+
+
+def _leaks(dataset: Stored[Dataset], table: pd.DataFrame, clusters: Clusters) -> list[tuple[str, str]]:
+    """Copies of test pictures outside test, and those, by their names in `table` (path, label, picture, short_side).
+
+    They are what validation found and no version knows of: by embeddings, or since an older version was pinned. What a
+    person took for pictures of their own is none of them, and of two labels there are mirror images that are no copies.
+    """
+    if dataset.record.issues is None:
+        return []
+    large = table[table["short_side"] >= SMALLEST]
+    known = dict(zip(large["path"], zip(large["picture"], large["label"], strict=True), strict=True))
+    found = []
+    for issue in issues.read(dataset.folder / dataset.record.issues.name):
+        if issue.kind != "leak" or issue.id in clusters.no_problems or issue.candidate not in known:
+            continue
+        test, label = known[issue.candidate]
+        for picture, other in (known[file] for file in issue.files if file in known and file != issue.candidate):
+            if other == label and not clusters.are_apart(picture, test):
+                found.append((picture, test))
+    return found
 
 
 @dataclass(frozen=True)

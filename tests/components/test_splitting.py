@@ -8,11 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from components import issues
 from components.clusters import Clusters
 from components.contracts.data import SPLITS, Dataset, DataVersion, Splits
 from components.contracts.errors import DataError
+from components.contracts.issues import Issue
 from components.contracts.records import FileDigest, Stored, sha256_text
-from components.splitting import SplittingConfig, TestLedger, split
+from components.splitting import SplittingConfig, TestLedger, fold, split
 from components.store import describe
 from components.tasks.classification import Task
 
@@ -225,6 +227,48 @@ def test_what_belongs_to_a_frozen_test_picture_is_in_no_split_and_named(tmp_path
     gone = [(picture, label) for picture, label in members if picture != test[0]]
     assert rest[0] not in run(tmp_path, "gone", gone, ledger, known)[1]
     assert run(tmp_path, "ungrouped", members, ledger, known, groups=False)[1].keys() - where.keys() == {rest[4]}
+
+
+def test_copies_of_test_pictures_that_validation_found_are_in_no_split(tmp_path: Path) -> None:
+    """An older version is pinned without them, and `data add` has no embeddings."""
+    members = pictures("a", 100) + pictures("b", 100)
+    ledger = TestLedger(0.2, {}).extended(members)
+    _, before = run(tmp_path, "plain", members, ledger)
+    paths = dataset_table(tmp_path / "plain").set_index("picture")["path"].to_dict()
+    test, *others = (p for p, _ in members[:100] if ledger.members[p])
+    rest = [p for p, _ in members[:100] if not ledger.members[p]]
+    other_label = next(p for p, _ in members[100:] if not ledger.members[p])
+
+    def leak(tested: str, *copies: str) -> Issue:
+        return Issue(
+            kind="leak",
+            severity="warning",
+            files=tuple(paths[p] for p in (*copies, tested)),
+            score=0.1,
+            threshold=1.0,
+            detail="d",
+            action="a",
+            candidate=paths[tested],
+            id=f"issue of {tested}",
+        )
+
+    found = [leak(test, rest[0], rest[1], other_label), leak(others[0], rest[2]), leak(others[1], rest[3], rest[4])]
+    known = Clusters(no_problems=frozenset({found[1].id})).with_apart({(others[1], rest[3]): "resized"})
+    stored = dataset(tmp_path / "plain", members)
+    issues.write(found, tmp_path / "plain" / issues.FILE)
+    sides_of = {picture: 64 for picture, _ in members} | {rest[1]: 31}
+    table = dataset_table(tmp_path / "plain")
+    table.assign(short_side=table["picture"].map(sides_of)).to_parquet(tmp_path / "plain" / "samples.parquet", index=False)
+    record = stored.record.model_copy(
+        update={"issues": describe(tmp_path / "plain" / issues.FILE, within=tmp_path / "plain")}
+    )
+    (tmp_path / "out").mkdir()
+    config = SplittingConfig()
+    splits = split(Stored(record, stored.folder), ledger, config, Task(), clusters=known, out=tmp_path / "out")
+    assert before.keys() - sides(splits, tmp_path / "out").keys() == {rest[0], rest[4]}
+    assert splits.num_left_out == {"near-duplicate of a frozen test picture": 2}
+    turns = [fold(Stored(record, stored.folder), ledger, n, 5, config, Task(), clusters=known) for n in range(5)]
+    assert all(turn.members[rest[0]] == turn.members[test] for turn in turns)
 
 
 def dataset_table(folder: Path) -> pd.DataFrame:
