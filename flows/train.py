@@ -16,7 +16,7 @@ from flows.loop.permits import Cause, governed
 from flows.training import steps
 from flows.training.bundle import summarise, write_report
 from flows.training.chosen import ChosenRecipe, named
-from flows.training.folds import estimated
+from flows.training.folds import divided, estimated
 from flows.training.opening import opened
 from flows.training.results import Results
 
@@ -56,6 +56,7 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
             steps.warm_start(run)
         dataset = steps.validation(run)
         splits = steps.splitting(run, dataset)
+        turns = divided(run, dataset)  # before a training that would be for nothing
         checkpoint = steps.training(run, splits)
         graph = steps.graph(run, checkpoint)
         building = [steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.targets]
@@ -68,7 +69,7 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         verdict = steps.gating(run, engines, evaluations, measurements, champion, compared)
         passed = verdict.record.status == "pass"
         release = steps.packaging(run, engines, splits) if passed else None
-        folds = estimated(run, dataset)
+        folds = estimated(run, dataset, turns)
         results = Results(
             dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release, folds
         )

@@ -7,11 +7,13 @@ nowhere but in the store.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Splits
+from components.contracts.errors import DataError
 from components.contracts.models import Engine
 from components.contracts.progress import Progress
 from components.contracts.records import Stored
@@ -23,26 +25,41 @@ from flows.training import keys, steps
 from flows.training.run import Run
 
 
-def estimated(run: Run, dataset: Stored[Dataset]) -> FoldEstimate | None:
-    """Train and judge the recipe once for each fold that it wants; None where it wants none."""
+def divided(run: Run, dataset: Stored[Dataset]) -> list[Stored[Splits]]:
+    """The splits of each fold that the recipe wants; raises DataError for more folds than a class can be divided into."""
     of = run.config.evaluation.folds
-    if not of:
+    return [_divided(run, dataset, number, of) for number in range(of)]
+
+
+def estimated(run: Run, dataset: Stored[Dataset], folds: Sequence[Stored[Splits]]) -> FoldEstimate | None:
+    """Train and judge the recipe once on each of these splits; None where there are none."""
+    if not folds:
         return None
-    folds = [_judged(run, dataset, number, of) for number in range(of)]
-    return pooled(folds, run.task, dataset.record.classes)
+    judged = [_judged(run, splits, _name(number, len(folds))) for number, splits in enumerate(folds)]
+    return pooled(judged, run.task, dataset.record.classes)
 
 
-def _judged(run: Run, dataset: Stored[Dataset], number: int, of: int) -> tuple[Engine, Stored[Evaluation]]:
-    name = f"fold-{number + 1}-of-{of}"
+def _name(number: int, of: int) -> str:
+    return f"fold-{number + 1}-of-{of}"
+
+
+def _divided(run: Run, dataset: Stored[Dataset], number: int, of: int) -> Stored[Splits]:
+    name = _name(number, of)
 
     def divide(out: Path, progress: Progress) -> Splits:
         ledger, clusters = TestLedger.read(run.workspace.root / TEST_LEDGER), Clusters.read(run.workspace.root)
         config = run.config.splitting
         turn = fold(dataset, ledger, number, of, config, run.task, clusters=clusters)
-        return split(dataset, turn, config, run.task, clusters=clusters, out=out, progress=progress)
+        try:
+            return split(dataset, turn, config, run.task, clusters=clusters, out=out, progress=progress)
+        except DataError as error:
+            raise DataError(f"evaluation.folds: in {name}, {error}; or set fewer folds, or none") from error
 
     inputs = {**keys.splitting_inputs(run, dataset), "fold": name}
-    splits = run.stage("splitting", Splits, divide, inputs=inputs, fold=name)
+    return run.stage("splitting", Splits, divide, inputs=inputs, fold=name)
+
+
+def _judged(run: Run, splits: Stored[Splits], name: str) -> tuple[Engine, Stored[Evaluation]]:
     checkpoint = steps.training(run, splits, fold=name)
     graph = steps.graph(run, checkpoint, fold=name)
     target = next(target for target in run.config.export.all_targets if target.name == REFERENCE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def test_folds_are_proposed_where_few_test_images_decide_nothing(trained: Path, 
     proposed = f"{accuracy['n']} test images did not decide accuracy: --set evaluation.folds=5 adds an estimate"
     assert told["folds_proposed"].startswith(proposed)
     assert proposed in Path(told["report"]).read_text()
+
+
+def test_more_folds_than_a_class_has_pictures_are_refused_before_any_training(workspace: Path) -> None:
+    for path in sorted((workspace / "data" / "disc").iterdir())[18:]:
+        path.unlink()
+    assert visionloop("data", "add", cwd=workspace).returncode == 0
+    settings = ("--set", "evaluation.folds=20", "--set", "training.fit.epochs=1")
+    done = visionloop("train", "-r", "smoke", *settings, cwd=workspace)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"evaluation.folds: in fold-\d+-of-20, class 'disc' has no image in the test split", done.stderr)
+    assert "set fewer folds, or none" in done.stderr
+    assert "training" not in done.stdout
 
 
 def test_folds_that_say_nothing_are_refused(trained: Path) -> None:
