@@ -61,18 +61,25 @@ def neighbours(
     asked = min(len(names), count + 1 + (8 if len(names) > len(pictures) else 0))
     rows_found = np.full((len(pictures), count), -1, dtype=np.int64)
     cosines = np.zeros((len(pictures), count), dtype=np.float32)
-    for start in range(0, len(pictures), _CHUNK):
-        chunk = vectors[start : start + _CHUNK]
-        # One row more, as what is told of a single row has another shape.
-        matches = index.search(np.concatenate([chunk, chunk[:1]]), asked, threads=_threads())
-        assert isinstance(matches, BatchMatches)
-        for number in range(len(chunk)):
-            told = int(matches.counts[number])
-            theirs, far = row_of_key[matches.keys[number, :told].astype(np.int64)], matches.distances[number, :told]
-            others = np.flatnonzero((theirs >= 0) & (theirs != start + number))[:count]
-            rows_found[start + number, : len(others)] = theirs[others]
-            cosines[start + number, : len(others)] = 1 - far[others]
-        progress(start + len(chunk), len(pictures))
+    lacking = np.arange(len(pictures))
+    while len(lacking):
+        size = max(1, _CHUNK * (count + 9) // (asked + 9))  # so that what is told at once takes the same memory
+        for start in range(0, len(lacking), size):
+            some = lacking[start : start + size]
+            # One row more, as what is told of a single row has another shape.
+            matches = index.search(vectors[[*some, some[0]]], asked, threads=_threads())
+            assert isinstance(matches, BatchMatches)
+            for number, row in enumerate(some.tolist()):
+                told = int(matches.counts[number])
+                theirs, far = row_of_key[matches.keys[number, :told].astype(np.int64)], matches.distances[number, :told]
+                others = np.flatnonzero((theirs >= 0) & (theirs != row))[:count]
+                rows_found[row, : len(others)] = theirs[others]
+                cosines[row, : len(others)] = 1 - far[others]
+            progress(start + len(some), len(lacking))
+        # What is nearest to some may be pictures that are gone: more of them is asked for, until there is no more.
+        wanted = min(count, len(pictures) - 1)
+        lacking = lacking[(rows_found[lacking] >= 0).sum(axis=1) < wanted] if asked < len(names) else lacking[:0]
+        asked = min(len(names), 4 * asked)
     return rows_found, cosines
 
 

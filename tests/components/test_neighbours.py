@@ -48,6 +48,7 @@ def test_pictures_are_added_to_the_index_that_is_kept(tmp_path: Path, monkeypatc
     chosen = np.array([7, 6, 30, 31, 50])
     rows, _ = neighbours([names(100)[i] for i in chosen], vectors[chosen], count=1, folder=tmp_path)
     assert rows[:4, 0].tolist() == [1, 0, 3, 2]
+    assert rows[4, 0] in range(4), "its nearest is gone, and the next one is told"
     assert added == [80, 20]
 
 

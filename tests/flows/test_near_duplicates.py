@@ -125,6 +125,27 @@ def test_copies_of_a_test_picture_are_refused_until_a_person_says_what_to_do(pho
     assert dataversions.verify(photographs).num_files == 64
 
 
+def test_a_copy_of_a_twin_is_no_question_while_the_test_picture_is_away(photographs: Path, tmp_path: Path) -> None:
+    one = frozen(photographs, "cat")[0]
+    image, name = Image.open(one).copy(), key(one)
+    take(photographs, write(tmp_path / "more", cat=[again(image, "resized")]), near_duplicates="exclude")
+    one.unlink()
+    take(photographs)
+    third = again(image, "cropped")
+    take(photographs, write(tmp_path / "third", cat=[third]))
+    assert Clusters.read(photographs).near[key(third)] == Clusters.read(photographs).near[name]
+    assert not ledger(photographs)[key(third)]
+
+
+def test_pictures_too_small_to_be_told_from_copies_are_pictures_of_their_own(tmp_path: Path) -> None:
+    Workspace.create(tmp_path / "ws")
+    small = [photograph(seed).resize((31, 40), Image.Resampling.LANCZOS) for seed in range(8)]
+    done = take(tmp_path / "ws", write(tmp_path / "given", cat=[*small[:4], again(small[0], "jpeg")], dog=small[4:]))
+    assert done.looked is not None
+    assert (done.looked.num_compared, done.looked.num_too_small) == (0, 9)
+    assert Clusters.read(tmp_path / "ws").near == {}
+
+
 def test_who_takes_copies_for_pictures_of_their_own_is_believed_for_ever(photographs: Path, tmp_path: Path) -> None:
     one = frozen(photographs, "cat")[0]
     original = Image.open(one).copy()
