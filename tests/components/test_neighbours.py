@@ -24,8 +24,9 @@ def test_the_nearest_are_told_with_their_cosines() -> None:
     vectors = embeddings(400)
     rows, cosines = neighbours(names(400), vectors, count=3)
     assert rows.shape == cosines.shape == (400, 3)
-    assert np.mean(rows[:, 0] == np.arange(400) ^ 1) > 0.99
-    assert cosines[:, 0] == pytest.approx(1 / 1.01, abs=0.02)
+    nearest = rows[:, 0] == np.arange(400) ^ 1  # the index is an approximate one, and is built by several threads
+    assert nearest.mean() > 0.98
+    assert cosines[nearest, 0] == pytest.approx(1 / 1.01, abs=0.02)
 
 
 def test_pictures_are_added_to_the_index_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

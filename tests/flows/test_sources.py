@@ -12,7 +12,7 @@ import pytest
 from failpoints import Died, Failpoints
 from shapes import visionloop, write_pictures
 
-from components import attributes, dataversions, git
+from components import attributes, dataversions, git, transfers
 from components.companions import ATTRIBUTES, TEST_LEDGER
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
@@ -139,7 +139,7 @@ def test_what_a_model_labelled_is_never_test(own: Path) -> None:
         ((sources, "read_said"), 1, "before"),
         ((attributes, "write"), 1, "before"),
         ((attributes, "write"), 1, "after"),
-        ((dataversions, "linked"), 7, "after"),
+        ((transfers, "linked"), 7, "after"),
         ((dataversions, "pin"), 1, "before"),
     ],
 )
