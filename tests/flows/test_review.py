@@ -415,9 +415,9 @@ def test_killed_at_any_step_it_is_completed_by_the_same_command(workspace: Works
         "at once 1": (-9, 3),
         **{f"at once {number}": (-9, 0) for number in range(2, 6)},
         "at once 6": (3, 3),
-        **{f"one by one {number}": (-9, 0) for number in range(1, 3)},
-        "one by one 3": (-9, 3),
-        "one by one 4": (3, 3),
+        **{f"one by one {number}": (-9, 0) for number in range(1, 5)},
+        "one by one 5": (-9, 3),
+        "one by one 6": (3, 3),
     }, done.stderr
     made = {name: _rid_of_time(workspace.root.with_name(name)) for name in attempts}
     assert {name: each == made["at once 6"] for name, each in made.items()} == dict.fromkeys(attempts, True)
