@@ -6,7 +6,7 @@ BIN := .venv/bin
 NAME ?=
 DATA ?=
 SHORT ?=
-# A test waits for processes for half of its time, so that `make test` runs two halves at once; this is one of them.
+# Many tests wait for processes that they start, so `make test` runs two halves at once; this is one of them.
 FIRST_HALF := tests/flows tests/registry
 
 .PHONY: help setup demo check test test-first-half test-second-half test-slow bench lock clean

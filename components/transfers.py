@@ -68,10 +68,7 @@ def pull(root: Path, *, force: bool = False) -> int:
     version and `force` was not given; `data/` is untouched then.
     """
     pinned(root)
-    data, scratch = root / DATA, root / STATE / "tmp"
-    for stale in scratch.glob("pull-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    made = scratch / f"pull-{uuid.uuid4().hex}"
+    data, made = root / DATA, _beside(root)
     with opened(root) as repo:
         out = pinned_folder(repo)
         there = hashes_of(tree_of(repo, data, hash_name=out.hash_name)[1]) if data.is_dir() and any(data.iterdir()) else {}
@@ -130,10 +127,7 @@ def move(root: Path, before: Mapping[str, str], moves: Mapping[str, str | None])
     leaves `data/`. Where `data/` cannot be replaced as a whole (see `pull`), a run that is killed is completed by the same
     call. Raises DataDiffers for a file in `data/` that is neither of the version nor of what is to be made of it.
     """
-    data, scratch = root / DATA, root / STATE / "tmp"
-    for stale in scratch.glob("pull-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    made = scratch / f"pull-{uuid.uuid4().hex}"
+    data, made = root / DATA, _beside(root)
     with opened(root) as repo:
         out = pinned_folder(repo)
         there = hashes_of(tree_of(repo, data, hash_name=out.hash_name)[1])
@@ -224,6 +218,14 @@ def _make(out: Output, wanted: Mapping[str, str], there: Mapping[str, str], data
                     shutil.copy2(file, target, follow_symlinks=False)
         shutil.copymode(data, made)
     return damaged
+
+
+def _beside(root: Path) -> Path:
+    """Where a version is made before it changes places with `data/`; what a killed call left there is removed."""
+    scratch = root / STATE / "tmp"
+    for stale in scratch.glob("pull-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return scratch / f"pull-{uuid.uuid4().hex}"
 
 
 def linked(source: Path, target: Path) -> bool:
