@@ -31,6 +31,7 @@ from flows.workspace.desk import desk
 from monitoring import outbox as outbox_module
 from monitoring.evidently_report import Measured
 from monitoring.outbox import Outbox
+from registry.ledger import Ledger
 from serving.log.sealing import seal_all
 
 
@@ -147,13 +148,17 @@ def test_nothing_served_is_no_data(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_scheduled_windows_are_those_that_ended(root: Path) -> None:
-    hour = datetime.timedelta(hours=1)
-    end = datetime.datetime.now(datetime.UTC).replace(minute=0, second=0, microsecond=0)
+def test_scheduled_windows_are_those_that_ended(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import watch as flow
+
     loop = loop_of(root)
-    spans = windows.stretches(loop, datetime.datetime.now(datetime.UTC))
+    promoted = datetime.datetime.fromisoformat(Ledger(loop.settings.ledger_url).entries(MODEL)[-1].at)
+    hour = datetime.timedelta(hours=1)
+    end = promoted.replace(minute=0, second=0, microsecond=0)
+    spans = windows.stretches(loop, promoted)
     assert [(s.since, s.until) for s in spans] == [(end - 2 * hour, end - hour), (end - hour, end)]
-    # Nobody reigned before the promotion a moment ago: such windows are not judged.
+    # Nobody reigned before the promotion, so such windows are not judged. A full hour may have struck since it.
+    monkeypatch.setattr(flow, "stretches", lambda *_, **__: spans)
     found = told("watch", cwd=root)
     assert (found["exit"], found["windows"]) == (0, [])
 
