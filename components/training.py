@@ -29,7 +29,7 @@ from components.phases import Augmentation, LastBlocks, Phase
 from components.pictures import prepared
 from components.samples import rows
 from components.store import describe, sha256_file
-from components.weights import from_safetensors
+from components.weights import from_safetensors, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,7 @@ class TrainingConfig(Record):
     """`random`, a name that the backbone knows, `champion`, or the path of a local .safetensors file of the backbone.
 
     `champion` goes on from the whole network of the model's champion, of the same classes, whatever they are called
-    now. Of a checkpoint's file the
-    backbone is taken, and the head is made anew.
+    now. Of a checkpoint's file the backbone is taken, and the head is made anew.
     """
     mode: Literal["scratch", "frozen"] = "scratch"
     """`scratch` trains every parameter, `frozen` trains a head on cached features of the backbone."""
@@ -96,6 +95,22 @@ CHAMPION = "champion"
 def local_weights(config: TrainingConfig, root: Path) -> Path | None:
     """The weights file that the section names, relative to the workspace `root`; None for weights known by name."""
     return root / config.weights if config.weights.endswith(".safetensors") else None
+
+
+def begins_from_a_model(config: TrainingConfig, root: Path) -> bool:
+    """Whether the section's weights are those of a model of ours, the champion or a checkpoint's file.
+
+    Such a model may have learned from any of the images. Raises WeightsUnavailable for a file that cannot be read.
+    """
+    if config.weights == CHAMPION:
+        return True
+    local = local_weights(config, root)
+    return local is not None and any(_is_of_checkpoint(name) for name in tensor_names(local))
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    """Whether a tensor is called as the backbone's are in checkpoints of ours, which hold a head beside it."""
+    return name.startswith("backbone.")
 
 
 def check(config: TrainingConfig, root: Path) -> None:
@@ -303,8 +318,8 @@ def _put_weights(
         return ""
     local = local_weights(config, root)
     given = from_safetensors(local) if local else backbone.pretrained(config.weights, cache=cache)
-    # A checkpoint of ours holds a head too, which answers about classes of its own.
-    given = {name.removeprefix("backbone."): value for name, value in given.items() if name[:9] == "backbone."} or given
+    # The head of a checkpoint answers about classes of its own.
+    given = {name.removeprefix("backbone."): value for name, value in given.items() if _is_of_checkpoint(name)} or given
     try:
         load_state(model.backbone, given, f"{config.weights} does not fit backbone {config.backbone!r}")
     except CheckpointMismatch as error:

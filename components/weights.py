@@ -93,6 +93,17 @@ def from_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors of a safetensors file, whose values are not read; raises WeightsUnavailable when it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise WeightsUnavailable(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def download(url: str, *, sha256: str, cache: Path, timeout_s: float = 60.0, max_bytes: int = MAX_DOWNLOAD_BYTES) -> Path:
     """Fetch `url` once into the cache, never more than `max_bytes` of it; `sha256` is a digest or a prefix of one.
 

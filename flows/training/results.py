@@ -16,7 +16,7 @@ from components.contracts.wording import counted
 from components.gating import least
 from components.samples import rows
 from components.tables import read_frame
-from components.training import CHAMPION
+from components.training import begins_from_a_model
 from flows.training.run import Run
 from registry.models import CurrentChampion
 
@@ -140,7 +140,7 @@ def estimate_json(estimate: Estimate) -> dict[str, float | int]:
 
 def folds_proposed(run: Run, results: Results) -> str:
     """What to ask for where few test images left a gate undecided; empty where folds were there, or would tell nothing."""
-    if results.folds is not None or run.config.training.weights == CHAMPION:
+    if results.folds is not None:
         return ""
     counting = least(run.config.gating)
     undecided = {
@@ -150,7 +150,7 @@ def folds_proposed(run: Run, results: Results) -> str:
         for finding in engine.findings
         if finding.status == "inconclusive" and finding.n and finding.gate in counting
     }
-    if not undecided:
+    if not undecided or begins_from_a_model(run.config.training, run.workspace.root):
         return ""
     num_test, num_kept = results.splits.record.counts["test"], results.dataset.record.num_kept
     return (

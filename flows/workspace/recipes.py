@@ -23,7 +23,7 @@ from components.gating import check as check_gating
 from components.issues import chosen as chosen_findings
 from components.packaging import PackagingConfig
 from components.splitting import SplittingConfig
-from components.training import CHAMPION, TrainingConfig
+from components.training import CHAMPION, TrainingConfig, begins_from_a_model
 from components.training import check as check_training
 from components.validation import ValidationConfig
 from components.validation import check as check_validation
@@ -110,6 +110,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
     try:
         check_validation(config.validation)
         check_training(config.training, workspace or Path())
+        _expect_unseen(config, workspace or Path())
         check_export(config.export)
         check_gating(config.gating, [target.name for target in config.export.all_targets])
         if config.source is not None:
@@ -120,6 +121,16 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
         error.args = (f"{place}: {error}",)
         raise
     return config
+
+
+def _expect_unseen(config: RunConfig, root: Path) -> None:
+    """Raise ConfigError where folds would judge a network that began from a model which has seen the images."""
+    if config.evaluation.folds and begins_from_a_model(config.training, root):
+        raise ConfigError(
+            f"evaluation.folds judge models that never saw the images, and training.weights: {config.training.weights} are "
+            f"of a checkpoint, whose training may have seen any of them; leave the folds out, or choose other "
+            f"training.weights"
+        )
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,17 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 from shapes import visionloop
+
+from flows.training.results import folds_proposed
+from flows.workspace.recipes import load_recipe
+from flows.workspace.workspace import Workspace
 
 STORE = Path(".visionloop") / "store"
 
@@ -76,3 +83,33 @@ def test_folds_that_say_nothing_are_refused(trained: Path) -> None:
         assert (done.returncode, text in done.stderr) == (2, True), done.stderr
     done = visionloop("train", "-r", "warm-start", "--set", "evaluation.folds=5", cwd=trained)
     assert (done.returncode, "a champion saw them" in done.stderr) == (2, True), done.stderr
+
+
+def test_weights_of_a_checkpoint_have_seen_the_images_and_folds_are_neither_made_nor_proposed(
+    trained: Path, tmp_path: Path
+) -> None:
+    weights = next((trained / STORE / "training").glob("*/weights.safetensors")).relative_to(trained)
+    backbone = tmp_path / "backbone.safetensors"
+    state = load_file(trained / weights)
+    save_file({name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}, backbone)
+    from_checkpoint, from_backbone = f"training.weights={weights}", f"training.weights={backbone}"
+    folds = "evaluation.folds=2"
+    done = visionloop("train", "-r", "smoke", "--set", folds, "--set", from_checkpoint, cwd=trained)
+    assert (done.returncode, "of a checkpoint, whose training may have seen any" in done.stderr) == (2, True), done.stderr
+    load_recipe("smoke", [folds, from_backbone], workspace=trained)
+
+    finding = SimpleNamespace(status="inconclusive", n=54, gate="accuracy")
+    results: Any = SimpleNamespace(
+        folds=None,
+        verdict=SimpleNamespace(record=SimpleNamespace(engines=[SimpleNamespace(serving=True, findings=[finding])])),
+        splits=SimpleNamespace(record=SimpleNamespace(counts={"test": 54})),
+        dataset=SimpleNamespace(record=SimpleNamespace(num_kept=180)),
+    )
+
+    def proposed(override: str) -> str:
+        config = load_recipe("smoke", [override], workspace=trained)
+        run: Any = SimpleNamespace(config=config, workspace=Workspace(trained))
+        return folds_proposed(run, results)
+
+    assert proposed(from_backbone).startswith("54 test images did not decide accuracy")
+    assert proposed(from_checkpoint) == ""
