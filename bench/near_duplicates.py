@@ -164,11 +164,11 @@ def _plant(places: dict[str, Path], folder: Path) -> dict[str, str]:
 
 
 def _facts(places: dict[str, Path]) -> pd.DataFrame:
-    def look(name: str) -> tuple[str, str, bytes]:
+    def look(name: str) -> tuple[str, str, bytes, int]:
         picture = decode(places[name].read_bytes())
-        return name, pixel_digest(picture)[:32], descriptor(picture)
+        return name, pixel_digest(picture)[:32], descriptor(picture), min(picture.width, picture.height)
 
-    return pd.DataFrame(in_threads(look, list(places)), columns=["path", "picture", "descriptor"])
+    return pd.DataFrame(in_threads(look, list(places)), columns=["path", "picture", "descriptor", "short_side"])
 
 
 def _descriptor_ms(paths: Sequence[Path]) -> dict[str, float]:

@@ -20,8 +20,6 @@ from components.companions import APART, ATTRIBUTES, CLUSTERS, FILES, REVIEWS
 if TYPE_CHECKING:
     import pandas as pd
 
-SMALLEST = 32
-"""Pixels on the short side under which pictures are too small to be told from copies of each other."""
 _DIGITS = 32
 """Of a file's sha256, as of a picture's digest."""
 

@@ -2,7 +2,8 @@
 
 Candidates are told by small descriptors that are computed once for each picture, and each of them is verified on the pixels
 themselves. Likeness alone, of descriptors or of embeddings, never makes a pair. Pictures that were turned by an angle, and
-crops that leave less than two thirds of a side, are not looked for.
+crops that leave less than two thirds of a side, are not looked for. Of pictures under SMALLEST pixels only those of equal
+pixels are copies: of so few pixels, look-alikes cannot be told from copies.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from components.clusters import joined_by
 from components.contracts.issues import Pair, Relation
 from components.contracts.progress import Progress, silent
 from components.contracts.records import canonical_json, sha256_text
+from components.contracts.wording import counted
 from components.images import Picture, in_threads
 from components.neighbours import neighbours
 from components.segments import Segments, kept_file, used
@@ -38,6 +40,8 @@ SIZE = 4 + SIDE * SIDE
 """Bytes of a descriptor."""
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 """Their numbers are kept; the first, of equal pixels, is never told of two pictures."""
+SMALLEST = 32
+"""Pixels on the short side under which pictures are not compared."""
 _FLAT = 6
 """Grey levels between the darkest and the lightest place of a picture that shows nothing."""
 _NEIGHBOURS, _LEAST_COSINE = 8, 0.8
@@ -67,23 +71,25 @@ def pairs(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> list[Pair]:
-    """The near-duplicates among the rows of a table (path, picture, descriptor), sorted; `first` has no fewer pixels.
+    """The near-duplicates among the rows of a table (path, picture, descriptor, short_side); `first` has no fewer pixels.
 
-    `read` decodes the picture at a path, for candidates alone, and for none that were compared before where there is a
-    `cache`. Files of equal pixels are pairs with the first of them, which stands for all in every other pair. `embeddings`
-    (n, d) of the rows bring more candidates, found by an index that is kept by `embeddings_key`: what made them.
+    They are sorted. `read` decodes the picture at a path, for candidates alone, and for none that were compared before where
+    there is a `cache`. Files of equal pixels are pairs with the first of them, which stands for all in every other pair.
+    `embeddings` (n, d) of the rows bring more candidates, found by an index kept by `embeddings_key`: what made them.
     """
     order = np.argsort(table["path"].to_numpy(dtype=str), kind="stable")
     table = table.iloc[order].reset_index(drop=True)
-    chosen = ~table.duplicated("picture").to_numpy()
+    is_first = ~table.duplicated("picture").to_numpy()
+    first = dict(zip(table["picture"][is_first], table["path"][is_first], strict=True))
+    found = [
+        Pair(first[picture], path, "pixels", 0.0)
+        for path, picture in zip(table["path"], table["picture"], strict=True)
+        if first[picture] != path
+    ]
+    chosen = is_first & ~_is_small(table).to_numpy()
     vectors = None if embeddings is None else embeddings[order][chosen]
     unique = table[chosen]
     names = dict(zip(unique["picture"], unique["path"], strict=True))
-    found = [
-        Pair(names[picture], path, "pixels", 0.0)
-        for path, picture in zip(table["path"], table["picture"], strict=True)
-        if names[picture] != path
-    ]
     comparisons = _Comparisons(names, read, cache)
     kept = None
     if cache is not None and (vectors is None or embeddings_key):  # what brought other candidates has to have a name
@@ -98,6 +104,19 @@ def pairs(
         used(kept)
     found += [Pair(names[one], names[two], relation, score) for one, two, relation, score in told]
     return sorted(found, key=lambda pair: (pair.first, pair.second))
+
+
+def told_of_small(table: pd.DataFrame) -> str:
+    """What a person should know of the files of a table (short_side) that `pairs` does not compare; empty where all are."""
+    number = int(_is_small(table).sum())
+    if not number:
+        return ""
+    what = f"{counted(number, 'picture')} under {SMALLEST} pixels"
+    return f"{what}: only copies of equal pixels are looked for among such small ones"
+
+
+def _is_small(table: pd.DataFrame) -> pd.Series:
+    return table["short_side"] < SMALLEST
 
 
 def _asked(

@@ -38,6 +38,8 @@ class Examined:
     known: Known
     issues: tuple[Issue, ...]
     looked: tuple[Looked, ...]
+    notes: tuple[str, ...] = ()
+    """What a person should know of how it was looked for."""
 
 
 def dataset_files(data: Path, hashes: Mapping[str, str]) -> Files:
@@ -112,4 +114,5 @@ def examine(
     classes = tuple(sorted({*table["label"]}))
     known = Known(table, refused, tuple(pairs), embeddings, probabilities, classes, keep)
     issues, looked = look(known, asked, absent=absent)
-    return Examined(known, tuple(issues), looked)
+    of_small = duplicates.told_of_small(table)
+    return Examined(known, tuple(issues), looked, (of_small,) if of_small else ())

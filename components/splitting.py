@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from components import issues
-from components.clusters import SMALLEST, Clusters, Units
+from components.clusters import Clusters, Units
 from components.contracts.data import SPLITS, Dataset, SplitName, Splits
 from components.contracts.errors import DataError
 from components.contracts.families import Task
@@ -283,15 +283,14 @@ def fold(
 
 
 def _leaks(dataset: Stored[Dataset], table: pd.DataFrame, clusters: Clusters) -> list[tuple[str, str]]:
-    """Copies of test pictures outside test, and those, by their names in `table` (path, label, picture, short_side).
+    """Copies of test pictures outside test, and those, by their names in `table` (path, label, picture).
 
     They are what validation found and no version knows of: by embeddings, or since an older version was pinned. What a
     person took for pictures of their own is none of them, and of two labels there are mirror images that are no copies.
     """
     if dataset.record.issues is None:
         return []
-    large = table[table["short_side"] >= SMALLEST]
-    known = dict(zip(large["path"], zip(large["picture"], large["label"], strict=True), strict=True))
+    known = dict(zip(table["path"], zip(table["picture"], table["label"], strict=True), strict=True))
     found = []
     for issue in issues.read(dataset.folder / dataset.record.issues.name):
         if issue.kind != "leak" or issue.id in clusters.no_problems or issue.candidate not in known:

@@ -147,7 +147,7 @@ def validate(
         num_input=num_input,
         num_kept=len(table),
         num_quarantined=len(refused),
-        warnings=(*warnings, *class_twins(class_counts), *remarks, *_told(found.issues)),
+        warnings=(*warnings, *class_twins(class_counts), *remarks, *found.notes, *_told(found.issues)),
         issues=describe(out / issues.FILE, within=out),
         findings=found.looked,
         severities={name: count for name in SEVERITIES if (count := sum(each.severity == name for each in found.issues))},

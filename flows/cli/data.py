@@ -187,6 +187,7 @@ def data_check(
         "issues": [issue.to_json() for issue in checked.issues],
         "looked_for": {each.name: each.num_issues for each in checked.looked if each.ran},
         "not_looked_for": {each.name: each.reason for each in checked.looked if not each.ran},
+        "notes": list(checked.examined.notes),
         "table": str(checked.table),
     }
     finish(answer, json_, lambda: "\n".join(_checked_lines(checked)))
@@ -205,6 +206,7 @@ def _checked_lines(checked: Checked) -> Iterator[str]:
     for each in checked.looked:
         if not each.ran:
             yield f"Not looked for: {each.name} ({each.reason})."
+    yield from (f"Note: {note}." for note in checked.examined.notes)
     yield f"All of them: {checked.table}"
     if checked.issues:
         yield "Next: visionloop data review asks about each of them, in a page with its pictures and in a CSV file"

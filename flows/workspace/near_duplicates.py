@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from components import data_folder, dataversions, duplicates
-from components.clusters import SMALLEST, Clusters
+from components.clusters import Clusters
 from components.companions import PIN, TEST_LEDGER
 from components.contracts.errors import DataError
 from components.contracts.issues import Pair
@@ -75,9 +75,8 @@ class Looked:
     """New pictures that must not become test."""
     conflicts: tuple[Conflict, ...] = ()
     handling: Handling = "refuse"
-    num_compared: int = 0
-    num_too_small: int = 0
-    """Pictures of which only those of equal pixels are told."""
+    of_small: str = ""
+    """What a person should know of pictures that are too small to be compared; empty where there are none."""
 
 
 def look_for(
@@ -160,10 +159,9 @@ def look(
 ) -> Looked:
     """Look for near-duplicates among files: place, path, label, sha256, picture, descriptor, short_side and new."""
     table = table.assign(picture=clusters.first_seen(table, ledger.members))
-    large = table[table["short_side"] >= SMALLEST]
     places = dict(zip(table["path"], table["place"], strict=True))
     found = duplicates.pairs(
-        large, read=lambda path: decode(Path(places[path]).read_bytes()), cache=cache, progress=progress
+        table, read=lambda path: decode(Path(places[path]).read_bytes()), cache=cache, progress=progress
     )
     seen = _Seen(table, ledger)
     alike = {(seen.picture[pair.first], seen.picture[pair.second]): pair.relation for pair in found if seen.counts(pair)}
@@ -187,7 +185,7 @@ def look(
         contradicted = {seen.picture[conflict.file] for conflict in conflicts if conflict.kind == "other label"}
         not_test = frozenset(picture for picture in contradicted if picture not in ledger.members)
     _expect_small(clusters, grown, seen, max_cluster_share)
-    return Looked(grown, not_test, tuple(conflicts), handling, len(large), len(table) - len(large))
+    return Looked(grown, not_test, tuple(conflicts), handling, duplicates.told_of_small(table))
 
 
 class _Seen:
@@ -275,11 +273,8 @@ def told_of(looked: Looked) -> Iterator[str]:
         shown = ", ".join(f"{one.file} (with {one.twin})" for one in looked.conflicts[:3])
         more = ", ..." if len(looked.conflicts) > 3 else ""
         yield f"{counted(files, 'new file')} would poison the frozen test set and {became}: {shown}{more}"
-    if looked.num_too_small:
-        yield (
-            f"{counted(looked.num_too_small, 'picture')} under {SMALLEST} pixels: only copies of equal pixels are looked "
-            f"for among such small ones"
-        )
+    if looked.of_small:
+        yield looked.of_small
 
 
 def _told(conflicts: Sequence[Conflict]) -> str:

@@ -53,8 +53,7 @@ def looked_through(images: dict[str, Image.Image], *, read_too: list[str] | None
             "path": list(stored),
             "picture": [pixel_digest(picture)[:32] for picture in stored.values()],
             "descriptor": [descriptor(picture) for picture in stored.values()],
-            "width": [picture.width for picture in stored.values()],
-            "height": [picture.height for picture in stored.values()],
+            "short_side": [min(picture.width, picture.height) for picture in stored.values()],
         }
     )
     return pairs(table, read=read, **settings)
@@ -88,7 +87,7 @@ def test_copies_are_found_and_what_was_done_to_them_is_told() -> None:
     assert {(pair.first, pair.second): pair.relation for pair in looked_through(images)} == planted
 
 
-@pytest.mark.parametrize("size", [(32, 32), (1200, 900)])
+@pytest.mark.parametrize("size", [(36, 36), (1200, 900)])
 def test_small_and_large_pictures_alike(size: tuple[int, int]) -> None:
     images = {str(seed): scene(seed, size) for seed in range(6)}
     images["0 copy"] = jpeg(images["0"], 80)
@@ -123,17 +122,34 @@ def test_parts_of_one_line_are_no_copies_of_each_other_and_their_own_copies_are_
 
 def test_digits_written_by_hand_are_seldom_copies_of_each_other_and_their_own_copies_are_found(tmp_path: Path) -> None:
     plugins.load("sources", "digits").fetch(out=tmp_path)
-    images: dict[str, Image.Image] = {path.name: Image.open(path) for path in sorted((tmp_path / "1").iterdir())[:200]}
+    images: dict[str, Image.Image] = {
+        path.name: Image.open(path).resize((42, 42), Image.Resampling.BICUBIC)
+        for path in sorted((tmp_path / "1").iterdir())[:200]
+    }
     originals = sorted(images)[::40]
     for name in originals:
         images[f"{name} stored"] = jpeg(images[name].convert("RGB"), 85).convert("L")
         images[f"{name} mirrored"] = ImageOps.mirror(images[name])
-        images[f"{name} larger"] = images[name].resize((42, 42), Image.Resampling.BICUBIC)
+        images[f"{name} larger"] = images[name].resize((63, 63), Image.Resampling.BICUBIC)
     found = looked_through(images)
     alone = {tuple(sorted({pair.first.split(" ")[0], pair.second.split(" ")[0]})) for pair in found}
     assert {(name,) for name in originals} <= alone
     assert len(alone) - len(originals) <= 5
     assert {name for name in images if " " in name} <= {path for pair in found for path in (pair.first, pair.second)}
+
+
+def test_of_pictures_under_32_pixels_only_those_of_equal_pixels_are_copies_and_none_is_read() -> None:
+    small = scene(3, (31, 40))
+    images = {"a": small, "equal": small.copy(), "stored": jpeg(small, 90), "mirrored": ImageOps.mirror(small)}
+    images |= {"large": scene(4, (32, 32)), "large stored": jpeg(scene(4, (32, 32)), 90)}
+    read: list[str] = []
+    alike = np.ones((6, 300), dtype=np.float32)
+    found = looked_through(images, read_too=read, embeddings=alike)
+    assert [(pair.first, pair.second, pair.relation) for pair in found] == [
+        ("a", "equal", "pixels"),
+        ("large", "large stored", "re-encoded"),
+    ]
+    assert {*read} == {"large", "large stored"}
 
 
 def test_two_photographs_of_a_burst_are_no_copies() -> None:
@@ -171,7 +187,9 @@ def test_a_descriptor_has_one_size_whatever_the_picture() -> None:
 
 def test_descriptors_of_another_version_are_refused() -> None:
     picture = Picture(scene(0))
-    table = pd.DataFrame({"path": ["a"], "picture": ["0"], "descriptor": [b"\0" + descriptor(picture)[1:]]})
+    table = pd.DataFrame(
+        {"path": ["a"], "picture": ["0"], "descriptor": [b"\0" + descriptor(picture)[1:]], "short_side": 180}
+    )
     with pytest.raises(ValueError, match="version"):
         pairs(table, read=lambda _: picture)
 

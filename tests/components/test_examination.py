@@ -31,7 +31,7 @@ def there(tmp_path: Path) -> Files:
     for number in range(48):
         folder = tmp_path / "data" / ("cross", "disc", "stripes")[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(folder / f"{number:04d}.png")
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number:04d}.png")
     return dataset_files(tmp_path / "data", {})
 
 
@@ -106,6 +106,28 @@ def test_what_is_known_of_test_pictures_copies_and_formats_is_what_the_findings_
     assert found.known.classes == ("cross", "disc", "stripes")
     with pytest.raises(ConfigError, match="unreadable' is there several times"):
         check([*asked, FindingConfig(finding="unreadable", severity="note")])
+
+
+def test_small_pictures_that_look_alike_are_no_near_duplicates_and_equal_ones_are_found_under_any_label(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    one, other = (Image.fromarray(rng.integers(0, 255, (7, 7, 3), dtype=np.uint8)).resize((28, 28)) for _ in range(2))
+    files = {"a/one": one, "a/again": one, "a/other": other, "b/other": other}
+    files |= {f"a/like-{number}": one.point(lambda value, n=number: min(255, value + n)) for number in (1, 2, 3)}
+    for name, image in files.items():
+        path = tmp_path / "data" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    asked = [FindingConfig(finding=name) for name in ("near_duplicate", "leak", "exact_duplicate", "contradictory_label")]
+    test = pixel_digest(decode((tmp_path / "data" / "a" / "like-1.png").read_bytes()))[:32]
+    found = examine(dataset_files(tmp_path / "data", {}), asked, members={test: True}, cache=tmp_path / "cache")
+    assert [(issue.kind, {*issue.files}) for issue in found.issues] == [
+        ("contradictory_label", {"a/other.png", "b/other.png"}),
+        ("exact_duplicate", {"a/again.png", "a/one.png"}),
+    ]
+    assert all(each.ran for each in found.looked)
+    assert found.notes == ("7 pictures under 32 pixels: only copies of equal pixels are looked for among such small ones",)
 
 
 def test_copies_are_told_to_the_folds_and_distances_are_kept_by_all_that_they_depend_on(

@@ -172,6 +172,8 @@ def test_what_was_looked_for_and_found_is_recorded_and_written(data: Path) -> No
     assert (looked["exact_duplicate"].ran, looked["exact_duplicate"].num_issues) == (True, 1)
     assert (looked["leak"].ran, looked["leak"].reason) == (False, "no split here")
     assert dataset.severities["warning"] >= 2
+    told = "61 pictures under 32 pixels: only copies of equal pixels are looked for among such small ones"
+    assert told in dataset.warnings
     assert any(told.startswith("exact_duplicate: 1 issue (disc/copy.bmp, disc/0001.png: ") for told in dataset.warnings)
 
 

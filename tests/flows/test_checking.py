@@ -49,6 +49,7 @@ def test_what_is_wrong_is_told_by_kind_and_clean_data_end_with_0(photographs: Pa
     original.resize((120, 90), Image.Resampling.LANCZOS).save(photographs / "data" / "far" / "smaller.jpg", quality=70)
     (photographs / "data" / "near" / "copy.png").write_bytes((photographs / "data" / "near" / "3.png").read_bytes())
     (photographs / "data" / "near" / "cut.png").write_bytes((photographs / "data" / "near" / "3.png").read_bytes()[:99])
+    Image.effect_noise((31, 40), 120).save(photographs / "data" / "near" / "tiny.png")
     found = visionloop(*arguments, cwd=photographs)
     assert found.returncode == 1
     assert [line.split()[:2] for line in found.stdout.splitlines() if line[0] != " "][:3] == [
@@ -57,7 +58,10 @@ def test_what_is_wrong_is_told_by_kind_and_clean_data_end_with_0(photographs: Pa
         ["warning", "unreadable"],
     ]
     assert f"            far/smaller.jpg, {test}: 1 outside test (resized)" in found.stdout
+    note = "1 picture under 32 pixels: only copies of equal pixels are looked for among such small ones"
+    assert f"Note: {note}." in found.stdout.splitlines()
     told = json.loads(visionloop(*arguments, "--json", cwd=photographs).stdout)
+    assert told["notes"] == [note]
     assert told["looked_for"] == {"exact_duplicate": 1, "leak": 1, "unreadable": 1}
     assert [issue.to_json() for issue in issues.read(Path(told["table"]))] == told["issues"]
 
