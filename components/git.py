@@ -93,6 +93,34 @@ def stage(root: Path, *names: str) -> None:
         raise DataError(f"git did not take {', '.join(missing)} in {root}; see `git status` there")
 
 
+_UNDER_WAY = (
+    ("rebase-apply/applying", "am"),
+    ("rebase-apply", "rebase"),
+    ("rebase-merge", "rebase"),
+    ("MERGE_HEAD", "merge"),
+    ("CHERRY_PICK_HEAD", "cherry-pick"),
+    ("REVERT_HEAD", "revert"),
+)
+"""What lies in git's folder while it waits for a person to go on, and the command that began it."""
+
+
+def expect_nothing_under_way(root: Path) -> None:
+    """Raise DataError where git waits for a person to go on with a merge, a rebase or the like.
+
+    What is staged then, and the next commit, are of that and of no data version.
+    """
+    asked = [part for name, _ in _UNDER_WAY for part in ("--git-path", name)]
+    paths = run(root, "rev-parse", *asked).splitlines()
+    command = next((command for path, (_, command) in zip(paths, _UNDER_WAY, strict=True) if (root / path).exists()), "")
+    if command:
+        raise DataError(
+            f"{root} is in the middle of `git {command}`, whose commit would take in the new data version. End it with `git "
+            f"{command} --continue`, or take it back with `git {command} --abort`, then run the command again. Where "
+            f"data.dvc and its companions are in conflict, take one side of all of them first: `git checkout --ours -- "
+            f"data.dvc 'data.*.csv'`, then `git add` them. Nothing was changed"
+        )
+
+
 def top_folder(root: Path) -> Path:
     """The top folder of the git repository that the workspace is in; raises DataError when there is none."""
     return Path(run(root, "rev-parse", "--show-toplevel"))

@@ -174,7 +174,7 @@ def apply(
     neither a class nor one of `new_classes`; ConfigError for one of these that cannot be the name of a class.
     """
     applying.check_words(who, why)
-    with contextlib.nullcontext() if dry_run else workspace.locked(PURPOSE):
+    with contextlib.nullcontext() if dry_run else workspace.making_version(PURPOSE):
         if dry_run and applying.pending(workspace) is not None:
             raise DataError("an earlier review was cut short while it was applied; without --dry-run it is completed first")
         completed = applying.complete(workspace)

@@ -14,7 +14,7 @@ from flows.workspace.differences import notes_on_labels, pinned_so_far
 
 def add_labelled(loop: Loop, *, console: Console, say: Say) -> NotedVersion:
     """Add what people labelled, move what they relabelled; raises DataError when nothing is both captured and labelled."""
-    with loop.workspace.locked(PURPOSE):
+    with loop.workspace.making_version(PURPOSE):
         before = pinned_so_far(loop.workspace)
         with gathered(loop) as labelled, console.stage("looking at images", 1) as (progress, _):
             relabelled = move_relabelled(loop)

@@ -56,7 +56,7 @@ def add_images(
     """
     accepted = read_settings(workspace.state).accepted
     chosen = choose(given, source, source_settings or {})
-    with workspace.locked(PURPOSE), contextlib.ExitStack() as stack:
+    with workspace.making_version(PURPOSE), contextlib.ExitStack() as stack:
         before, pin = pinned_so_far(workspace), _pin(workspace)
         written, folder = None, chosen if isinstance(chosen, Path) else None
         number = total = 1 + isinstance(chosen, Chosen)

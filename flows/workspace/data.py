@@ -219,27 +219,35 @@ def _ledger(root: Path, test_share: float | None) -> TestLedger:
 
 
 def _with_all_that_git_knows(root: Path, ledger: TestLedger) -> TestLedger:
-    """The ledger with every row of the staged, the committed and the merged one: who goes back to an older version, or
-    merges two branches, forgets no side. Raises DataError where a picture changed sides.
+    """The ledger with every row of the staged and the committed one, and of both that were merged: who goes back to an
+    older version, or takes one side of a merge, forgets no side. Raises DataError where a picture changed sides.
     """
     own = (root / TEST_LEDGER).read_text(encoding="utf-8")
-    for revision, told in (("", "git's index"), ("HEAD", "HEAD"), ("MERGE_HEAD", "the branch that is being merged")):
-        text = git.ask(root, "cat-file", "blob", f"{revision}:./{TEST_LEDGER}")
-        if not text or text == own:
-            continue
-        try:
-            known = TestLedger.parse(text)
-        except ValueError:  # in git, and of no use to anybody
-            continue
-        if moved := ledger.moved_from(known):
+    for revision, told in (("", "git's index"), ("HEAD", "HEAD")):
+        known = _ledger_at(root, revision, own)
+        if known is not None and (moved := ledger.moved_from(known)):
             raise DataError(
                 f"{root / TEST_LEDGER} has {counted(len(moved), 'picture')} on another side than {told} has them (first: "
                 f"{moved[0]}), and what is frozen as test, or as none, stays so. Restore it with `git checkout HEAD -- "
                 f"{PIN} 'data.*.csv'`; of two branches that froze a picture on different sides take one whole, commit that, "
                 f"and add the images of the other"
             )
-        ledger = ledger.with_sides(known.members)
+        ledger = ledger.with_sides(known.members) if known is not None else ledger
+    parents = (git.ask(root, "rev-parse", "--quiet", "HEAD^@") or "").split()
+    for parent in parents if len(parents) > 1 else ():
+        # Where two branches froze a picture on different sides, the one that was taken whole counts.
+        known = _ledger_at(root, parent, own)
+        ledger = ledger.with_sides(known.members) if known is not None else ledger
     return ledger
+
+
+def _ledger_at(root: Path, revision: str, own: str) -> TestLedger | None:
+    """The ledger of a revision; None where it has none, no valid one, or one of the text `own`."""
+    text = git.ask(root, "cat-file", "blob", f"{revision}:./{TEST_LEDGER}")
+    try:
+        return TestLedger.parse(text) if text and text != own else None
+    except ValueError:  # in git, and of no use to anybody
+        return None
 
 
 def _usable(

@@ -42,7 +42,7 @@ def rename_class(workspace: Workspace, old: str, new: str) -> ClassRenamed:
     problem = class_name_problem(new)
     if problem:
         raise ConfigError(f"{new!r} cannot be the name of a class: {problem}")
-    with workspace.locked("visionloop data rename-class"):
+    with workspace.making_version("visionloop data rename-class"):
         pinned = history.pinned(workspace.root)
         if not workspace.data.is_dir():
             raise DataError(f"{workspace.data} is not there; `visionloop data pull` brings the pinned version")

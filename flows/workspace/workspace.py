@@ -94,6 +94,13 @@ class Workspace:
             file.write(bytes(1 << 20))
 
     @contextlib.contextmanager
+    def making_version(self, purpose: str) -> Iterator[None]:
+        """Hold the workspace to make a data version. Raises what `locked` raises, and DataError in the middle of a merge."""
+        with self.locked(purpose):
+            git.expect_nothing_under_way(self.root)
+            yield
+
+    @contextlib.contextmanager
     def locked(self, purpose: str) -> Iterator[None]:
         """Hold the workspace; the lock goes with the process, also when it is killed. Raises WorkspaceBusy."""
         path = self.state / "lock"

@@ -18,15 +18,18 @@ import numpy as np
 import pytest
 from browser import browser
 from PIL import Image, ImageCms
-from shapes import commit, picture, visionloop, write_pictures
+from shapes import commit, make_workspace, picture, visionloop, write_pictures
 
-from components import dataversions
+from components import dataversions, git, transfers
 from components.companions import TEST_LEDGER
+from components.contracts.errors import DataError
 from components.differences import TestChanges, difference
 from components.history import Compared, Version
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
 from flows.pages.differences import render
+from flows.review import apply
+from flows.workspace.workspace import Workspace
 
 HOSTILE = "<img src=x onerror=document.title='broken'>"
 
@@ -69,6 +72,51 @@ def test_a_file_is_known_by_its_bytes_wherever_it_goes() -> None:
     assert difference({"a/1": "x", "a/2": "y", "b/1": "z"}, {"c/1": "x", "b/2": "y", "b/1": "z"}).renamed_classes == ()
     many = difference({f"a/{n}": "same" for n in range(3000)}, {f"b/{n}": "same" for n in range(1, 3001)})
     assert (many.counts["relabelled"], many.renamed_classes[0].num_files) == (0, 3000)
+
+
+def test_no_version_is_made_in_the_middle_of_a_merge_and_after_it_no_side_is_forgotten(tmp_path: Path) -> None:
+    root = make_workspace(tmp_path / "workspace", per_class=5)
+    for key in ("user.name", "user.email"):
+        git.run(root, "config", key, "t@t.invalid")
+    write_pictures(tmp_path / "theirs", 8, start=100)
+    write_pictures(tmp_path / "ours", 8, start=107)  # one of each class came to both
+    before = TestLedger.read(root / TEST_LEDGER).members
+    git.run(root, "checkout", "--quiet", "-b", "theirs")
+    told("add", str(tmp_path / "theirs"), cwd=root)
+    theirs = TestLedger.read(root / TEST_LEDGER)
+    # Other sides than would be drawn again.
+    theirs = TestLedger(theirs.test_share, {key: side ^ (key not in before) for key, side in theirs.members.items()})
+    theirs.write(root / TEST_LEDGER)
+    dataversions.pin(root)
+    commit(root)
+    git.run(root, "checkout", "--quiet", "main")
+    transfers.pull(root)
+    told("add", str(tmp_path / "ours"), cwd=root)
+    commit(root)
+    ours = TestLedger.read(root / TEST_LEDGER).members
+
+    def state() -> tuple[str, str, list[Path]]:
+        return git.run(root, "status", "--porcelain"), git.run(root, "diff", "HEAD"), sorted((root / "data").glob("*/*"))
+
+    for command, *arguments in (
+        ("rebase", "--exec", "false", "HEAD~1"),
+        ("cherry-pick", "HEAD"),
+        ("revert", "--no-commit", "HEAD"),
+        ("merge", "--no-commit", "--strategy=ours", "theirs"),
+    ):
+        git.ask(root, command, *arguments)
+        left = state()
+        for asked in (("add", str(tmp_path / "theirs")), ("rename-class", "disc", "circle")):
+            done = visionloop("data", *asked, cwd=root)
+            assert (done.returncode, f"in the middle of `git {command}`" in done.stderr) == (2, True), done.stderr
+            assert f"`git {command} --abort`" in done.stderr
+        with pytest.raises(DataError, match=f"in the middle of `git {command}`"):
+            apply(Workspace(root), [], who="ann", why="why")
+        assert state() == left
+        git.run(root, command, "--abort")
+    git.run(root, "merge", "--quiet", "--strategy=ours", "-m", "both", "theirs")
+    told("add", str(tmp_path / "theirs"), cwd=root)
+    assert TestLedger.read(root / TEST_LEDGER).members == {**theirs.members, **ours}
 
 
 @pytest.fixture
