@@ -6,6 +6,7 @@ from collections import Counter
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from components.clusters import joined_by
 from components.contracts.families import Known
 from components.contracts.issues import Issue, Need, Pair
 
@@ -63,17 +64,8 @@ class Finding(BaseModel):
 
 def _groups(pairs: list[Pair]) -> list[list[Pair]]:
     """Pairs that are joined by a file."""
-    above: dict[str, str] = {}
-
-    def top(file: str) -> str:
-        while (next_ := above.setdefault(file, file)) != file:
-            above[file] = above[next_]
-            file = next_
-        return file
-
-    for pair in pairs:
-        above[top(pair.first)] = top(pair.second)
+    joined = joined_by((pair.first, pair.second) for pair in pairs)
     found: dict[str, list[Pair]] = {}
     for pair in pairs:
-        found.setdefault(top(pair.first), []).append(pair)
+        found.setdefault(joined[pair.first], []).append(pair)
     return list(found.values())
