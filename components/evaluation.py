@@ -13,10 +13,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from pydantic import Field, field_validator
 
 from components import plugins
@@ -25,18 +26,17 @@ from components.contracts.errors import ConfigError, DataError, EngineUnavailabl
 from components.contracts.families import Predictor, Task
 from components.contracts.models import Engine
 from components.contracts.progress import Progress, silent
-from components.contracts.records import Record, Stored
+from components.contracts.records import FileDigest, Record, Stored
 from components.contracts.verdicts import Evaluation, FoldEstimate, Measurement, shared_classes
 from components.images import batches
+from components.intervals import rounds_percentile
 from components.machine import fingerprint
 from components.samples import rows
 from components.store import describe
 from components.tables import read_frame
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 PREDICTIONS = "predictions.parquet"
+BEYOND_TEST = "beyond_test.parquet"
 _BATCH = 32
 _ROUNDS = 5
 _ATTEMPTS = 2
@@ -69,9 +69,13 @@ def evaluate(
     *,
     out: Path,
     renamed: Renames = (),
+    beyond_test: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Answer every test image and score the answers; writes predictions.parquet (one row an image).
+
+    With `beyond_test` the valid and calibration images are answered as well, and their logits written to
+    beyond_test.parquet: nothing is scored on them.
 
     Logits of that table are over the classes that the data and the engine share, in the data's order. Classes that were
     `renamed` since the engine was trained count under the names that they have now.
@@ -101,14 +105,16 @@ def evaluate(
         predictor = _load(engine, config.num_threads)
     except EngineUnavailable as error:
         return Evaluation(**common, status="not executed here", reason=str(error))
-    paths = [data / path for path in table["path"]]
+    others = pd.concat([rows(splits, name) for name in ("valid", "calibration")]) if beyond_test else table.iloc[:0]
+    paths = [data / path for path in [*table["path"], *others["path"]]]
     answers = [
         predictor.predict(batch) for batch in batches(paths, record.preprocessing, batch_size=_BATCH, progress=progress)
     ]
     logits = np.concatenate([answer[0] for answer in answers]).astype(np.float32)
     embedding = np.concatenate([answer[1] for answer in answers])
-    _check_shapes(record, len(table), logits, embedding)
-    logits = task.select(logits, known, classes)
+    _check_shapes(record, len(paths), logits, embedding)
+    common["beyond_test"] = _write_beyond_test(others, logits[len(table) :], out) if len(others) else None
+    logits, embedding = task.select(logits[: len(table)], known, classes), embedding[: len(table)]
     targets = task.targets(list(table["label"]), classes)
     if not np.isfinite(logits).all():
         # Kept as evidence: the gates call it inconclusive, and a person can see which images it was.
@@ -191,6 +197,11 @@ def _write(table: pd.DataFrame, logits: npt.NDArray[np.float32], embedding: npt.
     frame.to_parquet(out / PREDICTIONS, index=False)
 
 
+def _write_beyond_test(table: pd.DataFrame, logits: npt.NDArray[np.float32], out: Path) -> FileDigest:
+    table[["sha256"]].assign(logits=list(logits)).to_parquet(out / BEYOND_TEST, index=False)
+    return describe(out / BEYOND_TEST, within=out)
+
+
 def measure(
     engines: Sequence[Stored[Engine]],
     splits: Stored[Splits],
@@ -259,6 +270,7 @@ def summarised(
         latency_p50_ms=p50,
         latency_p90_ms=p90,
         latency_p99_ms=p99,
+        latency_p99=rounds_percentile([seconds * 1e3 for seconds in elapsed], 99),
         rounds_p50_ms=tuple(float(value) for value in rounds[:, 0]),
         rounds_p99_ms=tuple(float(value) for value in rounds[:, 2]),
         num_attempts=num_attempts,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -18,7 +18,7 @@ from components.contracts.data import Renames, names_after
 from components.contracts.errors import TamperedArtefact
 from components.contracts.families import Answers, Evidence, Gate, Least, Task
 from components.contracts.models import Engine
-from components.contracts.records import Record, Stored, canonical_json, sha256_text
+from components.contracts.records import FileDigest, Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import (
     EngineVerdict,
     Evaluation,
@@ -31,6 +31,9 @@ from components.contracts.verdicts import (
 )
 from components.store import sha256_file
 from components.tables import read_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class GateConfig(Record):
@@ -103,6 +106,7 @@ def judge(
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
     reference_answers = _answers(reference, judged[0].engine.record.classes, task) if judged else None
+    reference_beyond_test = _beyond_test(reference, task)
     champion_answers, champion_missing = _answers_of_champion(champion, judged, task)
     verdicts = []
     for item in judged:
@@ -119,6 +123,8 @@ def judge(
                 measurement=item.measurement,
                 answers=_answers(item.evaluation, engine.classes, task),
                 reference=reference_answers,
+                beyond_test=_beyond_test(item.evaluation, task),
+                reference_beyond_test=reference_beyond_test,
                 champion=champion_answers,
                 champion_known=champion_known and not champion_missing,
                 champion_missing=champion_missing,
@@ -223,16 +229,29 @@ def _answers_of_champion(champion: Champion | None, judged: Sequence[Judged], ta
     return None, here[record.status] + (record.reason or "it gave no answers on the test images")
 
 
+def _beyond_test(evaluation: Stored[Evaluation] | None, task: Task) -> Answers | None:
+    """What an engine answered on the valid and calibration images; raises TamperedArtefact."""
+    if evaluation is None or evaluation.record.beyond_test is None:
+        return None
+    frame = _unchanged(evaluation, evaluation.record.beyond_test, ["sha256", "logits"])
+    return Answers(tuple(frame["sha256"]), (), np.stack(list(frame["logits"])).astype(np.float32), (), task)
+
+
+def _unchanged(evaluation: Stored[Evaluation], file: FileDigest, columns: list[str]) -> pd.DataFrame:
+    path = evaluation.folder / file.name
+    if sha256_file(path) != file.sha256:
+        raise TamperedArtefact(f"{path} was changed after it was evaluated; run again to make it anew")
+    return read_frame(path, columns)
+
+
 def _answers(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...], task: Task) -> Answers | None:
     """The answers behind an evaluation, whose logits are over `classes`; raises TamperedArtefact."""
     if evaluation is None or evaluation.record.predictions is None:
         return None
-    path = evaluation.folder / evaluation.record.predictions.name
-    if sha256_file(path) != evaluation.record.predictions.sha256:
-        raise TamperedArtefact(f"{path} was changed after it was evaluated; run again to make it anew")
-    frame = read_frame(path, ["sha256", "label", "logits"])
+    frame = _unchanged(evaluation, evaluation.record.predictions, ["sha256", "label", "logits"])
     logits = np.stack(list(frame["logits"])).astype(np.float32)
     if logits.shape[1] != len(classes):
+        path = evaluation.folder / evaluation.record.predictions.name
         raise TamperedArtefact(f"{path} has logits of {logits.shape[1]} classes, expected {len(classes)}; run again")
     return Answers(tuple(frame["sha256"]), tuple(frame["label"]), logits, classes, task)
 

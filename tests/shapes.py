@@ -32,8 +32,8 @@ evaluation: {latency_runs: 40, latency_warmup_runs: 5}
 gating:
   gates:
     - {gate: accuracy, settings: {floor: 0.6}}
-    - {gate: class_recall, settings: {floor: 0.5, min_images: 5}}
-    - {gate: parity, settings: {min_images: 20, min_agreement: {fp32: 0.99, int8: 0.9}}}
+    - {gate: class_recall, settings: {floor: 0.3, min_images: 5}}
+    - {gate: parity, settings: {min_images: 20, min_agreement: {int8: 0.9}, min_proven: 0.6}}
     - {gate: latency, settings: {max_p99_ms: 1000, min_runs: 40}}
     - {gate: no_regression}
 """

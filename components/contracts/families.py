@@ -340,6 +340,9 @@ class Evidence:
     """Name of the task's headline metric."""
     champion_classes: tuple[str, ...] = ()
     """All classes that the champion knows, in its own order, by their names of today."""
+    beyond_test: Answers | None = None
+    """Its answers on the images of valid and calibration, without labels; None where it was not asked."""
+    reference_beyond_test: Answers | None = None
 
 
 @dataclass(frozen=True)

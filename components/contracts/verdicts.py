@@ -54,6 +54,8 @@ class Evaluation(Record):
     reliability: tuple[tuple[float, float, int], ...] = ()
     """(mean confidence, accuracy, count) of each non-empty confidence bin."""
     predictions: FileDigest | None = None
+    beyond_test: FileDigest | None = None
+    """Logits on the valid and calibration images, for parity, which needs no labels; only of engines that are asked."""
 
 
 class FoldEstimate(Record):
@@ -95,6 +97,8 @@ class Measurement(Record):
     latency_p90_ms: float | None = None
     latency_p99_ms: float | None = None
     """Each the median of the rounds' own percentiles, so that one noisy round does not decide."""
+    latency_p99: Estimate | None = None
+    """The p99 with its interval, in milliseconds; `n` is the number of runs. Older records have none."""
     rounds_p50_ms: tuple[float, ...] = ()
     rounds_p99_ms: tuple[float, ...] = ()
     num_attempts: int = 1
@@ -204,6 +208,15 @@ def compare_interval(estimate: Estimate | None, floor: float) -> Literal["pass",
     if estimate.low >= floor:
         return "pass"
     return "fail" if estimate.high < floor else "inconclusive"
+
+
+def compare_budget(estimate: Estimate | None, budget: float) -> Literal["pass", "fail", "inconclusive"]:
+    """Three-way comparison of an estimate with what it may be at most; see `compare_interval`."""
+    if estimate is None or not all(math.isfinite(v) for v in (estimate.low, estimate.value, estimate.high, budget)):
+        return "inconclusive"
+    if estimate.high <= budget:
+        return "pass"
+    return "fail" if estimate.low > budget else "inconclusive"
 
 
 def shared_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...]:

@@ -1,16 +1,16 @@
-"""Latency budget: the p99 of single images on the machine that measured it."""
+"""Latency budget: the p99 of single images on the machine that measured it, with all of its 95 % interval."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.contracts.families import Evidence
-from components.contracts.verdicts import Finding, Measurement, compare, too_few
+from components.contracts.verdicts import Finding, Measurement, compare_budget, too_few
 from components.contracts.wording import counted
 
 
 class Gate(BaseModel):
-    """Inconclusive without a measurement of this very engine, or with too few runs to speak of a p99."""
+    """Inconclusive when the interval straddles the budget, and without enough runs of this very engine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     max_p99_ms: float = Field(gt=0)
@@ -25,15 +25,22 @@ class Gate(BaseModel):
             return self._inconclusive("the measurement is of another engine")
         if measured.num_runs < self.min_runs:
             return self._inconclusive(too_few("timed runs", measured.num_runs, self.min_runs, exactly=True))
-        status = compare(measured.latency_p99_ms, self.max_p99_ms, at_least=False)
-        if status == "inconclusive":
-            return self._inconclusive("its p99 latency was not measured")
+        p99 = measured.latency_p99
+        if p99 is None:
+            return self._inconclusive("its p99 latency was measured without an interval; `train --measure-again` has one")
+        status = compare_budget(p99, self.max_p99_ms)
+        undecided = (
+            "; these runs do not decide: a quieter machine (`train --measure-again`) or more of them "
+            "(evaluation.latency_runs) narrow the interval"
+        )
         return Finding(
             gate="latency",
             status=status,
-            message=f"p99 latency {measured.latency_p99_ms:.3g} ms{_spread(measured)} of "
-            f"{counted(measured.num_runs, 'run')} on {measured.machine}, budget {self.max_p99_ms:g} ms",
-            value=measured.latency_p99_ms,
+            message=f"p99 latency {p99.value:.3g} ms [{p99.low:.3g}, {p99.high:.3g}]{_rounds(measured)} of "
+            f"{counted(measured.num_runs, 'run')} on {measured.machine}, budget {self.max_p99_ms:g} ms"
+            + undecided
+            * (status == "inconclusive"),
+            value=p99.value,
             threshold=self.max_p99_ms,
             n=measured.num_runs,
         )
@@ -42,9 +49,8 @@ class Gate(BaseModel):
         return Finding(gate="latency", status="inconclusive", message=message, threshold=self.max_p99_ms)
 
 
-def _spread(measured: Measurement) -> str:
+def _rounds(measured: Measurement) -> str:
     if not measured.rounds_p99_ms:
         return ""
-    low, high = min(measured.rounds_p99_ms), max(measured.rounds_p99_ms)
     noisy = "; the machine was busy with something else, `train --measure-again` measures anew" if measured.noisy else ""
-    return f" ({low:.3g} to {high:.3g} in {counted(len(measured.rounds_p99_ms), 'round')}{noisy})"
+    return f" (in {counted(len(measured.rounds_p99_ms), 'round')}{noisy})"

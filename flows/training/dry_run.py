@@ -174,7 +174,9 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         walk.look(
             "evaluation",
             Evaluation,
-            keys.evaluation_inputs(run, engine, splits) if engine and splits else None,
+            keys.evaluation_inputs(run, engine, splits, beyond_test=keys.asked_beyond_test(engine))
+            if engine and splits
+            else None,
             instance=target.name,
         )
         for target, engine in named

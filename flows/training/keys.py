@@ -103,8 +103,11 @@ def engine_inputs(
     }
 
 
-def evaluation_inputs(run: Run, engine: Stored[Engine], splits: Stored[Splits], renamed: Renames = ()) -> dict[str, str]:
+def evaluation_inputs(
+    run: Run, engine: Stored[Engine], splits: Stored[Splits], renamed: Renames = (), *, beyond_test: bool = False
+) -> dict[str, str]:
     return {
+        **({"beyond_test": splits.record.digest()} if beyond_test else {}),
         **({"renamed": canonical_json(renamed)} if renamed else {}),
         "engine": engine.record.digest(),
         "test": splits.record.test_digest,
@@ -116,6 +119,11 @@ def evaluation_inputs(run: Run, engine: Stored[Engine], splits: Stored[Splits], 
         # A champion's target may be a plug-in that the workspace has no more.
         **(member_digests(targets=engine.record.target) if engine.record.target in plugins.names("targets") else {}),
     }
+
+
+def asked_beyond_test(engine: Stored[Engine]) -> bool:
+    """Whether an engine of this run answers the valid and calibration images as well: parity in fp32 needs no labels."""
+    return engine.record.precision == "fp32"
 
 
 def measurement_inputs(run: Run, engine: Stored[Engine]) -> dict[str, str]:

@@ -172,10 +172,23 @@ def evaluation(
 ) -> Stored[Evaluation]:
     config = run.config.evaluation
 
-    def compute(out: Path, progress: Progress) -> Evaluation:
-        return evaluate(engine, splits, run.workspace.data, run.task, config, out=out, renamed=renamed, progress=progress)
+    # A champion and the engines of folds are compared with no reference.
+    beyond_test = keys.asked_beyond_test(engine) and not role and not fold
 
-    inputs = keys.evaluation_inputs(run, engine, splits, renamed)
+    def compute(out: Path, progress: Progress) -> Evaluation:
+        return evaluate(
+            engine,
+            splits,
+            run.workspace.data,
+            run.task,
+            config,
+            out=out,
+            renamed=renamed,
+            beyond_test=beyond_test,
+            progress=progress,
+        )
+
+    inputs = keys.evaluation_inputs(run, engine, splits, renamed, beyond_test=beyond_test)
     return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name, fold=fold)
 
 

@@ -12,7 +12,7 @@ from components.contracts.data import DataVersion, Splits
 from components.contracts.errors import EngineUnavailable
 from components.contracts.models import Engine, Preprocessing
 from components.contracts.records import Stored
-from components.contracts.verdicts import Evaluation, Measurement
+from components.contracts.verdicts import Evaluation, Measurement, Verdict
 from components.evaluation import EvaluationConfig, evaluate, measure, summarised
 from components.machine import fingerprint
 from components.store import Store, describe
@@ -52,6 +52,26 @@ def test_an_evaluation_is_deterministic_and_counts_every_image(trained: Path, tm
     assert table["embedding"].iloc[0].dtype == np.float16
     assert (table["label"] == table["predicted"]).mean() == pytest.approx(first.metrics["accuracy"].value)
     assert set(first.metrics) == {"accuracy", "mean_class_accuracy", "log_loss", "ece"}
+    assert (first.beyond_test, (tmp_path / "a" / "beyond_test.parquet").exists()) == (None, False)
+
+
+def test_in_fp32_every_image_outside_training_is_answered_for_parity(trained: Path) -> None:
+    splits = stored(trained, "splitting", Splits)
+    table = pd.read_parquet(splits.folder / splits.record.table.name)
+    expected = {split: set(table.loc[table["split"] == split, "sha256"]) for split in ("valid", "calibration")}
+    for name in ("torch_reference-fp32", "onnxruntime-fp32", "openvino-int8"):
+        found = stored(trained, f"evaluation/{name}", Evaluation)
+        if name == "openvino-int8":
+            assert found.record.beyond_test is None
+            continue
+        asked = pd.read_parquet(found.folder / found.record.beyond_test.name)
+        assert set(asked["sha256"]) == expected["valid"] | expected["calibration"]
+        # Nothing is scored on them: they are no test images.
+        assert found.record.num_images == splits.record.counts["test"]
+    gates = stored(trained, "gating", Verdict).record.engines
+    parity = {e.engine: next(f for f in e.findings if f.gate == "parity") for e in gates}
+    assert parity["onnxruntime-fp32"].n == len(table) - splits.record.counts["train"]
+    assert parity["openvino-int8"].n == splits.record.counts["test"]
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, predict: Any) -> None:
@@ -152,6 +172,14 @@ def test_a_noisy_round_does_not_decide_and_is_told(trained: Path) -> None:
     assert (found.latency_p50_ms, found.latency_p99_ms) == (quiet.latency_p50_ms, quiet.latency_p99_ms)
     assert (quiet.noisy, found.noisy, found.num_runs) == (False, True, 40)
     assert max(found.rounds_p99_ms) > 29
+    # Two of five rounds may be drawn more often than the others: the interval knows of the noisy one.
+    narrow, wide = quiet.latency_p99, found.latency_p99
+    assert narrow is not None
+    assert wide is not None
+    assert (narrow.n, narrow.value, wide.value) == (40, quiet.latency_p99_ms, quiet.latency_p99_ms)
+    assert 1.0 < narrow.low <= narrow.value <= narrow.high <= 1.2
+    assert wide.high > 20
+    assert found == summarised(engine, [calm, busy, calm, calm, calm], CONFIG)
 
 
 def test_the_reference_is_a_target_like_any_other() -> None:

@@ -65,6 +65,7 @@ def measured(of: Engine, **changes: Any) -> Measurement:
         "machine": "m",
         "num_runs": 300,
         "latency_p99_ms": 5.0,
+        "latency_p99": {"value": 5.0, "low": 4.5, "high": 5.5, "n": 300, "method": "bootstrap"},
     }
     return Measurement.model_validate(values | changes)
 
@@ -366,6 +367,11 @@ def test_accuracy_gate_is_three_way() -> None:
 
 def test_class_recall_gate_looks_at_the_worst_class() -> None:
     assert ask("class_recall", evidence(), floor=0.9).status == "pass"
+    undecided = ask("class_recall", evidence(), floor=0.97)
+    assert undecided.status == "inconclusive"
+    assert undecided.message.endswith(
+        "floor 0.97: too few test images of 'a' to decide: there are 100, about 290 would do, and 2 other classes"
+    )
     classes = list(evidence().evaluation.per_class)
     classes[1] = classes[1].model_copy(update={"recall": wilson(60, 100)})
     worse = evidence().evaluation.model_copy(update={"per_class": tuple(classes)})
@@ -384,15 +390,23 @@ def test_class_recall_gate_looks_at_the_worst_class() -> None:
 def test_parity_gate_compares_image_by_image() -> None:
     assert ask("parity", evidence()).status == "pass"
     assert ask("parity", evidence(answers=flipped(5))).status == "pass"
-    assert ask("parity", evidence(answers=flipped(10))).status == "fail"
+    # 290 of 300 lie under the expected 98 % and yet their interval reaches over it; 280 of 300 do not.
+    assert ask("parity", evidence(answers=flipped(10))).status == "pass"
+    failed = ask("parity", evidence(answers=flipped(20)))
+    assert failed.status == "fail"
+    assert "0.9333 [0.8993, 0.9564] (n=300), expected 98.0%; these test images prove 89.9%" in failed.message
     assert ask("parity", evidence(reference=None)).status == "inconclusive"
     other = answered(GOOD, names=["x"] * 300)
     assert ask("parity", evidence(answers=other)).status == "inconclusive"
     few = ask("parity", evidence(), min_images=1000)
     assert (few.status, few.message) == ("inconclusive", "too few test images to decide: there are 300, 1000 would do")
     # What is said of one precision leaves the others' defaults.
-    assert ask("parity", evidence(answers=flipped(10)), min_agreement={"fp32": 0.9}).status == "fail"
-    assert ask("parity", evidence(), min_agreement={"fp32": 0.9}).status == "pass"
+    assert ask("parity", evidence(answers=flipped(20)), min_agreement={"fp16": 0.9}).status == "fail"
+    undecided = ask("parity", evidence(), min_proven=0.99)
+    assert (undecided.status, undecided.message.partition(": ")[2]) == (
+        "inconclusive",
+        "too few test images to decide: there are 300, about 390 would do",
+    )
     with pytest.raises(ConfigError, match=r"min_agreement.int8: Input should be less than or equal to 1"):
         plugins.load("gates", "parity", {"min_agreement": {"int8": 95}})
 
@@ -400,17 +414,30 @@ def test_parity_gate_compares_image_by_image() -> None:
 def test_parity_gate_bounds_the_logits_of_fp32() -> None:
     close = answered(GOOD + 0.5)
     assert ask("parity", evidence(answers=close)).status == "pass"
-    assert ask("parity", evidence(engine=engine("onnxruntime-fp32", "fp32"), answers=close)).status == "fail"
+    fp32 = engine("onnxruntime-fp32", "fp32")
+    assert ask("parity", evidence(engine=fp32, answers=close)).status == "fail"
+    # The images of valid and calibration count as well: one of them that differs is enough.
+    both = {"beyond_test": answered(GOOD), "reference_beyond_test": answered(GOOD)}
+    found = ask("parity", evidence(engine=fp32, **both))
+    assert (found.status, found.n) == ("pass", 600)
+    moved = GOOD.copy()
+    moved[7, 1] += 0.02
+    assert ask("parity", evidence(engine=fp32, **both | {"beyond_test": answered(moved)})).status == "fail"
+    others = answered(GOOD, names=["x"] * 300)
+    assert ask("parity", evidence(engine=fp32, **both | {"beyond_test": others})).status == "inconclusive"
 
 
 def test_latency_gate_wants_a_measurement_of_this_engine() -> None:
     of = engine()
-    assert ask("latency", evidence(), max_p99_ms=6).status == "pass"
-    assert ask("latency", evidence(), max_p99_ms=4).status == "fail"
+    assert ask("latency", evidence(), max_p99_ms=5.5).status == "pass"
+    assert ask("latency", evidence(), max_p99_ms=4.4).status == "fail"
+    undecided = ask("latency", evidence(), max_p99_ms=5.2)
+    assert undecided.status == "inconclusive"
+    assert "[4.5, 5.5] of 300 runs on m, budget 5.2 ms; these runs do not decide: a quieter machine" in undecided.message
     assert ask("latency", evidence(measurement=None), max_p99_ms=6).status == "inconclusive"
     assert ask("latency", evidence(measurement=measured(of, engine_digest="x")), max_p99_ms=6).status == "inconclusive"
     assert ask("latency", evidence(measurement=measured(of, num_runs=20)), max_p99_ms=6).status == "inconclusive"
-    assert ask("latency", evidence(measurement=measured(of, latency_p99_ms=None)), max_p99_ms=6).status == "inconclusive"
+    assert ask("latency", evidence(measurement=measured(of, latency_p99=None)), max_p99_ms=6).status == "inconclusive"
 
 
 def test_no_regression_gate_is_paired() -> None:

@@ -68,5 +68,5 @@ def test_without_a_recipe_of_its_own_a_workspace_is_told_of_the_default_one(tmp_
     [amount] = amounts({"cat": 0, "dog": 0}, 0.2, workspace=tmp_path)
     assert amount.recipe == "transfer"
     assert amount.told().startswith(
-        "Without a test image nothing is proven. By the gates of recipe transfer, accuracy needs 35"
+        "Without a test image nothing is proven. By the gates of recipe transfer, accuracy needs 22"
     )

@@ -46,9 +46,9 @@ def test_an_override_finds_the_entry_of_a_list_by_its_name() -> None:
     )
     gates = {gate.gate: gate for gate in config.gating.gates}
     assert gates["accuracy"].settings == {"floor": 0.8}
-    assert (gates["latency"].engines, gates["latency"].settings) == (("openvino-int8",), {"max_p99_ms": 20})
+    assert (gates["latency"].engines, gates["latency"].settings) == (("openvino-int8",), {"max_p99_ms": 50})
     assert gates["parity"].settings == {"min_images": 50, "min_agreement": {"int8": 0.9}}
-    assert gates["class_recall"].settings == {"floor": 0.90}
+    assert gates["class_recall"].settings == {"floor": 0.80}
     required = {target.name: target.required for target in config.export.targets}
     assert (required["openvino-int8"], required["openvino-fp32"]) == (False, True)
 
@@ -57,7 +57,7 @@ def test_an_override_of_one_gate_leaves_another_that_shares_its_settings(tmp_pat
     path = tmp_path / "r.yaml"
     text = (SHIPPED / "digits.yaml").read_text()
     shared = text.replace("accuracy, settings: {floor: 0.96}", "accuracy, settings: &floor {floor: 0.96}")
-    path.write_text(shared.replace("class_recall, settings: {floor: 0.90}", "class_recall, settings: *floor"))
+    path.write_text(shared.replace("class_recall, settings: {floor: 0.80}", "class_recall, settings: *floor"))
     gates = {gate.gate: gate.settings for gate in load_recipe(str(path), ["gating.gates.accuracy.floor=0.5"]).gating.gates}
     assert (gates["accuracy"], gates["class_recall"]) == ({"floor": 0.5}, {"floor": 0.96})
 
@@ -262,7 +262,7 @@ def test_either_suffix_makes_a_recipe_but_not_both_for_one_name(tmp_path: Path) 
 def test_a_recipe_is_shown_as_it_is_used_and_can_be_used_as_it_is_shown(name: str, tmp_path: Path) -> None:
     shown = resolved(load_recipe(name))
     gates = {gate["gate"]: gate["settings"] for gate in shown["gating"]["gates"]}
-    assert gates["parity"]["min_agreement"] == {"fp32": 0.999, "fp16": 0.995, "int8": 0.98}
+    assert gates["parity"]["min_agreement"] == {"fp16": 0.995, "int8": 0.98}
     assert gates["no_regression"] == {"margin": 0.02, "max_negative_flips": 0.03}
     assert shown["training"]["task_settings"].keys() == {"label_smoothing", "head_dropout"}
     for phase in shown["training"].get("phases", []):

@@ -18,7 +18,7 @@ from shapes import SMOKE, commit, picture, visionloop
 pytestmark = pytest.mark.slow
 TASK = Path(__file__).parents[1] / "tasks_of_tests" / "several_labels.py"
 GATES = (
-    "[{gate: accuracy, settings: {floor: 0.5}}, {gate: parity, settings: {min_images: 20, min_agreement: {int8: 0.8}}}, "
+    "[{gate: accuracy, settings: {floor: 0.5}}, {gate: parity, settings: {min_images: 20, min_agreement: {int8: 0.8}, min_proven: 0.5}}, "
     "{gate: no_regression, settings: {margin: 0.4, max_negative_flips: 0.3}}]"
 )
 
@@ -71,7 +71,7 @@ def test_it_is_judged_by_its_own_headline_and_against_its_champion(own: Path) ->
     messages = {finding["gate"]: finding["message"] for finding in again["findings"]}
     assert messages["accuracy"].startswith("exact_match ")
     assert "the champion's" in messages["no_regression"]
-    assert "equal answers on" in messages["parity"]
+    assert "share of equal answers" in messages["parity"]
     summary = told("show", again["version"], cwd=own)["summary"]
     assert (summary["classes"], summary["classes_new"]) == (["cross", "disc"], [])
     assert set(summary["recall"]) == {"cross", "disc"}
