@@ -189,6 +189,7 @@ def data_check(
         "not_looked_for": {each.name: each.reason for each in checked.looked if not each.ran},
         "notes": list(checked.examined.notes),
         "table": str(checked.table),
+        "sheet": str(checked.sheet),
     }
     finish(answer, json_, lambda: "\n".join(_checked_lines(checked)))
     if not checked.clean:
@@ -207,7 +208,7 @@ def _checked_lines(checked: Checked) -> Iterator[str]:
         if not each.ran:
             yield f"Not looked for: {each.name} ({each.reason})."
     yield from (f"Note: {note}." for note in checked.examined.notes)
-    yield f"All of them: {checked.table}"
+    yield f"All of them: {checked.sheet} for a spreadsheet, {checked.table} for programs"
     if checked.issues:
         yield "Next: visionloop data review asks about each of them, in a page with its pictures and in a CSV file"
 

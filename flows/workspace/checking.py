@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +14,21 @@ from components.companions import TEST_LEDGER
 from components.contracts.errors import DataError
 from components.contracts.issues import SEVERITIES, Issue, Looked, Severity
 from components.contracts.progress import Progress, silent
+from components.contracts.wording import for_spreadsheets
 from components.embeddings import Encoder
 from components.examination import Examined, dataset_files, examine
 from components.splitting import TestLedger
+from components.store import write_atomically
 from components.training import TrainingConfig
 from flows.workspace.recipes import load_recipe
 from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 
 FOLDER = "check"
+SHEET = "issues.csv"
+_COLUMNS = ("severity", "kind", "score", "file", "label", "other_files", "detail", "action", "candidate", "issue")
+_MOST_IN_CELL = 32_000
+"""Characters: spreadsheets cut what is longer."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class Checked:
     examined: Examined
     table: Path
     """All issues, as Parquet."""
+    sheet: Path
+    """The same as CSV, for spreadsheets."""
     num_files: int
 
     @property
@@ -63,7 +73,7 @@ def encoder_of(config: TrainingConfig) -> Encoder | None:
 def check_data(
     workspace: Workspace, recipe: str | None = None, overrides: Sequence[str] = (), *, progress: Progress = silent
 ) -> Checked:
-    """Look for all findings, or those that a recipe names, in what lies in data/, pinned or not; writes their table.
+    """Look for all findings, or those that a recipe names, in what lies in data/, pinned or not; writes all issues.
 
     A picture whose side is not frozen yet counts as no test picture. Raises DataError where there are no images.
     """
@@ -93,4 +103,38 @@ def check_data(
         written.replace(folder / issues.FILE)
     finally:
         written.unlink(missing_ok=True)
-    return Checked(examined, folder / issues.FILE, len(there.files) + len(there.strays))
+    write_atomically(folder / SHEET, _for_spreadsheets(examined))
+    return Checked(examined, folder / issues.FILE, folder / SHEET, len(there.files) + len(there.strays))
+
+
+def _for_spreadsheets(examined: Examined) -> bytes:
+    """A row an issue, as CSV with a byte order mark, by which spreadsheets know that it is UTF-8."""
+    tables = (examined.known.table, examined.known.refused)
+    labels = {path: label for table in tables for path, label in zip(table["path"], table["label"], strict=True)}
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\r\n")
+    writer.writeheader()
+    for issue in examined.issues:
+        file, *others = issue.files or ("",)
+        values = {
+            **{name: str(getattr(issue, name, "")) for name in _COLUMNS},
+            "score": f"{issue.score:.4f}",
+            "file": file,
+            "label": labels.get(file, ""),
+            "other_files": _in_one_cell(others),
+            "issue": issue.id,
+        }
+        writer.writerow({name: for_spreadsheets(value) for name, value in values.items()})
+    return out.getvalue().encode("utf-8-sig")
+
+
+def _in_one_cell(files: Sequence[str]) -> str:
+    """As many files as a cell holds, and how many more there are."""
+    told: list[str] = []
+    length = 0
+    for file in files:
+        length += len(file) + len(" | ")
+        if length > _MOST_IN_CELL:
+            return " | ".join([*told, f"and {len(files) - len(told)} more"])
+        told.append(file)
+    return " | ".join(told)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -61,9 +64,29 @@ def test_what_is_wrong_is_told_by_kind_and_clean_data_end_with_0(photographs: Pa
     note = "1 picture under 32 pixels: only copies of equal pixels are looked for among such small ones"
     assert f"Note: {note}." in found.stdout.splitlines()
     told = json.loads(visionloop(*arguments, "--json", cwd=photographs).stdout)
+    assert found.stdout.count(told["sheet"]) == found.stdout.count(told["table"]) == 1
     assert told["notes"] == [note]
     assert told["looked_for"] == {"exact_duplicate": 1, "leak": 1, "unreadable": 1}
     assert [issue.to_json() for issue in issues.read(Path(told["table"]))] == told["issues"]
+
+
+def test_all_issues_are_in_a_sheet_that_a_spreadsheet_takes_no_formula_from(photographs: Path) -> None:
+    data = photographs / "data"
+    for number in range(900):  # more names than a cell holds
+        (data / "near" / f"{'copy' * 10}-{number}.png").write_bytes((data / "near" / "3.png").read_bytes())
+    (data / "=1+1, ü").mkdir()
+    (data / "=1+1, ü" / "cut.png").write_bytes(b"no picture")
+    checked = check_data(Workspace.find(photographs), "transfer", [NO_NETWORK.removeprefix("--set=")])
+    content = checked.sheet.read_bytes()
+    assert (checked.sheet.parent, content[:3]) == (checked.table.parent, codecs.BOM_UTF8)
+    copies, unreadable = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    assert (unreadable["file"], unreadable["label"]) == ("'=1+1, ü/cut.png", "'=1+1, ü")
+    assert unreadable["issue"] == checked.issues[1].id
+    assert (copies["kind"], copies["score"], copies["label"]) == ("exact_duplicate", "0.0000", "near")
+    *others, last = copies["other_files"].split(" | ")
+    assert last == f"and {900 - len(others)} more"
+    assert tuple(others) == checked.issues[0].files[1 : len(others) + 1]
+    assert 30_000 < len(copies["other_files"]) < 32_767
 
 
 def test_unchanged_data_is_neither_decoded_nor_read_again(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
