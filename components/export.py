@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from components import collector, plugins
+from components.choosing import AUTO, Limits
 from components.contracts.data import Splits
 from components.contracts.errors import ConfigError, EngineUnavailable, ExportError, VisionloopError
 from components.contracts.families import Built, ExportRequest, Target
 from components.contracts.models import Checkpoint, Engine, Precision
 from components.contracts.records import FileDigest, Record, Stored
 from components.images import batches
+from components.memory import peak_bytes
 from components.samples import rows
 from components.store import describe
 
@@ -41,7 +43,7 @@ class TargetConfig(Record):
     target: str
     precision: Precision = "fp32"
     required: bool = True
-    """A required engine that fails its gates rejects the candidate."""
+    """A required engine that fails its gates rejects the candidate. Default: true, and false where `serving` is `auto`."""
     settings: dict[str, Any] = {}
 
     @property
@@ -52,25 +54,38 @@ class TargetConfig(Record):
 class ExportConfig(Record):
     """Which engines are built and which one is served; the torch reference is always built as the yardstick."""
 
-    targets: tuple[TargetConfig, ...]
     serving: str
-    """Name of the engine that goes into production, such as `openvino-int8`."""
+    """Name of the engine that goes into production, such as `openvino-int8`, or `auto`: the best one within `limits`."""
+    targets: tuple[TargetConfig, ...]
+    limits: Limits = Limits()
+    """What the chosen engine may cost at most; a named one is judged by the gates alone."""
+    hourly_price: float | None = Field(default=None, gt=0)
+    """Of the machine that serves, in any currency, to tell what a million answers cost; decides nothing."""
 
     @field_validator("targets")
     @classmethod
-    def _some(cls, targets: tuple[TargetConfig, ...]) -> tuple[TargetConfig, ...]:
+    def _some(cls, targets: tuple[TargetConfig, ...], info: ValidationInfo) -> tuple[TargetConfig, ...]:
         names = [target.name for target in targets]
         if len(set(names)) != len(names):
             raise ValueError(f"the same engine twice: {', '.join(sorted(names))}")
-        return targets
+        if info.data.get("serving") != AUTO:
+            return targets
+        # One that fails its gates is then one less to choose from, unless the recipe says that it is required.
+        return tuple(
+            target if "required" in target.model_fields_set else target.model_copy(update={"required": False})
+            for target in targets
+        )
 
     @model_validator(mode="after")
     def _servable(self) -> ExportConfig:
         if self.serving == REFERENCE:
             raise ValueError("the torch reference is the yardstick, it is never served; choose another engine")
         valid = [target.name for target in self.targets if target.name != REFERENCE]
-        if self.serving not in valid:
-            raise ValueError(f"serving names {self.serving!r}, which is not built; valid: {', '.join(valid) or '(none)'}")
+        if self.serving == AUTO and not valid:
+            raise ValueError("serving is `auto` and there is no engine to choose from; name one under targets")
+        if self.serving not in (AUTO, *valid):
+            names = ", ".join([AUTO, *valid]) if valid else "(none)"
+            raise ValueError(f"serving names {self.serving!r}, which is not built; valid: {names}")
         return self
 
     @property
@@ -96,6 +111,10 @@ def absent(config: ExportConfig) -> dict[str, str]:
         target.name: plugins.load("targets", target.target, target.settings).absent() for target in config.all_targets
     }
     found = {name: reason for name, reason in reasons.items() if reason}
+    if config.serving == AUTO and all(target.name in found for target in config.all_targets if target.name != REFERENCE):
+        raise ConfigError(
+            f"none of the engines that could serve can be built here: {'; '.join(map(': '.join, found.items()))}"
+        )
     if config.serving in found:
         raise ConfigError(f"export.serving is {config.serving}: {found[config.serving]}; serve another engine")
     return found
@@ -147,6 +166,28 @@ def export(
     return _engine(checkpoint.record, config, built, out)
 
 
+def memory_mb(engine: Stored[Engine], *, num_threads: int, plugin_folder: Path | None = None) -> float:
+    """What loading an engine and answering one image adds to a process of its own, in 10^6 bytes; raises ExportError."""
+    request = {
+        "do": "memory",
+        "engine": _reference(engine),
+        "num_threads": num_threads,
+        "out": str(engine.folder),
+        "plugins": str(plugin_folder) if plugin_folder else None,
+    }
+    return float(_in_subprocess(request)["memory_mb"])
+
+
+def _memory_of(request: dict[str, Any]) -> dict[str, Any]:
+    engine = Stored(Engine.read(request["engine"]["record"]), Path(request["engine"]["folder"]))
+    target = plugins.load("targets", engine.record.target, engine.record.settings)
+    size = engine.record.preprocessing
+    image = np.zeros((1, size.height, size.width, size.channels), dtype=np.uint8)
+    before = peak_bytes()
+    target.load(engine, num_threads=request["num_threads"]).predict(image)
+    return {"memory_mb": (peak_bytes() - before) / 1e6}
+
+
 def _reference(stored: Stored[Any]) -> dict[str, Any]:
     return {"record": stored.record.to_json(), "folder": str(stored.folder)}
 
@@ -183,10 +224,12 @@ def _in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
-    checkpoint = Stored(Checkpoint.read(request["checkpoint"]["record"]), Path(request["checkpoint"]["folder"]))
-    out = Path(request["out"])
     if request["plugins"]:
         plugins.use_workspace(Path(request["plugins"]))
+    if request["do"] == "memory":
+        return _memory_of(request)
+    checkpoint = Stored(Checkpoint.read(request["checkpoint"]["record"]), Path(request["checkpoint"]["folder"]))
+    out = Path(request["out"])
     if request["do"] == "graph":
         from components.checkpoints import restore
         from components.graphs import to_onnx

@@ -6,7 +6,7 @@ ever a pass. A rejected model is a value of this stage, not an exception.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from components import plugins
+from components.choosing import AUTO, Choice, Limits, Offer, choose
 from components.contracts.data import Renames, names_after
 from components.contracts.errors import TamperedArtefact
 from components.contracts.families import Answers, Evidence, Gate, Least, Task
@@ -29,6 +30,7 @@ from components.contracts.verdicts import (
     VerdictStatus,
     shared_classes,
 )
+from components.intervals import paired_difference
 from components.store import sha256_file
 from components.tables import read_frame
 
@@ -96,13 +98,15 @@ def judge(
     *,
     serving: str,
     champion_known: bool,
+    limits: Limits | None = None,
     absent: Mapping[str, tuple[str, bool]] | None = None,
 ) -> Verdict:
     """One EngineVerdict per engine, and what follows for the candidate as a whole.
 
     The candidate passes when the serving engine and every required engine passed. One that cannot run here, or could not
     even be built (`absent`: name to reason and whether it is required), is `not executed here`, which is no pass: mark
-    engines that are built here for other machines as not required.
+    engines that are built here for other machines as not required. Where `serving` is `auto`, the serving engine is the one
+    that `components/choosing.py` takes within `limits`, and a finding of each engine that passed says why.
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
     reference_answers = _answers(reference, judged[0].engine.record.classes, task) if judged else None
@@ -154,11 +158,47 @@ def judge(
                 findings=(finding,),
             )
         )
-    return _decide(verdicts, serving, _policy_digest(config, verdicts))
+    policy_digest = _policy_digest(config, verdicts, limits if serving == AUTO else None)
+    if serving == AUTO:
+        choice = choose(list(_offers(judged, verdicts, reference_answers, task)), limits or Limits())
+        serving, verdicts = choice.engine, [_as_chosen(verdict, choice) for verdict in verdicts]
+    return _decide(verdicts, serving, policy_digest)
 
 
-def _policy_digest(config: GatingConfig, verdicts: Sequence[EngineVerdict]) -> str:
-    """All that decides besides the evidence: thresholds with defaults, the gates' code, what serves, what is required."""
+def _offers(
+    judged: Sequence[Judged], verdicts: Sequence[EngineVerdict], reference: Answers | None, task: Task
+) -> Iterator[Offer]:
+    for item, verdict in zip(judged, verdicts, strict=False):
+        answers = _answers(item.evaluation, item.engine.record.classes, task)
+        drop = None
+        if reference is not None and answers is not None and answers.image_ids == reference.image_ids:
+            drop = paired_difference(reference.right, answers.right)
+        measured = item.measurement
+        yield Offer(
+            verdict.engine,
+            verdict.status == "pass",
+            p50_ms=measured.latency_p50_ms if measured else None,
+            p99_ms=measured.latency_p99_ms if measured else None,
+            size_mb=item.engine.record.size_bytes / 1e6,
+            memory_mb=measured.memory_mb if measured else None,
+            drop=drop,
+        )
+
+
+def _as_chosen(verdict: EngineVerdict, choice: Choice) -> EngineVerdict:
+    """With what the choice says of it. An engine that comes nearest to the limits and misses one fails by that."""
+    is_chosen, findings = verdict.engine == choice.engine, verdict.findings
+    if (told := choice.told.get(verdict.engine)) is not None:
+        status: FindingStatus = ("pass" if choice.is_servable else "fail") if is_chosen else "not applicable"
+        findings = (*findings, _finding("serving", status, told))
+    return verdict.model_copy(update={"serving": is_chosen, "findings": findings, "status": _combine(findings)})
+
+
+def _policy_digest(config: GatingConfig, verdicts: Sequence[EngineVerdict], limits: Limits | None) -> str:
+    """All that decides besides the evidence: thresholds with defaults, the gates' code, what serves, what is required.
+
+    With `limits` what serves is chosen, and they say by what.
+    """
     return sha256_text(
         canonical_json(
             [
@@ -166,6 +206,7 @@ def _policy_digest(config: GatingConfig, verdicts: Sequence[EngineVerdict]) -> s
                 policy(config),
                 [plugins.member_digest("gates", chosen.gate) for chosen in config.gates],
                 [[verdict.engine, verdict.serving, verdict.required] for verdict in verdicts],
+                *([limits.to_json()] if limits is not None else []),
             ]
         )
     )

@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson's of a share, the bootstrap of a mean."""
+"""95 % intervals: Wilson's of a share, Newcombe's of a difference of shares, the bootstrap of a mean or a percentile."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ RESAMPLES = 1000
 SEED = 20240717
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
+Right = np.ndarray[tuple[int], np.dtype[np.bool_]]
+Counts = tuple[int, int, int, int]
+"""Images that both, only the first, only the second and neither got right."""
 
 
 def wilson(hits: int, n: int) -> Estimate:
@@ -38,6 +41,42 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
     low = value - math.hypot(first.value - first.low, second.high - second.value)
     high = value + math.hypot(first.high - first.value, second.value - second.low)
     return Estimate(value=value, low=low, high=high, n=min(first.n, second.n), method="newcombe")
+
+
+def paired_counts(first: Right, second: Right) -> Counts:
+    """Of right answers to the same images: how many both, only the first, only the second and neither gave."""
+    both, only_first = int((first & second).sum()), int((first & ~second).sum())
+    only_second = int((~first & second).sum())
+    return both, only_first, only_second, len(first) - both - only_first - only_second
+
+
+def paired_difference(first: Right, second: Right) -> Estimate:
+    """mean(first) - mean(second) over the same images, with its interval; raises ValueError where there are none."""
+    low, high = paired_interval(*paired_counts(first, second))
+    value = float(first.mean() - second.mean())
+    return Estimate(value=value, low=low, high=high, n=len(first), method="newcombe, paired")
+
+
+def paired_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares over the same images, from how many fall into each group.
+
+    Newcombe's (1998, method 10), which stays valid when few or no answers differ.
+    """
+    n = both + only_first + only_second + neither
+    p1, p2 = wilson(both + only_first, n), wilson(both + only_second, n)
+    difference = p1.value - p2.value
+    product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    phi = 0.0
+    if product > 0:
+        cross = float(both * neither - only_first * only_second)
+        # Newcombe's continuity correction for positive association.
+        cross = max(cross - n / 2, 0) if cross > 0 else cross
+        phi = cross / math.sqrt(product)
+    lower1, upper1 = p1.value - p1.low, p1.high - p1.value
+    lower2, upper2 = p2.value - p2.low, p2.high - p2.value
+    low = difference - math.sqrt(max(0.0, lower1**2 - 2 * phi * lower1 * upper2 + upper2**2))
+    high = difference + math.sqrt(max(0.0, upper1**2 - 2 * phi * upper1 * lower2 + lower2**2))
+    return low, high
 
 
 def resamples(n: int) -> Labels:

@@ -1,13 +1,30 @@
-"""Memory that a step frees serves the next one: glibc would give every large piece back, and have it zeroed anew."""
+"""Memory of this process: its height, and how what a step frees serves the next one.
+
+glibc would give every large piece back, and have it zeroed anew.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import resource
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """As malloc.h numbers them."""
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had resident."""
+    with contextlib.suppress(OSError):
+        # What getrusage says of a new process on Linux is the height of the one that started it.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # In bytes on macOS, in kibibytes elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         compared = steps.evaluation_of_champion(run, champion, splits) if champion else None
         verdict = steps.gating(run, engines, evaluations, measurements, champion, compared)
         passed = verdict.record.status == "pass"
-        release = steps.packaging(run, engines, splits) if passed else None
+        release = steps.packaging(run, engines, splits, verdict.record) if passed else None
         folds = estimated(run, dataset, turns)
         results = Results(
             dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release, folds

@@ -101,6 +101,8 @@ class Measurement(Record):
     """The p99 with its interval, in milliseconds; `n` is the number of runs. Older records have none."""
     rounds_p50_ms: tuple[float, ...] = ()
     rounds_p99_ms: tuple[float, ...] = ()
+    memory_mb: float | None = None
+    """What loading it and answering one image adds to a process of its own, at the height, in 10^6 bytes; if wanted."""
     num_attempts: int = 1
     """How often it was measured because the rounds disagreed; this is the attempt whose rounds agreed best."""
     size_bytes: int = 0

@@ -7,14 +7,12 @@ users feel them even when the mean improves (Yan et al., "Positive-Congruent Tra
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.contracts.families import Evidence, Least
 from components.contracts.verdicts import Finding, enough, fewest, too_few
-from components.intervals import wilson
+from components.intervals import Counts, paired_counts, paired_interval
 
 
 class Gate(BaseModel):
@@ -49,8 +47,8 @@ class Gate(BaseModel):
         if not (np.isfinite(answers.logits).all() and np.isfinite(champion.logits).all()):
             return _inconclusive("some answers are not finite numbers")
         mine, theirs = answers.right, champion.right
-        n, counts = len(mine), _paired(mine, theirs)
-        low, high = difference_interval(*counts)
+        n, counts = len(mine), paired_counts(mine, theirs)
+        low, high = paired_interval(*counts)
         difference, flips = float(mine.mean() - theirs.mean()), float((theirs & ~mine).mean())
         text = (
             f"accuracy {mine.mean():.4f}, the champion's {theirs.mean():.4f}: difference {difference:+.4f} "
@@ -77,7 +75,7 @@ class Gate(BaseModel):
         )
 
     def least(self) -> Least:
-        return Least(images=fewest(lambda n: self._not_worse(difference_interval(n, 0, 0, 0)[0])), against_champion=True)
+        return Least(images=fewest(lambda n: self._not_worse(paired_interval(n, 0, 0, 0)[0])), against_champion=True)
 
     def _worse(self, high: float) -> bool:
         return high < -self.margin
@@ -88,13 +86,8 @@ class Gate(BaseModel):
     def _decides(self, counts: Counts, size: int) -> bool:
         """Whether `size` images that fall into the same four groups would decide."""
         n = sum(counts)
-        low, high = difference_interval(*(round(count * size / n) for count in counts))
+        low, high = paired_interval(*(round(count * size / n) for count in counts))
         return self._worse(high) or self._not_worse(low)
-
-
-Counts = tuple[int, int, int, int]
-"""Images that both, only the first, only the second and neither got right."""
-Right = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 def _told_classes(evidence: Evidence, n: int) -> str:
@@ -118,36 +111,6 @@ def _told_classes(evidence: Evidence, n: int) -> str:
         if new and gone
         else ""
     )
-
-
-def _paired(first: Right, second: Right) -> Counts:
-    both, only_first = int((first & second).sum()), int((first & ~second).sum())
-    only_second = int((~first & second).sum())
-    return both, only_first, only_second, len(first) - both - only_first - only_second
-
-
-def paired_difference(first: Right, second: Right) -> tuple[float, float]:
-    """95 % interval of mean(first) - mean(second) over the same images."""
-    return difference_interval(*_paired(first, second))
-
-
-def difference_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares over the same images, from how many fall into each group."""
-    n = both + only_first + only_second + neither
-    p1, p2 = wilson(both + only_first, n), wilson(both + only_second, n)
-    difference = p1.value - p2.value
-    product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
-    phi = 0.0
-    if product > 0:
-        cross = float(both * neither - only_first * only_second)
-        # Newcombe's continuity correction for positive association.
-        cross = max(cross - n / 2, 0) if cross > 0 else cross
-        phi = cross / math.sqrt(product)
-    lower1, upper1 = p1.value - p1.low, p1.high - p1.value
-    lower2, upper2 = p2.value - p2.low, p2.high - p2.value
-    low = difference - math.sqrt(max(0.0, lower1**2 - 2 * phi * lower1 * upper2 + upper2**2))
-    high = difference + math.sqrt(max(0.0, upper1**2 - 2 * phi * upper1 * lower2 + lower2**2))
-    return low, high
 
 
 def _inconclusive(message: str) -> Finding:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from components.contracts.data import Splits
 from components.contracts.records import Stored
-from components.contracts.verdicts import Evaluation
+from components.contracts.verdicts import Evaluation, Measurement
 from components.images import decode
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _INK, _BLUE, _ORANGE, _GREY = "#1c2430", "#2563a8", "#c2571a", "#9aa4b1"
+_BESIDE = (9, -16, 22)
+"""Points above and below, in turn, so that the names of engines that are alike do not cover each other."""
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
@@ -82,6 +84,45 @@ def engine_figure(evaluations: Sequence[Stored[Evaluation]], headline: str) -> M
     axes.set_yticks(range(len(executed)), [evaluation.engine for evaluation in reversed(executed)])
     axes.set_xlabel(f"{in_words(headline)}, 95 % interval")
     axes.grid(axis="x", color="#eceff3")
+    return as_svg(figure)
+
+
+def pareto_figure(
+    evaluations: Sequence[Stored[Evaluation]], measurements: Sequence[Stored[Measurement]], headline: str, serving: str
+) -> Markup:
+    """The headline metric of every engine that was executed against its latency; area is size on disk.
+
+    The line joins the engines that no other one beats in both.
+    """
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    points = [
+        (measured.record.latency_p50_ms, evaluation.record.metrics[headline], measured.record)
+        for evaluation, measured in zip(evaluations, measurements, strict=True)
+        if headline in evaluation.record.metrics and measured.record.latency_p50_ms is not None
+    ]
+    figure, axes = pyplot.subplots(figsize=(9, 3.4))
+    largest = max((measured.size_bytes for _, _, measured in points), default=1) or 1
+    front: list[tuple[float, float]] = []
+    for number, (latency, value, measured) in enumerate(sorted(points, key=lambda point: (point[0], -point[1].value))):
+        colour = _ORANGE if measured.engine == serving else _BLUE
+        spread = [[value.value - value.low], [value.high - value.value]]
+        axes.errorbar(latency, value.value, yerr=spread, fmt="none", ecolor=_GREY, capsize=3, zorder=1)
+        axes.scatter([latency], [value.value], s=20 + 200 * measured.size_bytes / largest, color=colour, alpha=0.8, zorder=2)
+        name = measured.engine + (" (serving)" if measured.engine == serving else "")
+        axes.annotate(name, (latency, value.value), xytext=(8, _BESIDE[number % 3]), textcoords="offset points", color=_INK)
+        if not front or value.value > front[-1][1]:
+            front.append((latency, value.value))
+    axes.plot(*zip(*front, strict=True) if front else ([], []), color=_GREY, linestyle="--", linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.25, y=0.25)
+    axes.set_xlabel("p50 latency of one image, ms (area: size on disk; dashed: not beaten in both)")
+    axes.set_ylabel(f"{in_words(headline)}, 95 % interval")
+    axes.grid(color="#eceff3")
     return as_svg(figure)
 
 

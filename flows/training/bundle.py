@@ -17,6 +17,7 @@ from flows.training.results import (
     Results,
     bound_digests,
     candidate_digest,
+    costs_json,
     estimate_json,
     estimates_json,
     folds_json,
@@ -243,6 +244,8 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
                     "n": measurement.record.num_runs,
                 },
                 "size_bytes": measurement.record.size_bytes,
+                "memory_mb": measurement.record.memory_mb,
+                **costs_json(run, measurement.record),
             }
             for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True)
         },

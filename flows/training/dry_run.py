@@ -194,7 +194,8 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
     champion = "the champion is another by now"
     verdict = _verdict(run, engines, evaluations, measurements)
     walk.see("gating", "stored" if verdict else "computed", unless=champion if verdict else walk.unless)
-    serving = next((engine for target, engine in named if target.name == run.config.export.serving), None)
+    served = verdict.record.serving_engine if verdict else run.config.export.serving
+    serving = next((engine for target, engine in named if target.name == served), None)
     if verdict and verdict.record.status != "pass":
         walk.see("packaging", "left out", unless=champion)
     else:

@@ -132,6 +132,7 @@ def measurement_inputs(run: Run, engine: Stored[Engine]) -> dict[str, str]:
         # Folds say nothing of an engine's latency.
         "config": run.config.evaluation.model_copy(update={"folds": 0}).digest(),
         "machine": fingerprint(),
+        **({"memory": "wanted"} if run.config.export.limits.memory_mb is not None else {}),
         **member_digests(targets=engine.record.target),
     }
 

@@ -16,6 +16,7 @@ from flows.pages.figures import (
     engine_figure,
     environment,
     in_words,
+    pareto_figure,
     prepare_figures,
     reliability_figure,
     splits_figure,
@@ -23,7 +24,7 @@ from flows.pages.figures import (
 )
 from flows.training.diagnosis import PhaseResult, fit_told, gain_told, imbalance, phase_results
 from flows.training.model_card import VERDICTS, evaluation_shown
-from flows.training.results import Results, folds_proposed
+from flows.training.results import Results, costs_json, folds_proposed
 from flows.training.run import Run
 
 _SHOWN = 12
@@ -60,11 +61,12 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
             classes_gone=gone,
             metrics=[in_words(name) for name in metrics],
             engines=[
-                _engine_row(*found, metrics)
+                _engine_row(*found, metrics, costs_json(run, found[2].record))
                 for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
             ],
             n_test=shown.record.num_images,
             machine=results.measurements[0].record.machine,
+            hourly_price=run.config.export.hourly_price,
             checkpoint=results.checkpoint.record,
             phases=[
                 {
@@ -120,7 +122,9 @@ def _metrics(run: Run, results: Results) -> list[str]:
     return next((list(e.record.metrics) for e in results.evaluations if e.record.metrics), [run.task.headline])
 
 
-def _engine_row(engine: Any, evaluation: Any, measurement: Any, names: Sequence[str]) -> dict[str, Any]:
+def _engine_row(
+    engine: Any, evaluation: Any, measurement: Any, names: Sequence[str], costs: dict[str, float]
+) -> dict[str, Any]:
     metrics, measured = evaluation.record.metrics, measurement.record
     latency = (measured.latency_p50_ms, measured.latency_p90_ms, measured.latency_p99_ms)
     return {
@@ -132,6 +136,11 @@ def _engine_row(engine: Any, evaluation: Any, measurement: Any, names: Sequence[
         "cells": [_cell(metrics.get(name)) for name in names],
         "latency": " / ".join("-" if value is None else f"{value:.2f}" for value in latency),
         "size": _size(measured.size_bytes),
+        "memory": "" if measured.memory_mb is None else f"{measured.memory_mb:.0f} MB in memory",
+        "cost": [
+            f"{value:.2g} a million" if name == "price_of_a_million" else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            for name, value in costs.items()
+        ],
     }
 
 
@@ -145,6 +154,9 @@ def _figures(run: Run, results: Results, shown: Stored[Evaluation], trained: Seq
     own = {"confusion": confusion_figure, "reliability": reliability_figure}
     return {
         "engines": engine_figure(results.evaluations, task.headline),
+        "pareto": pareto_figure(
+            results.evaluations, results.measurements, task.headline, results.verdict.record.serving_engine
+        ),
         "curves": curves_figure(
             results.history, task.headline, [(result.part, result.last_epoch, result.best_epoch) for result in trained]
         ),

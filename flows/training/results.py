@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from components.choosing import images_a_second_a_core, price_of_a_million
 from components.contracts.data import Dataset, Renames, Splits, names_after
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
@@ -136,6 +137,15 @@ def headline_json(run: Run) -> dict[str, str]:
 def estimate_json(estimate: Estimate) -> dict[str, float | int]:
     """An estimate as summaries and the ledger hold it."""
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def costs_json(run: Run, measured: Measurement) -> dict[str, float]:
+    """Single images a second of each core, and what a million of them cost where the recipe says what an hour does."""
+    p50, threads, hourly = measured.latency_p50_ms, measured.num_threads, run.config.export.hourly_price
+    if p50 is None or not threads:
+        return {}
+    priced = {"price_of_a_million": price_of_a_million(p50, hourly)} if hourly is not None else {}
+    return {"images_a_second_a_core": images_a_second_a_core(p50, threads), **priced}
 
 
 def folds_proposed(run: Run, results: Results) -> str:

@@ -24,7 +24,7 @@ from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, Verdict
 from components.evaluation import evaluate, measure
-from components.export import Graph, TargetConfig, export, export_graph
+from components.export import Graph, TargetConfig, export, export_graph, memory_mb
 from components.gating import Champion, Judged, judge
 from components.hooks import LEFTOVERS
 from components.packaging import package
@@ -221,7 +221,9 @@ def measurements(
         def compute(_: Path, progress: Progress) -> Measurement:
             if not measured:
                 taken = measure(wanted, splits, run.workspace.data, config, progress=progress)
-                measured.update({record.engine: record for record in taken})
+                measured.update(
+                    {record.engine: _with_memory(run, engine, record) for engine, record in zip(wanted, taken, strict=True)}
+                )
             record, kept = measured[engine.record.name], before[engine.record.name]
             if kept is None or anew:
                 return record
@@ -239,6 +241,14 @@ def measurements(
         )
 
     return [found(engine) for engine in engines]
+
+
+def _with_memory(run: Run, engine: Stored[Engine], measured: Measurement) -> Measurement:
+    """With the memory that the engine takes, where the recipe limits it: a process of its own takes a while to start."""
+    if run.config.export.limits.memory_mb is None or measured.status != "measured":
+        return measured
+    needed = memory_mb(engine, num_threads=run.config.evaluation.num_threads, plugin_folder=run.plugin_folder)
+    return measured.model_copy(update={"memory_mb": needed})
 
 
 @task(name="champion", **REGISTRY_POLICY)
@@ -283,6 +293,7 @@ def gating(
             config,
             run.task,
             serving=chosen.serving,
+            limits=chosen.limits,
             champion_known=True,
             absent={name: (reason, required[name]) for name, reason in run.absent.items()},
         )
@@ -292,9 +303,9 @@ def gating(
 
 
 @task(name="packaging", cache_policy=NO_CACHE)
-def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits]) -> Stored[Release]:
+def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits], verdict: Verdict) -> Stored[Release]:
     config, training_config = run.config.packaging, run.config.training
-    serving = next(stored for stored in engines if stored.record.name == run.config.export.serving)
+    serving = next(stored for stored in engines if stored.record.name == verdict.serving_engine)
     task_settings = dict(training_config.task_settings)
 
     def compute(out: Path, progress: Progress) -> Release:

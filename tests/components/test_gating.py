@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from components import plugins
+from components.choosing import Limits
 from components.contracts.errors import ConfigError, TamperedArtefact, UnknownName
 from components.contracts.families import Answers, Evidence
 from components.contracts.models import Engine, Preprocessing
@@ -178,6 +179,38 @@ def test_not_applicable_alone_is_no_pass(tmp_path: Path) -> None:
 def test_no_gate_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         GatingConfig(gates=())
+
+
+def test_the_served_engine_is_chosen_among_those_that_passed(tmp_path: Path) -> None:
+    int8, fp32 = engine(), engine("onnxruntime-fp32", "fp32")
+    fast, slow = ({"latency_p50_ms": ms, "latency_p99_ms": 5.0} for ms in (1.0, 4.0))
+    auto: dict[str, Any] = {"serving": "auto"}
+
+    def items(**changes: Any) -> list[Judged]:
+        return [
+            item(tmp_path, int8, required=False, measurement=measured(int8, **fast), **changes),
+            item(tmp_path, fp32, required=False, measurement=measured(fp32, **slow)),
+        ]
+
+    both = verdict(tmp_path, *items(), **auto)
+    assert (both.status, both.serving_engine, both.engines[0].serving) == ("pass", "openvino-int8", True)
+    assert both.engines[0].findings[-1].message.startswith("chosen of 2 engines that passed every gate")
+    # An int8 engine that fails costs the candidate nothing where a float one passed.
+    failed = verdict(tmp_path, *items(answers={"logits": np.roll(GOOD, 1, axis=1)}), **auto)
+    assert (failed.status, failed.serving_engine) == ("pass", "onnxruntime-fp32")
+    assert [engine.status for engine in failed.engines] == ["fail", "pass"]
+    # What passed its gates and misses every limit is no candidate, and the limit is the reason.
+    limited = verdict(tmp_path, *items(), limits=Limits(p99_ms=2), **auto)
+    assert (limited.status, limited.serving_engine) == ("fail", "openvino-int8")
+    assert limited.reasons[0] == "openvino-int8: serving: misses the recipe's limits: p99 latency 5 ms, at most 2"
+    assert limited.policy_digest != both.policy_digest == failed.policy_digest
+    six = GOOD.copy()
+    six[:6] = np.roll(six[:6], 1, axis=1)
+    dropped = verdict(tmp_path, *items(answers={"logits": six}), **auto)
+    assert (dropped.status, dropped.serving_engine) == ("pass", "onnxruntime-fp32")
+    assert "openvino-int8 is faster (p50 1 ms) but misses the recipe's limits: drops 2 points" in str(dropped.engines[1])
+    nothing = verdict(tmp_path, **auto)
+    assert (nothing.status, nothing.serving_engine) == ("inconclusive", "")
 
 
 def test_an_evaluation_of_another_engine_is_no_evidence(tmp_path: Path) -> None:
@@ -468,13 +501,13 @@ def test_negative_flips_have_a_budget_of_their_own() -> None:
 
 
 def test_the_paired_interval_covers_the_truth() -> None:
-    from components.gates.no_regression import paired_difference
+    from components.intervals import paired_difference
 
     rng, covered = np.random.default_rng(5), 0
     for _ in range(400):
         shared = rng.random(200)
-        low, high = paired_difference(shared < 0.90, np.where(rng.random(200) < 0.9, shared, rng.random(200)) < 0.88)
-        covered += low <= 0.02 <= high
+        found = paired_difference(shared < 0.90, np.where(rng.random(200) < 0.9, shared, rng.random(200)) < 0.88)
+        covered += found.low <= 0.02 <= found.high
     assert covered / 400 >= 0.92
 
 

@@ -7,8 +7,7 @@ from shapes import SMOKE
 
 from components.gates.accuracy import Gate as Accuracy
 from components.gates.no_regression import Gate as NoRegression
-from components.gates.no_regression import difference_interval
-from components.intervals import wilson
+from components.intervals import paired_interval, wilson
 from flows.workspace.amounts import Missing, amounts
 
 RECIPE = SMOKE.replace("floor: 0.6", "floor: 0.9").replace("min_images: 5", "min_images: 15")
@@ -28,7 +27,7 @@ def test_the_fewest_images_are_those_with_which_a_gate_can_just_pass() -> None:
         assert wilson(n, n).low >= floor > wilson(n - 1, n - 1).low
     n = NoRegression(margin=0.02).least().images
     assert n is not None
-    assert difference_interval(n, 0, 0, 0)[0] >= -0.02 > difference_interval(n - 1, 0, 0, 0)[0]
+    assert paired_interval(n, 0, 0, 0)[0] >= -0.02 > paired_interval(n - 1, 0, 0, 0)[0]
     assert Accuracy(floor=1 - 1e-12).least().images is None
 
 

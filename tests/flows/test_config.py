@@ -22,7 +22,9 @@ def test_a_shipped_recipe_is_complete_and_named_after_its_file(name: str) -> Non
     config = load_recipe(name)
     assert config.name == name
     assert config.description
-    assert config.export.serving in {target.name for target in config.export.targets}
+    assert config.export.serving in {"auto", *(target.name for target in config.export.targets)}
+    if config.export.serving == "auto":
+        assert not any(target.required for target in config.export.targets)
 
 
 def test_overrides_are_validated_like_the_file() -> None:

@@ -211,6 +211,35 @@ def test_a_model_that_is_not_good_enough_is_a_rejection(trained: Path, tmp_path:
     assert versions(root) == ["1"]
 
 
+def test_the_served_engine_is_chosen_by_the_limits_of_the_recipe(trained: Path, tmp_path: Path, prefect_server: str) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    auto = ["--set", "export.serving=auto", "--set", "export.limits.drop=0.2", "--set", "export.hourly_price=0.36"]
+    done = visionloop("train", "-r", "smoke", *auto, "--set", "export.limits.memory_mb=4000", "--json", cwd=root)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    passed = {f["engine"] for f in summary["findings"] if f["engine_status"] == "pass"}
+    assert passed == {"onnxruntime-fp32", "openvino-int8"}
+    engines = {name: summary["engines"][name] for name in passed}
+    fastest = min(passed, key=lambda name: engines[name]["latency_ms"]["p50"])
+    assert summary["serving_engine"] == fastest
+    told = {f["engine"]: f for f in summary["findings"] if f["gate"] == "serving"}
+    assert told[fastest]["status"] == "pass"
+    assert told[fastest]["message"].startswith(
+        "chosen of 2 engines that passed every gate: the fastest of 2 that meet every limit"
+    )
+    for engine in engines.values():
+        assert 1 < engine["memory_mb"] < 4000
+        assert engine["price_of_a_million"] == pytest.approx(engine["latency_ms"]["p50"] * 0.1)
+    page = Path(summary["report"]).read_text()
+    assert f"{fastest} (serving)</text>" in page
+    assert "a million answers, one after another, at 0.36 an hour" in page
+    # No engine is that small: nothing is served, and the limit is the reason.
+    refused = visionloop("train", "-r", "smoke", *auto, "--set", "export.limits.size_mb=0.001", "--json", cwd=root)
+    assert refused.returncode == 1, refused.stderr
+    (reason,) = json.loads(refused.stdout.strip().splitlines()[-1])["reasons"]
+    assert "serving: misses the recipe's limits: size " in reason
+
+
 def test_mlflow_down_keeps_every_stage_and_the_next_run_goes_on(trained: Path, tmp_path: Path, prefect_server: str) -> None:
     root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
     for name in ("ledger.db", "mlflow.db"):

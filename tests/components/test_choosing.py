@@ -1,0 +1,68 @@
+"""Which of the engines that passed is served, and what is said of the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from components.choosing import Limits, Offer, choose, images_a_second_a_core, price_of_a_million
+from components.contracts.verdicts import Estimate
+
+
+def drop(points: float) -> Estimate:
+    return Estimate(value=points / 100, low=points / 100 - 0.01, high=points / 100 + 0.01, n=400, method="newcombe, paired")
+
+
+INT8 = Offer("openvino-int8", True, p50_ms=0.9, p99_ms=2.0, size_mb=4.0, memory_mb=90, drop=drop(2.1))
+FP32 = Offer("openvino-fp32", True, p50_ms=1.3, p99_ms=2.5, size_mb=13.0, memory_mb=140, drop=drop(0.0))
+ORT = Offer("onnxruntime-fp32", True, p50_ms=4.1, p99_ms=9.0, size_mb=13.1, memory_mb=110, drop=drop(0.0))
+ALL = [ORT, FP32, INT8]
+
+
+def test_the_fastest_within_the_limits_is_chosen_and_the_limit_that_decided_is_told() -> None:
+    found = choose(ALL, Limits())
+    assert (found.engine, found.is_servable) == ("openvino-fp32", True)
+    assert found.told["openvino-fp32"] == (
+        "chosen of 3 engines that passed every gate: the fastest of 2 that meet every limit (p50 1.3 ms); openvino-int8 is "
+        "faster (p50 0.9 ms) but misses the recipe's limits: drops 2.1 points [1.10, 3.10], at most 1 point"
+    )
+    assert found.told["onnxruntime-fp32"] == "meets every limit; openvino-fp32 is faster (p50 1.3 ms against p50 4.1 ms)"
+    assert choose(ALL, Limits(drop=0.03)).engine == "openvino-int8"
+    assert choose(ALL, Limits(drop=None)).engine == "openvino-int8"
+
+
+@pytest.mark.parametrize(
+    ("limits", "engine", "missed"),
+    [
+        (Limits(memory_mb=120), "onnxruntime-fp32", "memory 140 MB, at most 120"),
+        (Limits(drop=0.03, size_mb=5, p99_ms=2), "openvino-int8", "size 13 MB, at most 5"),
+        (Limits(p99_ms=2.6), "openvino-fp32", ""),
+    ],
+)
+def test_each_limit_decides(limits: Limits, engine: str, missed: str) -> None:
+    found = choose(ALL, limits)
+    assert (found.engine, found.is_servable) == (engine, True)
+    assert missed in " ".join(found.told.values())
+
+
+def test_what_did_not_pass_is_never_chosen_and_what_is_not_measured_meets_no_limit() -> None:
+    failed = Offer("openvino-int8", False, p50_ms=0.1, drop=drop(0))
+    assert choose([failed, ORT], Limits()).engine == "onnxruntime-fp32"
+    unmeasured = Offer("openvino-fp32", True, p50_ms=0.5, p99_ms=0.6)
+    found = choose([unmeasured, ORT], Limits(memory_mb=500))
+    assert (found.engine, found.is_servable) == ("onnxruntime-fp32", True)
+    assert found.told["openvino-fp32"].endswith("memory not measured, at most 500 MB; drop not measured, at most 1 point")
+
+
+def test_where_nothing_meets_the_limits_the_nearest_is_named_and_not_served() -> None:
+    found = choose(ALL, Limits(p99_ms=1, size_mb=5))
+    assert (found.engine, found.is_servable) == ("openvino-int8", False)
+    assert found.told["openvino-int8"].startswith("misses the recipe's limits: p99 latency 2 ms, at most 1")
+    none = choose([Offer("openvino-int8", False), Offer("onnxruntime-fp32", False)], Limits())
+    assert (none.engine, none.is_servable, none.told) == ("openvino-int8", False, {})
+    assert choose([], Limits()).engine == ""
+
+
+def test_what_answers_cost() -> None:
+    assert images_a_second_a_core(5.0, 2) == 100
+    # A million answers of 3.6 ms each take an hour.
+    assert price_of_a_million(3.6, 0.25) == pytest.approx(0.25)
