@@ -180,12 +180,13 @@ def test_split_folders_of_the_wrong_shape_change_nothing(
     dataversions.verify(workspace)
 
 
-def test_what_is_not_split_is_told_so_and_a_class_may_be_called_train(empty: Path, tmp_path: Path) -> None:
+def test_what_is_not_split_is_told_so_and_classes_may_be_called_train_and_test(empty: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "vehicles", 12, kinds=("cross", "disc"))
-    (tmp_path / "vehicles" / "cross").rename(tmp_path / "vehicles" / "train")
+    for kind, name in (("cross", "train"), ("disc", "test")):
+        (tmp_path / "vehicles" / kind).rename(tmp_path / "vehicles" / name)
     with pytest.raises(DataError, match="is not split; expected train/ and test/"):
         add(Workspace.find(empty), tmp_path / "vehicles", test_share=None, keep_splits=True)
-    assert add(Workspace.find(empty), tmp_path / "vehicles", test_share=None).class_counts == {"disc": 12, "train": 12}
+    assert add(Workspace.find(empty), tmp_path / "vehicles", test_share=None).class_counts == {"test": 12, "train": 12}
     done = visionloop("data", "add", "--keep-splits", cwd=empty)
     assert (done.returncode, "name it, too" in done.stderr) == (2, True)
 

@@ -125,8 +125,6 @@ def test_making_a_workspace_twice_changes_nothing(tmp_path: Path) -> None:
         (["train", "-r", "smoke", "--set", "gating.gates=[{gate: luck}]"], "unknown gate 'luck'; valid:"),
         (["data", "add", "nowhere"], "nowhere is not there"),
         (["data", "add", "x", "--source", "digits"], "source 'digits' takes nothing by position"),
-        (["data", "add", "x", "--from-predictions", "smoke"], "one of them"),
-        (["data", "add", "--from-predictions", "smoke", "--near-duplicates", "ignore"], "are not of --from-predictions"),
         (["recipe", "show", "nothing"], "unknown recipe"),
     ],
 )
@@ -138,6 +136,21 @@ def test_a_wrong_call_is_an_error_that_says_what_to_do(workspace: Path, argument
     as_json = visionloop(*arguments, "--json", cwd=workspace)
     assert as_json.returncode == 2
     assert message in json.loads(as_json.stdout.strip().splitlines()[-1])["message"]
+
+
+def test_what_is_of_a_source_alone_is_refused_beside_from_predictions(tmp_path: Path) -> None:
+    for beside, message in (
+        (["photos"], "give a SOURCE or --from-predictions"),
+        (["--source", "digits"], "give a SOURCE or --from-predictions"),
+        (["--test-share", "0.3"], "are not of --from-predictions"),
+        (["--near-duplicates", "ignore"], "are not of --from-predictions"),
+        (["--max-cluster-share", "0.2"], "are not of --from-predictions"),
+        (["--keep-splits"], "are of a folder or a source that is split"),
+        (["--merge-splits"], "are of a folder or a source that is split"),
+        (["--source-setting", "dataset=CIFAR10"], "is of a source"),
+    ):
+        done = visionloop("data", "add", "--from-predictions", "smoke", *beside, cwd=tmp_path)
+        assert (done.returncode, message in done.stderr) == (2, True), (beside, done.stderr)
 
 
 def test_outside_a_workspace_every_command_says_how_to_make_one(tmp_path: Path) -> None:
