@@ -64,8 +64,10 @@ def render(
                 "test": card.is_test,
                 "leak": card.is_leak,
                 "files": [told(file) for file in pictured(card)],
-                "count": len(card.files),
-                "leaving": len(card.leaving),
+                "all": [[file.path, file.label] for file in card.files],
+                # Places in that list, by which the page knows what two decisions make of one file.
+                "copies": [card.files.index(file) for file in card.copies],
+                "leaving": [card.files.index(file) for file in card.leaving],
                 "labels": sorted({file.label for file in card.files}),
                 "more": max(0, len(card.files) - _SHOWN_FILES),
                 "row": [row[name] for name in sheet.ASKED],

@@ -22,6 +22,8 @@ from flows.workspace.sources import Chosen, choose, staged
 from flows.workspace.workspace import Workspace
 
 _MOST_REASONS = 10
+_MOST_CLASSES = 5
+"""So many small classes are named."""
 PURPOSE = "visionloop data add"
 
 
@@ -138,6 +140,8 @@ def _of_classes(class_counts: dict[str, int], minimum: int) -> Iterator[str]:
     if len(class_counts) < 2:
         yield "only one class so far: training needs at least two"
     yield from class_twins(class_counts)
-    for label, count in class_counts.items():
-        if count < minimum:
-            yield f"class {label!r} has {counted(count, 'image')}: training needs at least {minimum}"
+    small = [(label, count) for label, count in class_counts.items() if count < minimum]
+    for label, count in small[:_MOST_CLASSES]:
+        yield f"class {label!r} has {counted(count, 'image')}: training needs at least {minimum}"
+    if len(small) > _MOST_CLASSES:
+        yield f"{len(small) - _MOST_CLASSES} more classes have fewer than {minimum} images"

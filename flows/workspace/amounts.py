@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from components.intervals import wilson
 from flows.workspace.recipes import SHIPPED, RunConfig, peek, recipe_files
 
 _DEFAULT = "transfer"
+_MOST_CLASSES = 5
+"""So many classes a gate are named in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Amount:
         """One sentence or two for whoever added the images; empty where nothing is missing."""
         if not self.missing:
             return ""
-        lacks = f"By the gates of recipe {self.recipe}, {'; '.join(map(str, self.missing))}"
+        lacks = f"By the gates of recipe {self.recipe}, {'; '.join(_shown(self.missing))}"
         if self.more_for_first == 0:
             return f"{self._proves()}. {lacks}: {self._more('a successor', self.more_for_successor)}"
         first = self._more("a first model", self.more_for_first)
@@ -78,6 +81,15 @@ class Amount:
         if number is None:
             return f"{who} cannot pass whatever is added; change the gate"
         return f"{who} can pass with {counted(number, 'more image')} added"
+
+
+def _shown(missing: Sequence[Missing]) -> Iterator[str]:
+    """What is missing, of each gate the first few classes: there may be thousands."""
+    for gate, of_gate in itertools.groupby(missing, key=lambda each: each.gate):
+        found = list(of_gate)
+        yield from map(str, found[:_MOST_CLASSES])
+        if len(found) > _MOST_CLASSES:
+            yield f"{gate} lacks test images of {len(found) - _MOST_CLASSES} more classes"
 
 
 def amounts(test_counts: Mapping[str, int], test_share: float, *, workspace: Path) -> list[Amount]:

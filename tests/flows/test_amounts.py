@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 from shapes import SMOKE
 
+from components.contracts.data import DataVersion
 from components.gates.accuracy import Gate as Accuracy
 from components.gates.no_regression import Gate as NoRegression
 from components.intervals import paired_interval, wilson
+from flows.workspace.adding import notes_on
 from flows.workspace.amounts import Missing, amounts
+from flows.workspace.data import Added, Sides
 
 RECIPE = SMOKE.replace("floor: 0.6", "floor: 0.9").replace("min_images: 5", "min_images: 15")
 
@@ -45,6 +48,30 @@ def test_what_is_missing_is_told_by_gate_and_class_and_how_many_images_would_do(
     assert "28 test images can prove an accuracy of at most 0.879" in told
     assert "class_recall needs 15 test images of 'cat'" in told
     assert "a first model can pass with 60 more images added, and its successor with 805 more" in told
+
+
+def test_of_ten_thousand_classes_a_few_are_named_and_the_others_counted(workspace: Path) -> None:
+    counts = {f"class {number:04d}": 2 for number in range(10_000)}
+    [amount] = amounts(counts, 0.2, workspace=workspace)
+    told = amount.told()
+    assert "class_recall needs 15 test images of 'class 0004'; class_recall lacks test images of 9995 more classes" in told
+    assert "class 0005" not in told
+    added = Added(
+        version=DataVersion(dvc_hash="h", num_files=20_000, bytes=1, ledger_sha256="l"),
+        num_found=20_000,
+        num_copied=20_000,
+        num_already_there=0,
+        left_out=(),
+        num_new_test=0,
+        undecodable=(),
+        refused={},
+        class_counts=counts,
+        sides=Sides(),
+        test_counts=counts,
+        test_share=0.2,
+    )
+    *notes, last = notes_on(added)
+    assert (len(notes), last) == (5, "9995 more classes have fewer than 10 images")
 
 
 def test_where_a_first_model_can_pass_its_successor_is_told_of_and_where_all_can_nothing_is(workspace: Path) -> None:

@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from flows.review import Asked, apply_file, ask
 from flows.reviewing import sheet
 from flows.reviewing.applying import Applied
 from flows.reviewing.cards import Card, CardFile, cards_of
+from flows.reviewing.deciding import Decision, decide
 from flows.workspace.workspace import Workspace
 
 
@@ -523,6 +526,81 @@ def test_the_page_is_filled_with_keys_and_its_file_is_applied(workspace: Workspa
     assert applied.relabelled[fifth.path] == f"red fox/{Path(fifth.path).name}"
     assert applied.notes == ("class 'red fox' is new",)
     assert reviews(workspace.root)[cards[2].issue.id].note == 'smeared, with "dirt"'
+
+
+def test_the_page_tells_at_once_which_cards_contradict_each_other(
+    workspace: Workspace, window: Browser, tmp_path: Path
+) -> None:
+    _, (first, second, third, fourth, fifth, *_) = sides(files_of(workspace))
+    cards = [
+        card("label_error", first, candidate="disc", score=0.1),
+        card("near_duplicate", first, second, candidate=second.path, score=0.2),
+        card("near_duplicate", third, fourth, candidate=fourth.path, score=0.3),
+        card("leak", fourth, third, candidate=third.path, score=0.4),
+        card("blurred", first, score=0.5),
+        card("contradictory_label", second, third, candidate="stripes", score=0.6),
+        card("dark", fourth, score=0.7),
+        card("outlier", fifth, score=0.8),
+    ]
+    asked = questions(workspace, *cards)
+    assert asked.page is not None
+    window.open(asked.page.as_uri())
+    window.call("POST", "/window/rect", width=1200, height=900)
+    assert window.text("#contradictions") == ""
+
+    def marked() -> dict[int, str]:
+        """What the page says of each card that it marks, by the card's number."""
+        code = """return [...document.querySelectorAll(".card")].map((one) => one.classList.contains("conflict")
+            === (one.querySelector(".conflicts").innerText !== "") ? one.querySelector(".conflicts").innerText : "unmarked")"""
+        return {number: text for number, text in enumerate(window.script(code), 1) if text}
+
+    for _ in range(2):
+        window.type(".card.here", "a")
+    assert marked() == {
+        1: f"Contradiction: {first.path} is to be relabelled to disc here, and removed by card 2.\n\nGo to card 2",
+        2: f"Contradiction: {first.path} is to be removed here, and relabelled to disc by card 1.\n\nGo to card 1",
+    }
+    assert window.text("#contradicting").startswith("Cards 1, 2 contradict each other: ")
+    assert window.text(".card.here h2") == "near duplicate"
+    for _ in range(2):
+        window.type(".card.here", "a")
+    none_left = f"of {' and '.join(sorted([third.path, fourth.path]))}, which show the same, cards 3, 4 would leave none"
+    assert {number: none_left in text for number, text in marked().items()} == {1: False, 2: False, 3: True, 4: True}
+    window.screenshot(tmp_path / "contradictions.png")
+    window.click("#open")
+    window.click("#first")
+    assert (window.text(".card.here h2"), window.script("return document.activeElement.className")) == (
+        "label error",
+        "card conflict here",
+    )
+    for width, height in ((390, 800), (1200, 900)):
+        window.call("POST", "/window/rect", width=width, height=height)
+        assert window.script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width
+    # Whatever is decided, the page marks the cards that `apply` would name.
+    choices = ("", "accept", "remove", "not_a_problem", "relabel:disc", "relabel:stripes")
+    drawn = random.Random(7)
+    num_marked = 0
+    for _ in range(60):
+        said = [drawn.choice(choices) for _ in cards]
+        said = [one if one != "accept" or each.proposal else "" for one, each in zip(said, cards, strict=True)]
+        said = [
+            "" if one[:8] == "relabel:" and not each.not_labelled(one[8:]) else one
+            for one, each in zip(said, cards, strict=True)
+        ]
+        window.script("arguments[0].forEach((one, index) => one ? decide(index, one) : undo(index))", said)
+        found = decide(
+            [
+                Decision(f"line {number}", each, one)
+                for number, (each, one) in enumerate(zip(cards, said, strict=True), 1)
+                if one
+            ],
+            ["cross", "disc", "stripes"],
+        )
+        named = {int(number) for problem in found.problems for number in re.findall(r"line (\d+)", problem)}
+        assert marked().keys() == named, (said, found.problems)
+        num_marked += bool(named)
+    assert 10 < num_marked < 60
+    assert window.complaints() == []
 
 
 def test_the_commands_say_what_is_to_be_done(workspace: Workspace) -> None:

@@ -1,7 +1,7 @@
 "use strict";
 const at = (id) => document.getElementById(id);
 const data = JSON.parse(at("data").textContent);
-const SHOWN_CLASSES = 12;
+const SHOWN_CLASSES = 12, SHOWN_CONFLICTS = 5;
 const NO_FILE = "No file is named here: N, or leave it open.";
 const kept = "visionloop review " + data.version;
 const classes = new Set(data.classes);
@@ -63,7 +63,7 @@ function build(card, index) {
   const article = element("article", undefined, "card");
   article.tabIndex = -1;
   const top = element("div");
-  top.append(element("h2", card.kind.replaceAll("_", " ")));
+  top.append(element("span", index + 1 + ". ", "soft"), element("h2", card.kind.replaceAll("_", " ")));
   top.append(element("span", card.severity, "badge" + (card.severity === "critical" ? " bad" : "")));
   if (card.leak) top.append(element("span", "leak into the frozen test", "badge bad"));
   else if (card.test) top.append(element("span", "frozen test", "badge bad"));
@@ -85,7 +85,7 @@ function build(card, index) {
   const buttons = element("div", undefined, "buttons");
   const accept = button(card.proposal ? "Accept: " + words(card.proposal) : "Nothing is proposed", "A", () => decide(index, "accept"));
   accept.disabled = !card.proposal;
-  const relabel = button(card.count > 1 ? "Relabel all " + card.count + " to …" : "Relabel to …", "R", () => ask(index)), remove = button(card.leaving > 1 ? "Remove " + card.leaving + " files" : card.files.length > 1 ? "Remove " + card.files[0].path : "Remove", "X", () => decide(index, "remove"));
+  const relabel = button(card.all.length > 1 ? "Relabel all " + card.all.length + " to …" : "Relabel to …", "R", () => ask(index)), remove = button(card.leaving.length > 1 ? "Remove " + card.leaving.length + " files" : card.files.length > 1 ? "Remove " + card.files[0].path : "Remove", "X", () => decide(index, "remove"));
   relabel.disabled = remove.disabled = !card.files.length;
   const note = element("input");
   note.placeholder = "note";
@@ -94,7 +94,7 @@ function build(card, index) {
   note.value = (decided[card.issue] || {}).note || "";
   note.addEventListener("input", () => { decided[card.issue] = Object.assign({}, decided[card.issue], { note: note.value }); keep(); });
   buttons.append(accept, relabel, remove, button("Not a problem", "N", () => decide(index, "not_a_problem")), button("Undo", "U", () => undo(index)), note);
-  article.append(buttons, element("p", "", "said name"));
+  article.append(buttons, element("p", "", "said name"), element("div", undefined, "conflicts bad small name"));
   article.addEventListener("pointerdown", () => go(index, false));
   return article;
 }
@@ -110,7 +110,95 @@ function newClasses() {
   return [...new Set(given)].filter((label) => !classes.has(label));
 }
 
+// What a decision makes of files, as `data review apply` takes it: [path, the new label, or "" where it leaves].
+function doing(card, decision) {
+  const given = decision === "accept" && card.candidate ? "relabel:" + card.candidate : decision;
+  if (given === "accept") return card.copies.map((place) => [card.all[place][0], ""]);
+  if (given === "remove") return card.leaving.map((place) => [card.all[place][0], ""]);
+  const label = given.startsWith("relabel:") ? given.slice(8) : "";
+  return label ? card.all.filter((file) => file[1] !== label).map((file) => [file[0], label]) : [];
+}
+
+// Sentences by card, each with the other cards that it is about: what becomes of one file differs, or all of the files that
+// show the same would leave.
+function contradictions() {
+  const wanted = new Map(), found = new Map(), above = new Map(), copying = [];
+  const into = (map, key, made) => map.get(key) || map.set(key, made).get(key);
+  const note = (index, text, others) => into(found, index, []).push({ text: text, others: others.filter((other) => other !== index) });
+  const top = (path) => {
+    while (into(above, path, path) !== path) path = above.get(path);
+    return path;
+  };
+  data.cards.forEach((card, index) => {
+    const decision = said(card);
+    for (const [path, way] of doing(card, decision)) into(into(wanted, path, new Map()), way, []).push(index);
+    if (decision !== "accept" || card.candidate || !card.copies.length) return;
+    copying.push(index);
+    for (const [path] of card.all) above.set(top(path), top(card.all[0][0]));
+  });
+  const becomes = (way) => way ? "relabelled to " + way : "removed";
+  for (const [path, ways] of wanted) {
+    for (const [way, own] of ways.size > 1 ? ways : []) {
+      const others = [...ways].filter(([other]) => other !== way);
+      const text = path + " is to be " + becomes(way) + " here, and " + others.map(([other, by]) => becomes(other) + " by " + named(by)).join(", ");
+      for (const index of own) note(index, text, others.flatMap(([, by]) => by));
+    }
+  }
+  // Who says of a picture itself that it leaves means all of its copies.
+  const leaves = (path) => wanted.has(path) && (wanted.get(path).get("") || [null]).every((index) => index !== null && said(data.cards[index]) === "accept");
+  const groups = new Map();
+  for (const index of copying) {
+    const group = into(groups, top(data.cards[index].all[0][0]), { cards: [], paths: new Set() });
+    group.cards.push(index);
+    for (const [path] of data.cards[index].all) group.paths.add(path);
+  }
+  for (const { cards: by, paths } of groups.values()) {
+    if (![...paths].every(leaves)) continue;
+    for (const index of by) note(index, "of " + [...paths].sort().join(" and ") + ", which show the same, " + named(by) + " would leave none", by);
+  }
+  return found;
+}
+
+function named(indices) {
+  const sorted = [...new Set(indices)].sort((a, b) => a - b), shown = sorted.slice(0, SHOWN_CONFLICTS).map((index) => index + 1).join(", ");
+  return (sorted.length > 1 ? "cards " : "card ") + shown + (sorted.length > SHOWN_CONFLICTS ? " and " + (sorted.length - SHOWN_CONFLICTS) + " more" : "");
+}
+
+function jump(index) {
+  if (cards[index].hidden) {
+    at("kind").value = "";
+    at("open").checked = false;
+    filter();
+  }
+  go(index);
+}
+
+let marked = new Map();
+
+function mark() {
+  const found = contradictions();
+  for (const index of new Set([...marked.keys(), ...found.keys()])) {
+    const notes = found.get(index) || [], place = cards[index].querySelector(".conflicts");
+    cards[index].classList.toggle("conflict", notes.length > 0);
+    place.replaceChildren(...notes.slice(0, SHOWN_CONFLICTS).map((each) => element("p", "Contradiction: " + each.text + ".")));
+    if (notes.length > SHOWN_CONFLICTS) place.append(element("p", "and " + (notes.length - SHOWN_CONFLICTS) + " more"));
+    const others = [...new Set(notes.flatMap((each) => each.others))].sort((a, b) => a - b).slice(0, SHOWN_CONFLICTS);
+    place.append(...others.map((other) => {
+      const made = element("button", "Go to card " + (other + 1));
+      made.type = "button";
+      made.addEventListener("pointerdown", (event) => event.stopPropagation());
+      made.addEventListener("click", () => jump(other));
+      return made;
+    }));
+  }
+  marked = found;
+  const all = [...found.keys()].sort((a, b) => a - b);
+  at("contradictions").hidden = !all.length;
+  at("contradicting").textContent = all.length ? named(all).replace(/^c/, "C") + " contradict each other: as it is, the saved file would be refused." : "";
+}
+
 function told() {
+  mark();
   const done = data.cards.filter(said).length;
   at("progress").textContent = done + " of " + data.cards.length + " decided" + (unsaved ? ", not saved" : saved ? ", saved as " + data.csv_name + " among the downloads" : "");
   at("new").textContent = newClasses().map((label) => " --new-class '" + label.replaceAll("'", "'\\''") + "'").join("");
@@ -265,6 +353,7 @@ at("label").addEventListener("keydown", (event) => {
 });
 at("save").addEventListener("click", save);
 at("open").addEventListener("change", filter);
+at("first").addEventListener("click", () => jump(Math.min(...marked.keys())));
 at("kind").addEventListener("change", filter);
 addEventListener("beforeunload", (event) => { if (unsaved && !keeps) event.preventDefault(); });
 
