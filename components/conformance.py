@@ -6,6 +6,7 @@ What is wrong with it is told by file and line. Which kinds of answers a family 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
@@ -95,6 +96,7 @@ def _contract(kind: str) -> Mapping[str, Any]:
     return {name: part for name, part in vars(_known(kind)).items() if not name.startswith("_")}
 
 
+@functools.cache
 def _known(name: str) -> Any:
     """A class of the contracts by its name, such as `Issue` or `verdicts.Finding`; None for none of ours."""
     for home in _CONTRACTS:

@@ -144,12 +144,17 @@ def load(family: str, name: str, settings: dict[str, Any] | None = None) -> Any:
     return CheckedPlugin(made, FAMILIES[family], name, path) if is_own else made
 
 
-def member_digest(family: str, name: str) -> str:
-    """sha256 of the member's source and of every module of ours that it imports."""
+def member_file(family: str, name: str) -> Path:
+    """The file of a member; raises UnknownName."""
     members = _members(family)
     if name not in members:
         raise UnknownName(singular(family), name, list(members))
-    return source_digest(members[name])
+    return members[name]
+
+
+def member_digest(family: str, name: str) -> str:
+    """sha256 of the member's source and of every module of ours that it imports."""
+    return source_digest(member_file(family, name))
 
 
 def imported(code: CodeType) -> set[str]:
@@ -177,20 +182,25 @@ def _imports(path: Path) -> set[Path]:
     return found
 
 
+def sources(*paths: Path) -> set[Path]:
+    """Modules and, transitively, every module of ours that they import."""
+    seen: set[Path] = set()
+    queue = list(paths)
+    while queue:
+        current = queue.pop()
+        if current not in seen:
+            seen.add(current)
+            queue += _imports(current)
+    return seen
+
+
 @functools.cache
 def source_digest(path: Path) -> str:
     """sha256 over a module's source and, transitively, every module of ours that it imports.
 
     Two runs share a cached result only when this is equal: a changed line anywhere in a stage's code makes it anew.
     """
-    seen: set[Path] = set()
-    queue = [path]
-    while queue:
-        current = queue.pop()
-        if current not in seen:
-            seen.add(current)
-            queue += _imports(current)
     digest = hashlib.sha256()
-    for file in sorted(seen, key=lambda p: (p.name, p.as_posix())):
+    for file in sorted(sources(path), key=lambda p: (p.name, p.as_posix())):
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate, Evaluation, Rejection, Verdict
 from components.store import describe, seal, sha256_file, unseal
 from components.tables import read_frame
-from registry import tracking
+from registry import flavour, tracking
 from registry.approval import State
 from registry.ledger import Entry, Ledger, Principal
 
@@ -38,6 +38,7 @@ CHAMPION = "champion"
 _CANDIDATE_TAG = "visionloop.candidate"
 _MANIFEST_TAG = "visionloop.manifest_sha256"
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+_TO_READ = ("report.html", "model-card.md")
 _SEQ_TAG = "visionloop.ledger_seq"
 _CHAMPION_TAG = "visionloop.champion_seq"
 _TRAINED_IN_TAG = "visionloop.trained_in"
@@ -151,11 +152,13 @@ class Registry:
                 return version
         with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
             bundle = Path(scratch)
-            manifest_sha256 = _bundle(evidence, bundle)
+            started = mlflow.get_run(run_id).info.start_time
+            manifest_sha256 = _bundle(evidence, bundle, flavour_of=(run_id, started))
             if (found := bound_in(bundle)) != dict(evidence.bound):
                 differs = ", ".join(sorted(name for name in found if found[name] != evidence.bound.get(name)))
                 raise TamperedArtefact(f"the files of this candidate are not what was judged ({differs}); run again")
             model_id = _logged_model(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
+        _show_at_run(mlflow, run_id, model_id, evidence)
         return mlflow.create_model_version(
             evidence.model,
             source=f"models:/{model_id}",
@@ -480,11 +483,33 @@ def _logged_model(
     return str(created.model_id)
 
 
-def _bundle(evidence: CandidateBundle, folder: Path) -> str:
+def _show_at_run(mlflow: MlflowClient, run_id: str, model_id: str, evidence: CandidateBundle) -> None:
+    """Let the run that a version's page links to show the model among its outputs, and what a person reads of it."""
+    from mlflow.entities import LoggedModelOutput
+
+    outputs = mlflow.get_run(run_id).outputs
+    if model_id not in [one.model_id for one in (outputs.model_outputs if outputs else ())]:
+        mlflow.log_outputs(run_id, models=[LoggedModelOutput(model_id, step=0)])
+    with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
+        # By their names in the version: where a file lies on this machine, it may be called otherwise.
+        for name in _TO_READ:
+            if name in evidence.files:
+                shutil.copyfile(evidence.files[name], Path(scratch) / name)
+        mlflow.log_artifacts(run_id, scratch)
+
+
+def _bundle(evidence: CandidateBundle, folder: Path, *, flavour_of: tuple[str, int] | None = None) -> str:
+    """Lay a candidate's files out, seal their manifest and return its sha256.
+
+    With `flavour_of`, the id of its run and when that began, they become a model that MLflow's tools load.
+    """
     for name, source in evidence.files.items():
         destination = folder / name
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, destination)
+    if flavour_of is not None:
+        run_id, started = flavour_of
+        flavour.add(folder, candidate=evidence.candidate_digest, run_id=run_id, created_ms=started)
     files = [describe(path, within=folder).to_json() for path in sorted(folder.rglob("*")) if path.is_file()]
     body = {
         "candidate": evidence.candidate_digest,

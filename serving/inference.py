@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from components.answering import decided
 from components.contracts.families import Task
 from components.contracts.releases import Release
 from components.images import STATISTICS
@@ -239,20 +240,9 @@ class Inference:
 
 
 def decide(release: Release, task: Task, facts: Facts) -> Answer:
-    """The release's decision rule on what its task reads; the one place that reads the threshold."""
-    classes = release.engine.classes
-    (reading,) = task.read(facts.probabilities[None], classes)
-    unsure = reading.confidence < release.decision.threshold
-    label = unsure_label(classes) if unsure else reading.label
-    return Answer(new_id(), reading.label, reading.confidence, unsure, label, facts)
-
-
-def unsure_label(classes: Sequence[str]) -> str:
-    """What stands for no decision: "unsure", in as many brackets as it takes to be no class."""
-    word = "unsure"
-    while word in classes:
-        word = f"({word})"
-    return word
+    """The release's decision on one picture."""
+    (found,) = decided(release, task, facts.probabilities[None])
+    return Answer(new_id(), found.predicted, found.confidence, found.unsure, found.label, facts)
 
 
 def new_id() -> str:

@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import socket
-import statistics
 import sys
 import threading
 import time
@@ -24,18 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from components import plugins
-from components.contracts.errors import EngineUnavailable, TamperedArtefact, UndecodableImage, VisionloopError
-from components.contracts.families import Predictor, Task
-from components.contracts.records import Stored
+from components.answering import LoadedRelease
+from components.contracts.errors import TamperedArtefact, UndecodableImage, VisionloopError
 from components.contracts.releases import Release
 from components.formats import Accepted
 from components.images import appearance, decode, prepare
 from components.releases import ENGINE, GOLDEN
 from components.store import read_manifest
 from serving.engines.frames import Facts, Form, Kind, Outcome, Refusal, Splitter, decode_batch, encode_answer, frame
-
-_PIXEL_TOLERANCE = 2.0
-"""Mean difference, in grey levels, that another build of the JPEG library may make."""
 
 _MOST_REASONS = 20
 """An engine that fails in ever other words does not fill the log."""
@@ -62,52 +57,19 @@ class Loaded:
         # Every byte again, by the process that parses them.
         manifest = read_manifest(order.folder)
         self.release = Release.read(manifest["record"])
-        engine = self.release.engine
-        target = plugins.load("targets", engine.target, engine.settings)
-        self._predictor: Predictor = target.load(
-            Stored(engine, order.folder / ENGINE), num_threads=order.lanes, num_streams=order.lanes
+        self._loaded = LoadedRelease(
+            self.release,
+            engine=order.folder / ENGINE,
+            golden=order.folder / GOLDEN,
+            num_threads=order.lanes,
+            num_streams=order.lanes,
         )
-        self._task: Task = plugins.load("tasks", self.release.task, self.release.task_settings)
-        decode_ms = self._check_golden()
-        self.picture_ms = decode_ms / order.lanes + self._warm_up()
+        self.picture_ms = self._loaded.decode_ms / order.lanes + self._warm_up()
         """What a picture costs while every lane is at work: the server's expectation until it has seen more.
 
         In time of the processor: the server may have let this process stand still meanwhile. What an accelerator takes is
         learnt from answers alone.
         """
-
-    def _check_golden(self) -> float:
-        """Refuse an engine that answers wrongly; the milliseconds that decoding one of the pictures took."""
-        from safetensors.numpy import load
-
-        golden = load((self.order.folder / GOLDEN).read_bytes())
-        pixels, expected = golden["pixels"], golden["probabilities"]
-        decode_ms = []
-        for index in range(len(pixels)):
-            raw = golden[f"encoded.{index:03d}"].tobytes()
-            start = time.process_time()
-            decoded = prepare(decode(raw), self.release.engine.preprocessing)
-            decode_ms.append((time.process_time() - start) * 1e3)
-            difference = float(np.abs(decoded.astype(np.float32) - pixels[index].astype(np.float32)).mean())
-            if difference > _PIXEL_TOLERANCE:
-                raise EngineUnavailable(
-                    f"golden picture {index} decodes to other pixels here (mean difference {difference:.1f} grey levels)"
-                )
-        found, _ = self._predict(pixels)
-        width = self._task.width(self.release.engine.classes)
-        if found.shape != (len(pixels), width):
-            raise EngineUnavailable(
-                f"task {self.release.task!r} makes {found.shape} probabilities of {len(pixels)} answers, expected "
-                f"{(len(pixels), width)}: its width and its probabilities do not agree"
-            )
-        tolerance = self.release.golden_tolerance
-        worst = float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("inf")
-        if worst > tolerance:
-            raise EngineUnavailable(
-                f"the engine answers its golden vectors wrongly here: a probability differs by {worst:.3f}, "
-                f"accepted are {tolerance:g}"
-            )
-        return statistics.median(decode_ms)  # the first one loads the decoder
 
     def _warm_up(self) -> float:
         """Run every lane at once; the milliseconds of inference that a picture of a whole batch took of them all."""
@@ -116,15 +78,10 @@ class Loaded:
         blank = np.zeros((most, size.height, size.width, size.channels), dtype=np.uint8)
         with ThreadPoolExecutor(lanes) as pool:
             # A failure of any of them is a release that is not ready.
-            list(pool.map(lambda _: [self._predict(blank[:n]) for n in (1, most, 1)], range(lanes)))
+            list(pool.map(lambda _: [self._loaded.predict(blank[:n]) for n in (1, most, 1)], range(lanes)))
             start = time.process_time()
-            list(pool.map(lambda _: self._predict(blank), range(lanes)))
+            list(pool.map(lambda _: self._loaded.predict(blank), range(lanes)))
         return (time.process_time() - start) * 1e3 / (lanes * most) / lanes
-
-    def _predict(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        logits, embedding = self._predictor.predict(pixels)
-        probabilities = self._task.probabilities(logits, self.release.engine.temperature)
-        return probabilities.astype(np.float32), embedding
 
     def _pixels(self, form: Form, data: bytes) -> tuple[npt.NDArray[np.uint8], int, int, bool]:
         """The engine's input, width and height as they were sent, and whether a colour profile was ignored."""
@@ -165,7 +122,7 @@ class Loaded:
         decoded = time.perf_counter()
         if pixels:
             try:
-                probabilities, embedding = self._predict(np.stack([p[0] for p in pixels]))
+                probabilities, embedding = self._loaded.predict(np.stack([p[0] for p in pixels]))
             except Exception as error:
                 self._log(error)
                 refusal = Refusal(Outcome.FAILED, "the engine failed; the server's log says why")

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from components.answering import unsure_label
 from components.contracts.families import OutputField
 from components.contracts.releases import Release
 from components.contracts.wording import counted
 from serving.engines.deployment import Deployment
 from serving.engines.frames import Form
-from serving.inference import Answered, Rejected, unsure_label
+from serving.inference import Answered, Rejected
 
 INPUT = "images"
 MAX_PICTURES = 64

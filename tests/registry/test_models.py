@@ -84,7 +84,7 @@ def test_files_that_are_away_are_not_called_changed(registry: Registry, tmp_path
         with registry.bundle("away", candidate.version, digest):
             pass
 
-    (report,) = place.rglob("report.html")
+    (report,) = place.glob("models/*/artifacts/report.html")
     for victim in (report, next(place.rglob("candidate.json")), place):
         victim.rename(tmp_path / "elsewhere")
         with pytest.raises(StoreError, match=f"not in {place}.*away.*[Bb]ring") as told:
@@ -201,6 +201,7 @@ def test_a_rejection_is_recorded_with_its_reasons(registry: Registry, uri: str, 
         "log_inputs",
         "_bundle",
         "_logged_model",
+        "_show_at_run",
         "verify_bundle",
         "create_registered_model",
         "create_model_version",
@@ -234,6 +235,7 @@ def test_a_run_that_dies_at_any_step_and_runs_again_registers_once(
         assert str(version.version) == outcome.version == "1"
         assert len(registry.ledger.entries(given.model)) == 1
         (run,) = runs_of(uri, given.model)
+        assert [f"models:/{output.model_id}" for output in run.outputs.model_outputs] == [version.source]
         told = {used.tags[0].value: used.dataset for used in run.inputs.dataset_inputs}
         assert {split: dataset.digest for split, dataset in told.items()} == {"train": "d1-train", "test": "t" * 36}
         assert json.loads(told["test"].profile) == {"num_rows": 4, "class_counts": {"cat": 2, "dog": 2}}

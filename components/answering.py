@@ -1,0 +1,110 @@
+"""A release that answers: its engine, once it has answered the golden vectors as it should, and its rule of decision.
+
+A server's engine process and MLflow's flavour of a registered version answer by this.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from components import plugins
+from components.contracts.errors import EngineUnavailable
+from components.contracts.families import Predictor, Task
+from components.contracts.records import Stored
+from components.contracts.releases import Release
+from components.images import decode, prepare
+
+_PIXEL_TOLERANCE = 2.0
+"""Mean difference, in grey levels, that another build of the JPEG library may make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is said of one picture."""
+
+    predicted: str
+    """What the task reads, also when unsure; of classes the likeliest."""
+    confidence: float
+    unsure: bool
+    """Whether the release's threshold is not reached."""
+    label: str
+    """`predicted`, or `unsure_label` when unsure; never a class then."""
+
+
+def decided(release: Release, task: Task, probabilities: npt.NDArray[Any]) -> list[Decision]:
+    """The release's decision rule on what its task reads of (n, width); the one place that reads the threshold."""
+    classes, found = release.engine.classes, []
+    for reading in task.read(probabilities, classes):
+        unsure = reading.confidence < release.decision.threshold
+        label = unsure_label(classes) if unsure else reading.label
+        found.append(Decision(reading.label, reading.confidence, unsure, label))
+    return found
+
+
+def unsure_label(classes: Sequence[str]) -> str:
+    """What stands for no decision: "unsure", in as many brackets as it takes to be no class."""
+    word = "unsure"
+    while word in classes:
+        word = f"({word})"
+    return word
+
+
+class LoadedRelease:
+    """A verified release's engine, loaded, which answered its golden vectors; raises EngineUnavailable where it does not."""
+
+    def __init__(self, release: Release, *, engine: Path, golden: Path, num_threads: int, num_streams: int = 1) -> None:
+        """`engine` is the folder of the engine's files, `golden` the file of the vectors; both are verified already."""
+        self.release = release
+        target = plugins.load("targets", release.engine.target, release.engine.settings)
+        self._predictor: Predictor = target.load(
+            Stored(release.engine, engine), num_threads=num_threads, num_streams=num_streams
+        )
+        self.task: Task = plugins.load("tasks", release.task, release.task_settings)
+        self.decode_ms = self._check_golden(golden)
+        """What decoding and preparing one of the golden pictures takes, in time of the processor."""
+
+    def predict(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Prepared pictures (n, h, w, c) to probabilities (n, width) and embeddings (n, embedding_dim)."""
+        logits, embedding = self._predictor.predict(pixels)
+        probabilities = self.task.probabilities(logits, self.release.engine.temperature)
+        return probabilities.astype(np.float32), embedding
+
+    def _check_golden(self, path: Path) -> float:
+        from safetensors.numpy import load
+
+        golden = load(path.read_bytes())
+        pixels, expected = golden["pixels"], golden["probabilities"]
+        decode_ms = []
+        for index in range(len(pixels)):
+            raw = golden[f"encoded.{index:03d}"].tobytes()
+            start = time.process_time()
+            decoded = prepare(decode(raw), self.release.engine.preprocessing)
+            decode_ms.append((time.process_time() - start) * 1e3)
+            difference = float(np.abs(decoded.astype(np.float32) - pixels[index].astype(np.float32)).mean())
+            if difference > _PIXEL_TOLERANCE:
+                raise EngineUnavailable(
+                    f"golden picture {index} decodes to other pixels here (mean difference {difference:.1f} grey levels)"
+                )
+        found, _ = self.predict(pixels)
+        width = self.task.width(self.release.engine.classes)
+        if found.shape != (len(pixels), width):
+            raise EngineUnavailable(
+                f"task {self.release.task!r} makes {found.shape} probabilities of {len(pixels)} answers, expected "
+                f"{(len(pixels), width)}: its width and its probabilities do not agree"
+            )
+        tolerance = self.release.golden_tolerance
+        worst = float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("inf")
+        if worst > tolerance:
+            raise EngineUnavailable(
+                f"the engine answers its golden vectors wrongly here: a probability differs by {worst:.3f}, "
+                f"accepted are {tolerance:g}"
+            )
+        return statistics.median(decode_ms)  # the first one loads the decoder
