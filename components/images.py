@@ -225,7 +225,9 @@ def _middle(image: Image.Image, longest: int) -> Image.Image:
 def prepare(picture: Picture, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """A decoded picture to the engine's input: uint8 (height, width, channels)."""
     image = picture.srgb() if preprocessing.colour == "srgb" else picture.stored
-    image = image.convert("L" if preprocessing.channels == 1 else "RGB")
+    mode = "L" if preprocessing.channels == 1 else "RGB"
+    # Pillow copies what is in that mode already.
+    image = image if image.mode == mode else image.convert(mode)
     width, height = image.size
     if max(width, height) > _EXTREME * min(width, height):
         # Resized as a whole, a picture of 65,000 x 1 pixels would be 14 million pixels wide. Only its middle is used.
