@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,12 @@ from PIL import (
 
 from components.colours import AS_IT_IS, Conversion, conversion_of
 from components.contracts.errors import UndecodableImage
-from components.contracts.models import Preprocessing
 from components.contracts.progress import Progress, silent
 from components.formats import PINNED, Accepted, accepted_format, check_jpeg, check_pixels, check_size, png_essence
+
+if TYPE_CHECKING:
+    # Nothing else of this module needs more than Pillow and NumPy, which is why bundles can carry it as it is.
+    from components.contracts.models import Preprocessing
 
 _EXTREME = 16
 """Sides longer than this many times the other are cut to their middle before they are resized."""

@@ -18,13 +18,13 @@ from pydantic import Field
 from components import plugins
 from components.contracts.data import Splits
 from components.contracts.families import Predictor, Task
-from components.contracts.models import Engine, Precision
+from components.contracts.models import Engine
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored
 from components.contracts.releases import DecisionRule, Release
 from components.images import STATISTICS, appearance, decode, in_threads, prepare
 from components.intervals import wilson
-from components.releases import ENGINE, GOLDEN, REFERENCE
+from components.releases import ENGINE, GOLDEN, REFERENCE, TOLERANCE
 from components.samples import rows
 from components.store import describe
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _BATCH = 32
-_TOLERANCE: dict[Precision, float] = {"fp32": 0.01, "fp16": 0.03, "int8": 0.15}
-"""int8 kernels round differently with and without VNNI; top-1 of a clear answer has to stay in any case."""
 _SEED = 20240717
 
 
@@ -85,7 +83,7 @@ def package(
         decision=_rule(answers, config),
         reference=describe(out / REFERENCE, within=out),
         golden=describe(out / GOLDEN, within=out),
-        golden_tolerance=_TOLERANCE[record.precision],
+        golden_tolerance=TOLERANCE[record.precision],
     )
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,14 @@ def smoke_release(trained: Path) -> Stored[Release]:
     found = Store(trained / ".visionloop" / "store").open("packaging", folder.name, Release)
     assert found is not None
     return found
+
+
+def unpacked(folder: Path) -> Path:
+    """A workspace with a champion, which the oldest of the older commits made, in an empty folder."""
+    archive, *_ = sorted((Path(__file__).parent / "older").glob("*.tar.xz"))
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="tar")
+    return folder / "workspace"
 
 
 def variant(release: Stored[Release], folder: Path, **changes: Any) -> Stored[Release]:

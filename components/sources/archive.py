@@ -79,11 +79,24 @@ class Source(Quotas):
 
     def fetch(self, *, out: Path, progress: Progress = silent) -> None:
         """Unpack into `out`; raises SourceUnavailable, and DataError that lists the entries that cannot be taken."""
+        shutil.rmtree(receiving(out))  # of an earlier call that was killed
+        folder = receiving(out)
+        self.unpack(folder, progress=progress)
+        beside: list[str] = []
+        while inner := _folder_around(folder):
+            around = folder.with_name("around")
+            folder.rename(around)
+            (around / inner).rename(folder)
+            beside += (f"{path.name}/" if path.is_dir() else path.name for path in sorted(around.iterdir()))
+            shutil.rmtree(around)
+        settle(out, shown(self.path), keep=False)
+        leave_out(out, ((name, "it lies beside the folder that holds everything else") for name in beside))
+
+    def unpack(self, folder: Path, *, progress: Progress = silent) -> None:
+        """Every file of it into an empty folder, as it lies in the archive; raises what `fetch` raises."""
         told = shown(self.path)
         if not self.path.is_file():
             raise SourceUnavailable(f"{told} is not there, or is no file; expected a zip or tar archive")
-        shutil.rmtree(receiving(out))  # of an earlier call that was killed
-        folder = receiving(out)
         budget = _Budget(self, told)
         try:
             file = _Archive(io.FileIO(self.path), budget)
@@ -95,17 +108,8 @@ class Source(Quotas):
                 progress(file.tell(), budget.size)
                 yield entry
 
-        with file, explained("unpack into", out):
+        with file, explained("unpack into", folder):
             self._unpack(watched(), folder, told)
-        beside: list[str] = []
-        while inner := _folder_around(folder):
-            around = folder.with_name("around")
-            folder.rename(around)
-            (around / inner).rename(folder)
-            beside += (f"{path.name}/" if path.is_dir() else path.name for path in sorted(around.iterdir()))
-            shutil.rmtree(around)
-        settle(out, told, keep=False)
-        leave_out(out, ((name, "it lies beside the folder that holds everything else") for name in beside))
 
     def _unpack(self, entries: Iterator[_Entry], folder: Path, told: str) -> None:
         names, made = Names(), {folder}

@@ -12,6 +12,7 @@ from flows.cli.backup import add_backup_commands
 from flows.cli.data import data_app
 from flows.cli.data_versions import add_data_version_commands
 from flows.cli.demo import demo
+from flows.cli.engine import engine_app
 from flows.cli.loop import add_loop_commands
 from flows.cli.plugins import plugin_app
 from flows.cli.registry import add_registry_commands
@@ -41,6 +42,7 @@ app = Commands(
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop approve V --as WHO      a second person decides; also reject
       visionloop promote V               everything is checked again, then it goes live; rollback goes back
+      visionloop engine bundle [V] --out F  an engine for a machine without visionloop, signed; engine verify checks one
       visionloop serve --model NAME      answers over HTTP and gRPC; picks up a new champion by itself
       visionloop predict SOURCE          a folder, .parquet or s3:// through the champion, resumable
       visionloop predictions export      what was answered; also verify and erase
@@ -64,6 +66,7 @@ add_data_version_commands(data_app)
 app.add_typer(data_app, name="data")
 app.add_typer(plugin_app, name="plugin")
 add_registry_commands(app)
+app.add_typer(engine_app, name="engine")
 add_serving_commands(app)
 add_loop_commands(app)
 add_up_commands(app)

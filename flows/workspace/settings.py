@@ -221,18 +221,23 @@ def environment_with(values: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **values}
 
 
+def num_threads() -> int:
+    """Threads that this process may use; raises ConfigError."""
+    threads = os.environ.get("VISIONLOOP_NUM_THREADS") or str(min(8, _cores()))
+    if not threads.isdigit() or int(threads) < 1:
+        raise ConfigError(f"VISIONLOOP_NUM_THREADS is {threads!r}; expected a whole number of at least 1")
+    return int(threads)
+
+
 def read_settings(state: Path) -> Settings:
     """Settings from the environment; `state` is the workspace's .visionloop folder. Raises ConfigError."""
     tracking = os.environ.get("VISIONLOOP_TRACKING_URI", "")
     authorization = _prefect_authorization()
-    threads = os.environ.get("VISIONLOOP_NUM_THREADS") or str(min(8, _cores()))
-    if not threads.isdigit() or int(threads) < 1:
-        raise ConfigError(f"VISIONLOOP_NUM_THREADS is {threads!r}; expected a whole number of at least 1")
     return Settings(
         tracking_uri=tracking or sqlite_url(state / "mlflow.db"),
         tracking_is_local=not tracking.startswith(("http://", "https://")),
         ledger_url=os.environ.get("VISIONLOOP_LEDGER_URL") or sqlite_url(state / "ledger.db"),
-        num_threads=int(threads),
+        num_threads=num_threads(),
         accepted=_accepted(),
         cache_bytes=_whole("VISIONLOOP_CACHE_GB", 20, 1_000_000) * 10**9,
         releases_url=os.environ.get("VISIONLOOP_RELEASES") or str(state / "releases"),

