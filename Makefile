@@ -51,9 +51,15 @@ test-slow: setup ## the long proofs: kill at every stage, resumption, real serve
 bench: setup ## make bench NAME=frozen_training [DATA=folder] [SHORT=1]; one JSON line last
 	@$(BIN)/python -m bench "$(NAME)" $(if $(DATA),--data "$(DATA)") $(if $(SHORT),--short)
 
-lock: ## resolve requirements.lock anew
+lock: ## resolve requirements.lock anew, and what a serving environment takes of it
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --upgrade \
-		--extra dev --extra pretrained --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+		--extra loop --extra dev --extra pretrained --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+	@$(MAKE) --no-print-directory infra/locks/serve.txt
+
+# The same versions, without a library that trains, judges or registers.
+infra/locks/serve.txt: requirements.lock pyproject.toml | $(filter .uv/bin/uv,$(UV))
+	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --constraint requirements.lock \
+		--extra serve --custom-compile-command "make lock" -o $@ pyproject.toml
 
 clean: ## remove what can be made again
 	@test ! -d .demo/.visionloop || $(BIN)/visionloop down -w .demo

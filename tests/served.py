@@ -199,13 +199,18 @@ def _command(pid: int) -> bytes:
 
 @contextlib.contextmanager
 def server(
-    workspace: Path, *options: str, ready: bool = True, env: dict[str, str] | None = None, stop: bool = True
+    workspace: Path,
+    *options: str,
+    ready: bool = True,
+    env: dict[str, str] | None = None,
+    stop: bool = True,
+    python: str = sys.executable,
 ) -> Iterator[Server]:
-    """`visionloop serve` on free ports; stopped at the end, if it still runs."""
+    """`visionloop serve` on free ports, by this environment or another's `python`; stopped at the end, if it still runs."""
     port, grpc_port = free_port(), free_port()
     arguments = ["serve", "--model", MODEL, "--port", str(port), "--grpc-port", str(grpc_port), "--refresh-s", "0.1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows", *arguments, *options],
+        [python, "-m", "flows", *arguments, *options],
         cwd=workspace,
         env={**os.environ, **(env or {})},
         stdout=subprocess.DEVNULL,

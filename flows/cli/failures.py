@@ -103,7 +103,10 @@ def _of_a_library(error: BaseException) -> tuple[str, str] | None:
             return f"a database could not be read or written ({said})", "check the disk's free space, and run it again"
         return f"a database refused ({said})", "run the command again"
     if isinstance(error, ModuleNotFoundError):
-        return f"a library is missing ({error})", "install the locked versions again (`make setup`)"
+        advice = (
+            "install the locked versions (`make setup`); an environment of infra/locks/serve.txt serves and does no more"
+        )
+        return f"a library is missing ({error})", advice
     if "SOCKS" in said or "proxy URL" in said:
         return f"a proxy of the environment cannot be used ({said})", "name an http proxy, or unset ALL_PROXY and its like"
     if "ephemeral Prefect" in said:

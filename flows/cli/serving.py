@@ -85,7 +85,7 @@ def serve(
         refresh_s=refresh_s,
         seal_s=seal_s,
     )
-    status = run(Workspace.find(workspace), options, announce=to_stderr)
+    status = run(Workspace.find(workspace, to_serve=True), options, announce=to_stderr)
     if status:
         raise typer.Exit(status)
 
@@ -94,7 +94,7 @@ def _tokens(workspace: Path) -> Tokens:
     from flows.loop.serving import tokens
     from flows.workspace.workspace import Workspace
 
-    return tokens(Workspace.find(workspace))
+    return tokens(Workspace.find(workspace, to_serve=True))
 
 
 @token_app.command("add")
@@ -145,7 +145,7 @@ def predict(
     from flows.terminal import Console
     from flows.workspace.workspace import Workspace
 
-    batch = open_batch(Workspace.find(workspace), model, source, shard_size=shard_size, embeddings=embeddings)
+    batch = open_batch(Workspace.find(workspace, to_serve=True), model, source, shard_size=shard_size, embeddings=embeddings)
     route = batch.route
     with (
         Console(1, quiet=json_) as console,
@@ -184,7 +184,7 @@ def predictions_export(
     end = moment("--until", until) if until else None
     if begin is not None and end is not None and begin >= end:
         raise ConfigError(f"--since {since!r} is not before --until {until!r}; nothing can lie between them")
-    exported = export_predictions(Workspace.find(workspace), out, model=model, since=begin, until=end)
+    exported = export_predictions(Workspace.find(workspace, to_serve=True), out, model=model, since=begin, until=end)
     unsealed, lost = exported.unsealed_journals, exported.lost
     notes = f"; {counted(unsealed, 'journal')} still being written" if unsealed else ""
     notes += f"; {counted(lost, 'prediction')} lost when the journal could not be written" if lost else ""
@@ -204,7 +204,7 @@ def predictions_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> 
     from flows.loop.predictions import verify_predictions
     from flows.workspace.workspace import Workspace
 
-    verified = verify_predictions(Workspace.find(workspace))
+    verified = verify_predictions(Workspace.find(workspace, to_serve=True))
     found, erased, head = verified.log, verified.erased, verified.head
     lines = [
         f"{counted(found.segments, 'segment')}, {counted(found.rows, 'prediction')}, {found.duplicates} twice, "

@@ -28,11 +28,28 @@ def add_training_commands(app: Commands) -> None:
     app.add_typer(store_app, name="store")
 
 
-def init(directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE, json_: AsJson = False) -> None:
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where; made if missing.")] = HERE,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="Only a folder for servers, with neither git nor data.")
+    ] = False,
+    json_: AsJson = False,
+) -> None:
     """Make a workspace: git and DVC, ready for `data add`."""
     from components import git
     from flows.workspace.workspace import Workspace
 
+    if serving:
+        root = Workspace.create_to_serve(directory).root
+        finish(
+            {"workspace": str(root), "repository": None},
+            json_,
+            lambda: (
+                f"{root} is ready to serve. Next: set VISIONLOOP_RELEASES to where releases are published, and run "
+                f"visionloop serve --model NAME"
+            ),
+        )
+        return
     workspace = Workspace.create(directory)
     repository = git.top_folder(workspace.root)
     within = "" if repository == workspace.root else f" It is part of the git repository {repository}."

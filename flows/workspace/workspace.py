@@ -53,12 +53,16 @@ class Workspace:
         return Store(self.state / "store")
 
     @classmethod
-    def find(cls, start: Path) -> Workspace:
-        """The workspace at `start` or above it; raises ConfigError when there is none."""
+    def find(cls, start: Path, *, to_serve: bool = False) -> Workspace:
+        """The workspace at `start` or above it; with `to_serve` also a folder that `create_to_serve` made.
+
+        Raises ConfigError when there is none.
+        """
         start = start.resolve()
         leave_foreign_git()
         for folder in (start, *start.parents):
-            if (folder / ".dvc").is_dir() and any((place / ".git").exists() for place in (folder, *folder.parents)):
+            whole = (folder / ".dvc").is_dir() and any((place / ".git").exists() for place in (folder, *folder.parents))
+            if whole or (to_serve and (folder / dvc_repository.STATE).is_dir()):
                 workspace = cls(folder)
                 have_home(workspace.state)
                 dvc_repository.settle(folder)
@@ -87,6 +91,15 @@ class Workspace:
         (root / "recipes").mkdir(exist_ok=True)
         git.stage(root, ".gitignore")
         return cls.find(root)
+
+    @classmethod
+    def create_to_serve(cls, root: Path) -> Workspace:
+        """Make `root` a folder for servers alone, with neither data nor git; raises ConfigError."""
+        root = root.resolve()
+        if root.exists() and not root.is_dir():
+            raise ConfigError(f"{root} is a file; name a folder for the server's own files")
+        (root / dvc_repository.STATE).mkdir(parents=True, mode=0o700, exist_ok=True)
+        return cls.find(root, to_serve=True)
 
     def expect_writable(self) -> None:
         """Raise OSError, as the system says it, where nothing can be written: servers find that out in minutes."""

@@ -91,11 +91,20 @@ def test_no_module_is_named_after_nothing() -> None:
     assert [path for path in SOURCES if path.stem in banned] == []
 
 
-def test_the_lock_has_hashes_and_no_addresses() -> None:
-    lock = (ROOT / "requirements.lock").read_text()
-    assert "://" not in lock
-    packages = [line for line in lock.splitlines() if line and line[0].isalnum()]
-    assert len(packages) > 150
-    for part in lock.replace("\\\n", " ").splitlines():
-        if part and part[0].isalnum():
-            assert "--hash=sha256:" in part, part
+def pins(lock: Path) -> dict[str, str]:
+    """What a lock holds, each with its hashes and without an address."""
+    text = lock.read_text()
+    assert "://" not in text
+    parts = [part for part in text.replace("\\\n", " ").splitlines() if part and part[0].isalnum()]
+    assert [part for part in parts if "--hash=sha256:" not in part] == []
+    return dict(part.split(" ")[0].split("==") for part in parts)
+
+
+def test_the_locks_have_hashes_and_no_addresses_and_agree() -> None:
+    whole, serving = pins(ROOT / "requirements.lock"), pins(ROOT / "infra" / "locks" / "serve.txt")
+    assert len(whole) > 150
+    # What serves was tested with these versions.
+    assert serving.items() <= whole.items()
+    heavy = {"torch", "mlflow", "prefect", "dvc", "evidently", "great-expectations", "pandas", "sqlalchemy", "nncf"}
+    assert heavy <= whole.keys()
+    assert heavy & serving.keys() == set()

@@ -66,17 +66,19 @@ def test_services_depend_on_services(compose: dict[str, Any]) -> None:
             assert source in volumes or (INFRA / source).exists(), volume
 
 
-def test_the_image_copies_every_package(compose: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["Dockerfile", "serving.Dockerfile"])
+def test_the_images_copy_every_package(compose: dict[str, Any], name: str) -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    dockerfile = (INFRA / "images" / "Dockerfile").read_text()
+    dockerfile = (INFRA / "images" / name).read_text()
     packages = project["tool"]["setuptools"]["packages"]["find"]["include"]
     assert len(packages) == 5
     for package in (pattern.removesuffix("*") for pattern in packages):
         assert f"COPY {package} {package}" in dockerfile
     assert "USER visionloop" in dockerfile
-    assert compose["x-visionloop"]["build"]["dockerfile"] == "infra/images/Dockerfile"
+    builds = {service["build"]["dockerfile"] for service in compose["services"].values() if "build" in service}
+    assert f"infra/images/{name}" in builds
 
 
 def test_prefect_takes_the_deployments(prefect_server: str, tmp_path: Path) -> None:

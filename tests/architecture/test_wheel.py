@@ -10,6 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
+from served import publish, server, smoke_release
+
+from components.releases import GOLDEN, ReleaseStore
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("components", "flows", "monitoring", "registry", "serving")
@@ -63,3 +67,45 @@ def test_the_command_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path:
         )
         assert done.returncode == 0, done.stderr
         assert "train" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_serves_in_the_environment_of_its_own_lock(
+    wheel: zipfile.ZipFile, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`visionloop[serve]`: nothing but what infra/locks/serve.txt holds, and the same answers."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    uv, place = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv"), tmp_path / "environment"
+    python, serving = place / "bin" / "python", tmp_path / "serving"
+
+    def run(*command: object, status: int = 0) -> str:
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    run(uv, "venv", "--python", sys.executable, place)
+    run(uv, "pip", "sync", "--python", python, ROOT / "infra" / "locks" / "serve.txt")
+    run(uv, "pip", "install", "--python", python, "--no-deps", wheel.filename)
+    run(uv, "pip", "check", "--python", python)
+    heavy = ("torch", "mlflow", "prefect", "dvc", "pandas", "sqlalchemy", "evidently", "great_expectations")
+    found = "import importlib.util as u; print([name for name in {} if u.find_spec(name)])"
+    assert run(python, "-c", found.format(heavy)) == "[]\n"
+    assert sum(path.lstat().st_size for path in place.rglob("*") if not path.is_symlink()) < 700e6
+
+    run(place / "bin" / "visionloop", "init", "--serving", serving)
+    assert sorted(path.name for path in serving.iterdir()) == [".visionloop"]
+    told = run(place / "bin" / "visionloop", "data", "status", "-w", serving, status=2)
+    assert "not in a visionloop workspace" in told
+    release = smoke_release(trained)
+    publish(ReleaseStore(str(serving / ".visionloop" / "releases")), release, 1, "1")
+    golden = load_file(release.folder / GOLDEN)
+    classes = release.record.engine.classes
+    with server(serving, python=str(python)) as mine:
+        for index, expected in enumerate(golden["probabilities"]):
+            answer = mine.predict(golden[f"encoded.{index:03d}"].tobytes()).json
+            assert [answer["probabilities"][name] for name in classes] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert mine.stop() == 0
+    # Sealing, which a process of its own does, wrote what was answered.
+    assert f"{len(golden['probabilities'])} predictions" in run(
+        place / "bin" / "visionloop", "predictions", "verify", "-w", serving
+    )
