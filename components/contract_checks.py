@@ -759,7 +759,12 @@ def target_breaches(target: Target, name: str) -> Iterator[Breach]:
 
         to_onnx(module, checkpoint.record.preprocessing, graph)
         out.mkdir()
-        built = target.export(ExportRequest(checkpoint, graph, precision, lambda: iter([images])), out=out)
+        task: Task = plugins.load("tasks", "classification")
+        targets = task.targets(list("abcabca"), checkpoint.record.classes)
+        request = ExportRequest(
+            checkpoint, graph, precision, lambda: iter([images]), lambda: iter([(images, targets)]), task
+        )
+        built = target.export(request, out=out)
         if not (out / built.entry).exists():
             yield Breach("export", f"names the entry {built.entry!r}, which it did not write into `out`")
             return

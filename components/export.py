@@ -6,13 +6,17 @@ run. All targets build from one ONNX graph, whose input is the uint8 image and w
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +25,23 @@ import numpy.typing as npt
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from components import collector, plugins
+from components.calibration import calibration_rows, valid_rows
 from components.choosing import AUTO, Limits
 from components.contracts.data import Splits
-from components.contracts.errors import ConfigError, EngineUnavailable, ExportError, VisionloopError
-from components.contracts.families import Built, ExportRequest, Target
+from components.contracts.errors import ConfigError, EngineUnavailable, ExportError, VisionloopError, causes
+from components.contracts.families import Built, ExportRequest, Target, Task
 from components.contracts.models import Checkpoint, Engine, Precision
 from components.contracts.records import FileDigest, Record, Stored
+from components.contracts.wording import counted
 from components.images import batches
 from components.memory import peak_bytes
-from components.samples import rows
-from components.store import describe
+from components.store import describe, explained
 
 REFERENCE = "torch_reference-fp32"
 GRAPH = "model.onnx"
-_TIMEOUT_S = 1800
+_TIME_LIMIT_S = 3600
+_BATCH = 32
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TargetConfig(Record):
@@ -45,6 +52,8 @@ class TargetConfig(Record):
     required: bool = True
     """A required engine that fails its gates rejects the candidate. Default: true, and false where `serving` is `auto`."""
     settings: dict[str, Any] = {}
+    time_limit_s: int = Field(default=_TIME_LIMIT_S, ge=1)
+    """How long its exporter may take; one that takes longer is ended."""
 
     @property
     def name(self) -> str:
@@ -135,7 +144,8 @@ def export_graph(checkpoint: Stored[Checkpoint], *, out: Path, plugin_folder: Pa
             "checkpoint": _reference(checkpoint),
             "out": str(out),
             "plugins": str(plugin_folder) if plugin_folder else None,
-        }
+        },
+        time_limit_s=_TIME_LIMIT_S,
     )
     return Graph(checkpoint_digest=checkpoint.record.digest(), file=describe(out / GRAPH, within=out))
 
@@ -161,7 +171,8 @@ def export(
             "config": config.to_json(),
             "out": str(out),
             "plugins": str(plugin_folder) if plugin_folder else None,
-        }
+        },
+        time_limit_s=config.time_limit_s,
     )
     return _engine(checkpoint.record, config, built, out)
 
@@ -175,7 +186,7 @@ def memory_mb(engine: Stored[Engine], *, num_threads: int, plugin_folder: Path |
         "out": str(engine.folder),
         "plugins": str(plugin_folder) if plugin_folder else None,
     }
-    return float(_in_subprocess(request)["memory_mb"])
+    return float(_in_subprocess(request, time_limit_s=_TIME_LIMIT_S)["memory_mb"])
 
 
 def _memory_of(request: dict[str, Any]) -> dict[str, Any]:
@@ -192,32 +203,46 @@ def _reference(stored: Stored[Any]) -> dict[str, Any]:
     return {"record": stored.record.to_json(), "folder": str(stored.folder)}
 
 
-def _in_subprocess(request: dict[str, Any]) -> dict[str, Any]:
-    root = Path(__file__).resolve().parent.parent
+def _in_subprocess(request: dict[str, Any], *, time_limit_s: int) -> dict[str, Any]:
+    exporter = subprocess.Popen(
+        [sys.executable, "-m", "components.export"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent,
+        # Ctrl-C is the run's to answer: an exporter that it ended first would look like one that failed.
+        process_group=0,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "components.export"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_TIMEOUT_S,
-            cwd=root,
-            # Ctrl-C is the run's to answer: an exporter that it ended first would look like one that failed.
-            process_group=0,
-        )
-    except subprocess.TimeoutExpired:
-        raise ExportError(f"the exporter did not finish within {_TIMEOUT_S} s") from None
-    last = done.stdout.strip().splitlines()[-1:]
+        answered, told = exporter.communicate(json.dumps(request), timeout=time_limit_s)
+    except BaseException as error:
+        # With all that it started: a process of its own would hold its pipes open and go on writing.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(exporter.pid, signal.SIGKILL)
+        exporter.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise ExportError(
+            f"the exporter did not finish within {time_limit_s} s and was ended; "
+            f"where the machine was busy, run again, else raise time_limit_s of this target"
+        ) from None
+    last = answered.strip().splitlines()[-1:]
     try:
         answer: dict[str, Any] = json.loads(last[0])
     except (IndexError, ValueError):
-        Path(request["out"], "exporter.log").write_text(done.stderr)
-        if done.returncode < 0:
-            killed = f"was killed by signal {-done.returncode}" + (", perhaps for want of memory" * (done.returncode == -9))
-            raise ExportError(f"the exporter {killed}") from None
-        last_words = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        raise ExportError(f"the exporter ended with status {done.returncode}: {last_words[:300]}") from None
+        with contextlib.suppress(OSError):
+            Path(request["out"], "exporter.log").write_text(told)
+        if exporter.returncode < 0:
+            killed = f"was killed by signal {-exporter.returncode}"
+            raise ExportError(
+                f"the exporter {killed}" + ", perhaps for want of memory" * (exporter.returncode == -9)
+            ) from None
+        last_words = (told.strip().splitlines() or ["without a word"])[-1]
+        raise ExportError(f"the exporter ended with status {exporter.returncode}: {last_words[:300]}") from None
+    if "full" in answer:
+        with explained("write", Path(request["out"])):
+            raise OSError(answer["full"], os.strerror(answer["full"]))
     if "error" in answer:
         raise ExportError(answer["error"])
     return answer
@@ -229,34 +254,55 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "memory":
         return _memory_of(request)
     checkpoint = Stored(Checkpoint.read(request["checkpoint"]["record"]), Path(request["checkpoint"]["folder"]))
-    out = Path(request["out"])
+    record, out = checkpoint.record, Path(request["out"])
     if request["do"] == "graph":
-        from components.checkpoints import restore
-        from components.graphs import to_onnx
-
-        to_onnx(restore(checkpoint), checkpoint.record.preprocessing, out / GRAPH)
+        _write_graph(checkpoint, out / GRAPH)
         return {}
     config = TargetConfig.read(request["config"])
     splits = Stored(Splits.read(request["splits"]["record"]), Path(request["splits"]["folder"]))
+    task: Task = plugins.load("tasks", record.task, dict(record.task_settings))
+
+    def pictures(names: Iterable[str]) -> Iterator[npt.NDArray[np.uint8]]:
+        return batches([Path(request["data"], name) for name in names], record.preprocessing, batch_size=_BATCH)
 
     def calibration() -> Iterator[npt.NDArray[np.uint8]]:
-        paths = [Path(request["data"], path) for path in rows(splits, "calibration")["path"]]
-        return batches(paths, checkpoint.record.preprocessing, batch_size=32)
+        return pictures(calibration_rows(splits, task)["path"])
+
+    def valid() -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]]:
+        table = valid_rows(splits, task)
+        targets = task.targets(list(table["label"]), record.classes)
+        for index, images in enumerate(pictures(table["path"])):
+            yield images, targets[index * _BATCH : (index + 1) * _BATCH]
 
     target = plugins.load("targets", config.target, config.settings)
-    built: Built = target.export(ExportRequest(checkpoint, Path(request["graph"]), config.precision, calibration), out=out)
+    built: Built = target.export(
+        ExportRequest(checkpoint, Path(request["graph"]), config.precision, calibration, valid, task), out=out
+    )
     answer: dict[str, Any] = {
         "entry": built.entry,
         "runtime": built.runtime,
         "built_for": list(built.built_for),
         "facts": dict(built.facts),
-        "temperature": checkpoint.record.temperature,
+        "temperature": record.temperature,
     }
     if config.precision != "fp32":
-        answer["temperature"] = _own_temperature(
-            target, _engine(checkpoint.record, config, answer, out), out, splits, request
-        )
+        answer["temperature"] = _own_temperature(target, _engine(record, config, answer, out), out, valid, task)
     return answer
+
+
+def _write_graph(checkpoint: Stored[Checkpoint], path: Path) -> None:
+    from components.checkpoints import restore
+    from components.graphs import to_onnx
+
+    model = restore(checkpoint)
+    odd = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if odd:
+        raise ExportError(
+            f"{checkpoint.record.weights.name} has NaN or infinite numbers in {odd[0]}"
+            + (f" and {counted(len(odd) - 1, 'tensor')} more" if len(odd) > 1 else "")
+            + "; no engine could answer anything with them: train again, with a lower learning rate"
+        )
+    to_onnx(model, checkpoint.record.preprocessing, path)
 
 
 def _engine(record: Checkpoint, config: TargetConfig, built: dict[str, Any], out: Path) -> Engine:
@@ -278,7 +324,9 @@ def _engine(record: Checkpoint, config: TargetConfig, built: dict[str, Any], out
     )
 
 
-def _own_temperature(target: Target, engine: Engine, out: Path, splits: Stored[Splits], request: dict[str, Any]) -> float:
+def _own_temperature(
+    target: Target, engine: Engine, out: Path, valid: Callable[[], Iterator[tuple[Any, Any]]], task: Task
+) -> float:
     """Temperature of a quantised engine, fitted on its own answers to the valid split.
 
     Quantisation rescales the logits; with the float model's temperature its probabilities would be wrong even where its
@@ -288,13 +336,20 @@ def _own_temperature(target: Target, engine: Engine, out: Path, splits: Stored[S
         predictor = target.load(Stored(engine, out), num_threads=2)
     except EngineUnavailable:
         return engine.temperature
-    table = rows(splits, "valid")
-    paths = [Path(request["data"], path) for path in table["path"]]
-    logits = [predictor.predict(batch)[0] for batch in batches(paths, engine.preprocessing, batch_size=32)]
-    record = request["checkpoint"]["record"]
-    task = plugins.load("tasks", record["task"], record["task_settings"])
-    targets = task.targets(list(table["label"]), record["classes"])
-    return float(task.fit_temperature(np.concatenate(logits), targets))
+    answers = [(predictor.predict(images)[0], targets) for images, targets in valid()]
+    logits, targets = (np.concatenate(parts) for parts in zip(*answers, strict=True))
+    return float(task.fit_temperature(logits, targets))
+
+
+def _full(error: Exception, out: Path) -> int:
+    """The errno of a full disk, or 0 for what is no such error.
+
+    Libraries tell it in words of their own, if at all: "basic_ios::clear: iostream error".
+    """
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return cause.errno or 0
+    return errno.ENOSPC if shutil.disk_usage(out).free < 1 << 16 else 0
 
 
 def _die_with_parent(parent: int) -> None:
@@ -315,8 +370,14 @@ if __name__ == "__main__":
     # Builders and plug-ins print what they like; only the answer goes to who asked.
     with os.fdopen(os.dup(1), "w") as asker:
         os.dup2(2, 1)
+        request = json.loads(sys.stdin.read())
         try:
-            answer = _build(json.loads(sys.stdin.read()))
-        except VisionloopError as error:
-            answer = {"error": str(error)}
+            answer = _build(request)
+        except Exception as error:
+            if code := _full(error, Path(request["out"])):
+                answer = {"full": code}
+            elif isinstance(error, VisionloopError):
+                answer = {"error": str(error)}
+            else:
+                raise
         print(json.dumps(answer), file=asker)

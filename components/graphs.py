@@ -48,5 +48,10 @@ def to_onnx(model: nn.Module, preprocessing: Preprocessing, path: Path) -> None:
             )
         onnx.checker.check_model(str(path))
     except Exception as error:
-        # Exporter errors share no base class; the message is what a person needs.
-        raise ExportError(f"torch could not export this model to ONNX: {str(error).splitlines()[0]}") from error
+        # Exporter errors share no base class. The outermost tells of the exporter's steps, the innermost what was wrong,
+        # such as the operator that ONNX does not have.
+        innermost: BaseException = error
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        told = (str(innermost).splitlines() or [type(innermost).__name__])[0]
+        raise ExportError(f"torch could not export this model to ONNX: {told}") from error

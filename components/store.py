@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -96,6 +97,32 @@ def unseal(raw: bytes) -> dict[str, Any] | None:
         return None
 
 
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The folder has a living writer; the hold goes with the process, also when it is killed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    """What a killed process left goes; what another one is writing at this moment stays, and the first to end publishes."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
 class Store:
     """A folder of published artefacts, one sub-folder per (kind, key)."""
 
@@ -133,12 +160,12 @@ class Store:
         partial = self._partial(kind, key, resumable=resumable)
         if not resumable:
             for stale in partial.parent.glob(f"{kind.replace('/', '-')}-{key}.*"):
-                shutil.rmtree(stale, ignore_errors=True)
+                _remove_unless_held(stale)
         partial.mkdir(parents=True, exist_ok=True)
         for leftover in partial.rglob(".*.tmp"):
             # A kill between write and rename leaves these; they are not part of what can be resumed.
             leftover.unlink()
-        with explained("write", partial):
+        with explained("write", partial), _held(partial):
             yield partial
 
     def publish(

@@ -242,13 +242,18 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What a target builds from: the checkpoint, its ONNX graph and, for int8, the calibration images."""
+    """What a target builds from: the checkpoint, its ONNX graph and, for int8, images to choose by, never test's."""
 
     checkpoint: Stored[Checkpoint]
     onnx: Path
     precision: Precision
     calibration: Callable[[], Iterator[npt.NDArray[np.uint8]]]
-    """Batches of uint8 images (n, h, w, c) of the calibration split."""
+    """Batches of uint8 images (n, h, w, c) of the calibration split, stratified: every beginning has the strata in their
+    shares. The callable raises ExportError where the split is empty or holds a picture of test."""
+    valid: Callable[[], Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]]]
+    """Batches of images of the valid split as those of calibration, each with its `task.targets`, one row an image."""
+    task: Task
+    """What the model answers: it says which answers are right, and which are the same."""
 
 
 @dataclass(frozen=True)

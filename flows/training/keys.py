@@ -95,8 +95,8 @@ def engine_inputs(
         "checkpoint": checkpoint.record.digest(),
         "graph": interchange.record.digest(),
         "splits": splits.record.digest(),
-        # Whether it is required decides about the verdict, not about the engine.
-        "config": target.model_copy(update={"required": True}).digest(),
+        # Whether it is required decides about the verdict, and how long it may take about whether there is one at all.
+        "config": target.model_copy(update={"required": True, "time_limit_s": 1}).digest(),
         "built_by": plugins.load("targets", target.target, target.settings).built_by(),
         **member_digests(targets=target.target),
         **_module_digests(run),

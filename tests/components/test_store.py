@@ -180,3 +180,22 @@ def test_leftovers_serve_to_resume_until_the_result_is_published(tmp_path: Path,
     folder = release()
     assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "result.bin"]
     read_manifest(folder)
+
+
+def test_two_that_write_the_same_at_once_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to end publishes, the second finds that; what a killed one left goes."""
+    store = Store(tmp_path)
+    killed = tmp_path / ".partial" / "thing-k.1"
+    killed.mkdir(parents=True)
+    with store.writing("thing", "k") as out:
+        (out / "a.bin").write_bytes(b"half")
+        assert not killed.exists()
+        with monkeypatch.context() as other_process:
+            other_process.setattr(os, "getpid", lambda: 2)
+            first = publish(store)
+        before = (first / MANIFEST).read_bytes()
+        (out / "a.bin").write_bytes(b"whole")
+    second = store.publish("thing", "k", RECORD, inputs={"i": "1"}, provenance={"p": "q"}).folder
+    assert second == first
+    assert (second / MANIFEST).read_bytes() == before
+    assert not list((tmp_path / ".partial").iterdir())

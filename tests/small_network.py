@@ -1,0 +1,121 @@
+"""A small network with its graph and pictures, whose third convolution int8 harms so much that nothing of it is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from shapes import KINDS, picture
+
+from components import plugins
+from components.checkpoints import ImageModel, assemble, save_weights
+from components.contracts.families import Backbone, ExportRequest, Task
+from components.contracts.models import Checkpoint, Engine, Precision
+from components.contracts.records import FileDigest, Stored
+from components.graphs import to_onnx
+from components.store import describe
+
+NETWORK: dict[str, bool | int | float | str] = {"image_size": 16, "width": 8, "embedding_dim": 16}
+
+
+@dataclass(frozen=True)
+class SmallNetwork:
+    """The module answers every picture rightly: targets are its own answers."""
+
+    checkpoint: Stored[Checkpoint]
+    module: ImageModel
+    graph: Path
+    images: npt.NDArray[np.uint8]
+    targets: npt.NDArray[Any]
+    task: Task
+
+    def request(self, precision: Precision, graph: Path | None = None) -> ExportRequest:
+        """Half of the pictures are for calibration, the others valid."""
+        half = len(self.images) // 2
+        return ExportRequest(
+            self.checkpoint,
+            graph or self.graph,
+            precision,
+            lambda: iter([self.images[:half]]),
+            lambda: iter([(self.images[half:], self.targets[half:])]),
+            self.task,
+        )
+
+    def engine(self, target: str, precision: Precision, entry: str, folder: Path) -> Stored[Engine]:
+        """What a target wrote into a folder, as it would be loaded."""
+        record = self.checkpoint.record
+        files = tuple(describe(path, within=folder) for path in sorted(folder.iterdir()))
+        return Stored(
+            Engine(
+                name=f"{target}-{precision}",
+                target=target,
+                precision=precision,
+                settings={},
+                checkpoint_digest=record.digest(),
+                files=files,
+                entry=entry,
+                preprocessing=record.preprocessing,
+                classes=record.classes,
+                embedding_dim=record.embedding_dim,
+                temperature=1.0,
+                runtime=target,
+                built_for=(),
+                facts={},
+            ),
+            folder,
+        )
+
+
+def small_network(folder: Path, *, harmed: bool = True) -> SmallNetwork:
+    """Write weights.safetensors and model.onnx into `folder`.
+
+    Where it is to be harmed, one channel of the second convolution's output is a thousand times larger than the others and
+    the third convolution's weights make up for it: in float nothing changes, in 8 bits the others are all zero.
+    """
+    backbone: Backbone = plugins.load("backbones", "small_cnn", NETWORK)
+    task: Task = plugins.load("tasks", "classification")
+    images = np.stack([picture(KINDS[i % 3], i, side=16) for i in range(150)])[..., None]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        module = assemble(backbone, task, len(KINDS)).eval()
+    with torch.no_grad():
+        if harmed:
+            parts: Any = module.backbone
+            normalised, third = parts[5], parts[7]
+            normalised.weight[1:] /= 1000
+            normalised.bias[1:] /= 1000
+            third.weight[:, 1:] *= 1000
+        embeddings = module(torch.from_numpy(images))[1]
+        (last,) = (part for part in module.head.modules() if isinstance(part, torch.nn.Linear))
+        # The head alone is fitted, by least squares: what it answers is clear, and it takes no training.
+        known = torch.cat([embeddings, torch.ones(len(images), 1)], dim=1)
+        wanted = 8 * torch.nn.functional.one_hot(torch.arange(len(images)) % 3).float()
+        found = torch.linalg.lstsq(known, wanted, driver="gelsd").solution
+        last.weight.copy_(found[:-1].T)
+        last.bias.copy_(found[-1])
+        best, second = module(torch.from_numpy(images))[0].topk(2).values.unbind(dim=1)
+        # Pictures of which the network is sure: others may turn without any harm.
+        images = images[(best - second > 2).numpy()]
+        targets = module(torch.from_numpy(images))[0].argmax(dim=1).numpy()
+    record = Checkpoint(
+        splits_digest="s" * 64,
+        task="classification",
+        task_settings={},
+        backbone="small_cnn",
+        backbone_settings=NETWORK,
+        preprocessing=backbone.preprocessing,
+        classes=KINDS,
+        embedding_dim=backbone.embedding_dim,
+        weights=save_weights(module.state_dict(), out=folder),
+        history=FileDigest(name="history.json", sha256="0" * 64, bytes=0),
+        temperature=1.0,
+        best_epoch=1,
+        epochs=1,
+        valid_metrics={},
+    )
+    to_onnx(module, record.preprocessing, folder / "model.onnx")
+    return SmallNetwork(Stored(record, folder), module, folder / "model.onnx", images, targets, task)
