@@ -105,7 +105,7 @@ class Engine(Record):
     built_for: tuple[str, ...]
     """Hardware the file is bound to; empty for any machine that runs the runtime."""
     facts: dict[str, int | float | str]
-    """What the builder counted, such as `int8_ops`."""
+    """What the builder counted, such as `int8_share`."""
 
     @property
     def size_bytes(self) -> int:
