@@ -27,6 +27,7 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from components.contracts.errors import DataError, SourceUnavailable
+from components.contracts.progress import Progress, silent
 from components.samples import class_name_problem
 from components.store import sha256_file
 
@@ -170,18 +171,18 @@ class Source(BaseModel):
         """Whether it is a name such as torchvision:CIFAR10."""
         return given.startswith(_PREFIX)
 
-    def fetch(self, *, out: Path) -> None:
+    def fetch(self, *, out: Path, progress: Progress = silent) -> None:
         """Write `out/train/<class>/<number>.png` and `out/test/...`; raises SourceUnavailable, DataError."""
         found = SETS[self.dataset]
         if isinstance(found, Pickled):
-            self._of_pickles(found, out)
+            self._of_pickles(found, out, progress)
         else:
-            self._of_idx(found, out)
+            self._of_idx(found, out, progress)
 
-    def _of_pickles(self, found: Pickled, out: Path) -> None:
+    def _of_pickles(self, found: Pickled, out: Path, progress: Progress) -> None:
         from safetensors.numpy import load_file
 
-        archive = self._verified(found.archive)
+        archive = self._verified(found.archive, progress)
         with tempfile.TemporaryDirectory() as scratch:
             unpacked = Path(scratch)
             files = (*found.train, found.test)
@@ -205,22 +206,22 @@ class Source(BaseModel):
                     raise DataError(f"{archive}: images of {file} have shape {flat.shape}, expected (n, 3072)")
                 images = np.ascontiguousarray(flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
                 start = 0 if file == found.test else start
-                _write(images, labels, classes, out / ("test" if file == found.test else "train"), start)
+                _write(images, labels, classes, out / ("test" if file == found.test else "train"), start, progress)
                 start += len(images)
 
-    def _of_idx(self, found: Idx, out: Path) -> None:
-        paths = [self._verified(file) for file in found.files]
+    def _of_idx(self, found: Idx, out: Path, progress: Progress) -> None:
+        paths = [self._verified(file, progress) for file in found.files]
         for split, (images, labels) in (("train", paths[:2]), ("test", paths[2:])):
-            _write(_read_idx(images, 3), _read_idx(labels, 1), found.classes, out / split, 0)
+            _write(_read_idx(images, 3), _read_idx(labels, 1), found.classes, out / split, 0, progress)
 
-    def _verified(self, file: Archive) -> Path:
+    def _verified(self, file: Archive, progress: Progress) -> Path:
         """The file, downloaded where it is not there, whose sha256 is the expected one; raises SourceUnavailable."""
         name = file.url.rsplit("/", 1)[-1]
         path = self.folder.expanduser() / self.dataset / name
         if not path.exists():
             if not self.download:
                 raise SourceUnavailable(f"{path} is not there, and `download` is false. {_by_hand(file, path)}")
-            _download(file, path)
+            _download(file, path, progress)
         found = sha256_file(path)
         if found != file.sha256:
             raise SourceUnavailable(f"{path} has sha256 {found}; it was not opened. Remove it. {_by_hand(file, path)}")
@@ -231,7 +232,7 @@ def _by_hand(file: Archive, path: Path) -> str:
     return f"Without network, put {file.url} (sha256 {file.sha256}) at {path}"
 
 
-def _download(file: Archive, path: Path) -> None:
+def _download(file: Archive, path: Path, progress: Progress) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     digest, num_bytes = hashlib.sha256(), 0
@@ -240,8 +241,12 @@ def _download(file: Archive, path: Path) -> None:
             os.fdopen(descriptor, "wb") as out,
             urllib.request.urlopen(file.url, timeout=60.0) as response,  # noqa: S310  (addresses are torchvision's own)
         ):
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdecimal() else 0
+            told = f" of {total / 1e6:.1f}" if total else ""
             while num_bytes <= _MOST_BYTES and (block := response.read(2**20)):
                 num_bytes += len(block)
+                progress(num_bytes, max(num_bytes, total), f"{path.name}: {num_bytes / 1e6:.1f}{told} MB")
                 digest.update(block)
                 out.write(block)
         if digest.hexdigest() != file.sha256:
@@ -292,7 +297,12 @@ def _read_idx(path: Path, num_dimensions: int) -> npt.NDArray[np.uint8]:
 
 
 def _write(
-    images: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer], classes: tuple[str, ...], out: Path, start: int
+    images: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.integer],
+    classes: tuple[str, ...],
+    out: Path,
+    start: int,
+    progress: Progress,
 ) -> None:
     if labels.shape != (len(images),) or not all(0 <= label < len(classes) for label in labels):
         raise DataError(
@@ -305,3 +315,4 @@ def _write(
     for index, (image, label) in enumerate(zip(images, labels, strict=True), start):
         # Stored and not compressed: the bytes do not depend on a compression library.
         Image.fromarray(image).save(out / classes[label] / f"{index:05d}.png", compress_level=0)
+        progress(index - start + 1, len(images), f"{out.name}: {index + 1} pictures written")

@@ -155,7 +155,12 @@ def test_a_download_is_kept_and_without_network_the_error_says_what_goes_where(
     with pytest.raises(SourceUnavailable, match=f"`download` is false.*{told}"):
         there.model_copy(update={"download": False}).fetch(out=tmp_path / "out")
     _known(monkeypatch, file, url=f"file://{file.parent}/")
-    there.fetch(out=tmp_path / "out")
+    told_of: list[tuple[int, int, str]] = []
+    there.fetch(out=tmp_path / "out", progress=lambda *told: told_of.append(told))
+    size = file.stat().st_size
+    assert told_of[0] == (size, size, f"{file.name}: {size / 1e6:.1f} of {size / 1e6:.1f} MB")
+    assert told_of[-1] == (8, 8, "test: 8 pictures written")
+    assert len(told_of) == 1 + 38
     assert [path.name for path in (tmp_path / "other" / "CIFAR10").iterdir()] == [file.name]
     file.write_bytes(b"another")
     with pytest.raises(SourceUnavailable, match="sha256 .*; it was not opened. Remove it"):
