@@ -9,6 +9,7 @@ import datetime
 from typing import TYPE_CHECKING, Any
 
 from components import collector
+from flows.terminal import Say, silent
 from flows.training.chosen import ChosenRecipe, handed_on
 from flows.workspace.settings import Settings, login_name, read_settings
 from flows.workspace.workspace import Workspace
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
     from flows.workspace.desk import Desk
 
 
-def start_training(recipe: ChosenRecipe, *, by: str | None, measure_again: bool = False) -> dict[str, Any]:
+def start_training(
+    recipe: ChosenRecipe, *, by: str | None, measure_again: bool = False, say: Say = silent
+) -> dict[str, Any]:
     """Train by a recipe that is parsed already; returns the summary of the run.
 
-    `by` asked for it, the login name by default. Raises VisionloopError.
+    `by` asked for it, the login name by default. `say` is told why the run's own console shows nothing yet. Raises
+    VisionloopError.
     """
     from registry.approval import person
 
     _expect_ready(recipe.workspace, read_settings(recipe.workspace.state))
     requester = person(by or login_name()).name
+    say(f"getting ready to train by recipe {recipe.name}, which takes up to half a minute the first time ...")
     with collector.kept():
         from flows.train import train
 

@@ -96,7 +96,7 @@ def train(
     # Before Prefect is even imported: a typo should cost no time.
     chosen = choose(recipe, found, set_ or [])
     prepare_environment(found.state)
-    summary = start_training(chosen, by=as_, measure_again=measure_again)
+    summary = start_training(chosen, by=as_, measure_again=measure_again, say=silent if json_ else to_stderr)
     finish(summary, json_, lambda: told(summary))
     if summary["outcome"] != "candidate":
         raise typer.Exit(1)

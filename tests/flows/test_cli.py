@@ -166,6 +166,16 @@ def test_a_process_of_its_own_prints_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_training_says_at_once_that_it_begins_before_what_takes_long_is_loaded(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flows.train", None)  # what loads it fails from here on
+    told = visionloop("train", "-r", "smoke", cwd=workspace).stderr.splitlines()
+    assert told[0].startswith("getting ready to train by recipe smoke")
+    assert "flows.train" in told[1]
+    assert "getting ready" not in visionloop("train", "-r", "smoke", "--json", cwd=workspace).stderr
+
+
 def test_recipes_are_listed_shown_and_described_by_a_schema(workspace: Path) -> None:
     written = (workspace / "recipes" / "smoke.yaml").read_text()
     mistaken = written.replace("settings: {floor: 0.6}", "settings: {flor: 0.6}")
