@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,15 @@ class Quantised(BaseModel):
     """The share of the multiplications that the runtime has to execute in int8; below it an engine is int8 by name only."""
 
 
+class Executed(NamedTuple):
+    """A layer as the runtime executes it."""
+
+    layer: str
+    multiplications: float
+    """An image."""
+    in_int8: bool
+
+
 class Quantiser(Protocol[ModelT]):
     """A model of one runtime that can be quantised but for some layers."""
 
@@ -71,6 +80,10 @@ class Quantiser(Protocol[ModelT]):
         """What a model answers, in order; in as many pieces as it likes."""
         ...
 
+    def compute(self, model: ModelT) -> list[Executed]:
+        """The layers of the graph that the runtime executes."""
+        ...
+
 
 @dataclass(frozen=True)
 class Controlled:
@@ -84,9 +97,15 @@ class Controlled:
 class _Trial:
     model: Any
     kept: tuple[str, ...]
+    compute: list[Executed]
     logits: Logits
     drop: float
     otherwise: float
+
+    @property
+    def int8_share(self) -> float:
+        whole = sum(each.multiplications for each in self.compute)
+        return sum(each.multiplications for each in self.compute if each.in_int8) / whole if whole else 0.0
 
 
 def calibration_images(request: ExportRequest, settings: Quantised) -> Images:
@@ -108,12 +127,13 @@ def _first(batches: Iterator[npt.NDArray[Any]], most: int) -> npt.NDArray[Any]:
     return np.concatenate(taken) if taken else np.empty((0, 0, 0, 0), np.uint8)
 
 
-def control(quantiser: Quantiser[Any], request: ExportRequest, settings: Quantised) -> Controlled:
+def control(quantiser: Quantiser[Any], request: ExportRequest, settings: Quantised, *, runtime: str) -> Controlled:
     """Quantise, and return as few layers to float as the limits on the valid split ask for.
 
     Layers are ranked once: by how far the answers stay from the float model's when that layer alone is in float. Then the
-    number of the worst ones that return is halved in. Where no try is inside the limits, the one that comes closest is
-    taken: its cost is among the facts, and the gates judge it on test. Raises ExportError without valid images.
+    number of the worst ones that return is halved in, and so many do not that less than `min_int8_share` is left. Where no
+    try is inside the limits, the one that comes closest is taken: its cost is among the facts, and the gates judge it on
+    test. Raises ExportError without valid images, and where the runtime executes less in int8 with no layer returned.
     """
     images, targets = _valid(request, settings.max_valid_images)
     float_logits = _answered(quantiser, quantiser.in_float(), images)
@@ -124,7 +144,7 @@ def control(quantiser: Quantiser[Any], request: ExportRequest, settings: Quantis
         logits = _answered(quantiser, model, images)
         drop = right - float(request.task.right(logits, targets).mean())
         otherwise = 1 - float(request.task.agree(logits, float_logits).mean())
-        return _Trial(model, tuple(kept), logits, drop, otherwise)
+        return _Trial(model, tuple(kept), quantiser.compute(model), logits, drop, otherwise)
 
     allowed = max(settings.max_disagreement, 1 / len(images))
 
@@ -133,6 +153,7 @@ def control(quantiser: Quantiser[Any], request: ExportRequest, settings: Quantis
         return max(trial.drop - settings.max_drop, trial.otherwise - allowed) - 1e-9
 
     best, tries = tried(()), 0
+    _refuse_in_name_only(best, settings.min_int8_share, runtime)
     layers = quantiser.layers(best.model)
     if over(best) > 0 and layers:
         ranked = _ranked(quantiser, best, layers, images, float_logits)
@@ -140,13 +161,16 @@ def control(quantiser: Quantiser[Any], request: ExportRequest, settings: Quantis
         while fewest <= most and tries < settings.max_tries:
             middle = (fewest + most) // 2
             trial, tries = tried(ranked[:middle]), tries + 1
-            if over(trial) <= 0:
+            if trial.int8_share < settings.min_int8_share:
+                most = middle - 1
+            elif over(trial) <= 0:
                 best, most = trial, middle - 1
             else:
                 best, fewest = min(best, trial, key=over), middle + 1
     return Controlled(
         best.model,
         {
+            "int8_share": round(best.int8_share, 4),
             "int8_layers": len(layers) - len(best.kept),
             "float_layers": len(best.kept),
             "float_layer_names": ", ".join(best.kept),
@@ -195,19 +219,13 @@ def _apart(logits: Logits, others: Logits) -> npt.NDArray[np.float64]:
     return np.asarray(((logits.astype(np.float64) - others) ** 2).reshape(len(logits), -1).sum(axis=1))
 
 
-def int8_share(compute: Sequence[tuple[str, float, bool]], settings: Quantised, runtime: str) -> float:
-    """Share of the multiplications that a runtime executes in int8, of (layer, multiplications, whether in int8).
-
-    Raises ExportError, which names the largest layers in float, below `min_int8_share`.
-    """
-    whole = sum(amount for _, amount, _ in compute)
-    share = sum(amount for _, amount, in_int8 in compute if in_int8) / whole if whole else 0.0
-    if share < settings.min_int8_share:
-        largest = sorted((-amount, layer) for layer, amount, in_int8 in compute if not in_int8)
-        named = ", ".join(f"{layer} ({-amount / whole:.0%})" for amount, layer in largest[:5])
+def _refuse_in_name_only(trial: _Trial, least: float, runtime: str) -> None:
+    whole = sum(each.multiplications for each in trial.compute) or 1.0
+    largest = sorted((-each.multiplications, each.layer) for each in trial.compute if not each.in_int8)
+    named = ", ".join(f"{layer} ({-amount / whole:.0%})" for amount, layer in largest[:5])
+    if trial.int8_share < least:
         raise ExportError(
-            f"{runtime} executes {share:.0%} of the multiplications in int8, at least {settings.min_int8_share:.0%} were "
-            f"expected: this engine would be int8 by name only. In float stayed {named or 'everything'}; raise max_drop or "
-            f"max_disagreement, lower min_int8_share, or build fp32"
+            f"{runtime} executes {trial.int8_share:.0%} of the multiplications in int8, at least {least:.0%} were expected: "
+            f"this engine would be int8 by name only. In float stayed {named or 'everything'}; "
+            f"lower min_int8_share, or build fp32"
         )
-    return round(share, 4)

@@ -17,7 +17,7 @@ from components.contracts.errors import EngineUnavailable, ExportError
 from components.contracts.families import Built, ExportRequest
 from components.contracts.models import Engine
 from components.contracts.records import Stored
-from components.targets._quantisation import Quantised, calibration_images, control, int8_share
+from components.targets._quantisation import Executed, Quantised, calibration_images, control
 
 _ENTRY = "model.xml"
 _BATCH = 32
@@ -45,10 +45,9 @@ class Target(Quantised):
         facts: dict[str, int | float | str] = {}
         if request.precision == "int8":
             images = calibration_images(request, self)
-            controlled = control(_Quantiser(model, images), request, self)
+            controlled = control(_Quantiser(model, images), request, self, runtime="OpenVINO")
             model = controlled.model
-            facts |= {"int8_share": int8_share(_compute(model), self, "OpenVINO"), "calibration_images": len(images)}
-            facts |= {"int8_constants": _int8_constants(model), **controlled.facts}
+            facts |= {"calibration_images": len(images), "int8_constants": _int8_constants(model), **controlled.facts}
         openvino.save_model(model, out / _ENTRY, compress_to_fp16=False)
         return Built(entry=_ENTRY, runtime=f"openvino {openvino.__version__}", facts=facts)
 
@@ -184,15 +183,18 @@ class _Quantiser:
         for start in range(0, len(images), _BATCH):
             yield request.infer({"images": images[start : start + _BATCH]})["logits"].copy()
 
+    def compute(self, model: Any) -> list[Executed]:
+        return executed(model)
 
-def _compute(model: Any) -> list[tuple[str, float, bool]]:
-    """Layer, multiplications an image, and whether it is in int8, of the graph that the runtime executes."""
+
+def executed(model: Any) -> list[Executed]:
+    """The layers that multiply in the graph that OpenVINO makes of a model."""
     import openvino
 
     single = model.clone()
     single.reshape({single.input("images"): [1, *list(single.input("images").get_partial_shape())[1:]]})
     ready = openvino.Core().compile_model(single, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found: list[tuple[str, float, bool]] = []
+    found: list[Executed] = []
     for op in ready.get_runtime_model().get_ordered_ops():
         told = {name: str(getattr(value, "value", value)) for name, value in op.get_rt_info().items()}
         if told.get("layerType") not in ("Convolution", "Deconvolution", "FullyConnected", "MatMul"):
@@ -202,7 +204,7 @@ def _compute(model: Any) -> list[tuple[str, float, bool]]:
         # A convolution multiplies each output by the weights of its channel, a product of matrices by a row of the first.
         each = math.prod(other) / made[1] if "onvolution" in told["layerType"] else given[-1]
         name = told.get("originalLayersNames", op.get_friendly_name()).split(",")[0]
-        found.append((name, float(math.prod(made) * each), told["runtimePrecision"] in ("i8", "u8")))
+        found.append(Executed(name, float(math.prod(made) * each), told["runtimePrecision"] in ("i8", "u8")))
     return found
 
 
