@@ -142,7 +142,7 @@ def judge(
                 engine_digest=engine.digest(),
                 required=item.required,
                 serving=engine.name == serving,
-                status=_combine(findings),
+                status=combined(findings),
                 findings=tuple(findings),
             )
         )
@@ -191,7 +191,7 @@ def _as_chosen(verdict: EngineVerdict, choice: Choice) -> EngineVerdict:
     if (told := choice.told.get(verdict.engine)) is not None:
         status: FindingStatus = ("pass" if choice.is_servable else "fail") if is_chosen else "not applicable"
         findings = (*findings, _finding("serving", status, told))
-    return verdict.model_copy(update={"serving": is_chosen, "findings": findings, "status": _combine(findings)})
+    return verdict.model_copy(update={"serving": is_chosen, "findings": findings, "status": combined(findings)})
 
 
 def _policy_digest(config: GatingConfig, verdicts: Sequence[EngineVerdict], limits: Limits | None) -> str:
@@ -212,7 +212,8 @@ def _policy_digest(config: GatingConfig, verdicts: Sequence[EngineVerdict], limi
     )
 
 
-def _combine(findings: Sequence[Finding]) -> VerdictStatus:
+def combined(findings: Sequence[Finding]) -> VerdictStatus:
+    """What the findings of one engine come to."""
     statuses = {finding.status for finding in findings}
     if "fail" in statuses:
         return "fail"

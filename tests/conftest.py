@@ -13,7 +13,6 @@ from pathlib import Path
 
 import postgres as postgres_server
 import pytest
-from looped import promoted
 from shapes import free_port, make_workspace, visionloop
 
 from components import collector, plugins
@@ -117,12 +116,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Pa
     assert done.returncode == 0, done.stderr + done.stdout
     (root / "summary.json").write_text(done.stdout.strip().splitlines()[-1])
     return root
-
-
-@pytest.fixture(scope="session")
-def champions(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with a champion; copy it, never use it."""
-    return promoted(trained, tmp_path_factory.mktemp("champions") / "workspace")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
-"""Engines on the command line: one that leaves the workspace, and whether one that came is what it should be."""
+"""Engines on the command line: what was judged, one more, one that leaves, and whether one that came is as it should be."""
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +15,94 @@ from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, OfModel, fini
 
 if TYPE_CHECKING:
     from flows.workspace.engines import Verified
+    from flows.workspace.judged_engines import JudgedEngine
 
-engine_app = Commands(help="Engines of registered versions, for machines without visionloop.")
+engine_app = Commands(help="Engines of registered versions: what was judged, further ones, and bundles for other machines.")
+
+
+@engine_app.command("list")
+def engine_list(
+    every: Annotated[bool, typer.Option("--all", help="Also of trainings that the gates refused.")] = False,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Every version's engines: passed, failed, undecided, or built and not executed here; and why not."""
+    from flows.workspace.desk import desk
+    from flows.workspace.judged_engines import judged_engines
+
+    found = desk(workspace, model)
+    engines = judged_engines(found, every=every)
+    finish(
+        {"model": found.model, "engines": [dataclasses.asdict(engine) for engine in engines]},
+        json_,
+        lambda: "\n".join(_listed(engines)) or f"{found.model} has no version yet; --all shows what the gates refused.",
+    )
+
+
+def _listed(engines: Sequence[JudgedEngine]) -> list[str]:
+    lines: list[str] = []
+    for engine in engines:
+        of = f"version {engine.version}" if engine.version else f"run {engine.run}"
+        heading = f"{of} ({engine.version_status})"
+        if heading not in lines:
+            lines.append(heading)
+        notes = [note for note, holds in (("serves", engine.serves), ("built later", engine.built_later)) if holds]
+        status = "undecided" if engine.status == "inconclusive" else engine.status
+        lines.append(f"  {engine.engine:24} {', '.join([status, *notes])}")
+        lines += [f"      {why}" for why in engine.why]
+    return lines
+
+
+@engine_app.command("build")
+def engine_build(
+    version: Annotated[str | None, typer.Argument(help="Version of the model; the champion by default.")] = None,
+    *,
+    target: Annotated[str, typer.Option("--target", "-t", help="What it is built for, such as onnxruntime.")],
+    precision: Annotated[str, typer.Option("--precision", "-p", help="fp32, fp16 or int8.")] = "fp32",
+    setting: Annotated[list[str] | None, typer.Option("--setting", help="KEY=VALUE of the target. May be repeated.")] = None,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Build one more engine of a registered version, and judge it by the gates of its recipe.
+
+    It changes no version and no promotion. Exit status 1 when it did not pass.
+    """
+    from flows.training.further_engine import build
+    from flows.workspace.desk import desk
+    from flows.workspace.judged_engines import champion_of, standing, unmet, wanted_engine
+    from flows.workspace.settings import prepare_environment
+    from flows.workspace.workspace import Workspace
+
+    prepare_environment(Workspace.find(workspace).state)  # before MLflow is imported by anything
+    wanted = wanted_engine(target, precision, setting or [])
+    found = desk(workspace, model)
+    made = build(found, version or champion_of(found), wanted, quiet=json_)
+    status, why = standing(made.verdict), unmet(made.verdict)
+    answer = {
+        "model": found.model,
+        "version": made.version,
+        "engine": made.engine.name,
+        "status": status,
+        "why": list(why),
+        "was_there": made.was_there,
+        "findings": [finding.to_json() for finding in made.verdict.findings],
+        "metrics": {name: estimate.to_json() for name, estimate in made.evaluation.metrics.items()},
+        "latency_p99_ms": made.measurement.latency_p99_ms,
+        "bytes": made.engine.size_bytes,
+        "facts": made.engine.facts,
+        "folder": str(made.folder),
+    }
+    lines = [
+        f"Engine {made.engine.name} of {found.model} version {made.version}: "
+        f"{'undecided' if status == 'inconclusive' else status}{' (it was built before)' if made.was_there else ''}.",
+        *(f"  {each}" for each in why),
+        f"{made.engine.size_bytes / 1e6:.1f} MB in {made.folder}. No version and no promotion changed.",
+    ]
+    finish(answer, json_, lambda: "\n".join(lines))
+    if status != "passed":
+        raise typer.Exit(1)
 
 
 @engine_app.command("bundle")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
-from served import publish, server, smoke_release
+from served import publish, server, smoke_release, unpacked
 
 from components.releases import GOLDEN, ReleaseStore
 
@@ -71,7 +71,7 @@ def test_the_command_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path:
 
 @pytest.mark.slow
 def test_the_wheel_serves_in_the_environment_of_its_own_lock(
-    wheel: zipfile.ZipFile, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: zipfile.ZipFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`visionloop[serve]`: nothing but what infra/locks/serve.txt holds, and the same answers."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -96,7 +96,7 @@ def test_the_wheel_serves_in_the_environment_of_its_own_lock(
     assert sorted(path.name for path in serving.iterdir()) == [".visionloop"]
     told = run(place / "bin" / "visionloop", "data", "status", "-w", serving, status=2)
     assert "not in a visionloop workspace" in told
-    release = smoke_release(trained)
+    release = smoke_release(unpacked(tmp_path))
     publish(ReleaseStore(str(serving / ".visionloop" / "releases")), release, 1, "1")
     golden = load_file(release.folder / GOLDEN)
     classes = release.record.engine.classes

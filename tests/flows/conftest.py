@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from looped import promoted
 from shapes import SMOKE, make_workspace, visionloop, write_pictures
 
 PHASED = """training:
@@ -23,6 +24,12 @@ export:
 evaluation: {latency_runs: 40, latency_warmup_runs: 5}
 gating: {gates: [{gate: accuracy, settings: {floor: 0.6}}]}
 """
+
+
+@pytest.fixture(scope="session")
+def champions(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a champion; copy it, never use it."""
+    return promoted(trained, tmp_path_factory.mktemp("champions") / "workspace")
 
 
 @pytest.fixture

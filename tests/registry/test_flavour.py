@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from safetensors.numpy import load_file
-from served import png
+from served import png, unpacked
 from stores import fresh_database, s3_bucket
 
 import components
@@ -28,7 +29,7 @@ from components.contracts.verdicts import Candidate
 from components.store import unseal
 from registry import tracking
 from registry.ledger import Ledger
-from registry.models import MANIFEST, Registry, bound_in, release_in
+from registry.models import MANIFEST, Registry, bound_in
 
 MODEL = "shapes"
 
@@ -38,21 +39,60 @@ def model_of(version: Any) -> str:
     return str(version.source).removeprefix("models:/")
 
 
-@pytest.fixture(scope="module")
-def uri(champions: Path) -> str:
-    """The tracking URI of a workspace whose version 1 is champion."""
-    found = f"sqlite:///{champions / '.visionloop' / 'mlflow.db'}"
-    tracking.client(found, champions / ".visionloop" / "mlflow-artifacts")
-    return found
+@dataclass(frozen=True)
+class Registered:
+    """A model whose version 1 is champion."""
 
-
-@pytest.fixture(scope="module")
-def registered(uri: str) -> Path:
+    uri: str
+    folder: Path
     """The files of version 1 as MLflow keeps them; copy them, never change them."""
+
+
+def version_in(older: Path) -> Path:
+    """The files of the one version of an older workspace."""
+    (found,) = (older / ".visionloop" / "mlflow-artifacts").glob(f"*/models/*/artifacts/{MANIFEST}")
+    return found.parent
+
+
+def register(older: Path, place: Path, uri: str, *, artifacts: Path | None) -> str:
+    """Register what a training of an older commit made, without what MLflow's tools need, as a training does now."""
+    folder = version_in(older)
+    manifest = unseal((folder / MANIFEST).read_bytes())
+    assert manifest is not None
+    files = {file["name"]: folder / file["name"] for file in manifest["files"]}
+    assert "MLmodel" not in files
+    given = dataclasses.replace(evidence(place, MODEL), files=files, bound=bound_in(folder))
+    registry = Registry(uri, Ledger(f"sqlite:///{place / 'ledger.db'}"), artifacts=artifacts)
+    outcome = registry.register(given)
+    assert isinstance(outcome, Candidate)
+    registry.point_alias(MODEL, registry.ledger.entries()[-1])
     version = MlflowClient(uri).get_model_version_by_alias(MODEL, "champion")
-    location = tracking.folder_of(str(MlflowClient(uri).get_logged_model(model_of(version)).artifact_location))
-    assert location is not None
-    return location
+    return str(MlflowClient(uri).get_logged_model(model_of(version)).artifact_location)
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpacked(tmp_path_factory.mktemp("older"))
+
+
+@pytest.fixture(scope="module")
+def champion(older: Path, tmp_path_factory: pytest.TempPathFactory) -> Registered:
+    place = tmp_path_factory.mktemp("registered")
+    uri = f"sqlite:///{place / 'mlflow.db'}"
+    folder = tracking.folder_of(register(older, place, uri, artifacts=place / "artifacts"))
+    assert folder is not None
+    return Registered(uri, folder)
+
+
+@pytest.fixture
+def registered(champion: Registered) -> Path:
+    return champion.folder
+
+
+@pytest.fixture
+def uri(champion: Registered) -> str:
+    tracking.client(champion.uri)
+    return champion.uri
 
 
 def pictures_and_answers(folder: Path) -> tuple[list[bytes], Any]:
@@ -187,23 +227,13 @@ def test_nothing_of_it_is_pickled_and_all_of_it_is_in_the_manifest(registered: P
 
 
 @pytest.mark.slow
-def test_it_is_the_same_on_postgresql_and_s3(registered: Path, postgres: str, tmp_path: Path) -> None:
-    """Registered anew by a client of PostgreSQL whose artefacts lie in S3, and loaded from there."""
-    given, expected = pictures_and_answers(registered)
-    manifest = unseal((registered / MANIFEST).read_bytes())
-    assert manifest is not None
-    folders = ("checkpoint/", "engines/", "evidence/", "release/")
-    files = {file["name"]: registered / file["name"] for file in manifest["files"] if file["name"].startswith(folders)}
-    release = release_in(registered, out=tmp_path / "release")
-    verdict = dataclasses.replace(evidence(tmp_path, MODEL), files=files, bound=bound_in(registered))
+def test_it_is_the_same_on_postgresql_and_s3(older: Path, postgres: str, tmp_path: Path) -> None:
+    """Registered by a client of PostgreSQL whose artefacts lie in S3, and loaded from there."""
+    uri = fresh_database(postgres)
     with s3_bucket("registry") as bucket:
-        uri = fresh_database(postgres)
         MlflowClient(uri).create_experiment(MODEL, artifact_location=f"{bucket}/mlflow")
-        registry = Registry(uri, Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), artifacts=None)
-        outcome = registry.register(verdict)
-        assert isinstance(outcome, Candidate)
-        MlflowClient(uri).set_registered_model_alias(MODEL, "champion", outcome.version)
+        assert register(older, tmp_path, uri, artifacts=None).startswith(f"{bucket}/mlflow/")
         model = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion")
+        given, expected = pictures_and_answers(version_in(older))
         answers = model.predict(pd.DataFrame({"image": given}))
-        assert model.metadata.metadata["release"] == release.record.digest()
     assert np.stack(list(answers["probabilities"])) == pytest.approx(expected, abs=1e-4)
