@@ -19,22 +19,23 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from components.contracts.errors import EngineUnavailable, ExportError
 from components.contracts.families import Built, ExportRequest
 from components.contracts.models import Engine
 from components.contracts.records import Stored
 from components.machine import gpu_driver
+from components.targets._qdq import QdqQuantiser, float16
+from components.targets._quantisation import Quantised, calibration_images, control
 
 _ENTRY = "model.engine"
 
 
-class Target(BaseModel):
-    """Dynamic batch from 1 to `max_batch`."""
+class Target(Quantised):
+    """Dynamic batch from 1 to `max_batch`. Int8 layers are chosen by ONNX Runtime's answers of the same graph."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    precisions: tuple[Literal["fp32"], ...] = ("fp32",)
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = ("fp32", "fp16", "int8")
     compute_capabilities: tuple[str, ...] = ("SM86", "SM89", "SM120")
     """GPU generations to build for ahead of time: Ampere, Ada and Blackwell GeForce or workstation cards."""
     max_batch: int = Field(default=32, ge=1, le=1024)
@@ -50,12 +51,13 @@ class Target(BaseModel):
     def export(self, request: ExportRequest, *, out: Path) -> Built:
         full = _chosen() == "tensorrt"
         trt = _library(_chosen(), ExportError)
+        graph, facts = self._graph(request, out)
         logger = _logger(trt)
         logger.forget()
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse(request.onnx.read_bytes()):
+        if not parser.parse(graph):
             problems = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
             raise ExportError(f"TensorRT cannot parse the graph: {problems}")
         config = builder.create_builder_config()
@@ -69,7 +71,21 @@ class Target(BaseModel):
         if plan is None:
             raise ExportError(f"TensorRT built no engine: {logger.errors()}")
         (out / _ENTRY).write_bytes(bytes(plan))
-        return Built(entry=_ENTRY, runtime=f"{trt.__name__} {trt.__version__}", built_for=built_for)
+        return Built(entry=_ENTRY, runtime=f"{trt.__name__} {trt.__version__}", built_for=built_for, facts=facts)
+
+    def _graph(self, request: ExportRequest, out: Path) -> tuple[bytes, dict[str, int | float | str]]:
+        """ONNX in the precision that is wanted, as bytes, and what came of it."""
+        if request.precision == "fp32":
+            return request.onnx.read_bytes(), {}
+        if request.precision == "fp16":
+            return float16(request.onnx).SerializeToString(), {}
+        images = calibration_images(request, self)
+        quantiser = QdqQuantiser(request.onnx, images, for_tensorrt=True, scratch=out)
+        controlled = control(quantiser, request, self, runtime="TensorRT's graph")
+        facts = {"calibration_images": len(images), **controlled.facts}
+        # What TensorRT fuses is its own affair and seen on a GPU alone: this is the share of the graph that it was given.
+        facts["int8_share_of_graph"] = facts.pop("int8_share")
+        return controlled.model.SerializeToString(), facts
 
     def _aim(self, trt: Any, config: Any, *, full: bool) -> tuple[str, ...]:
         if full:

@@ -141,8 +141,8 @@ def test_sections_that_cannot_work_are_refused() -> None:
         config(targets=[{"target": "openvino"}, {"target": "openvino"}], serving="openvino-fp32")
     with pytest.raises(ValueError, match="never served"):
         config(targets=[{"target": "torch_reference"}], serving="torch_reference-fp32")
-    with pytest.raises(ConfigError, match="has no precision 'int8'"):
-        export.check(config(targets=[{"target": "onnxruntime", "precision": "int8"}], serving="onnxruntime-int8"))
+    with pytest.raises(ConfigError, match="has no precision 'fp16'; valid: fp32, int8"):
+        export.check(config(targets=[{"target": "openvino", "precision": "fp16"}], serving="openvino-fp16"))
     reference, *_ = config(targets=[{"target": "openvino"}], serving="openvino-fp32").all_targets
     assert reference.name == "torch_reference-fp32"
 

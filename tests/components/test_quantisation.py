@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from small_network import SmallNetwork, small_network
 
 from components import plugins
 from components.contracts.errors import ExportError
 from components.contracts.families import ExportRequest
+from components.contracts.models import Precision
 from components.targets import openvino
+from components.targets._qdq import QdqQuantiser
 from components.targets._quantisation import Executed, Quantised, control
 
 
@@ -140,3 +143,95 @@ def test_a_model_that_a_runtime_executes_in_float_is_not_int8(harmed: SmallNetwo
     named = r"Scripted executes 0% .* at least 50% .* by name only. In float stayed node_Conv_70 \(42%\), node_Conv_67 \("
     with pytest.raises(ExportError, match=named):
         control(quantiser, quantiser.request(), Quantised(), runtime="Scripted")
+
+
+def test_an_onnxruntime_engine_whose_layer_int8_harms_answers_rightly(harmed: SmallNetwork, tmp_path: Path) -> None:
+    """A layer in float wants its input in float, so that the layer before it is computed in float, too."""
+    answers = {}
+    for name, settings in (("plain", {"max_tries": 0}), ("controlled", {"min_int8_share": 0.3})):
+        target, out = plugins.load("targets", "onnxruntime", settings), tmp_path / name
+        out.mkdir()
+        built = target.export(harmed.request("int8"), out=out)
+        engine = harmed.engine("onnxruntime", "int8", built.entry, out)
+        logits, embeddings = target.load(engine, num_threads=1).predict(harmed.images)
+        answers[name] = float(harmed.task.right(logits, harmed.targets).mean()), built.facts
+    assert answers["plain"][0] < 0.9
+    assert answers["controlled"][0] > 0.95
+    facts = answers["controlled"][1]
+    assert "node_Conv_70" in facts["float_layer_names"].split(", ")
+    assert 0.3 < facts["int8_share"] < 0.5 < 0.95 < answers["plain"][1]["int8_share"]
+    assert facts["provider"] == "CPUExecutionProvider"
+    assert [path.name for path in out.iterdir()] == ["model.onnx"]
+    # Answers are no steps of 8 bits.
+    assert len(np.unique(logits)) > 256
+    with torch.inference_mode():
+        expected = harmed.module(torch.from_numpy(harmed.images))[1].numpy()
+    assert np.corrcoef(embeddings.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("for_tensorrt", [False, True])
+def test_a_graph_of_pairs_whose_layers_all_return_to_float_is_the_float_one(
+    harmed: SmallNetwork, tmp_path: Path, for_tensorrt: bool
+) -> None:
+    """Also where the range of a pair has taken the place of an activation."""
+    quantiser = QdqQuantiser(harmed.graph, harmed.images, for_tensorrt=for_tensorrt, scratch=tmp_path)
+    layers = quantiser.layers(quantiser.quantised([]))
+    assert len(layers) == 6
+    found = [
+        next(quantiser.logits(model, harmed.images[:32]))
+        for model in (quantiser.quantised(layers), quantiser.in_float(), quantiser.quantised([]))
+    ]
+    # What is left are the pairs around the pooling before the first normalisation.
+    assert np.abs(found[0] - found[1]).max() < 0.25 < 2 < np.abs(found[2] - found[1]).max()
+    assert not any(each.in_int8 for each in quantiser.compute(quantiser.quantised(layers)))
+
+
+def test_int8_of_onnxruntime_that_it_executes_in_float_is_refused(
+    harmed: SmallNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.targets import _qdq
+
+    monkeypatch.setattr(_qdq, "_executed_in_int8", lambda *_: {"node_linear"})
+    with pytest.raises(ExportError, match=r"ONNX Runtime executes 2% .* by name only. In float stayed node_Conv_70 \(42%\)"):
+        plugins.load("targets", "onnxruntime").export(harmed.request("int8"), out=tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_tensorrt_is_built_of_a_graph_in_lower_precision(harmed: SmallNetwork, tmp_path: Path, precision: Precision) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX exists for Linux on x86-64 only")
+    target, sizes = plugins.load("targets", "tensorrt", {"compute_capabilities": ["SM89"]}), {}
+    wanted: tuple[Precision, ...] = ("fp32", precision)
+    for each in wanted:
+        (tmp_path / each).mkdir()
+        built = target.export(harmed.request(each), out=tmp_path / each)
+        sizes[each] = (tmp_path / each / built.entry).stat().st_size
+    assert built.built_for
+    if precision == "int8":
+        assert built.facts["float_layer_names"] == "node_Conv_70"
+        assert 0.5 < built.facts["int8_share_of_graph"] < 0.6
+        assert "int8_share" not in built.facts  # what it executes is seen on a GPU alone
+
+
+def test_half_precision_answers_the_same_from_a_smaller_file(harmed: SmallNetwork, tmp_path: Path) -> None:
+    target = plugins.load("targets", "onnxruntime")
+    built = target.export(harmed.request("fp16"), out=tmp_path)
+    assert (tmp_path / built.entry).stat().st_size < 0.7 * harmed.graph.stat().st_size
+    engine = harmed.engine("onnxruntime", "fp16", built.entry, tmp_path)
+    logits, embeddings = target.load(engine, num_threads=1).predict(harmed.images)
+    with torch.inference_mode():
+        expected = harmed.module(torch.from_numpy(harmed.images))
+    assert 0 < np.abs(logits - expected[0].numpy()).max() < 0.1
+    assert logits.dtype == embeddings.dtype == np.float32
+
+
+def test_a_gpu_is_used_by_onnxruntime_for_what_it_can_execute(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime as runtime
+
+    from components.targets import onnxruntime
+
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "gpu_driver", lambda: "")
+    assert onnxruntime._providers("fp32") == ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "gpu_driver", lambda: "570.1")
+    assert onnxruntime._providers("int8") == ["CPUExecutionProvider"]
+    assert onnxruntime._providers("fp32") == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
