@@ -6,12 +6,13 @@ BIN := .venv/bin
 NAME ?=
 DATA ?=
 SHORT ?=
+ENVIRONMENTS := $(sort $(basename $(notdir $(wildcard infra/locks/*.in))))
 # Many tests wait for processes that they start, so `make test` runs two halves at once; this is one of them.
 FIRST_HALF := tests/flows tests/registry
 
-.PHONY: help setup demo check test test-first-half test-second-half test-slow bench lock clean
+.PHONY: help setup environment demo check test test-first-half test-second-half test-slow bench lock clean
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## install the locked versions into .venv
 
@@ -25,6 +26,13 @@ setup: .venv/.ready ## install the locked versions into .venv
 	$(UV) pip sync --compile-bytecode --python $(BIN)/python requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
+
+environment: | $(filter .uv/bin/uv,$(UV)) ## make environment NAME=litert (or coreml): a converter's own libraries, in .venv-NAME
+	@test -f "infra/locks/$(NAME).in" || { echo "there is no environment '$(NAME)'; valid: $(ENVIRONMENTS)" >&2; exit 2; }
+	$(UV) venv --quiet --clear --python $(BIN)/python .venv-$(NAME)
+	$(UV) pip sync --quiet --require-hashes --compile-bytecode --python .venv-$(NAME)/bin/python infra/locks/$(NAME).txt
+	@# The last step: an environment without it was not finished, and one whose lock differs is an old one.
+	@cp infra/locks/$(NAME).txt .venv-$(NAME)/.lock
 
 demo: setup ## the main job on real digits, in the scratch workspace .demo
 	$(BIN)/visionloop demo
@@ -55,13 +63,19 @@ bench: setup ## make bench NAME=frozen_training [DATA=folder] [SHORT=1]; one JSO
 lock: ## resolve requirements.lock anew, and what a serving environment takes of it
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --upgrade \
 		--extra loop --extra dev --extra pretrained --custom-compile-command "make lock" -o requirements.lock pyproject.toml
-	@$(MAKE) --no-print-directory infra/locks/serve.txt
+	@$(MAKE) --no-print-directory infra/locks/serve.txt $(ENVIRONMENTS:%=lock-%)
 
 # The same versions, without a library that trains, judges or registers.
 infra/locks/serve.txt: requirements.lock pyproject.toml | $(filter .uv/bin/uv,$(UV))
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --constraint requirements.lock \
 		--extra serve --custom-compile-command "make lock" -o $@ pyproject.toml
 
+# What converters need beside the torch of requirements.lock, which writes what they read.
+lock-%: | $(filter .uv/bin/uv,$(UV))
+	(cat infra/locks/$*.in; grep -o '^torch==[0-9.]*' requirements.lock) | $(UV) pip compile --quiet --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --upgrade --no-annotate --custom-compile-command "make lock" \
+		-o infra/locks/$*.txt -
+
 clean: ## remove what can be made again
 	@test ! -d .demo/.visionloop || $(BIN)/visionloop down -w .demo
-	rm -rf .venv .venv-cleanvision .uv .demo build .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* .uv .demo build .mypy_cache .ruff_cache .import_linter_cache

@@ -38,9 +38,23 @@ class ImageModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Cast before transposing: TensorRT moves no uint8 tensors.
-        planes = images.float().permute(0, 3, 1, 2)
+        return self.of_planes(images.float().permute(0, 3, 1, 2))
+
+    def of_planes(self, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of float planes (n, c, h, w) that hold the values 0 to 255."""
         embedding = self.backbone((planes - self.mean) / self.std)
         return self.head(embedding), embedding
+
+
+class OfPlanes(nn.Module):
+    """An ImageModel that takes planes, for runtimes that take apart an image by themselves."""
+
+    def __init__(self, model: ImageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.of_planes(planes)
 
 
 def assemble(backbone: Backbone, task: Task, num_classes: int) -> ImageModel:

@@ -1,4 +1,7 @@
-"""Torch module -> ONNX file: the one interchange graph that engines and encoders are built from."""
+"""Torch module -> ONNX file: the one interchange graph that engines and encoders are built from.
+
+And torch module -> exported program of torch, for converters that read no ONNX.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from components.contracts.errors import ExportError
 from components.contracts.models import Preprocessing
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 OPSET = 20
@@ -48,10 +52,30 @@ def to_onnx(model: nn.Module, preprocessing: Preprocessing, path: Path) -> None:
             )
         onnx.checker.check_model(str(path))
     except Exception as error:
-        # Exporter errors share no base class. The outermost tells of the exporter's steps, the innermost what was wrong,
-        # such as the operator that ONNX does not have.
-        innermost: BaseException = error
-        while innermost.__cause__ is not None:
-            innermost = innermost.__cause__
-        told = (str(innermost).splitlines() or [type(innermost).__name__])[0]
-        raise ExportError(f"torch could not export this model to ONNX: {told}") from error
+        raise ExportError(f"torch could not export this model to ONNX: {_told(error)}") from error
+
+
+def to_program(model: nn.Module, example: torch.Tensor, path: Path) -> None:
+    """Write `model` as torch's own exported program, which another interpreter with the same torch opens without our code.
+
+    Its input has the shape and kind of `example`. Raises ExportError when torch cannot trace the model.
+    """
+    import torch
+
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch's exporter warns about its own internals.
+            warnings.simplefilter("ignore")
+            torch.export.save(torch.export.export(model, (example,)), path)
+    except Exception as error:
+        raise ExportError(f"torch could not export this model: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """In a line what was wrong, such as the operator that ONNX does not have.
+
+    Exporter errors share no base class; the outermost tells of the exporter's steps, the innermost what was wrong.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -46,8 +46,8 @@ def _clean_up() -> Iterator[None]:
 
 
 def _working_directory() -> list[str]:
-    """What lies there, but for the environments of the benchmarks' peers, which are made on first use and kept."""
-    return sorted(path.name for path in Path.cwd().iterdir() if not path.name.startswith(".venv-"))
+    """What lies there, but for the environments of converters and of the benchmarks' peers, which are kept, and uv's."""
+    return sorted(path.name for path in Path.cwd().iterdir() if path.name != ".uv" and not path.name.startswith(".venv-"))
 
 
 @pytest.fixture(autouse=True)

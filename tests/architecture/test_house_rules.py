@@ -108,3 +108,9 @@ def test_the_locks_have_hashes_and_no_addresses_and_agree() -> None:
     heavy = {"torch", "mlflow", "prefect", "dvc", "evidently", "great-expectations", "pandas", "sqlalchemy", "nncf"}
     assert heavy <= whole.keys()
     assert heavy & serving.keys() == set()
+
+
+def test_every_environment_of_a_converter_is_locked_with_the_torch_that_writes_its_programs() -> None:
+    locks = [path.with_suffix(".txt") for path in (ROOT / "infra" / "locks").glob("*.in")]
+    assert len(locks) >= 2
+    assert {pins(lock)["torch"] for lock in locks} == {pins(ROOT / "requirements.lock")["torch"]}

@@ -98,7 +98,7 @@ def test_a_shipped_member_keeps_its_contract(
     try:
         assert not list(probe(member, name))
     except EngineUnavailable:
-        assert name == "tensorrt"  # it needs a GPU
+        assert name in ("tensorrt", "litert", "coreml")  # a GPU, an environment of its own, one of Apple's systems
     except SourceUnavailable:
         assert name in ("torchvision", "s3")  # their files are of the network; their own tests make some
 

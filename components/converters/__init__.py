@@ -1,0 +1,1 @@
+"""Converters: what runs in environments of their own, where libraries clash with ours; they import nothing else of us."""

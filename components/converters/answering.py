@@ -1,0 +1,46 @@
+"""The process of a converter: one request of JSON on stdin, one answer of JSON on stdout.
+
+It runs where none of our libraries are, so everything here is Python's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def answer(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Convert what is asked for and say what came of it; an exception is the answer `error`."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # Converters print what they like; only the answer goes to who asked.
+    with os.fdopen(os.dup(1), "w") as asker:
+        os.dup2(2, 1)
+        try:
+            found = convert(json.loads(sys.stdin.read()))
+        except Exception as error:
+            # Converters share no exception type; whoever asked gets the sentence, its log the rest.
+            traceback.print_exc()
+            found = {"error": told(error)}
+        print(json.dumps(found), file=asker)
+
+
+def _end_with(parent: int) -> None:
+    """An exporter that is gone leaves nobody who would wait for this converter, and its folder is the next one's."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def told(error: Exception) -> str:
+    """The first line of what a converter raised, and the operator that torch was at."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0][:300]
+    at = re.search(r"While executing .*?target=(?:torch\.ops\.)?([\w.]+)", text)
+    return f"{first}, at the operator {at[1]}" if at is not None and at[1] not in first else first
