@@ -56,28 +56,35 @@ def data_add(
         ),
     ] = None,
     near_duplicates: Annotated[
-        Literal["refuse", "exclude", "ignore"],
+        Literal["refuse", "exclude", "ignore"] | None,
         typer.Option(
+            show_default="refuse",
             help="New images that show what a frozen test image shows, or the same under another label: add nothing "
             "(exit status 1), add them and keep them out of what they would poison, or take them for images of their own.",
         ),
-    ] = "refuse",
+    ] = None,
     max_cluster_share: Annotated[
-        float, typer.Option(min=0, max=1, help="A cluster of near-duplicates with a larger share of the images is refused.")
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            show_default="0.05",
+            min=0,
+            max=1,
+            help="A cluster of near-duplicates with a larger share of the images is refused.",
+        ),
+    ] = None,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
     """Copy images into data/, freeze which of them are test, and pin the result as a new data version."""
     from flows.terminal import Console
     from flows.workspace.adding import add_images
-    from flows.workspace.near_duplicates import PoisonsTest
+    from flows.workspace.near_duplicates import MAX_CLUSTER_SHARE, PoisonsTest
     from flows.workspace.workspace import Workspace
     from flows.workspace.yaml_reading import parse_settings
 
     if from_predictions is not None and (given is not None or source is not None):
         raise ConfigError("give a SOURCE or --from-predictions, one of them")
-    if from_predictions is not None and (test_share, near_duplicates, max_cluster_share) != (None, "refuse", 0.05):
+    if from_predictions is not None and (test_share, near_duplicates, max_cluster_share) != (None, None, None):
         raise ConfigError(
             "--test-share, --near-duplicates and --max-cluster-share are not of --from-predictions; leave them out: the "
             "test share is that of the data, and what would poison the frozen test set is kept out of it"
@@ -100,8 +107,8 @@ def data_add(
                 source_settings=settings,
                 test_share=test_share,
                 keep_splits=keep_splits,
-                near_duplicates=near_duplicates,
-                max_cluster_share=max_cluster_share,
+                near_duplicates=near_duplicates or "refuse",
+                max_cluster_share=MAX_CLUSTER_SHARE if max_cluster_share is None else max_cluster_share,
                 console=console,
             )
     except PoisonsTest as refusal:

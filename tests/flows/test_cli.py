@@ -144,7 +144,9 @@ def test_what_is_of_a_source_alone_is_refused_beside_from_predictions(tmp_path: 
         (["--source", "digits"], "give a SOURCE or --from-predictions"),
         (["--test-share", "0.3"], "are not of --from-predictions"),
         (["--near-duplicates", "ignore"], "are not of --from-predictions"),
+        (["--near-duplicates", "refuse"], "are not of --from-predictions"),  # what `data add` does by itself elsewhere
         (["--max-cluster-share", "0.2"], "are not of --from-predictions"),
+        (["--max-cluster-share", "0.05"], "are not of --from-predictions"),
         (["--keep-splits"], "are of a folder or a source that is split"),
         (["--merge-splits"], "are of a folder or a source that is split"),
         (["--source-setting", "dataset=CIFAR10"], "is of a source"),
