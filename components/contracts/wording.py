@@ -34,6 +34,15 @@ def for_spreadsheets(value: str) -> str:
     return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What may separate the values of a CSV file, and what that is called."""
+
+
+def separator_of(header: str) -> str:
+    """The one of a CSV file, by the line of its columns: which one a spreadsheet writes is a matter of its language."""
+    return max(SEPARATORS, key=header.count)
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun in the right form: `1 class`, `2 classes`, `0 images`, `3 epochs`."""
     hissing = noun.endswith(("s", "x", "ch", "sh")) and not noun.endswith("epoch")

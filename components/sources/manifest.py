@@ -1,7 +1,8 @@
 """A manifest: a CSV or JSONL file that names every picture, its label and what else is known of it, one a line.
 
 Columns: path, label; as wanted also split (train, val, test), group, captured_at, source, label_source and confidence. Paths
-are relative to the manifest's folder. All problems are told by line, and then nothing is imported.
+are relative to the manifest's folder. A CSV file's values are separated by commas, semicolons or tabs, as its first line is.
+All problems are told by line, and then nothing is imported.
 
 The suggestions of `visionloop data suggest`, with the labels that a person filled in, are one too: they have the column
 `proposal`, their confidence is of that, and what nobody labelled is left out.
@@ -10,6 +11,7 @@ The suggestions of `visionloop data suggest`, with the labels that a person fill
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from components.attributes import Attributes, attributes_of
 from components.contracts.errors import DataError
 from components.contracts.progress import Progress, silent
+from components.contracts.wording import SEPARATORS, separator_of
 from components.sources._listed import Listed
 
 COLUMNS = ("path", "label", "split", *Attributes._fields)
@@ -139,7 +142,14 @@ def _lines(file: BinaryIO, listed: Listed, bad: set[int]) -> Iterator[str]:
 
 def _csv(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
     bad: set[int] = set()
-    reader = csv.reader(_lines(file, listed, bad), strict=True)
+    lines = _lines(file, listed, bad)
+    until_columns: list[str] = []
+    for line in lines:
+        until_columns.append(line)
+        if line.strip():
+            break
+    separator = separator_of("".join(until_columns))
+    reader = csv.reader(itertools.chain(until_columns, lines), delimiter=separator, strict=True)
     columns: list[str] | None = None
     while True:
         first = reader.line_num + 1
@@ -149,7 +159,8 @@ def _csv(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
             break
         except csv.Error as error:
             why = _OF_CSV.get(str(error).partition(" - ")[0], str(error))
-            listed.problem(first, f"{why}; expected values between commas, in double quotes where they hold some")
+            between = SEPARATORS[separator]
+            listed.problem(first, f"{why}; expected values between {between}, in double quotes where they hold some")
             if columns is None:
                 return
             continue
@@ -168,9 +179,10 @@ def _csv(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
 
 def _header(values: list[str], path: Path, line: int) -> list[str]:
     columns = [value.strip() for value in values]
-    if len(columns) == 1 and any(separator in columns[0] for separator in ";\t|"):
+    if len(columns) == 1 and "|" in columns[0]:
         raise DataError(
-            f"{path}: the columns are not separated by commas (line {line} is {columns[0][:80]!r}); save it as CSV"
+            f"{path}: the columns are not separated by commas, semicolons or tabs (line {line} is {columns[0][:80]!r}); "
+            f"save it as CSV"
         )
     if why := _wrong_columns(columns):
         raise DataError(f"{path}, line {line}: {why}; expected path, label and any of {', '.join(COLUMNS[2:])}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.contracts.errors import DataError
-from components.contracts.wording import counted, for_spreadsheets
+from components.contracts.wording import counted, for_spreadsheets, separator_of
 from flows.reviewing.cards import Card
 from flows.reviewing.deciding import Decision, normalised
 
@@ -17,7 +17,6 @@ ASKED = ("data_version", "issue", "kind", "score", "file", "sha256", "label", "c
 ANSWERED = ("decision", "note")
 COLUMNS = (*ASKED, *ANSWERED)
 MAX_BYTES = 256 << 20
-SEPARATORS = ",;\t"
 _MAX_NOTE = 500
 _SHOWN_TWINS = 20
 
@@ -72,8 +71,7 @@ def read(path: Path) -> list[Row]:
         raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as CSV UTF-8") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); expected {expected}") from error
-    # Which separator a spreadsheet writes is a matter of its language.
-    separator = max(SEPARATORS, key=content.partition("\n")[0].count)
+    separator = separator_of(content.partition("\n")[0])
     lines = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     rows: list[Row] = []
     try:

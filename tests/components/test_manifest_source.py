@@ -155,7 +155,7 @@ def test_objects_are_told_by_line_too(photos: Path, tmp_path: Path) -> None:
     [
         (b"", "is empty; expected a first line with the columns path, label"),
         (b"\xff\xfep\x00", "is UTF-16; save it as UTF-8"),
-        (b"path;label\n", "the columns are not separated by commas .*'path;label'"),
+        (b"path|label\n", "the columns are not separated by commas, semicolons or tabs .*'path|label'"),
         (b"path,label,colour\n", "line 1: unknown column 'colour'; expected path, label and any of split, group"),
         (b"path,label,path\n", "column 'path' is there twice"),
         (b"file,label\n", "unknown column 'file'"),
@@ -216,6 +216,15 @@ def test_suggestions_that_a_person_labelled_are_a_manifest(photos: Path, tmp_pat
         [{"file": "monday/0801.png", "reason": "nobody labelled it"}],
     )
     assert list(attributes.read(root).values()) == [Attributes(label_source="person")]
+    # As a spreadsheet saves it whose language writes commas into numbers.
+    (photos / "suggestions.csv").write_bytes(
+        b"\xef\xbb\xbf\r\npath;label;proposal;confidence;why;found_as\r\n"
+        b'monday/0802.png;"cat; black, large";dog;0,5123;"unsure, new";a/b.png\r\ntuesday/0800.png;;dog;0,4;new;c.png\r\n'
+    )
+    answer = json.loads(visionloop("data", "add", str(photos / "suggestions.csv"), "--json", cwd=root).stdout)
+    assert (answer["classes"], len(answer["left_out"])) == ({"cat": 1, "cat; black, large": 1}, 1)
+    (photos / "suggestions.csv").write_text('path\tlabel\nmonday/0800.png\t"cat\n')
+    assert "between tabs" in problems(photos / "suggestions.csv", tmp_path / "out")[1]
     (photos / "suggestions.csv").write_text("path,label,why\nmonday/0800.png,cat,unsure\n")
     assert "unknown column 'why'" in problems(photos / "suggestions.csv", tmp_path / "out")[0]
 
