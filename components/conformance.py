@@ -98,7 +98,10 @@ def _contract(kind: str) -> Mapping[str, Any]:
 
 @functools.cache
 def _known(name: str) -> Any:
-    """A class of the contracts by its name, such as `Issue` or `verdicts.Finding`; None for none of ours."""
+    """A class of the contracts by its name, such as `Issue` or `verdicts.Finding`; None for none of ours.
+
+    Looked up once: where MLflow loaded a version with its own source, that cannot be imported any more when it answers.
+    """
     for home in _CONTRACTS:
         found: Any = importlib.import_module(home)
         for part in name.split("."):

@@ -24,6 +24,7 @@ from served import png, unpacked
 from stores import fresh_database, s3_bucket
 
 import components
+from components import plugins
 from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate
 from components.store import unseal
@@ -54,9 +55,8 @@ def version_in(older: Path) -> Path:
     return found.parent
 
 
-def register(older: Path, place: Path, uri: str, *, artifacts: Path | None) -> str:
-    """Register what a training of an older commit made, without what MLflow's tools need, as a training does now."""
-    folder = version_in(older)
+def register(folder: Path, place: Path, uri: str, *, artifacts: Path | None) -> str:
+    """Register the files that a training of an older commit made, without what MLflow's tools need, as a training does now."""
     manifest = unseal((folder / MANIFEST).read_bytes())
     assert manifest is not None
     files = {file["name"]: folder / file["name"] for file in manifest["files"]}
@@ -79,7 +79,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def champion(older: Path, tmp_path_factory: pytest.TempPathFactory) -> Registered:
     place = tmp_path_factory.mktemp("registered")
     uri = f"sqlite:///{place / 'mlflow.db'}"
-    folder = tracking.folder_of(register(older, place, uri, artifacts=place / "artifacts"))
+    folder = tracking.folder_of(register(version_in(older), place, uri, artifacts=place / "artifacts"))
     assert folder is not None
     return Registered(uri, folder)
 
@@ -168,24 +168,50 @@ def test_mlflow_s_scoring_server_answers_the_example_in_json(uri: str, registere
     assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
 
 
-def test_it_answers_where_no_visionloop_is(registered: Path, tmp_path: Path) -> None:
-    """In a process that cannot import ours, and which imports another `components` afterwards."""
-    (tmp_path / "components").mkdir()
-    (tmp_path / "components" / "__init__.py").write_text("MINE = 1\n")
-    (tmp_path / "one.png").write_bytes(png("disc", 1))
+def answered_elsewhere(folder: Path, place: Path) -> dict[str, Any]:
+    """The answer to a disc, in a process that cannot import ours, and imports another `components` afterwards."""
+    (place / "components").mkdir()
+    (place / "components" / "__init__.py").write_text("MINE = 1\n")
+    (place / "one.png").write_bytes(png("disc", 1))
     program = f"""
 import sys
 root = {str(Path(components.__file__).parents[1])!r}
-sys.path = [path for path in sys.path if path not in ("", root)] + [{str(tmp_path)!r}]
+sys.path = [path for path in sys.path if path not in ("", root)] + [{str(place)!r}]
 import mlflow, pandas
-model = mlflow.pyfunc.load_model({str(registered)!r}, suppress_warnings=True)
+model = mlflow.pyfunc.load_model({str(folder)!r}, suppress_warnings=True)
 print(model.predict(pandas.DataFrame({{"image": [open("one.png", "rb").read()]}})).to_json(orient="records"))
 import components
 assert components.MINE == 1 and "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])[0]["label"] in ("disc", "unsure")
+    (row,) = json.loads(done.stdout.splitlines()[-1])
+    return dict(row)
+
+
+def test_it_answers_where_no_visionloop_is(registered: Path, tmp_path: Path) -> None:
+    assert answered_elsewhere(registered, tmp_path)["label"] in ("disc", "unsure")
+
+
+def test_a_task_of_a_workspace_comes_with_it(older: Path, champion: Registered, tmp_path: Path) -> None:
+    """The shipped task under another name, as a plug-in whose answers are checked when it is asked."""
+    own = tmp_path / "plugins" / "tasks" / "mine.py"
+    own.parent.mkdir(parents=True)
+    shutil.copyfile(Path(components.__file__).parent / "tasks" / "classification.py", own)
+    plugins.use_workspace(tmp_path / "plugins")
+    folder = Path(shutil.copytree(version_in(older), tmp_path / "version"))
+    release = folder / "evidence" / "release.json"
+    release.write_text(json.dumps(json.loads(release.read_text()) | {"task": "mine"}))
+    location = register(folder, tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", artifacts=tmp_path / "artifacts")
+    registered = tracking.folder_of(location)
+    assert registered is not None
+    assert (registered / "code" / "plugins" / "tasks" / "mine.py").read_bytes() == own.read_bytes()
+    shutil.rmtree(tmp_path / "plugins")
+    (tmp_path / "elsewhere").mkdir()
+    theirs = answered_elsewhere(champion.folder, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    assert answered_elsewhere(registered, tmp_path / "elsewhere") == theirs
 
 
 @pytest.mark.parametrize(
@@ -232,7 +258,7 @@ def test_it_is_the_same_on_postgresql_and_s3(older: Path, postgres: str, tmp_pat
     uri = fresh_database(postgres)
     with s3_bucket("registry") as bucket:
         MlflowClient(uri).create_experiment(MODEL, artifact_location=f"{bucket}/mlflow")
-        assert register(older, tmp_path, uri, artifacts=None).startswith(f"{bucket}/mlflow/")
+        assert register(version_in(older), tmp_path, uri, artifacts=None).startswith(f"{bucket}/mlflow/")
         model = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion")
         given, expected = pictures_and_answers(version_in(older))
         answers = model.predict(pd.DataFrame({"image": given}))
