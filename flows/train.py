@@ -61,7 +61,7 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         graph = steps.graph(run, checkpoint)
         building = [steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.targets]
         wait(building)  # also when one failed: the workspace is held until nothing writes into it any more
-        engines = [future.result() for future in building]
+        engines = steps.built(run, building)
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         measurements = steps.measurements(run, engines, splits, anew=measure_again)
         champion = steps.champion(run)

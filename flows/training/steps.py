@@ -13,18 +13,20 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
 
 from components import attributes, dataversions
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Renames, Splits
+from components.contracts.errors import ExportError
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, Verdict
 from components.evaluation import evaluate, measure
-from components.export import Graph, TargetConfig, export, export_graph, memory_mb
+from components.export import REFERENCE, Graph, TargetConfig, export, export_graph, memory_mb
 from components.gating import Champion, Judged, judge
 from components.hooks import LEFTOVERS
 from components.packaging import package
@@ -158,6 +160,20 @@ def engine(
 
     inputs = keys.engine_inputs(run, checkpoint, interchange, splits, target)
     return run.stage("export", Engine, compute, inputs=inputs, instance=target.name, fold=fold)
+
+
+def built(run: Run, building: Sequence[PrefectFuture[Stored[Engine]]]) -> list[Stored[Engine]]:
+    """The engines of the targets; one that is not required and could not be built is absent, and told with its reason."""
+    engines = []
+    for target, future in zip(run.targets, building, strict=True):
+        try:
+            engines.append(future.result())
+        except ExportError as error:
+            if target.required or target.name in (REFERENCE, run.config.export.serving):
+                raise
+            run.absent[target.name] = f"could not be built: {error}"
+            run.console.line(f"    {target.name}: {run.absent[target.name]}")
+    return engines
 
 
 @task(name="evaluation", cache_policy=NO_CACHE)

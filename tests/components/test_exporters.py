@@ -69,6 +69,14 @@ def build(network: SmallNetwork, out: Path, plugin_folder: Path) -> Engine:
     )
 
 
+def ended(pid: int) -> None:
+    """Wait for the end of a process that is nobody's child here."""
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused_by_the_name_of_their_tensor(
     network: SmallNetwork, tmp_path: Path, value: float
@@ -119,8 +127,7 @@ def test_an_exporter_that_hangs_is_ended_with_all_that_it_started(
     monkeypatch.setattr(sys, "executable", str(hanging))
     with pytest.raises(ExportError, match=r"did not finish within 5 s and was ended; .* raise time_limit_s"):
         export._in_subprocess({"do": "graph", "out": str(tmp_path)}, time_limit_s=5)
-    started = int((tmp_path / "started").read_text())
-    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+    ended(int((tmp_path / "started").read_text()))
 
 
 def test_a_full_disk_is_told_as_one_whatever_the_library_says(
@@ -160,10 +167,7 @@ def test_a_build_that_was_killed_ends_at_the_next_run_as_if_it_had_not_been(netw
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    exporter = int((tmp_path / "begun").read_text())
-    while psutil.pid_exists(exporter):
-        assert time.monotonic() < deadline, "the exporter outlived its run"
-        time.sleep(0.05)
+    ended(int((tmp_path / "begun").read_text()))
     assert store.artefacts() == []
     whole.touch()
     with store.writing("export", "k") as out:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,27 @@ def test_the_served_engine_is_chosen_by_the_limits_of_the_recipe(trained: Path, 
     assert refused.returncode == 1, refused.stderr
     (reason,) = json.loads(refused.stdout.strip().splitlines()[-1])["reasons"]
     assert "serving: misses the recipe's limits: size " in reason
+
+
+def test_an_engine_that_cannot_be_built_and_is_not_required_costs_the_run_nothing(
+    trained: Path, tmp_path: Path, prefect_server: str
+) -> None:
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    odd = {"target": "onnxruntime", "precision": "int8", "settings": {"max_calibration_images": 10, "max_valid_images": 10}}
+    odd["settings"]["min_int8_share"] = 1.0  # type: ignore[index]
+    targets = [{"target": "openvino", "precision": "int8"}, {**odd, "required": False}]
+    chosen = ["--set", f"export.targets={json.dumps(targets)}"]
+    done = visionloop("train", "-r", "smoke", *chosen, "--json", cwd=root)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    (told,) = (f for f in summary["findings"] if f["engine"] == "onnxruntime-int8")
+    assert told["engine_status"] == "not executed here"
+    assert re.search(r"could not be built: ONNX Runtime executes \d+% .* int8 by name only", told["message"])
+    required = visionloop(
+        "train", "-r", "smoke", *chosen, "--set", "export.targets.onnxruntime-int8.required=true", cwd=root
+    )
+    assert required.returncode == 2
+    assert "int8 by name only" in required.stderr
 
 
 def test_mlflow_down_keeps_every_stage_and_the_next_run_goes_on(trained: Path, tmp_path: Path, prefect_server: str) -> None:
