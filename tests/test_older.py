@@ -18,6 +18,8 @@ from served import MODEL, png, server
 from shapes import LENIENT, visionloop
 
 from components.splitting import TestLedger
+from components.store import unseal
+from registry.models import MANIFEST, bound_in
 
 ARCHIVES = sorted((Path(__file__).parent / "older").glob("*.tar.xz"))
 
@@ -64,6 +66,16 @@ def test_it_opens_and_verifies(older: Path) -> None:
     assert {window["status"] for window in answer("windows", cwd=older)["windows"]} == {"pass", "drift"}
     assert len(answer("alarms", cwd=older)["alarms"]) == 1
     assert {run["outcome"] for run in answer("runs", cwd=older)["runs"]} == {"candidate", "rejection"}
+
+
+def test_what_its_approvals_are_bound_to_is_found_again(older: Path) -> None:
+    """Else a version that waits for approval or promotion while visionloop is upgraded could never be promoted."""
+    judged = [path.parents[1] for path in older.rglob("evidence/verdict.json")]
+    assert len(judged) == 2
+    for folder in judged:
+        sealed = unseal((folder / MANIFEST).read_bytes())
+        assert sealed is not None
+        assert bound_in(folder) == sealed["bound"]
 
 
 def test_it_serves_and_its_log_is_whole(older: Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from components.contracts.records import FileDigest, Record
 
@@ -55,7 +53,17 @@ class Evaluation(Record):
     """(mean confidence, accuracy, count) of each non-empty confidence bin."""
     predictions: FileDigest | None = None
     beyond_test: FileDigest | None = None
-    """Logits on the valid and calibration images, for parity, which needs no labels; only of engines that are asked."""
+    """Logits on the valid and calibration images, for parity, which needs no labels; only of engines that are asked.
+
+    Left out of JSON where there are none: approvals are bound to the digests of records from before the field.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_the_field(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.beyond_test is None:
+            del values["beyond_test"]
+        return values
 
 
 class FoldEstimate(Record):
