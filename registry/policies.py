@@ -44,8 +44,28 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         if name not in after["engines"]
     ]
     lines += [f"{name} is new" for name in after["engines"] if name not in before["engines"]]
+    lines += _of_limits(before.get("limits"), after.get("limits"))
     if before["serving"] != after["serving"]:
         lines.append(f"it serves {after['serving']} instead of {before['serving']}")
+    return lines
+
+
+def _of_limits(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
+    """What changed of the limits that the served engine is chosen within; None where the recipe names that engine."""
+    if before is None and after is None:
+        return []
+    if after is None:
+        return ["the recipe names the engine that is served, no limits choose it (changed)"]
+    if before is None:
+        told = ", ".join(f"{name} {_shown(value)}" for name, value in after.items() if value is not None)
+        return [f"the engine that is served is chosen, no longer named, within the limits {told or '(none)'} (changed)"]
+    lines = []
+    for name in sorted({*before, *after}):
+        was, now = before.get(name), after.get(name)
+        if was != now:
+            looser = now is None or (was is not None and now > was)
+            both = ["unset" if value is None else _shown(value) for value in (was, now)]
+            lines.append(f"limits.{name} {' -> '.join(both)} ({'looser' if looser else 'tighter'})")
     return lines
 
 

@@ -14,7 +14,12 @@ FLOW = Principal(name="flows/train", method="machine")
 
 
 def policy(
-    *, engines: tuple[str, ...] = ("e", "f"), optional: tuple[str, ...] = (), serving: str = "e", **gates: Any
+    *,
+    engines: tuple[str, ...] = ("e", "f"),
+    optional: tuple[str, ...] = (),
+    serving: str = "e",
+    limits: dict[str, Any] | None = None,
+    **gates: Any,
 ) -> dict[str, Any]:
     """A policy as summaries hold it; a gate is its settings, or those with the engines that it judges."""
     return {
@@ -26,6 +31,7 @@ def policy(
         ],
         "engines": {name: {"required": name not in optional} for name in engines},
         "serving": serving,
+        **({"limits": limits} if limits is not None else {}),
     }
 
 
@@ -62,6 +68,23 @@ def test_what_of_a_policy_changed_is_told_with_its_direction(after: dict[str, An
     gates = {gate["gate"]: gate["settings"] for gate in FIRST["gates"]}
     changed = FIRST if after is FIRST else policy(**{k: v for k, v in {**gates, **after}.items() if v is not None})
     assert policies.changes(FIRST, changed) == told
+
+
+def test_limits_that_choose_the_served_engine_are_part_of_the_policy() -> None:
+    def chosen(**limits: Any) -> dict[str, Any]:
+        return policy(limits={"drop": 0.01, "p99_ms": None, "size_mb": 20.0} | limits)
+
+    assert policies.changes(chosen(), chosen(drop=0.05, p99_ms=9.0, size_mb=None)) == [
+        "limits.drop 0.01 -> 0.05 (looser)",
+        "limits.p99_ms unset -> 9 (tighter)",
+        "limits.size_mb 20 -> unset (looser)",
+    ]
+    assert policies.changes(policy(), chosen()) == [
+        "the engine that is served is chosen, no longer named, within the limits drop 0.01, size_mb 20 (changed)"
+    ]
+    assert policies.changes(chosen(), policy()) == [
+        "the recipe names the engine that is served, no limits choose it (changed)"
+    ]
 
 
 def test_settings_of_one_gate_that_judges_twice_and_of_engines_that_do_not_count() -> None:
