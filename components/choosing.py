@@ -40,6 +40,8 @@ class Offer:
     engine: str
     passed: bool
     """Whether it passed every gate."""
+    is_undecided: bool = False
+    """Whether more evidence could let one pass that did not."""
     p50_ms: float | None = None
     p99_ms: float | None = None
     size_mb: float = 0.0
@@ -82,13 +84,15 @@ class Choice:
 def choose(offers: Sequence[Offer], limits: Limits) -> Choice:
     """The fastest engine (lowest median latency) that passed every gate and meets every limit.
 
-    Where there is none: of those that passed, the one that misses fewest limits; of others, the first one.
+    Where there is none: of those that passed, the one that misses fewest limits; of others, the first that is undecided,
+    else the first one.
     """
     passed = [offer for offer in offers if offer.passed]
     missed = {offer.engine: offer.missed(limits) for offer in passed}
     order = sorted(passed, key=lambda offer: (len(missed[offer.engine]), _speed(offer), offer.engine))
     if not order:
-        return Choice(offers[0].engine if offers else "", False, {})
+        nearest = min(offers, key=lambda offer: not offer.is_undecided, default=None)
+        return Choice(nearest.engine if nearest else "", False, {})
     best = order[0]
     is_servable = not missed[best.engine]
     told = {}

@@ -159,10 +159,11 @@ def judge(
             )
         )
     policy_digest = _policy_digest(config, verdicts, limits if serving == AUTO else None)
-    if serving == AUTO:
-        choice = choose(list(_offers(judged, verdicts, reference_answers, task)), limits or Limits())
-        serving, verdicts = choice.engine, [_as_chosen(verdict, choice) for verdict in verdicts]
-    return _decide(verdicts, serving, policy_digest)
+    if serving != AUTO:
+        return _decide(verdicts, serving, policy_digest)
+    choice = choose(list(_offers(judged, verdicts, reference_answers, task)), limits or Limits())
+    chosen = [_as_chosen(verdict, choice) for verdict in verdicts]
+    return _decide(chosen, choice.engine, policy_digest, none_passed=not any(v.status == "pass" for v in verdicts))
 
 
 def _offers(
@@ -174,9 +175,12 @@ def _offers(
         if reference is not None and answers is not None and answers.image_ids == reference.image_ids:
             drop = paired_difference(reference.right, answers.right)
         measured = item.measurement
+        if measured is not None and measured.engine_digest != item.engine.record.digest():
+            measured = None
         yield Offer(
             verdict.engine,
             verdict.status == "pass",
+            is_undecided=verdict.status == "inconclusive",
             p50_ms=measured.latency_p50_ms if measured else None,
             p99_ms=measured.latency_p99_ms if measured else None,
             size_mb=item.engine.record.size_bytes / 1e6,
@@ -223,16 +227,18 @@ def combined(findings: Sequence[Finding]) -> VerdictStatus:
     return "pass" if "pass" in statuses and statuses <= {"pass", "not applicable"} else "inconclusive"
 
 
-def _decide(verdicts: Sequence[EngineVerdict], serving: str, policy_digest: str) -> Verdict:
+def _decide(verdicts: Sequence[EngineVerdict], serving: str, policy_digest: str, *, none_passed: bool = False) -> Verdict:
+    """With `none_passed` there was a choice and nothing to choose: each engine's reasons are told."""
     deciding = [v for v in verdicts if v.serving or v.required]
-    reasons = [
+    reasons = ["there is no engine to serve: none passed every gate"] if none_passed else []
+    reasons += [
         f"{verdict.engine}: {finding.gate}: {finding.message}"
-        for verdict in deciding
+        for verdict in (verdicts if none_passed else deciding)
         for finding in verdict.findings
         if finding.status not in ("pass", "not applicable")
     ]
     statuses = {verdict.status for verdict in deciding}
-    if not any(verdict.serving for verdict in verdicts):
+    if not none_passed and not any(verdict.serving for verdict in verdicts):
         reasons.append(f"the serving engine {serving} was not judged")
     for verdict in deciding:
         if not any(finding.status == "pass" for finding in verdict.findings):

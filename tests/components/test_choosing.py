@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from components.choosing import Limits, Offer, choose, images_a_second_a_core, price_of_a_million
 from components.contracts.verdicts import Estimate
+from components.intervals import paired_difference
 
 
 def drop(points: float) -> Estimate:
@@ -44,6 +46,14 @@ def test_each_limit_decides(limits: Limits, engine: str, missed: str) -> None:
     assert missed in " ".join(found.told.values())
 
 
+def test_what_drops_by_just_the_limit_meets_it() -> None:
+    # As rounded means, 0.97 - 0.96 is more than 0.01, and 0.57 - 0.56 less.
+    for right in range(1, 101):
+        one, other = np.arange(100) < right, np.arange(100) < right - 1
+        assert Offer("e", True, drop=paired_difference(one, other)).missed(Limits(drop=0.01)) == []
+        assert Offer("e", True, drop=paired_difference(one, other)).missed(Limits(drop=0.0099)) != []
+
+
 def test_what_did_not_pass_is_never_chosen_and_what_is_not_measured_meets_no_limit() -> None:
     failed = Offer("openvino-int8", False, p50_ms=0.1, drop=drop(0))
     assert choose([failed, ORT], Limits()).engine == "onnxruntime-fp32"
@@ -59,6 +69,8 @@ def test_where_nothing_meets_the_limits_the_nearest_is_named_and_not_served() ->
     assert found.told["openvino-int8"].startswith("misses the recipe's limits: p99 latency 2 ms, at most 1")
     none = choose([Offer("openvino-int8", False), Offer("onnxruntime-fp32", False)], Limits())
     assert (none.engine, none.is_servable, none.told) == ("openvino-int8", False, {})
+    undecided = Offer("openvino-fp32", False, is_undecided=True)
+    assert choose([Offer("openvino-int8", False), undecided], Limits()).engine == "openvino-fp32"
     assert choose([], Limits()).engine == ""
 
 

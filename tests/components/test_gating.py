@@ -211,6 +211,33 @@ def test_the_served_engine_is_chosen_among_those_that_passed(tmp_path: Path) -> 
     assert "openvino-int8 is faster (p50 1 ms) but misses the recipe's limits: drops 2 points" in str(dropped.engines[1])
     nothing = verdict(tmp_path, **auto)
     assert (nothing.status, nothing.serving_engine) == ("inconclusive", "")
+    assert nothing.reasons == ("there is no engine to serve: none passed every gate",)
+
+
+def test_where_no_engine_passed_the_order_decides_nothing_and_every_reason_is_told(tmp_path: Path) -> None:
+    int8, fp32 = engine(), engine("onnxruntime-fp32", "fp32")
+    bad = item(tmp_path, int8, required=False, answers={"logits": np.roll(GOOD, 1, axis=1)})
+    unclear = item(tmp_path, fp32, required=False, measurement=measured(fp32, num_runs=5))
+    absent = {"tensorrt-fp32": ("needs an NVIDIA GPU", False)}
+    for items in ([bad, unclear], [unclear, bad]):
+        found = verdict(tmp_path, *items, serving="auto", absent=absent)
+        assert (found.status, found.serving_engine) == ("inconclusive", "onnxruntime-fp32")
+        assert found.reasons[0] == "there is no engine to serve: none passed every gate"
+        for engine_name in (
+            "openvino-int8: accuracy",
+            "onnxruntime-fp32: latency",
+            "tensorrt-fp32: export: needs an NVIDIA",
+        ):
+            assert any(reason.startswith(engine_name) for reason in found.reasons)
+
+
+def test_the_latency_of_another_engine_chooses_none(tmp_path: Path) -> None:
+    int8, fp32 = engine(), engine("onnxruntime-fp32", "fp32")
+    no_budget = GatingConfig(gates=(GateConfig(gate="accuracy", settings={"floor": 0.9}),))
+    fast, slow = measured(fp32, latency_p50_ms=0.1), measured(fp32, latency_p50_ms=4.0)
+    items = [item(tmp_path, int8, measurement=fast), item(tmp_path, fp32, measurement=slow)]
+    found = verdict(tmp_path, *items, serving="auto", policy=no_budget)
+    assert (found.status, found.serving_engine) == ("pass", "onnxruntime-fp32")
 
 
 def test_an_evaluation_of_another_engine_is_no_evidence(tmp_path: Path) -> None:
