@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -122,7 +123,8 @@ def absent(config: ExportConfig) -> dict[str, str]:
     found = {name: reason for name, reason in reasons.items() if reason}
     if config.serving == AUTO and all(target.name in found for target in config.all_targets if target.name != REFERENCE):
         raise ConfigError(
-            f"none of the engines that could serve can be built here: {'; '.join(map(': '.join, found.items()))}"
+            f"none of the engines that could serve can be built here: {'; '.join(map(': '.join, found.items()))}. "
+            f"Name another one under export.targets"
         )
     if config.serving in found:
         raise ConfigError(f"export.serving is {config.serving}: {found[config.serving]}; serve another engine")
@@ -179,14 +181,16 @@ def export(
 
 def memory_mb(engine: Stored[Engine], *, num_threads: int, plugin_folder: Path | None = None) -> float:
     """What loading an engine and answering one image adds to a process of its own, in 10^6 bytes; raises ExportError."""
-    request = {
-        "do": "memory",
-        "engine": _reference(engine),
-        "num_threads": num_threads,
-        "out": str(engine.folder),
-        "plugins": str(plugin_folder) if plugin_folder else None,
-    }
-    return float(_in_subprocess(request, time_limit_s=_TIME_LIMIT_S)["memory_mb"])
+    # What a process that dies leaves behind does not belong into the engine's own folder, which is sealed.
+    with tempfile.TemporaryDirectory(prefix="visionloop-memory-") as scratch:
+        request = {
+            "do": "memory",
+            "engine": _reference(engine),
+            "num_threads": num_threads,
+            "out": scratch,
+            "plugins": str(plugin_folder) if plugin_folder else None,
+        }
+        return float(_in_subprocess(request, time_limit_s=_TIME_LIMIT_S)["memory_mb"])
 
 
 def _memory_of(request: dict[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,21 @@ def test_an_exporter_that_hangs_is_ended_with_all_that_it_started(
     ended(int((tmp_path / "started").read_text()))
 
 
+def test_an_engine_whose_process_dies_while_its_memory_is_measured_stays_as_it_was_published(
+    network: SmallNetwork, tmp_path: Path
+) -> None:
+    folder = target_that("(out / 'e').write_bytes(b'whole')", tmp_path / "plugins")
+    member = folder / "targets" / "odd.py"
+    store = Store(tmp_path / "store")
+    with store.writing("export", "k") as out:
+        engine = build(network, out, folder)
+    published = store.publish("export", "k", engine, inputs={}, provenance={})
+    member.write_text(member.read_text().replace("num_streams=1): ...", "num_streams=1): os._exit(3)"))
+    with pytest.raises(ExportError, match="ended with status 3"):
+        export.memory_mb(published, num_threads=1, plugin_folder=folder)
+    assert store.open("export", "k", Engine) is not None
+
+
 def test_a_full_disk_is_told_as_one_whatever_the_library_says(
     network: SmallNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
