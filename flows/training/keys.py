@@ -160,7 +160,8 @@ def gating_inputs(
         **({"renamed": canonical_json(renamed)} if renamed else {}),
         "config": config.digest(),
         "export": run.config.export.digest(),
-        "absent": ", ".join(sorted(run.absent)),
+        # With the reasons, which the verdict tells.
+        "absent": canonical_json(run.absent),
         **task_inputs(run),
         "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
     }

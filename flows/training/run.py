@@ -90,7 +90,7 @@ class Run:
         self.console = console
         self.store = workspace.store
         self.absent = absent(config.export)
-        """Engines that cannot be built on this machine, with the reason."""
+        """Engines that cannot be built on this machine, or could not be, with the reason."""
         commit, dirty = git.state(workspace.root)
         code = code_digest(workspace.plugins)
         self.id = run_id(workspace, config, data, settings)

@@ -163,8 +163,11 @@ def engine(
 
 
 def built(run: Run, building: Sequence[PrefectFuture[Stored[Engine]]]) -> list[Stored[Engine]]:
-    """The engines of the targets; one that is not required and could not be built is absent, and told with its reason."""
-    engines = []
+    """The engines of the targets; one that is not required and could not be built is absent, and told with its reason.
+
+    Raises ExportError for the others, and where nothing is left that could be judged.
+    """
+    engines: list[Stored[Engine]] = []
     for target, future in zip(run.targets, building, strict=True):
         try:
             engines.append(future.result())
@@ -173,6 +176,9 @@ def built(run: Run, building: Sequence[PrefectFuture[Stored[Engine]]]) -> list[S
                 raise
             run.absent[target.name] = f"could not be built: {error}"
             run.console.line(f"    {target.name}: {run.absent[target.name]}")
+    if len(engines) < 2:
+        told = "; ".join(f"{name}: {reason}" for name, reason in run.absent.items())
+        raise ExportError(f"there is no engine that could serve: {told}")
     return engines
 
 
