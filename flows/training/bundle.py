@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from components.choosing import AUTO
 from components.contracts.data import SPLITS
 from components.contracts.records import Record, canonical_json, sha256_text
 from components.contracts.verdicts import Candidate, Rejection
@@ -71,6 +72,8 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
         record(f"{name}.measurement", measurement.record)
         if evaluation.record.predictions is not None:
             files[f"evidence/{name}.predictions.parquet"] = evaluation.folder / evaluation.record.predictions.name
+        if evaluation.record.beyond_test is not None:
+            files[f"evidence/{name}.beyond_test.parquet"] = evaluation.folder / evaluation.record.beyond_test.name
     if results.champion is not None:
         record("champion.evaluation", results.champion.record)
     if results.folds is not None:
@@ -168,7 +171,13 @@ def recorded_policy(run: Run, results: Results) -> dict[str, Any]:
         ],
         "engines": {engine.engine: {"required": engine.required} for engine in verdict.engines},
         "serving": verdict.serving_engine,
+        **({"limits": _limits(run)} if run.config.export.serving == AUTO else {}),
     }
+
+
+def _limits(run: Run) -> dict[str, Any]:
+    """What the served engine was chosen within."""
+    return run.config.export.limits.model_dump(mode="json", exclude={"schema_version"})
 
 
 def notes_of(run: Run, results: Results) -> list[str]:

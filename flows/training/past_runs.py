@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from components.choosing import AUTO
 from components.contracts.errors import StoreError
-from components.contracts.verdicts import Evaluation
+from components.contracts.verdicts import Evaluation, Verdict
 from components.contracts.wording import shown_utc
 from components.store import MANIFEST, unseal
 from flows.terminal import figure
@@ -28,6 +29,8 @@ def _run(path: Path) -> dict[str, Any]:
     # Folders of before this was recorded have the time of their file.
     started = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
     serving = (config.get("config") or {}).get("export", {}).get("serving")
+    if serving == AUTO:
+        serving = _chosen(path.parent)
     return {
         "run": path.parent.name,
         "started": config.get("started") or started,
@@ -46,6 +49,15 @@ def _read(path: Path | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # a folder that was cut short is listed with what it tells
     return found if isinstance(found, dict) else {}
+
+
+def _chosen(run: Path) -> str:
+    """The engine that the choice fell on; `auto` as long as there was none."""
+    try:
+        body = unseal((run / stage_folder("gating") / MANIFEST).read_bytes())
+        return (Verdict.read(body["record"]).serving_engine if body is not None else "") or AUTO
+    except (OSError, StoreError, KeyError, TypeError):
+        return AUTO
 
 
 def _accuracy(run: Path, serving: str) -> dict[str, float | int] | None:

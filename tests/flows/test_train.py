@@ -21,6 +21,7 @@ import requests
 from shapes import visionloop, visionloop_process
 
 from components.contracts.verdicts import Measurement
+from components.export import REFERENCE
 from components.store import MANIFEST, Store, read_manifest
 from flows.training.run import STAGES
 from flows.workspace import recipes
@@ -234,6 +235,16 @@ def test_the_served_engine_is_chosen_by_the_limits_of_the_recipe(trained: Path, 
     page = Path(summary["report"]).read_text()
     assert f"{fastest} (serving)</text>" in page
     assert "a million answers, one after another, at 0.36 an hour" in page
+    listed = json.loads(visionloop("runs", "--json", cwd=root).stdout)["runs"]
+    (run,) = [run for run in listed if run["run"] == summary["run"]]
+    assert (run["engine"], run["accuracy"]) == (fastest, engines[fastest]["metrics"]["accuracy"])
+    shown = json.loads(visionloop("show", summary["version"], "--json", cwd=root).stdout)
+    limits = {"drop": 0.2, "memory_mb": 4000.0, "p99_ms": None, "size_mb": None}
+    assert shown["summary"]["policy"]["limits"] == limits
+    # Parity in fp32 was judged by these answers, too.
+    kept = list((root / ".visionloop" / "mlflow-artifacts").rglob(f"evidence/{REFERENCE}.beyond_test.parquet"))
+    evaluated = root / ".visionloop" / "runs" / summary["run"] / "5-evaluation" / REFERENCE / "beyond_test.parquet"
+    assert evaluated.read_bytes() in [path.read_bytes() for path in kept]
     # No engine is that small: nothing is served, and the limit is the reason.
     refused = visionloop("train", "-r", "smoke", *auto, "--set", "export.limits.size_mb=0.001", "--json", cwd=root)
     assert refused.returncode == 1, refused.stderr
