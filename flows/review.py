@@ -62,6 +62,7 @@ def review(
     with console.stage("looking at images", 1) as (progress, _):
         version = dataversions.verify(workspace.root).dvc_hash
         checked = check_data(workspace, recipe, progress=progress)
+    assert checked.examined is not None  # nothing was kept
     known = checked.examined.known
     there, refused = files_of(workspace.data, known.table), files_of(workspace.data, known.refused)
     cards = cards_of(checked.issues, [*there, *refused])

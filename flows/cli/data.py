@@ -188,13 +188,13 @@ def data_check(
         raise ConfigError("--set is of a recipe; name it by --recipe, too")
     found = Workspace.find(workspace)
     with Console(1, quiet=json_) as console, console.stage("looking at images", 1) as (progress, _):
-        checked = check_data(found, recipe, set_ or (), progress=progress)
+        checked = check_data(found, recipe, set_ or (), kept=True, progress=progress)
     answer = {
         "files": checked.num_files,
         "issues": [issue.to_json() for issue in checked.issues],
         "looked_for": {each.name: each.num_issues for each in checked.looked if each.ran},
         "not_looked_for": {each.name: each.reason for each in checked.looked if not each.ran},
-        "notes": list(checked.examined.notes),
+        "notes": list(checked.notes),
         "table": str(checked.table),
         "sheet": str(checked.sheet),
     }
@@ -214,7 +214,7 @@ def _checked_lines(checked: Checked) -> Iterator[str]:
     for each in checked.looked:
         if not each.ran:
             yield f"Not looked for: {each.name} ({each.reason})."
-    yield from (f"Note: {note}." for note in checked.examined.notes)
+    yield from (f"Note: {note}." for note in checked.notes)
     yield f"All of them: {checked.sheet} for a spreadsheet, {checked.table} for programs"
     if checked.issues:
         yield "Next: visionloop data review asks about each of them, in a page with its pictures and in a CSV file"

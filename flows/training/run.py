@@ -8,13 +8,11 @@ links to it, so `ls` shows the way of the data and nothing is stored twice. See 
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
 from components import git, plugins
@@ -25,12 +23,12 @@ from components.contracts.progress import Progress
 from components.contracts.records import RecordT, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import Lineage
 from components.export import TargetConfig, absent
-from components.store import sha256_file, write_atomically
+from components.store import write_atomically
 from flows.terminal import Console
 from flows.training.warm_start import WarmStart
 from flows.workspace.recipes import RunConfig
 from flows.workspace.settings import Settings
-from flows.workspace.workspace import Workspace, version
+from flows.workspace.workspace import Workspace, lock_digest, version
 
 STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "registration")
 _CODE = Path(__file__).resolve().parents[2]
@@ -39,16 +37,6 @@ _CODE = Path(__file__).resolve().parents[2]
 def stage_folder(name: str) -> str:
     """The folder of a stage in a run's folder: its number in the data's way, and its name."""
     return f"{STAGES.index(name) + 1}-{name}"
-
-
-@functools.cache
-def lock_digest() -> str:
-    """sha256 of the locked versions: requirements.lock beside the code, else every installed distribution."""
-    lock = _CODE / "requirements.lock"
-    if lock.is_file():
-        return sha256_file(lock)
-    installed = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
-    return sha256_text("\n".join(installed))
 
 
 def code_digest(workspace_plugins: Path) -> str:

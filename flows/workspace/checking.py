@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components import attributes, dataversions, issues
-from components.companions import TEST_LEDGER
-from components.contracts.errors import DataError
+from components import attributes, dataversions, examination, issues, plugins
+from components.companions import COMPANIONS, TEST_LEDGER
+from components.contracts.errors import DataError, StoreError
 from components.contracts.issues import SEVERITIES, Issue, Looked, Severity
 from components.contracts.progress import Progress, silent
+from components.contracts.records import Record, canonical_json, sha256_text
 from components.contracts.wording import for_spreadsheets
-from components.embeddings import Encoder
+from components.embeddings import Encoder, absence
 from components.examination import Examined, dataset_files, examine
 from components.splitting import TestLedger
-from components.store import write_atomically
+from components.store import sha256_file, write_atomically
 from components.training import TrainingConfig
-from flows.workspace.recipes import load_recipe
-from flows.workspace.settings import read_settings
-from flows.workspace.workspace import Workspace
+from flows.workspace.recipes import RunConfig, load_recipe
+from flows.workspace.settings import Settings, read_settings
+from flows.workspace.workspace import Workspace, lock_digest
 
 FOLDER = "check"
 SHEET = "issues.csv"
+_KEPT = "checked.json"
 _COLUMNS = ("severity", "kind", "score", "file", "label", "other_files", "detail", "action", "candidate", "issue")
 _MOST_IN_CELL = 32_000
 """Characters: spreadsheets cut what is longer."""
@@ -35,20 +39,16 @@ _MOST_IN_CELL = 32_000
 class Checked:
     """What was found in the images that lie in data/ now."""
 
-    examined: Examined
+    issues: tuple[Issue, ...]
+    looked: tuple[Looked, ...]
+    notes: tuple[str, ...]
+    num_files: int
     table: Path
     """All issues, as Parquet."""
     sheet: Path
     """The same as CSV, for spreadsheets."""
-    num_files: int
-
-    @property
-    def issues(self) -> tuple[Issue, ...]:
-        return self.examined.issues
-
-    @property
-    def looked(self) -> tuple[Looked, ...]:
-        return self.examined.looked
+    examined: Examined | None
+    """All that was known of the files; None where the answer is that of an earlier look."""
 
     @property
     def clean(self) -> bool:
@@ -70,20 +70,43 @@ def encoder_of(config: TrainingConfig) -> Encoder | None:
     return Encoder(config.backbone, config.backbone_settings, config.weights) if config.weights == "packaged" else None
 
 
+class _Kept(Record):
+    """What an earlier look came to, of which the issues are in the table."""
+
+    key: str
+    """Of all that the answer depends on."""
+    looked: tuple[Looked, ...]
+    notes: tuple[str, ...]
+    num_files: int
+    table_sha256: str
+    sheet_sha256: str
+
+
 def check_data(
-    workspace: Workspace, recipe: str | None = None, overrides: Sequence[str] = (), *, progress: Progress = silent
+    workspace: Workspace,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    kept: bool = False,
+    progress: Progress = silent,
 ) -> Checked:
     """Look for all findings, or those that a recipe names, in what lies in data/, pinned or not; writes all issues.
 
-    A picture whose side is not frozen yet counts as no test picture. Raises DataError where there are no images.
+    With `kept` the answer is that of the look before where files and all else that counts are as they were. A picture whose
+    side is not frozen yet counts as no test picture. Raises DataError where there are no images.
     """
     root, data = workspace.root, workspace.data
     config = load_recipe(recipe, overrides, workspace=root) if recipe is not None else None
     settings = read_settings(workspace.state)
     if not data.is_dir():
         raise DataError(f"{data} is not there; name a folder: `visionloop data add FOLDER`, or `visionloop data pull`")
+    folder = workspace.state / FOLDER
+    hashes = dataversions.hashes(root)
+    key = _key(workspace, config, settings, hashes)
+    if kept and (before := _answer_of_before(folder, key)) is not None:
+        return before
     ledger = root / TEST_LEDGER
-    there = dataset_files(data, dataversions.hashes(root))
+    there = dataset_files(data, hashes)
     examined = examine(
         there,
         config.validation.findings if config is not None else None,
@@ -95,16 +118,61 @@ def check_data(
         num_threads=settings.num_threads,
         progress=progress,
     )
-    folder = workspace.state / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    table, sheet = folder / issues.FILE, folder / SHEET
     written = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         issues.write(examined.issues, written)
-        written.replace(folder / issues.FILE)
+        written.replace(table)
     finally:
         written.unlink(missing_ok=True)
-    write_atomically(folder / SHEET, _for_spreadsheets(examined))
-    return Checked(examined, folder / issues.FILE, folder / SHEET, len(there.files) + len(there.strays))
+    write_atomically(sheet, _for_spreadsheets(examined))
+    num_files = len(there.files) + len(there.strays)
+    told = _Kept(
+        key=key,
+        looked=examined.looked,
+        notes=examined.notes,
+        num_files=num_files,
+        table_sha256=sha256_file(table),
+        sheet_sha256=sha256_file(sheet),
+    )
+    write_atomically(folder / _KEPT, canonical_json(told.to_json()).encode())
+    return Checked(examined.issues, examined.looked, examined.notes, num_files, table, sheet, examined)
+
+
+def _key(workspace: Workspace, config: RunConfig | None, settings: Settings, hashes: Mapping[str, str]) -> str:
+    """Names all that the answer depends on: files, sides, sources, what is looked for and by what, code and libraries."""
+    encoder = encoder_of(config.training) if config is not None else None
+    findings = issues.chosen(config.validation.findings if config is not None else None)
+    beside = [workspace.root / name for name in (TEST_LEDGER, *(each.file for each in COMPANIONS))]
+    return sha256_text(
+        canonical_json(
+            [
+                dict(hashes),
+                {path.name: sha256_file(path) for path in beside if path.is_file()},
+                [each.to_json() for each in findings],
+                [plugins.member_digest("findings", each.finding) for each in findings],
+                encoder.key if encoder is not None else "",
+                absence(encoder or Encoder()),
+                dataclasses.asdict(settings.accepted),
+                plugins.source_digest(Path(examination.__file__)),
+                plugins.source_digest(Path(__file__)),
+                lock_digest(),
+            ]
+        )
+    )
+
+
+def _answer_of_before(folder: Path, key: str) -> Checked | None:
+    """What an earlier look with this key came to; None where there is none, or where its files are not what it wrote."""
+    table, sheet = folder / issues.FILE, folder / SHEET
+    try:
+        kept = _Kept.read(json.loads((folder / _KEPT).read_text()))
+        if kept.key != key or (sha256_file(table), sha256_file(sheet)) != (kept.table_sha256, kept.sheet_sha256):
+            return None
+        return Checked(tuple(issues.read(table)), kept.looked, kept.notes, kept.num_files, table, sheet, None)
+    except (OSError, ValueError, StoreError):
+        return None
 
 
 def _for_spreadsheets(examined: Examined) -> bytes:

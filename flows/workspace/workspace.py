@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import socket
 import tempfile
@@ -15,11 +16,23 @@ from pathlib import Path
 
 from components import data_folder, dvc_repository, git, plugins
 from components.contracts.errors import ConfigError, WorkspaceBusy
+from components.contracts.records import sha256_text
 from components.contracts.wording import is_text
-from components.store import Store
+from components.store import Store, sha256_file
 from flows.workspace.settings import have_home, leave_foreign_git
 
+_CODE = Path(__file__).resolve().parents[2]
 _IGNORED = ("/data/", "/.visionloop/")
+
+
+@functools.cache
+def lock_digest() -> str:
+    """sha256 of the locked versions: requirements.lock beside the code, else every installed distribution."""
+    lock = _CODE / "requirements.lock"
+    if lock.is_file():
+        return sha256_file(lock)
+    installed = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
+    return sha256_text("\n".join(installed))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from shapes import visionloop, write_pictures
 from components import attributes, duplicates, embeddings, facts, issues
 from components.splitting import TestLedger
 from components.store import sha256_file
+from flows.workspace import checking
 from flows.workspace.checking import check_data
 from flows.workspace.workspace import Workspace
 
@@ -46,6 +47,7 @@ def test_what_is_wrong_is_told_by_kind_and_clean_data_end_with_0(photographs: Pa
     )
     ledger = TestLedger.read(photographs / "data.test-ledger.csv")
     examined = check_data(Workspace.find(photographs), "transfer", [NO_NETWORK.removeprefix("--set=")]).examined
+    assert examined is not None
     test = examined.known.table.loc[examined.known.table["split"] == "test", "path"].iloc[0]
     assert sum(ledger.members.values()) == (examined.known.table["split"] == "test").sum() > 0
     original = Image.open(photographs / "data" / test)
@@ -96,12 +98,32 @@ def test_unchanged_data_is_neither_decoded_nor_read_again(photographs: Path, mon
     assert told["outlier"] == "the weights are not here: pip install them"
     assert "blurred" not in told
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a file was looked at again")
 
     monkeypatch.setattr(facts, "_look", refuse)
     monkeypatch.setattr(duplicates, "align", refuse)
     assert check_data(Workspace.find(photographs)).issues == first.issues
+    # On demand the whole answer is the one before, until something that it depends on is another.
+    monkeypatch.setattr(checking, "examine", refuse)
+    again = check_data(Workspace.find(photographs), kept=True)
+    assert (again.issues, again.looked, again.notes, again.num_files) == (
+        first.issues,
+        first.looked,
+        first.notes,
+        first.num_files,
+    )
+    with pytest.raises(AssertionError, match="looked at again"):
+        check_data(Workspace.find(photographs), "transfer", kept=True)
+    sheet = first.sheet.read_bytes()
+    first.sheet.write_bytes(sheet + b"x")
+    with pytest.raises(AssertionError, match="looked at again"):
+        check_data(Workspace.find(photographs), kept=True)
+    first.sheet.write_bytes(sheet)
+    check_data(Workspace.find(photographs), kept=True)
+    next((photographs / "data").glob("*/*.png")).unlink()
+    with pytest.raises(AssertionError, match="looked at again"):
+        check_data(Workspace.find(photographs), kept=True)
 
 
 def test_a_source_that_gives_away_a_class_is_told(photographs: Path) -> None:
