@@ -16,6 +16,7 @@ are compared; then the engine's files are looked into. Only then does a runtime 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import os
 import re
@@ -34,7 +35,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from components import engine_files, plugins, signatures
-from components.contracts.errors import ConfigError, DataError, EngineUnavailable, StoreError, TamperedArtefact
+from components.contracts.errors import ConfigError, DataError, EngineUnavailable, StoreError, TamperedArtefact, in_short
 from components.contracts.families import Predictor
 from components.contracts.models import Engine
 from components.contracts.records import FileDigest, Record, Stored
@@ -260,8 +261,15 @@ def _predictor(engine: Stored[Engine], num_threads: int) -> Predictor:
 
 def requirements(engine: Engine) -> tuple[str, ...]:
     """What `predict.py` needs, at the versions by which the golden vectors were answered."""
-    package = engine.runtime.split()[0]
-    return tuple(f"{name}=={importlib.metadata.version(name)}" for name in (package, "numpy", "pillow"))
+    return tuple(f"{name}=={importlib.metadata.version(name)}" for name in (_package(engine), "numpy", "pillow"))
+
+
+def _package(engine: Engine) -> str:
+    """The distribution that runs an engine; what built it may be another."""
+    if engine.target not in runners():
+        return engine.runtime.split()[0]
+    package: str = importlib.import_module(f"components.runners.{engine.target}").PACKAGE
+    return package
 
 
 def _write_runner(folder: Path, target: str, task: str) -> None:
@@ -363,7 +371,11 @@ def verified(folder: Path, *, key: Path | None = None) -> Opened:
         raise TamperedArtefact(f"{MANIFEST} was changed")
     if body.get("kind") != KIND:
         raise TamperedArtefact(f"it is of the kind {body.get('kind')!r}; expected {KIND!r}")
-    listed = {file.name: file for file in (FileDigest.read(entry) for entry in body["files"])}
+    try:
+        listed = {file.name: file for file in (FileDigest.read(entry) for entry in body["files"])}
+        told = dict(body["record"])
+    except (KeyError, TypeError, ValueError, StoreError) as error:
+        raise TamperedArtefact(f"{MANIFEST} is none of a bundle ({in_short(error)})") from error
     present.pop(MANIFEST)
     signature = present.pop(SIGNATURE)
     if changed := sorted(present.keys() ^ listed.keys()):
@@ -372,7 +384,7 @@ def verified(folder: Path, *, key: Path | None = None) -> Opened:
         if present[name].stat().st_size != file.bytes or sha256_file(present[name]) != file.sha256:
             raise TamperedArtefact(f"{name} was changed")
     signer = signatures.verify(folder, signature, key or present[SIGNER])
-    record = Bundle.read(body["record"])
+    record = Bundle.read(told)
     _expect_consistent(record, listed, folder)
     for engine_file in record.engine.files:
         if not engine_files.inspect(folder / ENGINE / engine_file.name) and key is None:
@@ -436,7 +448,7 @@ def _array(path: Path) -> npt.NDArray[Any]:
 
 def runtime_here(engine: Engine) -> str:
     """The library that runs an engine, with the version of this machine."""
-    package = engine.runtime.split()[0]
+    package = _package(engine)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return f"{package} {importlib.metadata.version(package)}"
     return f"no {package}"

@@ -776,6 +776,7 @@ def target_breaches(target: Target, name: str) -> Iterator[Breach]:
                 "checkpoint_digest": checkpoint.record.digest(),
                 "files": tuple(describe(path, within=out) for path in sorted(out.rglob("*")) if path.is_file()),
                 "entry": built.entry,
+                "preprocessing": checkpoint.record.preprocessing,
                 "classes": checkpoint.record.classes,
                 "embedding_dim": checkpoint.record.embedding_dim,
                 "runtime": built.runtime,

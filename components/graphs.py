@@ -50,6 +50,10 @@ def to_onnx(model: nn.Module, preprocessing: Preprocessing, path: Path) -> None:
                 external_data=False,
                 verbose=False,
             )
+        graph = onnx.load(path)
+        # Every target that builds from the graph can carry on what its pictures have to be.
+        onnx.helper.set_model_props(graph, {"visionloop.preprocessing": preprocessing.digest()})
+        onnx.save(graph, path)
         onnx.checker.check_model(str(path))
     except Exception as error:
         raise ExportError(f"torch could not export this model to ONNX: {_told(error)}") from error

@@ -40,6 +40,22 @@ def smoke_release(trained: Path) -> Stored[Release]:
     return found
 
 
+def as_served(release: Stored[Release], pictures: list[bytes]) -> list[tuple[str, float]]:
+    """Label and confidence of encoded pictures by what answers in the server's engine process, without a server."""
+    from components.formats import Accepted
+    from serving.engines.frames import Facts, Form
+    from serving.engines.worker import Loaded, Order
+
+    loaded = Loaded(Order(release.folder, None, lanes=1, max_batch=8, accepted=Accepted()))
+    found, _, _ = loaded.answer([(Form.ENCODED, data) for data in pictures])
+    answers = []
+    for facts in found:
+        assert isinstance(facts, Facts)
+        best = int(facts.probabilities.argmax())
+        answers.append((release.record.engine.classes[best], float(facts.probabilities[best])))
+    return answers
+
+
 def unpacked(folder: Path) -> Path:
     """A workspace with a champion, which the oldest of the older commits made, in an empty folder."""
     archive, *_ = sorted((Path(__file__).parent / "older").glob("*.tar.xz"))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 PACKAGE = "onnxruntime"
-"""What has to be installed, at the version that built the engine."""
+"""What has to be installed, at the version that answered the golden pictures."""
 
 
 def load(entry: Path, num_threads: int) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:

@@ -14,6 +14,7 @@ from components.contracts.families import Built, ExportRequest
 from components.contracts.models import Engine, Precision
 from components.contracts.records import Stored
 from components.machine import gpu_driver
+from components.targets._fingerprint import PROPERTY, expect
 from components.targets._qdq import QdqQuantiser, float16
 from components.targets._quantisation import Quantised, calibration_images, control
 
@@ -59,9 +60,11 @@ class Target(Quantised):
         path, threads = engine.folder / engine.record.entry, max(1, num_threads // num_streams)
         try:
             # A session may be called from many threads; each call then has its share of the runtime's threads.
-            return _Predictor(_session(path, threads, engine.record.precision))
+            session = _session(path, threads, engine.record.precision)
         except ImportError as error:
             raise EngineUnavailable(f"onnxruntime is not installed: {error}") from error
+        expect(engine.record, session.get_modelmeta().custom_metadata_map.get(".".join(PROPERTY)))
+        return _Predictor(session)
 
 
 def _session(path: Path, num_threads: int, precision: Precision) -> Any:

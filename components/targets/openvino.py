@@ -17,6 +17,7 @@ from components.contracts.errors import EngineUnavailable, ExportError
 from components.contracts.families import Built, ExportRequest
 from components.contracts.models import Engine
 from components.contracts.records import Stored
+from components.targets._fingerprint import PROPERTY, expect
 from components.targets._quantisation import Executed, Quantised, calibration_images, control
 
 _ENTRY = "model.xml"
@@ -48,16 +49,26 @@ class Target(Quantised):
             controlled = control(_Quantiser(model, images), request, self, runtime="OpenVINO")
             model = controlled.model
             facts |= {"calibration_images": len(images), "int8_constants": _int8_constants(model), **controlled.facts}
+        model.set_rt_info(request.checkpoint.record.preprocessing.digest(), list(PROPERTY))
         openvino.save_model(model, out / _ENTRY, compress_to_fp16=False)
         return Built(entry=_ENTRY, runtime=f"openvino {openvino.__version__}", facts=facts)
 
     def load(self, engine: Stored[Engine], *, num_threads: int, num_streams: int = 1) -> _Predictor:
         path = engine.folder / engine.record.entry
-        return _Predictor(compiled(path, hint="LATENCY", num_threads=num_threads, num_streams=num_streams))
+        return _Predictor(
+            compiled(path, hint="LATENCY", num_threads=num_threads, num_streams=num_streams, engine=engine.record)
+        )
 
 
-def compiled(path: Path, *, hint: Literal["LATENCY", "THROUGHPUT"], num_threads: int, num_streams: int | None = None) -> Any:
-    """The model ready to run on the CPU; raises EngineUnavailable without OpenVINO."""
+def compiled(
+    path: Path,
+    *,
+    hint: Literal["LATENCY", "THROUGHPUT"],
+    num_threads: int,
+    num_streams: int | None = None,
+    engine: Engine | None = None,
+) -> Any:
+    """The model ready to run on the CPU; raises EngineUnavailable without OpenVINO, or for the file of another engine."""
     try:
         import openvino
     except ImportError as error:
@@ -70,7 +81,11 @@ def compiled(path: Path, *, hint: Literal["LATENCY", "THROUGHPUT"], num_threads:
     }
     if num_streams is not None and num_streams > 1:
         settings["NUM_STREAMS"] = num_streams
-    return openvino.Core().compile_model(path, "CPU", settings)
+    core = openvino.Core()
+    model = core.read_model(path)
+    if engine is not None:
+        expect(engine, model.get_rt_info(list(PROPERTY)).astype(str) if model.has_rt_info(list(PROPERTY)) else None)
+    return core.compile_model(model, "CPU", settings)
 
 
 def stream(model: Any, batches: Iterator[npt.NDArray[np.uint8]], output: str) -> Iterator[npt.NDArray[np.float32]]:

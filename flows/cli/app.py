@@ -43,7 +43,7 @@ app = Commands(
       visionloop approve V --as WHO      a second person decides; also reject
       visionloop promote V               everything is checked again, then it goes live; rollback goes back
       visionloop engine list | build     what each version's engines came to, and why; one more, judged as its own
-      visionloop engine bundle [V] --out F  an engine for a machine without visionloop, signed; engine verify checks one
+      visionloop engine bundle [V] --out F  an engine for a machine without visionloop, signed; engine verify | bench
       visionloop serve --model NAME      answers over HTTP and gRPC; picks up a new champion by itself
       visionloop predict SOURCE          a folder, .parquet or s3:// through the champion, resumable
       visionloop predictions export      what was answered; also verify and erase

@@ -14,7 +14,9 @@ from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, OfModel, finish
 
 if TYPE_CHECKING:
-    from flows.workspace.engines import Verified
+    from components.contracts.verdicts import Estimate
+    from components.speed import Latency
+    from flows.workspace.engines import Measured, Verified
     from flows.workspace.judged_engines import JudgedEngine
 
 engine_app = Commands(help="Engines of registered versions: what was judged, further ones, and bundles for other machines.")
@@ -171,6 +173,112 @@ def engine_verify(
     finish(_answer(bundle, found), json_, lambda: "\n".join(_told(bundle, found)))
     if found.problem:
         raise typer.Exit(1)
+
+
+@engine_app.command("bench")
+def engine_bench(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[VERSION|BUNDLE]", help="A version, or a bundle; the champion by default.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="Such as onnxruntime-fp32; the one that serves by default.")
+    ] = None,
+    picture: Annotated[
+        list[Path] | None, typer.Option("--picture", help="Pictures to take; the engine's golden ones by default.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of the engine, and processors that it is kept on.")
+    ] = None,
+    streams: Annotated[
+        int | None, typer.Option("--streams", min=1, help="Callers at once in the multi-stream figure; as many as threads.")
+    ] = None,
+    runs: Annotated[
+        int, typer.Option("--runs", min=20, help="Timed answers a figure and round, of which there are 5.")
+    ] = 200,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Time an engine on this machine, alone and from a picture's bytes to its answer, with 95 % intervals."""
+    from flows.workspace.desk import Desk, desk
+    from flows.workspace.engines import measure_engine
+    from flows.workspace.settings import num_threads, prepare_environment
+    from flows.workspace.workspace import Workspace
+
+    def open_desk() -> Desk:
+        prepare_environment(Workspace.find(workspace).state)  # before MLflow is imported by anything
+        return desk(workspace, model)
+
+    number = threads or num_threads()
+    found = measure_engine(
+        what,
+        open_desk,
+        engine=engine,
+        pictures=picture or (),
+        num_threads=number,
+        streams=streams or number,
+        runs=runs,
+    )
+    speed = found.speed
+    answer = {
+        "model": found.model,
+        "version": found.version,
+        "engine": found.engine.name,
+        "single_stream_ms": _latencies(speed.single_stream),
+        "multi_stream_ms": _latencies(speed.multi_stream),
+        "multi_stream_pictures_per_s": {name: _interval(rate) for name, rate in speed.multi_stream_rate.items()},
+        "offline_pictures_per_s": {name: _interval(rate) for name, rate in speed.offline.items()},
+        "threads": speed.num_threads,
+        "streams": speed.streams,
+        "processors": list(speed.processors),
+        "load": speed.load,
+        "machine": speed.machine,
+        "libraries": found.libraries,
+        "formats": speed.formats,
+        "picture_bytes": speed.picture_bytes,
+    }
+    finish(answer, json_, lambda: "\n".join(_speed_lines(found)))
+
+
+def _interval(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def _latencies(found: dict[str, Latency]) -> dict[str, dict[str, dict[str, float]]]:
+    return {name: {key: _interval(value) for key, value in _named(latency)} for name, latency in found.items()}
+
+
+def _named(latency: Latency) -> list[tuple[str, Estimate]]:
+    return list(zip(("p50", "p90", "p99"), latency.percentiles, strict=True))
+
+
+def _speed_lines(found: Measured) -> list[str]:
+    speed = found.speed
+    formats = ", ".join(f"{number} {name}" for name, number in speed.formats.items())
+    processors = ", ".join(map(str, speed.processors)) or "of the system's choice"
+    lines = [
+        f"{found.engine.name} of {found.model} version {found.version} on {speed.machine}",
+        f"  {counted(speed.num_threads, 'thread')} on processors {processors}; "
+        f"load before: {speed.load:.1f}; {', '.join(f'{name} {number}' for name, number in found.libraries.items())}",
+        f"  pictures: {formats}, {speed.picture_bytes / 1e3:.1f} kB each",
+    ]
+    for title, latencies in (
+        ("single stream, ms", speed.single_stream),
+        (f"{counted(speed.streams, 'stream')}, ms", speed.multi_stream),
+    ):
+        for name, latency in latencies.items():
+            shown = ", ".join(f"{key} {e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for key, e in _named(latency))
+            lines.append(f"  {title:24} {_FROM[name]:20} {shown}")
+    for title, rates in (
+        (f"{counted(speed.streams, 'stream')}, pictures/s", speed.multi_stream_rate),
+        ("offline, pictures/s", speed.offline),
+    ):
+        for name, rate in rates.items():
+            lines.append(f"  {title:24} {_FROM[name]:20} {rate.value:.0f} [{rate.low:.0f}, {rate.high:.0f}]")
+    return lines
+
+
+_FROM = {"engine": "the engine alone", "picture": "from encoded bytes"}
 
 
 def _answer(bundle: Path, found: Verified) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import Verdict
 from components.releases import GOLDEN
+from components.speed import Speed, measure
 from flows.workspace.desk import Desk, registry_of
 from flows.workspace.workspace import version as own_version
 from registry import approval
@@ -83,6 +85,63 @@ def _state(desk: Desk, version: str | None) -> State:
             raise ConfigError(f"{desk.model} has no champion yet; name a version, as `visionloop candidates` lists them")
         version = str(champion.body["version"])
     return approval.state_of(entries, version, desk.ledger.now())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How fast an engine is here."""
+
+    engine: Engine
+    model: str
+    version: str
+    speed: Speed
+    libraries: dict[str, str]
+    """Versions of what ran."""
+
+
+def measure_engine(
+    what: str | None,
+    open_desk: Callable[[], Desk],
+    *,
+    engine: str | None,
+    pictures: Sequence[Path],
+    num_threads: int,
+    streams: int,
+    runs: int,
+) -> Measured:
+    """Time the engine of a bundle, or of a registered version, on its golden pictures or on others.
+
+    A bundle is verified before it is opened. Raises TamperedArtefact, EngineUnavailable, UnknownName, ConfigError.
+    """
+    others = [path.read_bytes() for path in pictures]
+
+    def timed(stored: Stored[Engine], golden: Sequence[bytes], model: str, version: str) -> Measured:
+        speed = measure(
+            stored, others or golden, num_threads=num_threads, streams=streams, runs=runs, warm_up=max(20, runs // 10)
+        )
+        libraries = {name: importlib.metadata.version(name) for name in ("numpy", "pillow")}
+        runtime, _, number = bundles.runtime_here(stored.record).partition(" ")
+        libraries |= {runtime: number, "visionloop": own_version()}
+        return Measured(stored.record, model, version, speed, libraries)
+
+    if what is not None and (Path(what).exists() or what.endswith(".zip")):
+        if engine is not None:
+            raise ConfigError(f"{what} is a bundle, which holds one engine; leave --engine out")
+        with bundles.opened(Path(what)) as found:
+            record = found.record
+            encoded = [(found.folder / bundles.GOLDEN / name).read_bytes() for name in record.golden]
+            return timed(Stored(record.engine, found.folder / bundles.ENGINE), encoded, record.model, record.version)
+    desk = open_desk()
+    state = _state(desk, what)
+    registry = registry_of(desk.workspace, desk.settings)
+    with registry.bundle(desk.model, state.version, state.requested.body["manifest_sha256"]) as (folder, manifest):
+        name = engine or manifest["serving_engine"]
+        known = {path.name.removesuffix(".engine.json"): path for path in (folder / "evidence").glob("*.engine.json")}
+        if name not in known:
+            raise UnknownName(f"engine of version {state.version}", name, list(known))
+        record_of = Engine.read(json.loads(known[name].read_text()))
+        golden, _ = _golden(folder / "release" / GOLDEN)
+        return timed(Stored(record_of, folder / "engines" / name), golden, desk.model, state.version)
 
 
 def _contents(desk: Desk, state: State, engine: str | None, folder: Path) -> Contents:

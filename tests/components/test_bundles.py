@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 from safetensors.numpy import load_file
-from served import encoded, exif_rotated, jpeg, png, smoke_release, unpacked
+from served import as_served, encoded, exif_rotated, jpeg, png, smoke_release, unpacked
 
 from components import bundles, engine_files, plugins, signatures
 from components.bundles import Bundle, Contents
@@ -198,25 +198,10 @@ def write_all(folder: Path) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-def as_served(release: Stored[Release], paths: list[Path]) -> list[tuple[str, float]]:
-    """Label and confidence by the process that answers in the server."""
-    from serving.engines.frames import Facts, Form
-    from serving.engines.worker import Loaded, Order
-
-    loaded = Loaded(Order(release.folder, None, lanes=1, max_batch=8, accepted=Accepted()))
-    found, _, _ = loaded.answer([(Form.ENCODED, path.read_bytes()) for path in paths])
-    answers = []
-    for facts in found:
-        assert isinstance(facts, Facts)
-        best = int(facts.probabilities.argmax())
-        answers.append((release.record.engine.classes[best], float(facts.probabilities[best])))
-    return answers
-
-
 def test_the_program_of_a_bundle_answers_as_the_server(own: Path, release: Stored[Release], tmp_path: Path) -> None:
     paths = write_all(tmp_path / "pictures")
     found = predict(own, "--check", *paths)
-    expected = as_served(release, paths)
+    expected = as_served(release, [path.read_bytes() for path in paths])
     assert [answer["label"] for answer in found["answers"]] == [label for label, _ in expected]
     assert [answer["confidence"] for answer in found["answers"]] == pytest.approx([share for _, share in expected], abs=1e-4)
     threshold = release.record.decision.threshold
@@ -535,6 +520,34 @@ def test_onnx_that_leads_elsewhere_is_refused_before_a_runtime_sees_it(onnx_engi
     file.write_bytes(original[: len(original) // 2])
     with pytest.raises(TamperedArtefact, match="is no ONNX"):
         engine_files.inspect(file)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_file_that_was_built_for_other_pictures_than_its_record_says_is_not_loaded(
+    onnx_engine: Stored[Engine], tmp_path: Path, target: str
+) -> None:
+    """Evaluator, server and bundles load by the target, and so refuse it all three."""
+    import onnx
+    import openvino
+
+    model = onnx.load(onnx_engine.folder / "model.onnx")
+    fingerprint = onnx_engine.record.preprocessing.digest()
+    onnx.helper.set_model_props(model, {"visionloop.preprocessing": fingerprint})
+    onnx.save(model, tmp_path / "model.onnx")
+    entry = "model.onnx"
+    if target == "openvino":
+        read = openvino.Core().read_model(tmp_path / "model.onnx")
+        read.set_rt_info(fingerprint, ["visionloop", "preprocessing"])
+        openvino.save_model(read, tmp_path / "model.xml", compress_to_fp16=False)
+        entry = "model.xml"
+    record = onnx_engine.record.model_copy(update={"entry": entry, "target": target})
+    image = np.zeros((1, 16, 16, 1), dtype=np.uint8)
+    logits, _ = plugins.load("targets", target).load(Stored(record, tmp_path), num_threads=1).predict(image)
+    assert logits.shape == (1, 3)
+    wider = record.preprocessing.model_copy(update={"resize_shortest": 20})
+    other = Stored(record.model_copy(update={"preprocessing": wider}), tmp_path)
+    with pytest.raises(EngineUnavailable, match="built for pictures that are prepared otherwise"):
+        plugins.load("targets", target).load(other, num_threads=1)
 
 
 def test_an_engine_that_cannot_run_here_is_told_with_both_versions(

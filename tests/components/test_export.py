@@ -115,6 +115,11 @@ def test_the_onnx_file_is_self_contained_and_has_a_dynamic_batch(trained: Path) 
     graph = stored(trained, "export/graph", Graph)
     model = onnx.load(graph.folder / "model.onnx", load_external_data=False)
     assert not any(t.external_data for t in model.graph.initializer)
+    # What its pictures have to be stands in the graph, and in what is built of it.
+    fingerprint = stored(trained, "training", Checkpoint).record.preprocessing.digest()
+    assert {p.key: p.value for p in model.metadata_props} == {"visionloop.preprocessing": fingerprint}
+    (int8,) = (trained / ".visionloop" / "store" / "export" / "openvino-int8").rglob("model.xml")
+    assert fingerprint in int8.read_text()
     (given,) = model.graph.input
     assert given.name == "images"
     assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8

@@ -1,0 +1,172 @@
+"""How fast an engine answers on this machine: one picture after the other, many at once, and as many as there are.
+
+Each figure is taken twice: for the engine alone, from prepared pixels, and from a picture's encoded bytes to its answer. The
+two take turns, round by round, so that a moment in which the machine is busy meets both. The process is kept on as many
+processors as the engine has threads. Every figure has its 95 % bootstrap interval, over rounds and their runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from components import plugins
+from components.contracts.families import Predictor
+from components.contracts.models import Engine
+from components.contracts.records import Stored
+from components.contracts.verdicts import Estimate
+from components.formats import format_of
+from components.images import decode, prepare
+from components.intervals import RESAMPLES, SEED, bootstrap, rounds_percentile
+from components.machine import fingerprint
+
+ROUNDS = 5
+PERCENTILES = (50, 90, 99)
+_BATCH = 32
+_TimedT = TypeVar("_TimedT")
+_Run = Callable[[int], object]
+"""Answers one picture, or one batch of them, by its number."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of single answers."""
+
+    percentiles: tuple[Estimate, ...]
+    """Of `PERCENTILES`, in this order."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured, and where."""
+
+    single_stream: dict[str, Latency]
+    """One picture after the other, by `engine` (alone) and `picture` (from its bytes)."""
+    offline: dict[str, Estimate]
+    """Pictures a second in batches, by the same."""
+    multi_stream: dict[str, Latency]
+    """One picture after the other in as many threads as `streams`, which share the engine's threads."""
+    multi_stream_rate: dict[str, Estimate]
+    """Pictures a second of all these threads together."""
+    num_threads: int
+    streams: int
+    processors: tuple[int, ...]
+    """Those that the process was kept on; empty where the system knows no such thing."""
+    load: float
+    """Processes that ran or waited to run in the minute before, on all processors."""
+    machine: str
+    formats: dict[str, int]
+    """How many of the pictures are of which format."""
+    picture_bytes: float
+    """Mean size of the pictures' files."""
+
+
+def measure(
+    engine: Stored[Engine], pictures: Sequence[bytes], *, num_threads: int, streams: int, runs: int, warm_up: int
+) -> Speed:
+    """Time `runs` answers a figure and round, after `warm_up` untimed ones.
+
+    Raises EngineUnavailable where the engine cannot run here, and UndecodableImage.
+    """
+    record = engine.record
+    load = os.getloadavg()[0]
+    with _kept_on(num_threads) as processors:
+        target = plugins.load("targets", record.target, record.settings)
+        one: Predictor = target.load(engine, num_threads=num_threads)
+        many: Predictor = target.load(engine, num_threads=num_threads, num_streams=streams)
+
+        def prepared(index: int) -> npt.NDArray[np.uint8]:
+            return prepare(decode(pictures[index % len(pictures)]), record.preprocessing)
+
+        inputs = np.stack([prepared(index) for index in range(len(pictures))])
+        batch = np.stack([inputs[index % len(inputs)] for index in range(_BATCH)])
+        with ThreadPoolExecutor(num_threads) as decoders, ThreadPoolExecutor(streams) as callers:
+
+            def single(predictor: Predictor) -> dict[str, _Run]:
+                return {
+                    "engine": lambda index: predictor.predict(inputs[index % len(inputs)][None]),
+                    "picture": lambda index: predictor.predict(prepared(index)[None]),
+                }
+
+            batched: dict[str, _Run] = {
+                "engine": lambda _: one.predict(batch),
+                "picture": lambda index: one.predict(np.stack(list(decoders.map(prepared, range(index, index + _BATCH))))),
+            }
+            alone = _rounds(single(one), lambda run: _seconds(run, runs), warm_up)
+            batches = -(-runs // _BATCH)
+            offline = _rounds(batched, lambda run: _BATCH * batches / _seconds(run, batches).sum(), -(-warm_up // _BATCH))
+
+            def together(run: _Run) -> tuple[npt.NDArray[np.float64], float]:
+                start = time.perf_counter()
+                found = list(callers.map(lambda _: _seconds(run, runs), range(streams)))
+                return np.concatenate(found), streams * runs / (time.perf_counter() - start)
+
+            shared = _rounds(single(many), together, warm_up)
+    return Speed(
+        single_stream={name: _latency(rounds) for name, rounds in alone.items()},
+        offline={name: _rate(rounds) for name, rounds in offline.items()},
+        multi_stream={name: _latency([seconds for seconds, _ in rounds]) for name, rounds in shared.items()},
+        multi_stream_rate={name: _rate([rate for _, rate in rounds]) for name, rounds in shared.items()},
+        num_threads=num_threads,
+        streams=streams,
+        processors=processors,
+        load=load,
+        machine=fingerprint(),
+        formats=dict(Counter(format_of(data) for data in pictures)),
+        picture_bytes=float(np.mean([len(data) for data in pictures])),
+    )
+
+
+@contextlib.contextmanager
+def _kept_on(number: int) -> Iterator[tuple[int, ...]]:
+    """Keep this thread, and all that it starts meanwhile, on the first processors that it may use."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield ()
+        return
+    allowed = os.sched_getaffinity(0)
+    chosen = tuple(sorted(allowed)[:number])
+    os.sched_setaffinity(0, chosen)
+    try:
+        yield chosen
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _rounds(runs: dict[str, _Run], timed: Callable[[_Run], _TimedT], warm_up: int) -> dict[str, list[_TimedT]]:
+    found: dict[str, list[_TimedT]] = {name: [] for name in runs}
+    for run in runs.values():
+        for index in range(warm_up):
+            run(index)
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            found[name].append(timed(run))
+    return found
+
+
+def _seconds(run: _Run, number: int) -> npt.NDArray[np.float64]:
+    elapsed = np.empty(number)
+    for index in range(number):
+        start = time.perf_counter()
+        run(index)
+        elapsed[index] = time.perf_counter() - start
+    return elapsed
+
+
+def _latency(rounds: Sequence[npt.NDArray[np.float64]]) -> Latency:
+    return Latency(tuple(rounds_percentile([seconds * 1e3 for seconds in rounds], each) for each in PERCENTILES))
+
+
+def _rate(rounds: Sequence[float]) -> Estimate:
+    """The median of the rounds."""
+    values = np.array(rounds)
+    picks = np.random.default_rng(SEED).integers(0, len(values), size=(RESAMPLES, len(values)))
+    return bootstrap(float(np.median(values)), np.median(values[picks], axis=1), len(values))
