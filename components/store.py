@@ -18,7 +18,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from components.contracts.records import FileDigest, RecordT, Stored, canonical_
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
 _SEAL = "manifest_sha256"
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def sha256_file(path: Path) -> str:
@@ -69,6 +72,14 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink()
         raise
     fsync_folder(path.parent)
+
+
+def clear_unfinished(folder: Path, *, older_than_s: float = 0.0) -> None:
+    """Remove what runs that were killed left of files that they were writing atomically into a folder."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if _UNFINISHED.fullmatch(path.name) and time.time() - path.lstat().st_mtime >= older_than_s:
+                path.unlink()
 
 
 def _regular_files(folder: Path) -> list[Path]:

@@ -471,10 +471,12 @@ def _copy(
 ) -> tuple[int, list[LeftOut]]:
     """Bring files to their places, by a second name where they are ours to `link`: they are removed when all is done."""
     scratch.mkdir(parents=True, exist_ok=True)
+    for stale in scratch.glob("copy-*"):
+        stale.unlink()  # of a run that was killed: the workspace is held, so nobody else copies
     vanished: list[LeftOut] = []
     for path, destination in plan:
         # Not beside the destination: a kill must not leave a file that becomes part of the version.
-        temporary = scratch / uuid.uuid4().hex
+        temporary = scratch / f"copy-{uuid.uuid4().hex}"
         try:
             with explained("copy into", data):
                 if path.is_symlink() or not (link and transfers.linked(path, temporary)):

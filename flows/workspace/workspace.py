@@ -18,7 +18,7 @@ from components import data_folder, dvc_repository, git, plugins
 from components.contracts.errors import ConfigError, WorkspaceBusy
 from components.contracts.records import sha256_text
 from components.contracts.wording import is_text
-from components.store import Store, sha256_file
+from components.store import Store, clear_unfinished, sha256_file
 from flows.workspace.settings import have_home, leave_foreign_git
 
 _CODE = Path(__file__).resolve().parents[2]
@@ -124,6 +124,8 @@ class Workspace:
         """Hold the workspace to make a data version. Raises what `locked` raises, and DataError in the middle of a merge."""
         with self.locked(purpose):
             git.expect_nothing_under_way(self.root)
+            clear_unfinished(self.root)
+            clear_unfinished(self.root / ".dvc", older_than_s=3600)  # there others may be writing, who hold nothing
             yield
 
     @contextlib.contextmanager

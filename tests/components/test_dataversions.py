@@ -14,6 +14,7 @@ from pathlib import Path
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from failpoints import Died, Failpoints
 from shapes import free_port, visionloop_process, write_pictures
 
 from components import dataversions, dvc_repository, transfers
@@ -90,9 +91,16 @@ def test_a_killed_add_is_completed_by_running_it_again(
     write_pictures(tmp_path / "more", 15, start=500)
     found = Workspace.find(workspace)
     with monkeypatch.context() as patched:
-        patched.setattr(dataversions, "pin", lambda root: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        Failpoints([(shutil, "copyfile")], nth=5, when="after")(patched)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)  # who is killed cleans nothing up
+        with pytest.raises(Died):
             add(found, tmp_path / "more", test_share=None)
+    assert len(list((found.state / "tmp").iterdir())) == 1
+    with monkeypatch.context() as patched:
+        Failpoints([(dataversions, "pin")], nth=1, when="before")(patched)
+        with pytest.raises(Died):
+            add(found, tmp_path / "more", test_share=None)
+    assert list((found.state / "tmp").iterdir()) == []
     with pytest.raises(DataError):
         dataversions.verify(workspace)
     add(found, tmp_path / "more", test_share=None)

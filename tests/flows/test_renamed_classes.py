@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,6 +189,7 @@ def test_a_rename_takes_no_other_change_into_the_version(workspace: Path) -> Non
 _PLACES = {
     "rename": "flows.workspace.renaming.os.rename",
     "pin": "components.dataversions.pin",
+    "write": "components.store.os.replace",
     "stage": "components.git.stage",
 }
 
@@ -205,14 +207,20 @@ def test_a_rename_that_is_killed_is_completed_by_running_it_again(
     found, before = Workspace.find(workspace), dataversions.pinned(workspace)
     with monkeypatch.context() as patched:
         patched.setattr(_PLACES[victim], killed)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)  # who is killed cleans nothing up
         with pytest.raises(Killed):
             rename_class(found, "disc", "circle")
+    unfinished = [*workspace.glob(".data.dvc.*.tmp"), workspace / ".dvc" / f".config.local.{'a' * 32}.tmp"]
+    assert len(unfinished) == 1 + (victim == "write")
+    unfinished[-1].touch()
+    os.utime(unfinished[-1], (0, 0))
     if victim == "pin":
         (note,) = told("data", "status", cwd=workspace, status=1)["notes"]
         assert "say so by `visionloop data rename-class disc circle`" in note
     done = rename_class(found, "disc", "circle")
     assert (done.num_files, done.version.renamed) == (60, (("disc", "circle"),))
     assert git.run(workspace, "diff", "--", "data.dvc") == ""
+    assert "tmp" not in git.run(workspace, "status", "--porcelain", "--untracked-files=all")
     again = rename_class(found, "disc", "circle")
     assert (again.was_done, again.version) == (True, done.version)
     found_changes = told("data", "diff", "HEAD", "pinned", cwd=workspace, status=1)
