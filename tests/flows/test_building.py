@@ -10,7 +10,6 @@ import pytest
 
 from components.contracts.errors import ExportError
 from components.export import REFERENCE, ExportConfig
-from flows.training.steps import built
 
 
 class Begun:
@@ -36,6 +35,8 @@ def run_of(serving: str, *required: str) -> Any:
 
 
 def outcome(run: Any, *failing: str) -> list[str]:
+    from flows.training.steps import built
+
     building = [Begun(target.name, fails=target.name in failing) for target in run.targets]
     return [engine.record.name for engine in built(run, building)]  # type: ignore[arg-type]
 
