@@ -111,10 +111,10 @@ def test_two_gates_of_one_name_are_not_told_apart() -> None:
         ("export.serving=openvino-int9", "not built; valid: .*openvino-int8"),
         ("export.targets=[{target: onnx}]", "serving names|unknown target"),
         (
-            "export.targets=[{target: onnxruntime, precision: int8}, {target: openvino, precision: int8}]",
+            "export.targets=[{target: torch_reference, precision: int8}, {target: openvino, precision: int8}]",
             "has no precision 'int8'",
         ),
-        ("export.targets=[{target: litert}, {target: openvino, precision: int8}]", "unknown target 'litert'; valid: "),
+        ("export.targets=[{target: tflite}, {target: openvino, precision: int8}]", "unknown target 'tflite'; valid: "),
         ("gating.gates=[{gate: acuracy}]", "unknown gate 'acuracy'; valid: accuracy"),
         ("gating.gates=[]", "at least 1"),
         ("splitting.valid_share=0.9", "less than 0.5"),

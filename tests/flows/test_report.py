@@ -27,7 +27,7 @@ def test_the_report_is_self_contained_and_well_formed(report: Path) -> None:
     html = report.read_text()
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', html)
     assert "<script" not in html
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 6
     assert html.count("data:image/png;base64,") >= 6
 
     class Balance(HTMLParser):
@@ -87,7 +87,7 @@ def test_the_report_opens_in_a_real_browser(report: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Engines on the frozen test split" in done.stdout
-    assert done.stdout.count("<svg") == 5
+    assert done.stdout.count("<svg") == 6
 
 
 ALL, HEAD = (

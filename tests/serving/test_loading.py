@@ -556,7 +556,7 @@ def test_why_an_engine_fails_is_in_the_servers_log_once(
         raise PluginFailed(why)
 
     loaded = Loaded(Order(smoke.folder, plugins=None, lanes=1, max_batch=2, accepted=Accepted()))
-    monkeypatch.setattr(loaded, "_predict", fail)
+    monkeypatch.setattr(loaded._loaded, "predict", fail)
     for _ in range(2):
         (refusal,), *_rest = loaded.answer([(Form.ENCODED, png(KINDS[0], 1))])
         assert refusal == Refusal(Outcome.FAILED, "the engine failed; the server's log says why")
