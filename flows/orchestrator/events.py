@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = (1.0, 3.5)
 """To connect and to answer: together less than a notification waits (flows/orchestrator/notifications.py)."""
+_LATE = "no answer in time"
 _PREFECT_KNOWS_MORE = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
 
 
@@ -65,13 +66,14 @@ def expect_server(settings: Settings) -> None:
     if not settings.prefect_is_plain:
         return
     wrong = ""
-    for wait in (0.0, 0.5, 1.5):
+    for number, wait in enumerate((0.0, 0.5, 1.5, 5.0, 10.0, 20.0)):
         time.sleep(wait)
         wrong = _unanswered(settings)
         if not wrong:
             return
-        if wrong.startswith("it "):
-            break  # it does answer
+        # It does answer, or nobody is there. One that takes the call is busy: on SQLite, Prefect may stand still a minute.
+        if wrong.startswith("it ") or (number >= 2 and wrong != _LATE):
+            break
     raise OrchestratorUnavailable(
         f"{server}, which PREFECT_API_URL names, cannot be used: {wrong}. Start it, or unset PREFECT_API_URL and run "
         f"`visionloop up` for one of this workspace's own"
@@ -92,8 +94,10 @@ def _unanswered(settings: Settings) -> str:
         return f"its certificate is not accepted ({str(error)[:120]})"
     except requests.exceptions.ProxyError:
         return "the proxy that the environment names does not reach it; add its host to NO_PROXY"
+    except requests.exceptions.ConnectTimeout:
+        return "no connection in time"
     except requests.exceptions.Timeout:
-        return "no answer in time"
+        return _LATE
     except requests.RequestException as error:
         return "the connection is refused" if "refused" in str(error) else f"no connection ({type(error).__name__})"
     if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
