@@ -45,7 +45,7 @@ check: setup ## lint, strict types, import contracts
 
 test: setup ## everything that takes minutes or less, in two halves at once; each is shown when it has ended
 	infra/browser.sh
-	@echo "two halves of the tests run at once, for about ten minutes; each is shown when it has ended"
+	@echo "two halves of the tests run at once, for ten to fifteen minutes; each is shown when it has ended"
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-first-half test-second-half
 
 test-first-half:

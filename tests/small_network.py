@@ -101,12 +101,19 @@ def small_network(folder: Path, *, harmed: bool = True) -> SmallNetwork:
         # Pictures of which the network is sure: others may turn without any harm.
         images = images[(best - second > 2).numpy()]
         targets = module(torch.from_numpy(images))[0].argmax(dim=1).numpy()
-    record = Checkpoint(
+    record = record_of(module, "small_cnn", NETWORK, backbone, folder)
+    to_onnx(module, record.preprocessing, folder / "model.onnx")
+    return SmallNetwork(Stored(record, folder), module, folder / "model.onnx", images, targets, task)
+
+
+def record_of(module: Any, name: str, settings: dict[str, Any], backbone: Backbone, folder: Path) -> Checkpoint:
+    """The checkpoint of a module that tells the tests' classes apart; writes its weights into `folder`."""
+    return Checkpoint(
         splits_digest="s" * 64,
         task="classification",
         task_settings={},
-        backbone="small_cnn",
-        backbone_settings=NETWORK,
+        backbone=name,
+        backbone_settings=settings,
         preprocessing=backbone.preprocessing,
         classes=KINDS,
         embedding_dim=backbone.embedding_dim,
@@ -117,5 +124,3 @@ def small_network(folder: Path, *, harmed: bool = True) -> SmallNetwork:
         epochs=1,
         valid_metrics={},
     )
-    to_onnx(module, record.preprocessing, folder / "model.onnx")
-    return SmallNetwork(Stored(record, folder), module, folder / "model.onnx", images, targets, task)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -22,6 +22,9 @@ from typer.exceptions import TyperException
 from components.contracts.errors import ConfigError, VisionloopError, redacted
 from components.contracts.wording import utc_of
 from flows import stopping
+
+if TYPE_CHECKING:
+    from flows.workspace.desk import Desk
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 InWorkspace = Annotated[Path, typer.Option("--workspace", "-w", help="The workspace, or a folder in it.")]
@@ -33,6 +36,16 @@ Reason = Annotated[str, typer.Option("--reason", help="Why; others will read it.
 
 _output: ContextVar[TextIO | None] = ContextVar("output", default=None)
 """Where the JSON object goes while everything else that is printed goes to standard error."""
+
+
+def opened_desk(workspace: Path, model: str | None) -> Desk:
+    """The registry of a workspace, in an environment that is made ready before MLflow or Prefect is imported by anything."""
+    from flows.workspace.desk import desk
+    from flows.workspace.settings import prepare_environment
+    from flows.workspace.workspace import Workspace
+
+    prepare_environment(Workspace.find(workspace).state)
+    return desk(workspace, model)
 
 
 def finish(answer: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.contracts.wording import counted
-from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, OfModel, finish
+from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, OfModel, finish, opened_desk
 
 if TYPE_CHECKING:
     from components.contracts.verdicts import Estimate
@@ -30,10 +30,9 @@ def engine_list(
     json_: AsJson = False,
 ) -> None:
     """Every version's engines: passed, failed, undecided, or built and not executed here; and why not."""
-    from flows.workspace.desk import desk
     from flows.workspace.judged_engines import judged_engines
 
-    found = desk(workspace, model)
+    found = opened_desk(workspace, model)
     engines = judged_engines(found, every=every)
     finish(
         {"model": found.model, "engines": [dataclasses.asdict(engine) for engine in engines]},
@@ -71,15 +70,11 @@ def engine_build(
 
     It changes no version and no promotion. Exit status 1 when it did not pass.
     """
+    found = opened_desk(workspace, model)
     from flows.training.further_engine import build
-    from flows.workspace.desk import desk
     from flows.workspace.judged_engines import champion_of, standing, unmet, wanted_engine
-    from flows.workspace.settings import prepare_environment
-    from flows.workspace.workspace import Workspace
 
-    prepare_environment(Workspace.find(workspace).state)  # before MLflow is imported by anything
     wanted = wanted_engine(target, precision, setting or [])
-    found = desk(workspace, model)
     made = build(found, version or champion_of(found), wanted, quiet=json_)
     status, why = standing(made.verdict), unmet(made.verdict)
     answer = {
@@ -125,13 +120,9 @@ def engine_bundle(
 
     Its golden pictures are pictures of your data: look whether they may leave with it.
     """
-    from flows.workspace.desk import desk
     from flows.workspace.engines import bundle_engine
-    from flows.workspace.settings import prepare_environment
-    from flows.workspace.workspace import Workspace
 
-    prepare_environment(Workspace.find(workspace).state)  # before MLflow is imported by anything
-    made = bundle_engine(desk(workspace, model), version, engine, out, key=signing_key)
+    made = bundle_engine(opened_desk(workspace, model), version, engine, out, key=signing_key)
     record = made.record
     answer = {
         "bundle": str(out),
@@ -200,19 +191,13 @@ def engine_bench(
     json_: AsJson = False,
 ) -> None:
     """Time an engine on this machine, alone and from a picture's bytes to its answer, with 95 % intervals."""
-    from flows.workspace.desk import Desk, desk
     from flows.workspace.engines import measure_engine
-    from flows.workspace.settings import num_threads, prepare_environment
-    from flows.workspace.workspace import Workspace
-
-    def open_desk() -> Desk:
-        prepare_environment(Workspace.find(workspace).state)  # before MLflow is imported by anything
-        return desk(workspace, model)
+    from flows.workspace.settings import num_threads
 
     number = threads or num_threads()
     found = measure_engine(
         what,
-        open_desk,
+        lambda: opened_desk(workspace, model),
         engine=engine,
         pictures=picture or (),
         num_threads=number,

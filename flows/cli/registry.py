@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from components import collector
 from components.contracts.wording import counted, shown_utc
-from flows.cli.answers import HERE, AsJson, By, Commands, InWorkspace, OfModel, Reason, finish, moment
+from flows.cli.answers import HERE, AsJson, By, Commands, InWorkspace, OfModel, Reason, finish, moment, opened_desk
 from flows.terminal import figure, silent, to_stderr
 
 if TYPE_CHECKING:
-    from flows.workspace.desk import Desk
     from flows.workspace.versions import Row, VersionShown
     from registry.approval import State
     from registry.ledger import Entry
@@ -33,16 +31,6 @@ def add_registry_commands(app: Commands) -> None:
     app.add_typer(ledger_app, name="ledger")
 
 
-def _desk(workspace: Path, model: str | None) -> Desk:
-    from flows.workspace.desk import desk
-    from flows.workspace.settings import prepare_environment
-    from flows.workspace.workspace import Workspace
-
-    # Before MLflow or Prefect is imported by anything.
-    prepare_environment(Workspace.find(workspace).state)
-    return desk(workspace, model)
-
-
 def candidates(
     every: Annotated[bool, typer.Option("--all", help="Also versions that were rejected, or champion before.")] = False,
     model: OfModel = None,
@@ -52,7 +40,7 @@ def candidates(
     """Versions that wait for a decision or for their promotion, and the champion."""
     from flows.workspace.versions import candidates as listed
 
-    found = _desk(workspace, model)
+    found = opened_desk(workspace, model)
     shown = listed(found, every=every)
     lines = [f"{found.model}:"] + [_line(state) for state in shown]
     finish(
@@ -103,7 +91,7 @@ def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE,
     """One version for the person who decides: the verdict in words, the champion beside it, what an approval is bound to."""
     from flows.workspace.versions import show as look_at
 
-    found = _desk(workspace, model)
+    found = opened_desk(workspace, model)
     shown = look_at(found, version)
     answer = _state_json(shown.state) | {
         "model": found.model,
@@ -238,7 +226,7 @@ def approve(
     from flows.loop.decisions import declared
 
     by = declared(as_)
-    done = decide(_desk(workspace, model), version, by, reason, days=days, say=to_stderr)
+    done = decide(opened_desk(workspace, model), version, by, reason, days=days, say=to_stderr)
     entry = done.entry
     if done.same_account:
         to_stderr(f"Note: {done.same_account}.")
@@ -266,13 +254,13 @@ def reject(
     from flows.loop.decisions import reject as decide
 
     by = declared(as_)
-    entry = decide(_desk(workspace, model), version, by, reason, withdraw=withdraw, say=to_stderr)
+    entry = decide(opened_desk(workspace, model), version, by, reason, withdraw=withdraw, say=to_stderr)
     finish(_row_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq}).")
 
 
 def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
     """Check an approved version again, publish its release, and make it champion. Servers switch by themselves."""
-    found = _desk(workspace, model)
+    found = opened_desk(workspace, model)
     from flows.starting import start_promotion
 
     moved = start_promotion(found, version, quiet=json_)
@@ -296,7 +284,7 @@ def rollback(
         from flows.loop.decisions import rollback as go_back
 
         by = declared(as_)
-        found = _desk(workspace, model)
+        found = opened_desk(workspace, model)
     entry = go_back(found, to, by, reason, say=to_stderr, moving=silent if json_ else to_stderr)
     finish(
         _row_json(entry),
@@ -309,7 +297,7 @@ def history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson 
     """Everything the ledger knows about a model, in order."""
     from flows.workspace.versions import history as rows_of
 
-    found = _desk(workspace, model)
+    found = opened_desk(workspace, model)
     rows = rows_of(found)
     finish(
         {"model": found.model, "entries": [_row_json(row.entry, by_gates=row.by_gates) for row in rows]},
@@ -328,7 +316,7 @@ def who_served(
     from flows.workspace.versions import who_served as find
 
     when = moment("--at", at, past=True)
-    found = _desk(workspace, model)
+    found = opened_desk(workspace, model)
     served = find(found, when)
     if served is None:
         finish(
@@ -369,7 +357,7 @@ def reconcile(
     """Compare what servers and MLflow are told with the ledger. Exit status 1 when something differs and is not repaired."""
     from flows.loop.decisions import reconcile as compare
 
-    found = _desk(workspace, model)
+    found = opened_desk(workspace, model)
     differences = compare(found, repair=repair)
     lines = [
         f"{d.what}: expected {d.expected}, found {d.found}" + (" (repaired)" if d.repaired else "") for d in differences

@@ -54,7 +54,8 @@ def emit(settings: Settings, event: str, model: str, payload: Mapping[str, Any])
 def expect_server(settings: Settings) -> None:
     """Raise OrchestratorUnavailable unless the Prefect server of the settings, where there is one, answers and lets us in.
 
-    Before a flow begins: Prefect's own client would ask for minutes.
+    Before a flow begins: Prefect's own client would ask for minutes whoever does not answer. One that takes the call and is
+    too busy is asked for one minute.
     """
     if not settings.prefect_api_url:
         return

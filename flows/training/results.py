@@ -121,7 +121,8 @@ def bound_digests(results: Results) -> dict[str, Any]:
 def candidate_digest(run: Run, results: Results) -> str:
     """Identity of a candidate: what it is made of, whom it was compared with and what each gate said.
 
-    Measured milliseconds are in its evidence, not in its identity: a slower minute makes no new model.
+    Measured milliseconds are in its evidence, not in its identity: a slower minute makes no new model, unless it turns the
+    answer of a gate, or the choice of the engine that serves where the recipe leaves that to be chosen.
     """
     verdict = results.verdict.record
     findings = [[e.engine, f.gate, f.status] for e in verdict.engines for f in e.findings]

@@ -269,7 +269,13 @@ def _with_memory(run: Run, engine: Stored[Engine], measured: Measurement) -> Mea
     """With the memory that the engine takes, where the recipe limits it: a process of its own takes a while to start."""
     if run.config.export.limits.memory_mb is None or measured.status != "measured":
         return measured
-    needed = memory_mb(engine, num_threads=run.config.evaluation.num_threads, plugin_folder=run.plugin_folder)
+    try:
+        needed = memory_mb(engine, num_threads=run.config.evaluation.num_threads, plugin_folder=run.plugin_folder)
+    except ExportError as error:
+        # Then it meets no limit of memory, and another engine may be served.
+        told = f"the memory of {engine.record.name} was not measured: {error}"
+        run.console.line(f"    {told}; `train --measure-again` tries anew")
+        return measured
     return measured.model_copy(update={"memory_mb": needed})
 
 

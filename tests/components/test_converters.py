@@ -22,7 +22,7 @@ from components.contract_checks import whole_evidence
 from components.contracts.errors import ConfigError, EngineUnavailable, ExportError
 from components.contracts.families import Answers, ExportRequest
 from components.contracts.models import Checkpoint, Engine
-from components.contracts.records import FileDigest, Stored
+from components.contracts.records import Stored
 from components.converters import answering, coreml
 from components.converters.weights import compare, expected
 from components.export import ExportConfig
@@ -254,8 +254,9 @@ def make(name: str) -> None:
 def checkpoint(folder: Path, backbone: str, settings: dict[str, Any]) -> tuple[Stored[Checkpoint], Any]:
     """A network whose normalisations do something, and its checkpoint in `folder`."""
     import torch
+    from small_network import record_of
 
-    from components.checkpoints import assemble, save_weights
+    from components.checkpoints import assemble
 
     member = plugins.load("backbones", backbone, settings)
     torch.manual_seed(0)
@@ -263,22 +264,7 @@ def checkpoint(folder: Path, backbone: str, settings: dict[str, Any]) -> tuple[S
     for name, tensor in module.state_dict().items():
         if tensor.ndim == 1 and tensor.dtype.is_floating_point:
             tensor.uniform_(0.5, 1.5) if name.endswith(("var", "weight")) else tensor.normal_(0, 0.1)
-    record = Checkpoint(
-        splits_digest="s" * 64,
-        task="classification",
-        task_settings={},
-        backbone=backbone,
-        backbone_settings=settings,
-        preprocessing=member.preprocessing,
-        classes=KINDS,
-        embedding_dim=member.embedding_dim,
-        weights=save_weights(module.state_dict(), out=folder),
-        history=FileDigest(name="history.json", sha256="0" * 64, bytes=0),
-        temperature=1.0,
-        best_epoch=1,
-        epochs=1,
-        valid_metrics={},
-    )
+    record = record_of(module, backbone, settings, member, folder)
     return Stored(record, folder), module
 
 

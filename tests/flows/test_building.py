@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from components.contracts.errors import ExportError
+from components.contracts.verdicts import Measurement
 from components.export import REFERENCE, ExportConfig
 
 
@@ -62,3 +63,21 @@ def test_an_engine_that_cannot_be_built_costs_the_run_no_other_one() -> None:
 def test_without_what_it_needs_the_run_ends_with_the_exporters_words(run: Any, failing: list[str]) -> None:
     with pytest.raises(ExportError, match="Frobnicate is not supported in"):
         outcome(run, *failing)
+
+
+def test_an_engine_whose_memory_cannot_be_measured_meets_no_limit_and_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.training import steps
+
+    def fail(*_: Any, **__: Any) -> float:
+        raise ExportError("the exporter was killed by signal 9")
+
+    monkeypatch.setattr(steps, "memory_mb", fail)
+    run = run_of("auto")
+    limits = SimpleNamespace(memory_mb=100)
+    run.config = SimpleNamespace(export=SimpleNamespace(limits=limits), evaluation=SimpleNamespace(num_threads=1))
+    run.plugin_folder = None
+    measured = Measurement(engine="e", engine_digest="d", status="measured", machine="m")
+    engine: Any = SimpleNamespace(record=SimpleNamespace(name="openvino-fp32"))
+    assert steps._with_memory(run, engine, measured) == measured
+    (said,) = run.console.said
+    assert "the memory of openvino-fp32 was not measured" in said

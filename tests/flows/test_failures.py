@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ import typer
 from shapes import free_port, visionloop
 from typer.testing import CliRunner
 
-from components.contracts.errors import ConfigError, RegistryUnavailable
+from components.contracts.errors import ConfigError, OrchestratorUnavailable, RegistryUnavailable
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace
 from flows.cli.failures import explained
 from flows.workspace import settings
@@ -265,3 +266,29 @@ def test_every_command_that_a_text_of_ours_advises_exists() -> None:
                 assert {word for word in words if word.startswith("--")} <= taken, (path.name, advised)
                 found += 1
     assert found > 40
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked"),
+    [
+        (["no answer in time"] * 5 + [""], 6),  # Prefect's server on SQLite may stand still for a minute
+        (["no answer in time"] * 6, 6),
+        (["the connection is refused"] * 3, 3),
+        (["it wants a credential"], 1),
+    ],
+)
+def test_a_prefect_server_that_is_busy_is_waited_for_and_none_that_is_away(
+    answers: list[str], asked: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from flows.orchestrator import events
+
+    left = list(answers)
+    monkeypatch.setattr(events, "_unanswered", lambda _: left.pop(0))
+    monkeypatch.setattr("flows.orchestrator.events.time.sleep", lambda _: None)
+    found = dataclasses.replace(settings.read_settings(tmp_path), prefect_api_url="http://127.0.0.1:4200/api")
+    if answers[-1]:
+        with pytest.raises(OrchestratorUnavailable, match=answers[-1]):
+            events.expect_server(found)
+    else:
+        events.expect_server(found)
+    assert len(answers) - len(left) == asked
