@@ -39,6 +39,7 @@ from components.contracts.errors import ConfigError, DataError, EngineUnavailabl
 from components.contracts.families import Predictor
 from components.contracts.models import Engine
 from components.contracts.records import FileDigest, Record, Stored
+from components.contracts.verdicts import Finding
 from components.formats import suffix_of
 from components.images import decode, prepare
 from components.releases import TOLERANCE
@@ -81,6 +82,10 @@ class Bundle(Record):
     """Largest difference of a logit that another machine may make."""
     made_by: str
     """The visionloop that made it."""
+    gates: tuple[Finding, ...] = ()
+    """What each gate said of the engine that it passed, and on how many pictures; older bundles do not tell."""
+    built_later: bool = False
+    """Whether it was built and judged after its version was registered: no person's approval is about it."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Contents:
     card: str
     licences: str
     made_by: str
+    gates: tuple[Finding, ...] = ()
+    built_later: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,8 @@ def _fill(folder: Path, contents: Contents, key: Path, num_threads: int) -> Bund
         golden=names,
         tolerance=tolerance,
         made_by=contents.made_by,
+        gates=contents.gates,
+        built_later=contents.built_later,
     )
     files = [describe(path, within=folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     body = {"kind": KIND, "files": [file.to_json() for file in files], "record": record.to_json()}

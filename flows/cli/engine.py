@@ -109,6 +109,10 @@ def engine_bundle(
     engine: Annotated[
         str | None, typer.Option("--engine", help="Such as onnxruntime-fp32; the one that serves by default.")
     ] = None,
+    built_later: Annotated[
+        bool,
+        typer.Option("--built-later", help="The one that `engine build` made, where the version has one of that name, too."),
+    ] = False,
     signing_key: Annotated[
         Path | None, typer.Option("--signing-key", help="A private elliptic key in PEM; the workspace's own by default.")
     ] = None,
@@ -118,11 +122,13 @@ def engine_bundle(
 ) -> None:
     """Write an engine with labels, preprocessing, golden pictures, licences and a program that runs it, signed.
 
+    Only what passed its gates leaves; what `engine build` made has to have passed `parity` as well.
     Its golden pictures are pictures of your data: look whether they may leave with it.
     """
     from flows.workspace.engines import bundle_engine
 
-    made = bundle_engine(opened_desk(workspace, model), version, engine, out, key=signing_key)
+    found = opened_desk(workspace, model)
+    made = bundle_engine(found, version, engine, out, key=signing_key, built_later=built_later)
     record = made.record
     answer = {
         "bundle": str(out),
@@ -130,6 +136,7 @@ def engine_bundle(
         "version": record.version,
         "standing": record.standing,
         "engine": record.engine.name,
+        "built_later": record.built_later,
         "bytes": made.num_bytes,
         "golden": len(record.golden),
         "signer": made.signer,
@@ -137,7 +144,8 @@ def engine_bundle(
     }
     key = shlex.quote(str(made.public_key)) if made.public_key else "PUBLIC_KEY"
     lines = [
-        f"{out}: engine {record.engine.name} of {record.model} version {record.version} ({record.standing}), "
+        f"{out}: engine {record.engine.name} of {record.model} version {record.version} ({record.standing}"
+        f"{'; the engine was built later' if record.built_later else ''}), "
         f"{made.num_bytes / 1e6:.1f} MB, with {counted(len(record.golden), 'golden picture')} of your data.",
         f"Signed by the key {made.signer[:16]}." + (f" Give others {made.public_key}." if made.public_key else ""),
         f"Next: visionloop engine verify {shlex.quote(str(out))} --key {key}; or, there: python predict.py PICTURE",
@@ -278,6 +286,8 @@ def _answer(bundle: Path, found: Verified) -> dict[str, Any]:
         "version": record.version if record else None,
         "engine": record.engine.name if record else None,
         "built_by": record.engine.runtime if record else None,
+        "built_later": record.built_later if record else None,
+        "gates": [finding.to_json() for finding in record.gates] if record else None,
         "files": found.num_files,
         "bytes": found.num_bytes,
         "golden": {
@@ -306,6 +316,10 @@ def _told(bundle: Path, found: Verified) -> list[str]:
         f"{counted(answered.pictures, 'golden picture')} answered as they should be by {answered.runtime}: a logit differs "
         f"by at most {answered.logit_difference:.2g}, accepted are {answered.tolerance:.2g}."
     )
+    if record.gates:
+        later = ", after its version was registered" if record.built_later else ""
+        lines.append(f"Where it was made its gates said{later}:")
+        lines += [f"  {finding.gate}: {finding.status}; {finding.message}" for finding in record.gates]
     if found.origin_proven:
         lines.append(f"Signed by the key that you named ({found.signer[:16]}).")
     else:

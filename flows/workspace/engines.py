@@ -17,10 +17,11 @@ from components.contracts.errors import ConfigError, DecisionRefused, TamperedAr
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Verdict
+from components.contracts.verdicts import EngineVerdict, Verdict
 from components.releases import GOLDEN
 from components.speed import Speed, measure
 from flows.workspace.desk import Desk, registry_of
+from flows.workspace.judged_engines import build_command, further_engine, further_names, standing, unmet
 from flows.workspace.workspace import version as own_version
 from registry import approval
 from registry.approval import State
@@ -55,8 +56,18 @@ class Verified:
     answered: Answered | None = None
 
 
-def bundle_engine(desk: Desk, version: str | None, engine: str | None, out: Path, *, key: Path | None = None) -> Bundled:
+def bundle_engine(
+    desk: Desk,
+    version: str | None,
+    engine: str | None,
+    out: Path,
+    *,
+    key: Path | None = None,
+    built_later: bool = False,
+) -> Bundled:
     """Write the bundle of an engine that passed its gates: the champion's serving one, where none is named.
+
+    An engine that `engine build` made is taken where the version has none of that name itself, or with `built_later`.
 
     Raises ConfigError, DecisionRefused for a version that a person rejected, UnknownName, and what `bundles.write` raises.
     """
@@ -71,7 +82,7 @@ def bundle_engine(desk: Desk, version: str | None, engine: str | None, out: Path
     registry = registry_of(desk.workspace, desk.settings)
     with registry.bundle(desk.model, state.version, state.requested.body["manifest_sha256"]) as (folder, _):
         record = bundles.write(
-            _contents(desk, state, engine, folder), out, key=signing, num_threads=desk.settings.num_threads
+            _contents(desk, state, engine, folder, built_later), out, key=signing, num_threads=desk.settings.num_threads
         )
     size = sum(path.stat().st_size for path in (out.rglob("*") if out.is_dir() else (out,)) if path.is_file())
     return Bundled(record, out, own / "key.pub" if key is None else None, signatures.fingerprint(public), size)
@@ -137,42 +148,95 @@ def measure_engine(
     with registry.bundle(desk.model, state.version, state.requested.body["manifest_sha256"]) as (folder, manifest):
         name = engine or manifest["serving_engine"]
         known = {path.name.removesuffix(".engine.json"): path for path in (folder / "evidence").glob("*.engine.json")}
-        if name not in known:
-            raise UnknownName(f"engine of version {state.version}", name, list(known))
-        record_of = Engine.read(json.loads(known[name].read_text()))
         golden, _ = _golden(folder / "release" / GOLDEN)
-        return timed(Stored(record_of, folder / "engines" / name), golden, desk.model, state.version)
+        if name in known:
+            stored = Stored(Engine.read(json.loads(known[name].read_text())), folder / "engines" / name)
+        elif (further := further_engine(desk, state.version, name)) is not None:
+            stored, _ = further
+        else:
+            raise UnknownName(f"engine of version {state.version}", name, [*known, *further_names(desk, state.version)])
+        return timed(stored, golden, desk.model, state.version)
 
 
-def _contents(desk: Desk, state: State, engine: str | None, folder: Path) -> Contents:
-    """What leaves, from the verified files of a version."""
+def _contents(desk: Desk, state: State, engine: str | None, folder: Path, built_later: bool) -> Contents:
+    """What leaves, from the verified files of a version, or of what was built of it later."""
     evidence = folder / "evidence"
     verdict = Verdict.read(json.loads((evidence / "verdict.json").read_text()))
     release = Release.read(json.loads((evidence / "release.json").read_text()))
     checkpoint = Checkpoint.read(json.loads((evidence / "checkpoint.json").read_text()))
     name = engine or verdict.serving_engine
-    judged = {found.engine: found for found in verdict.engines}
-    if name not in judged:
-        raise UnknownName(f"engine of version {state.version}", name, list(judged))
-    if judged[name].status != "pass":
-        why = "; ".join(f.message for f in judged[name].findings if f.status != "pass") or judged[name].status
-        raise ConfigError(f"engine {name} of version {state.version} did not pass its gates: {why}")
-    record = Engine.read(json.loads((evidence / f"{name}.engine.json").read_text()))
+    own = {found.engine: found for found in verdict.engines}
+    further = further_engine(desk, state.version, name) if built_later or name not in own else None
+    if further is not None:
+        stored, judged = further
+        _expect_proof(state.version, stored.record, judged, checkpoint)
+    elif built_later:
+        raise UnknownName(f"engine built later of version {state.version}", name, further_names(desk, state.version))
+    elif name not in own:
+        raise UnknownName(f"engine of version {state.version}", name, [*own, *further_names(desk, state.version)])
+    else:
+        judged = own[name]
+        _expect_passed(state.version, judged)
+        stored = Stored(Engine.read(json.loads((evidence / f"{name}.engine.json").read_text())), folder / "engines" / name)
+    record = stored.record
     pictures, probabilities = _golden(folder / "release" / GOLDEN)
     serves = record.digest() == release.engine.digest()
     return Contents(
         model=desk.model,
         version=state.version,
         standing=state.status,
-        engine=Stored(record, folder / "engines" / name),
+        engine=stored,
         task=release.task,
         task_settings=release.task_settings,
         threshold=release.decision.threshold if serves else None,
         pictures=pictures,
         probabilities=probabilities if serves else None,
-        card=(folder / "model-card.md").read_text(),
+        card=(folder / "model-card.md").read_text() + _of_engine(judged, further is not None),
         licences=_licences(record, checkpoint, json.loads((evidence / "config.json").read_text())),
         made_by=f"visionloop {own_version()}",
+        gates=judged.findings,
+        built_later=further is not None,
+    )
+
+
+def _expect_passed(version: str, judged: EngineVerdict) -> None:
+    if judged.status != "pass":
+        why = "; ".join(unmet(judged)) or "no gate judged it"
+        status = "undecided" if judged.status == "inconclusive" else standing(judged)
+        raise ConfigError(
+            f"engine {judged.engine} of version {version} did not pass its gates, it is {status}: {why}. Only what passed "
+            f"leaves: bundle another one, as `visionloop engine list` names them"
+        )
+
+
+def _expect_proof(version: str, engine: Engine, judged: EngineVerdict, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError unless an engine that nobody approved is proven to answer as the version that somebody did."""
+    _expect_passed(version, judged)
+    if engine.checkpoint_digest != checkpoint.digest():
+        raise ConfigError(
+            f"engine {engine.name} was not built of the weights of version {version}; run "
+            f"{build_command(version, engine.target, engine.precision)} again"
+        )
+    if not any(found.gate == "parity" and found.status == "pass" for found in judged.findings):
+        raise ConfigError(
+            f"engine {engine.name} was built after version {version} was registered, and nothing shows that it answers as "
+            f"that version does: the recipe has no gate `parity` for it. Train with that gate, or bundle an engine of the "
+            f"version's own, as `visionloop engine list` names them"
+        )
+
+
+def _of_engine(judged: EngineVerdict, built_later: bool) -> str:
+    """What a model card, whose figures are the serving engine's, says of the engine beside it."""
+    how = "built and judged after its version was registered" if built_later else "built and judged with its version"
+    return "\n".join(
+        [
+            f"## The engine of this bundle: {judged.engine}",
+            "",
+            f"It was {how}. What its gates said:",
+            "",
+            *(f"- {found.gate}: {found.status}; {found.message}" for found in judged.findings),
+            "",
+        ]
     )
 
 

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from components.contracts.errors import ConfigError, StoreError
-from components.contracts.records import first_problem
+from components.contracts.models import Engine
+from components.contracts.records import Stored, first_problem
 from components.contracts.verdicts import EngineVerdict, Finding, Verdict
 from components.export import TargetConfig
 from components.gating import combined
-from components.store import MANIFEST, unseal
+from components.store import MANIFEST, read_manifest, unseal
 from flows.workspace.desk import Desk
 from flows.workspace.yaml_reading import parse_settings
 from registry import approval
@@ -24,7 +25,7 @@ from registry.policies import by_gates
 
 FURTHER = "engines"
 """Folder of the workspace's state: a folder for each model, version and engine that was built after its registration."""
-_GATING = "gating"
+_GATING, _EXPORT = "gating", "export"
 
 Standing = Literal["passed", "failed", "inconclusive", "built, not executed here", "not built here"]
 
@@ -84,6 +85,36 @@ def wanted_engine(target: str, precision: str, settings: Sequence[str]) -> Targe
 def further_folder(desk: Desk, version: str, engine: str) -> Path:
     """Where what is made of an engine that is built later is linked."""
     return desk.workspace.state / FURTHER / desk.model / version / engine
+
+
+def further_engine(desk: Desk, version: str, engine: str) -> tuple[Stored[Engine], EngineVerdict] | None:
+    """An engine that was built later, every byte of it verified, and what the gates said; None where there is none.
+
+    Raises TamperedArtefact, and ConfigError where it was built and is not judged yet.
+    """
+    folder = further_folder(desk, version, engine)
+    place = next(folder.glob(f"*-{_EXPORT}/{engine}"), None)
+    if place is None or not place.is_dir():
+        return None
+    record = Engine.read(read_manifest(place)["record"])
+    for judged in folder.glob(f"*-{_GATING}"):
+        verdict = Verdict.read(read_manifest(judged)["record"]).engines[0]
+        if verdict.engine_digest == record.digest():
+            return Stored(record, place.resolve()), verdict
+    raise ConfigError(
+        f"engine {engine} of version {version} was built and not judged, perhaps because that was stopped; run "
+        f"{build_command(version, record.target, record.precision)} again"
+    )
+
+
+def further_names(desk: Desk, version: str) -> list[str]:
+    """The engines of a version that were built later."""
+    return sorted(path.name for path in (desk.workspace.state / FURTHER / desk.model / version).glob("*"))
+
+
+def build_command(version: str, target: str, precision: str) -> str:
+    """What builds and judges an engine of a version."""
+    return f"`visionloop engine build {version} --target {target} -p {precision}`"
 
 
 def standing(verdict: EngineVerdict) -> Standing:

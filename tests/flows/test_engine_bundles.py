@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import venv
 from pathlib import Path
@@ -73,6 +74,106 @@ def test_what_may_not_leave_is_told(older: Path, tmp_path: Path) -> None:
     assert refused("1", "--engine", "torch_reference-fp32").endswith("valid: onnxruntime-fp32, openvino-int8")
     assert "unknown version '7'; valid: 1" in refused("7")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def further(older: Path, tmp_path: Path) -> Path:
+    """A copy of the workspace with what `engine build` leaves of two engines: one has the name of an own one of version 1."""
+    from components.contracts.models import Engine
+    from components.contracts.verdicts import Verdict
+    from components.store import Store
+    from flows.workspace.desk import desk
+    from flows.workspace.judged_engines import further_folder
+
+    root = Path(shutil.copytree(older, tmp_path / "workspace", symlinks=True))
+    store = Store(root / ".visionloop" / "store")
+    (exported,) = (store.root / "export" / "onnxruntime-fp32").iterdir()
+    engine = store.open("export/onnxruntime-fp32", exported.name, Engine)
+    gated = [store.open("gating", path.name, Verdict) for path in (store.root / "gating").iterdir()]
+    judged = next(one for one in gated if one is not None and one.record.status == "pass")
+    assert engine is not None
+    verdict = next(one for one in judged.record.engines if one.engine == "onnxruntime-fp32")
+    for key, precision in enumerate(("fp32", "fp16")):
+        name = f"onnxruntime-{precision}"
+        record = engine.record.model_copy(update={"name": name, "precision": precision, "runtime": "onnxruntime 9"})
+        later = verdict.model_copy(update={"engine": name, "engine_digest": record.digest()})
+        folder = further_folder(desk(root, None), "1", name)
+        made: list[tuple[str, Any, str]] = [
+            (f"export/{name}", record, f"4-export/{name}"),
+            ("gating", judged.record.model_copy(update={"engines": (later,)}), "6-gating"),
+        ]
+        for kind, value, link in made:
+            with store.writing(kind, f"later-{key}") as out:
+                for file in record.files if value is record else ():
+                    shutil.copyfile(engine.folder / file.name, out / file.name)
+            stored = store.publish(kind, f"later-{key}", value, inputs={}, provenance={})
+            (folder / link).parent.mkdir(parents=True, exist_ok=True)
+            (folder / link).symlink_to(stored.folder)
+    return root
+
+
+def test_an_engine_that_was_built_later_leaves_with_what_its_gates_said(
+    further: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.cli.engine import engine_verify
+    from flows.workspace.desk import desk
+    from flows.workspace.engines import bundle_engine
+
+    where = desk(further, None)
+    out = tmp_path / "later"
+    made = bundle_engine(where, "1", "onnxruntime-fp16", out).record
+    assert (made.engine.name, made.built_later, made.threshold) == ("onnxruntime-fp16", True, None)
+    (parity,) = (found for found in made.gates if found.gate == "parity")
+    assert parity.status == "pass"
+    assert "## The engine of this bundle: onnxruntime-fp16" in (out / "model-card.md").read_text()
+    engine_verify(out)
+    told = capsys.readouterr().out
+    assert "its gates said, after its version was registered:" in told
+    assert f"  parity: pass; {parity.message}" in told
+    # Of one name there is the version's own, and one that was built later.
+    assert not bundle_engine(where, "1", "onnxruntime-fp32", tmp_path / "own").record.built_later
+    assert bundle_engine(where, "1", "onnxruntime-fp32", tmp_path / "second", built_later=True).record.built_later
+
+
+def test_an_engine_that_was_built_later_leaves_only_with_its_proof(
+    further: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.contracts.errors import ConfigError
+    from components.contracts.verdicts import Finding
+    from flows.workspace import engines
+    from flows.workspace.desk import desk
+    from flows.workspace.judged_engines import further_engine, further_folder
+
+    where = desk(further, None)
+    found = further_engine(where, "1", "onnxruntime-fp16")
+    assert found is not None
+    stored, judged = found
+
+    def refused(why: str, findings: list[Finding], status: Any) -> None:
+        verdict = judged.model_copy(update={"findings": tuple(findings), "status": status})
+        with monkeypatch.context() as patch:
+            patch.setattr(engines, "further_engine", lambda *_: (stored, verdict))
+            with pytest.raises(ConfigError, match=why):
+                engines.bundle_engine(where, "1", "onnxruntime-fp16", tmp_path / "out")
+
+    parity = next(one for one in judged.findings if one.gate == "parity")
+    others = [one for one in judged.findings if one is not parity]
+    refused("nothing shows that it answers as that version does", others, "pass")
+    away = parity.model_copy(update={"status": "not executed here", "message": "Core ML runs on Apple's systems alone"})
+    refused("it is built, not executed here: parity: Core ML", [away], "not executed here")
+    few = parity.model_copy(update={"status": "inconclusive", "message": "too few images"})
+    refused("it is undecided: parity: too few images", [*others, few], "inconclusive")
+    (gating,) = further_folder(where, "1", "onnxruntime-fp16").glob("*-gating")
+    gating.unlink()
+    with pytest.raises(
+        ConfigError, match="was built and not judged.*`visionloop engine build 1 --target onnxruntime -p fp16`"
+    ):
+        engines.bundle_engine(where, "1", "onnxruntime-fp16", tmp_path / "out")
+    with pytest.raises(
+        ConfigError, match="unknown engine built later of version 1 'openvino-int8'; valid: onnxruntime-fp16"
+    ):
+        engines.bundle_engine(where, "1", "openvino-int8", tmp_path / "out", built_later=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["workspace"]
 
 
 def test_engines_that_did_not_pass_and_versions_that_were_rejected_do_not_leave(

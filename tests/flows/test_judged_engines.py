@@ -87,7 +87,7 @@ def test_every_engine_is_listed_with_what_its_gates_said(tmp_path: Path) -> None
     }
 
 
-def test_one_more_engine_of_a_version_is_judged_as_its_own_and_changes_no_version(older: Path) -> None:
+def test_one_more_engine_of_a_version_is_judged_as_its_own_and_changes_no_version(older: Path, tmp_path: Path) -> None:
     before = visionloop("history", "--json", cwd=older).stdout
     made = answer("build", "--target", "openvino", "--precision", "fp32", cwd=older)
     assert (made["version"], made["engine"], made["status"], made["was_there"]) == ("1", "openvino-fp32", "passed", False)
@@ -102,6 +102,8 @@ def test_one_more_engine_of_a_version_is_judged_as_its_own_and_changes_no_versio
     }
     assert visionloop("history", "--json", cwd=older).stdout == before
     assert visionloop("runs", "--json", cwd=older).stdout.count('"openvino-fp32"') == 0
+    bundled = answer("bundle", "1", "--engine", "openvino-fp32", "--out", str(tmp_path / "openvino.zip"), cwd=older)
+    assert (bundled["engine"], bundled["built_later"]) == ("openvino-fp32", True)
     # What it was made of stays as long as it is listed.
     assert visionloop("store", "gc", "--keep-runs", "1", cwd=older).returncode == 0
     assert answer("build", "1", "--target", "openvino", cwd=older)["was_there"]
