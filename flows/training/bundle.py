@@ -14,6 +14,7 @@ from components.gating import policy
 from components.samples import rows
 from components.store import sha256_file, write_atomically
 from flows.training.keys import training_key
+from flows.training.model_card import choice_told, limits_json, model_card
 from flows.training.results import (
     Results,
     bound_digests,
@@ -35,7 +36,6 @@ from registry.tracking import DataInput
 
 def assemble(run: Run, results: Results) -> CandidateBundle:
     """The bundle of a candidate: weights, engines, evidence, report and model card."""
-    from flows.training.model_card import model_card
     from flows.training.report import render
 
     verdict = results.verdict.record
@@ -58,7 +58,8 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
     record("splits", results.splits.record)
     record("verdict", verdict)
     document("evidence/config.json", json.dumps(run.config.to_json(), indent=1))
-    document("evidence/policy.json", json.dumps(policy(run.config.gating), indent=1))
+    told = {**recorded_policy(run, results), "choice": choice_told(run.config.export, verdict)}
+    document("evidence/policy.json", json.dumps(told, indent=1))
     document("evidence/lineage.json", json.dumps(run.lineage.to_json(), indent=1))
     files["evidence/splits.parquet"] = results.splits.folder / results.splits.record.table.name
     files["evidence/history.json"] = checkpoint.folder / checkpoint.record.history.name
@@ -171,13 +172,8 @@ def recorded_policy(run: Run, results: Results) -> dict[str, Any]:
         ],
         "engines": {engine.engine: {"required": engine.required} for engine in verdict.engines},
         "serving": verdict.serving_engine,
-        **({"limits": _limits(run)} if run.config.export.serving == AUTO else {}),
+        **({"limits": limits_json(run.config.export)} if run.config.export.serving == AUTO else {}),
     }
-
-
-def _limits(run: Run) -> dict[str, Any]:
-    """What the served engine was chosen within."""
-    return run.config.export.limits.model_dump(mode="json", exclude={"schema_version"})
 
 
 def notes_of(run: Run, results: Results) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from components.choosing import AUTO
 from components.contracts.records import Stored
-from components.contracts.verdicts import Evaluation
+from components.contracts.verdicts import Evaluation, Verdict
 from components.contracts.wording import counted
+from components.export import ExportConfig
 from components.gating import policy
 from flows.training.results import Results
 from flows.training.run import Run
@@ -41,6 +43,10 @@ def model_card(run: Run, results: Results) -> str:
         *(f"| {name} | {e.value:.4f} | {e.low:.4f} to {e.high:.4f} | {e.n} |" for name, e in shown.metrics.items()),
         "",
         *([f"{results.folds.told(run.task.headline)}.", ""] if results.folds else []),
+        "## Which engine serves",
+        "",
+        *(f"- {line}" for line in choice_told(run.config.export, verdict)),
+        "",
         "## Gates that judged it",
         "",
         *(f"- {line}" for line in _gates(run)),
@@ -52,6 +58,24 @@ def model_card(run: Run, results: Results) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def choice_told(export: ExportConfig, verdict: Verdict) -> list[str]:
+    """By what the engine that serves was chosen, every limit included, and what that made of each engine that passed."""
+    if export.serving != AUTO:
+        return [f"{verdict.serving_engine}: named by the recipe (export.serving); no limits chose it"]
+    limits = {name: value for name, value in limits_json(export).items() if value is not None}
+    within = ", ".join(f"{name} {value:g}" for name, value in limits.items()) or "(none)"
+    found = [f"{e.engine}: {f.message}" for e in verdict.engines for f in e.findings if f.gate == "serving"]
+    return [
+        f"left to the recipe's limits (export.serving: {AUTO}; export.limits: {within})",
+        *(found or ["no engine passed every gate, so there was none to choose"]),
+    ]
+
+
+def limits_json(export: ExportConfig) -> dict[str, float | None]:
+    """What the served engine is chosen within, as evidence and the ledger hold it."""
+    return export.limits.model_dump(mode="json", exclude={"schema_version"})
 
 
 def _gates(run: Run) -> list[str]:

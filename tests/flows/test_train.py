@@ -244,6 +244,14 @@ def test_the_served_engine_is_chosen_by_the_limits_of_the_recipe(trained: Path, 
     shown = json.loads(visionloop("show", summary["version"], "--json", cwd=root).stdout)
     limits = {"drop": 0.2, "memory_mb": 4000.0, "p99_ms": None, "size_mb": None}
     assert shown["summary"]["policy"]["limits"] == limits
+    # Whoever has the version's files alone reads the same in them.
+    files = root / ".visionloop" / "mlflow-artifacts"
+    (policy,) = (p for f in files.rglob("evidence/policy.json") if "limits" in (p := json.loads(f.read_text())))
+    assert policy["limits"] == limits
+    card = max(files.rglob("model-card.md"), key=lambda path: path.stat().st_mtime).read_text()
+    for line in ("export.limits: memory_mb 4000, drop 0.2", f"{fastest}: {told[fastest]['message']}"):
+        assert line in card
+        assert line in " ".join(policy["choice"])
     # Parity in fp32 was judged by these answers, too.
     kept = list((root / ".visionloop" / "mlflow-artifacts").rglob(f"evidence/{REFERENCE}.beyond_test.parquet"))
     evaluated = root / ".visionloop" / "runs" / summary["run"] / "5-evaluation" / REFERENCE / "beyond_test.parquet"
