@@ -102,7 +102,7 @@ class LoadedRelease:
             )
         tolerance = self.release.golden_tolerance
         worst = float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("inf")
-        if worst > tolerance:
+        if not worst <= tolerance:  # what is no number differs by more than anything
             raise EngineUnavailable(
                 f"the engine answers its golden vectors wrongly here: a probability differs by {worst:.3f}, "
                 f"accepted are {tolerance:g}"

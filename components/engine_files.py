@@ -24,14 +24,19 @@ _OPERATORS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 _OPSET = re.compile(r"opset[0-9]{1,3}")
 
 
-def inspect(file: Path) -> bool:
-    """Look into one file; whether its kind can be looked into. Raises TamperedArtefact for what it may not hold."""
+def inspect(file: Path, *, is_entry: bool) -> bool:
+    """Look into one file; whether its kind can be looked into. Raises TamperedArtefact for what it may not hold.
+
+    The entry is what a runtime opens.
+    """
     if file.suffix == ".onnx":
         _inspect_onnx(file)
     elif file.suffix == ".xml":
         _inspect_xml(file)
     else:
-        return file.suffix == ".bin"  # plain numbers, whose places the XML tells
+        # Plain numbers, whose places the XML tells. A runtime that opens such a file goes by what it holds, a graph or a
+        # program, whatever it is called.
+        return file.suffix == ".bin" and not is_entry
     return True
 
 
@@ -39,7 +44,9 @@ def _inspect_onnx(file: Path) -> None:
     try:
         import onnx
     except ImportError as error:
-        raise EngineUnavailable(f"{file.name} cannot be looked into: onnx is not installed ({error})") from error
+        raise EngineUnavailable(
+            f"{file.name} cannot be looked into: onnx is not installed ({error}); run: python -m pip install onnx"
+        ) from error
     if file.stat().st_size > _MAX_GRAPH:
         raise TamperedArtefact(f"{file.name} has more than {_MAX_GRAPH} bytes")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -96,21 +97,26 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def resigned(folder: Path, key: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> Path:
-    """The folder, its manifest and signature made anew, as somebody with a key of his own can."""
+def resealed(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> Path:
+    """The folder, its manifest made anew for what lies in it now, as somebody without any key can."""
     body = unseal((folder / "manifest.json").read_bytes())
     assert body is not None
-    for name in ("manifest.json", "signature.json"):
-        (folder / name).unlink()
-    (folder / "signer.pub").write_bytes(signatures.public_key(key))
-    body["files"] = [describe(path, within=folder).to_json() for path in files_of(folder)]
+    listed = [path for path in files_of(folder) if path.name not in ("manifest.json", "signature.json")]
+    body["files"] = [describe(path, within=folder).to_json() for path in listed]
     body["record"]["engine"]["files"] = [
         describe(path, within=folder / "engine").to_json() for path in files_of(folder / "engine")
     ]
     change(body["record"])
     body.pop("manifest_sha256", None)
     (folder / "manifest.json").write_bytes(seal(body))
-    signatures.sign(folder, folder / "signature.json", key)
+    return folder
+
+
+def resigned(folder: Path, key: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> Path:
+    """The folder, its manifest and signature made anew, as somebody with a key of his own can."""
+    (folder / "signature.json").unlink()
+    (folder / "signer.pub").write_bytes(signatures.public_key(key))
+    signatures.sign(resealed(folder, change), folder / "signature.json", key)
     return folder
 
 
@@ -148,8 +154,6 @@ def odd_pictures() -> dict[str, bytes]:
 @contextlib.contextmanager
 def runner_of(folder: Path) -> Iterator[ModuleType]:
     """The decoder that a bundle carries, imported as its program does."""
-    import importlib
-
     sys.path.insert(0, str(folder))
     try:
         yield importlib.import_module("runner.images")
@@ -225,6 +229,62 @@ def test_the_program_tells_what_it_cannot_answer(own: Path, tmp_path: Path) -> N
     assert predict(own, tmp_path / "disc.png")["answers"] == [right]
     (own / "runner" / "colours.py").write_text("raise SystemExit(7)\n")
     assert "this bundle is damaged: runner/colours.py" in predict(own, tmp_path / "disc.png", status=2)
+
+
+def changed(folder: Path) -> None:
+    path = folder / "engine" / "model.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"X")
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "golden" / "logits.npy", 100)
+
+
+def linked(folder: Path) -> None:
+    (folder / "engine" / "model.bin").rename(folder / "elsewhere.bin")
+    (folder / "engine" / "model.bin").symlink_to(folder / "elsewhere.bin")
+
+
+def added(folder: Path) -> None:
+    (folder / "runner" / "numpy.py").write_text("raise SystemExit(7)")
+
+
+def added_by_a_link(folder: Path) -> None:
+    (folder / "runner" / "numpy").symlink_to(folder / "golden")
+
+
+def of_tomorrow(folder: Path) -> None:
+    resealed(folder, lambda record: record.update(schema_version=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (changed, r"engine/model\.bin was changed"),
+        (cut, r"golden/logits\.npy is missing, a link, or of another size"),
+        (linked, r"engine/model\.bin is missing, a link, or of another size"),
+        (added, r"runner/numpy\.py does not belong to it"),
+        (added_by_a_link, "runner/numpy does not belong to it"),
+        (lambda folder: (folder / "labels.txt").unlink(), r"labels\.txt is missing"),
+        (lambda folder: os.truncate(folder / "manifest.json", 99), r"manifest\.json cannot be read"),
+        (
+            lambda folder: (folder / "manifest.json").write_bytes(
+                (folder / "manifest.json").read_bytes().replace(b"champion", b"Champion")
+            ),
+            r"manifest\.json was changed",
+        ),
+        (of_tomorrow, "a bundle of format 2; this program reads up to 1"),
+    ],
+)
+def test_the_program_itself_refuses_what_is_not_as_it_was(own: Path, change: Callable[[Path], None], what: str) -> None:
+    change(own)
+    spec = importlib.util.spec_from_file_location("program_of_a_bundle", own / "predict.py")
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    with pytest.raises(program.Damaged, match=what):
+        program.verified(own)
 
 
 def test_a_bundle_of_an_onnx_engine_opens_as_a_zip(
@@ -319,6 +379,10 @@ def test_what_was_cut_swapped_added_removed_or_linked_is_refused(own: Path, tmp_
         refused(f"{one.relative_to(own).as_posix()} was changed")
         one.write_bytes(first)
         other.write_bytes(second)
+    labels = (own / "labels.txt").read_bytes()
+    (own / "labels.txt").write_bytes(labels.swapcase())
+    refused("labels.txt was changed")
+    (own / "labels.txt").write_bytes(labels)
     for name in ("more.txt", ".hidden", "engine/.gitignore", "runner/__pycache__/images.cpython-311.pyc", "golden/004.png"):
         path = own / name
         path.parent.mkdir(exist_ok=True)
@@ -367,11 +431,60 @@ def test_archives_that_lead_elsewhere_or_are_no_bundles_are_refused(written: Pat
         pass
     with pytest.raises(StoreError, match="is not there"), bundles.opened(tmp_path / "away"):
         pass
-    (tmp_path / "many").mkdir()
-    for index in range(bundles.MAX_FILES + 1):
-        (tmp_path / "many" / str(index)).touch()
-    with pytest.raises(TamperedArtefact, match="more than 1000 files"), bundles.opened(tmp_path / "many"):
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_manifest_that_was_made_anew_without_a_key_is_refused(own: Path) -> None:
+    """Its digests are right, and so is its seal: the signature alone tells."""
+
+    def sure(record: dict[str, Any]) -> None:
+        record["threshold"] = 0.0
+
+    card = own / "model-card.md"
+    for change, text in ((sure, card.read_text()), (lambda _: None, "# Another model\n")):
+        before = {path: path.read_bytes() for path in files_of(own)}
+        card.write_text(text)
+        resealed(own, change)
+        with pytest.raises(TamperedArtefact, match=r"not signed by the key signer\.pub"), bundles.opened(own):
+            pass
+        for path, data in before.items():
+            path.write_bytes(data)
+    body = unseal((own / "manifest.json").read_bytes())
+    assert body is not None
+    (own / "manifest.json").write_bytes(seal(body | {"kind": "export"}))
+    with pytest.raises(TamperedArtefact, match="it is of the kind 'export'; expected 'engine bundle'"):
+        bundles.verified(own)
+    (own / "signature.json").unlink()
+    with pytest.raises(TamperedArtefact, match=r"has no signature\.json; it is no bundle, or not a whole one"):
+        bundles.verified(own)
+
+
+@pytest.mark.usefixtures("unread")
+def test_what_is_larger_than_a_bundle_may_be_is_refused_unread(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(what: str, key: Path | None = None) -> None:
+        with pytest.raises((TamperedArtefact, ConfigError), match=what), bundles.opened(own, key=key):
+            pass
+
+    os.truncate(Path(shutil.copy(own / "signer.pub", tmp_path / "long.pub")), signatures.MAX_BYTES + 1)
+    refused("not a public key in PEM .more than 4194304 bytes", tmp_path / "long.pub")
+    for name, what in (("signature", "the signature has more than"), ("manifest", "manifest.json has more than")):
+        kept = (own / f"{name}.json").read_bytes()
+        os.truncate(own / f"{name}.json", signatures.MAX_BYTES + 1)
+        refused(what)
+        (own / f"{name}.json").write_bytes(kept)
+    (own / "many").mkdir()
+    for index in range(bundles.MAX_FILES):
+        (own / "many" / str(index)).touch()
+    refused("more than 1000 files and folders")
+    packed = tmp_path / "many.zip"
+    bundles._pack(own, packed)
+    with pytest.raises(TamperedArtefact, match="more than 1000 files and folders"), bundles.opened(packed):
         pass
+    shutil.rmtree(own / "many")
+    monkeypatch.setattr(bundles, "MAX_GB", 0)
+    refused("it has more than 0 GB")
 
 
 def test_a_bundle_that_somebody_else_signed_is_told_from_the_makers(own: Path, key: Path, tmp_path: Path) -> None:
@@ -451,15 +564,18 @@ def test_xml_that_leads_elsewhere_is_refused_before_openvino_sees_it(own: Path, 
     declaration = '<?xml version="1.0"?>'
     assert text.startswith(declaration)
     entity = f'{declaration}<!DOCTYPE net [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
-    cases = {
-        "a document type": text.replace(declaration, entity),
-        "an instruction for other programs": text.replace(declaration, declaration + '<?xml-stylesheet href="x"?>'),
-        "a layer of the extension 'extension'": text.replace('version="opset1"', 'version="extension"', 1),
-        "a constant that lies outside of model.bin": text.replace('offset="0"', 'offset="99999999"', 1),
-        "elements more than 64 deep": text.replace("<layers>", "<layers>" + "<a>" * 70 + "</a>" * 70),
-        "is no XML": text[:500],
-    }
-    for what, changed in cases.items():
+    outside = "a constant that lies outside of model.bin"
+    cases = [
+        ("a document type", text.replace(declaration, entity)),
+        ("an instruction for other programs", text.replace(declaration, declaration + '<?xml-stylesheet href="x"?>')),
+        ("a layer of the extension 'extension'", text.replace('version="opset1"', 'version="extension"', 1)),
+        (outside, text.replace('offset="0"', 'offset="99999999"', 1)),
+        (outside, text.replace('offset="0"', 'offset="-1"', 1)),
+        (outside, text.replace('offset="0"', 'offset="0x0"', 1)),
+        ("elements more than 64 deep", text.replace("<layers>", "<layers>" + "<a>" * 70 + "</a>" * 70)),
+        ("is no XML", text[:500]),
+    ]
+    for what, changed in cases:
         assert changed != text
         path.write_text(changed)
         with pytest.raises(TamperedArtefact, match=what), bundles.opened(resigned(own, key)):
@@ -470,6 +586,26 @@ def test_xml_that_leads_elsewhere_is_refused_before_openvino_sees_it(own: Path, 
         pass
     with bundles.opened(own, key=key.with_name("key.pub")):
         pass
+
+
+def test_a_graph_under_the_name_of_weights_is_not_opened(own: Path, key: Path, onnx_engine: Stored[Engine]) -> None:
+    """Runtimes go by what a file holds: OpenVINO and ONNX Runtime open it all the same, and TensorRT a program."""
+    shutil.copyfile(onnx_engine.folder / "model.onnx", own / "engine" / "payload.bin")
+    resigned(own, key, lambda record: record["engine"].update(entry="payload.bin"))
+    with pytest.raises(TamperedArtefact, match=r"payload\.bin is of a kind that cannot be looked into"), bundles.opened(own):
+        pass
+    with bundles.opened(own, key=key.with_name("key.pub")) as found:
+        assert bundles.answer_golden(found, num_threads=1).pictures == 4
+
+
+@pytest.mark.parametrize(("name", "most"), [("model.onnx", "_MAX_GRAPH"), ("model.xml", "_MAX_XML")])
+def test_a_graph_that_is_larger_than_one_can_be_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most: str
+) -> None:
+    monkeypatch.setattr(engine_files, most, 1000)
+    (tmp_path / name).write_bytes(bytes(1001))
+    with pytest.raises(TamperedArtefact, match=f"{name} has more than 1000 bytes"):
+        engine_files.inspect(tmp_path / name, is_entry=True)
 
 
 def test_onnx_that_leads_elsewhere_is_refused_before_a_runtime_sees_it(onnx_engine: Stored[Engine], tmp_path: Path) -> None:
@@ -483,7 +619,7 @@ def test_onnx_that_leads_elsewhere_is_refused_before_a_runtime_sees_it(onnx_engi
         change(model)
         file.write_bytes(model.SerializeToString())
         with pytest.raises(TamperedArtefact, match=what):
-            engine_files.inspect(file)
+            engine_files.inspect(file, is_entry=True)
 
     def point(tensor: Any) -> None:
         tensor.external_data.add(key="location", value="../../etc/passwd")
@@ -498,6 +634,16 @@ def test_onnx_that_leads_elsewhere_is_refused_before_a_runtime_sees_it(onnx_engi
         point(constant.attribute[0].t)
         model.graph.node.append(constant)
 
+    def attribute_of(model: Any) -> Any:
+        return model.graph.node.add(op_type="Constant").attribute.add(name="value")
+
+    def in_a_function(model: Any) -> None:
+        function = model.functions.add(name="f", domain="own")
+        point(function.node.add(op_type="Constant").attribute.add(name="value").t)
+
+    def in_a_list_of_graphs(model: Any) -> None:
+        point(attribute_of(model).graphs.add().initializer.add(name="hidden"))
+
     def for_training(model: Any) -> None:
         point(model.training_info.add().algorithm.initializer.add(name="hidden"))
 
@@ -508,10 +654,16 @@ def test_onnx_that_leads_elsewhere_is_refused_before_a_runtime_sees_it(onnx_engi
             attribute.g.name = "g"
             graph = attribute.g
 
-    assert engine_files.inspect(onnx_engine.folder / "model.onnx")
+    assert engine_files.inspect(onnx_engine.folder / "model.onnx", is_entry=True)
     refused(lambda model: point(model.graph.initializer[0]), r"in another file \(../../etc/passwd\)")
     refused(lambda model: setattr(model.graph.initializer[0], "data_location", 1), r"in another file \(unnamed\)")
     refused(lambda model: point(model.graph.sparse_initializer.add().values), "in another file")
+    refused(lambda model: point(model.graph.sparse_initializer.add().indices), "in another file")
+    refused(lambda model: point(attribute_of(model).tensors.add()), "in another file")
+    refused(lambda model: point(attribute_of(model).sparse_tensor.values), "in another file")
+    refused(lambda model: point(attribute_of(model).sparse_tensors.add().indices), "in another file")
+    refused(in_a_function, "in another file")
+    refused(in_a_list_of_graphs, "keeps 'hidden' in another file")
     refused(inside_a_branch, "keeps 'hidden' in another file")
     refused(in_an_attribute, "keeps 'hidden' in another file")
     refused(for_training, "keeps 'hidden' in another file")
@@ -519,7 +671,7 @@ def test_onnx_that_leads_elsewhere_is_refused_before_a_runtime_sees_it(onnx_engi
     refused(deep, "is no ONNX")
     file.write_bytes(original[: len(original) // 2])
     with pytest.raises(TamperedArtefact, match="is no ONNX"):
-        engine_files.inspect(file)
+        engine_files.inspect(file, is_entry=True)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
@@ -575,9 +727,10 @@ def test_an_engine_that_cannot_run_here_is_told_with_both_versions(
 def test_what_does_not_answer_as_its_release_does_not_leave(release: Stored[Release], key: Path, tmp_path: Path) -> None:
     made = contents(release)
     assert made.probabilities is not None
-    wrong = Contents(**{**vars(made), "probabilities": made.probabilities[::-1].copy()})
-    with pytest.raises(EngineUnavailable, match="a probability differs by .*; nothing was written"):
-        bundles.write(wrong, tmp_path / "out", key=key, num_threads=1)
+    for probabilities in (made.probabilities[::-1].copy(), made.probabilities * np.float32("nan")):
+        wrong = Contents(**{**vars(made), "probabilities": probabilities})
+        with pytest.raises(EngineUnavailable, match="a probability differs by .*; nothing was written"):
+            bundles.write(wrong, tmp_path / "out", key=key, num_threads=1)
     with pytest.raises(ConfigError, match="the task 'ranking' cannot leave in a bundle.*classification"):
         bundles.write(Contents(**{**vars(made), "task": "ranking"}), tmp_path / "out", key=key, num_threads=1)
     assert list(tmp_path.iterdir()) == []

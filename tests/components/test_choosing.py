@@ -33,17 +33,27 @@ def test_the_fastest_within_the_limits_is_chosen_and_the_limit_that_decided_is_t
 
 
 @pytest.mark.parametrize(
-    ("limits", "engine", "missed"),
+    ("limits", "missed"),
     [
-        (Limits(memory_mb=120), "onnxruntime-fp32", "memory 140 MB, at most 120"),
-        (Limits(drop=0.03, size_mb=5, p99_ms=2), "openvino-int8", "size 13 MB, at most 5"),
-        (Limits(p99_ms=2.6), "openvino-fp32", ""),
+        ({"p99_ms": 2.4}, "p99 latency 2.5 ms, at most 2.4"),
+        ({"size_mb": 12}, "size 13 MB, at most 12"),
+        ({"memory_mb": 139}, "memory 140 MB, at most 139"),
+        ({"drop": 0.002}, "drops 0.3 points [-0.70, 1.30], at most 0.2 points"),
     ],
 )
-def test_each_limit_decides(limits: Limits, engine: str, missed: str) -> None:
-    found = choose(ALL, limits)
-    assert (found.engine, found.is_servable) == (engine, True)
-    assert missed in " ".join(found.told.values())
+def test_the_one_limit_that_the_fastest_misses_decides_and_is_named(limits: dict[str, float], missed: str) -> None:
+    fast = Offer("openvino-fp32", True, p50_ms=1.3, p99_ms=2.5, size_mb=13.0, memory_mb=140, drop=drop(0.3))
+    slow = Offer("onnxruntime-fp32", True, p50_ms=2.0, p99_ms=2.1, size_mb=4.0, memory_mb=110, drop=drop(0.1))
+    # What an engine has of each is what it may have: it then meets the limit.
+    just = Limits(p99_ms=2.5, size_mb=13, memory_mb=140, drop=fast.drop.value if fast.drop else None)
+    assert choose([slow, fast], just).engine == "openvino-fp32"
+    found = choose([slow, fast], just.model_copy(update=limits))
+    assert (found.engine, found.is_servable) == ("onnxruntime-fp32", True)
+    assert found.told["openvino-fp32"] == f"misses the recipe's limits: {missed}"
+    assert found.told["onnxruntime-fp32"].endswith(f"openvino-fp32 is faster (p50 1.3 ms) but {found.told['openvino-fp32']}")
+    # Alone it is not served either, and the limit is why.
+    alone = choose([fast], just.model_copy(update=limits))
+    assert (alone.engine, alone.is_servable, alone.told) == ("openvino-fp32", False, {fast.engine: found.told[fast.engine]})
 
 
 def test_what_drops_by_just_the_limit_meets_it() -> None:
@@ -61,6 +71,12 @@ def test_what_did_not_pass_is_never_chosen_and_what_is_not_measured_meets_no_lim
     found = choose([unmeasured, ORT], Limits(memory_mb=500))
     assert (found.engine, found.is_servable) == ("onnxruntime-fp32", True)
     assert found.told["openvino-fp32"].endswith("memory not measured, at most 500 MB; drop not measured, at most 1 point")
+    # An engine whose speed nobody knows is no faster than one that was measured.
+    unknown = Offer("litert-fp32", True, drop=drop(0))
+    assert choose([unknown, ORT], Limits()).engine == "onnxruntime-fp32"
+    assert choose([unknown], Limits(p99_ms=9)).told == {
+        "litert-fp32": "misses the recipe's limits: p99 latency not measured, at most 9 ms"
+    }
 
 
 def test_where_nothing_meets_the_limits_the_nearest_is_named_and_not_served() -> None:

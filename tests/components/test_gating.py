@@ -13,7 +13,7 @@ from components.choosing import Limits
 from components.contracts.errors import ConfigError, TamperedArtefact, UnknownName
 from components.contracts.families import Answers, Evidence
 from components.contracts.models import Engine, Preprocessing
-from components.contracts.records import Stored
+from components.contracts.records import FileDigest, Stored
 from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Finding, Measurement
 from components.gating import Champion, GateConfig, GatingConfig, Judged, check, judge
 from components.intervals import wilson
@@ -212,6 +212,22 @@ def test_the_served_engine_is_chosen_among_those_that_passed(tmp_path: Path) -> 
     nothing = verdict(tmp_path, **auto)
     assert (nothing.status, nothing.serving_engine) == ("inconclusive", "")
     assert nothing.reasons == ("there is no engine to serve: none passed every gate",)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [(Limits(memory_mb=100), "memory 140 MB, at most 100"), (Limits(size_mb=4), "size 5 MB, at most 4")],
+)
+def test_memory_and_size_of_an_engine_are_held_against_their_limits(tmp_path: Path, limits: Limits, told: str) -> None:
+    files = (FileDigest(name="model.bin", sha256="0" * 64, bytes=5_000_000),)
+    large, small = engine().model_copy(update={"files": files}), engine("onnxruntime-fp32", "fp32")
+    fast = measured(large, latency_p50_ms=1.0, memory_mb=140.0)
+    slow = measured(small, latency_p50_ms=4.0, memory_mb=90.0)
+    items = [item(tmp_path, large, measurement=fast), item(tmp_path, small, measurement=slow)]
+    assert verdict(tmp_path, *items, serving="auto").serving_engine == "openvino-int8"
+    found = verdict(tmp_path, *items, serving="auto", limits=limits)
+    assert found.serving_engine == "onnxruntime-fp32"
+    assert told in found.engines[0].findings[-1].message
 
 
 def test_where_no_engine_passed_the_order_decides_nothing_and_every_reason_is_told(tmp_path: Path) -> None:
@@ -433,6 +449,10 @@ def test_class_recall_gate_looks_at_the_worst_class() -> None:
         "floor 0.97: too few test images of 'a' to decide: there are 100, about 290 would do, and 2 other classes"
     )
     classes = list(evidence().evaluation.per_class)
+    # A recall below the floor whose interval reaches over it decides nothing.
+    classes[1] = classes[1].model_copy(update={"recall": wilson(85, 100)})
+    straddling = evidence().evaluation.model_copy(update={"per_class": tuple(classes)})
+    assert ask("class_recall", evidence(evaluation=straddling), floor=0.9).status == "inconclusive"
     classes[1] = classes[1].model_copy(update={"recall": wilson(60, 100)})
     worse = evidence().evaluation.model_copy(update={"per_class": tuple(classes)})
     finding = ask("class_recall", evidence(evaluation=worse), floor=0.9)
@@ -458,6 +478,11 @@ def test_parity_gate_compares_image_by_image() -> None:
     assert ask("parity", evidence(reference=None)).status == "inconclusive"
     other = answered(GOOD, names=["x"] * 300)
     assert ask("parity", evidence(answers=other)).status == "inconclusive"
+    # One answer that is no number would be one other answer of 300, and those pass.
+    broken = GOOD.copy()
+    broken[7] = np.nan
+    unclear = ask("parity", evidence(answers=answered(broken)))
+    assert (unclear.status, unclear.message) == ("inconclusive", "some answers are not finite numbers")
     few = ask("parity", evidence(), min_images=1000)
     assert (few.status, few.message) == ("inconclusive", "too few test images to decide: there are 300, 1000 would do")
     # What is said of one precision leaves the others' defaults.
@@ -467,6 +492,11 @@ def test_parity_gate_compares_image_by_image() -> None:
         "inconclusive",
         "too few test images to decide: there are 300, about 390 would do",
     )
+    # Valid and calibration chose its ranges and layers: what it answers there proves nothing, for it or against it.
+    beyond = {"beyond_test": flipped(300), "reference_beyond_test": answered(GOOD)}
+    found = ask("parity", evidence(**beyond))
+    assert (found.status, found.n) == ("pass", 300)
+    assert ask("parity", evidence(**beyond), min_images=301).status == "inconclusive"
     with pytest.raises(ConfigError, match=r"min_agreement.int8: Input should be less than or equal to 1"):
         plugins.load("gates", "parity", {"min_agreement": {"int8": 95}})
 
@@ -480,9 +510,10 @@ def test_parity_gate_bounds_the_logits_of_fp32() -> None:
     both = {"beyond_test": answered(GOOD), "reference_beyond_test": answered(GOOD)}
     found = ask("parity", evidence(engine=fp32, **both))
     assert (found.status, found.n) == ("pass", 600)
-    moved = GOOD.copy()
-    moved[7, 1] += 0.02
-    assert ask("parity", evidence(engine=fp32, **both | {"beyond_test": answered(moved)})).status == "fail"
+    for difference in (0.02, -0.02):
+        moved = GOOD.copy()
+        moved[7, 1] += difference
+        assert ask("parity", evidence(engine=fp32, **both | {"beyond_test": answered(moved)})).status == "fail"
     others = answered(GOOD, names=["x"] * 300)
     assert ask("parity", evidence(engine=fp32, **both | {"beyond_test": others})).status == "inconclusive"
 
@@ -491,10 +522,14 @@ def test_latency_gate_wants_a_measurement_of_this_engine() -> None:
     of = engine()
     assert ask("latency", evidence(), max_p99_ms=5.5).status == "pass"
     assert ask("latency", evidence(), max_p99_ms=4.4).status == "fail"
+    # The value itself may lie on either side of the budget.
+    assert ask("latency", evidence(), max_p99_ms=4.8).status == "inconclusive"
     undecided = ask("latency", evidence(), max_p99_ms=5.2)
     assert undecided.status == "inconclusive"
     assert "[4.5, 5.5] of 300 runs on m, budget 5.2 ms; these runs do not decide: a quieter machine" in undecided.message
     assert ask("latency", evidence(measurement=None), max_p99_ms=6).status == "inconclusive"
+    elsewhere = ask("latency", evidence(measurement=measured(of, status="not executed here", reason="no GPU")), max_p99_ms=6)
+    assert (elsewhere.status, elsewhere.message) == ("inconclusive", "its latency was not measured: no GPU")
     assert ask("latency", evidence(measurement=measured(of, engine_digest="x")), max_p99_ms=6).status == "inconclusive"
     assert ask("latency", evidence(measurement=measured(of, num_runs=20)), max_p99_ms=6).status == "inconclusive"
     assert ask("latency", evidence(measurement=measured(of, latency_p99=None)), max_p99_ms=6).status == "inconclusive"
