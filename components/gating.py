@@ -182,6 +182,7 @@ def _offers(
             verdict.status == "pass",
             is_undecided=verdict.status == "inconclusive",
             p50_ms=measured.latency_p50_ms if measured else None,
+            rounds_p50_ms=measured.rounds_p50_ms if measured else (),
             p99_ms=measured.latency_p99_ms if measured else None,
             size_mb=item.engine.record.size_bytes / 1e6,
             memory_mb=measured.memory_mb if measured else None,

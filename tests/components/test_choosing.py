@@ -32,6 +32,32 @@ def test_the_fastest_within_the_limits_is_chosen_and_the_limit_that_decided_is_t
     assert choose(ALL, Limits(drop=None)).engine == "openvino-int8"
 
 
+def test_engines_whose_rounds_overlap_are_tied_and_the_smaller_one_serves_whichever_median_is_lower() -> None:
+    def measured(name: str, size_mb: float, *rounds: float) -> Offer:
+        return Offer(name, True, p50_ms=sorted(rounds)[2], rounds_p50_ms=rounds, size_mb=size_mb, drop=drop(0.0))
+
+    slow = measured("onnxruntime-fp32", 1.0, 3.0, 3.1, 3.2, 3.3, 3.4)
+    large = measured("openvino-fp32", 13.0, 1.0, 1.1, 1.2, 1.3, 1.4)
+    for rounds in ((1.1, 1.2, 1.3, 1.4, 1.5), (0.8, 0.9, 1.0, 1.1, 1.2)):
+        small = measured("openvino-int8", 4.0, *rounds)
+        found = choose([large, slow, small], Limits())
+        assert found.engine == "openvino-int8"
+        assert "the smallest of 2 whose rounds overlap, of 3 that meet every limit" in found.told["openvino-int8"]
+        assert found.told["openvino-fp32"].startswith(
+            "meets every limit; openvino-int8 is as fast within the rounds of the measurement, and no larger"
+        )
+        assert found.told["openvino-fp32"].endswith("4 MB against 13)")
+        assert found.told["onnxruntime-fp32"].startswith("meets every limit; openvino-int8 is faster (")
+    # What is surely slower is not served for its size, and of equals the name decides.
+    surely = measured("openvino-int8", 4.0, 1.5, 1.6, 1.7, 1.8, 1.9)
+    assert choose([surely, large, slow], Limits()).engine == "openvino-fp32"
+    twin = measured("openvino-fp16", 13.0, 1.0, 1.1, 1.2, 1.3, 1.4)
+    assert choose([large, twin], Limits()).engine == choose([twin, large], Limits()).engine == "openvino-fp16"
+    # One that misses a limit ties with none.
+    tight = choose([large, slow, measured("openvino-int8", 4.0, 1.1, 1.2, 1.3, 1.4, 1.5)], Limits(p99_ms=1))
+    assert not tight.is_servable
+
+
 @pytest.mark.parametrize(
     ("limits", "missed"),
     [

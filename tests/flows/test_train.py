@@ -225,31 +225,32 @@ def test_the_served_engine_is_chosen_by_the_limits_of_the_recipe(trained: Path, 
     passed = {f["engine"] for f in summary["findings"] if f["engine_status"] == "pass"}
     assert passed == {"onnxruntime-fp32", "openvino-int8"}
     engines = {name: summary["engines"][name] for name in passed}
-    fastest = min(passed, key=lambda name: engines[name]["latency_ms"]["p50"])
-    assert summary["serving_engine"] == fastest
+    serving = summary["serving_engine"]
+    # The fastest, or a smaller one where the rounds of both overlap.
+    (other,) = passed - {serving}
+    is_faster = engines[serving]["latency_ms"]["p50"] < engines[other]["latency_ms"]["p50"]
+    assert is_faster or engines[serving]["size_bytes"] < engines[other]["size_bytes"]
     told = {f["engine"]: f for f in summary["findings"] if f["gate"] == "serving"}
-    assert told[fastest]["status"] == "pass"
-    assert told[fastest]["message"].startswith(
-        "chosen of 2 engines that passed every gate: the fastest of 2 that meet every limit"
-    )
+    assert told[serving]["status"] == "pass"
+    assert told[serving]["message"].startswith("chosen of 2 engines that passed every gate: the ")
     for engine in engines.values():
         assert 1 < engine["memory_mb"] < 4000
         assert engine["price_of_a_million"] == pytest.approx(engine["latency_ms"]["p50"] * 0.1)
     page = Path(summary["report"]).read_text()
-    assert f"{fastest} (serving)</text>" in page
+    assert f"{serving} (serving)</text>" in page
     assert "a million answers, one after another, at 0.36 an hour" in page
     listed = json.loads(visionloop("runs", "--json", cwd=root).stdout)["runs"]
     (run,) = [run for run in listed if run["run"] == summary["run"]]
-    assert (run["engine"], run["accuracy"]) == (fastest, engines[fastest]["metrics"]["accuracy"])
+    assert (run["engine"], run["accuracy"]) == (serving, engines[serving]["metrics"]["accuracy"])
     shown = json.loads(visionloop("show", summary["version"], "--json", cwd=root).stdout)
     limits = {"drop": 0.2, "memory_mb": 4000.0, "p99_ms": None, "size_mb": None}
     assert shown["summary"]["policy"]["limits"] == limits
     # Whoever has the version's files alone reads the same in them.
     files = root / ".visionloop" / "mlflow-artifacts"
-    (policy,) = (p for f in files.rglob("evidence/policy.json") if "limits" in (p := json.loads(f.read_text())))
+    policy = next(p for f in files.rglob("evidence/policy.json") if "limits" in (p := json.loads(f.read_text())))
     assert policy["limits"] == limits
     card = max(files.rglob("model-card.md"), key=lambda path: path.stat().st_mtime).read_text()
-    for line in ("export.limits: memory_mb 4000, drop 0.2", f"{fastest}: {told[fastest]['message']}"):
+    for line in ("export.limits: memory_mb 4000, drop 0.2", f"{serving}: {told[serving]['message']}"):
         assert line in card
         assert line in " ".join(policy["choice"])
     # Parity in fp32 was judged by these answers, too.
