@@ -116,6 +116,11 @@ def notes_on(added: Added) -> Iterator[str]:
     ):
         if names:
             yield f"{counted(len(names), 'image')} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    if added.num_only_split:
+        yield (
+            f"the test ledger lacked {counted(added.num_only_split, 'picture')} that runs of this workspace trained or "
+            f"judged models on; each stays on the side that it had then"
+        )
     if added.looked is not None:
         yield from told_of(added.looked)
     if added.new_classes:

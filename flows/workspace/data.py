@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components import attributes, data_folder, dataversions, git, history, transfers
+from components import attributes, data_folder, dataversions, history, transfers
 from components.attributes import Attributes
 from components.clusters import Clusters
-from components.companions import PIN, TEST_LEDGER
+from components.companions import TEST_LEDGER
 from components.contracts.data import DataVersion
 from components.contracts.errors import DataDiffers, DataError, UndecodableImage
 from components.contracts.progress import Progress, silent
@@ -29,13 +29,13 @@ from components.store import explained, sha256_file
 from flows.workspace.differences import notes_on_labels
 from flows.workspace.incoming import Incoming, LeftOut, SplitsUndecided, incoming
 from flows.workspace.near_duplicates import MAX_CLUSTER_SHARE, Handling, Looked, look_for
+from flows.workspace.sides import frozen_sides
 from flows.workspace.sources import Staged, staged
 from flows.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DEFAULT_TEST_SHARE = 0.2
 _PSEUDO = "labelled by a model, and its picture is frozen as test"
 _BY_SETTING = "VISIONLOOP_FORMATS, VISIONLOOP_MAX_PIXELS or VISIONLOOP_MAX_IMAGE_MB, which serving needs too"
 
@@ -66,6 +66,8 @@ class Added:
     """What was known of files and is said to be something else, a sentence each."""
     looked: Looked | None = None
     """What was found of near-duplicates."""
+    num_only_split: int = 0
+    """Pictures whose side was known only by what a run here had split; see `flows.workspace.sides`."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def add(
     the old version pinned, and running again completes it.
     """
     root = workspace.root
-    ledger = _ledger(root, test_share)
+    frozen = frozen_sides(workspace, test_share)
+    ledger = frozen.ledger
     clusters = Clusters.read(root)
     kept, sides = ledger, Sides()
     refused: dict[str, str] = {}
@@ -199,55 +202,8 @@ def add(
         test_counts=dict.fromkeys(lies_there.classes, 0)
         | Counter(label for picture, label in pictures if extended.members[picture]),
         test_share=extended.test_share,
+        num_only_split=frozen.num_only_split,
     )
-
-
-def _ledger(root: Path, test_share: float | None) -> TestLedger:
-    """The frozen test ledger, an empty one for a first version; raises DataError where it is lost or of another share."""
-    path = root / TEST_LEDGER
-    if not path.exists():
-        if not dataversions.adoptable(root):
-            raise DataError(f"{path} is missing; restore it with `git checkout -- {path.name}`")
-        return TestLedger(test_share or DEFAULT_TEST_SHARE, {})
-    ledger = _with_all_that_git_knows(root, TestLedger.read(path))
-    if test_share is not None and test_share != ledger.test_share:
-        raise DataError(
-            f"the test share of this data set is frozen at {ledger.test_share}; "
-            f"leave --test-share out, or start another workspace"
-        )
-    return ledger
-
-
-def _with_all_that_git_knows(root: Path, ledger: TestLedger) -> TestLedger:
-    """The ledger with every row of the staged and the committed one, and of both that were merged: who goes back to an
-    older version, or takes one side of a merge, forgets no side. Raises DataError where a picture changed sides.
-    """
-    own = (root / TEST_LEDGER).read_text(encoding="utf-8")
-    for revision, told in (("", "git's index"), ("HEAD", "HEAD")):
-        known = _ledger_at(root, revision, own)
-        if known is not None and (moved := ledger.moved_from(known)):
-            raise DataError(
-                f"{root / TEST_LEDGER} has {counted(len(moved), 'picture')} on another side than {told} has them (first: "
-                f"{moved[0]}), and what is frozen as test, or as none, stays so. Restore it with `git checkout HEAD -- "
-                f"{PIN} 'data.*.csv'`; of two branches that froze a picture on different sides take one whole, commit that, "
-                f"and add the images of the other"
-            )
-        ledger = ledger.with_sides(known.members) if known is not None else ledger
-    parents = (git.ask(root, "rev-parse", "--quiet", "HEAD^@") or "").split()
-    for parent in parents if len(parents) > 1 else ():
-        # Where two branches froze a picture on different sides, the one that was taken whole counts.
-        known = _ledger_at(root, parent, own)
-        ledger = ledger.with_sides(known.members) if known is not None else ledger
-    return ledger
-
-
-def _ledger_at(root: Path, revision: str, own: str) -> TestLedger | None:
-    """The ledger of a revision; None where it has none, no valid one, or one of the text `own`."""
-    text = git.ask(root, "cat-file", "blob", f"{revision}:./{TEST_LEDGER}")
-    try:
-        return TestLedger.parse(text) if text and text != own else None
-    except ValueError:  # in git, and of no use to anybody
-        return None
 
 
 def _usable(

@@ -98,8 +98,11 @@ def test_no_version_is_made_in_the_middle_of_a_merge_and_after_it_no_side_is_for
     def state() -> tuple[str, str, list[Path]]:
         return git.run(root, "status", "--porcelain"), git.run(root, "diff", "HEAD"), sorted((root / "data").glob("*/*"))
 
+    (tmp_path / "again.patch").write_text(git.run(root, "format-patch", "--stdout", "-1", "HEAD"))
     for command, *arguments in (
         ("rebase", "--exec", "false", "HEAD~1"),
+        ("rebase", "--apply", "theirs"),
+        ("am", str(tmp_path / "again.patch")),
         ("cherry-pick", "HEAD"),
         ("revert", "--no-commit", "HEAD"),
         ("merge", "--no-commit", "--strategy=ours", "theirs"),
@@ -115,6 +118,7 @@ def test_no_version_is_made_in_the_middle_of_a_merge_and_after_it_no_side_is_for
         assert state() == left
         git.run(root, command, "--abort")
     git.run(root, "merge", "--quiet", "--strategy=ours", "-m", "both", "theirs")
+    git.run(root, "commit", "--quiet", "--allow-empty", "-m", "what was merged need not be the last commit")
     told("add", str(tmp_path / "theirs"), cwd=root)
     assert TestLedger.read(root / TEST_LEDGER).members == {**theirs.members, **ours}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 from shapes import commit, visionloop
@@ -15,15 +16,17 @@ from shapes import commit, visionloop
 from components import dataversions, git, transfers
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
+from components.contracts.data import Splits
 from components.contracts.errors import DataError
 from components.contracts.issues import Issue, issue_id
 from components.images import decode, pixel_digest
 from components.splitting import TestLedger
-from components.store import sha256_file
+from components.store import describe, sha256_file
 from flows.review import apply
 from flows.reviewing.cards import Card, CardFile
 from flows.reviewing.deciding import Decision
 from flows.workspace import data
+from flows.workspace.adding import notes_on
 from flows.workspace.near_duplicates import PoisonsTest, told_of
 from flows.workspace.workspace import Workspace
 
@@ -251,13 +254,13 @@ def test_mirror_images_are_copies_once_they_have_one_label(photographs: Path, tm
     assert len(Clusters.read(photographs).near) == 4
 
 
-def test_no_row_of_a_ledger_that_git_holds_is_forgotten(photographs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("back", [("checkout", "--quiet", "HEAD~1", "--", "data.*"), ("revert", "--no-edit", "HEAD")])
+def test_no_row_of_a_ledger_that_git_holds_is_forgotten(photographs: Path, tmp_path: Path, back: tuple[str, ...]) -> None:
     take(photographs, write(tmp_path / "second", cat=[photograph(200 + seed) for seed in range(40)]))
     second = ledger(photographs)
     commit(photographs)
     # Back to the first version, and on from there with other pictures.
-    names = [path.name for path in photographs.glob("data.*") if path.is_file()]
-    git.run(photographs, "checkout", "--quiet", "HEAD~1", "--", *names)
+    git.run(photographs, "-c", "user.name=t", "-c", "user.email=t@t.invalid", *back)
     transfers.pull(photographs)
     assert len(ledger(photographs)) == 60
     take(photographs, write(tmp_path / "third", cat=[photograph(200 + seed) for seed in range(20, 50)]))
@@ -268,6 +271,52 @@ def test_no_row_of_a_ledger_that_git_holds_is_forgotten(photographs: Path, tmp_p
     (photographs / TEST_LEDGER).write_text(text.replace(",test", ",rest", 1))
     with pytest.raises(DataError, match="has 1 picture on another side than git's index has them .* Restore it with"):
         take(photographs)
+
+
+def test_a_version_that_is_taken_back_leaves_the_sides_by_which_models_were_judged(
+    photographs: Path, tmp_path: Path
+) -> None:
+    first = ledger(photographs)
+    second = write(tmp_path / "second", cat=[photograph(200 + seed) for seed in range(12)])
+    take(photographs, second)
+    commit(photographs)
+    # As a run split them, on the sides that no second draw would give them; folds are no frozen test.
+    drawn = {picture: side for picture, side in ledger(photographs).items() if picture not in first}
+    split = {picture: not side for picture, side in drawn.items()}
+    publish_splits(photographs, "splitting", split | first)
+    publish_splits(photographs, "splitting/fold-1-of-2", {"f" * 32: True})
+    git.run(photographs, "reset", "--quiet", "--hard", "HEAD~1")
+    transfers.pull(photographs)
+    assert ledger(photographs) == first
+    added = take(photographs, second)
+    assert ledger(photographs) == first | split
+    assert added.num_new_test == 0
+    told = "the test ledger lacked 12 pictures that runs of this workspace trained or judged models on; each stays on"
+    assert [note for note in notes_on(added) if note.startswith(told)]
+    assert take(photographs, second).num_only_split == 0
+    # Also where the first version is taken back.
+    for path in (photographs / "data.dvc", photographs / TEST_LEDGER, *photographs.glob("data.*.csv")):
+        path.unlink(missing_ok=True)
+    take(photographs, second)
+    assert ledger(photographs) == first | split
+
+
+def publish_splits(root: Path, kind: str, sides: dict[str, bool]) -> None:
+    """What a run keeps of how it split pictures."""
+    store, key = Workspace.find(root).store, "0" * 64
+    table = pd.DataFrame({"picture": list(sides), "split": ["test" if side else "train" for side in sides.values()]})
+    with store.writing(kind, key) as out:
+        table.to_parquet(out / "splits.parquet", index=False)
+        record = Splits(
+            data=dataversions.pinned(root),
+            table=describe(out / "splits.parquet", within=out),
+            classes=("cat", "dog"),
+            counts={},
+            class_counts={},
+            num_duplicate_groups=0,
+            test_digest="",
+        )
+    store.publish(kind, key, record, inputs={}, provenance={})
 
 
 def test_a_large_cluster_is_asked_about(tmp_path: Path) -> None:
