@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import io
 import os
 import re
 import shutil
@@ -40,8 +41,9 @@ from components.contracts.families import Predictor
 from components.contracts.models import Engine
 from components.contracts.records import FileDigest, Record, Stored
 from components.contracts.verdicts import Finding
-from components.formats import suffix_of
+from components.formats import format_of, suffix_of
 from components.images import decode, prepare
+from components.int8_arithmetic import int8_arithmetic
 from components.releases import TOLERANCE
 from components.sources.archive import Source as Archive
 from components.store import MANIFEST, describe, explained, seal, sha256_file, unseal
@@ -53,8 +55,13 @@ MAX_GB = 8
 _MAX_MANIFEST = 4 << 20
 _PIXEL_TOLERANCE = 2.0
 """Mean difference of a picture, in grey levels, that another build of the JPEG library may make."""
+_LOSSLESS = (".png", ".bmp", ".ppm")
+_LOSSLESS_TOLERANCE = 0.5
+"""The same where a file says each pixel: only the colour conversion and the resizing may round otherwise then."""
+_INT8_SHARE = 0.01
+"""Of the logits' range, where int8 is multiplied as where the golden logits were written; elsewhere it is TOLERANCE's."""
 _RUNNERS = Path(__file__).parent / "runners"
-_CARRIED = ("images", "colours", "formats", "contracts/errors", "contracts/progress")
+_CARRIED = ("images", "colours", "formats", "int8_arithmetic", "contracts/errors", "contracts/progress")
 """Modules of this package that decode and prepare pictures; the runner has them word for word."""
 _IMPORT = re.compile(r"^(\s*from )components(?=[. ])", re.MULTILINE)
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -80,6 +87,10 @@ class Bundle(Record):
     """Names of the pictures in `golden/`, in the order of the rows of inputs and logits."""
     tolerance: float = Field(gt=0)
     """Largest difference of a logit that another machine may make."""
+    int8_arithmetic: str = ""
+    """Of an int8 engine, how the machine multiplies that wrote the golden logits; empty where that does not matter."""
+    tolerance_elsewhere: float | None = Field(default=None, gt=0)
+    """In place of `tolerance`, where int8 is multiplied otherwise."""
     made_by: str
     """The visionloop that made it."""
     gates: tuple[Finding, ...] = ()
@@ -137,10 +148,17 @@ class Answered:
     tolerance: float
     runtime: str
     """Library and version that answered."""
+    lossless_difference: float = 0.0
+    """As `pixel_difference`, of the pictures that are stored without loss."""
 
     @property
     def problem(self) -> str:
         """Why they are not answered as they should be; empty when they are."""
+        if self.lossless_difference > _LOSSLESS_TOLERANCE:
+            return (
+                f"a golden picture that is stored without loss decodes to other pixels here (mean difference "
+                f"{self.lossless_difference:.1f} grey levels): pictures are prepared otherwise than the engine was built for"
+            )
         if self.pixel_difference > _PIXEL_TOLERANCE:
             return f"a golden picture decodes to other pixels here (mean difference {self.pixel_difference:.1f} grey levels)"
         if not self.logit_difference <= self.tolerance:
@@ -203,13 +221,14 @@ def _fill(folder: Path, contents: Contents, key: Path, num_threads: int) -> Bund
         shutil.copyfile(contents.engine.folder / file.name, copy)
         if sha256_file(copy) != file.sha256:
             raise TamperedArtefact(f"{file.name} of engine {engine.name} is not the file that was registered")
-    names, tolerance = _write_golden(folder / GOLDEN, contents, num_threads)
+    names, logit_range = _write_golden(folder / GOLDEN, contents, num_threads)
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in engine.classes))
     (folder / "model-card.md").write_text(contents.card)
     (folder / "LICENCES.md").write_text(contents.licences)
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements(engine)))
     (folder / SIGNER).write_bytes(signatures.public_key(key))
     _write_runner(folder, engine.target, contents.task)
+    share, arithmetic = TOLERANCE[engine.precision], int8_arithmetic() if engine.precision == "int8" else ""
     record = Bundle(
         model=contents.model,
         version=contents.version,
@@ -220,7 +239,9 @@ def _fill(folder: Path, contents: Contents, key: Path, num_threads: int) -> Bund
         task_settings=contents.task_settings,
         threshold=contents.threshold,
         golden=names,
-        tolerance=tolerance,
+        tolerance=(_INT8_SHARE if arithmetic else share) * logit_range,
+        int8_arithmetic=arithmetic,
+        tolerance_elsewhere=share * logit_range if arithmetic else None,
         made_by=contents.made_by,
         gates=contents.gates,
         built_later=contents.built_later,
@@ -234,23 +255,24 @@ def _fill(folder: Path, contents: Contents, key: Path, num_threads: int) -> Bund
 
 
 def _write_golden(folder: Path, contents: Contents, num_threads: int) -> tuple[tuple[str, ...], float]:
-    """Names of the pictures, and how far a logit may be from what is written here: a share of the logits' range."""
+    """Names of the pictures, and the range of the logits that are written here."""
     engine = contents.engine.record
     folder.mkdir()
+    pictures = [*contents.pictures, *_without_loss(contents)]
     names = []
-    for index, data in enumerate(contents.pictures):
+    for index, data in enumerate(pictures):
         path = folder / f"{index:03d}"
         path.write_bytes(data)
         names.append(f"{index:03d}{suffix_of(path)}")
         path.rename(folder / names[-1])
-    inputs = np.stack([prepare(decode(data), engine.preprocessing) for data in contents.pictures])
+    inputs = np.stack([prepare(decode(data), engine.preprocessing) for data in pictures])
     logits, _ = _predictor(contents.engine, num_threads).predict(inputs)
     if not np.isfinite(logits).all():
         raise EngineUnavailable(f"engine {engine.name} gives no finite answers here; nothing was written")
-    share = TOLERANCE[engine.precision]
     if contents.probabilities is not None:
         task = plugins.load("tasks", contents.task, contents.task_settings)
-        found = task.probabilities(logits, engine.temperature)
+        found = task.probabilities(logits[: len(contents.probabilities)], engine.temperature)
+        share = TOLERANCE[engine.precision]
         worst = float(np.abs(found - contents.probabilities).max())
         if not worst <= share:  # what is no number differs by more than anything
             raise EngineUnavailable(
@@ -259,7 +281,18 @@ def _write_golden(folder: Path, contents: Contents, num_threads: int) -> tuple[t
             )
     np.save(folder / "inputs.npy", inputs)
     np.save(folder / "logits.npy", logits.astype(np.float32))
-    return tuple(names), share * max(float(np.ptp(logits)), 1e-3)
+    return tuple(names), max(float(np.ptp(logits)), 1e-3)
+
+
+def _without_loss(contents: Contents) -> list[bytes]:
+    """The smallest of the pictures as a PNG, where none is stored without loss: a JPEG decodes otherwise elsewhere."""
+    if any(f".{format_of(data).lower()}" in _LOSSLESS for data in contents.pictures):
+        return []
+    picture = decode(min(contents.pictures, key=len))
+    copy = io.BytesIO()
+    colours = picture.srgb() if contents.engine.record.preprocessing.colour == "srgb" else picture.stored
+    colours.save(copy, "PNG")
+    return [copy.getvalue()]
 
 
 def _predictor(engine: Stored[Engine], num_threads: int) -> Predictor:
@@ -445,7 +478,15 @@ def answer_golden(bundle: Opened, *, num_threads: int) -> Answered:
         raise EngineUnavailable(f"{_told(engine, here)} gives answers of {logits.shape}, expected {expected.shape}")
     pixels = np.abs(pictures.astype(np.int32) - inputs.astype(np.int32)).mean(axis=(1, 2, 3))
     worst = float(np.abs(logits - expected).max()) if np.isfinite(logits).all() else float("inf")
-    return Answered(len(inputs), float(pixels.max()), worst, record.tolerance, here)
+    lossless = [difference for name, difference in zip(record.golden, pixels, strict=True) if name.endswith(_LOSSLESS)]
+    return Answered(
+        len(inputs), float(pixels.max()), worst, _tolerance_here(record), here, float(max(lossless, default=0.0))
+    )
+
+
+def _tolerance_here(record: Bundle) -> float:
+    same = record.int8_arithmetic in ("", int8_arithmetic())
+    return record.tolerance if same or record.tolerance_elsewhere is None else record.tolerance_elsewhere
 
 
 def _array(path: Path) -> npt.NDArray[Any]:

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms
 from safetensors.numpy import load_file
 from served import as_served, encoded, exif_rotated, jpeg, png, smoke_release, unpacked
 
-from components import bundles, engine_files, plugins, signatures
+from components import bundles, engine_files, int8_arithmetic, plugins, signatures
 from components.bundles import Bundle, Contents
 from components.colours import matrix_profile
 from components.contracts.errors import ConfigError, EngineUnavailable, SchemaTooNew, StoreError, TamperedArtefact
@@ -737,3 +737,170 @@ def test_what_does_not_answer_as_its_release_does_not_leave(release: Stored[Rele
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         bundles.write(made, tmp_path / "there", key=key, num_threads=1)
+
+
+def colour_engine(folder: Path, precision: Any = "int8") -> Stored[Engine]:
+    """A small network on colour pictures, as ONNX Runtime executes it."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    rng = np.random.default_rng(3)
+    stored = {
+        "mean": np.array([124, 116, 104], np.float32),
+        "std": np.array([58, 57, 57], np.float32),
+        "kernel": rng.normal(0, 1, (16, 3, 3, 3)).astype(np.float32),
+        "head": rng.normal(0, 1, (3, 16)).astype(np.float32),
+        "bias": np.zeros(3, np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["cast"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["cast", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "std"], ["scaled"]),
+        helper.make_node("Transpose", ["scaled"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["planes", "kernel"], ["convolved"]),
+        helper.make_node("Relu", ["convolved"], ["active"]),
+        helper.make_node("GlobalAveragePool", ["active"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["embedding"]),
+        helper.make_node("Gemm", ["embedding", "head", "bias"], ["logits"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "colours",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 24, 24, 3])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
+            for name, size in (("logits", 3), ("embedding", 16))
+        ],
+        [numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    folder.mkdir()
+    save(model, folder / "model.onnx")
+    record = Engine(
+        name=f"onnxruntime-{precision}",
+        target="onnxruntime",
+        precision=precision,
+        settings={},
+        checkpoint_digest="c" * 64,
+        files=(describe(folder / "model.onnx", within=folder),),
+        entry="model.onnx",
+        preprocessing=COLOUR,
+        classes=("cross", "disc", "stripes"),
+        embedding_dim=16,
+        temperature=1.0,
+        runtime="onnxruntime 1",
+        built_for=(),
+        facts={},
+    )
+    return Stored(record, folder)
+
+
+COLOUR = Preprocessing(
+    channels=3,
+    height=24,
+    width=24,
+    resize_shortest=27,
+    interpolation="bicubic",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+def photographs(count: int = 6) -> list[bytes]:
+    """JPEGs of smooth colours with edges and some grain, wider than they are high."""
+    rng, found = np.random.default_rng(8), []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(
+            (160, 120), Image.Resampling.BICUBIC
+        )
+        pixels = np.asarray(coarse).astype(int) + rng.integers(-12, 13, (120, 160, 3))
+        pixels[30:60, 40:90] = rng.integers(0, 255, 3)
+        found.append(encoded(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), "JPEG", quality=90))
+    return found
+
+
+def wrongly(how: str) -> Callable[..., Any]:
+    """A preparation of pictures that people write by mistake."""
+
+    def prepared(picture: Any, size: Preprocessing) -> Any:
+        image = picture.srgb().convert("RGB")
+        if how == "squashed":
+            return np.asarray(image.resize((size.width, size.height), Image.Resampling.BICUBIC))
+        if how == "every n-th pixel":
+            return np.asarray(image.resize((36, 27), Image.Resampling.NEAREST).crop((6, 1, 30, 25)))
+        right = prepare(picture, size)
+        if how == "bilinear":
+            return prepare(picture, size.model_copy(update={"interpolation": "bilinear"}))
+        if how == "not cropped":
+            return prepare(picture, size.model_copy(update={"resize_shortest": size.height}))
+        if how == "blue first":
+            return right[..., ::-1]
+        # What an engine whose graph scales sees of pictures where its network should have seen them unscaled.
+        mean, std = np.array(size.mean) * 255, np.array(size.std)
+        return (mean + std * right).round().clip(0, 255).astype(np.uint8)
+
+    return prepared
+
+
+MISTAKES = ["blue first", "not normalised", "bilinear", "every n-th pixel", "squashed", "not cropped"]
+
+
+@pytest.fixture(scope="module")
+def in_colour(key: Path, release: Stored[Release], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of an int8 engine whose pictures are JPEGs in colour."""
+    folder = tmp_path_factory.mktemp("colour")
+    made = contents(release, colour_engine(folder / "engine"))
+    bundles.write(Contents(**{**vars(made), "pictures": photographs()}), folder / "bundle", key=key, num_threads=1)
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("how", MISTAKES)
+def test_pictures_that_are_prepared_otherwise_are_refused(
+    in_colour: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bundles.opened(in_colour) as found:
+        # The last one is a copy of another without loss: how a JPEG is decoded differs between machines.
+        assert (len(found.record.golden), found.record.golden[-1]) == (7, "006.png")
+        assert bundles.answer_golden(found, num_threads=1).problem == ""
+        monkeypatch.setattr(bundles, "prepare", wrongly(how))
+        answered = bundles.answer_golden(found, num_threads=1)
+        assert "prepared otherwise than the engine was built for" in answered.problem
+        # Whoever gives the engine such pictures in a program of his own, and compares its logits, sees it as well.
+        pictures = [
+            wrongly(how)(decode((found.folder / "golden" / name).read_bytes()), COLOUR) for name in found.record.golden
+        ]
+        engine = Stored(found.record.engine, found.folder / "engine")
+        logits, _ = plugins.load("targets", "onnxruntime").load(engine, num_threads=1).predict(np.stack(pictures))
+        assert np.abs(logits - np.load(found.folder / "golden" / "logits.npy")).max() > found.record.tolerance
+
+
+def test_int8_answers_otherwise_where_its_products_are_added_otherwise(
+    in_colour: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 % of the range is no other rounding of one machine, and less than what x86 without VNNI makes."""
+    own = Path(shutil.copytree(in_colour, tmp_path / "own"))
+    logits = np.load(own / "golden" / "logits.npy")
+    logits[0, 0] += 0.05 * np.ptp(logits)
+    np.save(own / "golden" / "logits.npy", logits)
+    with bundles.opened(resigned(own, key)) as found:
+        assert "answers its golden vectors wrongly here" in bundles.answer_golden(found, num_threads=1).problem
+        assert not predict(found.folder, "--check", status=1)["golden"]["right"]
+    elsewhere = resigned(own, key, lambda record: record.update(int8_arithmetic="another processor"))
+    with bundles.opened(elsewhere) as found:
+        assert bundles.answer_golden(found, num_threads=1).problem == ""
+        assert predict(found.folder, "--check")["golden"]["right"]
+    # Pictures that say each pixel, and become others.
+    pixels = np.asarray(Image.open(own / "golden" / "006.png")).astype(int)
+    grain = np.random.default_rng(1).integers(-3, 4, pixels.shape)
+    Image.fromarray((pixels // 8 * 8 + grain + 4).clip(0, 255).astype(np.uint8)).save(own / "golden" / "006.png")
+    with bundles.opened(resigned(own, key)) as found:
+        assert not predict(found.folder, "--check", status=1)["golden"]["right"]
+    features = tmp_path / "cpuinfo"
+    monkeypatch.setattr(int8_arithmetic, "_CPUINFO", features)
+    assert int8_arithmetic.int8_arithmetic() == ""
+    for told, has in (
+        ("flags\t: fpu avx2 avx512_vnni", "with"),
+        ("flags\t: fpu avx2", "without"),
+        ("Features: asimddp", "with"),
+    ):
+        features.write_text(f"model name: any\n{told}\n")
+        assert int8_arithmetic.int8_arithmetic().endswith(f" {has} dot products")
