@@ -359,6 +359,8 @@ class Least:
     of_each_class: int = 0
     against_champion: bool = False
     """Whether that counts only once there is a champion."""
+    below_fp32_alone: bool = False
+    """Whether that counts only for engines below fp32: others are judged on images that are no test images, too."""
 
 
 class Gate(Protocol):

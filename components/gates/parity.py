@@ -50,22 +50,23 @@ class Gate(BaseModel):
         if any(one.image_ids != other.image_ids for one, other in pairs):
             return _finding("inconclusive", "the engine and the reference answered different images")
         n = sum(len(one.image_ids) for one, _ in pairs)
+        what = "images outside training" if len(pairs) > 1 else "test images"
         if n < self.min_images:
-            what = "images outside training" if evidence.engine.precision == "fp32" else "test images"
             return _finding("inconclusive", too_few(what, n, self.min_images, exactly=True), n=n)
         if not all(np.isfinite(one.logits).all() and np.isfinite(other.logits).all() for one, other in pairs):
             return _finding("inconclusive", "some answers are not finite numbers", n=n)
         if evidence.engine.precision == "fp32":
-            return self._by_logits(pairs, n)
+            return self._by_logits(pairs, n, what)
         return self._by_agreement(answers, reference, self.min_agreement[evidence.engine.precision])
 
-    def _by_logits(self, pairs: list[tuple[Answers, Answers]], n: int) -> Finding:
+    def _by_logits(self, pairs: list[tuple[Answers, Answers]], n: int, what: str) -> Finding:
         differences = np.concatenate([np.abs(one.logits - other.logits).max(axis=1) for one, other in pairs])
         largest, middle = float(differences.max()), float(np.median(differences))
         different = sum(int((~one.agree(other)).sum()) for one, other in pairs)
         text = (
-            f"largest |logit difference| {largest:.2g} on {counted(n, 'image')} outside training (limit "
-            f"{self.max_logit_difference:g}, median {middle:.2g}), {counted(different, 'other answer')}"
+            f"largest |logit difference| {largest:.2g} on {n} {what} (limit {self.max_logit_difference:g}, median "
+            f"{middle:.2g}), {counted(different, 'other answer')}; they prove {wilson(n - different, n).low:.1%} equal "
+            f"answers"
         )
         status = compare(largest, self.max_logit_difference, at_least=False)
         return _finding(status, text, value=largest, threshold=self.max_logit_difference, n=n)
@@ -95,7 +96,7 @@ class Gate(BaseModel):
 
     def least(self) -> Least:
         needed = fewest(lambda n: wilson(n, n).low >= self.min_proven)
-        return Least(images=None if needed is None else max(self.min_images, needed))
+        return Least(images=None if needed is None else max(self.min_images, needed), below_fp32_alone=True)
 
 
 def _finding(

@@ -510,6 +510,15 @@ def test_parity_gate_bounds_the_logits_of_fp32() -> None:
     both = {"beyond_test": answered(GOOD), "reference_beyond_test": answered(GOOD)}
     found = ask("parity", evidence(engine=fp32, **both))
     assert (found.status, found.n) == ("pass", 600)
+    assert "on 600 images outside training (" in found.message
+    assert found.message.endswith("0 other answers; they prove 99.4% equal answers")
+    # Where no others were answered the test images are all that there is, and that is said.
+    alone = ask("parity", evidence(engine=fp32))
+    assert (alone.status, alone.n) == ("pass", 300)
+    assert "on 300 test images (" in alone.message
+    assert alone.message.endswith("they prove 98.7% equal answers")
+    few = ask("parity", evidence(engine=fp32), min_images=301)
+    assert few.message == "too few test images to decide: there are 300, 301 would do"
     for difference in (0.02, -0.02):
         moved = GOOD.copy()
         moved[7, 1] += difference

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_what_is_missing_is_told_by_gate_and_class_and_how_many_images_would_do(
     assert "28 test images can prove an accuracy of at most 0.879" in told
     assert "class_recall needs 15 test images of 'cat'" in told
     assert "a first model can pass with 60 more images added, and its successor with 805 more" in told
+
+
+def test_parity_asks_for_test_images_of_engines_below_fp32_alone(workspace: Path) -> None:
+    """Those in fp32 are compared on the images of valid and calibration as well, so few test images lack nothing."""
+    recipe = workspace / "recipes" / "smoke.yaml"
+    recipe.write_text(re.sub(r"    - \{target: openvino, precision: int8\}\n", "", recipe.read_text()))
+    recipe.write_text(recipe.read_text().replace("serving: openvino-int8", "serving: onnxruntime-fp32"))
+    [amount] = amounts({"cat": 18, "dog": 18}, 0.2, workspace=workspace)
+    assert [one.gate for one in amount.missing] == ["no_regression"]
 
 
 def test_of_ten_thousand_classes_a_few_are_named_and_the_others_counted(workspace: Path) -> None:
