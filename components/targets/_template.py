@@ -64,7 +64,9 @@ class Target(BaseModel):
                 self._session(engine.folder / engine.record.entry, num_threads=max(1, num_threads // num_streams))
             )
         except ImportError as error:
-            raise EngineUnavailable(f"onnxruntime is not installed: {error}") from error
+            raise EngineUnavailable(
+                f"onnxruntime is not installed ({error}); run: python -m pip install onnxruntime"
+            ) from error
 
     def _session(self, path: Path, *, num_threads: int) -> Any:
         import onnxruntime

@@ -56,7 +56,10 @@ class Target(BaseModel):
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
-            raise EngineUnavailable(f"built, not executed here: ai-edge-litert is not installed: {error}") from error
+            raise EngineUnavailable(
+                f"built, not executed here: ai-edge-litert is not installed ({error}); "
+                f"run: python -m pip install ai-edge-litert"
+            ) from error
         path = engine.folder / engine.record.entry
         return _Predictor(Interpreter, path, max(1, num_threads // num_streams))
 

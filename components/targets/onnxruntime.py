@@ -62,7 +62,9 @@ class Target(Quantised):
             # A session may be called from many threads; each call then has its share of the runtime's threads.
             session = _session(path, threads, engine.record.precision)
         except ImportError as error:
-            raise EngineUnavailable(f"onnxruntime is not installed: {error}") from error
+            raise EngineUnavailable(
+                f"onnxruntime is not installed ({error}); run: python -m pip install onnxruntime"
+            ) from error
         expect(engine.record, session.get_modelmeta().custom_metadata_map.get(".".join(PROPERTY)))
         return _Predictor(session)
 

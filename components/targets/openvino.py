@@ -72,7 +72,7 @@ def compiled(
     try:
         import openvino
     except ImportError as error:
-        raise EngineUnavailable(f"openvino is not installed: {error}") from error
+        raise EngineUnavailable(f"openvino is not installed ({error}); run: python -m pip install openvino") from error
     settings: dict[str, str | int] = {
         "PERFORMANCE_HINT": hint,
         # On processors with AMX the default is bf16, which is neither fp32 nor the reference's answer.

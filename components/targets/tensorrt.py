@@ -30,6 +30,9 @@ from components.targets._qdq import QdqQuantiser, float16
 from components.targets._quantisation import Quantised, calibration_images, control
 
 _ENTRY = "model.engine"
+_INSTALL = (
+    "run: python -m pip install tensorrt-rtx-cu13 (Linux on x86-64 alone), or, beside a GPU, python -m pip install tensorrt"
+)
 
 
 class Target(Quantised):
@@ -46,7 +49,7 @@ class Target(Quantised):
     def absent(self) -> str:
         if _chosen():
             return ""
-        return "not built here: no TensorRT library for this machine; TensorRT-RTX exists for Linux on x86-64"
+        return f"not built here: no TensorRT library is installed; {_INSTALL}"
 
     def export(self, request: ExportRequest, *, out: Path) -> Built:
         full = _chosen() == "tensorrt"
@@ -132,7 +135,7 @@ def _library(name: str, error: type[ExportError] | type[EngineUnavailable]) -> A
     try:
         return importlib.import_module(name)
     except ImportError as cause:
-        raise error(f"{name or 'TensorRT'} is not installed ({cause}); it exists for Linux on x86-64") from cause
+        raise error(f"{name or 'TensorRT'} is not installed ({cause}); {_INSTALL}") from cause
 
 
 @functools.cache

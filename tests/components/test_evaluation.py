@@ -94,6 +94,16 @@ def test_an_engine_that_cannot_run_here_is_said_so(trained: Path, tmp_path: Path
     assert measured.status == "not executed here"
 
 
+def test_an_engine_built_for_pictures_prepared_otherwise_is_not_evaluated(trained: Path, tmp_path: Path) -> None:
+    engine = stored(trained, "export/openvino-int8", Engine)
+    wider = engine.record.preprocessing.model_copy(
+        update={"resize_shortest": 2 * engine.record.preprocessing.resize_shortest}
+    )
+    found = run(trained, tmp_path / "out", Stored(engine.record.model_copy(update={"preprocessing": wider}), engine.folder))
+    assert (found.status, found.metrics, found.predictions) == ("not executed here", {}, None)
+    assert "was built for pictures that are prepared otherwise" in found.reason
+
+
 def test_non_finite_logits_have_no_metrics(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replaced(monkeypatch, lambda images: (np.full((len(images), 3), np.nan, np.float32), np.zeros((len(images), 16))))
     found = run(trained, tmp_path / "out")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,29 +87,6 @@ def test_int8_without_enough_calibration_images_is_refused(
         )
 
 
-def test_an_exporter_that_crashes_is_an_error_and_not_the_end(trained: Path, tmp_path: Path) -> None:
-    plugins = tmp_path / "plugins" / "targets"
-    plugins.mkdir(parents=True)
-    (plugins / "crashing.py").write_text(
-        '"""Dies like native code does."""\nimport os\nfrom pydantic import BaseModel\n'
-        "class Target(BaseModel):\n    precisions: tuple[str, ...] = ('fp32',)\n"
-        "    def built_by(self): return ''\n    def absent(self): return ''\n"
-        "    def load(self, engine, *, num_threads, num_streams=1): ...\n"
-        "    def export(self, request, *, out):\n        os.abort()\n"
-    )
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ExportError, match="exporter was killed by signal 6"):
-        export.export(
-            stored(trained, "training", Checkpoint),
-            stored(trained, "export/graph", Graph),
-            stored(trained, "splitting", Splits),
-            trained / "data",
-            TargetConfig(target="crashing"),
-            out=tmp_path / "out",
-            plugin_folder=tmp_path / "plugins",
-        )
-
-
 def test_the_onnx_file_is_self_contained_and_has_a_dynamic_batch(trained: Path) -> None:
     import onnx
 
@@ -163,7 +141,31 @@ def test_an_engine_that_no_library_here_can_build_is_said_so(monkeypatch: pytest
     config = ExportConfig.model_validate_json(
         json.dumps({"targets": [{"target": "tensorrt"}, {"target": "openvino"}], "serving": "openvino-fp32"})
     )
-    assert "not built here" in export.absent(config)["tensorrt-fp32"]
+    assert "not built here: no TensorRT library is installed; run: python -m pip" in export.absent(config)["tensorrt-fp32"]
     serving = config.model_copy(update={"serving": "tensorrt-fp32"})
     with pytest.raises(ConfigError, match="serve another engine"):
         export.absent(serving)
+
+
+@pytest.mark.parametrize(
+    ("target", "module", "package"),
+    [
+        ("onnxruntime", "onnxruntime", "onnxruntime"),
+        ("openvino", "openvino", "openvino"),
+        ("litert", "ai_edge_litert.interpreter", "ai-edge-litert"),
+        ("tensorrt", "tensorrt_rtx", "tensorrt-rtx-cu13"),
+    ],
+)
+def test_a_runtime_that_is_missing_is_told_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str, module: str, package: str
+) -> None:
+    from components import plugins
+    from components.contract_checks import whole_evidence
+    from components.contracts.errors import EngineUnavailable
+    from components.targets import tensorrt
+
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(tensorrt, "_has_gpu", lambda: True)
+    engine = whole_evidence().engine.model_copy(update={"runtime": f"{module} 1"})
+    with pytest.raises(EngineUnavailable, match=rf"is not installed \(.*\); run: python -m pip install {package}\b"):
+        plugins.load("targets", target).load(Stored(engine, tmp_path), num_threads=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -10,10 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from shapes import KINDS
 from small_network import SmallNetwork, small_network
 
 from components import export, plugins
@@ -21,7 +25,7 @@ from components.checkpoints import save_weights
 from components.contracts.data import DataVersion, Splits
 from components.contracts.errors import ExportError, StoreError
 from components.contracts.models import Engine
-from components.contracts.records import FileDigest, Stored
+from components.contracts.records import Stored
 from components.export import Graph, TargetConfig
 from components.graphs import to_onnx
 from components.store import Store, describe
@@ -46,24 +50,39 @@ def target_that(does: str, folder: Path) -> Path:
     return folder
 
 
-def build(network: SmallNetwork, out: Path, plugin_folder: Path) -> Engine:
-    """An engine of the target `odd`, which looks at no picture."""
-    graph = Graph(checkpoint_digest="c", file=describe(network.graph, within=network.graph.parent))
-    splits = Splits(
-        data=DataVersion(dvc_hash="a", num_files=0, bytes=1, ledger_sha256="b"),
-        table=FileDigest(name="splits.parquet", sha256="", bytes=0),
+def splits_of(network: SmallNetwork, folder: Path, rows: list[tuple[str, str, str]]) -> Stored[Splits]:
+    """Splits in `folder` whose rows are path, label and split."""
+    named = [(path, label, f"{n:064d}", f"{n:032d}", split) for n, (path, label, split) in enumerate(rows)]
+    table = pd.DataFrame(named, columns=["path", "label", "sha256", "picture", "split"])
+    table.to_parquet(folder / "splits.parquet")
+    record = Splits(
+        data=DataVersion(dvc_hash="a", num_files=len(rows), bytes=1, ledger_sha256="b"),
+        table=describe(folder / "splits.parquet", within=folder),
         classes=network.checkpoint.record.classes,
         counts={},
         class_counts={},
         num_duplicate_groups=0,
         test_digest="c",
     )
+    return Stored(record, folder)
+
+
+def build(
+    network: SmallNetwork,
+    out: Path,
+    plugin_folder: Path,
+    *,
+    rows: list[tuple[str, str, str]] | None = None,
+    time_limit_s: int = 600,
+) -> Engine:
+    """An engine of the target `odd`; its pictures lie beside the folder of plug-ins."""
+    graph = Graph(checkpoint_digest="c", file=describe(network.graph, within=network.graph.parent))
     return export.export(
         network.checkpoint,
         Stored(graph, network.graph.parent),
-        Stored(splits, network.graph.parent),
-        network.graph.parent,
-        TargetConfig(target="odd", time_limit_s=600),
+        splits_of(network, plugin_folder.parent, rows or []),
+        plugin_folder.parent,
+        TargetConfig(target="odd", time_limit_s=time_limit_s),
         out=out,
         plugin_folder=plugin_folder,
     )
@@ -117,6 +136,48 @@ def test_an_operator_that_a_runtime_lacks_is_named(network: SmallNetwork, tmp_pa
         plugins.load("targets", target).export(network.request("fp32", tmp_path / "odd.onnx"), out=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("does", "words"),
+    [
+        ("print('half'); os.abort()", "the exporter was killed by signal 6"),  # as native code dies
+        ("os.write(2, b'no such kernel'); os._exit(3)", "the exporter ended with status 3: .*no such kernel"),
+        ("raise KeyError('no such kernel')", r"target 'odd' raised in export: .*odd\.py:\d+: KeyError: 'no such kernel'"),
+    ],
+)
+def test_an_exporter_that_crashes_is_an_error_with_its_words(
+    network: SmallNetwork, tmp_path: Path, does: str, words: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match=words):
+        build(network, tmp_path / "out", target_that(does, tmp_path / "plugins"))
+
+
+def test_an_exporter_is_given_calibration_and_valid_and_never_a_test_picture(network: SmallNetwork, tmp_path: Path) -> None:
+    """Test judges the engine: nothing of it may choose ranges or layers, so its pictures need not even be there."""
+    does = (
+        "import json\n"
+        "        calibration = [int(one[0, 0, 0]) for batch in request.calibration() for one in batch]\n"
+        "        valid = [(int(one[0, 0, 0]), int(t)) for some, wanted in request.valid() "
+        "for one, t in zip(some, wanted, strict=True)]\n"
+        "        (out / 'e').write_text(json.dumps([calibration, valid]))"
+    )
+    rows = [
+        (f"{split}{n}.png", KINDS[n % 3], split)
+        # More than a batch: each picture has to keep its label.
+        for split, number in (("train", 2), ("valid", 40), ("calibration", 12), ("test", 5))
+        for n in range(number)
+    ]
+    for path, _, split in rows:
+        if split in ("calibration", "valid"):
+            shade = int(path.removeprefix(split).removesuffix(".png")) + (100 if split == "valid" else 0)
+            Image.new("L", (16, 16), shade).save(tmp_path / path)
+    (tmp_path / "out").mkdir()
+    build(network, tmp_path / "out", target_that(does, tmp_path / "plugins"), rows=rows)
+    calibration, valid = json.loads((tmp_path / "out" / "e").read_text())
+    assert sorted(calibration) == list(range(12))
+    assert sorted(valid) == [[100 + n, n % 3] for n in range(40)]
+
+
 def test_an_exporter_that_hangs_is_ended_with_all_that_it_started(
     network: SmallNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,8 +186,9 @@ def test_an_exporter_that_hangs_is_ended_with_all_that_it_started(
     hanging.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/started\nwait\n")
     hanging.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(hanging))
-    with pytest.raises(ExportError, match=r"did not finish within 5 s and was ended; .* raise time_limit_s"):
-        export._in_subprocess({"do": "graph", "out": str(tmp_path)}, time_limit_s=5)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match=r"did not finish within 5 s and was ended; .* raise time_limit_s of this target"):
+        build(network, tmp_path / "out", tmp_path / "plugins", time_limit_s=5)
     ended(int((tmp_path / "started").read_text()))
 
 
