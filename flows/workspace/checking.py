@@ -142,7 +142,7 @@ def check_data(
 
 def _key(workspace: Workspace, config: RunConfig | None, settings: Settings, hashes: Mapping[str, str]) -> str:
     """Names all that the answer depends on: files, sides, sources, what is looked for and by what, code and libraries."""
-    encoder = encoder_of(config.training) if config is not None else None
+    encoder = (encoder_of(config.training) if config is not None else None) or Encoder()
     findings = issues.chosen(config.validation.findings if config is not None else None)
     beside = [workspace.root / name for name in (TEST_LEDGER, *(each.file for each in COMPANIONS))]
     return sha256_text(
@@ -152,8 +152,8 @@ def _key(workspace: Workspace, config: RunConfig | None, settings: Settings, has
                 {path.name: sha256_file(path) for path in beside if path.is_file()},
                 [each.to_json() for each in findings],
                 [plugins.member_digest("findings", each.finding) for each in findings],
-                encoder.key if encoder is not None else "",
-                absence(encoder or Encoder()),
+                encoder.key,
+                absence(encoder),
                 dataclasses.asdict(settings.accepted),
                 plugins.source_digest(Path(examination.__file__)),
                 plugins.source_digest(Path(__file__)),

@@ -6,13 +6,16 @@ import codecs
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageFilter
 from shapes import visionloop, write_pictures
 
-from components import attributes, duplicates, embeddings, facts, issues
+from components import attributes, duplicates, embeddings, facts, issues, plugins
+from components.companions import TEST_LEDGER
+from components.examination import Examined
 from components.splitting import TestLedger
 from components.store import sha256_file
 from flows.workspace import checking
@@ -113,17 +116,74 @@ def test_unchanged_data_is_neither_decoded_nor_read_again(photographs: Path, mon
         first.notes,
         first.num_files,
     )
-    with pytest.raises(AssertionError, match="looked at again"):
-        check_data(Workspace.find(photographs), "transfer", kept=True)
     sheet = first.sheet.read_bytes()
     first.sheet.write_bytes(sheet + b"x")
     with pytest.raises(AssertionError, match="looked at again"):
         check_data(Workspace.find(photographs), kept=True)
     first.sheet.write_bytes(sheet)
     check_data(Workspace.find(photographs), kept=True)
-    next((photographs / "data").glob("*/*.png")).unlink()
-    with pytest.raises(AssertionError, match="looked at again"):
-        check_data(Workspace.find(photographs), kept=True)
+
+
+def test_an_answer_of_before_is_given_only_while_all_that_it_depends_on_is_as_it_was(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = NO_NETWORK.removeprefix("--set=")
+    examined = check_data(Workspace.find(photographs), "transfer", [copies]).examined
+    looks: list[Examined | None] = []
+
+    def look(*_: object, **__: object) -> Examined | None:
+        looks.append(examined)
+        return examined
+
+    def looks_again(recipe: str | None = "transfer", *overrides: str) -> bool:
+        before = len(looks)
+        check_data(Workspace.find(photographs), recipe, [copies, *overrides] if recipe else [], kept=True)
+        return len(looks) > before
+
+    monkeypatch.setattr(checking, "examine", look)
+    ledger, image = photographs / TEST_LEDGER, next((photographs / "data" / "near").glob("*.png"))
+    other = TestLedger(0.2, {picture: not side for picture, side in TestLedger.read(ledger).members.items()})
+    known = {sha256_file(image): attributes.Attributes(group="a")}
+    of_source, of_member = plugins.source_digest, plugins.member_digest
+
+    def of_code(name: str) -> Callable[[pytest.MonkeyPatch], object]:
+        return lambda patch: patch.setattr(
+            plugins, "source_digest", lambda path: of_source(path) + "x" * (path.name == name)
+        )
+
+    def of_family(family: str) -> Callable[[pytest.MonkeyPatch], object]:
+        return lambda patch: patch.setattr(
+            plugins, "member_digest", lambda kind, name: of_member(kind, name) + "x" * (kind == family)
+        )
+
+    changes: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+        "sides": lambda _: other.write(ledger),
+        "attributes": lambda _: attributes.write(photographs, known),
+        "a file's name": lambda _: image.rename(image.with_name("renamed.png")),
+        "a file": lambda _: image.with_name("renamed.png").unlink(),
+        "what is accepted": lambda patch: patch.setenv("VISIONLOOP_MAX_PIXELS", "1000000"),
+        "code of findings": of_family("findings"),
+        "code of the examination": of_code("examination.py"),
+        "code that writes": of_code("checking.py"),
+        "libraries": lambda patch: patch.setattr(checking, "lock_digest", lambda: "other"),
+        "code of the encoder": of_family("backbones"),
+        "weights that came": lambda patch: patch.setattr(checking, "absence", lambda _: "other"),
+    }
+    for what, change in changes.items():
+        looks_again()
+        assert not looks_again(), what
+        with monkeypatch.context() as patch:
+            change(patch)
+            assert looks_again(), what
+    looks_again(None)
+    assert not looks_again(None)
+    with monkeypatch.context() as patch:
+        of_family("backbones")(patch)
+        assert looks_again(None)
+    for override in (copies.replace("critical", "note"), "training.backbone_settings={image_size: 160}"):
+        looks_again()
+        assert looks_again("transfer", override), override
+        assert not looks_again("transfer", override), override
 
 
 def test_a_source_that_gives_away_a_class_is_told(photographs: Path) -> None:
