@@ -76,6 +76,8 @@ def test_every_problem_is_told_by_its_line_and_nothing_is_imported(photos: Path,
     (tmp_path / "outside.png").write_bytes((photos / "monday" / "0800.png").read_bytes())
     (photos / "link.png").symlink_to("../outside.png")
     (photos / "folder").symlink_to("..")
+    write_pictures(tmp_path / "photos-2", 1, kinds=("cross",))  # a path that begins alike
+    (photos / "beside").symlink_to("../photos-2")
     (photos / "inner.png").symlink_to("monday/0804.png")
     os.link(photos / "monday" / "0805.png", photos / "twin.png")
     os.mkfifo(photos / "pipe.png")
@@ -87,6 +89,7 @@ def test_every_problem_is_told_by_its_line_and_nothing_is_imported(photos: Path,
         (f"{photos}/monday/0801.png,cat,,", "is absolute; expected a path relative to"),
         ("link.png,cat,,", "'link.png' is a link that leads outside of"),
         ("folder/outside.png,cat,,", "'folder/outside.png' leads outside of"),
+        ("beside/cross/0000.png,cat,,", "'beside/cross/0000.png' leads outside of"),
         ("monday,cat,,", "'monday' is no regular file"),
         ("pipe.png,cat,,", "'pipe.png' is no regular file"),
         (",cat,,", "path is empty"),
@@ -97,7 +100,7 @@ def test_every_problem_is_told_by_its_line_and_nothing_is_imported(photos: Path,
         ("monday/0800.png,cat,,", "'monday/0800.png' is the file of line 2, too; expected each file once"),
         ("./monday//0800.png,dog,,", "'./monday//0800.png' is the file of line 2, there with label 'cat'"),
         ("monday/0804.png,cat,,", ""),
-        ("inner.png,dog,,", "'inner.png' is the file of line 18, there with label 'cat'"),
+        ("inner.png,dog,,", "'inner.png' is the file of line 19, there with label 'cat'"),
         ("monday/0805.png,cat,,", ""),
         ("twin.png,cat,,", ""),  # a file of two names is two files of one class
         ("tuesday/0801.png,cat,01.03.2026,", "captured_at '01.03.2026' is not a moment; expected ISO 8601"),

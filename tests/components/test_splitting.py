@@ -193,7 +193,8 @@ def test_a_later_picture_follows_what_was_frozen_and_a_twin_of_a_test_picture_is
     ledger = TestLedger(0.5, {test: True, rest: False})
     near = clusters_of([test, new[0]], [rest, new[1]]).near
     grouped = clusters_of([test, new[0]], [rest, new[1]], [test, new[2], new[3]], [new[1], new[4]]).near
-    after = ledger.extended([(picture, "a") for picture in new], together=grouped, near=near).members
+    # As `data add` does, with the pictures that were frozen before: their rows are never written anew.
+    after = ledger.extended([(picture, "a") for picture in (test, rest, *new)], together=grouped, near=near).members
     assert [after[picture] for picture in (test, rest)] == [True, False]
     assert [after[picture] for picture in new[:5]] == [False, False, True, True, False]
 
@@ -324,6 +325,11 @@ def test_what_a_model_labelled_only_trains(tmp_path: Path) -> None:
     found, where = run(tmp_path, "y", members, ledger, Clusters(of_models=frozenset(of_models)))
     assert {where.get(picture) for picture in of_models} == {"train", None}
     assert found.num_left_out == {"labelled by a model, which only trains": 1}  # the one of test
+    stored, settings = Stored(dataset(tmp_path / "y", members).record, tmp_path / "y"), SplittingConfig()
+    known = Clusters(of_models=frozenset(of_models))
+    turns = [fold(stored, ledger, n, 5, settings, Task(), clusters=known) for n in range(5)]
+    judged = Counter(picture for turn in turns for picture, test in turn.members.items() if test)
+    assert judged == Counter(before.keys() - of_models)  # all others once, and those never
     # Beside a picture of valid it would leak.
     valid = next(picture for picture, split in where.items() if split == "valid")
     train = next(picture for picture, split in where.items() if split == "train" and picture not in of_models)
@@ -346,6 +352,20 @@ def test_a_file_is_known_by_its_bytes_when_its_pixels_are_decoded_otherwise(tmp_
     (tmp_path / "out").mkdir()
     found = split(stored, ledger, SplittingConfig(), Task(), clusters=known, out=tmp_path / "out")
     assert sides(found, tmp_path / "out") == {other.get(picture, picture): split for picture, split in before.items()}
+
+
+def test_a_file_keeps_the_picture_that_it_was_first_and_counts_for_its_group_when_it_is_gone() -> None:
+    gone, here = "1" * 64, "2" * 64
+    known = (
+        Clusters().grown([], {gone: "a", here: "b"}).grown([], {gone: "c", here: "c"}).with_groups({gone: "g", here: "g"})
+    )
+    table = pd.DataFrame({"sha256": [here], "picture": ["b"]})
+    assert known.together(table) == {"a": "a", "b": "a"}
+    assert known.together(table, groups=False) == {}
+    decoded = pd.DataFrame({"sha256": [gone, here], "picture": ["new", "b"]})
+    assert list(known.first_seen(decoded, {"a": True, "b": True})) == ["a", "b"]
+    swapped = pd.DataFrame({"sha256": [gone], "picture": ["b"]})
+    assert list(known.first_seen(swapped, {"a": True, "b": True})) == ["b"]  # its own pixels say which picture it is
 
 
 def test_ten_thousand_classes_are_divided(tmp_path: Path) -> None:
