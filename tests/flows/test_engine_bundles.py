@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from served import MODEL, as_served, png, smoke_release, unpacked
 from shapes import visionloop
+
+from components import bundles, signatures
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,9 @@ def answer(*arguments: str, cwd: Path, status: int = 0) -> dict[str, Any]:
     return found
 
 
-def test_the_champions_engine_leaves_and_is_verified_elsewhere(older: Path, tmp_path: Path) -> None:
+def test_the_champions_engine_leaves_and_is_verified_elsewhere(
+    older: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "champion.zip"
     made = answer("bundle", "--out", str(out), cwd=older)
     assert (made["version"], made["standing"], made["engine"], made["golden"]) == ("1", "champion", "openvino-int8", 16)
@@ -42,6 +47,19 @@ def test_the_champions_engine_leaves_and_is_verified_elsewhere(older: Path, tmp_
     # The key that came with it shows nothing of where it came from, and that is said.
     told = visionloop("engine", "verify", str(out), cwd=tmp_path)
     assert (told.returncode, "Who made it is NOT shown" in told.stdout) == (0, True)
+    stranger = signatures.own_key(tmp_path / "stranger").with_name("key.pub")
+    foreign = answer("verify", str(out), "--key", str(stranger), cwd=tmp_path, status=1)
+    assert "it is not signed by the key key.pub" in foreign["problem"]
+    assert answer("verify", str(out), "--key", str(out), cwd=tmp_path, status=2)["error"] == "ConfigError"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        unable = answer("verify", str(out), cwd=tmp_path, status=2)
+    assert unable["error"] == "EngineUnavailable"
+    assert "run: python -m pip install openvino" in unable["message"]
+    with monkeypatch.context() as patch:
+        patch.setattr(bundles.Answered, "problem", "the engine answers its golden vectors wrongly here")
+        wrong = answer("verify", str(out), cwd=tmp_path, status=1)
+    assert (wrong["verified"], wrong["golden"]["pictures"]) == (False, 16)
     out.write_bytes(out.read_bytes()[:-100])
     broken = answer("verify", str(out), cwd=tmp_path, status=1)
     assert (broken["verified"], broken["golden"]) == (False, None)
@@ -51,8 +69,6 @@ def test_the_champions_engine_leaves_and_is_verified_elsewhere(older: Path, tmp_
 
 
 def test_an_engine_of_choice_leaves_signed_by_a_key_of_choice(older: Path, tmp_path: Path) -> None:
-    from components import signatures
-
     key = signatures.own_key(tmp_path / "mine")
     out = tmp_path / "onnx"
     made = answer("bundle", "1", "--engine", "onnxruntime-fp32", "--signing-key", str(key), "--out", str(out), cwd=older)
