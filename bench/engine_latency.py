@@ -20,7 +20,7 @@ from bench._engines import NETWORKS, THREADS, Assembled, Images, loaded, median_
 from components.contracts.models import Precision
 
 ROUNDS, CALLS, WARM_UP = 9, 30, 10
-SHORT = {"ROUNDS": 1, "CALLS": 3, "WARM_UP": 1, "NETWORKS": NETWORKS[:1], "COMPILER": "eager"}
+SHORT = {"ROUNDS": 1, "CALLS": 3, "WARM_UP": 1, "NETWORKS": (NETWORKS[0], NETWORKS[-1]), "COMPILER": "eager"}
 ENGINES: tuple[tuple[str, Precision], ...] = (
     ("openvino", "int8"),
     ("openvino", "fp32"),
@@ -39,6 +39,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     for network in NETWORKS:
         print(f"{network.name} ...", file=sys.stderr)
         found[network.name] = _of(Assembled(network, scratch), data)
+        print(f"  {found[network.name]['ms']}", file=sys.stderr)
     first = found[NETWORKS[0].name]
     return {
         "ours": first["ms"][OURS],
@@ -77,7 +78,8 @@ def _one(images: Images, number: int) -> Images:
 def _compiled(network: Assembled, images: Images) -> Callable[[int], object]:
     """The module through torch.compile, scaling of uint8 included, as the other engines have it."""
 
-    @torch.inference_mode()
+    # Not in inference mode, in which dynamo cannot trace timm's ViT.
+    @torch.no_grad()
     def call(pixels: torch.Tensor) -> Any:
         return network.model(pixels)
 
