@@ -220,10 +220,19 @@ def test_a_transfer_that_was_killed_keeps_what_is_whole_and_what_is_listed(
 
 
 def test_an_object_whose_etag_says_nothing_is_kept_by_its_own_digest(bucket: Bucket, tmp_path: Path) -> None:
-    upload = bucket.client.create_multipart_upload(Bucket="photos", Key="set/disc/parts.png")["UploadId"]
-    named = {"Bucket": "photos", "Key": "set/disc/parts.png", "UploadId": upload}
-    part = bucket.client.upload_part(**named, PartNumber=1, Body=b"parts")
-    bucket.client.complete_multipart_upload(**named, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]})
+    def upload() -> None:
+        named = {"Bucket": "photos", "Key": "set/disc/parts.png"}
+        named["UploadId"] = bucket.client.create_multipart_upload(**named)["UploadId"]
+        part = bucket.client.upload_part(**named, PartNumber=1, Body=b"parts")
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        bucket.client.complete_multipart_upload(**named, MultipartUpload=parts)
+
+    def another(path: str) -> Fault:
+        if "parts" in path:  # of as many bytes, put there since the prefix was listed
+            s3_backends["123456789012"]["aws"].put_object("photos", "set/disc/parts.png", b"other")
+        return ""
+
+    upload()
     out = tmp_path / "out"
     for name in list(bucket.files):
         if name not in ("cross/0000.png", "disc/0000.png"):
@@ -231,6 +240,10 @@ def test_an_object_whose_etag_says_nothing_is_kept_by_its_own_digest(bucket: Buc
     bucket.client.copy_object(Bucket="photos", CopySource="photos/set/cross/0000.png", Key="set/zebra/0000.png")
     bucket.between.fault = lambda path: "shorter" if "parts" in path else ""
     assert "set/disc/parts.png has 4 bytes, and 5 are listed, 3 times" in refused(out, workers=1)
+    bucket.between.fault = another
+    told = refused(out, workers=1)
+    assert "set/disc/parts.png: an object is another one since it was listed; run the same command again" in told
+    upload()
     bucket.between.fault = lambda path: "away" if "zebra" in path else ""
     assert "3 of 4 objects are here" in refused(out)
     bucket.asked()
