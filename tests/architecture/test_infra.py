@@ -81,6 +81,17 @@ def test_the_images_copy_every_package(compose: dict[str, Any], name: str) -> No
     assert f"infra/images/{name}" in builds
 
 
+def test_the_serving_image_installs_its_own_lock_and_nothing_else() -> None:
+    image = (INFRA / "images" / "serving.Dockerfile").read_text().replace("\\\n", " ").rpartition("\nFROM ")[2]
+    installs = [
+        command for command in re.split(r"&&|\n|;", image) if re.search(r"\b(pip|uv|apt-get|apk) .*(install|sync)", command)
+    ]
+    lock, wheel = (" ".join(command.removeprefix("RUN").split()) for command in installs)
+    assert lock == "pip install --no-cache-dir --no-deps --require-hashes --requirement /tmp/serve.txt"
+    assert wheel == "pip install --no-cache-dir --no-deps /tmp/wheels/*.whl"
+    assert "COPY infra/locks/serve.txt /tmp/serve.txt" in image
+
+
 def test_prefect_takes_the_deployments(prefect_server: str, tmp_path: Path) -> None:
     """Deployed for real, on the session's server, by Prefect's own command."""
     from prefect.client.orchestration import get_client

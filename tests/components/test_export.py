@@ -126,6 +126,10 @@ def test_sections_that_cannot_work_are_refused() -> None:
         config(targets=[{"target": "torch_reference"}], serving="torch_reference-fp32")
     with pytest.raises(ConfigError, match="has no precision 'fp16'; valid: fp32, int8"):
         export.check(config(targets=[{"target": "openvino", "precision": "fp16"}], serving="openvino-fp16"))
+    for target, valid in (("litert", "fp32"), ("coreml", "fp32, fp16")):
+        phone = {"target": target, "precision": "int8", "required": False}
+        with pytest.raises(ConfigError, match=f"target '{target}' has no precision 'int8'; valid: {valid}$"):
+            export.check(config(targets=[phone, {"target": "openvino"}], serving="openvino-fp32"))
     reference, *_ = config(targets=[{"target": "openvino"}], serving="openvino-fp32").all_targets
     assert reference.name == "torch_reference-fp32"
 
