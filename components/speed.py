@@ -8,6 +8,7 @@ processors as the engine has threads. Every figure has its 95 % bootstrap interv
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from components import plugins
 from components.contracts.families import Predictor
 from components.contracts.models import Engine
+from components.contracts.progress import Progress, silent
 from components.contracts.records import Stored
 from components.contracts.verdicts import Estimate
 from components.formats import format_of
@@ -71,7 +73,14 @@ class Speed:
 
 
 def measure(
-    engine: Stored[Engine], pictures: Sequence[bytes], *, num_threads: int, streams: int, runs: int, warm_up: int
+    engine: Stored[Engine],
+    pictures: Sequence[bytes],
+    *,
+    num_threads: int,
+    streams: int,
+    runs: int,
+    warm_up: int,
+    progress: Progress = silent,
 ) -> Speed:
     """Time `runs` answers a figure and round, after `warm_up` untimed ones.
 
@@ -101,16 +110,23 @@ def measure(
                 "engine": lambda _: one.predict(batch),
                 "picture": lambda index: one.predict(np.stack(list(decoders.map(prepared, range(index, index + _BATCH))))),
             }
-            alone = _rounds(single(one), lambda run: _seconds(run, runs), warm_up)
-            batches = -(-runs // _BATCH)
-            offline = _rounds(batched, lambda run: _BATCH * batches / _seconds(run, batches).sum(), -(-warm_up // _BATCH))
+            ended = itertools.count(1)
+
+            def round_ended() -> None:
+                progress(next(ended), 3 * ROUNDS)
+
+            alone = _rounds(single(one), lambda run: _seconds(run, runs), warm_up, round_ended)
+            batches, warm_up_batches = -(-runs // _BATCH), -(-warm_up // _BATCH)
+            offline = _rounds(
+                batched, lambda run: _BATCH * batches / _seconds(run, batches).sum(), warm_up_batches, round_ended
+            )
 
             def together(run: _Run) -> tuple[npt.NDArray[np.float64], float]:
                 start = time.perf_counter()
                 found = list(callers.map(lambda _: _seconds(run, runs), range(streams)))
                 return np.concatenate(found), streams * runs / (time.perf_counter() - start)
 
-            shared = _rounds(single(many), together, warm_up)
+            shared = _rounds(single(many), together, warm_up, round_ended)
     return Speed(
         single_stream={name: _latency(rounds) for name, rounds in alone.items()},
         offline={name: _rate(rounds) for name, rounds in offline.items()},
@@ -141,7 +157,9 @@ def _kept_on(number: int) -> Iterator[tuple[int, ...]]:
         os.sched_setaffinity(0, allowed)
 
 
-def _rounds(runs: dict[str, _Run], timed: Callable[[_Run], _TimedT], warm_up: int) -> dict[str, list[_TimedT]]:
+def _rounds(
+    runs: dict[str, _Run], timed: Callable[[_Run], _TimedT], warm_up: int, ended: Callable[[], None]
+) -> dict[str, list[_TimedT]]:
     found: dict[str, list[_TimedT]] = {name: [] for name in runs}
     for run in runs.values():
         for index in range(warm_up):
@@ -149,6 +167,7 @@ def _rounds(runs: dict[str, _Run], timed: Callable[[_Run], _TimedT], warm_up: in
     for _ in range(ROUNDS):
         for name, run in runs.items():
             found[name].append(timed(run))
+        ended()
     return found
 
 

@@ -24,6 +24,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,8 +156,21 @@ def notes(folder: Path) -> list[str]:
     return found
 
 
+def say(answer: dict[str, Any]) -> None:
+    """Print one answer when it is known: there may be thousands of pictures to come."""
+    if "error" in answer:
+        print(f"error: {answer['file']}: {answer['error']}", file=sys.stderr)
+    else:
+        sure = "unsure, most likely " if answer["unsure"] else ""
+        print(f"{answer['file']}: {sure}{answer['label']} {answer['confidence']:.4f}", flush=True)
+
+
 def main() -> int:
     """Read the command line, answer, and return the exit status."""
+    # Ctrl-C, and a reader that leaves, such as `| head`, end a program of this kind without a word.
+    for name in ("SIGINT", "SIGPIPE"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     parser = argparse.ArgumentParser(prog="predict.py", description="Answers pictures by the engine of this bundle.")
     parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -165,33 +179,39 @@ def main() -> int:
     given = parser.parse_args()
     if not given.pictures and not given.check:
         parser.error("name a picture, or --check")
+    if given.threads < 1:
+        parser.error(f"--threads {given.threads}: expected 1 or more")
     folder = Path(__file__).resolve().parent
     try:
         record = verified(folder)
-        model = Model(folder, record, given.threads)
     except Damaged as error:
         print(f"error: this bundle is damaged: {error}; nothing of it was used. Get it again", file=sys.stderr)
         return 2
+    remedy = f"run: python -m pip install -r {folder / 'requirements.txt'}"
+    try:
+        model = Model(folder, record, given.threads)
     except ImportError as error:
-        print(f"error: {error}; run: python -m pip install -r {folder / 'requirements.txt'}", file=sys.stderr)
+        print(f"error: {error}; {remedy}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # A runtime tells what it does not understand of another version's file by an exception of its own.
+        said, built_by = (str(error).splitlines() or [type(error).__name__])[0], record["engine"]["runtime"]
+        print(f"error: the runtime refused the engine, which {built_by} built: {said}; {remedy}", file=sys.stderr)
         return 2
     for note in notes(folder):
         print(f"note: {note}", file=sys.stderr)
-    answers = [model.answer(path) for path in given.pictures]
+    answers = []
+    for path in given.pictures:
+        answers.append(model.answer(path))
+        if not given.json:
+            say(answers[-1])
     checked = model.check() if given.check else None
     if given.json:
         told = {"model": record["model"], "version": record["version"], "engine": record["engine"]["name"]}
         print(json.dumps({**told, "answers": answers, "golden": checked}))
-    else:
-        for answer in answers:
-            if "error" in answer:
-                print(f"error: {answer['file']}: {answer['error']}", file=sys.stderr)
-            else:
-                sure = "unsure, most likely " if answer["unsure"] else ""
-                print(f"{answer['file']}: {sure}{answer['label']} {answer['confidence']:.4f}")
-        if checked is not None:
-            verdict = "as they should be" if checked["right"] else "NOT as they should be"
-            print(f"golden vectors answered {verdict}: {json.dumps(checked)}")
+    elif checked is not None:
+        verdict = "as they should be" if checked["right"] else "NOT as they should be"
+        print(f"golden vectors answered {verdict}: {json.dumps(checked)}")
     if any("error" in answer for answer in answers):
         return 2
     return 1 if checked is not None and not checked["right"] else 0

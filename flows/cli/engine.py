@@ -48,7 +48,8 @@ def _listed(engines: Sequence[JudgedEngine]) -> list[str]:
         heading = f"{of} ({engine.version_status})"
         if heading not in lines:
             lines.append(heading)
-        notes = [note for note, holds in (("serves", engine.serves), ("built later", engine.built_later)) if holds]
+        serves = "serves" if engine.version_status == "champion" else "the one to serve"
+        notes = [note for note, holds in ((serves, engine.serves), ("built later", engine.built_later)) if holds]
         status = "undecided" if engine.status == "inconclusive" else engine.status
         lines.append(f"  {engine.engine:24} {', '.join([status, *notes])}")
         lines += [f"      {why}" for why in engine.why]
@@ -199,19 +200,22 @@ def engine_bench(
     json_: AsJson = False,
 ) -> None:
     """Time an engine on this machine, alone and from a picture's bytes to its answer, with 95 % intervals."""
+    from flows.terminal import Console
     from flows.workspace.engines import measure_engine
     from flows.workspace.settings import num_threads
 
     number = threads or num_threads()
-    found = measure_engine(
-        what,
-        lambda: opened_desk(workspace, model),
-        engine=engine,
-        pictures=picture or (),
-        num_threads=number,
-        streams=streams or number,
-        runs=runs,
-    )
+    with Console(1, quiet=json_) as console, console.stage("timing", 1) as (progress, _):
+        found = measure_engine(
+            what,
+            lambda: opened_desk(workspace, model),
+            engine=engine,
+            pictures=picture or (),
+            num_threads=number,
+            streams=streams or number,
+            runs=runs,
+            progress=progress,
+        )
     speed = found.speed
     answer = {
         "model": found.model,

@@ -88,7 +88,7 @@ def _config(config: RunConfig, target: TargetConfig) -> RunConfig:
     chosen = config.export.model_copy(update={"targets": (target,), "serving": target.name})
     check(chosen)
     if reason := plugins.load("targets", target.target, target.settings).absent():
-        raise ConfigError(f"{target.name} cannot be built on this machine: {reason}")
+        raise ConfigError(f"{target.name} cannot be built on this machine: {reason.removeprefix('not built here: ')}")
     return config.model_copy(update={"export": chosen})
 
 

@@ -36,6 +36,8 @@ def told(summary: dict[str, Any]) -> str:
         console.print(f"[bold red]FAIL[/]  {summary['model']}: the gates rejected this model; the evidence is kept. Why:")
     for reason in summary["reasons"]:
         console.print(f"  - {reason}", markup=False, soft_wrap=True)
+    for line in _serving_told(summary) if summary["outcome"] == "candidate" else ():
+        console.print(f"  - {line}", markup=False, soft_wrap=True)
     data = summary["data"]
     kept = counted(data["kept"], "image")
     splits = ", ".join(f"{name} {count}" for name, count in data["splits"].items())
@@ -81,3 +83,15 @@ def told(summary: dict[str, Any]) -> str:
     console.print(f"time    {spent or 'every stage came from the store'}")
     console.print(f"report  {summary['report']}")
     return text.getvalue().rstrip()
+
+
+def _serving_told(summary: dict[str, Any]) -> list[str]:
+    """Why the engine that serves was chosen, and why the engines that did not pass could not be."""
+    findings = summary["findings"]
+    chosen = [f"{f['engine']} serves: {f['message']}" for f in findings if f["gate"] == "serving" and f["status"] == "pass"]
+    unmet = [
+        f"{f['engine']} cannot serve: {f['gate']}: {f['message']}"
+        for f in findings
+        if f["engine_status"] != "pass" and f["status"] not in ("pass", "not applicable")
+    ]
+    return chosen + unmet

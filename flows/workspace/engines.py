@@ -13,11 +13,13 @@ import numpy.typing as npt
 
 from components import bundles, signatures
 from components.bundles import Answered, Bundle, Contents
-from components.contracts.errors import ConfigError, DecisionRefused, TamperedArtefact, UnknownName
+from components.contracts.errors import ConfigError, DecisionRefused, TamperedArtefact, UndecodableImage, UnknownName
 from components.contracts.models import Checkpoint, Engine
+from components.contracts.progress import Progress
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import EngineVerdict, Verdict
+from components.images import decode
 from components.releases import GOLDEN
 from components.speed import Speed, measure
 from flows.workspace.desk import Desk, registry_of
@@ -119,16 +121,23 @@ def measure_engine(
     num_threads: int,
     streams: int,
     runs: int,
+    progress: Progress,
 ) -> Measured:
     """Time the engine of a bundle, or of a registered version, on its golden pictures or on others.
 
     A bundle is verified before it is opened. Raises TamperedArtefact, EngineUnavailable, UnknownName, ConfigError.
     """
-    others = [path.read_bytes() for path in pictures]
+    others = [_encoded(path) for path in pictures]
 
     def timed(stored: Stored[Engine], golden: Sequence[bytes], model: str, version: str) -> Measured:
         speed = measure(
-            stored, others or golden, num_threads=num_threads, streams=streams, runs=runs, warm_up=max(20, runs // 10)
+            stored,
+            others or golden,
+            num_threads=num_threads,
+            streams=streams,
+            runs=runs,
+            warm_up=max(20, runs // 10),
+            progress=progress,
         )
         libraries = {name: importlib.metadata.version(name) for name in ("numpy", "pillow")}
         runtime, _, number = bundles.runtime_here(stored.record).partition(" ")
@@ -156,6 +165,18 @@ def measure_engine(
         else:
             raise UnknownName(f"engine of version {state.version}", name, [*known, *further_names(desk, state.version)])
         return timed(stored, golden, desk.model, state.version)
+
+
+def _encoded(path: Path) -> bytes:
+    """The bytes of a picture that can be decoded; raises ConfigError that names it."""
+    try:
+        data = path.read_bytes()
+        decode(data)
+    except OSError as error:
+        raise ConfigError(f"the picture {path} cannot be read ({error.strerror}); name files of pictures") from None
+    except UndecodableImage as error:
+        raise ConfigError(f"the picture {path} cannot be decoded: {error}") from None
+    return data
 
 
 def _contents(desk: Desk, state: State, engine: str | None, folder: Path, built_later: bool) -> Contents:

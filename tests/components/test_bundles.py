@@ -6,7 +6,9 @@ import contextlib
 import importlib.util
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -285,6 +287,36 @@ def test_the_program_itself_refuses_what_is_not_as_it_was(own: Path, change: Cal
     spec.loader.exec_module(program)
     with pytest.raises(program.Damaged, match=what):
         program.verified(own)
+
+
+def test_the_program_tells_each_answer_at_once_and_stops_without_a_traceback(own: Path, tmp_path: Path) -> None:
+    disc, waited_for = tmp_path / "disc.png", tmp_path / "waited-for.png"
+    disc.write_bytes(png("disc", 7))
+    os.mkfifo(waited_for)
+    program = subprocess.Popen(
+        [sys.executable, str(own / "predict.py"), str(disc), str(waited_for)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout is not None
+    # The pipe opens when the program comes to the second picture. The first answer has to be there by then.
+    with waited_for.open("wb"):
+        ready, _, _ = select.select([program.stdout], [], [], 0)
+        program.send_signal(signal.SIGINT)
+        out, err = program.communicate()
+    assert (bool(ready), out.split(" ")[:2], err) == (True, [f"{disc}:", "disc"], "")
+    assert program.returncode == -signal.SIGINT
+
+
+def test_the_program_tells_what_its_runtime_refuses(own: Path, key: Path) -> None:
+    (entry,) = (own / "engine").glob("*.xml")
+    entry.write_text("<net/>")
+    refused = predict(resigned(own, key), "--check", status=2)
+    assert "error: the runtime refused the engine, which openvino " in refused
+    assert "python -m pip install -r" in refused
+    assert "Traceback" not in refused
+    assert "--threads 0: expected 1 or more" in predict(own, "--check", "--threads", "0", status=2)
 
 
 def test_a_bundle_of_an_onnx_engine_opens_as_a_zip(

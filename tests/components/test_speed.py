@@ -64,6 +64,7 @@ def test_the_two_figures_take_turns_on_the_processors_that_are_told(monkeypatch:
         facts={},
     )
     before = os.sched_getaffinity(0)
+    told: list[tuple[int, int]] = []
     found = speed.measure(
         Stored(engine, None),  # type: ignore[arg-type]
         [png("disc", 1), png("cross", 2)],
@@ -71,7 +72,9 @@ def test_the_two_figures_take_turns_on_the_processors_that_are_told(monkeypatch:
         streams=3,
         runs=20,
         warm_up=2,
+        progress=lambda done, total, note="": told.append((done, total)),
     )
+    assert told == [(done, 15) for done in range(1, 16)]
     assert os.sched_getaffinity(0) == before
     assert recorder.processors == {found.processors}
     assert found.processors == (min(before),)

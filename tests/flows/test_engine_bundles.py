@@ -237,8 +237,14 @@ def test_the_engine_of_a_version_and_of_a_bundle_is_timed(older: Path, tmp_path:
         assert {"numpy", "pillow", "visionloop", found["engine"].split("-")[0]} == set(found["libraries"])
         assert found["single_stream_ms"]["picture"]["p99"]["n"] == 100
         assert found["offline_pictures_per_s"]["engine"]["value"] > 0
-    shown = visionloop("engine", "bench", str(out), *few, cwd=tmp_path).stdout
-    assert "from encoded bytes" in shown
+    shown = visionloop("engine", "bench", str(out), *few, cwd=tmp_path)
+    assert "from encoded bytes" in shown.stdout
+    assert "[1/1] timing ..." in shown.stderr
+    (tmp_path / "no.png").write_bytes(b"GIF89a")
+    for name, why in (("no.png", "cannot be decoded: a GIF"), ("away.png", "cannot be read (No such file")):
+        refused = answer("bench", str(out), "--picture", str(tmp_path / name), *few, cwd=tmp_path, status=2)
+        assert refused["error"] == "ConfigError"
+        assert f"{name} {why}" in refused["message"]
     out.write_bytes(out.read_bytes()[:-50])
     assert answer("bench", str(out), *few, cwd=tmp_path, status=2)["error"] == "TamperedArtefact"
 
