@@ -131,9 +131,9 @@ def control(quantiser: Quantiser[Any], request: ExportRequest, settings: Quantis
     """Quantise, and return as few layers to float as the limits on the valid split ask for.
 
     Layers are ranked once: by how far the answers stay from the float model's when that layer alone is in float. Then the
-    number of the worst ones that return is halved in, and so many do not that less than `min_int8_share` is left. Where no
-    try is inside the limits, the one that comes closest is taken: its cost is among the facts, and the gates judge it on
-    test. Raises ExportError without valid images, and where the runtime executes less in int8 with no layer returned.
+    worst one returns, the worst two, four, until the limits are met, and the number between is halved in; so many never
+    return that less than `min_int8_share` is left. Where no try is inside the limits, the one that comes closest is taken:
+    its cost is among the facts, and the gates judge it on test. Raises ExportError without valid images, and where the runtime executes less in int8 with no layer returned.
     """
     images, targets = _valid(request, settings.max_valid_images)
     float_logits = _answered(quantiser, quantiser.in_float(), images)
@@ -159,14 +159,15 @@ def control(quantiser: Quantiser[Any], request: ExportRequest, settings: Quantis
         ranked = _ranked(quantiser, best, layers, images, float_logits)
         fewest, most = 1, int(settings.max_float_share * len(layers))
         while fewest <= most and tries < settings.max_tries:
-            middle = (fewest + most) // 2
-            trial, tries = tried(ranked[:middle]), tries + 1
+            # A try takes seconds, and few layers are mostly enough.
+            number = min(max(1, 2 * (fewest - 1)), (fewest + most) // 2)
+            trial, tries = tried(ranked[:number]), tries + 1
             if trial.int8_share < settings.min_int8_share:
-                most = middle - 1
+                most = number - 1
             elif over(trial) <= 0:
-                best, most = trial, middle - 1
+                best, most = trial, number - 1
             else:
-                best, fewest = min(best, trial, key=over), middle + 1
+                best, fewest = min(best, trial, key=over), number + 1
     return Controlled(
         best.model,
         {

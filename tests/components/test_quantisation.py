@@ -80,7 +80,7 @@ class Scripted:
         ({"b": 1, "c": 9, "f": 5}, {"max_drop": 0.2, "max_disagreement": 0.06}, "c", 6.0),
         # No more than a quarter of the layers, or one try, may not be enough: the nearest of what was tried is taken.
         ({"b": 4, "c": 9, "f": 5}, {"max_float_share": 0.25}, "cf", 4.0),
-        ({"b": 4, "c": 9, "f": 5, "g": 20}, {"max_tries": 1}, "cg", 9.0),
+        ({"b": 4, "c": 9, "f": 5, "g": 20}, {"max_tries": 1}, "g", 18.0),
         ({"c": 9}, {"max_tries": 0}, "", 9.0),
         # With the largest layer in float the engine would be int8 by name only.
         ({"b": 4, "c": 9, "h": 10}, {"max_drop": 0.1}, "", 23.0),
@@ -97,6 +97,12 @@ def test_the_fewest_of_the_worst_layers_return_to_float(
     assert sorted(str(found.facts["float_layer_names"]).split(", ")) == (sorted(kept) or [""])
     assert (found.facts["valid_drop"], found.facts["valid_images"]) == (drop, 100)
     assert len(quantiser.asked) <= 1 + limits.max_tries
+
+
+def test_few_layers_are_found_in_few_tries() -> None:
+    quantiser = Scripted(100, {"c": 5, "f": 4, "h": 3}, layers="abcdefghijklmnopqrstuvwxyz")
+    control(quantiser, quantiser.request(), Quantised(min_int8_share=0), runtime="Scripted")
+    assert [len(kept) for kept in quantiser.asked] == [0, 1, 2, 4, 3]
 
 
 def test_answers_that_are_lost_and_won_alike_are_no_drop_but_are_told(harmed: SmallNetwork) -> None:
