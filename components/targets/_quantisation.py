@@ -133,7 +133,8 @@ def control(quantiser: Quantiser[Any], request: ExportRequest, settings: Quantis
     Layers are ranked once: by how far the answers stay from the float model's when that layer alone is in float. Then the
     worst one returns, the worst two, four, until the limits are met, and the number between is halved in; so many never
     return that less than `min_int8_share` is left. Where no try is inside the limits, the one that comes closest is taken:
-    its cost is among the facts, and the gates judge it on test. Raises ExportError without valid images, and where the runtime executes less in int8 with no layer returned.
+    its cost is among the facts, and the gates judge it on test. Raises ExportError without valid images, and where the
+    runtime executes less in int8 with no layer returned.
     """
     images, targets = _valid(request, settings.max_valid_images)
     float_logits = _answered(quantiser, quantiser.in_float(), images)
