@@ -22,7 +22,7 @@ from bench.serving import say
 
 NUM_IMAGES = 60_000
 """How many are drawn; of DATA all are taken."""
-RERUNS = 5
+RERUNS = 3
 SHORT = {"NUM_IMAGES": 200, "RERUNS": 1}
 _SETTINGS = (
     "source=null",
