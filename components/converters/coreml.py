@@ -65,13 +65,13 @@ def proof(package: Path, program: Any, request: dict[str, Any]) -> dict[str, int
     from coremltools.converters.mil.frontend.milproto.load import load
     from safetensors.numpy import load_file
 
-    from components.converters.weights import Expected, Forms, compare, expected
+    from components.converters.weights import Expected, Forms, compare, expected, in_place
 
     spec = coremltools.utils.load_spec(str(package))
     differs(told(spec), wanted(request))
     loaded = load(spec, spec.specificationVersion, str(package / "Data" / "com.apple.CoreML" / "weights"))
-    values = [op.outputs[0].val for op in loaded.functions["main"].operations if op.op_type == "const"]
-    held = [np.asarray(value) for value in values if np.asarray(value).dtype.kind == "f"]
+    outputs = dict(zip(("logits", "embedding"), program.graph_signature.user_outputs, strict=True))
+    held = [(outputs.get(name, name), value) for op in loaded.functions["main"].operations for name, value in taken(op)]
     kind = np.float16 if request["precision"] == "fp16" else np.float32
     mean, std = (np.array(request["preprocessing"][name], np.float32) * np.float32(255) for name in ("mean", "std"))
     # A step that changes nothing is left out of a program.
@@ -80,7 +80,25 @@ def proof(package: Path, program: Any, request: dict[str, Any]) -> dict[str, int
     compare([Expected(("mean of the preprocessing",), means), Expected(("std of the preprocessing",), stds)], held, kind)
     tensors = expected(program, load_file(request["weights"]), request["prefix"])
     worst = compare(tensors, held, kind)
-    return {"weights_compared": sum(len(one.names) for one in tensors), "weights_max_difference": worst}
+    return {
+        "weights_compared": sum(len(one.names) for one in tensors),
+        "weights_in_place": in_place(tensors, held),
+        "weights_max_difference": worst,
+    }
+
+
+def taken(operation: Any) -> list[tuple[str, Any]]:
+    """The float constants that an operation of a program takes, each with the operation's name in the program of torch."""
+    import numpy as np
+
+    if operation.op_type == "const":
+        return []
+    name = operation.outputs[0].name.removesuffix("_cast_fp16")
+    given = [
+        each for value in operation.inputs.values() for each in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    arrays = [np.asarray(each.val) for each in given if each is not None and each.val is not None]
+    return [(name, array) for array in arrays if array.dtype.kind == "f"]
 
 
 def wanted(request: dict[str, Any]) -> dict[str, Any]:

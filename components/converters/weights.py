@@ -1,12 +1,13 @@
 """What a converted file must hold of a checkpoint's weights, and whether it does: proof for a runtime that is not here.
 
-A batch normalisation that follows a convolution may be folded into it: then the folded weights are computed here anew.
+A batch normalisation that follows a convolution may be folded into it: then the folded weights are computed here anew. Files
+name their operations as the program does, so that each tensor is looked for where its own layer takes it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Forms = tuple[tuple[Array, ...], ...]
+Held = Sequence[tuple[str, Array]]
+"""What a file holds: the name of the operation that takes it, and the array."""
 _TOLERANCES: dict[type, float] = {np.float32: 1e-5, np.float16: 1e-3}
 """Of a tensor's largest value. Unfolded ones are equal; folding rounds anew, and fp16 keeps 11 bits."""
 
@@ -28,6 +31,8 @@ class Expected:
 
     names: tuple[str, ...]
     forms: Forms
+    operations: tuple[str, ...] = ()
+    """What takes them, as the program names it; empty where that may be anything."""
 
 
 def expected(program: torch.export.ExportedProgram, weights: Mapping[str, Array], prefix: str) -> list[Expected]:
@@ -51,10 +56,14 @@ def expected(program: torch.export.ExportedProgram, weights: Mapping[str, Array]
         given = _folding(node, used)
         if given is not None:
             convolution, normalisation = given
-            found.append(_folded(convolution, normalisation, node.args[-1], weights))
+            takes = (node.args[0].name, node.name)
+            found.append(_folded(convolution, normalisation, node.args[-1], weights, takes))
             folded.update(found[-1].names)
-    rest = [name for name in dict.fromkeys(used.values()) if name not in folded]
-    return [*found, *(Expected((name,), ((weights[name],),)) for name in rest)]
+    takers: dict[str, list[str]] = {}
+    for node in program.graph.nodes:
+        if node.name in used and used[node.name] not in folded:
+            takers.setdefault(used[node.name], []).extend(user.name for user in node.users)
+    return [*found, *(Expected((name,), ((weights[name],),), tuple(by)) for name, by in takers.items())]
 
 
 def _folding(node: Any, used: Mapping[str, str]) -> tuple[list[str], list[str]] | None:
@@ -69,28 +78,48 @@ def _folding(node: Any, used: Mapping[str, str]) -> tuple[list[str], list[str]] 
     return (convolution, normalisation) if convolution and len(normalisation) == 4 else None
 
 
-def _folded(convolution: list[str], normalisation: list[str], epsilon: float, weights: Mapping[str, Array]) -> Expected:
+def _folded(
+    convolution: list[str],
+    normalisation: list[str],
+    epsilon: float,
+    weights: Mapping[str, Array],
+    operations: tuple[str, ...],
+) -> Expected:
     kernel, *bias = (weights[name].astype(np.float64) for name in convolution)
     gamma, beta, mean, variance = (weights[name].astype(np.float64) for name in normalisation)
     scale = gamma / np.sqrt(variance + epsilon)
     shift = beta + ((bias[0] if bias else 0.0) - mean) * scale
     names = (*convolution, *normalisation)
     apart = tuple(weights[name] for name in names)
-    return Expected(names, ((kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1)), shift), apart))
+    return Expected(names, ((kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1)), shift), apart), operations)
 
 
-def compare(wanted: Sequence[Expected], held: Sequence[Array], kind: type[np.floating[Any]]) -> float:
+def in_place(wanted: Sequence[Expected], held: Held) -> int:
+    """How many of the tensors have a layer that the file names: of others it is only known that they are somewhere."""
+    named = {operation for operation, _ in held}
+    return sum(len(one.names) for one in wanted if named.intersection(one.operations))
+
+
+def compare(wanted: Sequence[Expected], held: Held, kind: type[np.floating[Any]]) -> float:
     """The largest difference of a value from the expected one in `kind`, as a share of its tensor's largest value.
 
+    What a file holds for a layer that it names is no other layer's: two of one shape that were exchanged are refused.
     Raises ValueError, which names the tensors, where what is held is further from all their forms than folding rounds.
     """
     tolerance = _TOLERANCES[kind]
-    by_size: dict[int, list[Array]] = {}
-    for array in held:
-        by_size.setdefault(array.size, []).append(array.ravel().astype(np.float64))
+    by_size: dict[int, list[tuple[str, Array]]] = {}
+    for operation, array in held:
+        by_size.setdefault(array.size, []).append((operation, array.ravel().astype(np.float64)))
+    named = {operation for one in wanted for operation in one.operations}
     worst = 0.0
     for one in wanted:
-        apart = min(max((_apart(a.astype(kind), by_size.get(a.size, [])) for a in form), default=0.0) for form in one.forms)
+        others = named.difference(one.operations) if one.operations else ()
+
+        def away(array: Array, others: Collection[str] = others) -> float:
+            found = [values for operation, values in by_size.get(array.size, ()) if operation not in others]
+            return _apart(array.astype(kind), found)
+
+        apart = min(max(map(away, form), default=0.0) for form in one.forms)
         if not apart <= tolerance:
             told = "has nothing of their size" if math.isinf(apart) else f"is {apart:.2g} of their largest value away"
             raise ValueError(f"what it holds for {', '.join(one.names)} is not the checkpoint's: what comes nearest {told}")
