@@ -27,7 +27,7 @@ import components
 from components import plugins
 from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate
-from components.store import unseal
+from components.store import seal, unseal
 from registry import tracking
 from registry.ledger import Ledger
 from registry.models import MANIFEST, Registry, bound_in
@@ -236,6 +236,16 @@ def test_what_is_not_as_it_was_registered_is_refused_before_any_of_it_runs(
     with pytest.raises(MlflowException, match=f"{name} {told}.*Nothing was loaded"):
         mlflow.pyfunc.load_model(str(copy), suppress_warnings=True)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_manifest_that_names_another_release_is_refused(registered: Path, tmp_path: Path) -> None:
+    """Its digests are right: what was bound is another engine, threshold or golden answer."""
+    copy = Path(shutil.copytree(registered, tmp_path / "copy"))
+    body = unseal((copy / MANIFEST).read_bytes())
+    assert body is not None
+    (copy / MANIFEST).write_bytes(seal(body | {"bound": body["bound"] | {"release": "0" * 64}}))
+    with pytest.raises(MlflowException, match="holds another release than its manifest names; nothing was loaded"):
+        mlflow.pyfunc.load_model(str(copy), suppress_warnings=True)
 
 
 def test_nothing_of_it_is_pickled_and_all_of_it_is_in_the_manifest(registered: Path) -> None:
