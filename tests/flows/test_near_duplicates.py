@@ -176,6 +176,9 @@ def test_one_picture_under_two_labels_is_refused_and_never_test(photographs: Pat
     added(photographs, str(tmp_path / "more"), "--near-duplicates", "exclude")
     after = ledger(photographs)
     assert not any(after[key(image)] for image in (one, again(one, "cropped"), equal))
+    equals = [photograph(720 + seed) for seed in range(10)]  # of as many, two would be drawn
+    added(photographs, str(write(tmp_path / "equals", cat=equals, dog=equals)), "--near-duplicates", "exclude")
+    assert not any(ledger(photographs)[key(image)] for image in equals)
 
 
 def test_copies_across_given_splits_are_refused_and_then_leave_the_test_as_it_was_given(tmp_path: Path) -> None:
