@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 _INK, _BLUE, _ORANGE, _GREY = "#1c2430", "#2563a8", "#c2571a", "#9aa4b1"
-_BESIDE = (9, -16, 22)
-"""Points above and below, in turn, so that the names of engines that are alike do not cover each other."""
+_LINES = 4
+"""In which the names of engines stand, in turn, so that those of engines that are alike do not cover each other."""
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
@@ -111,7 +111,16 @@ def pareto_figure(
         axes.errorbar(latency, value.value, yerr=spread, fmt="none", ecolor=_GREY, capsize=3, zorder=1)
         axes.scatter([latency], [value.value], s=20 + 200 * measured.size_bytes / largest, color=colour, alpha=0.8, zorder=2)
         name = measured.engine + (" (serving)" if measured.engine == serving else "")
-        axes.annotate(name, (latency, value.value), xytext=(8, _BESIDE[number % 3]), textcoords="offset points", color=_INK)
+        # Above the plot, neighbours in lines of their own: engines are often as accurate as each other, and as fast.
+        axes.annotate(
+            name,
+            (latency, value.value),
+            xytext=(latency, 1.04 + 0.08 * (number % _LINES)),
+            textcoords=("data", "axes fraction"),
+            ha="center",
+            color=_INK,
+            arrowprops={"arrowstyle": "-", "color": "#d5dbe3", "linewidth": 0.8},
+        )
         if not front or value.value > front[-1][1]:
             front.append((latency, value.value))
     axes.plot(*zip(*front, strict=True) if front else ([], []), color=_GREY, linestyle="--", linewidth=1, zorder=0)
