@@ -635,7 +635,10 @@ def test_labels_come_back_and_become_data(labelled: tuple[Path, str]) -> None:
     assert {datetime.datetime.fromisoformat(known[sha].captured_at) for sha in shas} == {first_sent}
     assert (added["with_attributes"], added["changed_attributes"]) == (20, [])
     assert added["new_test_images"] == sum(line.endswith(",test") for line in set(after) - set(ledger)) > 0
+    told_before = attributes.Attributes(captured_at="2026-03-01T13:00:00Z", source="camera 3", label_source="person")
+    attributes.write(root, {**known, shas[2]: told_before})  # as a source told it
     assert told("data", "add", "--from-predictions", MODEL, cwd=root)["copied"] == 0
+    assert attributes.read(root) == {**known, shas[2]: told_before}
     # Labelled anew: the image moves to its class of today, and stays on its side of the test ledger.
     moved = root.parent / "moved.csv"
     moved.write_text(f"image_sha256,label\n{shas[1]},cross\n")
