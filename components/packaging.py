@@ -23,8 +23,9 @@ from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored
 from components.contracts.releases import DecisionRule, Release
 from components.images import STATISTICS, appearance, decode, in_threads, prepare
+from components.int8_arithmetic import int8_arithmetic
 from components.intervals import wilson
-from components.releases import ENGINE, GOLDEN, REFERENCE, TOLERANCE
+from components.releases import ENGINE, GOLDEN, INT8_ARITHMETIC, REFERENCE, TOLERANCE
 from components.samples import rows
 from components.store import describe
 
@@ -154,7 +155,8 @@ def _write_golden(
         "embedding": embedding.astype(np.float32),
         **{f"encoded.{index:03d}": np.frombuffer(raw, dtype=np.uint8) for index, raw in enumerate(encoded)},
     }
-    path.write_bytes(save(tensors))
+    arithmetic = int8_arithmetic() if engine.precision == "int8" else ""
+    path.write_bytes(save(tensors, metadata={INT8_ARITHMETIC: arithmetic} if arithmetic else None))
 
 
 def _rule(answers: pd.DataFrame, config: PackagingConfig) -> DecisionRule:

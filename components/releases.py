@@ -32,6 +32,10 @@ ENGINE = "engine"
 """Names in a release's folder; the engine's files lie in a folder of their own."""
 TOLERANCE: dict[Precision, float] = {"fp32": 0.01, "fp16": 0.03, "int8": 0.15}
 """int8 kernels round differently with and without VNNI; top-1 of a clear answer has to stay in any case."""
+INT8_ARITHMETIC = "int8_arithmetic"
+"""Key in the metadata of the golden vectors of an int8 engine: how the machine multiplies that wrote them."""
+SAME_ARITHMETIC_TOLERANCE = TOLERANCE["fp32"]
+"""In place of that of int8, where the machine multiplies as the one that wrote the golden vectors."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_RELEASE_BYTES = 8 << 30

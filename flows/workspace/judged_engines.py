@@ -126,8 +126,11 @@ def standing(verdict: EngineVerdict) -> Standing:
 
 
 def unmet(verdict: EngineVerdict) -> tuple[str, ...]:
-    """What each gate said that did not pass."""
-    return tuple(f"{f.gate}: {f.message}" for f in verdict.findings if f.status not in ("pass", "not applicable"))
+    """What each gate said that did not pass, without the words of the standing beside which it is shown."""
+    said = f"{standing(verdict)}: "
+    return tuple(
+        f"{f.gate}: {f.message.removeprefix(said)}" for f in verdict.findings if f.status not in ("pass", "not applicable")
+    )
 
 
 def _of_row(entry: Entry, version: str | None, status: str) -> Iterator[JudgedEngine]:

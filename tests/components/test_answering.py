@@ -15,7 +15,8 @@ from components.answering import LoadedRelease, decided
 from components.contracts.errors import EngineUnavailable
 from components.contracts.records import Stored
 from components.contracts.releases import Release
-from components.releases import GOLDEN
+from components.int8_arithmetic import int8_arithmetic
+from components.releases import GOLDEN, INT8_ARITHMETIC, TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,25 @@ def test_a_release_that_answers_otherwise_here_is_not_loaded(
     change(tensors)
     save_file(tensors, tmp_path / GOLDEN)
     with pytest.raises(EngineUnavailable, match=told):
+        loaded(release, tmp_path / GOLDEN, record)
+
+
+@pytest.mark.parametrize(("written_by", "loads"), [(int8_arithmetic(), False), ("another processor", True), ("", True)])
+def test_int8_may_differ_more_only_on_a_processor_that_multiplies_otherwise(
+    release: Stored[Release], tmp_path: Path, written_by: str, loads: bool
+) -> None:
+    """Releases of before, and those written where the processor is not known, do not tell who wrote their vectors."""
+    record = release.record.model_copy(update={"golden_tolerance": TOLERANCE["int8"]})
+    tensors = load_file(release.folder / GOLDEN)
+    metadata = {INT8_ARITHMETIC: written_by} if written_by else None
+    save_file(tensors, tmp_path / GOLDEN, metadata=metadata)
+    assert loaded(release, tmp_path / GOLDEN, record).decode_ms > 0
+    all_moved_a_little(tensors)
+    save_file(tensors, tmp_path / GOLDEN, metadata=metadata)
+    if loads:
+        assert loaded(release, tmp_path / GOLDEN, record).decode_ms > 0
+        return
+    with pytest.raises(EngineUnavailable, match=r"a probability differs by 0\.\d+, accepted are 0\.01"):
         loaded(release, tmp_path / GOLDEN, record)
 
 

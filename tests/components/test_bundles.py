@@ -259,6 +259,16 @@ def of_tomorrow(folder: Path) -> None:
     resealed(folder, lambda record: record.update(schema_version=2))
 
 
+def program_of(folder: Path) -> Any:
+    """The bundle's predict.py as a module, none of its libraries loaded."""
+    spec = importlib.util.spec_from_file_location("program_of_a_bundle", folder / "predict.py")
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -280,13 +290,16 @@ def of_tomorrow(folder: Path) -> None:
 )
 def test_the_program_itself_refuses_what_is_not_as_it_was(own: Path, change: Callable[[Path], None], what: str) -> None:
     change(own)
-    spec = importlib.util.spec_from_file_location("program_of_a_bundle", own / "predict.py")
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    program = program_of(own)
     with pytest.raises(program.Damaged, match=what):
         program.verified(own)
+
+
+def test_the_program_accepts_no_more_than_the_command_does(own: Path) -> None:
+    """It stands alone, so that it says these figures again."""
+    program = program_of(own)
+    for name in ("_PIXEL_TOLERANCE", "_LOSSLESS", "_LOSSLESS_TOLERANCE"):
+        assert getattr(program, name) == getattr(bundles, name)
 
 
 def test_the_program_tells_each_answer_at_once_and_stops_without_a_traceback(own: Path, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from components.contracts.releases import Release
 from components.images import STATISTICS, appearance, decode, prepare
+from components.int8_arithmetic import int8_arithmetic
 from components.packaging import fit_threshold
-from components.releases import GOLDEN, REFERENCE
+from components.releases import GOLDEN, INT8_ARITHMETIC, REFERENCE
 from components.store import Store
 
 
@@ -87,6 +89,9 @@ def test_golden_vectors_decode_to_what_is_stored(released: tuple[Release, Path])
     count = len(tensors["pixels"])
     assert count == 16
     assert set(np.unique(tensors["probabilities"].argmax(axis=1))) == {0, 1, 2}
+    with safe_open(folder / GOLDEN, framework="numpy") as file:
+        assert record.engine.precision == "int8"
+        assert file.metadata() == {INT8_ARITHMETIC: int8_arithmetic()}
     for index in range(count):
         pixels = prepare(decode(tensors[f"encoded.{index:03d}"].tobytes()), record.engine.preprocessing)
         assert (pixels == tensors["pixels"][index]).all()
