@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from components import plugins
 from components.choosing import AUTO, Choice, Limits, Offer, choose
 from components.contracts.data import Renames, names_after
 from components.contracts.errors import TamperedArtefact
-from components.contracts.families import Answers, Evidence, Gate, Least, Task
+from components.contracts.families import Answers, Evidence, Gate, Least, Slices, Task
 from components.contracts.models import Engine
 from components.contracts.records import FileDigest, Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import (
@@ -26,6 +27,7 @@ from components.contracts.verdicts import (
     Finding,
     FindingStatus,
     Measurement,
+    SliceTable,
     Verdict,
     VerdictStatus,
     shared_classes,
@@ -100,6 +102,7 @@ def judge(
     champion_known: bool,
     limits: Limits | None = None,
     absent: Mapping[str, tuple[str, bool]] | None = None,
+    slices: Stored[SliceTable] | None = None,
 ) -> Verdict:
     """One EngineVerdict per engine, and what follows for the candidate as a whole.
 
@@ -112,6 +115,7 @@ def judge(
     reference_answers = _answers(reference, judged[0].engine.record.classes, task) if judged else None
     reference_beyond_test = _beyond_test(reference, task)
     champion_answers, champion_missing = _answers_of_champion(champion, judged, task)
+    known_slices = opened_slices(slices)
     verdicts = []
     for item in judged:
         engine = item.engine.record
@@ -134,6 +138,7 @@ def judge(
                 champion_missing=champion_missing,
                 headline=task.headline,
                 champion_classes=champion.classes if champion is not None else (),
+                slices=known_slices,
             )
             findings = [gate.judge(evidence) for g, gate in gates if not g.engines or engine.name in g.engines]
         verdicts.append(
@@ -282,12 +287,23 @@ def _beyond_test(evaluation: Stored[Evaluation] | None, task: Task) -> Answers |
     """What an engine answered on the valid and calibration images; raises TamperedArtefact."""
     if evaluation is None or evaluation.record.beyond_test is None:
         return None
-    frame = _unchanged(evaluation, evaluation.record.beyond_test, ["sha256", "logits"])
+    frame = _unchanged(evaluation.folder, evaluation.record.beyond_test, ["sha256", "logits"])
     return Answers(tuple(frame["sha256"]), (), np.stack(list(frame["logits"])).astype(np.float32), (), task)
 
 
-def _unchanged(evaluation: Stored[Evaluation], file: FileDigest, columns: list[str]) -> pd.DataFrame:
-    path = evaluation.folder / file.name
+def opened_slices(slices: Stored[SliceTable] | None) -> Slices | None:
+    """The slices that a table holds; raises TamperedArtefact."""
+    if slices is None:
+        return None
+    record = slices.record
+    frame = _unchanged(slices.folder, record.table, ["sha256", *record.kinds])
+    # Two files of the same bytes are one image in the same slices.
+    frame = frame.drop_duplicates("sha256")
+    return Slices(tuple(frame["sha256"]), {kind: tuple(frame[kind]) for kind in record.kinds}, record.notes)
+
+
+def _unchanged(folder: Path, file: FileDigest, columns: list[str]) -> pd.DataFrame:
+    path = folder / file.name
     if sha256_file(path) != file.sha256:
         raise TamperedArtefact(f"{path} was changed after it was evaluated; run again to make it anew")
     return read_frame(path, columns)
@@ -297,7 +313,7 @@ def _answers(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...], ta
     """The answers behind an evaluation, whose logits are over `classes`; raises TamperedArtefact."""
     if evaluation is None or evaluation.record.predictions is None:
         return None
-    frame = _unchanged(evaluation, evaluation.record.predictions, ["sha256", "label", "logits"])
+    frame = _unchanged(evaluation.folder, evaluation.record.predictions, ["sha256", "label", "logits"])
     logits = np.stack(list(frame["logits"])).astype(np.float32)
     if logits.shape[1] != len(classes):
         path = evaluation.folder / evaluation.record.predictions.name

@@ -20,13 +20,13 @@ Counts = tuple[int, int, int, int]
 """Images that both, only the first, only the second and neither got right."""
 
 
-def wilson(hits: int, n: int) -> Estimate:
-    """Share hits / n with its 95 % Wilson score interval; raises ValueError on n = 0."""
+def wilson(hits: int, n: int, *, z: float = _Z95) -> Estimate:
+    """Share hits / n with its Wilson score interval, 95 % or that of `z`; raises ValueError on n = 0."""
     if n <= 0:
         raise ValueError("a share of no images has no value")
-    share, z2 = hits / n, _Z95**2
+    share, z2 = hits / n, z**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     # Rounding must not put the value outside its own interval at 0 and 1.
     low, high = min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
     return Estimate(value=share, low=low, high=high, n=n, method="wilson")
@@ -59,13 +59,13 @@ def paired_difference(first: Right, second: Right) -> Estimate:
     return Estimate(value=value, low=min(low, value), high=max(high, value), n=len(first), method="newcombe, paired")
 
 
-def paired_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares over the same images, from how many fall into each group.
+def paired_interval(both: int, only_first: int, only_second: int, neither: int, *, z: float = _Z95) -> tuple[float, float]:
+    """Interval of the difference of two shares over the same images, from how many fall into each group; 95 %, or of `z`.
 
     Newcombe's (1998, method 10), which stays valid when few or no answers differ.
     """
     n = both + only_first + only_second + neither
-    p1, p2 = wilson(both + only_first, n), wilson(both + only_second, n)
+    p1, p2 = wilson(both + only_first, n, z=z), wilson(both + only_second, n, z=z)
     difference = p1.value - p2.value
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     phi = 0.0

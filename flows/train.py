@@ -63,15 +63,27 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         wait(building)  # also when one failed: the workspace is held until nothing writes into it any more
         engines = steps.built(run, building)
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
+        sliced = steps.slices(run, dataset, evaluations[0])
         measurements = steps.measurements(run, engines, splits, anew=measure_again)
         champion = steps.champion(run)
         compared = steps.evaluation_of_champion(run, champion, splits) if champion else None
-        verdict = steps.gating(run, engines, evaluations, measurements, champion, compared)
+        verdict = steps.gating(run, engines, evaluations, measurements, champion, compared, sliced)
         passed = verdict.record.status == "pass"
         release = steps.packaging(run, engines, splits, verdict.record) if passed else None
         folds = estimated(run, dataset, turns)
         results = Results(
-            dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release, folds
+            dataset,
+            splits,
+            checkpoint,
+            engines,
+            evaluations,
+            measurements,
+            champion,
+            compared,
+            verdict,
+            release,
+            sliced,
+            folds,
         )
         outcome = steps.registration(run, results)
         return summarise(run, results, outcome, write_report(run, results, outcome))

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from components.contracts.data import Dataset, DataVersion, Splits
 from components.contracts.errors import RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError, causes, redacted
 from components.contracts.models import Checkpoint, Engine
-from components.contracts.records import FileDigest, RecordT, Stored
+from components.contracts.records import FileDigest, Record, RecordT, Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Candidate, Evaluation, Rejection, Verdict
+from components.contracts.verdicts import Candidate, Evaluation, Rejection, SliceTable, Verdict
 from components.store import describe, seal, sha256_file, unseal
 from components.tables import read_frame
 from registry import flavour, tracking
@@ -325,6 +325,10 @@ def _copied(stored: Stored[RecordT], files: Sequence[FileDigest], out: Path) -> 
     return Stored(stored.record, out)
 
 
+_FURTHER: Mapping[str, type[Record]] = {"slices": SliceTable}
+"""Evidence that not every version has: older ones do not."""
+
+
 def bound_in(folder: Path) -> dict[str, Any]:
     """What a candidate's files are, digest by digest, read from a verified bundle.
 
@@ -343,7 +347,9 @@ def bound_in(folder: Path) -> dict[str, Any]:
             if sha256_file(folder / "engines" / name / file.name) != file.sha256:
                 raise TamperedArtefact(f"{file.name} of engine {name} is not the file that was judged")
     champion = evidence / "champion.evaluation.json"
+    further = {name: read(name, record).digest() for name, record in _FURTHER.items() if (evidence / f"{name}.json").is_file()}
     return {
+        **further,
         "data": read("dataset", Dataset).data.digest(),
         "split": read("splits", Splits).test_digest,
         "weights": sha256_file(folder / "checkpoint" / "weights.safetensors"),

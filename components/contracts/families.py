@@ -327,6 +327,29 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """Which slices each test image is in."""
+
+    image_ids: tuple[str, ...]
+    names: Mapping[str, Sequence[str]]
+    """By kind, such as `brightness`: the name of each image's slice, empty where it is in none."""
+    notes: tuple[str, ...] = ()
+    """Why there is nothing of a kind."""
+
+    def knows(self, image_ids: Sequence[str]) -> bool:
+        """Whether every one of these images is known."""
+        return set(image_ids) <= set(self.image_ids)
+
+    def of(self, image_ids: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """The names of these images' slices by kind, text (n,); raises KeyError for an image that is not known."""
+        import numpy as np
+
+        place = {image: row for row, image in enumerate(self.image_ids)}
+        chosen = [place[image] for image in image_ids]
+        return {kind: np.array([names[row] for row in chosen], dtype=object) for kind, names in self.names.items()}
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All that a gate may look at when it judges one engine."""
 
@@ -348,6 +371,8 @@ class Evidence:
     beyond_test: Answers | None = None
     """Its answers on the images of valid and calibration, without labels; None where it was not asked."""
     reference_beyond_test: Answers | None = None
+    slices: Slices | None = None
+    """Groups of the test images; None where none were made."""
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,38 @@ class FoldEstimate(Record):
         )
 
 
+class SliceTable(Record):
+    """Which slices the test images are in: groups that a person can name, such as the darkest quarter or one camera."""
+
+    engine: str
+    """Whose embeddings the clusters are of."""
+    engine_digest: str
+    test_digest: str
+    num_images: int
+    kinds: tuple[str, ...]
+    notes: tuple[str, ...]
+    """Why there is nothing of a kind."""
+    table: FileDigest
+
+
+class SliceFigure(Record):
+    """How a model does in one slice; the p-values are corrected for all slices that were looked at."""
+
+    kind: str
+    name: str
+    n: int
+    accuracy: Estimate
+    """The share that is right; as the other estimates here, of the task's headline metric."""
+    to_rest: Estimate | None
+    """The difference to all other test images; None where there are none."""
+    champion: Estimate | None = None
+    to_champion: Estimate | None = None
+    """The difference to the champion, image by image; None where there is none to compare with."""
+    p_below_rest: float = 1.0
+    """Of being worse than the rest, one-sided."""
+    p_below_champion: float | None = None
+
+
 class Measurement(Record):
     """Latency and size of one engine on one machine; never comes from another machine."""
 

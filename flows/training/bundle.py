@@ -75,6 +75,9 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
             files[f"evidence/{name}.predictions.parquet"] = evaluation.folder / evaluation.record.predictions.name
         if evaluation.record.beyond_test is not None:
             files[f"evidence/{name}.beyond_test.parquet"] = evaluation.folder / evaluation.record.beyond_test.name
+    if results.slices is not None:
+        record("slices", results.slices.record)
+        files[f"evidence/{results.slices.record.table.name}"] = results.slices.folder / results.slices.record.table.name
     if results.champion is not None:
         record("champion.evaluation", results.champion.record)
     if results.folds is not None:

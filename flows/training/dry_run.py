@@ -16,7 +16,7 @@ from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import RecordT, Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Evaluation, Measurement, Verdict
+from components.contracts.verdicts import Evaluation, Measurement, SliceTable, Verdict
 from components.contracts.wording import counted
 from components.estimates import Images, PhaseEstimate, estimate
 from components.export import Graph
@@ -27,6 +27,7 @@ from components.training import CHAMPION
 from flows.terminal import Console, Say, silent
 from flows.training import keys
 from flows.training.chosen import ChosenRecipe
+from flows.training.facts import facts_of_test
 from flows.training.run import STAGES, Run, stage_folder
 from flows.workspace.settings import read_settings
 
@@ -181,6 +182,12 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         )
         for target, engine in named
     ]
+    sliced = None
+    if dataset and splits and evaluations[0] and evaluations[0].record.predictions:
+        facts = facts_of_test(run, dataset, evaluations[0])
+        sliced = walk.look("evaluation", SliceTable, keys.slices_inputs(run, facts, evaluations[0]), instance="slices")
+    else:
+        walk.look("evaluation", SliceTable, None, instance="slices")
     measurements = [
         walk.look(
             "evaluation",
@@ -192,7 +199,7 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         for target, engine in named
     ]
     champion = "the champion is another by now"
-    verdict = _verdict(run, engines, evaluations, measurements)
+    verdict = _verdict(run, engines, evaluations, measurements, sliced)
     walk.see("gating", "stored" if verdict else "computed", unless=champion if verdict else walk.unless)
     served = verdict.record.serving_engine if verdict else run.config.export.serving
     serving = next((engine for target, engine in named if target.name == served), None)
@@ -210,6 +217,7 @@ def _verdict(
     engines: Sequence[Stored[Engine] | None],
     evaluations: Sequence[Stored[Evaluation] | None],
     measurements: Sequence[Stored[Measurement] | None],
+    sliced: Stored[SliceTable] | None,
 ) -> Stored[Verdict] | None:
     """What an earlier start of this run judged of the same engines; whom they were compared with is not looked up."""
     link = run.folder / stage_folder("gating")
@@ -219,7 +227,8 @@ def _verdict(
         return None
     folder = link.resolve()
     verdict = run.store.open("gating", folder.name, Verdict)
-    inputs = keys.gating_inputs(run, [e for e, _, _ in known], [v for _, v, _ in known], [m for _, _, m in known], None)
+    measured = [m for _, _, m in known]
+    inputs = keys.gating_inputs(run, [e for e, _, _ in known], [v for _, v, _ in known], measured, None, sliced)
     before = dict(read_manifest(folder)["inputs"])
     of_champion = {"champion": "", "renamed": ""}
     return verdict if {**before, **of_champion} == {**inputs, **of_champion} else None

@@ -17,7 +17,7 @@ from components.contracts.data import Dataset, SplitName, Splits
 from components.contracts.errors import ConfigError, DataDiffers
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored
-from components.contracts.verdicts import EngineVerdict, Evaluation, Measurement
+from components.contracts.verdicts import EngineVerdict, Evaluation, Measurement, SliceTable
 from components.contracts.wording import counted
 from components.export import REFERENCE, TargetConfig, check
 from components.samples import rows
@@ -78,7 +78,7 @@ def build(desk: Desk, version: str, target: TargetConfig, *, quiet: bool) -> Fur
         champion = (
             registry.fetch_champion(desk.model, before, out=workspace.cache / "champions" / "then") if before else None
         )
-        return _judged(run, state.version, checkpoint, splits, champion)
+        return _judged(run, state.version, checkpoint, splits, champion, _slices(evidence))
 
 
 def _config(config: RunConfig, target: TargetConfig) -> RunConfig:
@@ -109,8 +109,19 @@ def _expect_pictures(splits: Stored[Splits], data: Path, version: str, dvc_hash:
         )
 
 
+def _slices(evidence: Path) -> Stored[SliceTable] | None:
+    """The slices that the version was judged by; older versions have none."""
+    record = evidence / "slices.json"
+    return Stored(SliceTable.read(json.loads(record.read_text())), evidence) if record.is_file() else None
+
+
 def _judged(
-    run: Run, version: str, checkpoint: Stored[Checkpoint], splits: Stored[Splits], champion: CurrentChampion | None
+    run: Run,
+    version: str,
+    checkpoint: Stored[Checkpoint],
+    splits: Stored[Splits],
+    champion: CurrentChampion | None,
+    sliced: Stored[SliceTable] | None,
 ) -> FurtherEngine:
     # Outside of a flow the stages are called as plain functions: nothing of this needs a Prefect server.
     from flows.training import steps
@@ -123,7 +134,7 @@ def _judged(
     if champion is not None:
         renamed = run.data.renames_since(champion.data)
         compared = steps.evaluation.fn(run, champion.engine, splits, role="champion", renamed=renamed)
-    verdict = steps.gating.fn(run, engines, evaluations, measurements, champion, compared)
+    verdict = steps.gating.fn(run, engines, evaluations, measurements, champion, compared, sliced)
     engine = engines[-1]
     return FurtherEngine(
         version=version,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from components import plugins
+from components import plugins, slices
 from components.contracts.data import Dataset, Renames, Splits
 from components.contracts.models import Checkpoint, Engine
-from components.contracts.records import Stored, canonical_json
-from components.contracts.verdicts import Evaluation, Measurement
+from components.contracts.records import Stored, canonical_json, sha256_text
+from components.contracts.verdicts import Evaluation, Measurement, SliceTable
 from components.embeddings import absence
 from components.export import Graph, TargetConfig
 from components.issues import chosen as chosen_findings
@@ -19,6 +21,9 @@ from components.training import TrainingConfig, local_weights
 from components.validation import ValidationConfig
 from flows.training.run import Run
 from flows.workspace.checking import encoder_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def validation_inputs(run: Run) -> dict[str, str]:
@@ -126,6 +131,15 @@ def asked_beyond_test(engine: Stored[Engine]) -> bool:
     return engine.record.precision == "fp32"
 
 
+def slices_inputs(run: Run, facts: pd.DataFrame, reference: Stored[Evaluation]) -> dict[str, str]:
+    return {
+        "facts": sha256_text(facts.to_csv(index=False)),
+        "evaluation": reference.record.digest(),
+        "code": plugins.source_digest(Path(slices.__file__)),
+        **task_inputs(run),
+    }
+
+
 def measurement_inputs(run: Run, engine: Stored[Engine]) -> dict[str, str]:
     return {
         "engine": engine.record.digest(),
@@ -153,6 +167,7 @@ def gating_inputs(
     evaluations: Sequence[Stored[Evaluation]],
     measurements: Sequence[Stored[Measurement]],
     champion_evaluation: Stored[Evaluation] | None,
+    sliced: Stored[SliceTable] | None,
     renamed: Renames = (),
 ) -> dict[str, str]:
     config = run.config.gating
@@ -164,6 +179,7 @@ def gating_inputs(
         "absent": canonical_json(run.absent),
         **task_inputs(run),
         "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
+        "slices": sliced.record.digest() if sliced else "none",
     }
     for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):
         name = engine.record.name

@@ -12,7 +12,7 @@ from components.contracts.data import Dataset, Renames, Splits, names_after
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
-from components.contracts.verdicts import Estimate, Evaluation, FoldEstimate, Measurement, Verdict
+from components.contracts.verdicts import Estimate, Evaluation, FoldEstimate, Measurement, SliceTable, Verdict
 from components.contracts.wording import counted
 from components.gating import least
 from components.samples import rows
@@ -41,7 +41,8 @@ class Results:
     verdict: Stored[Verdict]
     release: Stored[Release] | None
     """Absent when the verdict is no pass: nothing that was refused is packaged."""
-
+    slices: Stored[SliceTable] | None = None
+    """Groups of the test images; None where the reference gave no answers."""
     folds: FoldEstimate | None = None
     """What the recipe makes of all images, where it was asked for."""
 
@@ -112,6 +113,7 @@ def bound_digests(results: Results) -> dict[str, Any]:
         "serving": results.verdict.record.serving_engine,
         "policy": results.verdict.record.policy_digest,
         "evidence": {stored.record.engine: stored.record.digest() for stored in results.evaluations},
+        **({"slices": results.slices.record.digest()} if results.slices else {}),
         "verdict": results.verdict.record.status,
         "release": results.release.record.digest() if results.release else "none",
         "champion": results.champion.record.engine_digest if results.champion else "none",

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
@@ -24,19 +25,22 @@ from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
 from components.contracts.records import Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, Verdict
-from components.evaluation import evaluate, measure
+from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, SliceTable, Verdict
+from components.evaluation import PREDICTIONS, evaluate, measure
 from components.export import REFERENCE, Graph, TargetConfig, export, export_graph, memory_mb
 from components.gating import Champion, Judged, judge
 from components.hooks import LEFTOVERS
 from components.packaging import package
+from components.slices import make_slices
 from components.splitting import TestLedger, split
 from components.store import write_atomically
+from components.tables import read_frame
 from components.training import train
 from components.validation import validate
 from flows.orchestrator.notifications import Event, notify
 from flows.orchestrator.retries import REGISTRY_POLICY
 from flows.training import keys
+from flows.training.facts import facts_of_test
 from flows.training.results import Results, candidate_digest
 from flows.training.run import Run
 from flows.training.warm_start import keep
@@ -220,6 +224,30 @@ def evaluation_of_champion(run: Run, champion: CurrentChampion, splits: Stored[S
     return evaluation(run, champion.engine, splits, role="champion", renamed=renamed)
 
 
+@task(name="slices", cache_policy=NO_CACHE)
+def slices(run: Run, dataset: Stored[Dataset], reference: Stored[Evaluation]) -> Stored[SliceTable] | None:
+    """Which slices the test images are in; the clusters are those of the reference's embedding. None without answers."""
+    if reference.record.predictions is None:
+        return None
+    facts = facts_of_test(run, dataset, reference)
+
+    def compute(out: Path, _: Progress) -> SliceTable:
+        record = reference.record
+        predictions = read_frame(reference.folder / PREDICTIONS, ["embedding"])
+        return make_slices(
+            facts,
+            np.stack(list(predictions["embedding"])),
+            run.task,
+            engine=record.engine,
+            engine_digest=record.engine_digest,
+            test_digest=record.test_digest,
+            out=out,
+        )
+
+    inputs = keys.slices_inputs(run, facts, reference)
+    return run.stage("evaluation", SliceTable, compute, inputs=inputs, instance="slices")
+
+
 @task(name="measurement", cache_policy=NO_CACHE)
 def measurements(
     run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits], *, anew: bool = False
@@ -301,6 +329,7 @@ def gating(
     measurements: Sequence[Stored[Measurement]],
     current_champion: CurrentChampion | None,
     champion_evaluation: Stored[Evaluation] | None,
+    sliced: Stored[SliceTable] | None,
 ) -> Stored[Verdict]:
     config, chosen = run.config.gating, run.config.export
     required = {target.name: target.required for target in chosen.all_targets}
@@ -324,9 +353,10 @@ def gating(
             limits=chosen.limits,
             champion_known=True,
             absent={name: (reason, required[name]) for name, reason in run.absent.items()},
+            slices=sliced,
         )
 
-    inputs = keys.gating_inputs(run, engines, evaluations, measurements, champion_evaluation, renamed)
+    inputs = keys.gating_inputs(run, engines, evaluations, measurements, champion_evaluation, sliced, renamed)
     return run.stage("gating", Verdict, compute, inputs=inputs)
 
 
