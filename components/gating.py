@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from components import plugins
+from components.answer_tables import answers_of, beyond_test_of, slices_of
 from components.choosing import AUTO, Choice, Limits, Offer, choose
 from components.contracts.data import Renames, names_after
-from components.contracts.errors import TamperedArtefact
-from components.contracts.families import Answers, Evidence, Gate, Least, Slices, Task
+from components.contracts.families import Answers, Evidence, Gate, Least, Task
 from components.contracts.models import Engine
-from components.contracts.records import FileDigest, Record, Stored, canonical_json, sha256_text
+from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import (
     EngineVerdict,
     Evaluation,
@@ -33,11 +31,6 @@ from components.contracts.verdicts import (
     shared_classes,
 )
 from components.intervals import paired_difference
-from components.store import sha256_file
-from components.tables import read_frame
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class GateConfig(Record):
@@ -112,10 +105,10 @@ def judge(
     that `components/choosing.py` takes within `limits`, and a finding of each engine that passed says why.
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
-    reference_answers = _answers(reference, judged[0].engine.record.classes, task) if judged else None
-    reference_beyond_test = _beyond_test(reference, task)
+    reference_answers = answers_of(reference, judged[0].engine.record.classes, task) if judged else None
+    reference_beyond_test = beyond_test_of(reference, task)
     champion_answers, champion_missing = _answers_of_champion(champion, judged, task)
-    known_slices = opened_slices(slices)
+    known_slices = slices_of(slices)
     verdicts = []
     for item in judged:
         engine = item.engine.record
@@ -129,9 +122,9 @@ def judge(
                 engine=engine,
                 evaluation=item.evaluation.record,
                 measurement=item.measurement,
-                answers=_answers(item.evaluation, engine.classes, task),
+                answers=answers_of(item.evaluation, engine.classes, task),
                 reference=reference_answers,
-                beyond_test=_beyond_test(item.evaluation, task),
+                beyond_test=beyond_test_of(item.evaluation, task),
                 reference_beyond_test=reference_beyond_test,
                 champion=champion_answers,
                 champion_known=champion_known and not champion_missing,
@@ -175,7 +168,7 @@ def _offers(
     judged: Sequence[Judged], verdicts: Sequence[EngineVerdict], reference: Answers | None, task: Task
 ) -> Iterator[Offer]:
     for item, verdict in zip(judged, verdicts, strict=False):
-        answers = _answers(item.evaluation, item.engine.record.classes, task)
+        answers = answers_of(item.evaluation, item.engine.record.classes, task)
         drop = None
         if reference is not None and answers is not None and answers.image_ids == reference.image_ids:
             drop = paired_difference(reference.right, answers.right)
@@ -276,49 +269,11 @@ def _answers_of_champion(champion: Champion | None, judged: Sequence[Judged], ta
     if record.engine_digest != champion.engine.digest():
         return None, "its evaluation is of another engine"
     classes = judged[0].engine.record.classes if judged else ()
-    answers = _answers(champion.evaluation, shared_classes(classes, champion.classes), task)
+    answers = answers_of(champion.evaluation, shared_classes(classes, champion.classes), task)
     if answers is not None:
         return answers, ""
     here = {"not executed here": "its engine cannot be executed here: ", "not comparable": "", "evaluated": ""}
     return None, here[record.status] + (record.reason or "it gave no answers on the test images")
-
-
-def _beyond_test(evaluation: Stored[Evaluation] | None, task: Task) -> Answers | None:
-    """What an engine answered on the valid and calibration images; raises TamperedArtefact."""
-    if evaluation is None or evaluation.record.beyond_test is None:
-        return None
-    frame = _unchanged(evaluation.folder, evaluation.record.beyond_test, ["sha256", "logits"])
-    return Answers(tuple(frame["sha256"]), (), np.stack(list(frame["logits"])).astype(np.float32), (), task)
-
-
-def opened_slices(slices: Stored[SliceTable] | None) -> Slices | None:
-    """The slices that a table holds; raises TamperedArtefact."""
-    if slices is None:
-        return None
-    record = slices.record
-    frame = _unchanged(slices.folder, record.table, ["sha256", *record.kinds])
-    # Two files of the same bytes are one image in the same slices.
-    frame = frame.drop_duplicates("sha256")
-    return Slices(tuple(frame["sha256"]), {kind: tuple(frame[kind]) for kind in record.kinds}, record.notes)
-
-
-def _unchanged(folder: Path, file: FileDigest, columns: list[str]) -> pd.DataFrame:
-    path = folder / file.name
-    if sha256_file(path) != file.sha256:
-        raise TamperedArtefact(f"{path} was changed after it was evaluated; run again to make it anew")
-    return read_frame(path, columns)
-
-
-def _answers(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...], task: Task) -> Answers | None:
-    """The answers behind an evaluation, whose logits are over `classes`; raises TamperedArtefact."""
-    if evaluation is None or evaluation.record.predictions is None:
-        return None
-    frame = _unchanged(evaluation.folder, evaluation.record.predictions, ["sha256", "label", "logits"])
-    logits = np.stack(list(frame["logits"])).astype(np.float32)
-    if logits.shape[1] != len(classes):
-        path = evaluation.folder / evaluation.record.predictions.name
-        raise TamperedArtefact(f"{path} has logits of {logits.shape[1]} classes, expected {len(classes)}; run again")
-    return Answers(tuple(frame["sha256"]), tuple(frame["label"]), logits, classes, task)
 
 
 def least(config: GatingConfig) -> dict[str, Least]:

@@ -347,9 +347,9 @@ def bound_in(folder: Path) -> dict[str, Any]:
             if sha256_file(folder / "engines" / name / file.name) != file.sha256:
                 raise TamperedArtefact(f"{file.name} of engine {name} is not the file that was judged")
     champion = evidence / "champion.evaluation.json"
-    further = {name: read(name, record).digest() for name, record in _FURTHER.items() if (evidence / f"{name}.json").is_file()}
+    there = {name: record for name, record in _FURTHER.items() if (evidence / f"{name}.json").is_file()}
     return {
-        **further,
+        **{name: read(name, record).digest() for name, record in there.items()},
         "data": read("dataset", Dataset).data.digest(),
         "split": read("splits", Splits).test_digest,
         "weights": sha256_file(folder / "checkpoint" / "weights.safetensors"),
