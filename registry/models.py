@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.contracts.data import Dataset, DataVersion, Splits
 from components.contracts.errors import RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError, causes, redacted
+from components.contracts.evidence import CandidateEvidence
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import FileDigest, Record, RecordT, Stored
 from components.contracts.releases import Release
@@ -325,7 +326,7 @@ def _copied(stored: Stored[RecordT], files: Sequence[FileDigest], out: Path) -> 
     return Stored(stored.record, out)
 
 
-_FURTHER: Mapping[str, type[Record]] = {"slices": SliceTable}
+_FURTHER: Mapping[str, type[Record]] = {"slices": SliceTable, "shown": CandidateEvidence}
 """Evidence that not every version has: older ones do not."""
 
 

@@ -106,6 +106,9 @@ def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE,
 
 
 def _page(model: str, shown: VersionShown) -> str:
+    from flows.training.candidate_evidence import told as evidence_told
+    from flows.training.data_since import told as data_told
+
     state, champion = shown.state, shown.champion
     summary, bound = state.requested.body.get("summary") or {}, state.requested.body["bound"]
     lines = [f"{model} version {state.version}: {_status(state)}", ""]
@@ -129,6 +132,9 @@ def _page(model: str, shown: VersionShown) -> str:
             "",
             *_beside(state, champion, shown.compared_with),
         ]
+        told = evidence_told(summary.get("evidence") or {})
+        told += data_told(summary.get("data_since"), summary.get("spent"))
+        lines += ["", *told] if told else []
         worst = sorted(summary["recall"].items(), key=lambda item: item[1]["value"])[:3]
         lines += ["", "Weakest classes: " + "; ".join(f"{name} recall {figure(e)}" for name, e in worst) + "."]
         if summary.get("decision"):

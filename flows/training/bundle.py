@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from components.choosing import AUTO
 from components.contracts.data import SPLITS
-from components.contracts.records import Record, canonical_json, sha256_text
+from components.contracts.evidence import CandidateEvidence
+from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import Candidate, Rejection
 from components.gating import policy
 from components.samples import rows
 from components.store import sha256_file, write_atomically
+from flows.training.candidate_evidence import evidence_json
+from flows.training.data_since import data_since, spent
 from flows.training.keys import training_key
 from flows.training.model_card import choice_told, limits_json, model_card
 from flows.training.results import (
@@ -78,6 +82,9 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
     if results.slices is not None:
         record("slices", results.slices.record)
         files[f"evidence/{results.slices.record.table.name}"] = results.slices.folder / results.slices.record.table.name
+    if results.shown is not None:
+        record("shown", results.shown.record)
+        files["evidence/shown.zip"] = _zipped(results.shown, folder / "shown.zip")
     if results.champion is not None:
         record("champion.evaluation", results.champion.record)
     if results.folds is not None:
@@ -103,6 +110,14 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
         requester=person(run.requested_by) if run.requested_by else None,
         inputs=_inputs(run, results),
     )
+
+
+def _zipped(shown: Stored[CandidateEvidence], path: Path) -> Path:
+    """The pictures and tables of the evidence in one file, the same for the same evidence."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(shown.record.files, key=lambda one: one.name):
+            archive.writestr(zipfile.ZipInfo(file.name), (shown.folder / file.name).read_bytes())
+    return path
 
 
 def _inputs(run: Run, results: Results) -> list[DataInput]:
@@ -154,6 +169,9 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "machine": latency.machine,
         "size_bytes": engine.size_bytes,
         "folds": folds_json(run, results),
+        "evidence": evidence_json(results.shown.record) if results.shown else None,
+        "data_since": data_since(run, results),
+        "spent": spent(run, results),
         "decision": results.release.record.decision.to_json() if results.release else None,
         "findings": [
             {"engine": e.engine, "gate": f.gate, "status": f.status, "message": f.message}
@@ -261,6 +279,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
         **headline_json(run),
         "folds": folds_json(run, results),
         "folds_proposed": folds_proposed(run, results),
+        "evidence": evidence_json(results.shown.record) if results.shown else None,
         "data": {
             "version": run.data.dvc_hash,
             "kept": results.dataset.record.num_kept,
@@ -285,7 +304,14 @@ def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> 
     """`report.html` of the run, with what registration answered; left alone when it says just that already."""
     path = run.folder / "report.html"
     told = notes_of(run, results)
-    shown = [outcome.digest(), *told, results.verdict.record.digest(), *(m.record.digest() for m in results.measurements)]
+    evidence = [results.shown.record.digest()] if results.shown else []
+    shown = [
+        outcome.digest(),
+        *told,
+        *evidence,
+        results.verdict.record.digest(),
+        *(m.record.digest() for m in results.measurements),
+    ]
     mark = f"<!-- {sha256_text(canonical_json([*shown, report_source()]))} -->\n"
     if not path.exists() or not path.read_text().endswith(mark):
         from flows.training.report import render
@@ -297,8 +323,8 @@ def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> 
 def report_source() -> str:
     """Digest of what draws the report: a changed template draws it anew."""
     from flows.pages import figures
-    from flows.training import diagnosis, report
+    from flows.training import candidate_evidence, diagnosis, report
 
-    drawn_by = [Path(str(module.__file__)) for module in (diagnosis, report, figures)]
+    drawn_by = [Path(str(module.__file__)) for module in (candidate_evidence, diagnosis, report, figures)]
     templates = [figures.TEMPLATES / name for name in ("report.html", "style.html")]
     return sha256_text("".join(sha256_file(path) for path in (*drawn_by, *templates)))

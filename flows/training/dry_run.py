@@ -207,6 +207,7 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         walk.see("packaging", "left out", unless=champion)
     else:
         walk.look("packaging", Release, keys.packaging_inputs(run, serving, splits) if serving and splits else None)
+    walk.see("evidence", "stored" if _drawn(run, verdict) else "computed", unless=champion if verdict else walk.unless)
     recorded = verdict is not None and (run.folder / stage_folder("registration") / "outcome.json").is_file()
     walk.see("registration", "stored" if recorded else "computed", unless=champion if recorded else walk.unless)
     return walk.stages, splits
@@ -232,6 +233,11 @@ def _verdict(
     before = dict(read_manifest(folder)["inputs"])
     of_champion = {"champion": "", "renamed": ""}
     return verdict if {**before, **of_champion} == {**inputs, **of_champion} else None
+
+
+def _drawn(run: Run, verdict: Stored[Verdict] | None) -> bool:
+    """Whether an earlier start of this run, judged as it would be now, drew the evidence."""
+    return verdict is not None and (run.folder / stage_folder("evidence")).exists()
 
 
 def _images(run: Run, splits: Stored[Splits] | None) -> Images:

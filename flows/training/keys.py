@@ -189,6 +189,31 @@ def gating_inputs(
     return inputs
 
 
+def evidence_inputs(
+    run: Run,
+    engine: Stored[Engine],
+    evaluation: Stored[Evaluation],
+    champion_evaluation: Stored[Evaluation] | None,
+    sliced: Stored[SliceTable] | None,
+    splits: Stored[Splits],
+    checkpoint: Stored[Checkpoint],
+    renamed: Renames = (),
+) -> dict[str, str]:
+    return {
+        "engine": engine.record.digest(),
+        "evaluation": evaluation.record.digest(),
+        "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
+        "renamed": canonical_json(renamed),
+        "slices": sliced.record.digest() if sliced else "none",
+        "splits": splits.record.digest(),
+        "checkpoint": checkpoint.record.digest(),
+        **task_inputs(run),
+        # The embeddings of training pictures are this processor's.
+        "machine": fingerprint(),
+        **member_digests(targets=engine.record.target, backbones=run.config.training.backbone),
+    }
+
+
 def packaging_inputs(run: Run, serving: Stored[Engine], splits: Stored[Splits]) -> dict[str, str]:
     return {
         "model": run.config.model,

@@ -8,6 +8,7 @@ from components.contracts.verdicts import Evaluation, Verdict
 from components.contracts.wording import counted
 from components.export import ExportConfig
 from components.gating import policy
+from flows.training.candidate_evidence import card_lines
 from flows.training.results import Results
 from flows.training.run import Run
 
@@ -43,6 +44,11 @@ def model_card(run: Run, results: Results) -> str:
         *(f"| {name} | {e.value:.4f} | {e.low:.4f} to {e.high:.4f} | {e.n} |" for name, e in shown.metrics.items()),
         "",
         *([f"{results.folds.told(run.task.headline)}.", ""] if results.folds else []),
+        *(
+            ["## Beside the champion", "", *(f"- {line}" for line in card_lines(results.shown.record)), ""]
+            if results.shown
+            else []
+        ),
         "## Which engine serves",
         "",
         *(f"- {line}" for line in choice_told(run.config.export, verdict)),

@@ -22,6 +22,9 @@ from flows.pages.figures import (
     splits_figure,
     thumbnail,
 )
+from flows.training.candidate_evidence import page
+from flows.training.data_since import data_since
+from flows.training.data_since import told as data_told
 from flows.training.diagnosis import PhaseResult, fit_told, gain_told, imbalance, phase_results
 from flows.training.model_card import VERDICTS, evaluation_shown
 from flows.training.results import Results, costs_json, folds_proposed
@@ -101,7 +104,8 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
                 for m in shown.record.per_class
             ],
             figures=_figures(run, results, shown, trained),
-            mistakes=_mistakes(run, shown),
+            evidence=page(results.shown) if results.shown else None,
+            data_told=data_told(data_since(run, results), None),
             examples=_examples(run, results),
             quarantined=read_frame(results.dataset.folder / results.dataset.record.quarantine.name)
             .head(20)
@@ -163,24 +167,6 @@ def _figures(run: Run, results: Results, shown: Stored[Evaluation], trained: Seq
         "splits": splits_figure(results.splits.record),
         **{name: own[name](shown.record) for name in task.figures},
     }
-
-
-def _mistakes(run: Run, shown: Stored[Evaluation]) -> list[dict[str, Any]]:
-    if shown.record.predictions is None:
-        return []
-    columns = ["path", "label", "predicted", "confidence", "right"]
-    frame = read_frame(shown.folder / shown.record.predictions.name, columns)
-    wrong = frame[~frame["right"]].nlargest(_SHOWN, "confidence")
-    return [
-        {
-            "path": row["path"],
-            "label": row["label"],
-            "predicted": row["predicted"],
-            "confidence": row["confidence"],
-            "image": thumbnail(run.workspace.data / row["path"]),
-        }
-        for row in wrong.to_dict("records")
-    ]
 
 
 def _examples(run: Run, results: Results) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from components.choosing import images_a_second_a_core, price_of_a_million
 from components.contracts.data import Dataset, Renames, Splits, names_after
+from components.contracts.evidence import CandidateEvidence
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
@@ -43,6 +44,8 @@ class Results:
     """Absent when the verdict is no pass: nothing that was refused is packaged."""
     slices: Stored[SliceTable] | None = None
     """Groups of the test images; None where the reference gave no answers."""
+    shown: Stored[CandidateEvidence] | None = None
+    """What a person looks at."""
     folds: FoldEstimate | None = None
     """What the recipe makes of all images, where it was asked for."""
 
@@ -114,6 +117,7 @@ def bound_digests(results: Results) -> dict[str, Any]:
         "policy": results.verdict.record.policy_digest,
         "evidence": {stored.record.engine: stored.record.digest() for stored in results.evaluations},
         **({"slices": results.slices.record.digest()} if results.slices else {}),
+        **({"shown": results.shown.record.digest()} if results.shown else {}),
         "verdict": results.verdict.record.status,
         "release": results.release.record.digest() if results.release else "none",
         "champion": results.champion.record.engine_digest if results.champion else "none",

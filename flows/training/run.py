@@ -30,7 +30,7 @@ from flows.workspace.recipes import RunConfig
 from flows.workspace.settings import Settings
 from flows.workspace.workspace import Workspace, lock_digest, version
 
-STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "registration")
+STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "evidence", "registration")
 _CODE = Path(__file__).resolve().parents[2]
 
 

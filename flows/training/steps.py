@@ -19,14 +19,16 @@ from prefect.futures import PrefectFuture
 from components import attributes, dataversions
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
-from components.contracts.data import Dataset, Renames, Splits
+from components.contracts.data import Dataset, Renames, Splits, names_after
 from components.contracts.errors import ExportError
+from components.contracts.evidence import CandidateEvidence
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, SliceTable, Verdict
 from components.evaluation import PREDICTIONS, evaluate, measure
+from components.evidence import Compared, collect
 from components.export import REFERENCE, Graph, TargetConfig, export, export_graph, memory_mb
 from components.gating import Champion, Judged, judge
 from components.hooks import LEFTOVERS
@@ -380,6 +382,46 @@ def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits
         )
 
     return run.stage("packaging", Release, compute, inputs=keys.packaging_inputs(run, serving, splits))
+
+
+@task(name="evidence", cache_policy=NO_CACHE)
+def evidence(
+    run: Run,
+    engines: Sequence[Stored[Engine]],
+    evaluations: Sequence[Stored[Evaluation]],
+    verdict: Verdict,
+    current_champion: CurrentChampion | None,
+    champion_evaluation: Stored[Evaluation] | None,
+    sliced: Stored[SliceTable] | None,
+    splits: Stored[Splits],
+    checkpoint: Stored[Checkpoint],
+) -> Stored[CandidateEvidence]:
+    """What a person looks at of the engine that serves, or of the reference where that one could not run."""
+    answered = [(e, v) for e, v in zip(engines, evaluations, strict=True) if v.record.metrics]
+    serving = next(((e, v) for e, v in answered if e.record.name == verdict.serving_engine), None)
+    engine, evaluation = serving or (engines[0], evaluations[0])
+    renamed = run.data.renames_since(current_champion.data) if current_champion else ()
+
+    def compute(out: Path, progress: Progress) -> CandidateEvidence:
+        champion = None
+        if current_champion and champion_evaluation:
+            champion = Compared(champion_evaluation, names_after(current_champion.engine.record.classes, renamed))
+        return collect(
+            engine,
+            evaluation,
+            champion,
+            sliced,
+            splits,
+            checkpoint,
+            run.workspace.data,
+            run.task,
+            num_threads=run.settings.num_threads,
+            out=out,
+            progress=progress,
+        )
+
+    inputs = keys.evidence_inputs(run, engine, evaluation, champion_evaluation, sliced, splits, checkpoint, renamed)
+    return run.stage("evidence", CandidateEvidence, compute, inputs=inputs)
 
 
 @task(name="registration", **REGISTRY_POLICY)

@@ -1,0 +1,85 @@
+"""Records of what a person looks at before deciding: which pictures change, and for whom it gets better or worse."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from components.contracts.records import FileDigest, Record
+from components.contracts.verdicts import Estimate, SliceFigure
+
+Shown = Literal["lost", "won", "surest errors", "least sure"]
+"""Why a test picture is shown: only the champion is right, only the candidate is, wrong and sure, or right and unsure."""
+
+
+class Neighbour(Record):
+    """A training picture that the engine's embedding puts near a test picture."""
+
+    path: str
+    label: str
+    similarity: float
+    """Cosine."""
+    thumbnail: str
+
+
+class ShownPicture(Record):
+    """One test picture, with what was answered to it and why it is shown."""
+
+    why: Shown
+    sha256: str
+    path: str
+    label: str
+    predicted: str
+    confidence: float
+    champion_predicted: str = ""
+    """Empty where there is no champion, or where it was not asked about this picture."""
+    champion_confidence: float | None = None
+    thumbnail: str = ""
+    """A file of the evidence; empty where the picture was not there any more."""
+    saliency: str = ""
+    """A file: the picture as the network sees it, with what the answer rests on; empty where there is none."""
+    neighbours: tuple[Neighbour, ...] = ()
+
+
+class Flips(Record):
+    """The answers of candidate and champion to the same test pictures."""
+
+    both: int
+    won: int
+    """Right by the candidate alone."""
+    lost: int
+    """Right by the champion alone."""
+    neither: int
+    difference: Estimate
+    """Candidate - champion, of the share that is right, picture by picture."""
+
+
+class Cluster(Record):
+    """The pictures nearest to the middle of a cluster of the embedding, for a person to see what it is."""
+
+    name: str
+    pictures: tuple[str, ...]
+    """Paths in the data."""
+    thumbnails: tuple[str, ...]
+
+
+class CandidateEvidence(Record):
+    """What a person looks at; it decides nothing that the gates have not decided."""
+
+    engine: str
+    """The engine whose answers are shown: the one that serves, or the reference where that could not run."""
+    engine_digest: str
+    champion_digest: str
+    """Of the champion's engine; `none` where there is none that answered."""
+    test_digest: str
+    num_images: int
+    flips: Flips | None
+    pictures: tuple[ShownPicture, ...]
+    slices: tuple[SliceFigure, ...]
+    """The worst first."""
+    clusters: tuple[Cluster, ...]
+    saliency_by: str
+    """What made the saliency maps; empty where nothing did."""
+    notes: tuple[str, ...]
+    """What is missing, and why."""
+    files: tuple[FileDigest, ...]
+    """flips.parquet, the pictures and the saliency maps."""
