@@ -46,7 +46,7 @@ def saliency(model: ImageModel, images: npt.NDArray[np.uint8]) -> tuple[npt.NDAr
             given = LayerAttribution.interpolate(maps, (planes.shape[2], planes.shape[3]), "bilinear")[:, 0]
         else:
             gradients = IntegratedGradients(logits).attribute(planes, target=target, n_steps=_STEPS)
-            given = gradients.sum(dim=1).clamp(min=0)
+            given = gradients.sum(dim=1)
         found.append(given.detach().numpy().astype(np.float32))
     whole = np.concatenate(found)
     # An outlier of one pixel would leave the rest of a map of gradients black.
