@@ -1,5 +1,7 @@
 """What is known of a file beside its class: `data.attributes.csv`, a companion of the pinned data version.
 
+Columns of a project's own, such as the weather, are in `data.columns.csv`: only slices of the test images look at them.
+
 One row a file, by the sha256 of its bytes, so that it holds whatever the file is called; only rows that say something. A
 column that is said again replaces what was known, an empty one says nothing, and a model's label never replaces a person's.
 """
@@ -13,8 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from components.companions import ATTRIBUTES
-from components.contracts.errors import DataError
+from components.companions import ATTRIBUTES, FURTHER, Companion
+from components.contracts.errors import ConfigError, DataError
+from components.contracts.records import canonical_json
 from components.contracts.wording import is_text, utc_of
 
 LABEL_SOURCES = ("person", "model")
@@ -36,6 +39,18 @@ class Attributes(NamedTuple):
     """`person` or `model`."""
     confidence: str = ""
     """Of the label, in [0, 1]."""
+    further: str = ""
+    """Columns of the project's own, as canonical JSON of text by name."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of the project's own that say something."""
+        return dict(json.loads(self.further)) if self.further else {}
+
+
+COLUMNS = Attributes._fields[:-1]
+"""Those that mean something to visionloop."""
+_MOST_FURTHER = 20
 
 
 class Changed(NamedTuple):
@@ -49,19 +64,18 @@ class Changed(NamedTuple):
     """Whether what was known stays: a model's label does not replace a person's."""
 
 
-def attributes_of(values: Mapping[str, object]) -> Attributes:
-    """What a row says, in the form that is kept; raises ValueError that says which column is wrong and what was expected."""
-    unknown = sorted(values.keys() - set(Attributes._fields))
+def attributes_of(values: Mapping[str, object], *, further: Mapping[str, object] | None = None) -> Attributes:
+    """What a row says, in the form that is kept; `further` are columns of the project's own.
+
+    Raises ValueError that says which column is wrong and what was expected.
+    """
+    unknown = sorted(values.keys() - set(COLUMNS))
     if unknown:
-        raise ValueError(f"unknown column {unknown[0]!r}; valid: {', '.join(Attributes._fields)}")
-    said: dict[str, str] = {}
-    for column, value in values.items():
-        if not isinstance(value, (str, int, float, type(None))) or isinstance(value, bool):
-            raise ValueError(f"{column} is {value!r}; expected text")
-        text = "" if value is None else str(value).strip()
-        if not is_text(text) or len(text) > _LONGEST:
-            raise ValueError(f"{column} is {text[:40]!r}; expected one line of at most {_LONGEST} characters")
-        said[column] = text
+        raise ValueError(f"unknown column {unknown[0]!r}; valid: {', '.join(COLUMNS)}")
+    own = {column: _text(column, value) for column, value in (further or {}).items()}
+    said = {column: _text(column, value) for column, value in values.items()}
+    if filled := {column: text for column, text in own.items() if text}:
+        said["further"] = canonical_json(filled)
     if when := said.get("captured_at"):
         try:
             said["captured_at"] = utc_of(when).isoformat().replace("+00:00", "Z")
@@ -80,20 +94,51 @@ def attributes_of(values: Mapping[str, object]) -> Attributes:
     return Attributes(**said)
 
 
+def expect_further(columns: Iterable[str]) -> None:
+    """Raises ConfigError unless these can be columns of a project's own."""
+    names = list(columns)
+    wrong = [name for name in names if name in (*COLUMNS, "path", "label", "split") or not is_text(name) or not name.strip()]
+    if wrong:
+        raise ConfigError(f"columns has {wrong[0]!r}, which is a column already or no name; expected those of your own")
+    if len(set(names)) < len(names) or len(names) > _MOST_FURTHER:
+        raise ConfigError(f"columns has {len(names)} names; expected at most {_MOST_FURTHER}, each once")
+
+
+def _text(column: str, value: object) -> str:
+    if not isinstance(value, (str, int, float, type(None))) or isinstance(value, bool):
+        raise ValueError(f"{column} is {value!r}; expected text")
+    text = "" if value is None else str(value).strip()
+    if not is_text(text) or len(text) > _LONGEST:
+        raise ValueError(f"{column} is {text[:40]!r}; expected one line of at most {_LONGEST} characters")
+    return text
+
+
 def read(root: Path) -> dict[str, Attributes]:
     """What the workspace `root` knows, by sha256; raises DataError for anything but what this module wrote."""
     known: dict[str, Attributes] = {}
     for sha256, *values in ATTRIBUTES.read(root).itertuples(index=False):
         known[sha256] = found = Attributes(*values)
         try:
-            if not _SHA256.fullmatch(sha256) or not any(found) or found != attributes_of(found._asdict()):
+            said = {column: getattr(found, column) for column in COLUMNS}
+            if not _SHA256.fullmatch(sha256) or not any(found) or found != attributes_of(said):
                 raise ValueError("expected a sha256, and what is known in the form that it was written in")
         except ValueError as error:
-            raise DataError(
-                f"{root / ATTRIBUTES.file} has a row {sha256[:64]!r} that is none ({error}); restore it with "
-                f"`git checkout -- {ATTRIBUTES.file}`"
-            ) from error
+            raise _no_row(root, ATTRIBUTES, sha256, error) from error
+    for sha256, text in FURTHER.read(root).itertuples(index=False):
+        try:
+            if not _SHA256.fullmatch(sha256) or not text or attributes_of({}, further=json.loads(text)).further != text:
+                raise ValueError("expected a sha256, and an object of text in the form that it was written in")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise _no_row(root, FURTHER, sha256, error) from error
+        known[sha256] = known.get(sha256, Attributes())._replace(further=text)
     return known
+
+
+def _no_row(root: Path, companion: Companion, sha256: str, error: Exception) -> DataError:
+    return DataError(
+        f"{root / companion.file} has a row {sha256[:64]!r} that is none ({error}); restore it with "
+        f"`git checkout -- {companion.file}`"
+    )
 
 
 def sources(root: Path) -> dict[str, str]:
@@ -103,7 +148,8 @@ def sources(root: Path) -> dict[str, str]:
 
 def write(root: Path, known: Mapping[str, Attributes]) -> None:
     """Write all that says something, as the companion of the workspace's next data version."""
-    ATTRIBUTES.write(root, ATTRIBUTES.frame({sha256: one for sha256, one in known.items() if any(one)}))
+    ATTRIBUTES.write(root, ATTRIBUTES.frame({sha256: one[:-1] for sha256, one in known.items() if any(one[:-1])}))
+    FURTHER.write(root, FURTHER.frame({sha256: (one.further,) for sha256, one in known.items() if one.further}))
 
 
 def learned(
@@ -120,7 +166,15 @@ def learned(
             new = new._replace(label_source="", confidence="")
         if old.label_source == "model" and new.label_source == "person":
             old = old._replace(label_source="", confidence="")  # the confidence was the model's
-        pairs = zip(Attributes._fields, old, new, strict=True)
+        own_old, own_new = old.columns, new.columns
+        changed += [
+            Changed(sha256, column, own_old[column], now, False)
+            for column, now in own_new.items()
+            if own_old.get(column, now) != now
+        ]
+        if own_new:
+            new = new._replace(further=canonical_json({**own_old, **own_new}))
+        pairs = zip(COLUMNS, old, new, strict=False)
         changed += [Changed(sha256, column, was, now, False) for column, was, now in pairs if was and now and was != now]
         whole = Attributes(*(now or was for was, now in zip(old, new, strict=True)))
         if any(whole):
@@ -146,7 +200,9 @@ def write_said(folder: Path, said: Iterable[tuple[str, Attributes]]) -> None:
     with (folder / FILE).open("w", encoding="utf-8") as out:
         for file, one in said:
             if any(one):
-                values = {column: value for column, value in one._asdict().items() if value}
+                values: dict[str, object] = {column: value for column in COLUMNS if (value := getattr(one, column))}
+                if one.further:
+                    values["further"] = one.columns
                 out.write(json.dumps({"file": file, **values}, ensure_ascii=False) + "\n")
 
 
@@ -162,7 +218,7 @@ def read_said(path: Path) -> dict[str, Attributes]:
                 name = row.pop("file")
                 if not isinstance(name, str) or name in said:
                     raise ValueError(f"file is {name!r}; expected the name of a file, each once")
-                said[name] = attributes_of(row)
+                said[name] = attributes_of(row, further=row.pop("further", None))
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise DataError(f"{path.name}, line {number}: {error}; expected an object with `file`") from error
     return said

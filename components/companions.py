@@ -123,11 +123,13 @@ APART = Companion("apart", ("pair", "relation"))
 """Near-duplicates that a person took for pictures of their own, `lower-higher` digest, and how they are alike."""
 ATTRIBUTES = Companion("attributes", ("sha256", "group", "captured_at", "source", "label_source", "confidence"))
 """What a source knows of a file's bytes beside its class."""
+FURTHER = Companion("columns", ("sha256", "values"))
+"""Columns of a manifest that visionloop has no use for but slices: an object of text by the file's bytes."""
 REVIEWS = Companion("reviews", ("issue", "decision", "who", "when", "why", "note"))
 """What people decided about issues, which are not asked again."""
 FILES = Companion("files", ("file", "picture"))
 """The picture that each file ever seen was, by the first 32 hex digits of the file's sha256."""
-COMPANIONS = (CLUSTERS, APART, ATTRIBUTES, REVIEWS, FILES)
+COMPANIONS = (CLUSTERS, APART, ATTRIBUTES, FURTHER, REVIEWS, FILES)
 
 
 def digests(root: Path) -> dict[str, str]:

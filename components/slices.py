@@ -83,8 +83,9 @@ def make_slices(
     """Write slices.parquet: `sha256` and a column a kind, with the name of the slice that the image is in, or nothing.
 
     `facts` has a row a test image: sha256, label, brightness, sharpness, short_side, and of the manifest's columns
-    (`captured_at`, source, group, label_source) those that are known, empty where an image's is not. `embedding` (n, d) is
-    that of the engine; None, or one that is not finite, makes no clusters.
+    (`captured_at`, source, group, label_source) those that are known, empty where an image's is not; every other column
+    is one of the project's own, whose values are slices as well. `embedding` (n, d) is that of the engine; None, or one
+    that is not finite, makes no clusters.
     """
     import pandas as pd
 
@@ -98,14 +99,14 @@ def make_slices(
             notes.append(f"{kind}: it is the same of most test images")
         else:
             found[kind] = names
-    for column in _COLUMNS:
+    not_values = {"sha256", "label", *_COLUMNS, *(bands.column for bands in _BANDS.values())}
+    for column in (*_COLUMNS, *(name for name in facts.columns if name not in not_values)):
         names = _valued(facts, column)
+        kind = f"column {column}" if column in ("class", "cluster", *_BANDS) else column
         if (num := len(set(names) - {""})) < 2:
-            notes.append(
-                f"{column}: {'it is not known of any test image' if num == 0 else 'it is the same of all that say it'}"
-            )
+            notes.append(f"{kind}: it is {'not known of any test image' if num == 0 else 'the same of all that say it'}")
         else:
-            found[column] = names
+            found[kind] = names
     clusters = _clusters(embedding, list(found["class"]))
     if clusters is None:
         notes.append(f"cluster: it takes {2 * _IMAGES_A_CLUSTER} test images with embeddings, there are {len(facts)}")

@@ -1,8 +1,9 @@
 """A manifest: a CSV or JSONL file that names every picture, its label and what else is known of it, one a line.
 
-Columns: path, label; as wanted also split (train, val, test), group, captured_at, source, label_source and confidence. Paths
-are relative to the manifest's folder. A CSV file's values are separated by commas, semicolons or tabs, as its first line is.
-All problems are told by line, and then nothing is imported.
+Columns: path, label; as wanted also split (train, val, test), group, captured_at, source, label_source and confidence;
+others, such as `weather`, where the setting `columns` names them. Paths are relative to the manifest's folder. A CSV file's
+values are separated by commas, semicolons or tabs, as its first line is. All problems are told by line, and then nothing is
+imported.
 
 The suggestions of `visionloop data suggest`, with the labels that a person filled in, are one too: they have the column
 `proposal`, their confidence is of that, and what nobody labelled is left out.
@@ -13,19 +14,20 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
+from components import attributes
 from components.attributes import Attributes, attributes_of
 from components.contracts.errors import DataError
 from components.contracts.progress import Progress, silent
 from components.contracts.wording import SEPARATORS, separator_of
 from components.sources._listed import Listed
 
-COLUMNS = ("path", "label", "split", *Attributes._fields)
+COLUMNS = ("path", "label", "split", *attributes.COLUMNS)
 _NEEDED = ("path", "label")
 _OF_SUGGESTIONS = ("proposal", "why", "found_as")
 """What the champion answered and why it was chosen, for the person who labels."""
@@ -38,6 +40,7 @@ _OF_CSV = {
     "unexpected end of data": "double quotes begin here and never end",
 }
 """What is wrong with a line, in place of the words of Python's csv."""
+_OWN = "; columns of your own are kept where the setting `columns` names them"
 _ROW = tuple[int, dict[str, object]]
 
 
@@ -52,6 +55,8 @@ class Source(BaseModel):
     """The folder that its paths are relative to, its own where none is given; absolute paths below it are taken, too."""
     classes: tuple[str, ...] = ()
     """The labels that may stand there, any where none is given."""
+    columns: tuple[str, ...] = ()
+    """Further columns to keep, such as `weather`: the test pictures are judged by slices of them."""
 
     @classmethod
     def takes(cls, given: str) -> bool:
@@ -66,14 +71,15 @@ class Source(BaseModel):
             raise DataError(
                 f"root {self.root} is not a folder; expected the one that the paths of {self.path} are relative to"
             )
+        attributes.expect_further(self.columns)
         listed = Listed(self.path, self.root, noun="line", classes=self.classes)
         read = _csv if self.path.name.casefold().endswith(".csv") else _jsonl
         texts: dict[str, str] = {}
         try:
             num_bytes = self.path.stat().st_size
             with self.path.open("rb") as file:
-                for count, (line, row) in enumerate(read(file, listed)):
-                    _take(line, row, listed, texts)
+                for count, (line, row) in enumerate(read(file, listed, self.columns)):
+                    _take(line, row, listed, texts, self.columns)
                     if count % 1000 == 0:
                         progress(file.tell(), num_bytes, f"line {line}")
         except OSError as error:
@@ -83,7 +89,7 @@ class Source(BaseModel):
         listed.write(out, progress)
 
 
-def _take(line: int, row: dict[str, object], listed: Listed, texts: dict[str, str]) -> None:
+def _take(line: int, row: dict[str, object], listed: Listed, texts: dict[str, str], further: Sequence[str]) -> None:
     """Check one row; equal texts of several rows are kept once."""
     try:
         path, label, split = (_text(row.pop(column, None), column) for column in ("path", "label", "split"))
@@ -97,8 +103,9 @@ def _take(line: int, row: dict[str, object], listed: Listed, texts: dict[str, st
         for column, value in (("path", path), ("label", label)):
             if not value:
                 raise ValueError(f"{column} is empty")
-        says_more = any(value is not None and value != "" for value in row.values())
-        said = attributes_of(row) if says_more else Attributes()
+        own = {column: row.pop(column, None) for column in further}
+        says_more = any(value is not None and value != "" for value in (*row.values(), *own.values()))
+        said = attributes_of(row, further=own) if says_more else Attributes()
     except ValueError as error:
         listed.problem(line, str(error))
         return
@@ -140,7 +147,7 @@ def _lines(file: BinaryIO, listed: Listed, bad: set[int]) -> Iterator[str]:
             yield line.decode(errors="replace")
 
 
-def _csv(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
+def _csv(file: BinaryIO, listed: Listed, further: Sequence[str]) -> Iterator[_ROW]:
     bad: set[int] = set()
     lines = _lines(file, listed, bad)
     until_columns: list[str] = []
@@ -166,7 +173,7 @@ def _csv(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
             continue
         if columns is None:
             if any(values):
-                columns = _header(values, listed.path, first)
+                columns = _header(values, listed.path, first, further)
         elif not values or not bad.isdisjoint(range(first, reader.line_num + 1)):
             continue  # an empty line, or one that is told already
         elif len(values) != len(columns):
@@ -177,20 +184,22 @@ def _csv(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
         raise DataError(f"{listed.path} is empty; expected a first line with the columns {', '.join(COLUMNS)}")
 
 
-def _header(values: list[str], path: Path, line: int) -> list[str]:
+def _header(values: list[str], path: Path, line: int, further: Sequence[str]) -> list[str]:
     columns = [value.strip() for value in values]
     if len(columns) == 1 and "|" in columns[0]:
         raise DataError(
             f"{path}: the columns are not separated by commas, semicolons or tabs (line {line} is {columns[0][:80]!r}); "
             f"save it as CSV"
         )
-    if why := _wrong_columns(columns):
-        raise DataError(f"{path}, line {line}: {why}; expected path, label and any of {', '.join(COLUMNS[2:])}")
+    if why := _wrong_columns(columns, further):
+        raise DataError(f"{path}, line {line}: {why}; expected path, label and any of {', '.join(COLUMNS[2:])}{_OWN}")
+    if missing := [column for column in further if column not in columns]:
+        raise DataError(f"{path}, line {line}: there is no column {missing[0]!r}, which the setting `columns` names")
     return columns
 
 
-def _wrong_columns(columns: list[str]) -> str:
-    valid = (*COLUMNS, *_OF_SUGGESTIONS) if "proposal" in columns else COLUMNS
+def _wrong_columns(columns: list[str], further: Sequence[str]) -> str:
+    valid = (*COLUMNS, *further, *_OF_SUGGESTIONS) if "proposal" in columns else (*COLUMNS, *further)
     if unknown := [column for column in columns if column not in valid]:
         return f"unknown column {unknown[0][:80]!r}"
     if missing := [column for column in _NEEDED if column not in columns]:
@@ -200,7 +209,7 @@ def _wrong_columns(columns: list[str]) -> str:
     return ""
 
 
-def _jsonl(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
+def _jsonl(file: BinaryIO, listed: Listed, further: Sequence[str]) -> Iterator[_ROW]:
     bad: set[int] = set()
     for number, line in enumerate(_lines(file, listed, bad), 1):
         if number in bad or not line.strip():
@@ -211,8 +220,8 @@ def _jsonl(file: BinaryIO, listed: Listed) -> Iterator[_ROW]:
                 raise ValueError(
                     f"it is {line.strip()[:80]!r}; expected an object such as {{'path': 'a.jpg', 'label': 'cat'}}"
                 )
-            if why := _wrong_columns(list(found)):
-                raise ValueError(f"{why}; valid: {', '.join(COLUMNS)}")
+            if why := _wrong_columns(list(found), further):
+                raise ValueError(f"{why}; valid: {', '.join(COLUMNS)}{_OWN}")
         except json.JSONDecodeError as error:
             listed.problem(number, f"it is no JSON ({error.msg}, column {error.colno}); expected one object a line")
         except (ValueError, RecursionError) as error:

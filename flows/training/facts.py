@@ -28,4 +28,8 @@ def facts_of_test(run: Run, dataset: Stored[Dataset], answered: Stored[Evaluatio
     table[list(_FACTS)] = samples.loc[table["path"], list(_FACTS)].to_numpy()
     for column in _COLUMNS:
         table[column] = [getattr(known.get(sha256, nothing), column) for sha256 in table["sha256"]]
+    own = [known.get(sha256, nothing).columns for sha256 in table["sha256"]]
+    for column in sorted({name for columns in own for name in columns}):
+        # A column of the project's own that is called like one of ours is told apart by its prefix.
+        table[column if column not in table else f"column {column}"] = [columns.get(column, "") for columns in own]
     return table.drop(columns="path")

@@ -7,8 +7,8 @@ import pytest
 
 from components import attributes
 from components.attributes import Attributes, Changed, attributes_of, learned
-from components.companions import ATTRIBUTES
-from components.contracts.errors import DataError
+from components.companions import ATTRIBUTES, FURTHER
+from components.contracts.errors import ConfigError, DataError
 
 A, B = "a" * 64, "b" * 64
 
@@ -23,6 +23,30 @@ def test_what_was_known_is_read_back_and_only_rows_that_say_something_are_kept(t
         .read_text()
         .startswith(f"sha256,group,captured_at,source,label_source,confidence\n{A},x,,,,\n")
     )
+
+
+def test_columns_of_a_projects_own_are_kept_beside_and_change_one_by_one(tmp_path: Path) -> None:
+    rain = attributes_of({"group": "x"}, further={"weather": "rain", "site": ""})
+    snow = attributes_of({}, further={"weather": "Schnee; naß", "site": 7})
+    attributes.write(tmp_path, {A: rain, B: snow})
+    assert attributes.read(tmp_path) == {A: rain, B: snow}
+    assert (rain.columns, snow.columns) == ({"weather": "rain"}, {"weather": "Schnee; naß", "site": "7"})
+    assert (tmp_path / ATTRIBUTES.file).read_text().splitlines()[1:] == [f"{A},x,,,,"]
+    after, changed = learned({A: rain}, [(A, snow)])
+    assert after[A].columns == {"weather": "Schnee; naß", "site": "7"}
+    assert (after[A].group, changed) == ("x", [Changed(A, "weather", "rain", "Schnee; naß", False)])
+    said = [("a/1.png", rain), ("a/2.png", snow)]
+    attributes.write_said(tmp_path, said)
+    assert attributes.read_said(tmp_path / attributes.FILE) == dict(said)
+    attributes.write(tmp_path, {A: Attributes(group="x")})
+    assert not (tmp_path / FURTHER.file).exists()
+    for text in ("[]", '{"weather": 1}', '{"weather":"a" }', "{}", "rain"):
+        FURTHER.write(tmp_path, FURTHER.frame({A: (text,)}))
+        with pytest.raises(DataError, match=r"(?s)data.columns.csv.*git checkout"):
+            attributes.read(tmp_path)
+    for names in (["group"], ["path"], ["a\nb"], [" "], ["a", "a"], [f"{number}" for number in range(21)]):
+        with pytest.raises(ConfigError, match="columns has"):
+            attributes.expect_further(names)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from shapes import visionloop, write_pictures
 
 from components import attributes, dataversions
-from components.attributes import FILE, Attributes, read_said
+from components.attributes import COLUMNS, FILE, Attributes, read_said
 from components.companions import TEST_LEDGER
 from components.contract_checks import source_breaches
 from components.contracts.errors import DataError
@@ -50,7 +50,7 @@ def test_a_manifest_of_any_dialect_is_classes_of_pictures_and_what_is_known_of_t
         ("tuesday/0801.png", "scratch", "", "2026-03-01", "", "model", "0"),  # a name that is there already
         ('tuesday/o "dd", one.png', "7", "part, 7", "", "", "", ""),
     ]
-    columns = ("path", "label", *Attributes._fields)
+    columns = ("path", "label", *COLUMNS)
     quoted = [",".join(f'"{value.replace(chr(34), 2 * chr(34))}"' for value in row) for row in rows]
     (photos / "a.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([" , ".join(columns), *quoted, "", ""]).encode())
     lines = [json.dumps({c: v for c, v in zip(columns, row, strict=True) if v}, ensure_ascii=False) for row in rows]
@@ -195,6 +195,27 @@ def test_absolute_paths_are_taken_below_a_root_that_is_named(photos: Path, tmp_p
     assert set(written(tmp_path / "out")) == {"a/0800.png", "b/0801.png"}
     place.write_text(f"path,label\n{place},a\n")
     assert "leads outside of" in problems(place, tmp_path / "none", root=photos)[1]
+
+
+def test_columns_of_a_projects_own_are_kept_where_they_are_named(photos: Path, tmp_path: Path) -> None:
+    (photos / "m.csv").write_text("path,label,weather,site\nmonday/0800.png,cat,rain,\nmonday/0801.png,dog,,3\n")
+    (photos / "m.jsonl").write_text(
+        '{"path": "monday/0800.png", "label": "cat", "weather": "rain"}\n'
+        '{"path": "monday/0801.png", "label": "dog", "site": 3}\n'
+    )
+    for name in ("m.csv", "m.jsonl"):
+        out = tmp_path / name
+        out.mkdir()
+        Source(path=photos / name, columns=("weather", "site")).fetch(out=out)
+        said = {file: one.columns for file, one in read_said(out / FILE).items()}
+        assert said == {"cat/0800.png": {"weather": "rain"}, "dog/0801.png": {"site": "3"}}
+    told = problems(photos / "m.csv", tmp_path / "refused", columns=("weather",))
+    assert "unknown column 'site'" in told[0]
+    assert "columns of your own are kept where the setting `columns` names them" in told[0]
+    assert (
+        "there is no column 'time', which the setting"
+        in problems(photos / "m.csv", tmp_path / "refused", columns=("weather", "site", "time"))[0]
+    )
 
 
 def test_long_names_that_meet_in_a_class_are_told_apart(photos: Path, tmp_path: Path) -> None:

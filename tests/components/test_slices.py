@@ -45,12 +45,14 @@ def test_slices_are_what_a_person_would_call_them(tmp_path: Path) -> None:
             source=["north" if row < 150 else "south" for row in range(n)],
             group=[f"part {row // 2}" for row in range(n)],
             label_source=["person"] * n,
+            weather=["rain" if row % 4 == 0 else "sun" for row in range(n)],
+            size=["small" if row < 40 else "large" for row in range(n)],
         ),
         tmp_path,
         blobs,
     )
     assert record.num_images == n
-    assert record.kinds == ("class", "brightness", "size", "time", "source", "group", "cluster")
+    assert record.kinds == ("class", "brightness", "size", "time", "source", "group", "weather", "column size", "cluster")
     assert record.notes == (
         "sharpness: it is the same of most test images",
         "label_source: it is the same of all that say it",
@@ -67,6 +69,8 @@ def test_slices_are_what_a_person_would_call_them(tmp_path: Path) -> None:
     assert (table["time"][:100] == "").all()
     assert table["time"][100:].str.startswith(("earliest quarter (until 2026-01-0", "latest", "between")).all()
     assert counts["source"] == {"north": 150, "south": 50}
+    assert counts["weather"] == {"sun": 150, "rain": 50}
+    assert counts["column size"] == {"large": 160, "small": 40}
     assert counts["group"]["other"] == n - 2 * 19
     of_blob = [set(table["cluster"][:120]), set(table["cluster"][120:])]
     assert not of_blob[0] & of_blob[1]
