@@ -26,14 +26,14 @@ def test_what_was_known_is_read_back_and_only_rows_that_say_something_are_kept(t
 
 
 def test_columns_of_a_projects_own_are_kept_beside_and_change_one_by_one(tmp_path: Path) -> None:
-    rain = attributes_of({"group": "x"}, further={"weather": "rain", "site": ""})
+    rain = attributes_of({"group": "x"}, further={"weather": "rain", "light": "dim", "site": ""})
     snow = attributes_of({}, further={"weather": "Schnee; naß", "site": 7})
     attributes.write(tmp_path, {A: rain, B: snow})
     assert attributes.read(tmp_path) == {A: rain, B: snow}
-    assert (rain.columns, snow.columns) == ({"weather": "rain"}, {"weather": "Schnee; naß", "site": "7"})
+    assert (rain.columns, snow.columns) == ({"weather": "rain", "light": "dim"}, {"weather": "Schnee; naß", "site": "7"})
     assert (tmp_path / ATTRIBUTES.file).read_text().splitlines()[1:] == [f"{A},x,,,,"]
     after, changed = learned({A: rain}, [(A, snow)])
-    assert after[A].columns == {"weather": "Schnee; naß", "site": "7"}
+    assert after[A].columns == {"weather": "Schnee; naß", "light": "dim", "site": "7"}
     assert (after[A].group, changed) == ("x", [Changed(A, "weather", "rain", "Schnee; naß", False)])
     said = [("a/1.png", rain), ("a/2.png", snow)]
     attributes.write_said(tmp_path, said)
