@@ -59,6 +59,33 @@ def unsure_label(classes: Sequence[str]) -> str:
     return word
 
 
+@dataclass(frozen=True)
+class GoldenVectors:
+    """Pictures of a release with the answers that it has to give."""
+
+    encoded: tuple[bytes, ...]
+    pixels: npt.NDArray[np.uint8]
+    """(n, h, w, c), as the engine takes them."""
+    probabilities: npt.NDArray[np.float32]
+    tolerance: float
+    """How much a probability may differ on this machine."""
+
+
+def golden_vectors(release: Release, path: Path) -> GoldenVectors:
+    """The golden vectors in a verified file of the release."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        names = file.keys()
+        golden = {name: file.get_tensor(name) for name in names}
+        written_by = (file.metadata() or {}).get(INT8_ARITHMETIC)
+    tolerance = release.golden_tolerance
+    if written_by and written_by == int8_arithmetic():
+        tolerance = min(tolerance, SAME_ARITHMETIC_TOLERANCE)
+    encoded = tuple(golden[f"encoded.{index:03d}"].tobytes() for index in range(len(golden["pixels"])))
+    return GoldenVectors(encoded, golden["pixels"], golden["probabilities"], tolerance)
+
+
 class LoadedRelease:
     """A verified release's engine, loaded, which answered its golden vectors; raises EngineUnavailable where it does not."""
 
@@ -80,16 +107,10 @@ class LoadedRelease:
         return probabilities.astype(np.float32), embedding
 
     def _check_golden(self, path: Path) -> float:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy") as file:
-            names = file.keys()
-            golden = {name: file.get_tensor(name) for name in names}
-            written_by = (file.metadata() or {}).get(INT8_ARITHMETIC)
-        pixels, expected = golden["pixels"], golden["probabilities"]
+        golden = golden_vectors(self.release, path)
+        pixels, expected, tolerance = golden.pixels, golden.probabilities, golden.tolerance
         decode_ms = []
-        for index in range(len(pixels)):
-            raw = golden[f"encoded.{index:03d}"].tobytes()
+        for index, raw in enumerate(golden.encoded):
             start = time.process_time()
             decoded = prepare(decode(raw), self.release.engine.preprocessing)
             decode_ms.append((time.process_time() - start) * 1e3)
@@ -105,9 +126,6 @@ class LoadedRelease:
                 f"task {self.release.task!r} makes {found.shape} probabilities of {len(pixels)} answers, expected "
                 f"{(len(pixels), width)}: its width and its probabilities do not agree"
             )
-        tolerance = self.release.golden_tolerance
-        if written_by and written_by == int8_arithmetic():
-            tolerance = min(tolerance, SAME_ARITHMETIC_TOLERANCE)
         worst = float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("inf")
         if not worst <= tolerance:  # what is no number differs by more than anything
             raise EngineUnavailable(

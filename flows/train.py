@@ -70,6 +70,7 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         verdict = steps.gating(run, engines, evaluations, measurements, champion, compared, sliced)
         passed = verdict.record.status == "pass"
         release = steps.packaging(run, engines, splits, verdict.record) if passed else None
+        verdict = steps.serving_check(run, release, verdict) if release else verdict
         shown = steps.evidence(run, engines, evaluations, verdict.record, champion, compared, sliced, splits, checkpoint)
         folds = estimated(run, dataset, turns)
         results = Results(

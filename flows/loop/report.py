@@ -33,6 +33,7 @@ from flows.loop.windows import PAGE, ROWS, TO_LABEL, capture_path, realised_accu
 from flows.pages import figures
 from flows.terminal import figure
 from flows.training.run import stage_folder
+from flows.training.serving_check import ServingCheck, with_finding
 from monitoring.governor import in_words
 from monitoring.verdicts import DriftVerdict
 from registry import approval
@@ -135,6 +136,8 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
     evaluation = _load(run / stage_folder("evaluation") / str(summary.get("serving_engine")), Evaluation)
     splits = _load(run / stage_folder("splitting"), Splits)
     verdict = _load(run / stage_folder("gating"), Verdict)
+    served = _load(run / stage_folder("serving_check"), ServingCheck)
+    judged = with_finding(verdict.record, served.record.finding) if verdict and served else verdict and verdict.record
     history = run / stage_folder("training") / "history.json"
     drawn: dict[str, Markup] = {}
     if history.is_file():
@@ -159,7 +162,7 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
         "decision": state.decision,
         "promoted_at": shown_utc(state.promoted.at) if state.promoted else None,
         "figures": drawn,
-        "findings": [(e.engine, e.status, f) for e in verdict.record.engines for f in e.findings] if verdict else [],
+        "findings": [(e.engine, e.status, f) for e in judged.engines for f in e.findings] if judged else [],
         "link": _link(run / "report.html", folder),
     }
 

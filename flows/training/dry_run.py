@@ -28,7 +28,8 @@ from flows.terminal import Console, Say, silent
 from flows.training import keys
 from flows.training.chosen import ChosenRecipe
 from flows.training.facts import facts_of_test
-from flows.training.run import STAGES, Run, stage_folder
+from flows.training.run import STAGES, Run, stage_folder, stage_number
+from flows.training.serving_check import ServingCheck
 from flows.workspace.settings import read_settings
 
 State = Literal["stored", "computed", "left out"]
@@ -204,9 +205,13 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
     served = verdict.record.serving_engine if verdict else run.config.export.serving
     serving = next((engine for target, engine in named if target.name == served), None)
     if verdict and verdict.record.status != "pass":
-        walk.see("packaging", "left out", unless=champion)
+        for stage in ("packaging", "serving_check"):
+            walk.see(stage, "left out", unless=champion)
     else:
-        walk.look("packaging", Release, keys.packaging_inputs(run, serving, splits) if serving and splits else None)
+        packaging = keys.packaging_inputs(run, serving, splits) if serving and splits else None
+        release = walk.look("packaging", Release, packaging)
+        checking = keys.serving_check_inputs(run, release) if release else None
+        walk.look("serving_check", ServingCheck, checking, worth=lambda record: not record.timed_out)
     walk.see("evidence", "stored" if _drawn(run, verdict) else "computed", unless=champion if verdict else walk.unless)
     recorded = verdict is not None and (run.folder / stage_folder("registration") / "outcome.json").is_file()
     walk.see("registration", "stored" if recorded else "computed", unless=champion if recorded else walk.unless)
@@ -266,7 +271,7 @@ def told(plan: Plan) -> list[str]:
     alike = itertools.groupby(plan.stages, key=lambda each: (each.stage, each.state, each.unless))
     for (stage, state, unless), group in alike:
         names = ", ".join(each.instance for each in group if each.instance)
-        line = f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}{f' ({names})' if names else ''}: {_STATES[state]}"
+        line = f"[{stage_number(stage)}/{len(STAGES)}] {stage}{f' ({names})' if names else ''}: {_STATES[state]}"
         if stage == "registration" and state == "stored":
             line = line.replace(_STATES[state], "recorded already")
         lines.append(line + (f", unless {unless}" if unless else ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from components import plugins, slices
 from components.contracts.data import Dataset, Renames, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
+from components.contracts.releases import Release
 from components.contracts.verdicts import Evaluation, Measurement, SliceTable
 from components.embeddings import absence
 from components.export import Graph, TargetConfig
@@ -24,6 +26,8 @@ from flows.workspace.checking import encoder_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_CODE = Path(__file__).resolve().parents[2]
 
 
 def validation_inputs(run: Run) -> dict[str, str]:
@@ -225,6 +229,27 @@ def packaging_inputs(run: Run, serving: Stored[Engine], splits: Stored[Splits]) 
         "machine": fingerprint(),
         **member_digests(targets=serving.record.target),
     }
+
+
+def serving_check_inputs(run: Run, release: Stored[Release]) -> dict[str, str]:
+    return {
+        "release": release.record.digest(),
+        "serving": serving_source(),
+        "accepted": canonical_json(dataclasses.asdict(run.settings.accepted)),
+        "num_threads": str(run.settings.num_threads),
+        "machine": fingerprint(),
+        **task_inputs(run),
+        **member_digests(targets=release.record.engine.target),
+    }
+
+
+@functools.cache
+def serving_source() -> str:
+    """Digest of what `visionloop serve` runs: its command, `serving/`, and all of ours that these import."""
+    own = [_CODE / "flows" / "cli" / "serving.py", _CODE / "flows" / "loop" / "serving.py"]
+    files = plugins.sources(*own, *(_CODE / "serving").rglob("*.py"), _CODE / "flows" / "training" / "trial_server.py")
+    told = sorted((file.relative_to(_CODE).as_posix(), sha256_file(file)) for file in files)
+    return sha256_text(canonical_json(told))
 
 
 def task_inputs(run: Run) -> dict[str, str]:

@@ -41,7 +41,7 @@ class Results:
     """What it answered on the test images of the classes that it shares with the data."""
     verdict: Stored[Verdict]
     release: Stored[Release] | None
-    """Absent when the verdict is no pass: nothing that was refused is packaged."""
+    """Absent when a gate did not pass: what the gates refuse is not packaged."""
     slices: Stored[SliceTable] | None = None
     """Groups of the test images; None where the reference gave no answers."""
     shown: Stored[CandidateEvidence] | None = None

@@ -32,11 +32,20 @@ from flows.workspace.workspace import Workspace, lock_digest, version
 
 STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating", "packaging", "evidence", "registration")
 _CODE = Path(__file__).resolve().parents[2]
+_ELSEWHERE = {"registration": "registry/models.py", "serving_check": "flows/training/serving_check.py"}
+"""The code of the stages that are no component."""
+_BESIDE = {"serving_check": "packaging"}
+"""A stage that asks about what another one made, and has its number."""
 
 
 def stage_folder(name: str) -> str:
     """The folder of a stage in a run's folder: its number in the data's way, and its name."""
-    return f"{STAGES.index(name) + 1}-{name}"
+    return f"{stage_number(name)}-{name}"
+
+
+def stage_number(name: str) -> int:
+    """Where a stage stands in the data's way."""
+    return STAGES.index(_BESIDE.get(name, name)) + 1
 
 
 def code_digest(workspace_plugins: Path) -> str:
@@ -147,7 +156,7 @@ class Run:
         label = f"{name} {named}".strip()
         key = self.key(name, inputs, named)
         kind = f"{name}/{named}" if named else name
-        with self.console.stage(label, STAGES.index(name) + 1) as (progress, cached):
+        with self.console.stage(label, stage_number(name)) as (progress, cached):
             found = None if anew else self.store.open(kind, key, record)
             if found is not None:
                 cached.append(True)
@@ -180,7 +189,7 @@ class Run:
 
     def key(self, name: str, inputs: Mapping[str, str], instance: str = "") -> str:
         """The store key of a stage with these inputs."""
-        module = "registry/models.py" if name == "registration" else f"components/{name}.py"
+        module = _ELSEWHERE.get(name, f"components/{name}.py")
         parts = {
             "stage": name,
             "instance": instance,

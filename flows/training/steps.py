@@ -45,6 +45,7 @@ from flows.training import keys
 from flows.training.facts import facts_of_test
 from flows.training.results import Results, candidate_digest
 from flows.training.run import Run
+from flows.training.serving_check import ServingCheck, check, with_finding
 from flows.training.warm_start import keep
 from flows.training.warm_start import warm_start as begun_from
 from flows.workspace.checking import encoder_of
@@ -382,6 +383,20 @@ def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits
         )
 
     return run.stage("packaging", Release, compute, inputs=keys.packaging_inputs(run, serving, splits))
+
+
+@task(name="serving_check", cache_policy=NO_CACHE)
+def serving_check(run: Run, release: Stored[Release], verdict: Stored[Verdict]) -> Stored[Verdict]:
+    """The verdict, with what a server with the release answered as one more finding of the engine that serves."""
+    inputs = keys.serving_check_inputs(run, release)
+    kept = run.stored("serving_check", ServingCheck, inputs=inputs)
+
+    def compute(out: Path, _: Progress) -> ServingCheck:
+        return check(release, out=out, plugin_folder=run.plugin_folder)
+
+    anew = kept is not None and kept.record.timed_out
+    found = run.stage("serving_check", ServingCheck, compute, inputs=inputs, anew=anew)
+    return Stored(with_finding(verdict.record, found.record.finding), verdict.folder)
 
 
 @task(name="evidence", cache_policy=NO_CACHE)

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from components.contracts.wording import counted
+from flows.training.serving_check import SERVES
 
 
 def told(summary: dict[str, Any]) -> str:
@@ -89,6 +90,7 @@ def _serving_told(summary: dict[str, Any]) -> list[str]:
     """Why the engine that serves was chosen, and why the engines that did not pass could not be."""
     findings = summary["findings"]
     chosen = [f"{f['engine']} serves: {f['message']}" for f in findings if f["gate"] == "serving" and f["status"] == "pass"]
+    chosen += [f"tried as it will serve: {f['message']}" for f in findings if f["gate"] == SERVES and f["status"] == "pass"]
     unmet = [
         f"{f['engine']} cannot serve: {f['gate']}: {f['message']}"
         for f in findings

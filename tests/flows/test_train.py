@@ -96,7 +96,8 @@ def test_pictures_that_the_network_sees_enlarged_are_told(summary: dict[str, Any
 def test_the_run_folder_shows_the_way_of_the_data(summary: dict[str, Any]) -> None:
     folder = Path(summary["run_folder"])
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    assert names == sorted([*(f"{i}-{stage}" for i, stage in enumerate(STAGES, 1)), "config.json", "report.html"])
+    stages = [f"{i}-{stage}" for i, stage in enumerate(STAGES, 1)]
+    assert names == sorted([*stages, "7-serving_check", "config.json", "report.html"])
     for name in (
         "1-validation",
         "2-splitting",
