@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson's of a share, Newcombe's of a difference of shares, the bootstrap of a mean or a percentile."""
+"""95 % intervals: Wilson's and the exact one of a share, Newcombe's of a difference of shares, the bootstrap."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def wilson(hits: int, n: int, *, z: float = _Z95) -> Estimate:
     # Rounding must not put the value outside its own interval at 0 and 1.
     low, high = min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
     return Estimate(value=share, low=low, high=high, n=n, method="wilson")
+
+
+def exact(hits: int, n: int) -> Estimate:
+    """Share hits / n with the 95 % interval of Clopper and Pearson (1934), which errs on neither side more than 2.5 %.
+
+    Wilson's is narrower, and on the side of the nearer end errs more often: of shares of 3 % in 500 images its lower limit
+    lies above 3 % in 3.1 %, of shares of 4 % in 24 images above 4 % in 6.9 %.
+    """
+    if n <= 0:
+        raise ValueError("a share of no images has no value")
+    from scipy.special import betaincinv
+
+    low = float(betaincinv(hits, n - hits + 1, 0.025)) if hits else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 0.975)) if hits < n else 1.0
+    return Estimate(value=hits / n, low=low, high=high, n=n, method="clopper-pearson")
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:

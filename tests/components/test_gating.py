@@ -16,7 +16,7 @@ from components.contracts.models import Engine, Preprocessing
 from components.contracts.records import FileDigest, Stored
 from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Finding, Measurement
 from components.gating import Champion, GateConfig, GatingConfig, Judged, check, judge
-from components.intervals import wilson
+from components.intervals import exact, wilson
 from components.store import describe
 from components.tasks.classification import Task
 
@@ -560,15 +560,39 @@ def test_no_regression_gate_is_paired() -> None:
     assert ask("no_regression", evidence(champion=relabelled)).status == "inconclusive"
 
 
-def test_negative_flips_have_a_budget_of_their_own() -> None:
-    """As many right as before, but other images wrong: users feel it, so it is refused."""
+@pytest.mark.parametrize(
+    ("flips", "status", "told"),
+    [
+        (2, "pass", "wrong where the champion was right 0.67% [0.08%, 2.39%], budget 3.00%"),
+        # By their value 8 of 300 lie inside the budget and 10 outside; neither is decided.
+        (8, "inconclusive", "2.67% [1.16%, 5.19%], budget 3.00%; too few test images to decide: there are 300, about"),
+        (9, "inconclusive", "300 test images do not decide, and no number of them would"),
+        (10, "inconclusive", "3.33% [1.61%, 6.04%], budget 3.00%; too few test images to decide: there are 300, about"),
+        (18, "fail", "6.00% [3.59%, 9.32%], budget 3.00%"),
+    ],
+)
+def test_negative_flips_have_a_budget_of_their_own(flips: int, status: str, told: str) -> None:
+    """As many right as before, but other images wrong: users feel it, whatever the mean says."""
     champion, candidate = GOOD.copy(), GOOD.copy()
-    champion[:15] = np.roll(champion[:15], 1, axis=1)
-    candidate[15:30] = np.roll(candidate[15:30], 1, axis=1)
-    first, second = answered(champion), answered(candidate)
-    finding = ask("no_regression", evidence(champion=first, answers=second), margin=0.2, max_negative_flips=0.03)
-    assert finding.value == 0
-    assert finding.status == "fail"
+    champion[:flips] = np.roll(champion[:flips], 1, axis=1)
+    candidate[flips : 2 * flips] = np.roll(candidate[flips : 2 * flips], 1, axis=1)
+    found = evidence(champion=answered(champion), answers=answered(candidate))
+    finding = ask("no_regression", found, margin=0.2)
+    assert (finding.value, finding.status) == (0, status)
+    assert told in finding.message
+
+
+def test_a_successor_that_changes_nothing_passes_the_flips_where_it_passes_the_margin() -> None:
+    """By default the margin alone says how many images that takes."""
+    fewest = plugins.load("gates", "no_regression", {}).least().images
+    assert fewest == plugins.load("gates", "no_regression", {"max_negative_flips": 1}).least().images == 189
+    for n, status in ((188, "inconclusive"), (189, "pass")):
+        labels = np.arange(n) % 3
+        same = answered(np.eye(3)[labels], labels)
+        assert ask("no_regression", evidence(champion=same, answers=same)).status == status
+    assert plugins.load("gates", "no_regression", {"max_negative_flips": 0.01}).least().images == 368
+    with pytest.raises(ConfigError, match="no number of test images proves that there are none"):
+        plugins.load("gates", "no_regression", {"max_negative_flips": 0})
 
 
 def test_the_paired_interval_covers_the_truth() -> None:
@@ -580,6 +604,21 @@ def test_the_paired_interval_covers_the_truth() -> None:
         found = paired_difference(shared < 0.90, np.where(rng.random(200) < 0.9, shared, rng.random(200)) < 0.88)
         covered += found.low <= 0.02 <= found.high
     assert covered / 400 >= 0.92
+
+
+def test_the_exact_interval_errs_on_neither_side_more_often_than_it_says() -> None:
+    from scipy.stats import binom
+
+    for n, share in ((24, 0.04), (100, 0.15), (500, 0.03)):
+        chances = binom.pmf(np.arange(n + 1), n, share)
+        for interval, holds in ((exact, True), (wilson, False)):
+            found = [interval(hits, n) for hits in range(n + 1)]
+            above = sum(chance for chance, one in zip(chances, found, strict=True) if one.low > share)
+            below = sum(chance for chance, one in zip(chances, found, strict=True) if one.high < share)
+            assert (max(above, below) <= 0.025) == holds, (n, share, above, below)
+    assert (exact(0, 9).low, exact(9, 9).high) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="no images"):
+        exact(0, 0)
 
 
 def test_estimates_carry_their_n() -> None:
