@@ -12,6 +12,7 @@ from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 from registry import approval
 from registry.approval import State
+from registry.holdout import HoldoutUse, holdout_use
 from registry.ledger import Entry, Ledger
 from registry.policies import account_note, by_gates, notes
 
@@ -39,6 +40,8 @@ class VersionShown:
     same_account: str | None
     """Said of a decision by the account that also asked for the training."""
     report: Path | None
+    holdout: HoldoutUse | None
+    """Which of the models that were judged on its test set it is; None of a version whose row names no test set."""
 
     @property
     def is_fresh(self) -> bool:
@@ -73,8 +76,10 @@ def candidates(desk: Desk, *, every: bool = False) -> list[State]:
 
 def show(desk: Desk, version: str) -> VersionShown:
     """One version for the person who decides; raises UnknownName."""
-    entries = desk.ledger.entries(desk.model)
+    rows = desk.ledger.entries()
+    entries = [entry for entry in rows if entry.model == desk.model]
     state = approval.state_of(entries, version, desk.ledger.now())
+    split = state.requested.body["bound"].get("split")
     return VersionShown(
         state=state,
         champion=approval.champion(entries),
@@ -82,6 +87,7 @@ def show(desk: Desk, version: str) -> VersionShown:
         notes=notes_on(entries, state),
         same_account=account_note(state.decision, state.requested) if state.decision is not None else None,
         report=_report(desk, state),
+        holdout=holdout_use(rows, split=split, subject=state.requested.subject) if split else None,
     )
 
 
