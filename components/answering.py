@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,26 @@ class Decision:
     """What the task reads, also when unsure; of classes the likeliest."""
     confidence: float
     unsure: bool
-    """Whether the release's threshold is not reached."""
+    """Whether the threshold that the release has for such an answer is not reached."""
     label: str
     """`predicted`, or `unsure_label` when unsure; never a class then."""
 
 
 def decided(release: Release, task: Task, probabilities: npt.NDArray[Any]) -> list[Decision]:
-    """The release's decision rule on what its task reads of (n, width); the one place that reads the threshold."""
-    classes, found = release.engine.classes, []
+    """The release's decision rule on what its task reads of (n, width)."""
+    classes, rule, found = release.engine.classes, release.decision, []
     for reading in task.read(probabilities, classes):
-        unsure = reading.confidence < release.decision.threshold
+        unsure = reading.confidence < needed(task, reading.label, rule.threshold, rule.class_thresholds)
         label = unsure_label(classes) if unsure else reading.label
         found.append(Decision(reading.label, reading.confidence, unsure, label))
     return found
+
+
+def needed(task: Task, label: str, threshold: float, of_classes: Mapping[str, float]) -> float:
+    """The confidence that an answer has to reach: `threshold`, and that of each critical class that it names."""
+    if not of_classes:
+        return threshold
+    return max([threshold, *(of_classes[name] for name in task.classes([label]) if name in of_classes)])
 
 
 def unsure_label(classes: Sequence[str]) -> str:

@@ -26,14 +26,14 @@ import stat
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from components import engine_files, plugins, signatures
 from components.contracts.errors import ConfigError, DataError, EngineUnavailable, StoreError, TamperedArtefact, in_short
@@ -83,6 +83,8 @@ class Bundle(Record):
     task_settings: dict[str, bool | int | float | str]
     threshold: float | None = Field(ge=0, le=1)
     """Answers of a lower confidence are "unsure"; None for an engine that no decision rule was fitted for."""
+    class_thresholds: dict[str, float] = {}
+    """The same of answers that name a critical class; left out of JSON where there are none, as in older bundles."""
     golden: tuple[str, ...] = Field(min_length=1)
     """Names of the pictures in `golden/`, in the order of the rows of inputs and logits."""
     tolerance: float = Field(gt=0)
@@ -97,6 +99,13 @@ class Bundle(Record):
     """What each gate said of the engine that it passed, and on how many pictures; older bundles do not tell."""
     built_later: bool = False
     """Whether it was built and judged after its version was registered: no person's approval is about it."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_field(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if not self.class_thresholds:
+            del values["class_thresholds"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,7 @@ class Contents:
     made_by: str
     gates: tuple[Finding, ...] = ()
     built_later: bool = False
+    class_thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -238,6 +248,7 @@ def _fill(folder: Path, contents: Contents, key: Path, num_threads: int) -> Bund
         task=contents.task,
         task_settings=contents.task_settings,
         threshold=contents.threshold,
+        class_thresholds=dict(contents.class_thresholds),
         golden=names,
         tolerance=(_INT8_SHARE if arithmetic else share) * logit_range,
         int8_arithmetic=arithmetic,

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from components import plugins
+from components.answering import needed
 from components.contracts.data import Splits
+from components.contracts.errors import ConfigError, UnknownName
 from components.contracts.families import Predictor, Task
 from components.contracts.models import Engine
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored
-from components.contracts.releases import DecisionRule, Release
+from components.contracts.releases import NEVER, CriticalClass, DecisionRule, Release
+from components.contracts.verdicts import Estimate, fewest
 from components.images import STATISTICS, appearance, decode, in_threads, prepare
 from components.int8_arithmetic import int8_arithmetic
 from components.intervals import wilson
@@ -46,6 +49,36 @@ class PackagingConfig(Record):
     reference_images: int = Field(default=2000, ge=50)
     """Most images of the reference sample; taken from test and valid."""
     golden_images: int = Field(default=16, ge=4, le=64)
+    critical: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
+    """Classes that others may seldom be taken for: of the pictures of other classes at most this share may be answered so
+    surely. The threshold of such an answer is fitted on valid, by the upper limit of the 95 % interval.
+
+    Left out of JSON where there are none: records are named by digests from before the field."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_field(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if not self.critical:
+            del values["critical"]
+        return values
+
+
+def expect_provable(config: PackagingConfig, splits: Splits, task: Task) -> None:
+    """Raise UnknownName for a critical class that there is not, ConfigError for a rate that valid cannot prove."""
+    classes = task.classes(splits.classes)
+    for name, rate in config.critical.items():
+        if name not in classes:
+            raise UnknownName("class in packaging.critical", name, classes)
+        counts = splits.class_counts["valid"]
+        num_others = sum(count for label, count in counts.items() if name not in task.classes([label]))
+        enough = fewest(lambda n, rate=rate: wilson(0, n).high <= rate)  # type: ignore[misc]
+        if enough is None or num_others < enough:
+            takes = f"it takes {enough}" if enough is not None else "no number of them would do"
+            raise ConfigError(
+                f"packaging.critical.{name}: that at most {100 * rate:g} % of the pictures of other classes are answered "
+                f"{name!r} cannot be proven by {num_others} valid pictures of other classes, even if none is: {takes}. Add "
+                f"pictures, raise splitting.valid_share, or allow a higher rate"
+            )
 
 
 def package(
@@ -62,10 +95,11 @@ def package(
 ) -> Release:
     """Write the release's folder; `task` is the name and the settings of the task that reads the logits.
 
-    Raises EngineUnavailable where the engine cannot run.
+    Raises EngineUnavailable where the engine cannot run, and as `expect_provable` does.
     """
     record = engine.record
     reader: Task = plugins.load("tasks", *task)
+    expect_provable(config, splits.record, reader)
     predictor: Predictor = plugins.load("targets", record.target, record.settings).load(engine, num_threads=num_threads)
     valid, test = rows(splits, "valid"), rows(splits, "test")
     table = _sample(test, valid, config.reference_images)
@@ -81,7 +115,7 @@ def package(
         engine=record,
         task=task[0],
         task_settings=task[1],
-        decision=_rule(answers, config),
+        decision=rule_of(answers, config, reader),
         reference=describe(out / REFERENCE, within=out),
         golden=describe(out / GOLDEN, within=out),
         golden_tolerance=TOLERANCE[record.precision],
@@ -159,19 +193,72 @@ def _write_golden(
     path.write_bytes(save(tensors, metadata={INT8_ARITHMETIC: arithmetic} if arithmetic else None))
 
 
-def _rule(answers: pd.DataFrame, config: PackagingConfig) -> DecisionRule:
+def rule_of(answers: pd.DataFrame, config: PackagingConfig, task: Task) -> DecisionRule:
+    """Fitted on the answers of valid, told of those of test: label, predicted, confidence, right and split of each."""
     confidence = answers["confidence"].to_numpy(dtype=np.float64)
     correct = answers["right"].to_numpy(dtype=bool)
     valid, test = (answers["split"] == name for name in ("valid", "test"))
     threshold = fit_threshold(confidence[valid], correct[valid], config.target_accuracy, config.min_confidence)
-    answered = confidence[test] >= threshold
+    critical = tuple(_critical(answers, name, rate, threshold, task) for name, rate in config.critical.items())
+    of_classes = {each.name: each.threshold for each in critical}
+    answered = confidence[test] >= answers["predicted"][test].map(lambda label: needed(task, label, threshold, of_classes))
     return DecisionRule(
         threshold=threshold,
         target_accuracy=config.target_accuracy,
         num_valid=int(valid.sum()),
         coverage=wilson(int(answered.sum()), int(test.sum())),
         accuracy=wilson(int(correct[test][answered].sum()), int(answered.sum())) if answered.any() else None,
+        critical=critical,
     )
+
+
+def _critical(answers: pd.DataFrame, name: str, rate: float, minimum: float, task: Task) -> CriticalClass:
+    """The threshold of a class by the answers on valid, and what it comes to on test."""
+
+    def naming(column: str) -> npt.NDArray[np.bool_]:
+        return answers[column].map(lambda label: name in task.classes([label])).to_numpy(dtype=bool)
+
+    own, claimed, valid = naming("label"), naming("predicted"), (answers["split"] == "valid").to_numpy()
+    confidence = answers["confidence"].to_numpy(dtype=np.float64)
+    threshold = fit_critical(confidence[valid], claimed[valid], own[valid], rate, minimum)
+    sure = claimed & (confidence >= threshold)
+
+    def share(among: npt.NDArray[np.bool_]) -> Estimate | None:
+        return wilson(int((sure & among).sum()), int(among.sum())) if among.any() else None
+
+    on_valid = share(valid & ~own)
+    assert on_valid is not None  # or nothing would have been fitted
+    return CriticalClass(
+        name=name, rate=rate, threshold=threshold, valid=on_valid, test=share(~valid & ~own), found=share(~valid & own)
+    )
+
+
+def fit_critical(
+    confidence: npt.NDArray[np.float64],
+    claimed: npt.NDArray[np.bool_],
+    own: npt.NDArray[np.bool_],
+    rate: float,
+    minimum: float,
+) -> float:
+    """The smallest confidence, at least `minimum`, from which on answers of a class keep the rate of false ones.
+
+    `claimed` are the images that are answered as the class, `own` those that are of it. Of the other images the share that
+    is answered so from that confidence on has a 95 % Wilson interval whose upper limit lies at or below `rate`. NEVER where
+    no image that is answered so lies above the false answers that are too many. Raises ValueError where no answer could
+    keep the rate: there are too few images of other classes.
+    """
+    num_others = int((~own).sum())
+    allowed = -1
+    while allowed < num_others and wilson(allowed + 1, max(1, num_others)).high <= rate:
+        allowed += 1
+    if allowed < 0:
+        raise ValueError(f"{num_others} images of other classes cannot prove a rate of {rate:g}")
+    false = np.sort(confidence[claimed & ~own])[::-1]
+    if int((false >= minimum).sum()) <= allowed:
+        return minimum
+    # Above the first false answer that is one too many; equal confidences are answered together or not at all.
+    above = confidence[claimed & (confidence > false[allowed])]
+    return float(above.min()) if len(above) else NEVER
 
 
 def fit_threshold(

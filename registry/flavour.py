@@ -55,6 +55,7 @@ def add(folder: Path, *, candidate: str, run_id: str, created_ms: int) -> None:
             "task": release.task,
             "unsure_label": unsure_label(release.engine.classes),
             "threshold": release.decision.threshold,
+            **({"class_thresholds": release.decision.class_thresholds} if release.decision.critical else {}),
             "engine": release.engine.name,
             "release": release.digest(),
         },

@@ -308,6 +308,7 @@ class _Server:
                 "generation": deployment.generation if deployment else None,
                 "waiting": deployment.num_waiting if deployment else 0,
                 "threshold": deployment.release.decision.threshold if deployment else None,
+                "class_thresholds": deployment.release.decision.class_thresholds if deployment else {},
             }
         return {
             "ready": self._inference.ready,

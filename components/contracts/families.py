@@ -110,8 +110,9 @@ class Reading:
     """One answer in words: what a log, a protocol and a person are told."""
 
     label: str
+    """In the form of an annotation, so that `Task.classes` tells which classes it names."""
     confidence: float
-    """In [0, 1]; what the decision rule compares with its threshold."""
+    """In [0, 1]; what the decision rule compares with its thresholds."""
 
 
 @dataclass(frozen=True)

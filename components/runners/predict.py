@@ -108,7 +108,8 @@ class Model:
             return {"file": str(path), "error": str(error) or type(error).__name__}
         logits = self._logits(image[None])
         ((label, confidence),) = self._reading.read(logits, self.engine["temperature"], self.engine["classes"])
-        threshold = self.record["threshold"]
+        # Older bundles have no thresholds of classes. A critical class has one that is at least the others'.
+        threshold = self.record.get("class_thresholds", {}).get(label, self.record["threshold"])
         return {
             "file": str(path),
             "label": label,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components import collector
+from components.contracts.releases import CriticalClass
 from components.contracts.wording import counted, shown_utc
 from flows.cli.answers import HERE, AsJson, By, Commands, InWorkspace, OfModel, Reason, finish, moment, opened_desk
 from flows.terminal import figure, silent, to_stderr
@@ -101,6 +102,7 @@ def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE,
         "notes": list(shown.notes),
         "same_account": shown.same_account,
         "report": str(shown.report) if shown.report else None,
+        "holdout": {"place": shown.holdout.place, "num_models": shown.holdout.num_models} if shown.holdout else None,
     }
     finish(answer, json_, lambda: _page(found.model, shown))
 
@@ -132,6 +134,7 @@ def _page(model: str, shown: VersionShown) -> str:
             "",
             *_beside(state, champion, shown.compared_with),
         ]
+        lines += ["", f"{shown.holdout.told(summary['images']['test'])}."] if shown.holdout else []
         told = evidence_told(summary.get("evidence") or {})
         told += data_told(summary.get("data_since"), summary.get("spent"))
         lines += ["", *told] if told else []
@@ -144,6 +147,7 @@ def _page(model: str, shown: VersionShown) -> str:
                 f'Answers below confidence {rule["threshold"]:.3f} are "unsure": it answers {figure(rule["coverage"])} '
                 f"of the test images{accuracy}."
             )
+            lines += [f"{CriticalClass.read(each).told()}." for each in rule.get("critical", [])]
         lines += ["", "Gates:"]
         lines += [
             f"  {_STATUSES.get(f['status'], f['status']):18} {f['engine']:20} {f['gate']:14} {f['message']}"

@@ -16,6 +16,7 @@ from components.contracts.data import Splits
 from components.contracts.records import Stored
 from components.contracts.verdicts import Evaluation, Measurement
 from components.images import decode
+from components.selective import RiskCoverage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -224,6 +225,45 @@ def reliability_figure(evaluation: Evaluation) -> Markup:
     axes.set_xlabel("mean confidence of a bin (area: images in it)")
     axes.set_ylabel("accuracy of the bin")
     return as_svg(figure)
+
+
+def risk_coverage_figure(curve: RiskCoverage) -> Markup:
+    """Risk against coverage, with the intervals of the table's points; where the release's rule lies stands out."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 3.4))
+    coverages, risks = zip(*curve.curve, strict=True)
+    axes.plot(coverages, risks, color=_BLUE, linewidth=1.2, label="the engine, by threshold")
+    for point, colour in (*((p, _BLUE) for p in curve.points), (curve.released, _ORANGE)):
+        if point is None or point.risk is None:
+            continue
+        x, risk = point.coverage.value, point.risk
+        spread = [[risk.value - risk.low], [risk.high - risk.value]]
+        is_released = colour == _ORANGE
+        axes.errorbar(
+            x,
+            risk.value,
+            yerr=spread,
+            fmt="o",
+            color=colour,
+            ecolor=colour if is_released else _GREY,
+            capsize=3,
+            markersize=7 if is_released else 3,
+            zorder=3 if is_released else 2,
+            label=f"the release ({_threshold(point.threshold)})" if is_released else None,
+        )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.1%}")
+    axes.set_xlabel("coverage: share of the test images that are answered")
+    axes.set_ylabel("risk: wrong ones among these")
+    axes.grid(color="#eceff3")
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return as_svg(figure)
+
+
+def _threshold(threshold: float | None) -> str:
+    return "thresholds by class" if threshold is None else f"threshold {threshold:.3f}"
 
 
 def thumbnail(path: Path) -> str:

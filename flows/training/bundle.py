@@ -31,7 +31,9 @@ from flows.training.results import (
     headline_json,
 )
 from flows.training.run import Run
+from flows.training.selective import curve_of
 from registry.approval import person
+from registry.holdout import holdout_use
 from registry.ledger import Ledger
 from registry.models import CandidateBundle
 from registry.policies import notes
@@ -93,8 +95,11 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
         record("release", results.release.record)
         for file in (results.release.record.reference, results.release.record.golden):
             files[f"release/{file.name}"] = results.release.folder / file.name
-    document("model-card.md", model_card(run, results))
-    document("report.html", render(run, results, None, notes_of(run, results)))
+    if (curve := curve_of(run, results)) is not None:
+        record("risk_coverage", curve)
+    judged_before = holdout_told(run, results)
+    document("model-card.md", model_card(run, results, judged_before))
+    document("report.html", render(run, results, None, notes_of(run, results), judged_before))
     return CandidateBundle(
         model=run.config.model,
         candidate_digest=candidate_digest(run, results),
@@ -205,6 +210,14 @@ def notes_of(run: Run, results: Results) -> list[str]:
     return notes(entries, body, subject=candidate_digest(run, results))
 
 
+def holdout_told(run: Run, results: Results) -> str:
+    """How often the test set was used, by the ledger: whatever a model is called, the pictures are the same."""
+    entries = Ledger(run.settings.ledger_url).entries()
+    splits = results.splits.record
+    use = holdout_use(entries, split=splits.test_digest, subject=candidate_digest(run, results))
+    return use.told(splits.counts["test"])
+
+
 def _tags(run: Run, results: Results) -> dict[str, str]:
     # Run, data and commit have the shorter names below, which the run of the training has as well.
     named = ("schema_version", "run_id", "data_version", "git_commit")
@@ -303,11 +316,12 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
 def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> Path:
     """`report.html` of the run, with what registration answered; left alone when it says just that already."""
     path = run.folder / "report.html"
-    told = notes_of(run, results)
+    told, judged_before = notes_of(run, results), holdout_told(run, results)
     evidence = [results.shown.record.digest()] if results.shown else []
     shown = [
         outcome.digest(),
         *told,
+        judged_before,
         *evidence,
         results.verdict.record.digest(),
         *(m.record.digest() for m in results.measurements),
@@ -316,15 +330,17 @@ def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> 
     if not path.exists() or not path.read_text().endswith(mark):
         from flows.training.report import render
 
-        write_atomically(path, (render(run, results, outcome, told) + mark).encode())
+        write_atomically(path, (render(run, results, outcome, told, judged_before) + mark).encode())
     return path
 
 
 def report_source() -> str:
     """Digest of what draws the report: a changed template draws it anew."""
+    from components import selective as curves
     from flows.pages import figures
-    from flows.training import candidate_evidence, diagnosis, report
+    from flows.training import candidate_evidence, diagnosis, report, selective
 
-    drawn_by = [Path(str(module.__file__)) for module in (candidate_evidence, diagnosis, report, figures)]
+    modules = (candidate_evidence, diagnosis, report, figures, selective, curves)
+    drawn_by = [Path(str(module.__file__)) for module in modules]
     templates = [figures.TEMPLATES / name for name in ("report.html", "style.html")]
     return sha256_text("".join(sha256_file(path) for path in (*drawn_by, *templates)))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from components.choosing import AUTO
-from components.contracts.records import Stored
-from components.contracts.verdicts import Evaluation, Verdict
+from components.contracts.verdicts import Verdict
 from components.contracts.wording import counted
 from components.export import ExportConfig
 from components.gating import policy
 from flows.training.candidate_evidence import card_lines
-from flows.training.results import Results
+from flows.training.results import Results, evaluation_shown
 from flows.training.run import Run
+from flows.training.selective import rule_told
 
 VERDICTS = {"pass": "candidate", "fail": "rejected", "inconclusive": "undecided"}
 """What a verdict makes of a model: what the test images do not decide was not rejected for what it is."""
 
 
-def model_card(run: Run, results: Results) -> str:
-    """What a user of the model has to know, in Markdown."""
+def model_card(run: Run, results: Results, judged_before: str) -> str:
+    """What a user of the model has to know, in Markdown; `judged_before` says how often the test set was used."""
     shown, checkpoint, verdict = evaluation_shown(results).record, results.checkpoint.record, results.verdict.record
     new, gone = results.classes_changed
     champion = f"the champion, version {results.current_champion.version}," if results.current_champion else ""
@@ -43,7 +43,10 @@ def model_card(run: Run, results: Results) -> str:
         "|---|---|---|---|",
         *(f"| {name} | {e.value:.4f} | {e.low:.4f} to {e.high:.4f} | {e.n} |" for name, e in shown.metrics.items()),
         "",
+        f"{judged_before}.",
+        "",
         *([f"{results.folds.told(run.task.headline)}.", ""] if results.folds else []),
+        *_when_unsure(results),
         *(
             ["## Beside the champion", "", *(f"- {line}" for line in card_lines(results.shown.record)), ""]
             if results.shown
@@ -64,6 +67,13 @@ def model_card(run: Run, results: Results) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _when_unsure(results: Results) -> list[str]:
+    """When it answers and when not; nothing of a model that was refused, for which no rule was fitted."""
+    if results.release is None:
+        return []
+    return ["## When it is unsure", "", *(f"- {line}" for line in rule_told(results.release.record.decision)), ""]
 
 
 def choice_told(export: ExportConfig, verdict: Verdict) -> list[str]:
@@ -92,11 +102,3 @@ def _gates(run: Run) -> list[str]:
         + (f" (only {', '.join(chosen.engines)})" if chosen.engines else "")
         for index, chosen in enumerate(run.config.gating.gates)
     ]
-
-
-def evaluation_shown(results: Results) -> Stored[Evaluation]:
-    """The serving engine's evaluation, or the reference's where that engine could not run."""
-    for evaluation in results.evaluations:
-        if evaluation.record.engine == results.verdict.record.serving_engine and evaluation.record.metrics:
-            return evaluation
-    return results.evaluations[0]

@@ -9,6 +9,8 @@ from markupsafe import Markup
 
 from components.contracts.records import Stored
 from components.contracts.verdicts import Candidate, Estimate, Evaluation, Rejection
+from components.selective import RiskCoverage
+from components.selective import rows as risk_coverage_rows
 from components.tables import read_frame
 from flows.pages.figures import (
     confusion_figure,
@@ -19,6 +21,7 @@ from flows.pages.figures import (
     pareto_figure,
     prepare_figures,
     reliability_figure,
+    risk_coverage_figure,
     splits_figure,
     thumbnail,
 )
@@ -26,17 +29,21 @@ from flows.training.candidate_evidence import page
 from flows.training.data_since import data_since
 from flows.training.data_since import told as data_told
 from flows.training.diagnosis import PhaseResult, fit_told, gain_told, imbalance, phase_results
-from flows.training.model_card import VERDICTS, evaluation_shown
-from flows.training.results import Results, costs_json, folds_proposed
+from flows.training.model_card import VERDICTS
+from flows.training.results import Results, costs_json, evaluation_shown, folds_proposed
 from flows.training.run import Run
+from flows.training.selective import aurc_told, curve_of, rule_told
 
 _SHOWN = 12
 
 
-def render(run: Run, results: Results, outcome: Candidate | Rejection | None, notes: Sequence[str]) -> str:
+def render(
+    run: Run, results: Results, outcome: Candidate | Rejection | None, notes: Sequence[str], judged_before: str
+) -> str:
     """HTML of the report; `outcome` is None in the copy that is registered, which cannot know its own version.
 
-    `notes` are what the ledger says of earlier gate policies and of rejections of the same weights.
+    `notes` are what the ledger says of earlier gate policies and of rejections of the same weights, `judged_before` of how
+    often the test set was used.
     """
     shown = evaluation_shown(results)
     verdict = results.verdict.record
@@ -46,6 +53,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
     metrics = _metrics(run, results)
     phases, counts = run.config.training.all_phases, results.splits.record.counts
     trained = phase_results(results.history, phases, run.task.headline, counts["valid"])
+    curve = curve_of(run, results)
     return (
         environment()
         .get_template("report.html")
@@ -68,6 +76,7 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
                 for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
             ],
             n_test=shown.record.num_images,
+            judged_before=judged_before,
             machine=results.measurements[0].record.machine,
             hourly_price=run.config.export.hourly_price,
             checkpoint=results.checkpoint.record,
@@ -103,7 +112,10 @@ def render(run: Run, results: Results, outcome: Candidate | Rejection | None, no
                 }
                 for m in shown.record.per_class
             ],
-            figures=_figures(run, results, shown, trained),
+            figures=_figures(run, results, shown, trained, curve),
+            risk_coverage=risk_coverage_rows(curve) if curve else [],
+            aurc=aurc_told(curve) if curve else "",
+            rule=rule_told(results.release.record.decision) if results.release else [],
             evidence=page(results.shown) if results.shown else None,
             data_told=data_told(data_since(run, results), None),
             examples=_examples(run, results),
@@ -152,7 +164,13 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
 
 
-def _figures(run: Run, results: Results, shown: Stored[Evaluation], trained: Sequence[PhaseResult]) -> dict[str, Markup]:
+def _figures(
+    run: Run,
+    results: Results,
+    shown: Stored[Evaluation],
+    trained: Sequence[PhaseResult],
+    curve: RiskCoverage | None,
+) -> dict[str, Markup]:
     prepare_figures()
     task = run.task
     own = {"confusion": confusion_figure, "reliability": reliability_figure}
@@ -166,6 +184,7 @@ def _figures(run: Run, results: Results, shown: Stored[Evaluation], trained: Seq
         ),
         "splits": splits_figure(results.splits.record),
         **{name: own[name](shown.record) for name in task.figures},
+        **({"risk_coverage": risk_coverage_figure(curve)} if curve else {}),
     }
 
 

@@ -106,6 +106,14 @@ class Results:
         return rows
 
 
+def evaluation_shown(results: Results) -> Stored[Evaluation]:
+    """The serving engine's evaluation, or the reference's where that engine could not run."""
+    for evaluation in results.evaluations:
+        if evaluation.record.engine == results.verdict.record.serving_engine and evaluation.record.metrics:
+            return evaluation
+    return results.evaluations[0]
+
+
 def bound_digests(results: Results) -> dict[str, Any]:
     """What an approval of this candidate is bound to: any change of one of these makes it another candidate."""
     return {

@@ -32,7 +32,7 @@ from components.evidence import Compared, collect
 from components.export import REFERENCE, Graph, TargetConfig, export, export_graph, memory_mb
 from components.gating import Champion, Judged, judge
 from components.hooks import LEFTOVERS
-from components.packaging import package
+from components.packaging import expect_provable, package
 from components.slices import make_slices
 from components.splitting import TestLedger, split
 from components.store import write_atomically
@@ -94,6 +94,7 @@ def splitting(run: Run, dataset: Stored[Dataset]) -> Stored[Splits]:
     splits = run.stage("splitting", Splits, compute, inputs=keys.splitting_inputs(run, dataset))
     for note in splits.record.notes:
         run.console.line(f"    {note}")
+    expect_provable(run.config.packaging, splits.record, run.task)  # before a training that would be for nothing
     return splits
 
 

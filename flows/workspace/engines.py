@@ -210,6 +210,7 @@ def _contents(desk: Desk, state: State, engine: str | None, folder: Path, built_
         task=release.task,
         task_settings=release.task_settings,
         threshold=release.decision.threshold if serves else None,
+        class_thresholds=release.decision.class_thresholds if serves else {},
         pictures=pictures,
         probabilities=probabilities if serves else None,
         card=(folder / "model-card.md").read_text() + _of_engine(judged, further is not None),

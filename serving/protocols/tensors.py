@@ -245,6 +245,7 @@ def metadata(deployment: Deployment) -> dict[str, Any]:
             "encoded_input": f"{INPUT} may also be BYTES [n]: whole files, such as JPEG or PNG",
             "classes": list(release.engine.classes),
             "threshold": release.decision.threshold,
+            **({"class_thresholds": release.decision.class_thresholds} if release.decision.critical else {}),
             "label_when_unsure": unsure_label(release.engine.classes),
             "release": release.digest(),
         },

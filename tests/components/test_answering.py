@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from served import smoke_release, unpacked
+from tasks_of_tests.several_labels import Task as SeveralLabels
 
-from components.answering import LoadedRelease, decided
+from components.answering import LoadedRelease, decided, needed
 from components.contracts.errors import EngineUnavailable
 from components.contracts.records import Stored
-from components.contracts.releases import Release
+from components.contracts.releases import NEVER, CriticalClass, Release
 from components.int8_arithmetic import int8_arithmetic
+from components.intervals import wilson
 from components.releases import GOLDEN, INT8_ARITHMETIC, TOLERANCE
 
 
@@ -104,3 +106,30 @@ def test_below_the_threshold_no_class_is_said(release: Stored[Release]) -> None:
         (classes[2], classes[2], False),
         (classes[0], "unsure", True),
     ]
+
+
+def test_an_answer_that_names_a_critical_class_needs_more(release: Stored[Release]) -> None:
+    answering, classes = loaded(release, release.folder / GOLDEN), release.record.engine.classes
+    share = wilson(0, 400)
+
+    def critical(name: str, threshold: float) -> CriticalClass:
+        return CriticalClass(name=name, rate=0.01, threshold=threshold, valid=share, test=share, found=share)
+
+    rows = np.array([[0.1, 0.8, 0.1], [0.02, 0.95, 0.03], [0.8, 0.1, 0.1], [0.0, 0.0, 1.0]], np.float32)
+    rule = release.record.decision.model_copy(
+        update={"threshold": 0.75, "critical": (critical(classes[1], 0.9), critical(classes[2], NEVER))}
+    )
+    record = release.record.model_copy(update={"decision": rule})
+    found = decided(record, answering.task, rows)
+    assert [(one.predicted, one.label) for one in found] == [
+        (classes[1], "unsure"),
+        (classes[1], classes[1]),
+        (classes[0], classes[0]),
+        (classes[2], "unsure"),
+    ]
+
+
+def test_an_answer_of_several_labels_needs_what_each_critical_one_of_them_does() -> None:
+    task, thresholds = SeveralLabels(), {"b": 0.9, "c": 0.95}
+    for label, threshold in (("a", 0.6), ("a+b", 0.9), ("b+c", 0.95), ("bc", 0.6)):
+        assert needed(task, label, 0.6, thresholds) == threshold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -24,12 +25,12 @@ from safetensors.numpy import load_file
 from served import as_served, encoded, exif_rotated, jpeg, png, smoke_release, unpacked
 
 from components import bundles, engine_files, int8_arithmetic, plugins, signatures
-from components.bundles import Bundle, Contents
+from components.bundles import Bundle, Contents, write
 from components.colours import matrix_profile
 from components.contracts.errors import ConfigError, EngineUnavailable, SchemaTooNew, StoreError, TamperedArtefact
 from components.contracts.models import Engine, Preprocessing
 from components.contracts.records import Stored
-from components.contracts.releases import Release
+from components.contracts.releases import NEVER, Release
 from components.formats import Accepted
 from components.images import decode, prepare
 from components.releases import GOLDEN
@@ -216,6 +217,23 @@ def test_the_program_of_a_bundle_answers_as_the_server(own: Path, release: Store
     assert (found["golden"]["pictures"], found["golden"]["largest_pixel_difference"]) == (4, 0)
     # It left nothing behind that would make another bundle of it.
     bundles.verified(own)
+
+
+def test_the_program_of_a_bundle_asks_more_of_a_critical_class(
+    own: Path, release: Stored[Release], key: Path, tmp_path: Path
+) -> None:
+    record = write(
+        dataclasses.replace(contents(release), threshold=0.0, class_thresholds={"disc": NEVER}),
+        tmp_path / "critical",
+        key=key,
+        num_threads=1,
+    )
+    paths = write_all(tmp_path / "pictures")
+    answers = predict(tmp_path / "critical", *paths)["answers"]
+    assert len({answer["label"] for answer in answers}) > 1
+    assert [answer["unsure"] for answer in answers] == [answer["label"] == "disc" for answer in answers]
+    assert record.to_json()["class_thresholds"] == {"disc": NEVER}
+    assert "class_thresholds" not in json.loads((own / "manifest.json").read_text())["record"]
 
 
 def test_the_program_tells_what_it_cannot_answer(own: Path, tmp_path: Path) -> None:

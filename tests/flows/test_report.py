@@ -27,7 +27,7 @@ def test_the_report_is_self_contained_and_well_formed(report: Path) -> None:
     html = report.read_text()
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', html)
     assert "<script" not in html
-    assert html.count("<svg") == 6
+    assert html.count("<svg") == 7
     assert html.count("data:image/png;base64,") >= 6
 
     class Balance(HTMLParser):
@@ -52,6 +52,7 @@ def test_the_report_says_what_the_records_say(report: Path, trained: Path) -> No
         assert f"{engine['metrics']['accuracy']['value']:.4f}" in html
     for finding in summary["findings"]:
         assert finding["gate"] in html
+    assert f"The first model judged on these {summary['data']['splits']['test']} test pictures." in html
 
 
 def test_names_of_files_and_classes_are_escaped(trained: Path) -> None:
@@ -87,7 +88,7 @@ def test_the_report_opens_in_a_real_browser(report: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Engines on the frozen test split" in done.stdout
-    assert done.stdout.count("<svg") == 6
+    assert done.stdout.count("<svg") == 7
 
 
 ALL, HEAD = (
