@@ -89,6 +89,10 @@ def _point(threshold: float | None, num_answered: int, num_wrong: int, n: int) -
 def _aurc(ranked: Confidences, right: Right) -> Estimate:
     """Of images in the order of their confidences, the surest first; with its bootstrap interval over images."""
     n = len(ranked)
+    if right.all():
+        # Images without a mistake have none when they are drawn again either, and zero would be told as certain. The upper
+        # limit is that of the risk of answering everything, which is the area of confidences that say nothing.
+        return Estimate(value=0.0, low=0.0, high=wilson(0, n).high, n=n, method="wilson, no mistake")
     sampled = np.array([_mean_risk(ranked[pick], right[pick]) for pick in map(np.sort, resamples(n))])
     return bootstrap(_mean_risk(ranked, right), sampled, n)
 
