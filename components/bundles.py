@@ -405,7 +405,8 @@ def _unpack(place: Path, folder: Path) -> None:
         archive = Archive(path=place, max_files=MAX_FILES, max_gb=MAX_GB, max_file_mb=MAX_GB << 10)
         archive.unpack(folder)
     except DataError as error:
-        raise TamperedArtefact(str(error)) from error
+        # Nothing was imported here, it is a bundle.
+        raise TamperedArtefact(str(error).partition("; nothing of it was imported")[0]) from error
 
 
 def verified(folder: Path, *, key: Path | None = None) -> Opened:
@@ -484,7 +485,7 @@ def answer_golden(bundle: Opened, *, num_threads: int) -> Answered:
         raise EngineUnavailable(f"{_told(engine, here)} cannot run here: {error}") from error
     except Exception as error:
         # A runtime tells what it does not understand of another version's file by an exception of its own.
-        raise EngineUnavailable(f"{_told(engine, here)} was refused here: {str(error).splitlines()[0][:300]}") from error
+        raise EngineUnavailable(f"{_told(engine, here)} was refused here: {in_short(error)[:300]}") from error
     if logits.shape != expected.shape:
         raise EngineUnavailable(f"{_told(engine, here)} gives answers of {logits.shape}, expected {expected.shape}")
     pixels = np.abs(pictures.astype(np.int32) - inputs.astype(np.int32)).mean(axis=(1, 2, 3))

@@ -83,11 +83,15 @@ def verify(folder: Path, signature: Path, public: Path) -> str:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
     try:
-        key = load_pem_public_key(_small(public))
+        pem = _small(public)
     except OSError as error:
         raise ConfigError(f"the key {public} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ConfigError(f"{public} is not a public key in PEM ({error})") from None
+    try:
+        key = load_pem_public_key(pem)
+    except ValueError as error:
+        raise ConfigError(f"{public} is not a public key in PEM; expected a file with BEGIN PUBLIC KEY in it") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ConfigError(f"{public} is no elliptic key, and nothing of visionloop's is signed by another kind")
     if signature.stat().st_size > MAX_BYTES:
@@ -98,8 +102,9 @@ def verify(folder: Path, signature: Path, public: Path) -> str:
             verifying.set_hashing_config(_hashing(library, folder, signature)).verify(folder, signature)
         except Exception as error:
             # On bytes of somebody else's the library raises almost anything.
-            problem = str(error).split("\n")[0].strip(" .") or type(error).__name__
-            raise TamperedArtefact(f"it is not signed by the key {public.name} ({problem})") from None
+            raise TamperedArtefact(
+                f"it is not signed by the key {public.name}: another key made its signature, or that was damaged"
+            ) from error
     return fingerprint(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
 
 

@@ -160,7 +160,7 @@ class Registry:
                 raise TamperedArtefact(f"the files of this candidate are not what was judged ({differs}); run again")
             model_id = _logged_model(mlflow, evidence, experiment, run_id, bundle, manifest_sha256)
         _show_at_run(mlflow, run_id, model_id, evidence)
-        return mlflow.create_model_version(
+        made = mlflow.create_model_version(
             evidence.model,
             source=f"models:/{model_id}",
             run_id=run_id,
@@ -173,6 +173,10 @@ class Registry:
             },
             description=_description(evidence.verdict.status, evidence.verdict.serving_engine, "Waits for approval"),
         )
+        # By this tag, which MLflow's own `register_model` writes, the model's page shows that it is registered.
+        known_as = json.dumps([{"name": evidence.model, "version": str(made.version)}])
+        mlflow.set_logged_model_tags(model_id, {"mlflow.modelVersions": known_as})
+        return made
 
     def _expect_new(self, evidence: CandidateBundle, version: str) -> None:
         """Raise RegistryUnavailable when MLflow gave a number that the ledger has for another candidate: it forgot some."""

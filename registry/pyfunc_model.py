@@ -61,7 +61,14 @@ class PictureModel(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row a picture: label, confidence, unsure and probabilities. Raises MlflowException for what is no picture."""
-        answered = self._answer([bytes(data) for data in model_input["image"]])
+        given = list(model_input["image"])
+        for index, data in enumerate(given):
+            if not isinstance(data, (bytes, bytearray, memoryview)):
+                raise MlflowException.invalid_parameter_value(
+                    f"picture {index} of {len(given)} is {type(data).__name__}; expected the bytes of an encoded picture "
+                    f"(base64 in JSON). None of them was answered"
+                )
+        answered = self._answer([bytes(data) for data in given])
         return pd.DataFrame(
             {
                 "label": [decision.label for decision, _ in answered],

@@ -27,11 +27,11 @@ class Gate(BaseModel):
             return self._inconclusive(too_few("timed runs", measured.num_runs, self.min_runs, exactly=True))
         p99 = measured.latency_p99
         if p99 is None:
-            return self._inconclusive("its p99 latency was measured without an interval; `train --measure-again` has one")
+            return self._inconclusive("its p99 latency was measured without an interval; `--measure-again` measures one")
         status = compare_budget(p99, self.max_p99_ms)
         undecided = (
-            "; these runs do not decide: a quieter machine (`train --measure-again`) or more of them "
-            "(evaluation.latency_runs) narrow the interval"
+            "; these runs do not decide: a quieter machine (`--measure-again`), or more of them in a "
+            "training (evaluation.latency_runs), narrow the interval"
         )
         return Finding(
             gate="latency",
@@ -52,5 +52,5 @@ class Gate(BaseModel):
 def _rounds(measured: Measurement) -> str:
     if not measured.rounds_p99_ms:
         return ""
-    noisy = "; the machine was busy with something else, `train --measure-again` measures anew" if measured.noisy else ""
+    noisy = "; the machine was busy with something else, `--measure-again` measures anew" if measured.noisy else ""
     return f" (in {counted(len(measured.rounds_p99_ms), 'round')}{noisy})"

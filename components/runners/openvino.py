@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ PACKAGE = "openvino"
 
 def load(entry: Path, num_threads: int) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:
     """From uint8 images (n, h, w, c) to logits (n, classes); raises ImportError without the runtime."""
+    # OpenVINO reports to an analytics service as soon as it is imported, unless a file in the person's home says no. It
+    # takes a missing reporter for a choice.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     # On processors with AMX the default is bf16, which is not what the engine was judged by.

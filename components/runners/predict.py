@@ -1,8 +1,9 @@
 """Answers pictures by the engine of this bundle: python predict.py PICTURE [PICTURE ...]
 
 It needs Python 3.11 or later and what requirements.txt lists: the engine's runtime, Pillow and NumPy. Before anything of the
-bundle is read, every file is compared with its digest in manifest.json. That shows damage; who made the bundle is told by
-its signature, and `visionloop engine verify --key` checks that.
+bundle is read, every file that manifest.json lists is compared with its digest there, and code that it does not list is
+refused. That shows damage to all but this program itself; who made the bundle is told by its signature, which
+`visionloop engine verify --key` checks, and every file with it.
 
 Exit status: 0 answered, 1 the golden vectors are not answered as they should be (--check), 2 an error that says what to do.
 """
@@ -37,6 +38,8 @@ _LOSSLESS_TOLERANCE = 0.5
 """The same where a file says each pixel: only the colour conversion and the resizing may round otherwise then."""
 _OURS = ("engine/", "golden/", "runner/")
 """Folders in which nothing may lie that the manifest does not list."""
+_CODE = (".py", ".pyc", ".so", ".pyd")
+"""What Python could import from here in place of a library that is not installed."""
 
 
 class Damaged(Exception):
@@ -65,7 +68,7 @@ def verified(folder: Path) -> dict[str, Any]:
         if hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
             raise Damaged(f"{name} was changed")
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
-    added = sorted(name for name in present - set(listed) if name.startswith(_OURS))
+    added = sorted(name for name in present - set(listed) if name.startswith(_OURS) or name.endswith(_CODE))
     if added:
         raise Damaged(f"{added[0]} does not belong to it")
     record: dict[str, Any] = body["record"]
@@ -101,6 +104,8 @@ class Model:
         """Label and confidence of one picture, or why there is none."""
         try:
             image = self.prepare(path)
+        except IsADirectoryError:
+            return {"file": str(path), "error": "it is a folder; name its pictures, such as FOLDER/*.jpg"}
         except OSError as error:
             return {"file": str(path), "error": error.strerror or str(error)}
         except Exception as error:
@@ -143,9 +148,9 @@ class Model:
         }
 
 
-def notes(folder: Path) -> list[str]:
-    """Which libraries are of another version than the bundle was made with."""
-    found = []
+def notes(folder: Path, *, fitted: bool) -> list[str]:
+    """That no rule for "unsure" was `fitted`, and which libraries are of another version than the bundle was made with."""
+    found = [] if fitted else ['it never answers "unsure": its version fitted that for the engine that serves']
     for line in (folder / "requirements.txt").read_text().splitlines():
         name, _, wanted = line.partition("==")
         try:
@@ -173,7 +178,7 @@ def main() -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     parser = argparse.ArgumentParser(prog="predict.py", description="Answers pictures by the engine of this bundle.")
-    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE")
+    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="a file: JPEG, PNG, WebP and others")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", action="store_true", help="answer the golden vectors, and compare")
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="threads of the runtime")
@@ -199,7 +204,7 @@ def main() -> int:
         said, built_by = (str(error).splitlines() or [type(error).__name__])[0], record["engine"]["runtime"]
         print(f"error: the runtime refused the engine, which {built_by} built: {said}; {remedy}", file=sys.stderr)
         return 2
-    for note in notes(folder):
+    for note in notes(folder, fitted=record["threshold"] is not None):
         print(f"note: {note}", file=sys.stderr)
     answers = []
     for path in given.pictures:

@@ -63,6 +63,9 @@ def engine_build(
     target: Annotated[str, typer.Option("--target", "-t", help="What it is built for, such as onnxruntime.")],
     precision: Annotated[str, typer.Option("--precision", "-p", help="fp32, fp16 or int8.")] = "fp32",
     setting: Annotated[list[str] | None, typer.Option("--setting", help="KEY=VALUE of the target. May be repeated.")] = None,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="Time it anew, whatever was measured before.")
+    ] = False,
     model: OfModel = None,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
@@ -76,7 +79,7 @@ def engine_build(
     from flows.workspace.judged_engines import champion_of, standing, unmet, wanted_engine
 
     wanted = wanted_engine(target, precision, setting or [])
-    made = build(found, version or champion_of(found), wanted, quiet=json_)
+    made = build(found, version or champion_of(found), wanted, measure_again=measure_again, quiet=json_)
     status, why = standing(made.verdict), unmet(made.verdict)
     answer = {
         "model": found.model,
@@ -126,7 +129,7 @@ def engine_bundle(
     Only what passed its gates leaves; what `engine build` made has to have passed `parity` as well.
     Its golden pictures are pictures of your data: look whether they may leave with it.
     """
-    from flows.workspace.engines import bundle_engine
+    from flows.workspace.engines import NEVER_UNSURE, bundle_engine
 
     found = opened_desk(workspace, model)
     made = bundle_engine(found, version, engine, out, key=signing_key, built_later=built_later)
@@ -148,6 +151,7 @@ def engine_bundle(
         f"{out}: engine {record.engine.name} of {record.model} version {record.version} ({record.standing}"
         f"{'; the engine was built later' if record.built_later else ''}), "
         f"{made.num_bytes / 1e6:.1f} MB, with {counted(len(record.golden), 'golden picture')} of your data.",
+        *([NEVER_UNSURE] if record.threshold is None else []),
         f"Signed by the key {made.signer[:16]}." + (f" Give others {made.public_key}." if made.public_key else ""),
         f"Next: visionloop engine verify {shlex.quote(str(out))} --key {key}; or, there: python predict.py PICTURE",
     ]

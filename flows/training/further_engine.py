@@ -50,8 +50,10 @@ class FurtherEngine:
     """Whether the store held the engine already."""
 
 
-def build(desk: Desk, version: str, target: TargetConfig, *, quiet: bool) -> FurtherEngine:
+def build(desk: Desk, version: str, target: TargetConfig, *, quiet: bool, measure_again: bool = False) -> FurtherEngine:
     """Build, evaluate and judge an engine of a registered version; the same again finds what is there.
+
+    With `measure_again` it is timed anew.
 
     Raises UnknownName, ConfigError for what cannot be built, DataDiffers where the pictures that the version was judged on
     are not in `data/`, ExportError, and what the registry raises.
@@ -78,7 +80,7 @@ def build(desk: Desk, version: str, target: TargetConfig, *, quiet: bool) -> Fur
         champion = (
             registry.fetch_champion(desk.model, before, out=workspace.cache / "champions" / "then") if before else None
         )
-        return _judged(run, state.version, checkpoint, splits, champion, _slices(evidence))
+        return _judged(run, state.version, checkpoint, splits, champion, _slices(evidence), anew=measure_again)
 
 
 def _config(config: RunConfig, target: TargetConfig) -> RunConfig:
@@ -122,6 +124,8 @@ def _judged(
     splits: Stored[Splits],
     champion: CurrentChampion | None,
     sliced: Stored[SliceTable] | None,
+    *,
+    anew: bool,
 ) -> FurtherEngine:
     # Outside of a flow the stages are called as plain functions: nothing of this needs a Prefect server.
     from flows.training import steps
@@ -129,7 +133,7 @@ def _judged(
     graph = steps.graph.fn(run, checkpoint)
     engines = [steps.engine.fn(run, checkpoint, graph, splits, target) for target in run.targets]
     evaluations = [steps.evaluation.fn(run, engine, splits) for engine in engines]
-    measurements = steps.measurements.fn(run, engines, splits)
+    measurements = steps.measurements.fn(run, engines, splits, anew=anew)
     compared = None
     if champion is not None:
         renamed = run.data.renames_since(champion.data)

@@ -213,7 +213,7 @@ def _contents(desk: Desk, state: State, engine: str | None, folder: Path, built_
         class_thresholds=release.decision.class_thresholds if serves else {},
         pictures=pictures,
         probabilities=probabilities if serves else None,
-        card=(folder / "model-card.md").read_text() + _of_engine(judged, further is not None),
+        card=(folder / "model-card.md").read_text() + _of_engine(judged, further is not None, serves=serves),
         licences=_licences(record, checkpoint, json.loads((evidence / "config.json").read_text())),
         made_by=f"visionloop {own_version()}",
         gates=judged.findings,
@@ -247,13 +247,21 @@ def _expect_proof(version: str, engine: Engine, judged: EngineVerdict, checkpoin
         )
 
 
-def _of_engine(judged: EngineVerdict, built_later: bool) -> str:
+NEVER_UNSURE = (
+    'It never answers "unsure": the confidence below which its version does so was fitted for the engine that serves, and '
+    "holds for no other."
+)
+
+
+def _of_engine(judged: EngineVerdict, built_later: bool, *, serves: bool) -> str:
     """What a model card, whose figures are the serving engine's, says of the engine beside it."""
     how = "built and judged after its version was registered" if built_later else "built and judged with its version"
     return "\n".join(
         [
+            "",
             f"## The engine of this bundle: {judged.engine}",
             "",
+            *([] if serves else [NEVER_UNSURE, ""]),
             f"It was {how}. What its gates said:",
             "",
             *(f"- {found.gate}: {found.status}; {found.message}" for found in judged.findings),

@@ -244,8 +244,11 @@ def test_the_program_tells_what_it_cannot_answer(own: Path, tmp_path: Path) -> N
     assert "a GIF, which is not an accepted format" in wrong["error"]
     assert "No such file" in away["error"]
     assert right["label"] == "disc"
-    # A file that is called like a module of Python's own is not what is imported.
+    assert "it is a folder; name its pictures" in predict(own, tmp_path, status=2)["answers"][0]["error"]
+    # A file that is called like a module of Python's own, or like a runtime that is not installed, is not imported.
     (own / "json.py").write_text("raise SystemExit(7)")
+    assert "this bundle is damaged: json.py does not belong to it" in predict(own, tmp_path / "disc.png", status=2)
+    (own / "json.py").rename(own / "notes.txt")
     assert predict(own, tmp_path / "disc.png")["answers"] == [right]
     (own / "runner" / "colours.py").write_text("raise SystemExit(7)\n")
     assert "this bundle is damaged: runner/colours.py" in predict(own, tmp_path / "disc.png", status=2)

@@ -73,6 +73,7 @@ def test_an_engine_of_choice_leaves_signed_by_a_key_of_choice(older: Path, tmp_p
     out = tmp_path / "onnx"
     made = answer("bundle", "1", "--engine", "onnxruntime-fp32", "--signing-key", str(key), "--out", str(out), cwd=older)
     assert (made["engine"], made["public_key"]) == ("onnxruntime-fp32", None)
+    assert 'It never answers "unsure"' in (out / "model-card.md").read_text()
     assert answer("verify", str(out), "--key", str(key.with_name("key.pub")), cwd=tmp_path)["origin_proven"]
     licences = (out / "LICENCES.md").read_text()
     assert "| engine/ | trained from scratch (backbone small_cnn) |" in licences

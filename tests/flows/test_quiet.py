@@ -61,10 +61,17 @@ def test_importing_and_serving_ask_for_nothing(listener: Listener, tmp_path: Pat
         # The environment first, as every command does; components alone is what the engine's process imports.
         imports = f"import flows.cli.app, components\nimport {LIBRARIES}"
         importing = beside.submit(run, listener, "-c", imports, cwd=tmp_path)
+        # The program of a bundle runs without any of ours but its own runner.
+        runner = ROOT / "components" / "runners" / "openvino.py"
+        code = (
+            f"import runpy\ntry: runpy.run_path({str(runner)!r})['load']('none.xml', 1)\nexcept RuntimeError: print('tried')"
+        )
+        bundled = beside.submit(run, listener, "-c", code, cwd=tmp_path)
         with server(tmp_path / "workspace", env=listener.environment(unset)) as running:
             assert running.predict(png("disc", 90_001)).status == 200
             assert running.stop() == 0
         done = importing.result()
+        assert bundled.result().stdout == "tried\n", bundled.result().stderr
     assert (done.returncode, listener.heard()) == (0, []), done.stderr
 
 

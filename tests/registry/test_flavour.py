@@ -124,6 +124,11 @@ def test_mlflow_answers_as_the_server_does_with_the_source_that_was_registered(u
         assert row.label == ("unsure" if row.unsure else likeliest)
     with pytest.raises(MlflowException, match="picture 1 of 2: .*expected the bytes of an encoded picture"):
         model.predict(pd.DataFrame({"image": [given[0], b"no picture"]}))
+    for text in ("cat.jpg", None):
+        with pytest.raises(
+            MlflowException, match="picture 0 of 1 is (str|NoneType); expected the bytes of an encoded picture"
+        ):
+            loaded.predict(None, pd.DataFrame({"image": [text]}))
     with pytest.raises(MlflowException, match="Failed to enforce schema"):
         model.predict(pd.DataFrame({"picture": given}))
 
@@ -143,6 +148,8 @@ def test_mlflow_shows_schema_example_and_the_run_with_what_was_registered(uri: s
     run = client.get_run(str(version.run_id))
     assert run.outputs is not None
     assert [output.model_id for output in run.outputs.model_outputs] == [model_of(version)]
+    known_as = client.get_logged_model(model_of(version)).tags["mlflow.modelVersions"]
+    assert json.loads(known_as) == [{"name": MODEL, "version": str(version.version)}]
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"report.html", "model-card.md"}
     for path in ("MLmodel", "report.html", "checkpoint/weights.safetensors"):
         assert Path(
