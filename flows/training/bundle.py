@@ -281,6 +281,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
                     "p90": measurement.record.latency_p90_ms,
                     "p99": measurement.record.latency_p99_ms,
                     "n": measurement.record.num_runs,
+                    "noisy": measurement.record.noisy,
                 },
                 "size_bytes": measurement.record.size_bytes,
                 "memory_mb": measurement.record.memory_mb,

@@ -30,7 +30,7 @@ def model_card(run: Run, results: Results, judged_before: str) -> str:
         f"- Backbone: {checkpoint.backbone}; weights: {run.weights_told}; "
         f"trained: {', then '.join(phase.part for phase in run.config.training.all_phases)}",
         f"- Input: {checkpoint.preprocessing.width}x{checkpoint.preprocessing.height} pixels, "
-        f"{checkpoint.preprocessing.channels} channel(s), uint8; scaling is inside the engine",
+        f"{counted(checkpoint.preprocessing.channels, 'channel')}, uint8; scaling is inside the engine",
         f"- Data version {run.data.dvc_hash}, git {run.lineage.git_commit}; "
         f"{counted(results.dataset.record.num_kept, 'image')} kept, {results.dataset.record.num_quarantined} quarantined",
         f"- Verdict: {VERDICTS[verdict.status]}; serving engine: {verdict.serving_engine}",
@@ -94,11 +94,20 @@ def limits_json(export: ExportConfig) -> dict[str, float | None]:
     return export.limits.model_dump(mode="json", exclude={"schema_version"})
 
 
+def _said(value: object) -> str:
+    """A setting for a reader, who knows no Python."""
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_said(one)}" for name, one in value.items()) + ")"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_said, value)) or "none"
+    return "unset" if value is None else str(value)
+
+
 def _gates(run: Run) -> list[str]:
     """One line a gate: its settings, defaults included, and the engines it judges."""
     settings = policy(run.config.gating)
     return [
-        f"{chosen.gate}: {', '.join(f'{name} {value}' for name, value in settings[f'{index}:{chosen.gate}'].items())}"
+        f"{chosen.gate}: {', '.join(f'{name} {_said(value)}' for name, value in settings[f'{index}:{chosen.gate}'].items())}"
         + (f" (only {', '.join(chosen.engines)})" if chosen.engines else "")
         for index, chosen in enumerate(run.config.gating.gates)
     ]

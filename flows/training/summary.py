@@ -39,6 +39,9 @@ def told(summary: dict[str, Any]) -> str:
         console.print(f"  - {reason}", markup=False, soft_wrap=True)
     for line in _serving_told(summary) if summary["outcome"] == "candidate" else ():
         console.print(f"  - {line}", markup=False, soft_wrap=True)
+    evidence = summary.get("evidence")
+    if evidence and evidence["flips"]:
+        console.print(f"  - {evidence['sentence']}", markup=False, soft_wrap=True)
     data = summary["data"]
     kept = counted(data["kept"], "image")
     splits = ", ".join(f"{name} {count}" for name, count in data["splits"].items())
@@ -72,6 +75,13 @@ def told(summary: dict[str, Any]) -> str:
             f"{engine['size_bytes'] / 1e6:.2f} MB",
         )
     console.print(table)
+    if noisy := [name for name, engine in summary["engines"].items() if engine["latency_ms"].get("noisy")]:
+        console.print(
+            f"      the machine was busy while {', '.join(noisy)} was timed: `train --measure-again`, when it is quiet, may "
+            f"choose another engine",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print()
     if summary.get("folds"):
         console.print(f"{summary['folds']['told']}.", markup=False, soft_wrap=True)
@@ -81,7 +91,7 @@ def told(summary: dict[str, Any]) -> str:
         console.print()
     slowest = sorted(summary["seconds"].items(), key=lambda item: -item[1]["seconds"])
     spent = ", ".join(f"{name} {spent['seconds']:.1f} s" for name, spent in slowest[:6] if not spent["cached"])
-    console.print(f"time    {spent or 'every stage came from the store'}")
+    console.print(f"time    {spent or 'every stage came from the store'}", soft_wrap=True)
     console.print(f"report  {summary['report']}")
     return text.getvalue().rstrip()
 

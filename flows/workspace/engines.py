@@ -152,6 +152,10 @@ def measure_engine(
             encoded = [(found.folder / bundles.GOLDEN / name).read_bytes() for name in record.golden]
             return timed(Stored(record.engine, found.folder / bundles.ENGINE), encoded, record.model, record.version)
     desk = open_desk()
+    if what is not None and not what.isdecimal():
+        raise ConfigError(
+            f"{what} is not there, and no version either; name a bundle's folder or .zip, or a version's number"
+        )
     state = _state(desk, what)
     registry = registry_of(desk.workspace, desk.settings)
     with registry.bundle(desk.model, state.version, state.requested.body["manifest_sha256"]) as (folder, manifest):

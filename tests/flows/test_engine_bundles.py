@@ -246,6 +246,8 @@ def test_the_engine_of_a_version_and_of_a_bundle_is_timed(older: Path, tmp_path:
         refused = answer("bench", str(out), "--picture", str(tmp_path / name), *few, cwd=tmp_path, status=2)
         assert refused["error"] == "ConfigError"
         assert f"{name} {why}" in refused["message"]
+    mistyped = answer("bench", "bundel", *few, cwd=older, status=2)
+    assert "bundel is not there, and no version either" in mistyped["message"]
     out.write_bytes(out.read_bytes()[:-50])
     assert answer("bench", str(out), *few, cwd=tmp_path, status=2)["error"] == "TamperedArtefact"
 

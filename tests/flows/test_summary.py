@@ -46,6 +46,12 @@ def test_a_pass_says_why_this_engine_serves_and_why_others_cannot() -> None:
         "  - openvino-int8 cannot serve: parity: 90 % equal answers",
         "  - tensorrt-fp32 cannot serve: export: no TensorRT on this platform",
     ]
+    assert "the machine was busy" not in "\n".join(lines)
+    summary["engines"]["openvino-int8"]["latency_ms"]["noisy"] = True
+    evidence = {"flips": {"won": 3, "lost": 1}, "sentence": "Better than the champion by 1.0 points."}
+    busy = told(summary | {"evidence": evidence})
+    assert "the machine was busy while openvino-int8 was timed: `train --measure-again`" in busy
+    assert "  - Better than the champion by 1.0 points." in busy
     # A rejection has its reasons, which say all of it.
     refused = told(summary | {"outcome": "rejection", "verdict": "fail", "reasons": ["openvino-int8: parity: too few"]})
     assert [line for line in refused.splitlines() if line.startswith("  - ")] == ["  - openvino-int8: parity: too few"]
