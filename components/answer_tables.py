@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from components.contracts.errors import TamperedArtefact
-from components.contracts.families import Answers, Slices, Task
+from components.contracts.families import Answers, Corrupted, Slices, Task
 from components.contracts.records import FileDigest, Stored
-from components.contracts.verdicts import Evaluation, SliceTable
+from components.contracts.verdicts import Evaluation, Robustness, SliceTable
 from components.store import sha256_file
 from components.tables import read_frame
 
@@ -49,8 +49,22 @@ def answers_of(evaluation: Stored[Evaluation] | None, classes: tuple[str, ...], 
     if evaluation is None or evaluation.record.predictions is None:
         return None
     frame = _unchanged(evaluation.folder, evaluation.record.predictions, ["sha256", "label", "logits"])
+    return _of_frame(frame, classes, task, evaluation.folder / evaluation.record.predictions.name)
+
+
+def corrupted_of(stored: Stored[Robustness], classes: tuple[str, ...], task: Task) -> Corrupted:
+    """The answers on corrupted images behind a record, whose logits are over `classes`; raises TamperedArtefact."""
+    record = stored.record
+    if record.answers is None:
+        return Corrupted({}, record.reason or record.status)
+    frame = _unchanged(stored.folder, record.answers, ["sha256", "label", "variant", "logits"])
+    path = stored.folder / record.answers.name
+    by_variant = frame.groupby("variant", sort=False)
+    return Corrupted({str(variant): _of_frame(rows, classes, task, path) for variant, rows in by_variant})
+
+
+def _of_frame(frame: pd.DataFrame, classes: tuple[str, ...], task: Task, path: Path) -> Answers:
     logits = np.stack(list(frame["logits"])).astype(np.float32)
     if logits.shape[1] != len(classes):
-        path = evaluation.folder / evaluation.record.predictions.name
         raise TamperedArtefact(f"{path} has logits of {logits.shape[1]} classes, expected {len(classes)}; run again")
     return Answers(tuple(frame["sha256"]), tuple(frame["label"]), logits, classes, task)

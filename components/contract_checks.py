@@ -24,6 +24,7 @@ from components.contracts.families import (
     Answers,
     Augmentation,
     Backbone,
+    Corrupted,
     Evidence,
     ExportRequest,
     Finding,
@@ -38,6 +39,7 @@ from components.contracts.issues import Need, Pair
 from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
 from components.contracts.records import FileDigest, Stored
 from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Measurement
+from components.corruptions import CORRUPTED, VARIANTS
 from components.foreign_files import RECEIVED
 from components.images import decode
 from components.store import describe, sha256_file
@@ -108,11 +110,11 @@ def gate_breaches(gate: Gate, name: str) -> Iterator[Breach]:
 
 
 _IMAGES = 1000
-_PARTS = ("evaluation", "measurement", "answers", "reference", "champion")
+_PARTS = ("evaluation", "measurement", "answers", "reference", "champion", "corrupted", "champion_corrupted")
 
 
 def whole_evidence() -> Evidence:
-    """An engine that is right on every one of 1,000 images of two classes, as was the champion, and fast."""
+    """An engine that is right on every one of 1,000 images of two classes, corrupted too, as was the champion, and fast."""
     engine = _engine()
     answers = _answers(np.arange(_IMAGES, dtype=np.int64) % 2)
     sure = Estimate(value=1.0, low=0.996, high=1.0, n=_IMAGES, method="wilson")
@@ -153,6 +155,8 @@ def whole_evidence() -> Evidence:
         champion=answers,
         champion_known=True,
         champion_classes=engine.classes,
+        corrupted=_corrupted(answers),
+        champion_corrupted=_corrupted(answers),
     )
 
 
@@ -184,6 +188,11 @@ def _answers(right: npt.NDArray[np.int64]) -> Answers:
     logits.setflags(write=False)  # a gate that changes what it judges is told
     ids = tuple(f"image {index}" for index in range(len(right)))
     return Answers(ids, tuple(classes[i] for i in right), logits, classes, plugins.load("tasks", "classification"))
+
+
+def _corrupted(answers: Answers) -> Corrupted:
+    """The same answers however the images are changed."""
+    return Corrupted(dict.fromkeys(VARIANTS, answers))
 
 
 def _without(evidence: Evidence, *parts: str) -> Evidence:
@@ -223,9 +232,18 @@ def _broken(whole: Evidence) -> Iterator[tuple[str, Evidence, tuple[str, ...]]]:
 
     def answered(right: npt.NDArray[np.int64], of: Evaluation) -> Evidence:
         answers = _answers(right)
-        return dataclasses.replace(whole, evaluation=of, answers=answers, reference=answers, champion=answers)
+        corrupted = _corrupted(answers)
+        return dataclasses.replace(
+            whole,
+            evaluation=of,
+            answers=answers,
+            reference=answers,
+            champion=answers,
+            corrupted=corrupted,
+            champion_corrupted=corrupted,
+        )
 
-    everything = ("evaluation", "answers", "reference", "champion")
+    everything = ("evaluation", "answers", "reference", "champion", "corrupted", "champion_corrupted")
     empty = np.zeros(0, dtype=np.int64)
     one = estimated({"low": 0.2, "high": 1.0, "n": 1}, 1)
     yield "on no test images", answered(empty, _without(whole, "evaluation").evaluation), everything
@@ -234,8 +252,12 @@ def _broken(whole: Evidence) -> Iterator[tuple[str, Evidence, tuple[str, ...]]]:
     blank = dataclasses.replace(whole.answers, logits=np.full_like(whole.answers.logits, nan))
     yield "with answers that are not finite", dataclasses.replace(whole, answers=blank), ("answers",)
     others = dataclasses.replace(whole.answers, image_ids=tuple(f"other {index}" for index in range(_IMAGES)))
+    shown = Corrupted(dict.fromkeys(VARIANTS, whole.answers) | {CORRUPTED[0]: blank})
+    told = "with answers on corrupted images that are not finite"
+    yield told, dataclasses.replace(whole, corrupted=shown), ("corrupted",)
     others_told = "with answers on other images than the reference and the champion"
-    yield others_told, dataclasses.replace(whole, answers=others), ("reference", "champion")
+    elsewhere = dataclasses.replace(whole, answers=others, corrupted=_corrupted(others))
+    yield others_told, elsewhere, ("reference", "champion", "champion_corrupted")
     yield "with a measurement of another engine", measured(engine_digest="f" * 64), ("measurement",)
     yield "with a measurement of a single run", measured(num_runs=1), ("measurement",)
 

@@ -20,9 +20,8 @@ import numpy.typing as npt
 import pandas as pd
 from pydantic import Field, field_validator
 
-from components import plugins
 from components.contracts.data import Renames, Splits, names_after
-from components.contracts.errors import ConfigError, DataError, EngineUnavailable
+from components.contracts.errors import DataError, EngineUnavailable
 from components.contracts.families import Predictor, Task
 from components.contracts.models import Engine
 from components.contracts.progress import Progress, silent
@@ -31,6 +30,7 @@ from components.contracts.verdicts import Evaluation, FoldEstimate, Measurement,
 from components.images import batches
 from components.intervals import rounds_percentile
 from components.machine import fingerprint
+from components.predictors import check_shapes, load
 from components.samples import rows
 from components.store import describe
 from components.tables import read_frame
@@ -51,6 +51,8 @@ class EvaluationConfig(Record):
     num_threads: int = Field(default=2, ge=1, le=256)
     folds: int = Field(default=0, ge=0, le=20)
     """Estimates the recipe by that many more trainings, for which all images take turns as test images; 0 for none."""
+    robustness_images: int = Field(default=300, ge=0)
+    """At most so many test images are shown corrupted as well, see components/robustness.py; 0 for none."""
 
     @field_validator("folds")
     @classmethod
@@ -102,7 +104,7 @@ def evaluate(
         reason = f"the test split holds no image of the classes that it shares with the data ({', '.join(classes)})"
         return Evaluation(**common, status="not comparable", reason=reason)
     try:
-        predictor = _load(engine, config.num_threads)
+        predictor = load(engine, config.num_threads)
     except EngineUnavailable as error:
         return Evaluation(**common, status="not executed here", reason=str(error))
     others = pd.concat([rows(splits, name) for name in ("valid", "calibration")]) if beyond_test else table.iloc[:0]
@@ -112,7 +114,7 @@ def evaluate(
     ]
     logits = np.concatenate([answer[0] for answer in answers]).astype(np.float32)
     embedding = np.concatenate([answer[1] for answer in answers])
-    _check_shapes(record, len(paths), logits, embedding)
+    check_shapes(record, len(paths), logits, embedding)
     common["beyond_test"] = _write_beyond_test(others, logits[len(table) :], out) if len(others) else None
     logits, embedding = task.select(logits[: len(table)], known, classes), embedding[: len(table)]
     targets = task.targets(list(table["label"]), classes)
@@ -171,25 +173,6 @@ def pooled(folds: Sequence[tuple[Engine, Stored[Evaluation]]], task: Task, class
     )
 
 
-def _load(engine: Stored[Engine], num_threads: int) -> Predictor:
-    try:
-        target = plugins.load("targets", engine.record.target, engine.record.settings)
-    except ConfigError as error:
-        # An older engine, whose plug-in was removed since or takes other settings now.
-        raise EngineUnavailable(str(error)) from error
-    predictor: Predictor = target.load(engine, num_threads=num_threads)
-    return predictor
-
-
-def _check_shapes(engine: Engine, n: int, logits: npt.NDArray[Any], embedding: npt.NDArray[Any]) -> None:
-    expected = ((n, len(engine.classes)), (n, engine.embedding_dim))
-    if (logits.shape, embedding.shape) != expected:
-        raise EngineUnavailable(
-            f"{engine.name} answered logits {logits.shape} and embedding {embedding.shape}, expected {expected[0]} and "
-            f"{expected[1]}; the file does not belong to this label space"
-        )
-
-
 def _write(table: pd.DataFrame, logits: npt.NDArray[np.float32], embedding: npt.NDArray[Any], out: Path) -> None:
     """Rows with sha256, path and label, and with predicted, confidence and right where the answers are finite."""
     columns = [name for name in ("sha256", "path", "label", "predicted", "confidence", "right") if name in table]
@@ -219,7 +202,7 @@ def measure(
     found: dict[int, Measurement] = {}
     for place, engine in enumerate(engines):
         try:
-            predictors[place] = _load(engine, config.num_threads)
+            predictors[place] = load(engine, config.num_threads)
         except EngineUnavailable as error:
             found[place] = _measured(engine.record, status="not executed here", reason=str(error))
     paths = [data / path for path in rows(splits, "test")["path"].head(32)]

@@ -7,16 +7,16 @@ ever a pass. A rejected model is a value of this stage, not an exception.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field
 
 from components import plugins
-from components.answer_tables import answers_of, beyond_test_of, slices_of
+from components.answer_tables import answers_of, beyond_test_of, corrupted_of, slices_of
 from components.choosing import AUTO, Choice, Limits, Offer, choose
 from components.contracts.data import Renames, names_after
-from components.contracts.families import Answers, Evidence, Gate, Least, Task
+from components.contracts.families import Answers, Corrupted, Evidence, Gate, Least, Task
 from components.contracts.models import Engine
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import (
@@ -25,6 +25,7 @@ from components.contracts.verdicts import (
     Finding,
     FindingStatus,
     Measurement,
+    Robustness,
     SliceTable,
     Verdict,
     VerdictStatus,
@@ -56,6 +57,8 @@ class Champion:
     evaluation: Stored[Evaluation]
     renamed: Renames = ()
     """Classes that were renamed since it was trained."""
+    corrupted: Stored[Robustness] | None = None
+    """What it answered on corrupted test images, where it was asked."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -73,15 +76,29 @@ class Judged:
     required: bool
 
 
-def check(config: GatingConfig, engine_names: Sequence[str]) -> None:
-    """Raise ConfigError for an unknown gate, setting or engine, before any work is done."""
-    from components.contracts.errors import UnknownName
+def check(config: GatingConfig, engine_names: Sequence[str], *, robustness_images: int) -> None:
+    """Raise ConfigError for an unknown gate, setting or engine, or one without its evidence, before any work is done."""
+    from components.contracts.errors import ConfigError, UnknownName
 
     for chosen in config.gates:
-        plugins.load("gates", chosen.gate, chosen.settings)
+        gate = plugins.load("gates", chosen.gate, chosen.settings)
+        least_corrupted = _least_corrupted(gate)
+        if robustness_images < least_corrupted:
+            raise ConfigError(
+                f"gate {chosen.gate!r} can pass on {least_corrupted} corrupted images or more, and "
+                f"evaluation.robustness_images is {robustness_images}: raise it, or leave the gate out"
+            )
         for name in chosen.engines:
             if name not in engine_names:
                 raise UnknownName(f"engine in gate {chosen.gate!r}", name, engine_names)
+
+
+def _least_corrupted(gate: Gate) -> int:
+    """The fewest corrupted images with which a gate can pass; 0 for one that looks at none."""
+    if not getattr(gate, "needs_corrupted", False):
+        return 0
+    needs = getattr(gate, "least", None)
+    return max(1, (needs().images or 1) if needs is not None else 1)
 
 
 def judge(
@@ -96,19 +113,22 @@ def judge(
     limits: Limits | None = None,
     absent: Mapping[str, tuple[str, bool]] | None = None,
     slices: Stored[SliceTable] | None = None,
+    corrupted: Sequence[Stored[Robustness]] = (),
 ) -> Verdict:
     """One EngineVerdict per engine, and what follows for the candidate as a whole.
 
     The candidate passes when the serving engine and every required engine passed. One that cannot run here, or could not
     even be built (`absent`: name to reason and whether it is required), is `not executed here`, which is no pass: mark
     engines that are built here for other machines as not required. Where `serving` is `auto`, the serving engine is the one
-    that `components/choosing.py` takes within `limits`, and a finding of each engine that passed says why.
+    that `components/choosing.py` takes within `limits`, and a finding of each engine that passed says why. One engine in
+    fp32 that was shown `corrupted` images stands for all that were built in fp32 of the same checkpoint.
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
     reference_answers = answers_of(reference, judged[0].engine.record.classes, task) if judged else None
     reference_beyond_test = beyond_test_of(reference, task)
     champion_answers, champion_missing = _answers_of_champion(champion, judged, task)
     known_slices = slices_of(slices)
+    champion_corrupted = _corrupted_of_champion(champion, champion_answers, task)
     verdicts = []
     for item in judged:
         engine = item.engine.record
@@ -132,6 +152,8 @@ def judge(
                 headline=task.headline,
                 champion_classes=champion.classes if champion is not None else (),
                 slices=known_slices,
+                corrupted=_corrupted(item, judged, corrupted, task),
+                champion_corrupted=champion_corrupted,
             )
             findings = [gate.judge(evidence) for g, gate in gates if not g.engines or engine.name in g.engines]
         verdicts.append(
@@ -274,6 +296,36 @@ def _answers_of_champion(champion: Champion | None, judged: Sequence[Judged], ta
         return answers, ""
     here = {"not executed here": "its engine cannot be executed here: ", "not comparable": "", "evaluated": ""}
     return None, here[record.status] + (record.reason or "it gave no answers on the test images")
+
+
+def _corrupted(
+    item: Judged, judged: Sequence[Judged], corrupted: Sequence[Stored[Robustness]], task: Task
+) -> Corrupted | None:
+    """What an engine answered on corrupted images, or, in fp32, another one of the same checkpoint; None where none did."""
+    asked = {stored.record.engine_digest: stored for stored in corrupted}
+    engine = item.engine.record
+    alike = [
+        other.engine.record.digest()
+        for other in judged
+        if engine.precision == other.engine.record.precision == "fp32"
+        and engine.checkpoint_digest == other.engine.record.checkpoint_digest
+    ]
+    found = next((asked[digest] for digest in (engine.digest(), *alike) if digest in asked), None)
+    if found is None:
+        return None
+    if found.record.test_digest != item.evaluation.record.test_digest:
+        return Corrupted({}, "they are of another test split")
+    answers = corrupted_of(found, engine.classes, task)
+    own = found.record.engine_digest == engine.digest()
+    return answers if own else replace(answers, asked=found.record.engine)
+
+
+def _corrupted_of_champion(champion: Champion | None, answers: Answers | None, task: Task) -> Corrupted | None:
+    if champion is None or champion.corrupted is None or answers is None:
+        return None
+    if champion.corrupted.record.engine_digest != champion.engine.digest():
+        return Corrupted({}, "they are of another engine")
+    return corrupted_of(champion.corrupted, answers.classes, task)
 
 
 def least(config: GatingConfig) -> dict[str, Least]:

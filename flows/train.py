@@ -17,6 +17,7 @@ from flows.training import steps
 from flows.training.bundle import summarise, write_report
 from flows.training.chosen import ChosenRecipe, named
 from flows.training.folds import divided, estimated
+from flows.training.keys import asked_corrupted
 from flows.training.opening import opened
 from flows.training.results import Results
 
@@ -64,10 +65,14 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         engines = steps.built(run, building)
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         sliced = steps.slices(run, dataset, evaluations[0])
+        corrupted = [steps.robustness(run, engine, splits) for engine in asked_corrupted(run, engines, evaluations)]
         measurements = steps.measurements(run, engines, splits, anew=measure_again)
         champion = steps.champion(run)
         compared = steps.evaluation_of_champion(run, champion, splits) if champion else None
-        verdict = steps.gating(run, engines, evaluations, measurements, champion, compared, sliced)
+        champion_corrupted = steps.robustness_of_champion(run, champion, splits) if champion else None
+        verdict = steps.gating(
+            run, engines, evaluations, measurements, champion, compared, sliced, corrupted, champion_corrupted
+        )
         passed = verdict.record.status == "pass"
         release = steps.packaging(run, engines, splits, verdict.record) if passed else None
         verdict = steps.serving_check(run, release, verdict) if release else verdict
@@ -87,6 +92,8 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
             sliced,
             shown,
             folds,
+            corrupted,
+            champion_corrupted,
         )
         outcome = steps.registration(run, results)
         return summarise(run, results, outcome, write_report(run, results, outcome))

@@ -22,7 +22,7 @@ from components.contracts.evidence import CandidateEvidence
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import FileDigest, Record, RecordT, Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Candidate, Evaluation, Rejection, SliceTable, Verdict
+from components.contracts.verdicts import Candidate, Evaluation, Rejection, Robustness, SliceTable, Verdict
 from components.store import describe, seal, sha256_file, unseal
 from components.tables import read_frame
 from registry import flavour, tracking
@@ -353,7 +353,13 @@ def bound_in(folder: Path) -> dict[str, Any]:
                 raise TamperedArtefact(f"{file.name} of engine {name} is not the file that was judged")
     champion = evidence / "champion.evaluation.json"
     there = {name: record for name, record in _FURTHER.items() if (evidence / f"{name}.json").is_file()}
+    corrupted = {
+        name: read(f"{name}.robustness", Robustness).digest()
+        for name in records
+        if (evidence / f"{name}.robustness.json").is_file()
+    }
     return {
+        **({"corrupted": corrupted} if corrupted else {}),
         **{name: read(name, record).digest() for name, record in there.items()},
         "data": read("dataset", Dataset).data.digest(),
         "split": read("splits", Splits).test_digest,

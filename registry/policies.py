@@ -189,14 +189,18 @@ def _change(gate: str, setting: str, was: bool, now: bool, old: Any, new: Any) -
         return (f"{gate} judges", "tighter") if now else (f"{gate} no longer judges", "looser")
     if old == new:
         return None
-    return f"{gate}.{setting} {_shown(old) if was else 'unset'} -> {_shown(new) if now else 'unset'}", _way(
-        setting, old, new
-    )
+    return f"{gate}.{setting} {_shown(old)} -> {_shown(new)}", _way(setting, old, new, named=was and now)
 
 
-def _way(setting: str, old: Any, new: Any) -> Literal["looser", "tighter", "changed"]:
+def _way(setting: str, old: Any, new: Any, *, named: bool) -> Literal["looser", "tighter", "changed"]:
+    """`named` says that both policies have the setting: what one lacks, older code may have judged all the same.
+
+    An entry of a setting by name, such as min_stability.flip, demands something where it is there and nothing where not.
+    """
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (old, new))
     name = setting.split(".")[0]
+    if name.startswith(("floor", "min", "max")) and (named or "." in setting) and (old is None or new is None):
+        return "tighter" if old is None else "looser"
     if not numbers or not name.startswith(("floor", "min", "max", "margin")):
         return "changed"
     lower_is_looser = name.startswith(("floor", "min"))
@@ -204,4 +208,6 @@ def _way(setting: str, old: Any, new: Any) -> Literal["looser", "tighter", "chan
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "unset"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -351,6 +351,18 @@ class Slices:
 
 
 @dataclass(frozen=True)
+class Corrupted:
+    """What an engine answered on the same test images in each variant of components/corruptions.py."""
+
+    answers: Mapping[str, Answers]
+    """By variant; empty where there are none."""
+    reason: str = ""
+    """Why there are none; empty when they are there."""
+    asked: str = ""
+    """The engine that was asked in place of this one, because both answer alike; empty when it was asked itself."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All that a gate may look at when it judges one engine."""
 
@@ -374,6 +386,10 @@ class Evidence:
     reference_beyond_test: Answers | None = None
     slices: Slices | None = None
     """Groups of the test images; None where none were made."""
+    corrupted: Corrupted | None = None
+    """Its answers on corrupted test images; None where nobody was asked about any."""
+    champion_corrupted: Corrupted | None = None
+    """The champion's on the same images, as far as they are of the shared classes, among these classes alone."""
 
 
 @dataclass(frozen=True)
@@ -393,6 +409,7 @@ class Gate(Protocol):
     """One condition an engine has to meet; its fields are its thresholds.
 
     A gate that needs a number of test images may say so by a method `least(self) -> Least`: whoever adds images is told.
+    One with a class variable `needs_corrupted = True` is refused in a recipe that corrupts no images.
     """
 
     def judge(self, evidence: Evidence) -> verdicts.Finding: ...

@@ -66,6 +66,29 @@ class Evaluation(Record):
         return values
 
 
+class Robustness(Record):
+    """What one engine answered on the same test images as they are and changed; deterministic, so it is cached by content.
+
+    The variants are those of components/corruptions.py.
+    """
+
+    engine: str
+    engine_digest: str
+    test_digest: str
+    status: Literal["evaluated", "not executed here", "not comparable"]
+    """As of an Evaluation."""
+    reason: str = ""
+    """Why it was not executed, or what is wrong with its answers; empty when nothing is."""
+    num_images: int = 0
+    corrupted: Estimate | None = None
+    """Share of right answers over all corruptions; `n` counts images, each of which was corrupted in every way."""
+    right: dict[str, Estimate] = {}
+    """Share of right answers by variant, the clean ones among them."""
+    unchanged: dict[str, Estimate] = {}
+    """By behaviour, the share of images that are answered as they are without it."""
+    answers: FileDigest | None = None
+
+
 class FoldEstimate(Record):
     """What a recipe makes of its data, by k folds: every image is answered once, by a model that never saw it.
 

@@ -87,8 +87,14 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
     if results.shown is not None:
         record("shown", results.shown.record)
         files["evidence/shown.zip"] = _zipped(results.shown, folder / "shown.zip")
+    for asked in results.corrupted:
+        record(f"{asked.record.engine}.robustness", asked.record)
+        if asked.record.answers is not None:
+            files[f"evidence/{asked.record.engine}.{asked.record.answers.name}"] = asked.folder / asked.record.answers.name
     if results.champion is not None:
         record("champion.evaluation", results.champion.record)
+    if results.champion_corrupted is not None:
+        record("champion.robustness", results.champion_corrupted.record)
     if results.folds is not None:
         record("folds", results.folds)
     if results.release is not None:
@@ -108,7 +114,7 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
         files=files,
         tags=_tags(run, results),
         params=_flat(run.config.to_json()),
-        metrics=_metrics(results),
+        metrics=_metrics(run, results),
         history=results.history,
         bound=bound_digests(results),
         summary=_for_approver(run, results),
@@ -140,6 +146,19 @@ def _inputs(run: Run, results: Results) -> list[DataInput]:
         digest = sha256_text(canonical_json(told))
         found.append(DataInput(name, digest, splits.record.class_counts[name], source))
     return found
+
+
+def corrupted_json(run: Run, results: Results) -> dict[str, Any]:
+    """By engine, the share of right answers on corrupted images: in the mean, by variant, and what stayed unchanged."""
+    return {
+        record.engine: {
+            f"mean_{run.task.headline}": estimate_json(record.corrupted),
+            run.task.headline: {variant: estimate_json(each) for variant, each in record.right.items()},
+            "unchanged": {behaviour: estimate_json(each) for behaviour, each in record.unchanged.items()},
+        }
+        for record in (stored.record for stored in results.corrupted)
+        if record.corrupted is not None
+    }
 
 
 def _for_approver(run: Run, results: Results) -> dict[str, Any]:
@@ -232,7 +251,7 @@ def _tags(run: Run, results: Results) -> dict[str, str]:
     }
 
 
-def _metrics(results: Results) -> dict[str, float]:
+def _metrics(run: Run, results: Results) -> dict[str, float]:
     found: dict[str, float] = {}
     for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True):
         name = evaluation.record.engine
@@ -241,6 +260,9 @@ def _metrics(results: Results) -> dict[str, float]:
             value = getattr(measurement.record, f"latency_{percentile}_ms")
             if value is not None:
                 found[f"evaluation.{name}.latency_{percentile}_ms"] = value
+    for shown in results.corrupted:
+        if shown.record.corrupted is not None:
+            found[f"evaluation.{shown.record.engine}.corrupted_{run.task.headline}"] = shown.record.corrupted.value
     return found
 
 
@@ -291,6 +313,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
         },
         "serving_engine": verdict.serving_engine,
         **headline_json(run),
+        "corrupted": corrupted_json(run, results),
         "folds": folds_json(run, results),
         "folds_proposed": folds_proposed(run, results),
         "evidence": evidence_json(results.shown.record) if results.shown else None,

@@ -16,10 +16,10 @@ from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import RecordT, Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Evaluation, Measurement, SliceTable, Verdict
+from components.contracts.verdicts import Evaluation, Measurement, Robustness, SliceTable, Verdict
 from components.contracts.wording import counted
 from components.estimates import Images, PhaseEstimate, estimate
-from components.export import Graph
+from components.export import Graph, TargetConfig
 from components.samples import rows
 from components.splitting import TestLedger, split
 from components.store import read_manifest
@@ -189,6 +189,7 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         sliced = walk.look("evaluation", SliceTable, keys.slices_inputs(run, facts, evaluations[0]), instance="slices")
     else:
         walk.look("evaluation", SliceTable, None, instance="slices")
+    corrupted = _corrupted(walk, splits, named, evaluations)
     measurements = [
         walk.look(
             "evaluation",
@@ -200,7 +201,7 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         for target, engine in named
     ]
     champion = "the champion is another by now"
-    verdict = _verdict(run, engines, evaluations, measurements, sliced)
+    verdict = _verdict(run, engines, evaluations, measurements, sliced, corrupted)
     walk.see("gating", "stored" if verdict else "computed", unless=champion if verdict else walk.unless)
     served = verdict.record.serving_engine if verdict else run.config.export.serving
     serving = next((engine for target, engine in named if target.name == served), None)
@@ -218,25 +219,54 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
     return walk.stages, splits
 
 
+def _corrupted(
+    walk: _Walk,
+    splits: Stored[Splits] | None,
+    named: Sequence[tuple[TargetConfig, Stored[Engine] | None]],
+    evaluations: Sequence[Stored[Evaluation] | None],
+) -> list[Stored[Robustness] | None]:
+    """What is known of each engine that would be shown corrupted images; which ones these are is told by the evaluations."""
+    run = walk.run
+    known = [(e, v) for (_, e), v in zip(named, evaluations, strict=True) if e is not None and v is not None]
+    if splits is not None and len(known) == len(named):
+        asked = keys.asked_corrupted(run, [e for e, _ in known], [v for _, v in known])
+        return [
+            walk.look(
+                "evaluation",
+                Robustness,
+                keys.corrupted_inputs(run, engine, splits),
+                instance=keys.corrupted_of(engine.record.name),
+            )
+            for engine in asked
+        ]
+    if run.config.evaluation.robustness_images:
+        walk.look("evaluation", Robustness, None, instance="corrupted images")
+    return []
+
+
 def _verdict(
     run: Run,
     engines: Sequence[Stored[Engine] | None],
     evaluations: Sequence[Stored[Evaluation] | None],
     measurements: Sequence[Stored[Measurement] | None],
     sliced: Stored[SliceTable] | None,
+    corrupted: Sequence[Stored[Robustness] | None],
 ) -> Stored[Verdict] | None:
     """What an earlier start of this run judged of the same engines; whom they were compared with is not looked up."""
     link = run.folder / stage_folder("gating")
     judged = [*zip(engines, evaluations, measurements, strict=True)]
     known = [(e, v, m) for e, v, m in judged if e is not None and v is not None and m is not None]
-    if len(known) < len(judged) or not link.exists():
+    shown = [stored for stored in corrupted if stored is not None]
+    if len(known) < len(judged) or len(shown) < len(corrupted) or not link.exists():
         return None
     folder = link.resolve()
     verdict = run.store.open("gating", folder.name, Verdict)
     measured = [m for _, _, m in known]
-    inputs = keys.gating_inputs(run, [e for e, _, _ in known], [v for _, v, _ in known], measured, None, sliced)
+    inputs = keys.gating_inputs(
+        run, [e for e, _, _ in known], [v for _, v, _ in known], measured, None, sliced, corrupted=shown
+    )
     before = dict(read_manifest(folder)["inputs"])
-    of_champion = {"champion": "", "renamed": ""}
+    of_champion = {"champion": "", "champion.corrupted": "", "renamed": ""}
     return verdict if {**before, **of_champion} == {**inputs, **of_champion} else None
 
 

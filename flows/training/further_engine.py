@@ -24,6 +24,7 @@ from components.samples import rows
 from components.store import sha256_file
 from flows import stopping
 from flows.terminal import Console
+from flows.training.keys import asked_corrupted
 from flows.training.run import STAGES, Run
 from flows.workspace.desk import Desk, registry_of
 from flows.workspace.judged_engines import further_folder
@@ -133,12 +134,17 @@ def _judged(
     graph = steps.graph.fn(run, checkpoint)
     engines = [steps.engine.fn(run, checkpoint, graph, splits, target) for target in run.targets]
     evaluations = [steps.evaluation.fn(run, engine, splits) for engine in engines]
+    corrupted = [steps.robustness.fn(run, asked, splits) for asked in asked_corrupted(run, engines, evaluations)]
     measurements = steps.measurements.fn(run, engines, splits, anew=anew)
-    compared = None
+    compared, champion_corrupted = None, None
     if champion is not None:
         renamed = run.data.renames_since(champion.data)
         compared = steps.evaluation.fn(run, champion.engine, splits, role="champion", renamed=renamed)
-    verdict = steps.gating.fn(run, engines, evaluations, measurements, champion, compared, sliced)
+        if corrupted:
+            champion_corrupted = steps.robustness.fn(run, champion.engine, splits, role="champion", renamed=renamed)
+    verdict = steps.gating.fn(
+        run, engines, evaluations, measurements, champion, compared, sliced, corrupted, champion_corrupted
+    )
     engine = engines[-1]
     return FurtherEngine(
         version=version,

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components import plugins, slices
+from components import plugins, robustness, slices
 from components.contracts.data import Dataset, Renames, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
-from components.contracts.verdicts import Evaluation, Measurement, SliceTable
+from components.contracts.verdicts import Evaluation, Measurement, Robustness, SliceTable
 from components.embeddings import absence
-from components.export import Graph, TargetConfig
+from components.export import REFERENCE, Graph, TargetConfig
 from components.issues import chosen as chosen_findings
 from components.machine import fingerprint
 from components.store import sha256_file
@@ -144,11 +144,41 @@ def slices_inputs(run: Run, facts: pd.DataFrame, reference: Stored[Evaluation]) 
     }
 
 
+def asked_corrupted(
+    run: Run, engines: Sequence[Stored[Engine]], evaluations: Sequence[Stored[Evaluation]]
+) -> list[Stored[Engine]]:
+    """The engines that are shown corrupted images: those that could serve here, one for all in fp32.
+
+    Engines in fp32 of one checkpoint answer alike, which parity proves on every image outside training.
+    """
+    asked: list[Stored[Engine]] = []
+    for engine, evaluation in zip(engines, evaluations, strict=True):
+        record = engine.record
+        stands_in = record.precision == "fp32" and any(other.record.precision == "fp32" for other in asked)
+        if record.name != REFERENCE and evaluation.record.status == "evaluated" and not stands_in:
+            asked.append(engine)
+    return asked if run.config.evaluation.robustness_images else []
+
+
+def corrupted_inputs(run: Run, engine: Stored[Engine], splits: Stored[Splits], renamed: Renames = ()) -> dict[str, str]:
+    return {
+        **evaluation_inputs(run, engine, splits, renamed),
+        # The stage evaluation is keyed by the source of another module.
+        "source": plugins.source_digest(Path(robustness.__file__)),
+        "images": str(run.config.evaluation.robustness_images),
+    }
+
+
+def corrupted_of(name: str) -> str:
+    """The instance of the stage evaluation in which an engine is shown corrupted images."""
+    return f"{name}-corrupted"
+
+
 def measurement_inputs(run: Run, engine: Stored[Engine]) -> dict[str, str]:
     return {
         "engine": engine.record.digest(),
-        # Folds say nothing of an engine's latency.
-        "config": run.config.evaluation.model_copy(update={"folds": 0}).digest(),
+        # Neither folds nor corrupted images say anything of an engine's latency.
+        "config": run.config.evaluation.model_copy(update={"folds": 0, "robustness_images": 0}).digest(),
         "machine": fingerprint(),
         **({"memory": "wanted"} if run.config.export.limits.memory_mb is not None else {}),
         **member_digests(targets=engine.record.target),
@@ -173,6 +203,9 @@ def gating_inputs(
     champion_evaluation: Stored[Evaluation] | None,
     sliced: Stored[SliceTable] | None,
     renamed: Renames = (),
+    *,
+    corrupted: Sequence[Stored[Robustness]] = (),
+    champion_corrupted: Stored[Robustness] | None = None,
 ) -> dict[str, str]:
     config = run.config.gating
     inputs = {
@@ -184,6 +217,8 @@ def gating_inputs(
         **task_inputs(run),
         "champion": champion_evaluation.record.digest() if champion_evaluation else "none",
         "slices": sliced.record.digest() if sliced else "none",
+        **({"champion.corrupted": champion_corrupted.record.digest()} if champion_corrupted else {}),
+        **{f"{stored.record.engine}.corrupted": stored.record.digest() for stored in corrupted},
     }
     for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):
         name = engine.record.name

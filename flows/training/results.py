@@ -13,7 +13,15 @@ from components.contracts.evidence import CandidateEvidence
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
-from components.contracts.verdicts import Estimate, Evaluation, FoldEstimate, Measurement, SliceTable, Verdict
+from components.contracts.verdicts import (
+    Estimate,
+    Evaluation,
+    FoldEstimate,
+    Measurement,
+    Robustness,
+    SliceTable,
+    Verdict,
+)
 from components.contracts.wording import counted
 from components.gating import least
 from components.samples import rows
@@ -48,6 +56,9 @@ class Results:
     """What a person looks at."""
     folds: FoldEstimate | None = None
     """What the recipe makes of all images, where it was asked for."""
+    corrupted: Sequence[Stored[Robustness]] = ()
+    """What engines answered on corrupted test images, one for all in fp32."""
+    champion_corrupted: Stored[Robustness] | None = None
 
     @property
     def classes_changed(self) -> tuple[list[str], list[str]]:
@@ -126,6 +137,8 @@ def bound_digests(results: Results) -> dict[str, Any]:
         "evidence": {stored.record.engine: stored.record.digest() for stored in results.evaluations},
         **({"slices": results.slices.record.digest()} if results.slices else {}),
         **({"shown": results.shown.record.digest()} if results.shown else {}),
+        # Rows from before there was any are found again by what they were bound to.
+        **({"corrupted": {s.record.engine: s.record.digest() for s in results.corrupted}} if results.corrupted else {}),
         "verdict": results.verdict.record.status,
         "release": results.release.record.digest() if results.release else "none",
         "champion": results.champion.record.engine_digest if results.champion else "none",

@@ -26,13 +26,14 @@ from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
 from components.contracts.records import Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, SliceTable, Verdict
+from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, Robustness, SliceTable, Verdict
 from components.evaluation import PREDICTIONS, evaluate, measure
 from components.evidence import Compared, collect
 from components.export import REFERENCE, Graph, TargetConfig, export, export_graph, memory_mb
 from components.gating import Champion, Judged, judge
 from components.hooks import LEFTOVERS
 from components.packaging import expect_provable, package
+from components.robustness import answer_corrupted
 from components.slices import make_slices
 from components.splitting import TestLedger, split
 from components.store import write_atomically
@@ -252,6 +253,39 @@ def slices(run: Run, dataset: Stored[Dataset], reference: Stored[Evaluation]) ->
     return run.stage("evaluation", SliceTable, compute, inputs=inputs, instance="slices")
 
 
+@task(name="robustness", cache_policy=NO_CACHE)
+def robustness(
+    run: Run, engine: Stored[Engine], splits: Stored[Splits], *, role: str = "", renamed: Renames = ()
+) -> Stored[Robustness]:
+    """What an engine answers on corrupted test images."""
+    config = run.config.evaluation
+
+    def compute(out: Path, progress: Progress) -> Robustness:
+        return answer_corrupted(
+            engine,
+            splits,
+            run.workspace.data,
+            run.task,
+            num_images=config.robustness_images,
+            num_threads=config.num_threads,
+            out=out,
+            renamed=renamed,
+            progress=progress,
+        )
+
+    inputs = keys.corrupted_inputs(run, engine, splits, renamed)
+    return run.stage(
+        "evaluation", Robustness, compute, inputs=inputs, instance=keys.corrupted_of(role or engine.record.name)
+    )
+
+
+def robustness_of_champion(run: Run, champion: CurrentChampion, splits: Stored[Splits]) -> Stored[Robustness] | None:
+    """What the champion answers on the same images; None where the recipe corrupts none."""
+    if not run.config.evaluation.robustness_images:
+        return None
+    return robustness(run, champion.engine, splits, role="champion", renamed=run.data.renames_since(champion.data))
+
+
 @task(name="measurement", cache_policy=NO_CACHE)
 def measurements(
     run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits], *, anew: bool = False
@@ -334,6 +368,8 @@ def gating(
     current_champion: CurrentChampion | None,
     champion_evaluation: Stored[Evaluation] | None,
     sliced: Stored[SliceTable] | None,
+    corrupted: Sequence[Stored[Robustness]] = (),
+    champion_corrupted: Stored[Robustness] | None = None,
 ) -> Stored[Verdict]:
     config, chosen = run.config.gating, run.config.export
     required = {target.name: target.required for target in chosen.all_targets}
@@ -342,7 +378,7 @@ def gating(
     def compute(_: Path, __: Progress) -> Verdict:
         champion = None
         if current_champion and champion_evaluation:
-            champion = Champion(current_champion.engine.record, champion_evaluation, renamed)
+            champion = Champion(current_champion.engine.record, champion_evaluation, renamed, champion_corrupted)
         judged = [
             Judged(engine, evaluation, measurement.record, required[engine.record.name])
             for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True)
@@ -358,9 +394,20 @@ def gating(
             champion_known=True,
             absent={name: (reason, required[name]) for name, reason in run.absent.items()},
             slices=sliced,
+            corrupted=corrupted,
         )
 
-    inputs = keys.gating_inputs(run, engines, evaluations, measurements, champion_evaluation, sliced, renamed)
+    inputs = keys.gating_inputs(
+        run,
+        engines,
+        evaluations,
+        measurements,
+        champion_evaluation,
+        sliced,
+        renamed,
+        corrupted=corrupted,
+        champion_corrupted=champion_corrupted,
+    )
     return run.stage("gating", Verdict, compute, inputs=inputs)
 
 

@@ -112,7 +112,11 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
         check_training(config.training, workspace or Path())
         _expect_unseen(config, workspace or Path())
         check_export(config.export)
-        check_gating(config.gating, [target.name for target in config.export.all_targets])
+        check_gating(
+            config.gating,
+            [target.name for target in config.export.all_targets],
+            robustness_images=config.evaluation.robustness_images,
+        )
         if config.source is not None:
             plugins.load("sources", config.source, dict(config.source_settings))
     except PluginFailed:

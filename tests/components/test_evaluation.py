@@ -79,14 +79,14 @@ def replaced(monkeypatch: pytest.MonkeyPatch, predict: Any) -> None:
         def predict(self, images: Any) -> Any:
             return predict(images)
 
-    monkeypatch.setattr(evaluation, "_load", lambda engine, threads: Broken())
+    monkeypatch.setattr(evaluation, "load", lambda engine, threads: Broken())
 
 
 def test_an_engine_that_cannot_run_here_is_said_so(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(engine: Any, threads: int) -> Any:
         raise EngineUnavailable("built, not executed here: no GPU")
 
-    monkeypatch.setattr(evaluation, "_load", refuse)
+    monkeypatch.setattr(evaluation, "load", refuse)
     found = run(trained, tmp_path / "out")
     assert (found.status, found.reason, found.metrics) == ("not executed here", "built, not executed here: no GPU", {})
     engine, splits = stored(trained, "export/openvino-int8", Engine), stored(trained, "splitting", Splits)
@@ -158,7 +158,7 @@ def test_engines_take_turns_and_what_was_noisy_is_measured_once_more(
             asked.append(predictor)
             return np.full(4, 3e-3 if predictor == "one" else left.pop(0))
 
-        monkeypatch.setattr(evaluation, "_load", lambda engine, _: engine.record.name)
+        monkeypatch.setattr(evaluation, "load", lambda engine, _: engine.record.name)
         monkeypatch.setattr(evaluation, "_round", one_round)
         monkeypatch.setattr(evaluation, "rows", lambda *_: {"path": pd.Series([], dtype=str)})
         monkeypatch.setattr(evaluation, "batches", lambda *_, **__: [np.zeros((1, 8, 8, 1), np.uint8)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 from components import plugins
 from components.choosing import Limits
 from components.contracts.errors import ConfigError, TamperedArtefact, UnknownName
-from components.contracts.families import Answers, Evidence
+from components.contracts.families import Answers, Corrupted, Evidence
 from components.contracts.models import Engine, Preprocessing
 from components.contracts.records import FileDigest, Stored
-from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Finding, Measurement
+from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Finding, Measurement, Robustness
+from components.corruptions import BEHAVIOURS, CLEAN, CORRUPTED, VARIANTS
 from components.gating import Champion, GateConfig, GatingConfig, Judged, check, judge
-from components.intervals import exact, wilson
+from components.intervals import PairedScores, exact, mean_interval, paired_counts, paired_interval, wilson
 from components.store import describe
 from components.tasks.classification import Task
 
@@ -375,13 +377,13 @@ def test_tampered_predictions_are_refused(tmp_path: Path) -> None:
 
 def test_wrong_policies_are_refused_before_any_work() -> None:
     with pytest.raises(UnknownName, match="unknown gate 'acuracy'; valid: accuracy"):
-        check(GatingConfig(gates=(GateConfig(gate="acuracy"),)), [])
+        check(GatingConfig(gates=(GateConfig(gate="acuracy"),)), [], robustness_images=300)
     with pytest.raises(UnknownName, match="unknown setting of gate.*'flor'; valid: floor"):
-        check(GatingConfig(gates=(GateConfig(gate="accuracy", settings={"flor": 1}),)), [])
+        check(GatingConfig(gates=(GateConfig(gate="accuracy", settings={"flor": 1}),)), [], robustness_images=300)
     with pytest.raises(ConfigError, match="floor"):
-        check(GatingConfig(gates=(GateConfig(gate="accuracy", settings={"floor": 7}),)), [])
+        check(GatingConfig(gates=(GateConfig(gate="accuracy", settings={"floor": 7}),)), [], robustness_images=300)
     with pytest.raises(UnknownName, match="unknown engine in gate 'parity' 'x'"):
-        check(GatingConfig(gates=(GateConfig(gate="parity", engines=("x",)),)), ["y"])
+        check(GatingConfig(gates=(GateConfig(gate="parity", engines=("x",)),)), ["y"], robustness_images=300)
 
 
 def answered(
@@ -593,6 +595,241 @@ def test_a_successor_that_changes_nothing_passes_the_flips_where_it_passes_the_m
     assert plugins.load("gates", "no_regression", {"max_negative_flips": 0.01}).least().images == 368
     with pytest.raises(ConfigError, match="no number of test images proves that there are none"):
         plugins.load("gates", "no_regression", {"max_negative_flips": 0})
+
+
+LOST = 111
+"""Images wrong under half of the corruptions that are a little too many beside 100, and too few to fail."""
+
+
+def corrupted(wrong: np.ndarray[Any, Any], unlike: int = 0, labels: np.ndarray[Any, Any] = LABELS) -> Corrupted:
+    """Answers of which `wrong` (n, corruptions) are wrong, and `unlike` of a behaviour are not those of clean images."""
+    logits = np.eye(3)[labels] * 8
+
+    def some(which: np.ndarray[Any, Any]) -> Answers:
+        return answered(np.where(which[:, None], np.roll(logits, 1, axis=1), logits), labels)
+
+    shown = {CLEAN: some(np.zeros(len(labels), bool))}
+    shown |= {variant: some(wrong[:, place]) for place, variant in enumerate(CORRUPTED)}
+    return Corrupted(shown | {behaviour: some(np.arange(len(labels)) < unlike) for behaviour in BEHAVIOURS})
+
+
+def wrong_of(images: int, share: float, n: int = 300) -> np.ndarray[Any, Any]:
+    """Which answers are wrong where so many images are answered wrongly under this share of the corruptions."""
+    return (np.arange(n)[:, None] < images) & (np.arange(len(CORRUPTED))[None] < share * len(CORRUPTED))
+
+
+def beside(mine: Corrupted | None, theirs: Corrupted | None, **changes: Any) -> Evidence:
+    values = {"champion": answered(GOOD), "corrupted": mine, "champion_corrupted": theirs}
+    return evidence(**(values | changes))
+
+
+def test_robustness_gate_compares_corrupted_images_with_the_champion_three_ways() -> None:
+    champion = corrupted(wrong_of(100, 0.5))
+    same = ask("robustness", beside(champion, champion))
+    assert (same.status, same.value, same.n) == ("pass", 0.0, 300)
+    assert "mean accuracy on 10 corruptions 0.8333, the champion's 0.8333: difference +0.0000 [" in same.message
+    assert "mean corruption error of the 3 corruptions that the champion errs on 100.0% of the champion's" in same.message
+    assert ask("robustness", beside(corrupted(wrong_of(30, 0.5)), champion)).status == "pass"
+    worse = ask("robustness", beside(corrupted(wrong_of(200, 0.6)), champion))
+    assert worse.status == "fail"
+    assert worse.value == pytest.approx(0.5 / 3 - 0.4)
+    assert ask("robustness", beside(corrupted(wrong_of(200, 0.6)), champion), margin=0.4).status == "pass"
+    undecided = ask("robustness", beside(corrupted(wrong_of(LOST, 0.5)), champion))
+    assert undecided.status == "inconclusive"
+    needed = int(re.findall(r"there are 300, about (\d+) would do", undecided.message)[0])
+    # So many images of the same kind do decide, and fewer do not.
+    for times, status in ((-(-needed // 300), "pass"), (needed // 300, "inconclusive")):
+        labels = np.tile(LABELS, times)
+        mine, theirs = (corrupted(np.tile(wrong_of(lost, 0.5), (times, 1)), labels=labels) for lost in (LOST, 100))
+        assert ask("robustness", beside(mine, theirs)).status == status
+    # Where no answer differs the interval is as wide as a few images leave it.
+    perfect = corrupted(wrong_of(0, 0))
+    assert ask("robustness", beside(perfect, perfect), margin=0.013).status == "pass"
+    assert ask("robustness", beside(perfect, perfect), margin=0.012).status == "inconclusive"
+    assert "corruption error" not in ask("robustness", beside(perfect, perfect)).message
+
+
+def test_robustness_gate_has_floors_that_need_no_champion() -> None:
+    alone = {"champion": None}
+    mine = corrupted(wrong_of(100, 0.5), unlike=20)
+    assert ask("robustness", beside(mine, None, **alone)).status == "not applicable"
+    assert ask("robustness", beside(mine, None, **alone), floor=0.8).status == "pass"
+    assert ask("robustness", beside(mine, None, **alone), floor=0.9).status == "fail"
+    undecided = ask("robustness", beside(mine, None, **alone), floor=0.82)
+    assert (undecided.status, undecided.threshold) == ("inconclusive", 0.82)
+    assert "too few corrupted images to decide: there are 300, about" in undecided.message
+    # 280 of 300 stay the same: 0.9333 [0.8993, 0.9564].
+    assert ask("robustness", beside(mine, None, **alone), min_stability={"flip": 0.89, "shift": 0.85}).status == "pass"
+    unstable = ask("robustness", beside(mine, None, **alone), min_stability={"flip": 0.89, "reencoding": 0.96})
+    assert unstable.status == "fail"
+    assert "stay the same under reencoding 0.9333 [0.8993, 0.9564] (n=300), expected at least 0.96" in unstable.message
+    assert ask("robustness", beside(mine, None, **alone), min_stability={"shift": 0.92}).status == "inconclusive"
+    # A floor excuses from nothing: the champion is compared with as well.
+    better = corrupted(wrong_of(0, 0))
+    assert ask("robustness", beside(mine, better), floor=0.8).status == "fail"
+    assert ask("robustness", beside(better, mine), floor=0.8, min_stability={"flip": 0.9}).status == "pass"
+    # Not all test images were shown, so more of them are at hand.
+    more = evidence().evaluation.model_copy(update={"num_images": 1000})
+    hint = "(evaluation.robustness_images can take more of the 1000 test images)"
+    assert hint in ask("robustness", beside(mine, None, evaluation=more, **alone), floor=0.82).message
+    assert hint not in undecided.message
+
+
+def test_robustness_gate_fails_closed() -> None:
+    good = corrupted(wrong_of(0, 0))
+    cases: dict[str, Evidence] = {
+        "no corrupted pictures were shown to this engine": beside(None, good),
+        "no corrupted pictures were shown to the champion": beside(good, None),
+        "this engine on corrupted pictures: no GPU": beside(Corrupted({}, "no GPU"), good),
+        "the champion on corrupted pictures: no GPU": beside(good, Corrupted({}, "no GPU")),
+        "the champion cannot be compared with: it is gone": beside(good, good, champion_missing="it is gone"),
+        "it is not known whether there is a champion": beside(good, good, champion=None, champion_known=False),
+        "on pictures with jpeg-3": beside(
+            Corrupted({name: each for name, each in good.answers.items() if name != "jpeg-3"}), good
+        ),
+        "some answers of this engine on corrupted pictures are not finite": beside(
+            Corrupted({**good.answers, "noise-1": answered(np.where(np.arange(300)[:, None] == 7, np.nan, GOOD))}), good
+        ),
+        "was asked about other pictures under one corruption than": beside(
+            Corrupted({**good.answers, "noise-1": answered(GOOD, names=["x"] * 300)}), good
+        ),
+        "the champion was asked about other corrupted pictures": beside(
+            good, Corrupted(dict.fromkeys(VARIANTS, answered(GOOD, names=["x"] * 300)))
+        ),
+        "or labels than this engine": beside(good, Corrupted(dict.fromkeys(VARIANTS, answered(GOOD, (LABELS + 1) % 3)))),
+        "no corrupted pictures were shown to this engine ": beside(
+            Corrupted(dict.fromkeys(VARIANTS, answered(GOOD[:0], LABELS[:0]))), good
+        ),
+    }
+    for why, found in cases.items():
+        for settings in ({}, {"floor": 0.5}):
+            finding = ask("robustness", found, **settings)
+            assert finding.status == "inconclusive", why
+            assert why.strip() in finding.message
+    # Among the classes that both know, on the images of these.
+    two = Corrupted({name: each.among(("a", "b")) for name, each in good.answers.items()})
+    among = ask("robustness", beside(good, two))
+    assert (among.status, among.n) == ("pass", 200)
+    assert "(n=200 images, among the 2 classes that both know)" in among.message
+    with pytest.raises(ConfigError, match=r"unknown behaviour 'turn'; expected some of flip, shift, reencoding"):
+        plugins.load("gates", "robustness", {"min_stability": {"turn": 0.9}})
+    with pytest.raises(ConfigError, match="less than 1"):
+        plugins.load("gates", "robustness", {"min_stability": {"flip": 95}})
+
+
+def shown(of: Engine, folder: Path, wrong: np.ndarray[Any, Any] | None = None) -> Stored[Robustness]:
+    """What a stage writes of an engine's answers on corrupted images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = corrupted(wrong_of(0, 0) if wrong is None else wrong).answers.items()
+    frames = [
+        pd.DataFrame({"sha256": a.image_ids, "label": a.labels, "variant": name, "logits": list(a.logits)})
+        for name, a in rows
+    ]
+    pd.concat(frames).to_parquet(folder / "corrupted.parquet")
+    record = Robustness(
+        engine=of.name,
+        engine_digest=of.digest(),
+        test_digest="t",
+        status="evaluated",
+        num_images=300,
+        answers=describe(folder / "corrupted.parquet", within=folder),
+    )
+    return Stored(record, folder)
+
+
+def test_one_engine_in_fp32_stands_for_all_of_its_checkpoint_and_none_for_another(tmp_path: Path) -> None:
+    policy = GatingConfig(gates=(GateConfig(gate="robustness", settings={"floor": 0.5}),))
+    asked, alike = engine("onnxruntime-fp32", "fp32"), engine("openvino-fp32", "fp32")
+    others = [engine(), alike.model_copy(update={"name": "other-fp32", "checkpoint_digest": "d"})]
+    items = [item(tmp_path, of) for of in (asked, alike, *others)]
+    found = verdict(tmp_path, *items, policy=policy, corrupted=[shown(asked, tmp_path / "shown")])
+    (own,), (stood_for,), *without = (each.findings for each in found.engines)
+    assert own.status == stood_for.status == "pass"
+    assert "asked was" not in own.message
+    assert stood_for.message.endswith(
+        "; asked was onnxruntime-fp32, which answers alike: parity compares both with the same reference"
+    )
+    assert {finding.status for (finding,) in without} == {"inconclusive"}
+    # The champion's answers have to be those of the champion, and as they were written.
+    champion = engine("champion", "fp32")
+    worse = shown(champion, tmp_path / "worse", wrong_of(0, 0))
+
+    def compared(of: Stored[Robustness]) -> Finding:
+        beside_it = Champion(champion, evaluated(champion, tmp_path / "champion"), corrupted=of)
+        judged = verdict(
+            tmp_path,
+            items[0],
+            policy=policy,
+            champion=beside_it,
+            corrupted=[shown(asked, tmp_path / "shown", wrong_of(150, 0.5))],
+        )
+        finding: Finding = judged.engines[0].findings[0]
+        return finding
+
+    assert compared(worse).status == "fail"
+    foreign = Stored(worse.record.model_copy(update={"engine_digest": "x"}), worse.folder)
+    assert "of the champion on corrupted pictures: they are of another engine" in compared(foreign).message
+    elsewhere = Stored(shown(asked, tmp_path / "s").record.model_copy(update={"test_digest": "u"}), tmp_path / "s")
+    found = verdict(tmp_path, items[0], policy=policy, corrupted=[elsewhere])
+    assert "they are of another test split" in found.engines[0].findings[0].message
+    (tmp_path / "worse" / "corrupted.parquet").write_bytes(b"other")
+    with pytest.raises(TamperedArtefact, match=r"corrupted.parquet was changed"):
+        compared(worse)
+
+
+def test_a_recipe_whose_robustness_gate_could_never_pass_is_refused() -> None:
+    policy = GatingConfig(gates=(GateConfig(gate="robustness"),))
+    check(policy, [], robustness_images=125)
+    for images in (0, 124):
+        told = f"gate 'robustness' can pass on 125 corrupted images or more, and evaluation.robustness_images is {images}"
+        with pytest.raises(ConfigError, match=told):
+            check(policy, [], robustness_images=images)
+    check(GatingConfig(gates=(GateConfig(gate="parity"),)), [], robustness_images=0)
+
+
+def test_the_interval_of_scores_is_that_of_shares_where_images_are_right_or_wrong() -> None:
+    for hits, n in ((300, 300), (255, 300), (17, 40), (0, 30)):
+        some, all_right = np.arange(n) < hits, np.ones(n)
+        share = wilson(hits, n)
+        found = mean_interval(float(some.mean()), float(some.var()), n)
+        assert (found.low, found.high) == pytest.approx((share.low, share.high))
+        # Where nothing was gained the difference is what was lost.
+        lost, nothing = wilson(n - hits, n), wilson(0, n)
+        low, high = PairedScores.of(some.astype(float), all_right).interval()
+        assert low == pytest.approx(-lost.high)
+        assert PairedScores.of(all_right, some.astype(float)).interval() == pytest.approx((-high, -low))
+        assert high == pytest.approx(-lost.value + np.hypot(nothing.high, lost.value - lost.low))
+    # Beside gains it is close to Newcombe's of paired shares.
+    draw = np.random.default_rng(3)
+    first = draw.random(300) < 0.8
+    second = np.where(draw.random(300) < 0.8, first, draw.random(300) < 0.8)
+    wanted = paired_interval(*paired_counts(first, second))
+    assert PairedScores.of(first.astype(float), second.astype(float)).interval() == pytest.approx(wanted, abs=0.004)
+    # Images that are partly right vary less: the interval is narrower, and one such image alone changes little.
+    half = mean_interval(0.5, 0.01, 300)
+    assert half.high - half.low < 0.3 * (wilson(150, 300).high - wilson(150, 300).low)
+    nearly = np.where(np.arange(300) == 0, 0.9, 1.0)
+    low, lower = (mean_interval(float(each.mean()), float(each.var()), 300).low for each in (np.ones(300), nearly))
+    assert lower < low < lower + 1e-3
+    with pytest.raises(ValueError, match="no images"):
+        mean_interval(1.0, 0.0, 0)
+    with pytest.raises(ValueError, match="no images"):
+        PairedScores.of(np.zeros(0), np.zeros(0))
+
+
+@pytest.mark.parametrize("n", [150, 300])
+def test_a_candidate_that_is_worse_by_the_margin_seldom_passes_the_robustness_gate(n: int) -> None:
+    """Images differ in how hard they are, and some that the champion got right are lost under every corruption."""
+    draw, margin, passed, equal = np.random.default_rng(11), 0.03, 0, 0
+    for _ in range(800):
+        right = draw.beta(1.2, 0.5, (n, 1))
+        theirs = draw.random((n, 10)) < right
+        alike = np.where(draw.random((n, 10)) < 0.8, theirs, draw.random((n, 10)) < right)
+        lost = alike & (draw.random((n, 1)) >= margin * 1.7 / 1.2)
+        passed += PairedScores.of(lost.mean(axis=1), theirs.mean(axis=1)).interval()[0] >= -margin
+        equal += PairedScores.of(alike.mean(axis=1), theirs.mean(axis=1)).interval()[0] >= -margin
+    assert passed / 800 <= 0.025 + 2 * (0.025 * 0.975 / 800) ** 0.5
+    assert equal / 800 >= 0.75
 
 
 def test_the_paired_interval_covers_the_truth() -> None:

@@ -77,6 +77,7 @@ def test_after_a_run_it_knows_what_is_in_the_store_and_in_the_caches(phased: Pat
     others = {name: state for name, state in states(plan).items() if not name.endswith("-latency")}
     assert {name.split()[0] for name in others} == {*STAGES, "serving_check"}
     assert "evaluation slices" in others
+    assert "evaluation onnxruntime-fp32-corrupted" in others
     measured = [state for name, state in states(plan).items() if name.endswith("-latency")]
     if set(measured) == {"stored"}:  # the machine may have been busy, and then they are measured again
         assert set(others.values()) == {"stored"}

@@ -246,16 +246,20 @@ def test_a_class_that_is_new_and_one_that_is_gone_do_not_keep_a_model_from_appro
     assert refused.returncode == 2
     assert "answers about other classes than the data have (new: bars, ring; gone: disc)" in refused.stderr
     assert set(decided.rglob("warm_start.json")) == before, "the champion that was refused is not held on to"
-    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", *ONE_ENGINE, "--json", cwd=decided)
+    gates = LENIENT.removesuffix("]") + ", {gate: robustness, settings: {margin: 0.5}}]"
+    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={gates}", *ONE_ENGINE, "--json", cwd=decided)
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert summary["outcome"] == "candidate", summary["reasons"]
+    (robust,) = [f for f in summary["findings"] if f["gate"] == "robustness" and f["engine"] == "onnxruntime-fp32"]
+    assert robust["status"] == "pass"
+    assert f"(n={robust['n']} images, among the 2 classes that both know)" in robust["message"]
     (finding,) = [f for f in summary["findings"] if f["gate"] == "no_regression" and f["engine"] == "onnxruntime-fp32"]
     assert finding["status"] == "pass"
     assert "of the 2 classes that both know (cross, stripes)" in finding["message"]
     assert "new: bars, ring, judged by the floors alone; no longer known: disc" in finding["message"]
     shown = told("show", summary["version"], cwd=decided)["summary"]
     assert (shown["classes_new"], shown["classes_gone"]) == (["bars", "ring"], ["disc"])
-    assert shown["champion_images"] == finding["n"] < shown["metrics"]["accuracy"]["n"]
+    assert shown["champion_images"] == finding["n"] == robust["n"] < shown["metrics"]["accuracy"]["n"]
     page = visionloop("show", summary["version"], cwd=decided).stdout
     assert "New classes, which the champion did not know: bars, ring." in page
     assert "Classes of the champion that this version does not know: disc." in page

@@ -61,6 +61,15 @@ def test_the_summary_says_what_came_of_it(summary: dict[str, Any], trained: Path
     assert {finding["gate"] for finding in summary["findings"]} >= {"accuracy", "parity", "latency", "no_regression"}
     assert ledger_kinds(trained) == ["requested"]
     assert versions(trained) == ["1"]
+    # The reference serves nobody; what the others answered on corrupted images is bound and kept.
+    assert set(summary["corrupted"]) == {"onnxruntime-fp32", "openvino-int8"}
+    shown = summary["corrupted"]["openvino-int8"]
+    assert shown["mean_accuracy"]["n"] == summary["data"]["splits"]["test"]
+    assert shown["accuracy"]["clean"] == summary["engines"]["openvino-int8"]["metrics"]["accuracy"]
+    bound = json.loads(visionloop("show", "1", "--json", cwd=trained).stdout)["bound"]["corrupted"]
+    assert set(bound) == set(summary["corrupted"])
+    kept = [path.name for path in (trained / ".visionloop" / "mlflow-artifacts").rglob("evidence/*.corrupted.parquet")]
+    assert sorted(kept) == [f"{name}.corrupted.parquet" for name in sorted(bound)]
 
 
 def test_pictures_that_the_network_sees_enlarged_are_told(summary: dict[str, Any]) -> None:

@@ -70,6 +70,24 @@ def test_what_of_a_policy_changed_is_told_with_its_direction(after: dict[str, An
     assert policies.changes(FIRST, changed) == told
 
 
+def test_a_floor_that_is_set_is_tighter_and_one_that_is_unset_is_looser() -> None:
+    def robust(**settings: Any) -> dict[str, Any]:
+        return policy(robustness={"margin": 0.03, "floor": None, "min_stability": {}} | settings)
+
+    floors = robust(floor=0.5, min_stability={"flip": 0.9, "shift": 0.8})
+    assert policies.changes(robust(), floors) == [
+        "robustness.floor unset -> 0.5 (tighter)",
+        "robustness.min_stability.flip unset -> 0.9 (tighter)",
+        "robustness.min_stability.shift unset -> 0.8 (tighter)",
+    ]
+    assert policies.changes(floors, robust(margin=0.05, min_stability={"flip": 0.95})) == [
+        "robustness.floor 0.5 -> unset (looser)",
+        "robustness.margin 0.03 -> 0.05 (looser)",
+        "robustness.min_stability.flip 0.9 -> 0.95 (tighter)",
+        "robustness.min_stability.shift 0.8 -> unset (looser)",
+    ]
+
+
 def test_limits_that_choose_the_served_engine_are_part_of_the_policy() -> None:
     def chosen(**limits: Any) -> dict[str, Any]:
         return policy(limits={"drop": 0.01, "p99_ms": None, "size_mb": 20.0} | limits)
