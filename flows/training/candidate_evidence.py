@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from components.contracts.errors import VisionloopError
 from components.contracts.evidence import CandidateEvidence, Flips, ShownPicture
 from components.contracts.records import Stored
 from components.contracts.verdicts import Estimate, SliceFigure
 from components.contracts.wording import counted
+from components.corruptions import BEHAVIOURS, CLEAN, CORRUPTED, changed
+from components.images import load_prepared
 from components.slices import SHOWN_AT
+from flows.training.results import Results
 
 _WORST = 3
 _SLICES_SHOWN = 20
@@ -144,6 +151,58 @@ def page(evidence: Stored[CandidateEvidence]) -> dict[str, Any]:
         "saliency_by": record.saliency_by,
         "notes": record.notes,
     }
+
+
+def corruptions(results: Results, example: Path | None) -> dict[str, Any] | None:
+    """What engines and champion answer where the camera is worse, for the report; None where none was asked.
+
+    `example` is a picture that is drawn in every variant, as the network sees it.
+    """
+    asked = [stored.record for stored in results.corrupted if stored.record.right]
+    if not asked:
+        return None
+    champion = results.champion_corrupted.record if results.champion_corrupted else None
+    columns = [(one.engine, one) for one in asked]
+    if champion is not None and champion.right:
+        columns.append(("the champion", champion))
+    return {
+        "n": asked[0].num_images,
+        "engines": [name for name, _ in columns],
+        "rows": [
+            {
+                "name": variant.replace("_", " ").replace("-", ", severity "),
+                "cells": [_share(one.right.get(variant)) for _, one in columns],
+            }
+            for variant in (CLEAN, *CORRUPTED)
+        ],
+        "mean": [_share(one.corrupted) for _, one in columns],
+        "behaviours": [
+            {"name": name, "cells": [_share(one.unchanged.get(name)) for _, one in columns]} for name in BEHAVIOURS
+        ],
+        "examples": _variants(results, example) if example else [],
+    }
+
+
+def _variants(results: Results, example: Path) -> list[dict[str, str]]:
+    """One picture in every variant, as the network sees it."""
+    try:
+        pixels = load_prepared(example, results.checkpoint.record.preprocessing)
+    except (OSError, VisionloopError):
+        return []
+    found = []
+    for variant in (CLEAN, *CORRUPTED):
+        picture = changed(pixels[None], variant, ["an example"])[0]
+        image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+        image.thumbnail((96, 96))
+        data = io.BytesIO()
+        image.save(data, format="PNG")
+        source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+        found.append({"name": variant.replace("_", " ").replace("-", " "), "image": source})
+    return found
+
+
+def _share(estimate: Estimate | None) -> tuple[str, str]:
+    return ("", "") if estimate is None else (f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}")
 
 
 def _rows(slices: Sequence[SliceFigure]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -25,7 +26,7 @@ from flows.pages.figures import (
     splits_figure,
     thumbnail,
 )
-from flows.training.candidate_evidence import page
+from flows.training.candidate_evidence import corruptions, page
 from flows.training.data_since import data_since
 from flows.training.data_since import told as data_told
 from flows.training.diagnosis import PhaseResult, fit_told, gain_told, imbalance, phase_results
@@ -117,6 +118,7 @@ def render(
             aurc=aurc_told(curve) if curve else "",
             rule=rule_told(results.release.record.decision) if results.release else [],
             evidence=page(results.shown) if results.shown else None,
+            corruptions=corruptions(results, _first_of_test(run, results)),
             data_told=data_told(data_since(run, results), None),
             examples=_examples(run, results),
             quarantined=read_frame(results.dataset.folder / results.dataset.record.quarantine.name)
@@ -186,6 +188,12 @@ def _figures(
         **{name: own[name](shown.record) for name in task.figures},
         **({"risk_coverage": risk_coverage_figure(curve)} if curve else {}),
     }
+
+
+def _first_of_test(run: Run, results: Results) -> Path | None:
+    table = read_frame(results.splits.folder / results.splits.record.table.name, ["path", "split"])
+    paths = table.loc[table["split"] == "test", "path"]
+    return run.workspace.data / paths.iloc[0] if len(paths) else None
 
 
 def _examples(run: Run, results: Results) -> list[dict[str, Any]]:
