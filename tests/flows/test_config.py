@@ -265,7 +265,7 @@ def test_a_recipe_is_shown_as_it_is_used_and_can_be_used_as_it_is_shown(name: st
     shown = resolved(load_recipe(name))
     gates = {gate["gate"]: gate["settings"] for gate in shown["gating"]["gates"]}
     assert gates["parity"]["min_agreement"] == {"fp16": 0.995, "int8": 0.98}
-    assert gates["no_regression"] == {"margin": 0.02, "max_negative_flips": 0.03}
+    assert gates["no_regression"] == {"margin": 0.02, "max_negative_flips": 0.05}
     assert shown["training"]["task_settings"].keys() == {"label_smoothing", "head_dropout"}
     for phase in shown["training"].get("phases", []):
         for chosen in phase["augmentations"]:
