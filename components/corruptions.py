@@ -61,7 +61,8 @@ def changed(pictures: Pictures, variant: str, digests: Sequence[str]) -> Picture
             f"expected uint8 pictures (n, h, w, 1 or 3) and n digests, got {pictures.dtype} {pictures.shape} and "
             f"{len(digests)}"
         )
-    return _CHANGES[variant](pictures, digests)
+    # torch takes no array that cannot be written to, which what Pillow decoded is.
+    return _CHANGES[variant](np.require(pictures, requirements="W"), digests)
 
 
 def _drawn(digest: str, what: str) -> np.random.Generator:

@@ -36,6 +36,7 @@ def distance(one: Any, other: Any) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_variant_keeps_the_shape_and_depends_on_the_picture_and_its_digest_alone(shape: Any) -> None:
     given = pictures(shape)
+    given.setflags(write=False)  # as Pillow gives them
     before = given.copy()
     for variant in VARIANTS:
         found = changed(given, variant, DIGESTS)
