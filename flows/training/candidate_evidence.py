@@ -37,11 +37,18 @@ def sentence(evidence: CandidateEvidence) -> str:
     told = _difference_told(evidence.flips.difference)
     worse = shown_worse(evidence)
     if worse:
-        names = "; ".join(f"{one.kind} {one.name} by {_points(-one.to_champion.value)}" for one in worse if one.to_champion)
+        names = "; ".join(
+            f"{named(one.kind, one.name)} by {_points(-one.to_champion.value)}" for one in worse if one.to_champion
+        )
         return f"{told}; it is shown to be worse in {counted(len(worse), 'slice')}: {names}."
     looked_at = sum(one.to_champion is not None for one in evidence.slices)
     nowhere = f"; in none of {counted(looked_at, 'slice')} is it shown to be worse" if looked_at else ""
     return f"{told}{nowhere}."
+
+
+def named(kind: str, name: str) -> str:
+    """A slice as a person reads it, such as `class 7`; the name of a cluster says what it is."""
+    return name if name.startswith(kind) else f"{kind} {name}"
 
 
 def shown_worse(evidence: CandidateEvidence) -> list[SliceFigure]:
@@ -112,7 +119,7 @@ def told(summary: dict[str, Any]) -> list[str]:
             f"(both right {flips['both']}, neither {flips['neither']})."
         )
     lines += [
-        f"Weaker than on all other pictures: {one['kind']} {one['name']}, {one['value']:.4f} [{one['low']:.4f}, "
+        f"Weaker than on all other pictures: {named(one['kind'], one['name'])}, {one['value']:.4f} [{one['low']:.4f}, "
         f"{one['high']:.4f}] (n={one['n']})."
         for one in summary["worse_than_the_rest"]
     ]
@@ -123,7 +130,7 @@ def card_lines(evidence: CandidateEvidence) -> list[str]:
     """The section of the model card."""
     lines = [sentence(evidence)]
     weak = shown_weak(evidence)
-    lines += [f"Weaker than on all other pictures: {one.kind} {one.name}, {one.accuracy}" for one in weak[:_WORST]]
+    lines += [f"Weaker than on all other pictures: {named(one.kind, one.name)}, {one.accuracy}" for one in weak[:_WORST]]
     if evidence.slices and not weak:
         lines.append(f"None of {counted(len(evidence.slices), 'slice')} is shown to be weaker than all other pictures")
     return lines
@@ -213,8 +220,7 @@ def _rows(slices: Sequence[SliceFigure]) -> list[dict[str, Any]]:
 
     return [
         {
-            "kind": one.kind,
-            "name": one.name,
+            "name": named(one.kind, one.name),
             "n": one.n,
             "accuracy": cell(one.accuracy),
             "to_rest": cell(one.to_rest, "+"),
