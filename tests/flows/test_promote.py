@@ -173,6 +173,15 @@ def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     page = visionloop("show", "2", cwd=decided).stdout
     assert "the champion then, version 1" in page
     assert shown["notes"][0] in page
+    n = shown["summary"]["metrics"]["accuracy"]["n"]
+    assert "Neither better nor worse than the champion is shown: +0.0 points" in page
+    assert "in none of 2 slices is it shown to be worse." in page
+    assert (
+        f"Of the champion's answers 0 right ones are wrong now and 0 wrong ones are right (both right {n}, neither 0)."
+        in page
+    )
+    assert "Since the data of the champion (version 1) no file changed." in page
+    assert {"slices", "shown"} <= set(shown["bound"])
     # The figures of then stay those of version 1 when another one is champion.
     for arguments in (["approve", "2", "--as", "Ann", "--reason", "equal"], ["promote", "2"]):
         done = visionloop(*arguments, cwd=decided)

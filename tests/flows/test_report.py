@@ -52,6 +52,15 @@ def test_the_report_says_what_the_records_say(report: Path, trained: Path) -> No
         assert f"{engine['metrics']['accuracy']['value']:.4f}" in html
     for finding in summary["findings"]:
         assert finding["gate"] in html
+    for told in (
+        "There is no champion that it could be compared with, picture by picture.",
+        "<h2>Slices, openvino-int8</h2>",
+        "brightness between the quarters",
+        "<h2>Right, and least sure</h2>",
+        "Near in training: ",
+        "Grad-CAM of the torch network, for openvino-int8 gives no gradients",
+    ):
+        assert told in html
     assert f"The first model judged on these {summary['data']['splits']['test']} test pictures." in html
 
 
