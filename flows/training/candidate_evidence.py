@@ -68,7 +68,7 @@ def _difference_told(difference: Estimate) -> str:
         return f"Better than the champion by {_points(difference.value)} {interval} {on}"
     if difference.high < 0:
         return f"Worse than the champion by {_points(-difference.value)} {interval} {on}"
-    return f"Neither better nor worse than the champion is shown: {100 * difference.value:+.1f} points {interval} {on}"
+    return f"Not shown to be better or worse than the champion: {100 * difference.value:+.1f} points {interval} {on}"
 
 
 def _points(share: float) -> str:
