@@ -174,7 +174,7 @@ def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     assert "the champion then, version 1" in page
     assert shown["notes"][0] in page
     n = shown["summary"]["metrics"]["accuracy"]["n"]
-    assert "Neither better nor worse than the champion is shown: +0.0 points" in page
+    assert "Not shown to be better or worse than the champion: +0.0 points" in page
     assert "in none of 2 slices is it shown to be worse." in page
     assert (
         f"Of the champion's answers 0 right ones are wrong now and 0 wrong ones are right (both right {n}, neither 0)."
