@@ -96,15 +96,21 @@ class Choice:
 def choose(offers: Sequence[Offer], limits: Limits) -> Choice:
     """The fastest engine that passed every gate and meets every limit; of those as fast as it, the smallest.
 
-    Where there is none: of those that passed, the one that misses fewest limits; of others, the first that is undecided,
-    else the first one.
+    Where there is none: of those that passed, the one that misses fewest limits; of others, the undecided one that misses
+    fewest, which is told, else the first one.
     """
     passed = [offer for offer in offers if offer.passed]
     missed = {offer.engine: offer.missed(limits) for offer in passed}
     order = sorted(passed, key=lambda offer: (len(missed[offer.engine]), _speed(offer), offer.engine))
     if not order:
-        nearest = min(offers, key=lambda offer: not offer.is_undecided, default=None)
-        return Choice(nearest.engine if nearest else "", False, {})
+        undecided = [offer for offer in offers if offer.is_undecided]
+        nearest = min(undecided, key=lambda offer: len(offer.missed(limits)), default=next(iter(offers), None))
+        # Whoever excepts a gate excepts no limit.
+        missing = nearest.missed(limits) if nearest is not None and nearest.is_undecided else []
+        told = (
+            {nearest.engine: f"misses the recipe's limits: {'; '.join(missing)}"} if nearest is not None and missing else {}
+        )
+        return Choice(nearest.engine if nearest else "", False, told)
     best = order[0]
     is_servable = not missed[best.engine]
     met = [offer for offer in order if not missed[offer.engine]]

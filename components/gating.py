@@ -214,7 +214,11 @@ def _as_chosen(verdict: EngineVerdict, choice: Choice) -> EngineVerdict:
     """With what the choice says of it. An engine that comes nearest to the limits and misses one fails by that."""
     is_chosen, findings = verdict.engine == choice.engine, verdict.findings
     if (told := choice.told.get(verdict.engine)) is not None:
-        status: FindingStatus = ("pass" if choice.is_servable else "fail") if is_chosen else "not applicable"
+        status: FindingStatus = "not applicable"
+        if is_chosen:
+            # One that is undecided itself is not failed by a limit that it misses, and no exception can let it serve.
+            missed: FindingStatus = "fail" if verdict.status == "pass" else "inconclusive"
+            status = "pass" if choice.is_servable else missed
         findings = (*findings, _finding("serving", status, told))
     return verdict.model_copy(update={"serving": is_chosen, "findings": findings, "status": combined(findings)})
 

@@ -11,6 +11,7 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from components.contracts.verdicts import exceptable
 from components.training import CHAMPION
 from flows.loop.permits import Cause, governed
 from flows.training import steps
@@ -73,8 +74,8 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         verdict = steps.gating(
             run, engines, evaluations, measurements, champion, compared, sliced, corrupted, champion_corrupted
         )
-        passed = verdict.record.status == "pass"
-        release = steps.packaging(run, engines, splits, verdict.record) if passed else None
+        registrable = verdict.record.status == "pass" or exceptable(verdict.record)
+        release = steps.packaging(run, engines, splits, verdict.record) if registrable else None
         verdict = steps.serving_check(run, release, verdict) if release else verdict
         shown = steps.evidence(run, engines, evaluations, verdict.record, champion, compared, sliced, splits, checkpoint)
         folds = estimated(run, dataset, turns)

@@ -2,24 +2,26 @@
 
 A candidate is requested by a machine or a person, decided once by another person, and promoted once. An approval names
 the digests of everything it was given for (data, split, weights, every engine, gate policy, evidence, release, the
-champion it was compared with) and expires. Nothing here reads a clock, a file or a database: `Ledger.decide` calls these
-inside its transaction.
+champion it was compared with) and expires. A version that some gates did not decide on is undecided until somebody who did
+not ask for it has signed an exception for each of them, bound to the same digests; an approval rests on these, and ends with
+the first of them. Nothing here reads a clock, a file or a database: `Ledger.decide` calls these inside its transaction.
 """
 
 from __future__ import annotations
 
 import datetime
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from components.contracts.errors import ConfigError, DecisionRefused, UnknownName
 from components.contracts.wording import shown_utc
 from registry.ledger import Draft, Entry, Principal, Rule
 
-Status = Literal["waiting", "approved", "expired", "rejected", "champion", "retired"]
+Status = Literal["undecided", "waiting", "approved", "expired", "rejected", "champion", "retired"]
 APPROVAL_DAYS = 7.0
+EXCEPTION_DAYS = 7.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class State:
     status: Status
     left: Entry | None = None
     """The rollback that went back from it, where that is the last thing that happened to it as champion."""
+    undecided: tuple[str, ...] = ()
+    """The gates that did not decide on it; none of a candidate, which passed them all."""
+    exceptions: Mapping[str, Entry] = field(default_factory=dict)
+    """By gate, the exception for it that was signed last and is valid now."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The undecided gates for which no valid exception is signed."""
+        return tuple(gate for gate in self.undecided if gate not in self.exceptions)
 
     @property
     def expires_at(self) -> datetime.datetime | None:
@@ -100,9 +111,23 @@ def states(entries: Sequence[Entry], now: datetime.datetime) -> list[State]:
         decision = decisions[-1] if decisions else None
         promoted = promotions[-1] if promotions else None
         left = _left(entries, version)
+        undecided = tuple(requested.body.get("undecided", ()))
+        exceptions = _exceptions(later, now)
         status = _status(decision, promoted, current, version, now)
-        found.append(State(version, requested, decision, promoted, status, left))
+        if status == "waiting" and not exceptions.keys() >= set(undecided):
+            status = "undecided"
+        found.append(State(version, requested, decision, promoted, status, left, undecided, exceptions))
     return found
+
+
+def _exceptions(later: Sequence[Entry], now: datetime.datetime) -> dict[str, Entry]:
+    """The exceptions among a version's rows that are valid now, by gate."""
+    return {
+        gate: entry
+        for entry in later
+        if entry.kind == "excepted" and now < datetime.datetime.fromisoformat(entry.body["expires_at"])
+        for gate in entry.body["gates"]
+    }
 
 
 def _left(entries: Sequence[Entry], version: str) -> Entry | None:
@@ -140,6 +165,53 @@ def state_of(entries: Sequence[Entry], version: str, now: datetime.datetime) -> 
     return found[version]
 
 
+def except_gates(version: str, by: Principal, gates: Sequence[str], reason: str, *, days: float = EXCEPTION_DAYS) -> Rule:
+    """A person answers for gates that did not decide on a version, by its digests; that approves nothing yet.
+
+    The same person may approve it afterwards; nobody who asked for the training can do either.
+    """
+    _expect_person(by)
+    reason = _expect_reason(reason)
+    if not gates:
+        raise ConfigError("name at least one gate with --gate")
+    if not 0 < days <= 365:
+        raise ConfigError(f"an exception is valid for more than 0 and at most 365 days, not {days:g}")
+    wanted = sorted(set(gates))
+
+    def rule(entries: Sequence[Entry], now: datetime.datetime) -> Draft:
+        state = state_of(entries, version, now)
+        if not state.undecided:
+            raise DecisionRefused(f"version {version} passed every gate that decides: there is nothing to except")
+        for gate in wanted:
+            if gate not in state.undecided:
+                raise UnknownName(f"undecided gate of version {version}", gate, list(state.undecided))
+        _expect(state, ("undecided", "waiting", "expired", "retired"), "excepted")
+        if same_person(by, state.requested.actor):
+            raise DecisionRefused(
+                f"{by.name} requested version {version} and cannot sign an exception for it: a second person has to"
+            )
+        for gate in wanted:
+            if (signed := state.exceptions.get(gate)) is not None:
+                raise DecisionRefused(
+                    f"{gate} of version {version} is excepted already by {signed.actor.name} until "
+                    f"{shown_utc(signed.body['expires_at'])} (ledger row {signed.seq})"
+                )
+        _expect_fresh(entries, state)
+        body = {
+            "version": version,
+            "requested_seq": state.requested.seq,
+            "gates": wanted,
+            "bound": state.requested.body["bound"],
+            "manifest_sha256": state.requested.body["manifest_sha256"],
+            "reason": reason,
+            "expires_at": (now + datetime.timedelta(days=days)).isoformat(timespec="microseconds"),
+        }
+        earlier = max((entry.seq for entry in entries if entry.body.get("version") == version), default=0)
+        return Draft("excepted", state.requested.subject, body, f"excepted:{state.requested.seq}:{earlier}")
+
+    return rule
+
+
 def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_DAYS, shown: Sequence[str] = ()) -> Rule:
     """A person approves a waiting candidate, for everything it is made of as it was requested.
 
@@ -154,18 +226,27 @@ def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_
 
     def rule(entries: Sequence[Entry], now: datetime.datetime) -> Draft:
         state = state_of(entries, version, now)
+        if state.missing and state.status in ("undecided", "expired", "retired"):
+            raise DecisionRefused(
+                f"version {version} is undecided: {', '.join(state.missing)} did not decide on it. It can be approved once "
+                f"each of them is excepted: {exception_command(state)}"
+            )
         _expect(state, ("waiting", "expired", "retired"), "approved")
         if same_person(by, state.requested.actor):
             raise DecisionRefused(f"{by.name} requested version {version} and cannot approve it: a second person has to")
         _expect_fresh(entries, state)
+        # It rests on the exceptions: without the first that ends there is no approval.
+        ends = [datetime.datetime.fromisoformat(entry.body["expires_at"]) for entry in state.exceptions.values()]
         body = {
             "version": version,
             "requested_seq": state.requested.seq,
             "bound": state.requested.body["bound"],
             "manifest_sha256": state.requested.body["manifest_sha256"],
             "reason": reason,
-            "expires_at": (now + datetime.timedelta(days=days)).isoformat(timespec="microseconds"),
+            "expires_at": min([now + datetime.timedelta(days=days), *ends]).isoformat(timespec="microseconds"),
         }
+        if state.undecided:
+            body["exceptions"] = {gate: state.exceptions[gate].seq for gate in state.undecided}
         if shown:
             body["shown"] = list(shown)
         if state.left is not None:
@@ -176,6 +257,12 @@ def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_
     return rule
 
 
+def exception_command(state: State) -> str:
+    """What signs an exception for each gate of a version that has none."""
+    gates = " ".join(f"--gate {gate}" for gate in state.missing)
+    return f'visionloop except {state.version} {gates} --as WHO --reason "..."'
+
+
 def reject(version: str, by: Principal, reason: str, *, withdraw: bool = False) -> Rule:
     """A person rejects a candidate; one that is approved already only by `withdraw`."""
     _expect_person(by)
@@ -183,7 +270,8 @@ def reject(version: str, by: Principal, reason: str, *, withdraw: bool = False) 
 
     def rule(entries: Sequence[Entry], now: datetime.datetime) -> Draft:
         state = state_of(entries, version, now)
-        _expect(state, ("waiting", "expired", "approved") if withdraw else ("waiting", "expired"), "rejected")
+        open_: tuple[Status, ...] = ("undecided", "waiting", "expired")
+        _expect(state, (*open_, "approved") if withdraw else open_, "rejected")
         earlier = state.decision.seq if state.decision else 0
         body = {"version": version, "requested_seq": state.requested.seq, "reason": reason}
         return Draft("rejected", state.requested.subject, body, f"decision:{state.requested.seq}:{earlier}")
@@ -202,8 +290,36 @@ def promotable(entries: Sequence[Entry], version: str, now: datetime.datetime) -
             raise DecisionRefused(f"the approval of version {version} is for other digests than were requested; it is void")
     if same_person(approval.actor, state.requested.actor) or approval.actor.method == "machine":
         raise DecisionRefused(f"version {version} was not approved by a second person; it is void")
+    _expect_excepted(entries, state, approval)
     _expect_fresh(entries, state)
     return state, approval
+
+
+def exceptions_of(entries: Sequence[Entry], approval: Entry) -> dict[str, Entry]:
+    """The exceptions that an approval rests on, by gate; none where the version passed every gate."""
+    rows = {entry.seq: entry for entry in entries}
+    return {gate: rows[seq] for gate, seq in approval.body.get("exceptions", {}).items() if seq in rows}
+
+
+def _expect_excepted(entries: Sequence[Entry], state: State, approval: Entry) -> None:
+    """Raise DecisionRefused unless the approval rests on a second person's exception for each undecided gate."""
+    found = exceptions_of(entries, approval)
+    for gate in state.undecided:
+        signed = found.get(gate)
+        whole = (
+            signed is not None
+            and signed.kind == "excepted"
+            and signed.seq < approval.seq
+            and gate in signed.body["gates"]
+            and all(signed.body[name] == state.requested.body[name] for name in ("bound", "manifest_sha256"))
+            and signed.actor.method != "machine"
+            and not same_person(signed.actor, state.requested.actor)
+        )
+        if not whole:
+            raise DecisionRefused(
+                f"the approval of version {state.version} rests on no exception of a second person for {gate}, which did "
+                f"not decide on these digests; it is void"
+            )
 
 
 def promote(version: str, release: str) -> Rule:
@@ -322,6 +438,7 @@ def _expect(state: State, allowed: tuple[Status, ...], wanted: str) -> None:
     who = f" by {decision.actor.name} at {shown_utc(decision.at)}" if decision is not None else ""
     hints: dict[Status, str] = {
         "waiting": "it waits for a person's approval (visionloop approve)",
+        "undecided": f"{', '.join(state.missing)} did not decide on it; {exception_command(state)} answers for that",
         "approved": f"it was approved{who}; `visionloop reject --withdraw` takes that back, `visionloop promote` uses it",
         "expired": f"its approval{who} has expired; approve it again",
         "rejected": f"it was rejected{who}: {decision.body['reason'] if decision else ''}",

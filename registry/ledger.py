@@ -25,7 +25,7 @@ from components.contracts.records import Record, canonical_json
 from components.databases import Database, now
 from components.machine import account
 
-Kind = Literal["requested", "rejected", "approved", "promoted", "rolled_back"]
+Kind = Literal["requested", "excepted", "rejected", "approved", "promoted", "rolled_back"]
 GENESIS = "0" * 64
 _LOCK = 0x76_6C_6C_67
 

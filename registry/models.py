@@ -1,4 +1,5 @@
-"""Models in MLflow: a judged candidate becomes a model version, a refused one is kept as evidence on its run.
+"""Models in MLflow: a judged candidate becomes a model version, also one that gates are undecided about and a person may
+except them; a refused one is kept as evidence on its run.
 
 Order, each step repeatable: artefacts up, read back and hashed, model version, ledger row. A candidate is known by its
 digest, so a run that was killed anywhere in between, and run again, ends with one version and one row.
@@ -22,7 +23,17 @@ from components.contracts.evidence import CandidateEvidence
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import FileDigest, Record, RecordT, Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Candidate, Evaluation, Rejection, Robustness, SliceTable, Verdict
+from components.contracts.verdicts import (
+    Candidate,
+    Evaluation,
+    Outcome,
+    Rejection,
+    Robustness,
+    SliceTable,
+    Undecided,
+    Verdict,
+    exceptable,
+)
 from components.store import describe, seal, sha256_file, unseal
 from components.tables import read_frame
 from registry import flavour, tracking
@@ -92,16 +103,21 @@ class Registry:
     def _client(self) -> MlflowClient:
         return tracking.client(self.tracking_uri, self._artifacts)
 
-    def recorded(self, model: str, candidate_digest: str) -> Candidate | Rejection | None:
+    def recorded(self, model: str, candidate_digest: str) -> Outcome | None:
         """What the ledger says about this very candidate; needs no MLflow."""
         entry = self.ledger.find(_key(model, candidate_digest))
         return None if entry is None else _outcome(entry)
 
-    def register(self, evidence: CandidateBundle) -> Candidate | Rejection:
-        """Record the candidate, or its rejection, once. Raises RegistryUnavailable; running again goes on."""
+    def register(self, evidence: CandidateBundle) -> Outcome:
+        """Record the candidate, the undecided version or the rejection, once.
+
+        Raises RegistryUnavailable; running again goes on.
+        """
         known = self.recorded(evidence.model, evidence.candidate_digest)
         if known is not None:
             return known
+        undecided = exceptable(evidence.verdict)
+        versioned = evidence.verdict.status == "pass" or bool(undecided)
         with _reachable(self.tracking_uri):
             mlflow = self._client()
             experiment = tracking.experiment_id(mlflow, evidence.model, self._artifacts)
@@ -116,9 +132,10 @@ class Registry:
                 "bound": dict(evidence.bound),
                 "summary": dict(evidence.summary),
             }
-            if evidence.verdict.status == "pass":
+            if versioned:
                 version = self._version(mlflow, evidence, experiment, run_id)
                 self._expect_new(evidence, str(version.version))
+                body |= {"undecided": list(undecided)} if undecided else {}
                 body |= {"version": str(version.version), "manifest_sha256": version.tags[_MANIFEST_TAG]}
             else:
                 with tempfile.TemporaryDirectory(prefix="visionloop-register-") as scratch:
@@ -126,14 +143,14 @@ class Registry:
                     mlflow.log_artifacts(run_id, scratch, "rejection")
             mlflow.set_terminated(run_id, "FINISHED")
         entry = self.ledger.append(
-            "requested" if evidence.verdict.status == "pass" else "rejected",
+            "requested" if versioned else "rejected",
             model=evidence.model,
             subject=evidence.candidate_digest,
             actor=evidence.requester or FLOW,
             body=body,
             key=_key(evidence.model, evidence.candidate_digest),
         )
-        if evidence.verdict.status == "pass":
+        if versioned:
             with _reachable(self.tracking_uri):
                 # What the ledger has reached, for the day when it is cut short.
                 mlflow.set_model_version_tag(evidence.model, entry.body["version"], _SEQ_TAG, str(entry.seq))
@@ -171,7 +188,9 @@ class Registry:
                 _MANIFEST_TAG: manifest_sha256,
                 "visionloop.verdict": evidence.verdict.status,
             },
-            description=_description(evidence.verdict.status, evidence.verdict.serving_engine, "Waits for approval"),
+            description=_description(
+                evidence.verdict.status, evidence.verdict.serving_engine, _waiting(exceptable(evidence.verdict))
+            ),
         )
         # By this tag, which MLflow's own `register_model` writes, the model's page shows that it is registered.
         known_as = json.dumps([{"name": evidence.model, "version": str(made.version)}])
@@ -432,7 +451,7 @@ def _versions(mlflow: MlflowClient, model: str) -> list[ModelVersion]:
 def described(state: State, entries: Sequence[Entry]) -> str:
     """What MLflow says of a version that stands so: a projection of the ledger's rows, which time alone does not change."""
     body, decision = state.requested.body, state.decision
-    standing = "Waits for approval"
+    standing = _waiting(tuple(gate for gate in state.undecided if gate not in _excepted(state, entries)))
     moves = [entry for entry in entries if entry.kind in ("promoted", "rolled_back")]
     served = [number for number, entry in enumerate(moves) if entry.body["version"] == state.version]
     if served and served[-1] == len(moves) - 1:
@@ -444,6 +463,16 @@ def described(state: State, entries: Sequence[Entry]) -> str:
     elif decision is not None:
         standing = f"Approved by {decision.actor.name} until {decision.body['expires_at'][:16]} UTC, not promoted"
     return _description(body["status"], body.get("bound", {}).get("serving", "unknown"), standing)
+
+
+def _excepted(state: State, entries: Sequence[Entry]) -> set[str]:
+    """The gates that were ever excepted: time alone changes no description."""
+    rows = [e for e in entries if e.kind == "excepted" and e.body["requested_seq"] == state.requested.seq]
+    return {gate for entry in rows for gate in entry.body["gates"]}
+
+
+def _waiting(undecided: Sequence[str]) -> str:
+    return f"Undecided: waits for an exception for {', '.join(undecided)}" if undecided else "Waits for approval"
 
 
 def _description(verdict: str, engine: str, standing: str) -> str:
@@ -562,7 +591,7 @@ def _key(model: str, candidate_digest: str) -> str:
     return f"registration:{model}:{candidate_digest}"
 
 
-def _outcome(entry: Entry) -> Candidate | Rejection:
+def _outcome(entry: Entry) -> Outcome:
     common: dict[str, Any] = {
         "model": entry.model,
         "candidate_digest": entry.subject,
@@ -570,7 +599,10 @@ def _outcome(entry: Entry) -> Candidate | Rejection:
         "ledger_seq": entry.seq,
     }
     if entry.kind == "requested":
-        return Candidate(version=str(entry.body["version"]), **common)
+        version, gates = str(entry.body["version"]), tuple(entry.body.get("undecided", ()))
+        if gates:
+            return Undecided(version=version, gates=gates, reasons=tuple(entry.body["reasons"]), **common)
+        return Candidate(version=version, **common)
     return Rejection(status=entry.body["status"], reasons=tuple(entry.body["reasons"]), **common)
 
 

@@ -6,7 +6,7 @@ have only its digest, and then it is said that the policies differ and not how.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from components.contracts.wording import shown_utc
@@ -94,6 +94,15 @@ def notes(entries: Sequence[Entry], body: Mapping[str, Any], *, subject: str = "
     return found
 
 
+def exceptions_told(signed: Iterable[Entry]) -> list[str]:
+    """What a reader is told of exceptions: for what, by whom, and why."""
+    return [
+        f"Excepted: {', '.join(entry.body['gates'])}, which did not decide, by {entry.actor.name} at {shown_utc(entry.at)} "
+        f"(ledger row {entry.seq}): {entry.body['reason']}"
+        for _, entry in sorted({entry.seq: entry for entry in signed}.items())
+    ]
+
+
 def by_gates(entry: Entry) -> bool:
     """Whether a row is the gates' rejection of a model, and not a person's of a version."""
     return entry.kind == "rejected" and "version" not in entry.body
@@ -144,6 +153,10 @@ def _rejections(entries: Sequence[Entry], body: Mapping[str, Any]) -> list[str]:
     requests = {str(e.body["version"]): e for e in entries if e.kind == "requested"}
     found = []
     for entry in entries:
+        gates = entry.body.get("undecided") if entry.kind == "requested" else None
+        if gates and entry.body.get("bound", {}).get("weights") == weights:
+            as_version = f"undecided as version {entry.body['version']} at {shown_utc(entry.at)} (ledger row {entry.seq})"
+            found.append(f"{as_version}: {', '.join(gates)}")
         if entry.kind != "rejected":
             continue
         if by_gates(entry):

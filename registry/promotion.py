@@ -8,6 +8,7 @@ behind, which `reconcile` reports and repairs.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from pathlib import Path
 from components.contracts.errors import DecisionRefused, RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError
 from components.contracts.records import Record
 from components.contracts.releases import Route, Routes
+from components.contracts.verdicts import Verdict, exceptable
 from components.releases import ReleaseStore
 from registry import approval
 from registry.ledger import Entry, Principal
@@ -70,8 +72,12 @@ class Promotion:
                     f"the approval of version {version} is void: {', '.join(changed)} changed since {approved.actor.name} "
                     f"approved it. Nothing was moved; register the model anew"
                 )
-            if found["verdict"] != "pass":
-                raise DecisionRefused(f"the gates did not pass version {version}; it cannot be promoted")
+            verdict = Verdict.read(json.loads((bundle / "evidence" / "verdict.json").read_text()))
+            if verdict.status != "pass" and not (state.undecided and exceptable(verdict) == state.undecided):
+                raise DecisionRefused(
+                    f"the gates did not pass version {version}, and its evidence does not say that they left just "
+                    f"{', '.join(state.undecided) or 'nothing'} undecided; it cannot be promoted"
+                )
             with tempfile.TemporaryDirectory(prefix="visionloop-release-") as scratch:
                 digest = self.releases.publish(release_in(bundle, out=Path(scratch)))
         self.releases.verify(self.model, digest)

@@ -15,6 +15,7 @@ from components.contracts.models import Engine, Preprocessing
 from components.contracts.records import Record
 from components.contracts.releases import DecisionRule, Release
 from components.contracts.verdicts import EngineVerdict, Estimate, Evaluation, Finding, Verdict
+from components.gating import combined
 from components.store import describe, sha256_file
 from registry.approval import person
 from registry.models import CandidateBundle, bound_in
@@ -39,7 +40,10 @@ def evidence(
     champion_engine: str | None = None,
     requester: str | None = None,
 ) -> CandidateBundle:
-    """CandidateBundle whose files lie under `tmp_path`; `digest` makes candidates differ, and so do their engines."""
+    """CandidateBundle whose files lie under `tmp_path`; `digest` makes candidates differ, and so do their engines.
+
+    With status `undecided` the gates latency and no_regression did not decide, and nothing else is wrong.
+    """
     folder = tmp_path / f"{model}-{digest}"
     files: dict[str, Path] = {}
 
@@ -109,18 +113,24 @@ def evidence(
     record("e.evaluation", Evaluation(engine="e", engine_digest=engine.digest(), **common))
     if champion_engine is not None:
         record("champion.evaluation", Evaluation(engine="e", engine_digest=champion_engine, **common))
-    finding = Finding(gate="accuracy", status="pass" if status == "pass" else "fail", message="so it was")
+    findings = [
+        Finding(gate="accuracy", status="fail" if status in ("fail", "inconclusive") else "pass", message="so it was")
+    ]
+    if status == "undecided":
+        findings += [
+            Finding(gate=gate, status="inconclusive", message="too few", n=4) for gate in ("latency", "no_regression")
+        ]
     judged = EngineVerdict(
         engine="e",
         engine_digest=engine.digest(),
         required=True,
         serving=True,
-        status="pass" if status == "pass" else "fail",
-        findings=(finding,),
+        status=combined(findings),
+        findings=tuple(findings),
     )
     verdict = Verdict.model_validate(
         {
-            "status": status,
+            "status": "inconclusive" if status == "undecided" else status,
             "serving_engine": "e",
             "engines": (judged,),
             "reasons": () if status == "pass" else ("accuracy too low",),
@@ -128,7 +138,7 @@ def evidence(
         }
     )
     record("verdict", verdict)
-    if status == "pass":
+    if status in ("pass", "undecided"):
         reference = write("release/reference.parquet", f"reference of {digest}".encode())
         golden = write("release/golden.safetensors", _golden(digest))
         rule = DecisionRule(threshold=0.6, target_accuracy=0.99, num_valid=4, coverage=share, accuracy=share)

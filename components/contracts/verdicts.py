@@ -193,6 +193,7 @@ class Finding(Record):
     value: float | None = None
     threshold: float | None = None
     n: int | None = None
+    """Images or runs that it rests on. What is inconclusive without them measured nothing, and nobody may except it."""
 
 
 VerdictStatus = Literal["pass", "fail", "inconclusive", "not executed here"]
@@ -210,7 +211,7 @@ class EngineVerdict(Record):
 
 
 class Verdict(Record):
-    """Whether this candidate may be asked for approval. Anything but `pass` is a rejection."""
+    """Whether this candidate may be asked for approval. Anything but `pass` is a rejection, or waits for an exception."""
 
     status: Literal["pass", "fail", "inconclusive"]
     serving_engine: str
@@ -218,6 +219,30 @@ class Verdict(Record):
     reasons: tuple[str, ...]
     """Why it is not a pass; empty on a pass."""
     policy_digest: str
+
+
+NEVER_EXCEPTED = frozenset({"parity", "evaluation", "export", "serving", "serves"})
+"""Findings that nobody may sign away: that an engine answers as it was trained, was executed, meets the limits, serves."""
+
+
+def exceptable(verdict: Verdict) -> tuple[str, ...]:
+    """The gates that alone keep a verdict from a pass, and that a person may except; none where anything else does, too.
+
+    Each has to be inconclusive for want of evidence: it measured something on `n` images or runs, and they do not decide.
+    """
+    deciding = [engine for engine in verdict.engines if engine.serving or engine.required]
+    if verdict.status != "inconclusive" or not any(engine.serving for engine in deciding):
+        return ()
+    gates: set[str] = set()
+    for engine in deciding:
+        if not any(finding.status == "pass" for finding in engine.findings):
+            return ()
+        for finding in engine.findings:
+            if finding.status == "inconclusive" and finding.n and finding.gate not in NEVER_EXCEPTED:
+                gates.add(finding.gate)
+            elif finding.status not in ("pass", "not applicable"):
+                return ()
+    return tuple(sorted(gates))
 
 
 class Lineage(Record):
@@ -243,6 +268,18 @@ class Candidate(Record):
     ledger_seq: int
 
 
+class Undecided(Record):
+    """A registered model version that some gates did not decide on; a person may sign an exception for these."""
+
+    model: str
+    version: str
+    gates: tuple[str, ...]
+    reasons: tuple[str, ...]
+    candidate_digest: str
+    mlflow_run_id: str
+    ledger_seq: int
+
+
 class Rejection(Record):
     """A model that was judged and refused; the evidence is kept."""
 
@@ -252,6 +289,10 @@ class Rejection(Record):
     candidate_digest: str
     mlflow_run_id: str
     ledger_seq: int
+
+
+Outcome = Candidate | Undecided | Rejection
+"""What becomes of a model that was judged."""
 
 
 def compare(value: float | None, threshold: float, *, at_least: bool) -> Literal["pass", "fail", "inconclusive"]:

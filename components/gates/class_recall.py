@@ -30,13 +30,10 @@ class Gate(BaseModel):
         if not measured:
             return self._inconclusive(f"no recall was measured: {evidence.evaluation.reason or 'there are no answers'}")
         supports = {name: measured[name].support if name in measured else 0 for name in evidence.engine.classes}
-        scarce = [
-            too_few(f"test images of {name!r}", support, self.min_images, exactly=True)
-            for name, support in supports.items()
-            if support < max(1, self.min_images)
-        ]
+        scarce = {name: support for name, support in supports.items() if support < max(1, self.min_images)}
         if scarce:
-            return self._inconclusive("; ".join(scarce))
+            told = [too_few(f"test images of {name!r}", n, self.min_images, exactly=True) for name, n in scarce.items()]
+            return self._inconclusive("; ".join(told), n=min(scarce.values()))
         by_status: dict[str, list[ClassMetrics]] = {"fail": [], "inconclusive": [], "pass": []}
         for metrics in sorted(measured.values(), key=lambda m: (m.recall.value, m.recall.low)):
             by_status[compare_interval(metrics.recall, self.floor)].append(metrics)
@@ -70,5 +67,5 @@ class Gate(BaseModel):
         )
         return too_few(f"test images of {name!r}", recall.n, needed)
 
-    def _inconclusive(self, message: str) -> Finding:
-        return Finding(gate="class_recall", status="inconclusive", message=message, threshold=self.floor)
+    def _inconclusive(self, message: str, *, n: int | None = None) -> Finding:
+        return Finding(gate="class_recall", status="inconclusive", message=message, threshold=self.floor, n=n)

@@ -24,7 +24,8 @@ class Gate(BaseModel):
         if measured.engine_digest != evidence.engine.digest():
             return self._inconclusive("the measurement is of another engine")
         if measured.num_runs < self.min_runs:
-            return self._inconclusive(too_few("timed runs", measured.num_runs, self.min_runs, exactly=True))
+            few = too_few("timed runs", measured.num_runs, self.min_runs, exactly=True)
+            return self._inconclusive(few, n=measured.num_runs)
         p99 = measured.latency_p99
         if p99 is None:
             return self._inconclusive("its p99 latency was measured without an interval; `--measure-again` measures one")
@@ -45,8 +46,8 @@ class Gate(BaseModel):
             n=measured.num_runs,
         )
 
-    def _inconclusive(self, message: str) -> Finding:
-        return Finding(gate="latency", status="inconclusive", message=message, threshold=self.max_p99_ms)
+    def _inconclusive(self, message: str, *, n: int | None = None) -> Finding:
+        return Finding(gate="latency", status="inconclusive", message=message, threshold=self.max_p99_ms, n=n)
 
 
 def _rounds(measured: Measurement) -> str:

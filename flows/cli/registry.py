@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ def add_registry_commands(app: Commands) -> None:
     """Put the registry's commands on the command line."""
     for command in (candidates, show, approve, reject, promote, rollback, history, reconcile):
         app.command()(command)
+    app.command("except")(except_gates)
     app.command("who-served")(who_served)
     app.add_typer(ledger_app, name="ledger")
 
@@ -62,8 +64,10 @@ def _line(state: State) -> str:
 def _status(state: State) -> str:
     if state.status == "approved" and state.decision is not None:
         return f"approved by {state.decision.actor.name} until {shown_utc(state.decision.body['expires_at'])}"
+    if state.status == "undecided":
+        return f"undecided: {', '.join(state.missing)}"
     if state.status == "waiting":
-        return "waits for approval"
+        return "waits for approval" + (" under an exception" if state.undecided else "")
     if state.status in ("rejected", "expired") and state.decision is not None:
         verb = "rejected" if state.status == "rejected" else "approval expired, given"
         return f"{verb} by {state.decision.actor.name}"
@@ -83,9 +87,26 @@ def _state_json(state: State) -> dict[str, Any]:
         "decided_at": decision.at if decision else None,
         "reason": decision.body.get("reason") if decision else None,
         "expires_at": decision.body.get("expires_at") if decision else None,
+        "undecided": list(state.undecided),
+        "exceptions": _exceptions_json(state.exceptions),
         "candidate_digest": state.requested.subject,
         "summary": state.requested.body.get("summary") or {},
     }
+
+
+def _exceptions_json(exceptions: Mapping[str, Entry]) -> dict[str, Any]:
+    return {
+        gate: {"by": e.actor.name, "at": e.at, "seq": e.seq, "reason": e.body["reason"], "expires_at": e.body["expires_at"]}
+        for gate, e in exceptions.items()
+    }
+
+
+def _exceptions_lines(exceptions: Mapping[str, Entry]) -> list[str]:
+    return [
+        f"{gate} did not decide; excepted by {_who(e)} at {shown_utc(e.at)} until {shown_utc(e.body['expires_at'])} "
+        f"(ledger row {e.seq}): {e.body['reason']}"
+        for gate, e in exceptions.items()
+    ]
 
 
 def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
@@ -119,6 +140,8 @@ def _page(model: str, shown: VersionShown) -> str:
         lines += [f"  {verb} by {_who(state.decision)} at {shown_utc(state.decision.at)}: {state.decision.body['reason']}"]
         lines += [f"  {shown.same_account}"] if shown.same_account else []
         lines += [""]
+    if state.exceptions:
+        lines += [*(f"  {line}" for line in _exceptions_lines(state.exceptions)), ""]
     if state.left is not None:
         left = state.left
         lines += [
@@ -166,7 +189,13 @@ def _page(model: str, shown: VersionShown) -> str:
         lines.append(f"Report: {shown.report}")
     fresh = shown.is_fresh
     approving = f'visionloop approve {state.version} --as WHO --reason "..."'
-    if state.status in ("waiting", "expired"):
+    if state.missing and state.status in ("undecided", "expired") and fresh:
+        gates = " ".join(f"--gate {gate}" for gate in state.missing)
+        lines.append(
+            f"Next: more evidence, as the undecided gates say; or who did not ask for it answers for what is not decided: "
+            f'visionloop except {state.version} {gates} --as WHO --reason "..."'
+        )
+    elif state.status in ("undecided", "waiting", "expired"):
         lines.append(f"Next: {approving} (or reject)" if fresh else f"Next: train again. {_stale(champion)}")
     if state.status == "approved":
         lines.append(f"Next: visionloop promote {state.version}" if fresh else f"Next: train again. {_stale(champion)}")
@@ -220,6 +249,39 @@ def _beside(state: State, champion: Entry | None, then: Entry | None) -> list[st
 def _who(entry: Entry) -> str:
     """Who a row is by, and how much that name is worth."""
     return entry.actor.name + _METHODS[entry.actor.method]
+
+
+def except_gates(
+    version: Version,
+    gates: Annotated[list[str], typer.Option("--gate", help="A gate that did not decide on it. May be repeated.")],
+    as_: By,
+    reason: Reason,
+    days: Annotated[float, typer.Option(help="For how many days the exception is valid, and what is approved by it.")] = 7.0,
+    model: OfModel = None,
+    workspace: InWorkspace = HERE,
+    json_: AsJson = False,
+) -> None:
+    """Answer for gates that did not decide on a version, by name and with a reason; then it can be approved.
+
+    The person who asked for it cannot. What a gate failed, parity, or an engine that was not executed cannot be excepted.
+    """
+    from flows.loop.decisions import declared
+    from flows.loop.decisions import except_gates as decide
+
+    by = declared(as_)
+    done = decide(opened_desk(workspace, model), version, by, gates, reason, days=days, say=to_stderr)
+    entry = done.entry
+    if done.same_account:
+        to_stderr(f"Note: {done.same_account}.")
+    left = f"still undecided: {', '.join(done.missing)}" if done.missing else f"visionloop approve {version}"
+    finish(
+        _row_json(entry) | {"missing": list(done.missing), "same_account": done.same_account},
+        json_,
+        lambda: (
+            f"{', '.join(entry.body['gates'])} of {entry.model} version {version} is excepted by {by.name} until "
+            f"{shown_utc(entry.body['expires_at'])} (ledger row {entry.seq}).\nNext: {left}"
+        ),
+    )
 
 
 def approve(
@@ -346,14 +408,16 @@ def who_served(
         "approved_at": approved.at,
         "reason": approved.body["reason"],
         "bound": approved.body["bound"],
+        "exceptions": _exceptions_json(served.exceptions),
     }
+    under = "".join(f"\nunder an exception: {line}" for line in _exceptions_lines(served.exceptions))
     finish(
         answer,
         json_,
         lambda: (
             f"{found.model} version {answer['version']} (release {answer['release'][:12]}), "
             f"{moved.kind.replace('_', ' ')} at {shown_utc(moved.at)} by {moved.actor.name};\n"
-            f"approved at {shown_utc(approved.at)} by {_who(approved)}: {approved.body['reason']}"
+            f"approved at {shown_utc(approved.at)} by {_who(approved)}: {approved.body['reason']}{under}"
         ),
     )
 
@@ -424,6 +488,8 @@ def _told_row(row: Row) -> str:
     entry = row.entry
     version = f"version {entry.body['version']}" if "version" in entry.body else "a model"
     why = entry.body.get("reason") or "; ".join(entry.body.get("reasons", []))
+    if entry.kind == "excepted":
+        why = f"{', '.join(entry.body['gates'])}: {why}"
     kind, by = entry.kind.replace("_", " "), f"by {_who(entry)}"
     if row.by_gates:
         # The row's actor is who asked for the training; it is the gates that refused.

@@ -1,10 +1,11 @@
-"""What a person decides about a model's versions: approve, reject, go back, mend what points elsewhere.
+"""What a person decides about a model's versions: except, approve, reject, go back, mend what points elsewhere.
 
 A decision is a row of the ledger first; that MLflow shows it and that people hear of it comes after, and may fail.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from components import collector
@@ -18,6 +19,16 @@ from registry import approval
 from registry.ledger import Entry, Principal, Rule
 from registry.policies import account_note
 from registry.promotion import Difference
+
+
+@dataclass(frozen=True)
+class Excepted:
+    """An exception that is on record."""
+
+    entry: Entry
+    missing: tuple[str, ...]
+    """The gates of the version that are still undecided and excepted by nobody."""
+    same_account: str | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,22 @@ def approve(desk: Desk, version: str, by: Principal, reason: str, *, days: float
         say(line)
     entry = _decide(desk, by, approval.approve(version, by, reason, days=days, shown=shown), say)
     return Approved(entry, account_note(entry, state.requested))
+
+
+def except_gates(
+    desk: Desk, version: str, by: Principal, gates: Sequence[str], reason: str, *, days: float, say: Say
+) -> Excepted:
+    """Answer for gates that did not decide on a version, for so many days; what to know of it is told first.
+
+    Raises DecisionRefused, ConfigError or UnknownName.
+    """
+    entries = desk.ledger.entries(desk.model)
+    state = approval.state_of(entries, version, desk.ledger.now())
+    for line in notes_on(entries, state):
+        say(line)
+    entry = _decide(desk, by, approval.except_gates(version, by, gates, reason, days=days), say)
+    left = approval.state_of(desk.ledger.entries(desk.model), version, desk.ledger.now()).missing
+    return Excepted(entry, left, account_note(entry, state.requested))
 
 
 def reject(desk: Desk, version: str, by: Principal, reason: str, *, withdraw: bool, say: Say) -> Entry:
@@ -87,5 +114,7 @@ def _decide(desk: Desk, by: Principal, rule: Rule, say: Say) -> Entry:
 
 
 def _notify(desk: Desk, entry: Entry, say: Say) -> None:
-    facts = {"version": entry.body["version"], "by": entry.actor.name, "reason": entry.body["reason"], "seq": entry.seq}
+    gates = f"{', '.join(entry.body['gates'])}: " if entry.kind == "excepted" else ""
+    reason = gates + entry.body["reason"]
+    facts = {"version": entry.body["version"], "by": entry.actor.name, "reason": reason, "seq": entry.seq}
     notify(desk.settings, entry.kind, desk.model, facts, say=say)

@@ -90,7 +90,8 @@ def governed(recipe: ChosenRecipe, cause: Cause, key: str) -> Iterator[Permit]:
     else:
         summary = permit.summary
         facts = {"version": summary.get("version"), "run": summary.get("run"), "verdict": summary.get("verdict")}
-        loop.governor.end(request.key, holder, summary["outcome"], facts)
+        # What gates did not decide helps production no more than what they rejected.
+        loop.governor.end(request.key, holder, "candidate" if summary["outcome"] == "candidate" else "rejection", facts)
     finally:
         stop.set()
         beat.join(5)

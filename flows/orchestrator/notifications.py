@@ -14,7 +14,18 @@ from typing import Any, Literal
 from flows.orchestrator.events import emit
 from flows.workspace.settings import Settings
 
-Event = Literal["requested", "rejected", "approved", "promoted", "rolled_back", "drift", "refused", "unwatched"]
+Event = Literal[
+    "requested",
+    "undecided",
+    "excepted",
+    "rejected",
+    "approved",
+    "promoted",
+    "rolled_back",
+    "drift",
+    "refused",
+    "unwatched",
+]
 _TIMEOUT_S = 5.0
 
 
@@ -68,6 +79,8 @@ def _sentence(event: Event, model: str, facts: Mapping[str, Any]) -> str:
         return f"{model}: a new model was rejected by the gates{asked}: {reason}"
     words = {
         "requested": "waits for approval, asked for by",
+        "undecided": "is undecided and waits for an exception, asked for by",
+        "excepted": "has an exception signed by",
         "rejected": "was rejected by",
         "approved": "was approved by",
         "promoted": "is champion now, promoted by",

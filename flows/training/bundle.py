@@ -11,7 +11,7 @@ from components.choosing import AUTO
 from components.contracts.data import SPLITS
 from components.contracts.evidence import CandidateEvidence
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
-from components.contracts.verdicts import Candidate, Rejection
+from components.contracts.verdicts import Outcome, Rejection, Undecided
 from components.gating import policy
 from components.samples import rows
 from components.store import sha256_file, write_atomically
@@ -36,7 +36,7 @@ from registry.approval import person
 from registry.holdout import holdout_use
 from registry.ledger import Ledger
 from registry.models import CandidateBundle
-from registry.policies import notes
+from registry.policies import exceptions_told, notes
 from registry.tracking import DataInput
 
 
@@ -226,7 +226,9 @@ def notes_of(run: Run, results: Results) -> list[str]:
     entries = Ledger(run.settings.ledger_url).entries(run.config.model)
     summary = {"policy": recorded_policy(run, results), "data_notes": results.data_notes}
     body = {"bound": bound_digests(results), "summary": summary}
-    return notes(entries, body, subject=candidate_digest(run, results))
+    subject = candidate_digest(run, results)
+    signed = [entry for entry in entries if entry.kind == "excepted" and entry.subject == subject]
+    return [*notes(entries, body, subject=subject), *exceptions_told(signed)]
 
 
 def holdout_told(run: Run, results: Results) -> str:
@@ -277,14 +279,15 @@ def _flat(values: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: json.dumps(values) if isinstance(values, list) else str(values)}
 
 
-def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report: Path) -> dict[str, Any]:
+def summarise(run: Run, results: Results, outcome: Outcome, report: Path) -> dict[str, Any]:
     """The run as JSON data: what `visionloop train --json` prints."""
     verdict = results.verdict.record
     return {
         "run": run.id,
         "model": run.config.model,
-        "version": outcome.version if isinstance(outcome, Candidate) else None,
-        "outcome": "candidate" if isinstance(outcome, Candidate) else "rejection",
+        "version": None if isinstance(outcome, Rejection) else outcome.version,
+        "outcome": type(outcome).__name__.lower(),
+        "undecided": list(outcome.gates) if isinstance(outcome, Undecided) else [],
         "candidate_digest": outcome.candidate_digest,
         "verdict": verdict.status,
         "reasons": list(verdict.reasons),
@@ -337,7 +340,7 @@ def summarise(run: Run, results: Results, outcome: Candidate | Rejection, report
     }
 
 
-def write_report(run: Run, results: Results, outcome: Candidate | Rejection) -> Path:
+def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
     """`report.html` of the run, with what registration answered; left alone when it says just that already."""
     path = run.folder / "report.html"
     told, judged_before = notes_of(run, results), holdout_told(run, results)

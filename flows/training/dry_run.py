@@ -16,7 +16,7 @@ from components.contracts.data import Dataset, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import RecordT, Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Evaluation, Measurement, Robustness, SliceTable, Verdict
+from components.contracts.verdicts import Evaluation, Measurement, Robustness, SliceTable, Verdict, exceptable
 from components.contracts.wording import counted
 from components.estimates import Images, PhaseEstimate, estimate
 from components.export import Graph, TargetConfig
@@ -205,7 +205,7 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
     walk.see("gating", "stored" if verdict else "computed", unless=champion if verdict else walk.unless)
     served = verdict.record.serving_engine if verdict else run.config.export.serving
     serving = next((engine for target, engine in named if target.name == served), None)
-    if verdict and verdict.record.status != "pass":
+    if verdict and verdict.record.status != "pass" and not exceptable(verdict.record):
         for stage in ("packaging", "serving_check"):
             walk.see(stage, "left out", unless=champion)
     else:

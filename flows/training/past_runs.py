@@ -34,13 +34,19 @@ def _run(path: Path) -> dict[str, Any]:
     return {
         "run": path.parent.name,
         "started": config.get("started") or started,
-        "outcome": "unfinished" if not outcome else ("candidate" if "version" in outcome else "rejection"),
+        "outcome": _outcome(outcome),
         "version": outcome.get("version"),
         "engine": serving,
         "accuracy": _accuracy(path.parent, str(serving)),
         "set": config.get("set"),
         "folder": str(path.parent),
     }
+
+
+def _outcome(told: dict[str, Any]) -> str:
+    if not told:
+        return "unfinished"
+    return ("undecided" if "gates" in told else "candidate") if "version" in told else "rejection"
 
 
 def _read(path: Path | None) -> dict[str, Any]:

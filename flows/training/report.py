@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from components.contracts.records import Stored
-from components.contracts.verdicts import Candidate, Estimate, Evaluation, Rejection
+from components.contracts.verdicts import Estimate, Evaluation, Outcome, Rejection, Undecided
 from components.selective import RiskCoverage
 from components.selective import rows as risk_coverage_rows
 from components.tables import read_frame
@@ -38,9 +38,7 @@ from flows.training.selective import aurc_told, curve_of, rule_told
 _SHOWN = 12
 
 
-def render(
-    run: Run, results: Results, outcome: Candidate | Rejection | None, notes: Sequence[str], judged_before: str
-) -> str:
+def render(run: Run, results: Results, outcome: Outcome | None, notes: Sequence[str], judged_before: str) -> str:
     """HTML of the report; `outcome` is None in the copy that is registered, which cannot know its own version.
 
     `notes` are what the ledger says of earlier gate policies and of rejections of the same weights, `judged_before` of how
@@ -48,8 +46,9 @@ def render(
     """
     shown = evaluation_shown(results)
     verdict = results.verdict.record
-    version = outcome.version if isinstance(outcome, Candidate) else ""
-    title = f"candidate, version {version}" if version else VERDICTS[verdict.status]
+    version = "" if outcome is None or isinstance(outcome, Rejection) else outcome.version
+    title = f"{VERDICTS[verdict.status]}, version {version}" if version else VERDICTS[verdict.status]
+    undecided = outcome.gates if isinstance(outcome, Undecided) else ()
     new, gone = results.classes_changed
     metrics = _metrics(run, results)
     phases, counts = run.config.training.all_phases, results.splits.record.counts
@@ -62,6 +61,7 @@ def render(
             model=run.config.model,
             outcome_title=title,
             version=version,
+            undecided=undecided,
             registered=outcome is None,
             run_id=run.id,
             lineage=run.lineage,

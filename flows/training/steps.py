@@ -26,7 +26,16 @@ from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
 from components.contracts.records import Stored
 from components.contracts.releases import Release
-from components.contracts.verdicts import Candidate, Evaluation, Measurement, Rejection, Robustness, SliceTable, Verdict
+from components.contracts.verdicts import (
+    Candidate,
+    Evaluation,
+    Measurement,
+    Outcome,
+    Rejection,
+    Robustness,
+    SliceTable,
+    Verdict,
+)
 from components.evaluation import PREDICTIONS, evaluate, measure
 from components.evidence import Compared, collect
 from components.export import REFERENCE, Graph, TargetConfig, export, export_graph, memory_mb
@@ -488,8 +497,8 @@ def evidence(
 
 
 @task(name="registration", **REGISTRY_POLICY)
-def registration(run: Run, results: Results) -> Candidate | Rejection:
-    """Record the candidate in MLflow and the ledger; the ledger decides whether that happened before."""
+def registration(run: Run, results: Results) -> Outcome:
+    """Record the outcome in MLflow and the ledger; the ledger decides whether that happened before."""
     from flows.training.bundle import assemble
 
     registry = registry_of(run.workspace, run.settings)
@@ -506,11 +515,14 @@ def registration(run: Run, results: Results) -> Candidate | Rejection:
     return outcome
 
 
-def _tell(run: Run, outcome: Candidate | Rejection) -> None:
+def _tell(run: Run, outcome: Outcome) -> None:
     by = run.requested_by or "flows/train"
     if isinstance(outcome, Candidate):
         event: Event = "requested"
         facts = {"version": outcome.version, "by": by, "reason": f"run {run.id}", "seq": outcome.ledger_seq}
+    elif not isinstance(outcome, Rejection):
+        event = "undecided"
+        facts = {"version": outcome.version, "by": by, "reason": "; ".join(outcome.reasons), "seq": outcome.ledger_seq}
     else:
         event = "rejected"
         facts = {

@@ -29,14 +29,23 @@ def told(summary: dict[str, Any]) -> str:
             f"and waits for a person's approval (next: visionloop show {summary['version']})"
         )
     elif summary["verdict"] == "inconclusive":
+        version = f" version {summary['version']}" if summary["version"] else ""
         console.print(
-            f"[bold yellow]UNDECIDED[/]  {summary['model']}: this model is neither shown to be good enough nor shown not to "
-            f"be, so it is no candidate. What is missing:"
+            f"[bold yellow]UNDECIDED[/]  {summary['model']}{version}: this model is neither shown to be good enough nor "
+            f"shown not to be, so it is no candidate. What is missing:"
         )
     else:
         console.print(f"[bold red]FAIL[/]  {summary['model']}: the gates rejected this model; the evidence is kept. Why:")
     for reason in summary["reasons"]:
         console.print(f"  - {reason}", markup=False, soft_wrap=True)
+    if summary.get("undecided"):
+        gates = " ".join(f"--gate {gate}" for gate in summary["undecided"])
+        console.print(
+            f"What is missing decides it. Or a person who did not ask for it answers for what is not decided, and then it "
+            f'can be approved: visionloop except {summary["version"]} {gates} --as WHO --reason "..."',
+            markup=False,
+            soft_wrap=True,
+        )
     for line in _serving_told(summary) if summary["outcome"] == "candidate" else ():
         console.print(f"  - {line}", markup=False, soft_wrap=True)
     evidence = summary.get("evidence")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from flows.workspace.judged_engines import build_command, further_engine, furthe
 from flows.workspace.workspace import version as own_version
 from registry import approval
 from registry.approval import State
+from registry.ledger import Entry
+from registry.policies import exceptions_told
 
 _KEYS = "signing"
 """Folder of the workspace's state with the key that signs where no other is named."""
@@ -187,6 +189,8 @@ def _contents(desk: Desk, state: State, engine: str | None, folder: Path, built_
     """What leaves, from the verified files of a version, or of what was built of it later."""
     evidence = folder / "evidence"
     verdict = Verdict.read(json.loads((evidence / "verdict.json").read_text()))
+    entries = desk.ledger.entries(desk.model)
+    excepted: Mapping[str, Entry] = {}
     release = Release.read(json.loads((evidence / "release.json").read_text()))
     checkpoint = Checkpoint.read(json.loads((evidence / "checkpoint.json").read_text()))
     name = engine or verdict.serving_engine
@@ -201,7 +205,10 @@ def _contents(desk: Desk, state: State, engine: str | None, folder: Path, built_
         raise UnknownName(f"engine of version {state.version}", name, [*own, *further_names(desk, state.version)])
     else:
         judged = own[name]
-        _expect_passed(state.version, judged)
+        excepted = approval.exceptions_of(entries, state.decision) if state.decision is not None else {}
+        approved = state.status in ("approved", "champion", "retired")
+        if not (approved and _undecided(judged) and _undecided(judged) <= excepted.keys()):
+            _expect_passed(state.version, judged)
         stored = Stored(Engine.read(json.loads((evidence / f"{name}.engine.json").read_text())), folder / "engines" / name)
     record = stored.record
     pictures, probabilities = _golden(folder / "release" / GOLDEN)
@@ -217,12 +224,19 @@ def _contents(desk: Desk, state: State, engine: str | None, folder: Path, built_
         class_thresholds=release.decision.class_thresholds if serves else {},
         pictures=pictures,
         probabilities=probabilities if serves else None,
-        card=(folder / "model-card.md").read_text() + _of_engine(judged, further is not None, serves=serves),
+        card=(folder / "model-card.md").read_text()
+        + _of_engine(judged, further is not None, exceptions_told(excepted.values()), serves=serves),
         licences=_licences(record, checkpoint, json.loads((evidence / "config.json").read_text())),
         made_by=f"visionloop {own_version()}",
         gates=judged.findings,
         built_later=further is not None,
     )
+
+
+def _undecided(judged: EngineVerdict) -> set[str]:
+    """The gates that did not decide on an engine that failed none."""
+    found = {finding.gate for finding in judged.findings if finding.status == "inconclusive"}
+    return found if judged.status == "inconclusive" else set()
 
 
 def _expect_passed(version: str, judged: EngineVerdict) -> None:
@@ -257,7 +271,7 @@ NEVER_UNSURE = (
 )
 
 
-def _of_engine(judged: EngineVerdict, built_later: bool, *, serves: bool) -> str:
+def _of_engine(judged: EngineVerdict, built_later: bool, exceptions: Sequence[str], *, serves: bool) -> str:
     """What a model card, whose figures are the serving engine's, says of the engine beside it."""
     how = "built and judged after its version was registered" if built_later else "built and judged with its version"
     return "\n".join(
@@ -269,6 +283,7 @@ def _of_engine(judged: EngineVerdict, built_later: bool, *, serves: bool) -> str
             f"It was {how}. What its gates said:",
             "",
             *(f"- {found.gate}: {found.status}; {found.message}" for found in judged.findings),
+            *(f"- {line}" for line in exceptions),
             "",
         ]
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,8 @@ class Served:
     moved: Entry
     """The promotion or the rollback that made it champion."""
     approved: Entry
+    exceptions: Mapping[str, Entry]
+    """By gate, the exceptions that the approval rests on; none where every gate passed."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,13 @@ class LedgerVerified:
     """The last hash; None of an empty ledger."""
 
 
+_OPEN = ("undecided", "waiting", "approved", "expired", "champion")
+
+
 def candidates(desk: Desk, *, every: bool = False) -> list[State]:
     """Versions that wait for a decision or for their promotion, and the champion; with `every`, also the past."""
     found = approval.states(desk.ledger.entries(desk.model), desk.ledger.now())
-    return [state for state in found if every or state.status in ("waiting", "approved", "expired", "champion")]
+    return [state for state in found if every or state.status in _OPEN]
 
 
 def show(desk: Desk, version: str) -> VersionShown:
@@ -115,7 +120,8 @@ def who_served(desk: Desk, moment: datetime.datetime) -> Served | None:
         return None
     rows = {entry.seq: entry for entry in entries}
     promoted = rows[moved.body["promoted_seq"]] if moved.kind == "rolled_back" else moved
-    return Served(moved, rows[promoted.body["approved_seq"]])
+    approved = rows[promoted.body["approved_seq"]]
+    return Served(moved, approved, approval.exceptions_of(entries, approved))
 
 
 def verify_ledger(workspace: Workspace) -> LedgerVerified:

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from components.contracts.errors import SchemaTooNew, StoreError, UnknownName
 from components.contracts.models import Preprocessing
 from components.contracts.records import FileDigest, Record
-from components.contracts.verdicts import Estimate, compare, compare_interval
+from components.contracts.verdicts import EngineVerdict, Estimate, Finding, Verdict, compare, compare_interval, exceptable
 from components.contracts.wording import counted, shown_utc, utc_of
+from components.gating import combined
 
 
 def estimate(low: float, value: float, high: float) -> Estimate:
@@ -120,3 +121,63 @@ def test_one_is_no_plural() -> None:
 def test_what_is_no_moment_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a moment"):
         utc_of(text)
+
+
+def undecided(*findings: Finding, status: str = "inconclusive", required: bool = False, **other: Finding) -> Verdict:
+    """A verdict whose serving engine has these findings; `other` is a finding of an engine beside it."""
+    engines = [("a", True, True, findings)]
+    engines += [("b", False, required, (PASSED, finding)) for finding in other.values()]
+    judged = tuple(
+        EngineVerdict.model_validate(
+            {
+                "engine": name,
+                "engine_digest": name,
+                "required": needed,
+                "serving": serving,
+                "status": combined(found),
+                "findings": found,
+            }
+        )
+        for name, serving, needed, found in engines
+    )
+    told = {"status": status, "serving_engine": "a", "engines": judged, "reasons": ("few",), "policy_digest": "p"}
+    return Verdict.model_validate(told)
+
+
+def found(gate: str, status: str = "inconclusive", n: int | None = 40) -> Finding:
+    return Finding.model_validate({"gate": gate, "status": status, "message": "so", "n": n})
+
+
+PASSED = found("accuracy", "pass")
+
+
+def test_only_what_measured_something_and_did_not_decide_can_be_excepted() -> None:
+    few, slow = found("no_regression"), found("latency")
+    assert exceptable(undecided(PASSED, few)) == ("no_regression",)
+    assert exceptable(undecided(PASSED, slow, few, found("x", "not applicable"))) == ("latency", "no_regression")
+    # Another engine's gates count where that has to pass, and only then.
+    assert exceptable(undecided(PASSED, few, beside=slow, required=True)) == ("latency", "no_regression")
+    assert exceptable(undecided(PASSED, few, beside=found("parity", "fail"))) == ("no_regression",)
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        undecided(PASSED, found("no_regression"), status="pass"),
+        undecided(PASSED, found("no_regression"), status="fail"),
+        undecided(PASSED, found("no_regression"), found("class_recall", "fail")),
+        undecided(PASSED, found("no_regression"), found("parity")),
+        undecided(PASSED, found("no_regression"), found("evaluation")),
+        undecided(PASSED, found("no_regression"), found("serving")),
+        undecided(PASSED, found("no_regression"), found("serves")),
+        undecided(PASSED, found("no_regression"), found("evaluation", "not executed here")),
+        undecided(PASSED, found("no_regression"), found("class_recall", n=None)),  # not finite, or nothing to compare
+        undecided(PASSED, found("no_regression"), found("class_recall", n=0)),
+        undecided(found("no_regression")),  # no gate passed
+        undecided(PASSED, found("no_regression"), beside=found("export", "not executed here"), required=True),
+        undecided(PASSED, found("no_regression"), beside=found("accuracy", "fail"), required=True),
+    ],
+)
+def test_nothing_else_can_be_excepted(verdict: Verdict) -> None:
+    assert exceptable(verdict) == ()
+    assert exceptable(verdict.model_copy(update={"engines": ()})) == ()

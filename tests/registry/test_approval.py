@@ -30,7 +30,15 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
     return Ledger(url)
 
 
-def request(ledger: Ledger, version: str, *, by: Principal = FLOW, champion: str = "none", engine: str = "") -> Entry:
+def request(
+    ledger: Ledger,
+    version: str,
+    *,
+    by: Principal = FLOW,
+    champion: str = "none",
+    engine: str = "",
+    undecided: tuple[str, ...] = (),
+) -> Entry:
     bound = {
         "data": f"data {version}",
         "engines": {"e": engine or f"engine {version}"},
@@ -38,12 +46,18 @@ def request(ledger: Ledger, version: str, *, by: Principal = FLOW, champion: str
         "release": f"release {version}",
         "champion": champion,
     }
-    body = {"version": version, "manifest_sha256": f"manifest {version}", "bound": bound}
+    body: dict[str, Any] = {"version": version, "manifest_sha256": f"manifest {version}", "bound": bound}
+    body |= {"undecided": list(undecided)} if undecided else {}
     return ledger.append("requested", model="m", subject=f"candidate {version}", actor=by, body=body, key=f"r{version}")
 
 
 def approve(ledger: Ledger, version: str, by: Principal = ANN, **options: Any) -> Entry:
     return ledger.decide(model="m", actor=by, rule=approval.approve(version, by, "looked at it", **options))
+
+
+def except_(ledger: Ledger, version: str, *gates: str, by: Principal = ANN, **options: Any) -> Entry:
+    rule = approval.except_gates(version, by, gates, "looked at the images", **options)
+    return ledger.decide(model="m", actor=by, rule=rule)
 
 
 def reject(ledger: Ledger, version: str, by: Principal = BOB, **options: Any) -> Entry:
@@ -297,6 +311,127 @@ def test_of_racing_deciders_exactly_one_wins(ledger: Ledger, attempt: int) -> No
     outcome = race(*[lambda v=v: promote(Ledger(url), v) for v in ("1", "3")])
     assert sorted(outcome) == ["DecisionRefused", "done"]
     assert [e.kind for e in ledger.entries("m")].count("promoted") == 1
+
+
+GATES = ("latency", "no_regression")
+
+
+def test_the_way_of_an_undecided_version(ledger: Ledger) -> None:
+    requested = request(ledger, "1", undecided=GATES)
+    assert status(ledger, "1") == "undecided"
+    with pytest.raises(DecisionRefused, match="visionloop except 1 --gate latency --gate no_regression --as WHO"):
+        approve(ledger, "1")
+    signed = except_(ledger, "1", "no_regression", by=BOB)
+    assert (signed.kind, signed.subject) == ("excepted", requested.subject)
+    assert (signed.body["gates"], signed.body["bound"]) == (["no_regression"], requested.body["bound"])
+    assert (signed.body["manifest_sha256"], signed.body["reason"]) == ("manifest 1", "looked at the images")
+    # One of two is not enough, and the command names what is left.
+    assert status(ledger, "1") == "undecided"
+    with pytest.raises(DecisionRefused, match="undecided: latency did not .* except 1 --gate latency --as WHO"):
+        approve(ledger, "1")
+    with pytest.raises(DecisionRefused, match="cannot be promoted: latency did not decide"):
+        promote(ledger, "1")
+    other = except_(ledger, "1", "latency")
+    assert status(ledger, "1") == "waiting"
+    approved = approve(ledger, "1")  # who signed an exception may approve as well
+    assert approved.body["exceptions"] == {"latency": other.seq, "no_regression": signed.seq}
+    assert promote(ledger, "1").body["version"] == "1"
+    entries = ledger.entries("m")
+    assert approval.exceptions_of(entries, approved) == {"latency": other, "no_regression": signed}
+
+
+def test_bad_exceptions_are_refused_and_leave_no_row(ledger: Ledger) -> None:
+    request(ledger, "1", by=BOB, undecided=GATES)
+    request(ledger, "2")
+    with pytest.raises(DecisionRefused, match="requested version 1 and cannot sign an exception"):
+        except_(ledger, "1", "latency", by=person("bob müller"))
+    with pytest.raises(DecisionRefused, match="machine"):
+        except_(ledger, "1", "latency", by=FLOW)
+    for gate in ("accuracy", "nonsense", "parity"):
+        with pytest.raises(UnknownName, match=f"undecided gate of version 1 '{gate}'; valid: latency, no_regression"):
+            except_(ledger, "1", "latency", gate)
+    with pytest.raises(DecisionRefused, match="version 2 passed every gate"):
+        except_(ledger, "2", "latency")
+    with pytest.raises(UnknownName, match="version '3'; valid: 1, 2"):
+        except_(ledger, "3", "latency")
+    with pytest.raises(ConfigError, match="--gate"):
+        except_(ledger, "1")
+    with pytest.raises(ConfigError, match="--reason"):
+        approval.except_gates("1", ANN, ["latency"], "  ")
+    for days in (0.0, 366.0, float("nan")):
+        with pytest.raises(ConfigError, match="365 days"):
+            except_(ledger, "1", "latency", days=days)
+    assert [entry.kind for entry in ledger.entries("m")] == ["requested", "requested"]
+    except_(ledger, "1", "latency")
+    with pytest.raises(DecisionRefused, match="latency of version 1 is excepted already by ann until .* row 3"):
+        except_(ledger, "1", "no_regression", "latency", by=person("carol"))
+    reject(ledger, "1", by=ANN)
+    with pytest.raises(DecisionRefused, match="cannot be excepted: it was rejected"):
+        except_(ledger, "1", "no_regression")
+    assert [entry.kind for entry in ledger.entries("m")] == ["requested", "requested", "excepted", "rejected"]
+
+
+def test_an_exception_expires_and_takes_the_approval_with_it(ledger: Ledger) -> None:
+    request(ledger, "1", undecided=GATES)
+    first = except_(ledger, "1", "latency", days=1)
+    except_(ledger, "1", "no_regression", days=3)
+    approved = approve(ledger, "1", days=30)
+    assert approved.body["expires_at"] == first.body["expires_at"]
+    entries, later = ledger.entries("m"), ledger.now() + 2 * DAY
+    assert approval.state_of(entries, "1", later).status == "expired"
+    assert approval.state_of(entries, "1", later).missing == ("latency",)
+    with pytest.raises(DecisionRefused, match="expired"):
+        approval.promotable(entries, "1", later)
+    with pytest.raises(DecisionRefused, match="--gate latency --as WHO"):
+        approval.approve("1", ANN, "again")(entries, later)
+    draft = approval.except_gates("1", ANN, ["latency"], "still fine")(entries, later)
+    assert draft.body["gates"] == ["latency"]
+
+
+def test_an_exception_against_another_champion_is_stale(ledger: Ledger) -> None:
+    request(ledger, "1", undecided=GATES)
+    reign(ledger, "2")
+    with pytest.raises(DecisionRefused, match="its evidence is stale"):
+        except_(ledger, "1", "latency")
+
+
+@pytest.mark.parametrize(
+    ("change", "actor"),
+    [
+        ({"bound": {"data": "other"}}, ANN),
+        ({"manifest_sha256": "other"}, ANN),
+        ({"gates": ["latency"]}, ANN),
+        ({}, BOB),
+        ({}, FLOW),
+    ],
+)
+def test_a_promotion_looks_at_the_exceptions_again(ledger: Ledger, change: dict[str, Any], actor: Principal) -> None:
+    """Rows that no rule would write, as somebody with access to the database could."""
+    request(ledger, "1", by=BOB, undecided=("no_regression",))
+    entries = ledger.entries("m")
+    body = dict(approval.except_gates("1", ANN, ["no_regression"], "fine")(entries, ledger.now()).body) | change
+    signed = ledger.append("excepted", model="m", subject="candidate 1", actor=actor, body=body, key="forged")
+    rule = approval.approve("1", ANN, "fine")
+    try:
+        draft = dict(rule(ledger.entries("m"), ledger.now()).body)
+    except DecisionRefused:  # no valid exception for this gate: then the approval is forged as well
+        bound = entries[0].body["bound"]
+        expires = (ledger.now() + DAY).isoformat()
+        draft = {"version": "1", "bound": bound, "manifest_sha256": "manifest 1", "reason": "fine", "expires_at": expires}
+    draft["exceptions"] = {"no_regression": signed.seq}
+    ledger.append("approved", model="m", subject="candidate 1", actor=ANN, body=draft, key="approved")
+    with pytest.raises(DecisionRefused, match="rests on no exception of a second person for no_regression"):
+        promote(ledger, "1")
+
+
+def test_of_two_who_except_the_same_gate_at_once_one_does(ledger: Ledger) -> None:
+    request(ledger, "1", undecided=GATES)
+    url = ledger.url
+    outcome = race(
+        lambda: except_(Ledger(url), "1", "latency", by=ANN), lambda: except_(Ledger(url), "1", "latency", by=BOB)
+    )
+    assert sorted(outcome) == ["DecisionRefused", "done"]
+    assert [entry.kind for entry in ledger.entries("m")].count("excepted") == 1
 
 
 def test_who_served_at_a_moment(ledger: Ledger) -> None:

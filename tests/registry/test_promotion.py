@@ -18,6 +18,7 @@ from stores import s3_bucket
 
 from components import releases as releases_module
 from components.contracts.errors import DecisionRefused, RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError
+from components.contracts.verdicts import Undecided
 from components.databases import now
 from components.releases import ReleaseStore
 from registry import approval, models, promotion
@@ -46,6 +47,11 @@ def desk(uri: str, tmp_path: Path) -> Desk:
         return Promotion(registry, ReleaseStore(str(tmp_path / "releases")), model)
 
     return fresh
+
+
+def excepted(desk: Promotion, version: str, *gates: str) -> None:
+    rule = approval.except_gates(version, ANN, gates, "looked at by hand")
+    desk.ledger.decide(model=desk.model, actor=ANN, rule=rule)
 
 
 def candidate(desk: Promotion, tmp_path: Path, digest: str, *, approved: bool = True) -> str:
@@ -78,7 +84,10 @@ def assert_invariants(desk: Promotion) -> None:
     promoted = rows[champion.body["promoted_seq"]] if champion.kind == "rolled_back" else champion
     approved = rows[promoted.body["approved_seq"]]
     requested = rows[promoted.body["requested_seq"]]
-    assert (requested.kind, requested.body["status"]) == ("requested", "pass")
+    assert requested.kind == "requested"
+    undecided_gates = requested.body.get("undecided", [])
+    assert requested.body["status"] == ("inconclusive" if undecided_gates else "pass")
+    assert sorted(approved.body.get("exceptions", {})) == undecided_gates
     assert approved.kind == "approved"
     assert approved.actor.method == "declared"
     assert approved.body["bound"] == requested.body["bound"]
@@ -175,6 +184,64 @@ def test_any_change_after_the_approval_voids_it(desk: Desk, tmp_path: Path, uri:
     with pytest.raises(TamperedArtefact):
         mine.promote(version)
     assert mine.ledger.champion(mine.model) is None
+    assert_invariants(mine)
+
+
+def undecided(desk: Promotion, tmp_path: Path) -> str:
+    """Register a version that two gates did not decide on, except them and approve it."""
+    outcome = desk.registry.register(evidence(tmp_path, desk.model, status="undecided", digest="a"))
+    assert isinstance(outcome, Undecided)
+    assert outcome.gates == ("latency", "no_regression")
+    excepted(desk, outcome.version, "latency", "no_regression")
+    rule = approval.approve(outcome.version, ANN, "good figures")
+    desk.ledger.decide(model=desk.model, actor=ANN, rule=rule)
+    return outcome.version
+
+
+def test_an_undecided_version_moves_no_pointer_until_its_gates_are_excepted_and_it_is_approved(
+    desk: Desk, tmp_path: Path, uri: str
+) -> None:
+    mine = desk("undecided")
+    again = mine.registry.register(evidence(tmp_path, mine.model, status="undecided", digest="a"))
+    version = again.version  # type: ignore[union-attr]
+    assert mine.registry.register(evidence(tmp_path, mine.model, status="undecided", digest="a")) == again
+    told = MlflowClient(uri).get_model_version(mine.model, version).description
+    assert told is not None
+    assert "Undecided: waits for an exception for latency, no_regression" in told
+    with pytest.raises(DecisionRefused, match="--gate latency --gate no_regression"):
+        mine.promote(version)
+    assert_invariants(mine)
+    excepted(mine, version, "latency")
+    with pytest.raises(DecisionRefused, match="no_regression did not decide"):
+        mine.promote(version)
+    excepted(mine, version, "no_regression")
+    with pytest.raises(DecisionRefused, match="waits for a person's approval"):
+        mine.promote(version)
+    assert mine.ledger.champion(mine.model) is None
+    mine.ledger.decide(model=mine.model, actor=ANN, rule=approval.approve(version, ANN, "good figures"))
+    assert mine.promote(version).body["version"] == version
+    assert_invariants(mine)
+    assert mine.reconcile(repair=False) == []
+
+
+@pytest.mark.parametrize("name", ["evidence/verdict.json", "evidence/e.evaluation.json", "engines/e/model.bin"])
+def test_evidence_that_is_edited_after_the_exception_was_signed_voids_it(desk: Desk, tmp_path: Path, name: str) -> None:
+    mine = desk(f"edited-{name.replace('/', '-').replace('.', '-')}")
+    version = undecided(mine, tmp_path)
+    (path,) = (tmp_path / "artifacts").rglob(f"{mine.model}/**/{name}")
+    path.write_bytes(path.read_bytes().replace(b"inconclusive", b"pass") + b" ")
+    with pytest.raises(TamperedArtefact):
+        mine.promote(version)
+    assert mine.ledger.champion(mine.model) is None
+    assert_invariants(mine)
+
+
+def test_an_exception_lets_no_other_gate_pass(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = desk("other-gates")
+    version = undecided(mine, tmp_path)
+    monkeypatch.setattr(promotion, "exceptable", lambda _: ("latency", "no_regression", "accuracy"))
+    with pytest.raises(DecisionRefused, match="does not say that they left just latency, no_regression undecided"):
+        mine.promote(version)
     assert_invariants(mine)
 
 
