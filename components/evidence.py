@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import Field
 
 from components import plugins
 from components.answer_tables import answers_of, slices_of
@@ -24,7 +25,7 @@ from components.contracts.evidence import CandidateEvidence, Cluster, Flips, Nei
 from components.contracts.families import Answers, Predictor, Slices, Task
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress, silent
-from components.contracts.records import Stored
+from components.contracts.records import Record, Stored
 from components.contracts.verdicts import Evaluation, SliceTable, shared_classes
 from components.contracts.wording import counted
 from components.images import batches, decode, load_prepared
@@ -39,14 +40,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FLIPS = "flips.parquet"
-_EACH = 12
-"""Pictures shown of each kind at most."""
 _NEIGHBOURS = 3
-_COMPARED = 1000
-"""Training pictures among which neighbours are looked for, at most."""
 _OF_CLUSTER = 6
 _THUMBNAIL = 160
 _BATCH = 32
+
+
+class EvidenceConfig(Record):
+    """How much is shown; it decides nothing."""
+
+    pictures: int = Field(default=12, ge=0, le=100)
+    """Pictures of each kind at most: lost, won, surest errors, least sure."""
+    training_pictures: int = Field(default=1000, ge=0)
+    """Among how many training pictures the nearest ones are looked for, at most."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ def collect(
     checkpoint: Stored[Checkpoint],
     data: Path,
     task: Task,
+    config: EvidenceConfig,
     *,
     num_threads: int,
     out: Path,
@@ -97,9 +104,19 @@ def collect(
     flips, table = _flips(table, answers, theirs, champion, task, notes)
     table.drop(columns=["embedding", "number"]).to_parquet(out / FLIPS, index=False)
     figures = _figures(answers, theirs, slices_of(slices), notes)
-    shown = _chosen(table)
+    shown = _chosen(table, config.pictures)
     drawing = _Drawing(data, out, notes)
-    near = _neighbours(engine, splits, data, shown, table, num_threads=num_threads, notes=notes, progress=progress)
+    near = _neighbours(
+        engine,
+        splits,
+        data,
+        shown,
+        table,
+        most=config.training_pictures,
+        num_threads=num_threads,
+        notes=notes,
+        progress=progress,
+    )
     maps, by = _saliency(checkpoint, engine.record, shown, drawing, notes)
     pictures = tuple(
         ShownPicture(
@@ -207,7 +224,7 @@ def _figures(answers: Answers, theirs: Answers | None, slices: Slices | None, no
     return slice_figures(answers.right, champion, answers.image_ids, slices)
 
 
-def _chosen(table: pd.DataFrame) -> list[tuple[Shown, dict[str, Any]]]:
+def _chosen(table: pd.DataFrame, most: int) -> list[tuple[Shown, dict[str, Any]]]:
     """The pictures that are shown, with the reason: what was lost and won, surest first; one is shown once."""
     order = table.sort_values("confidence", ascending=False, kind="stable")
     wrong, right = order[~order["right"]], order[order["right"]]
@@ -220,7 +237,7 @@ def _chosen(table: pd.DataFrame) -> list[tuple[Shown, dict[str, Any]]]:
     found: list[tuple[Shown, dict[str, Any]]] = []
     taken: set[str] = set()
     for why, group in groups:
-        fresh = group[~group["sha256"].isin(taken)].drop_duplicates("sha256").head(_EACH)
+        fresh = group[~group["sha256"].isin(taken)].drop_duplicates("sha256").head(most)
         taken.update(fresh["sha256"])
         found += [(why, {str(name): value for name, value in row.items()}) for row in fresh.to_dict("records")]
     return found
@@ -263,6 +280,7 @@ def _neighbours(
     shown: Sequence[tuple[Shown, dict[str, Any]]],
     table: pd.DataFrame,
     *,
+    most: int,
     num_threads: int,
     notes: list[str],
     progress: Progress,
@@ -271,14 +289,14 @@ def _neighbours(
     wanted = {row[name] for _, row in shown for name in ("label", "predicted", "champion_predicted")} - {""}
     train = rows(splits, "train")
     train = train[train["label"].isin(wanted)]
-    if not shown or not len(train):
+    if not shown or not len(train) or not most:
         return {}
-    if len(train) > _COMPARED:
+    if len(train) > most:
         # By digest within each label: the same pictures however the table is ordered.
         turn = train.sort_values("sha256").groupby("label").cumcount()
-        train = train.assign(turn=turn).sort_values(["turn", "label"], kind="stable").head(_COMPARED)
+        train = train.assign(turn=turn).sort_values(["turn", "label"], kind="stable").head(most)
         notes.append(
-            f"nearest training pictures are looked for among {_COMPARED} of {counted(len(rows(splits, 'train')), 'picture')}"
+            f"nearest training pictures are looked for among {most} of {counted(len(rows(splits, 'train')), 'picture')}"
         )
     train = train[[(data / path).is_file() for path in train["path"]]]
     try:

@@ -79,22 +79,7 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         verdict = steps.serving_check(run, release, verdict) if release else verdict
         shown = steps.evidence(run, engines, evaluations, verdict.record, champion, compared, sliced, splits, checkpoint)
         folds = estimated(run, dataset, turns)
-        results = Results(
-            dataset,
-            splits,
-            checkpoint,
-            engines,
-            evaluations,
-            measurements,
-            champion,
-            compared,
-            verdict,
-            release,
-            sliced,
-            shown,
-            folds,
-            corrupted,
-            champion_corrupted,
-        )
+        judged = (dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release)
+        results = Results(*judged, sliced, shown, folds, corrupted, champion_corrupted)
         outcome = steps.registration(run, results)
         return summarise(run, results, outcome, write_report(run, results, outcome))

@@ -40,7 +40,7 @@ _OF_CSV = {
     "unexpected end of data": "double quotes begin here and never end",
 }
 """What is wrong with a line, in place of the words of Python's csv."""
-_OWN = "; columns of your own are kept where the setting `columns` names them"
+_OWN = "; --source-setting 'columns=[NAME]' keeps columns of your own"
 _ROW = tuple[int, dict[str, object]]
 
 

@@ -246,6 +246,7 @@ def evidence_inputs(
         "slices": sliced.record.digest() if sliced else "none",
         "splits": splits.record.digest(),
         "checkpoint": checkpoint.record.digest(),
+        "config": run.config.evidence.digest(),
         **task_inputs(run),
         # The embeddings of training pictures are this processor's.
         "machine": fingerprint(),

@@ -487,6 +487,7 @@ def evidence(
             checkpoint,
             run.workspace.data,
             run.task,
+            run.config.evidence,
             num_threads=run.settings.num_threads,
             out=out,
             progress=progress,

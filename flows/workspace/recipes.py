@@ -16,6 +16,7 @@ from components import plugins
 from components.contracts.errors import ConfigError, PluginFailed, UnknownName
 from components.contracts.records import Record, plain
 from components.evaluation import EvaluationConfig
+from components.evidence import EvidenceConfig
 from components.export import ExportConfig
 from components.export import check as check_export
 from components.gating import GatingConfig
@@ -51,6 +52,7 @@ class RunConfig(Record):
     evaluation: EvaluationConfig = EvaluationConfig()
     gating: GatingConfig
     packaging: PackagingConfig = PackagingConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
 
     @model_validator(mode="after")
     def _folds_are_unseen(self) -> RunConfig:

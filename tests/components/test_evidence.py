@@ -23,7 +23,7 @@ from components.contracts.models import Checkpoint, Engine, Preprocessing
 from components.contracts.records import Stored
 from components.contracts.verdicts import Evaluation, SliceTable
 from components.evaluation import PREDICTIONS
-from components.evidence import FLIPS, Compared, collect
+from components.evidence import FLIPS, Compared, EvidenceConfig, collect
 from components.saliency import last_maps, overlaid, saliency
 from components.store import Store, describe, sha256_file
 
@@ -71,6 +71,7 @@ def parts(trained: Path) -> dict[str, Any]:
         "checkpoint": stored(trained, "training", Checkpoint),
         "data": trained / "data",
         "task": TASK,
+        "config": EvidenceConfig(),
         "num_threads": 1,
     }
 
@@ -132,6 +133,16 @@ def test_without_a_champion_the_rest_is_shown(parts: dict[str, Any], tmp_path: P
     least_sure = [one.confidence for one in found.pictures if one.why == "least sure"]
     assert least_sure == sorted(least_sure)
     assert all(one.to_champion is None and one.p_below_champion is None for one in found.slices)
+
+
+def test_less_is_shown_where_the_recipe_says_so(parts: dict[str, Any], tmp_path: Path) -> None:
+    few = collected(parts, tmp_path, None, config=EvidenceConfig(pictures=2, training_pictures=5))
+    assert len(few.pictures) == 2 + min(2, sum(one.why == "surest errors" for one in few.pictures))
+    assert all(len(one.neighbours) == 3 for one in few.pictures)
+    assert any("are looked for among 5 of " in note for note in few.notes)
+    none = collected(parts, tmp_path, None, config=EvidenceConfig(pictures=0, training_pictures=0))
+    assert (none.pictures, none.saliency_by) == ((), "")
+    assert none.slices == few.slices
 
 
 def test_what_cannot_be_had_is_left_out_and_said(parts: dict[str, Any], tmp_path: Path) -> None:

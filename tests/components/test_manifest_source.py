@@ -211,7 +211,7 @@ def test_columns_of_a_projects_own_are_kept_where_they_are_named(photos: Path, t
         assert said == {"cat/0800.png": {"weather": "rain"}, "dog/0801.png": {"site": "3"}}
     told = problems(photos / "m.csv", tmp_path / "refused", columns=("weather",))
     assert "unknown column 'site'" in told[0]
-    assert "columns of your own are kept where the setting `columns` names them" in told[0]
+    assert "--source-setting 'columns=[NAME]' keeps columns of your own" in told[0]
     assert (
         "there is no column 'time', which the setting"
         in problems(photos / "m.csv", tmp_path / "refused", columns=("weather", "site", "time"))[0]
