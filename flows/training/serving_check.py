@@ -25,6 +25,7 @@ from components.contracts.releases import Release
 from components.contracts.verdicts import EngineVerdict, Finding, Verdict
 from components.contracts.wording import counted
 from components.releases import GOLDEN
+from flows.training.inference_messages import METHOD, messages
 from flows.training.trial_server import VERSION, DoesNotServe, TrialServer, placeless, trial_server
 
 SERVES = "serves"
@@ -192,23 +193,21 @@ class _Asking:
         """Each golden picture as the pixels that the engine takes."""
         import grpc
 
-        from serving.protocols import open_inference_pb2 as pb
-        from serving.protocols.grpc import SERVICE
         from serving.protocols.tensors import INPUT
 
-        method = f"/{SERVICE}/ModelInfer"
+        known = messages()
         worst = []
         # A proxy of the environment is for other machines than this one.
         with grpc.insecure_channel(f"127.0.0.1:{self._server.grpc_port}", [("grpc.enable_http_proxy", 0)]) as channel:
             infer = channel.unary_unary(
-                method,
-                request_serializer=pb.ModelInferRequest.SerializeToString,
-                response_deserializer=pb.ModelInferResponse.FromString,
+                METHOD,
+                request_serializer=known["Request"].SerializeToString,
+                response_deserializer=known["Response"].FromString,
             )
             for index, pixels in enumerate(self._golden.pixels):
                 what = f"gRPC ModelInfer with golden picture {index}"
-                tensor = pb.ModelInferRequest.InferInputTensor(name=INPUT, datatype="UINT8", shape=[1, *pixels.shape])
-                request = pb.ModelInferRequest(
+                tensor = known["Tensor"](name=INPUT, datatype="UINT8", shape=[1, *pixels.shape])
+                request = known["Request"](
                     model_name=self._release.model, inputs=[tensor], raw_input_contents=[pixels.tobytes()]
                 )
                 try:
