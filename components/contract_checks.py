@@ -31,6 +31,7 @@ from components.contracts.families import (
     Gate,
     Known,
     Loss,
+    Slices,
     Source,
     Target,
     Task,
@@ -110,7 +111,7 @@ def gate_breaches(gate: Gate, name: str) -> Iterator[Breach]:
 
 
 _IMAGES = 1000
-_PARTS = ("evaluation", "measurement", "answers", "reference", "champion", "corrupted", "champion_corrupted")
+_PARTS = ("evaluation", "measurement", "answers", "reference", "champion", "corrupted", "champion_corrupted", "slices")
 
 
 def whole_evidence() -> Evidence:
@@ -157,6 +158,7 @@ def whole_evidence() -> Evidence:
         champion_classes=engine.classes,
         corrupted=_corrupted(answers),
         champion_corrupted=_corrupted(answers),
+        slices=_slices(answers),
     )
 
 
@@ -193,6 +195,11 @@ def _answers(right: npt.NDArray[np.int64]) -> Answers:
 def _corrupted(answers: Answers) -> Corrupted:
     """The same answers however the images are changed."""
     return Corrupted(dict.fromkeys(VARIANTS, answers))
+
+
+def _slices(answers: Answers) -> Slices:
+    """Two slices, of half the images each."""
+    return Slices(answers.image_ids, {"half": [f"{row % 2}" for row in range(len(answers.image_ids))]})
 
 
 def _without(evidence: Evidence, *parts: str) -> Evidence:
@@ -241,9 +248,10 @@ def _broken(whole: Evidence) -> Iterator[tuple[str, Evidence, tuple[str, ...]]]:
             champion=answers,
             corrupted=corrupted,
             champion_corrupted=corrupted,
+            slices=_slices(answers),
         )
 
-    everything = ("evaluation", "answers", "reference", "champion", "corrupted", "champion_corrupted")
+    everything = ("evaluation", "answers", "reference", "champion", "corrupted", "champion_corrupted", "slices")
     empty = np.zeros(0, dtype=np.int64)
     one = estimated({"low": 0.2, "high": 1.0, "n": 1}, 1)
     yield "on no test images", answered(empty, _without(whole, "evaluation").evaluation), everything
@@ -257,7 +265,7 @@ def _broken(whole: Evidence) -> Iterator[tuple[str, Evidence, tuple[str, ...]]]:
     yield told, dataclasses.replace(whole, corrupted=shown), ("corrupted",)
     others_told = "with answers on other images than the reference and the champion"
     elsewhere = dataclasses.replace(whole, answers=others, corrupted=_corrupted(others))
-    yield others_told, elsewhere, ("reference", "champion", "champion_corrupted")
+    yield others_told, elsewhere, ("reference", "champion", "champion_corrupted", "slices")
     yield "with a measurement of another engine", measured(engine_digest="f" * 64), ("measurement",)
     yield "with a measurement of a single run", measured(num_runs=1), ("measurement",)
 

@@ -18,7 +18,6 @@ from pydantic import Field
 
 from components import plugins
 from components.answer_tables import answers_of, slices_of
-from components.checkpoints import restore
 from components.contracts.data import Splits
 from components.contracts.errors import VisionloopError
 from components.contracts.evidence import CandidateEvidence, Cluster, Flips, Neighbour, Shown, ShownPicture
@@ -338,6 +337,8 @@ def _saliency(
     notes: list[str],
 ) -> tuple[dict[str, str], str]:
     """File names of saliency maps by sha256, and what made them."""
+    from components.checkpoints import restore
+
     images, digests = [], []
     for _, row in shown:
         try:

@@ -32,6 +32,7 @@ GATES: dict[str, dict[str, Any]] = {
     "parity": {},
     "latency": {"max_p99_ms": 1e9},
     "no_regression": {},
+    "slices": {"floor": 0.5},
     "robustness": {"floor": 0.5, "min_stability": {"flip": 0.5}},
 }
 TORCHVISION: dict[str, dict[str, Any]] = {
