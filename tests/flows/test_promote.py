@@ -215,8 +215,9 @@ def test_a_training_goes_on_from_the_champion_and_stays_what_it_was_when_another
     before = json.loads((run / "3-training" / "history.json").read_text())
     assert before[0]["valid_accuracy"] > 0.9, "one epoch, and it knows already what the champion knew"
     # What is champion now makes no other run of the same command.
-    visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", cwd=decided)
-    for arguments in (["approve", "2", "--as", "Ann", "--reason", "equal"], ["promote", "2"]):
+    done = visionloop("train", "-r", "smoke", "--set", f"gating.gates={LENIENT}", "--json", cwd=decided)
+    version = json.loads(done.stdout.strip().splitlines()[-1])["version"]
+    for arguments in (["approve", version, "--as", "Ann", "--reason", "equal"], ["promote", version]):
         assert visionloop(*arguments, cwd=decided).returncode == 0
     again = json.loads(visionloop(*WARM, *ONE_ENGINE, "--json", cwd=decided).stdout.strip().splitlines()[-1])
     assert again["run"] == first["run"]
