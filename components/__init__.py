@@ -6,8 +6,11 @@
 | splitting  | Dataset, frozen test ledger    | Splits     | splits.parquet                                       |
 | training   | Splits                         | Checkpoint | weights.safetensors, history.json                    |
 | export     | Checkpoint x target            | Engine     | the engine's own files                               |
-| evaluation | Engine x Splits.test           | Evaluation | predictions.parquet                                  |
+| evaluation | Engine x Splits.test           | Evaluation | predictions, beyond_test, slices, corrupted .parquet |
 | gating     | Evaluations and Measurements   | Verdict    | nothing but its record                               |
+| packaging  | serving engine, Splits         | Release    | engine/, reference.parquet, golden.safetensors       |
+| evidence   | engine, champion's Evaluation  | Candidate- | flips.parquet, pictures/, saliency/                  |
+|            |                                | Evidence   |                                                      |
 
 No module here knows Prefect, MLflow, Evidently, the environment or a clock (measurement apart).
 """

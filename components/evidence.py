@@ -183,11 +183,8 @@ def _flips(
     if theirs is None or champion is None:
         return None, table
     mine = answers if answers.classes == theirs.classes else answers.among(theirs.classes)
-    if mine.image_ids != theirs.image_ids or mine.labels != theirs.labels:
-        notes.append("the champion was asked about other test images or labels, so nothing is said of what changes")
-        return None, table
-    if not np.isfinite(theirs.logits).all():
-        notes.append("some of the champion's answers are not finite numbers, so nothing is said of what changes")
+    if problem := mine.unlike(theirs):
+        notes.append(f"{problem}, so nothing is said of what changes")
         return None, table
     right, champion_right = mine.right, theirs.right
     predicted = read_frame(
@@ -218,8 +215,7 @@ def _figures(answers: Answers, theirs: Answers | None, slices: Slices | None, no
     notes.extend(f"no slices by {note}" for note in slices.notes)
     if theirs is not None and answers.classes != theirs.classes:
         answers = answers.among(theirs.classes)
-    comparable = theirs is not None and answers.image_ids == theirs.image_ids and answers.labels == theirs.labels
-    champion = theirs.right if theirs is not None and comparable and np.isfinite(theirs.logits).all() else None
+    champion = theirs.right if theirs is not None and not answers.unlike(theirs) else None
     return slice_figures(answers.right, champion, answers.image_ids, slices)
 
 

@@ -9,9 +9,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from components.contracts.records import Stored
+from components.store import Store
 
 SMOKE = """
 name: smoke
@@ -94,6 +98,14 @@ def visionloop_process(*arguments: str, cwd: Path, **environment: str) -> subpro
         env={**os.environ, **environment},
         timeout=300,
     )
+
+
+def stored(root: Path, kind: str, record: type[Any]) -> Stored[Any]:
+    """What a workspace's store holds of a kind such as `training` or `export/openvino-int8`, the first where there are more."""
+    store = Store(root / ".visionloop" / "store")
+    found = store.open(kind, next((store.root / kind).iterdir()).name, record)
+    assert found is not None
+    return found
 
 
 def free_port() -> int:

@@ -314,6 +314,16 @@ class Answers:
         """Which of them another engine answers the same; both are about the same images and classes."""
         return self.task.agree(self.logits, other.logits)
 
+    def unlike(self, champion: Answers) -> str:
+        """Why they cannot be compared, image by image, with a champion's over the same classes; empty where they can."""
+        import numpy as np
+
+        if self.image_ids != champion.image_ids or self.labels != champion.labels:
+            return "the champion was asked about other test images or labels than this engine"
+        if not (np.isfinite(self.logits).all() and np.isfinite(champion.logits).all()):
+            return "some answers are not finite numbers"
+        return ""
+
     def among(self, classes: tuple[str, ...]) -> Answers:
         """The answers on the images that can be judged among these classes, chosen among them alone; matched by name."""
         kept = self.task.concerns(self.labels, classes)
@@ -390,6 +400,15 @@ class Evidence:
     """Its answers on corrupted test images; None where nobody was asked about any."""
     champion_corrupted: Corrupted | None = None
     """The champion's on the same images, as far as they are of the shared classes, among these classes alone."""
+
+    def champion_unknown(self, gate: str) -> str:
+        """Why a gate cannot compare with the champion that there is, or may be; empty where that is known."""
+        if self.champion_missing:
+            return (
+                f"the champion cannot be compared with: {self.champion_missing}. Make that possible, or leave {gate} out of "
+                f"the recipe's gates; whoever approves is told so"
+            )
+        return "" if self.champion_known else "it is not known whether there is a champion to compare with"
 
 
 @dataclass(frozen=True)

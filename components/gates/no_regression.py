@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from components.contracts.families import Evidence, Least
@@ -38,13 +37,8 @@ class Gate(BaseModel):
         return value
 
     def judge(self, evidence: Evidence) -> Finding:
-        if evidence.champion_missing:
-            return _inconclusive(
-                f"the champion cannot be compared with: {evidence.champion_missing}. Make that possible, or leave "
-                f"no_regression out of the recipe's gates: then the floors alone decide, and whoever approves is told so"
-            )
-        if not evidence.champion_known:
-            return _inconclusive("it is not known whether there is a champion to compare with")
+        if unknown := evidence.champion_unknown("no_regression"):
+            return _inconclusive(unknown)
         if evidence.champion is None:
             return Finding(
                 gate="no_regression",
@@ -57,10 +51,8 @@ class Gate(BaseModel):
         if answers.classes != champion.classes:
             answers = answers.among(champion.classes)
         among = _told_classes(evidence, len(champion.image_ids))
-        if answers.image_ids != champion.image_ids or answers.labels != champion.labels:
-            return _inconclusive(f"the champion was asked about other test images or labels than this engine{among}")
-        if not (np.isfinite(answers.logits).all() and np.isfinite(champion.logits).all()):
-            return _inconclusive("some answers are not finite numbers")
+        if problem := answers.unlike(champion):
+            return _inconclusive(problem + among)
         mine, theirs = answers.right, champion.right
         n, counts = len(mine), paired_counts(mine, theirs)
         low, high = paired_interval(*counts)

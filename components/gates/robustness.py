@@ -78,14 +78,8 @@ class Gate(BaseModel):
         return Least(images=None if images is None or own is None else max(images, own))
 
     def _beside_champion(self, evidence: Evidence) -> _Part:
-        if evidence.champion_missing:
-            return _Part(
-                "inconclusive",
-                f"the champion cannot be compared with: {evidence.champion_missing}. Make that possible, or leave "
-                f"robustness out of the recipe's gates",
-            )
-        if not evidence.champion_known:
-            return _Part("inconclusive", "it is not known whether there is a champion to compare with")
+        if unknown := evidence.champion_unknown(NAME):
+            return _Part("inconclusive", unknown)
         if evidence.champion is None:
             return _Part("not applicable", "no version was ever promoted, so there is no champion to compare with")
         own = _usable(evidence.corrupted, "this engine")

@@ -7,7 +7,6 @@ shown; how much a slice could hide is in the message. What no slice may fall bel
 
 from __future__ import annotations
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.contracts.families import Answers, Evidence
@@ -44,9 +43,8 @@ class Gate(BaseModel):
         if missing := [kind for kind in self.kinds if kind not in slices.names]:
             why = next((f" ({note})" for note in slices.notes if note.startswith(f"{missing[0]}: ")), "")
             return _undecided(f"there are no slices by {missing[0]!r}{why}; there are: {', '.join(slices.names)}")
-        if evidence.champion_missing or not evidence.champion_known:
-            why = evidence.champion_missing or "it is not known whether there is one"
-            return _undecided(f"the champion cannot be compared with: {why}")
+        if unknown := evidence.champion_unknown("slices"):
+            return _undecided(unknown)
         if champion is None and self.floor is None:
             return Finding(
                 gate="slices",
@@ -57,10 +55,10 @@ class Gate(BaseModel):
             return _undecided("there are no answers of this engine to judge")
         if champion is not None and answers.classes != champion.classes:
             answers = answers.among(champion.classes)
-        if problem := _unlike(answers, champion) or (
-            "" if slices.knows(answers.image_ids) else "the slices are of other test images"
-        ):
+        if problem := answers.unlike(champion or answers):
             return _undecided(problem)
+        if not slices.knows(answers.image_ids):
+            return _undecided("the slices are of other test images")
         theirs = champion.right if champion is not None else None
         figures = slice_figures(answers.right, theirs, answers.image_ids, slices, min_images=self.min_images)
         if not figures:
@@ -132,15 +130,6 @@ def _told(figure: SliceFigure) -> str:
         return told
     by = figure.to_champion
     return f"{told}, the champion's {figure.champion.value:.4f}: difference {by.value:+.4f} [{by.low:+.4f}, {by.high:+.4f}]"
-
-
-def _unlike(answers: Answers, champion: Answers | None) -> str:
-    """Why these answers cannot be compared; empty where they can."""
-    if champion is not None and (answers.image_ids != champion.image_ids or answers.labels != champion.labels):
-        return "the champion was asked about other test images or labels than this engine"
-    if not np.isfinite(answers.logits).all() or (champion is not None and not np.isfinite(champion.logits).all()):
-        return "some answers are not finite numbers"
-    return ""
 
 
 def _undecided(message: str) -> Finding:

@@ -344,7 +344,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
     """`report.html` of the run, with what registration answered; left alone when it says just that already."""
     path = run.folder / "report.html"
     told, judged_before = notes_of(run, results), holdout_told(run, results)
-    evidence = [results.shown.record.digest()] if results.shown else []
+    evidence = [stored.record.digest() for stored in (results.shown, *results.corrupted) if stored is not None]
     shown = [
         outcome.digest(),
         *told,

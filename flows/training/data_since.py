@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from components import attributes, stored_files
-from components.contracts.errors import VisionloopError
+from components.contracts.data import Renames
+from components.contracts.errors import DataError, VisionloopError
 from components.contracts.wording import counted
-from components.differences import class_of, difference
+from components.differences import Difference, class_of, difference
 from components.tables import read_frame
 from flows.training.results import Results
 from flows.training.run import Run
@@ -27,13 +30,9 @@ def data_since(run: Run, results: Results) -> dict[str, Any] | None:
     if champion.data.dvc_hash == run.data.dvc_hash:
         return since | {"added": 0, "removed": 0, "relabelled": 0, "by_class": {}, "by_source": {}}
     try:
-        with stored_files.objects(run.workspace.root) as objects:
-            before, after = (objects.listed(version.dvc_hash, "md5") for version in (champion.data, run.data))
+        found = _between(run.workspace.root, champion.data.dvc_hash, run.data.dvc_hash, results.renamed)
     except VisionloopError as error:
         return since | {"problem": str(error)}
-    if before.files is None or after.files is None:
-        return since | {"problem": before.why_not or after.why_not}
-    found = difference(before.files, after.files, results.renamed)
     new = {*found.added, *found.changed}
     sources = attributes.sources(run.workspace.root)
     samples = read_frame(results.dataset.folder / results.dataset.record.samples.name, ["path", "sha256"])
@@ -48,6 +47,16 @@ def data_since(run: Run, results: Results) -> dict[str, Any] | None:
         "by_class": _by_class(found.added, found.removed, (one.after for one in found.relabelled)),
         "by_source": {name or "not said": number for name, number in by_source.most_common()},
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _between(root: Path, before: str, after: str, renamed: Renames) -> Difference:
+    """What differs between two versions, which their hashes name; asked for by the report and by the ledger's row."""
+    with stored_files.objects(root) as objects:
+        first, second = (objects.listed(version, "md5") for version in (before, after))
+    if first.files is None or second.files is None:
+        raise DataError(first.why_not or second.why_not)
+    return difference(first.files, second.files, renamed)
 
 
 def _by_class(added: Iterable[str], removed: Iterable[str], relabelled: Iterable[str]) -> dict[str, dict[str, int]]:

@@ -139,7 +139,8 @@ def slices_inputs(run: Run, facts: pd.DataFrame, reference: Stored[Evaluation]) 
     return {
         "facts": sha256_text(facts.to_csv(index=False)),
         "evaluation": reference.record.digest(),
-        "code": plugins.source_digest(Path(slices.__file__)),
+        # The stage evaluation is keyed by the source of another module.
+        "source": plugins.source_digest(Path(slices.__file__)),
         **task_inputs(run),
     }
 
@@ -163,7 +164,6 @@ def asked_corrupted(
 def corrupted_inputs(run: Run, engine: Stored[Engine], splits: Stored[Splits], renamed: Renames = ()) -> dict[str, str]:
     return {
         **evaluation_inputs(run, engine, splits, renamed),
-        # The stage evaluation is keyed by the source of another module.
         "source": plugins.source_digest(Path(robustness.__file__)),
         "images": str(run.config.evaluation.robustness_images),
     }

@@ -49,7 +49,7 @@ class Results:
     """What it answered on the test images of the classes that it shares with the data."""
     verdict: Stored[Verdict]
     release: Stored[Release] | None
-    """Absent when a gate did not pass: what the gates refuse is not packaged."""
+    """Absent when the gates refused it; what they left undecided and a person may except is packaged."""
     slices: Stored[SliceTable] | None = None
     """Groups of the test images; None where the reference gave no answers."""
     shown: Stored[CandidateEvidence] | None = None
@@ -117,12 +117,17 @@ class Results:
         return rows
 
 
-def evaluation_shown(results: Results) -> Stored[Evaluation]:
+def shown_of(evaluations: Sequence[Stored[Evaluation]], serving_engine: str) -> Stored[Evaluation]:
     """The serving engine's evaluation, or the reference's where that engine could not run."""
-    for evaluation in results.evaluations:
-        if evaluation.record.engine == results.verdict.record.serving_engine and evaluation.record.metrics:
+    for evaluation in evaluations:
+        if evaluation.record.engine == serving_engine and evaluation.record.metrics:
             return evaluation
-    return results.evaluations[0]
+    return evaluations[0]
+
+
+def evaluation_shown(results: Results) -> Stored[Evaluation]:
+    """The same of a run that is judged."""
+    return shown_of(results.evaluations, results.verdict.record.serving_engine)
 
 
 def bound_digests(results: Results) -> dict[str, Any]:

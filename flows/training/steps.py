@@ -53,7 +53,7 @@ from flows.orchestrator.notifications import Event, notify
 from flows.orchestrator.retries import REGISTRY_POLICY
 from flows.training import keys
 from flows.training.facts import facts_of_test
-from flows.training.results import Results, candidate_digest
+from flows.training.results import Results, candidate_digest, shown_of
 from flows.training.run import Run
 from flows.training.serving_check import ServingCheck, check, with_finding
 from flows.training.warm_start import keep
@@ -469,9 +469,8 @@ def evidence(
     checkpoint: Stored[Checkpoint],
 ) -> Stored[CandidateEvidence]:
     """What a person looks at of the engine that serves, or of the reference where that one could not run."""
-    answered = [(e, v) for e, v in zip(engines, evaluations, strict=True) if v.record.metrics]
-    serving = next(((e, v) for e, v in answered if e.record.name == verdict.serving_engine), None)
-    engine, evaluation = serving or (engines[0], evaluations[0])
+    evaluation = shown_of(evaluations, verdict.serving_engine)
+    engine = next(stored for stored in engines if stored.record.name == evaluation.record.engine)
     renamed = run.data.renames_since(current_champion.data) if current_champion else ()
 
     def compute(out: Path, progress: Progress) -> CandidateEvidence:

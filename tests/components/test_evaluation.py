@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from shapes import stored
 
 from components import evaluation, plugins
 from components.contracts.data import DataVersion, Splits
@@ -15,18 +16,10 @@ from components.contracts.records import Stored
 from components.contracts.verdicts import Evaluation, Measurement, Verdict
 from components.evaluation import EvaluationConfig, evaluate, measure, summarised
 from components.machine import fingerprint
-from components.store import Store, describe
+from components.store import describe
 from components.tasks.classification import Task
 
 CONFIG = EvaluationConfig(latency_runs=20, latency_warmup_runs=2)
-
-
-def stored(root: Path, kind: str, record: type[Any]) -> Stored[Any]:
-    store = Store(root / ".visionloop" / "store")
-    folder = next((root / ".visionloop" / "store" / kind).iterdir())
-    found = store.open(kind, folder.name, record)
-    assert found is not None
-    return found
 
 
 def run(trained: Path, out: Path, engine: Stored[Engine] | None = None) -> Evaluation:

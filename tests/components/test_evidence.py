@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from shapes import stored
 from torch import nn
 
 from components import plugins
@@ -25,17 +26,9 @@ from components.contracts.verdicts import Evaluation, SliceTable
 from components.evaluation import PREDICTIONS
 from components.evidence import FLIPS, Compared, EvidenceConfig, collect
 from components.saliency import last_maps, overlaid, saliency
-from components.store import Store, describe, sha256_file
+from components.store import describe, sha256_file
 
 TASK = plugins.load("tasks", "classification")
-
-
-def stored(root: Path, kind: str, record: type[Any]) -> Stored[Any]:
-    store = Store(root / ".visionloop" / "store")
-    folder = next((root / ".visionloop" / "store" / kind).iterdir())
-    found = store.open(kind, folder.name, record)
-    assert found is not None
-    return found
 
 
 def answering(
@@ -161,7 +154,10 @@ def test_what_cannot_be_had_is_left_out_and_said(parts: dict[str, Any], tmp_path
     record = other.record.model_copy(update={"predictions": describe(other.folder / PREDICTIONS, within=other.folder)})
     found = collected(parts, tmp_path, Compared(Stored(record, other.folder), classes), evaluation=mine)
     assert found.flips is None
-    assert "the champion was asked about other test images or labels, so nothing is said of what changes" in found.notes
+    assert (
+        "the champion was asked about other test images or labels than this engine, so nothing is said of what changes"
+        in found.notes
+    )
 
     gone = Evaluation.model_validate(
         {**record.model_dump(), "status": "not executed here", "reason": "no GPU", "predictions": None}

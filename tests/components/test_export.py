@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shapes import stored
 
 from components import export
 from components.contracts.data import Splits
@@ -13,15 +14,6 @@ from components.contracts.errors import ConfigError, ExportError
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored
 from components.export import ExportConfig, Graph, TargetConfig
-from components.store import Store
-
-
-def stored(root: Path, kind: str, record: type[Any]) -> Stored[Any]:
-    store = Store(root / ".visionloop" / "store")
-    (folder,) = (root / ".visionloop" / "store" / kind).iterdir()
-    found = store.open(kind, folder.name, record)
-    assert found is not None
-    return found
 
 
 def build(trained: Path, out: Path, **config: Any) -> Engine:

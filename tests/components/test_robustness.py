@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from shapes import stored
 
 from components import plugins, robustness
 from components.contracts.data import DataVersion, Splits
@@ -17,15 +18,8 @@ from components.contracts.records import Stored
 from components.contracts.verdicts import Evaluation, Robustness
 from components.corruptions import BEHAVIOURS, CLEAN, CORRUPTED, VARIANTS
 from components.robustness import answer_corrupted, chosen
-from components.store import Store, describe
+from components.store import describe
 from components.tasks.classification import Task
-
-
-def stored(root: Path, kind: str, record: type[Any]) -> Stored[Any]:
-    store = Store(root / ".visionloop" / "store")
-    found = store.open(kind, next((store.root / kind).iterdir()).name, record)
-    assert found is not None
-    return found
 
 
 def shown(

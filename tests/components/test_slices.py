@@ -185,7 +185,7 @@ def test_a_floor_for_every_slice_is_decided_three_ways() -> None:
     [
         ({"champion": None}, "not applicable", "no champion to compare with, and no floor is set"),
         ({"champion_missing": "its engine cannot be executed here: x"}, "inconclusive", "cannot be executed here: x"),
-        ({"champion_known": False}, "inconclusive", "it is not known whether there is one"),
+        ({"champion_known": False}, "inconclusive", "it is not known whether there is a champion to compare with"),
         (
             {"kinds": ("time",)},
             "inconclusive",
