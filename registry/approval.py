@@ -20,6 +20,7 @@ from components.contracts.wording import shown_utc
 from registry.ledger import Draft, Entry, Principal, Rule
 
 Status = Literal["undecided", "waiting", "approved", "expired", "rejected", "champion", "retired"]
+MAX_NAME = 128
 APPROVAL_DAYS = 7.0
 EXCEPTION_DAYS = 7.0
 
@@ -53,23 +54,57 @@ class State:
         return datetime.datetime.fromisoformat(self.decision.body["expires_at"])
 
 
-def person(name: str, method: Literal["declared", "token", "oidc"] = "declared") -> Principal:
+def person(name: str, method: Literal["declared", "token", "password", "oidc"] = "declared") -> Principal:
     """The Principal of a person's name; raises ConfigError for one that names nobody."""
+    return Principal(name=checked_name(name, "--as"), method=method)
+
+
+def checked_name(name: str, what: str) -> str:
+    """A person's name as it is kept; raises ConfigError, which calls it `what`, for one that names nobody."""
     shown = unicodedata.normalize("NFKC", name).strip()
-    if not shown or len(shown) > 128 or not all(character.isprintable() for character in shown):
-        raise ConfigError(f"--as {name!r} names nobody; give the name of the person who decides")
+    if not shown or len(shown) > MAX_NAME or not shown.isprintable():
+        raise ConfigError(
+            f"{what} {name[: 2 * MAX_NAME]!r} names nobody; give a name of at most {MAX_NAME} printable characters"
+        )
     if "/" in shown:
-        raise ConfigError(f"--as {name!r}: names with '/' belong to flows; only people decide")
-    return Principal(name=shown, method=method)
+        raise ConfigError(f"{what} {name!r}: names with '/' belong to flows; give the name of a person")
+    return shown
+
+
+def plain_name(name: str) -> str:
+    """What two spellings of one name have in common, whatever their case, Unicode form and white space."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return " ".join(folded.split())
 
 
 def same_person(one: Principal, other: Principal) -> bool:
     """Whether two principals are one: names differ neither by case nor by Unicode spelling."""
+    return plain_name(one.name) == plain_name(other.name)
 
-    def plain(name: str) -> str:
-        return unicodedata.normalize("NFKC", name).strip().casefold()
 
-    return plain(one.name) == plain(other.name)
+def _names(entry: Entry) -> dict[str, str]:
+    """The names of whoever a row is by, as they are compared and as they are shown."""
+    return _compared([entry.actor.name, *entry.body.get("known_as", ())])
+
+
+def _compared(names: Sequence[str]) -> dict[str, str]:
+    return {plain_name(name): name for name in names}
+
+
+def _expect_second(by: Principal, known_as: Sequence[str], requested: Entry, what: str) -> None:
+    """Raise DecisionRefused when who decides asked for it, under this name or another one of theirs."""
+    asked = _names(requested)
+    if plain_name(by.name) in asked:
+        raise DecisionRefused(f"{by.name} requested {what}: a second person has to")
+    for plain, name in _compared(known_as).items():
+        if plain in asked:
+            raise DecisionRefused(f"{by.name} is also {name}, who requested {what}: a second person has to")
+
+
+def _known_as(by: Principal, also: Sequence[str]) -> list[str]:
+    """The other names of who decides, each once; raises ConfigError for one that names nobody."""
+    names = _compared([checked_name(name, "also") for name in also])
+    return sorted(name for plain, name in names.items() if plain != plain_name(by.name))
 
 
 def champion(entries: Sequence[Entry]) -> Entry | None:
@@ -165,13 +200,22 @@ def state_of(entries: Sequence[Entry], version: str, now: datetime.datetime) -> 
     return found[version]
 
 
-def except_gates(version: str, by: Principal, gates: Sequence[str], reason: str, *, days: float = EXCEPTION_DAYS) -> Rule:
+def except_gates(
+    version: str,
+    by: Principal,
+    gates: Sequence[str],
+    reason: str,
+    *,
+    days: float = EXCEPTION_DAYS,
+    also: Sequence[str] = (),
+) -> Rule:
     """A person answers for gates that did not decide on a version, by its digests; that approves nothing yet.
 
-    The same person may approve it afterwards; nobody who asked for the training can do either.
+    The same person may approve it afterwards; nobody who asked for the training can do either, under this name or one of
+    `also`.
     """
     _expect_person(by)
-    reason = _expect_reason(reason)
+    reason, known_as = _expect_reason(reason), _known_as(by, also)
     if not gates:
         raise ConfigError("name at least one gate with --gate")
     if not 0 < days <= 365:
@@ -186,10 +230,7 @@ def except_gates(version: str, by: Principal, gates: Sequence[str], reason: str,
             if gate not in state.undecided:
                 raise UnknownName(f"undecided gate of version {version}", gate, list(state.undecided))
         _expect(state, ("undecided", "waiting", "expired", "retired"), "excepted")
-        if same_person(by, state.requested.actor):
-            raise DecisionRefused(
-                f"{by.name} requested version {version} and cannot sign an exception for it: a second person has to"
-            )
+        _expect_second(by, known_as, state.requested, f"version {version} and cannot sign an exception for it")
         for gate in wanted:
             if (signed := state.exceptions.get(gate)) is not None:
                 raise DecisionRefused(
@@ -206,21 +247,32 @@ def except_gates(version: str, by: Principal, gates: Sequence[str], reason: str,
             "reason": reason,
             "expires_at": (now + datetime.timedelta(days=days)).isoformat(timespec="microseconds"),
         }
+        if known_as:
+            body["known_as"] = known_as
         earlier = max((entry.seq for entry in entries if entry.body.get("version") == version), default=0)
         return Draft("excepted", state.requested.subject, body, f"excepted:{state.requested.seq}:{earlier}")
 
     return rule
 
 
-def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_DAYS, shown: Sequence[str] = ()) -> Rule:
+def approve(
+    version: str,
+    by: Principal,
+    reason: str,
+    *,
+    days: float = APPROVAL_DAYS,
+    shown: Sequence[str] = (),
+    also: Sequence[str] = (),
+) -> Rule:
     """A person approves a waiting candidate, for everything it is made of as it was requested.
 
     So is approved anew what was champion before, with evidence that still compares with today's champion: what a rollback
     left may be right after all, but that is decided by a person again, and the row names the rollback. `shown` is what the
-    person was told beforehand of policy and past.
+    person was told beforehand of policy and past, `also` are other names of theirs: who asked for the training under one of
+    them cannot approve it.
     """
     _expect_person(by)
-    reason = _expect_reason(reason)
+    reason, known_as = _expect_reason(reason), _known_as(by, also)
     if not 0 < days <= 365:
         raise ConfigError(f"an approval is valid for more than 0 and at most 365 days, not {days:g}")
 
@@ -232,8 +284,7 @@ def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_
                 f"each of them is excepted: {exception_command(state)}"
             )
         _expect(state, ("waiting", "expired", "retired"), "approved")
-        if same_person(by, state.requested.actor):
-            raise DecisionRefused(f"{by.name} requested version {version} and cannot approve it: a second person has to")
+        _expect_second(by, known_as, state.requested, f"version {version} and cannot approve it")
         _expect_fresh(entries, state)
         # It rests on the exceptions: without the first that ends there is no approval.
         ends = [datetime.datetime.fromisoformat(entry.body["expires_at"]) for entry in state.exceptions.values()]
@@ -249,6 +300,8 @@ def approve(version: str, by: Principal, reason: str, *, days: float = APPROVAL_
             body["exceptions"] = {gate: state.exceptions[gate].seq for gate in state.undecided}
         if shown:
             body["shown"] = list(shown)
+        if known_as:
+            body["known_as"] = known_as
         if state.left is not None:
             body["after_rollback"] = state.left.seq
         earlier = state.decision.seq if state.decision else 0
@@ -288,7 +341,7 @@ def promotable(entries: Sequence[Entry], version: str, now: datetime.datetime) -
     for name in ("bound", "manifest_sha256"):
         if approval.body[name] != state.requested.body[name]:
             raise DecisionRefused(f"the approval of version {version} is for other digests than were requested; it is void")
-    if same_person(approval.actor, state.requested.actor) or approval.actor.method == "machine":
+    if _names(approval).keys() & _names(state.requested) or approval.actor.method == "machine":
         raise DecisionRefused(f"version {version} was not approved by a second person; it is void")
     _expect_excepted(entries, state, approval)
     _expect_fresh(entries, state)
@@ -313,7 +366,7 @@ def _expect_excepted(entries: Sequence[Entry], state: State, approval: Entry) ->
             and gate in signed.body["gates"]
             and all(signed.body[name] == state.requested.body[name] for name in ("bound", "manifest_sha256"))
             and signed.actor.method != "machine"
-            and not same_person(signed.actor, state.requested.actor)
+            and not _names(signed).keys() & _names(state.requested)
         )
         if not whole:
             raise DecisionRefused(

@@ -70,10 +70,13 @@ _IMMUTABLE = {
 
 
 class Principal(Record):
-    """Who acts, and how we know: `machine` for flows, `declared` for a name given on a laptop."""
+    """Who acts, and how we know.
+
+    `machine` for flows, `declared` for a name that nobody checked, `token`, `password` and `oidc` for a user of the console.
+    """
 
     name: str
-    method: Literal["machine", "declared", "token", "oidc"]
+    method: Literal["machine", "declared", "token", "password", "oidc"]
 
 
 class Entry(Record):

@@ -125,7 +125,7 @@ def same_account(one: Entry, other: Entry) -> str | None:
 def account_note(decision: Entry, requested: Entry) -> str | None:
     """What a reader is told where the account that decided is the one that asked; None where it is not, or not known."""
     account = same_account(decision, requested)
-    if account is None or decision.actor.method not in ("declared", "token"):
+    if account is None or decision.actor.method != "declared":
         return None
     did = "the training ran under" if requested.actor.method == "machine" else "also asked for the training"
     return (

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 Version = Annotated[str, typer.Argument(help="Version of the model, as `visionloop candidates` lists it.")]
 ledger_app = Commands(help="The ledger: the append-only record of what was requested, decided and promoted.")
-_METHODS = {"declared": " (name not verified)", "token": " (by token)", "oidc": " (signed in)", "machine": ""}
+_METHODS = {
+    "declared": " (name not verified)",
+    "token": " (by token)",
+    "password": " (signed in)",
+    "oidc": " (signed in)",
+    "machine": "",
+}
 _STATUSES = {"inconclusive": "undecided"}
 """What is shown for a finding's status; machines get the status itself."""
 

@@ -45,8 +45,12 @@ def declared(name: str) -> Principal:
     return approval.person(name)
 
 
-def approve(desk: Desk, version: str, by: Principal, reason: str, *, days: float, say: Say) -> Approved:
+def approve(
+    desk: Desk, version: str, by: Principal, reason: str, *, days: float, say: Say, also: Sequence[str] = ()
+) -> Approved:
     """Approve a candidate for so many days; what its approver has to know is told first, and kept with the approval.
+
+    `also` are other names of the same person, none of whom may have asked for the training.
 
     Raises DecisionRefused, ConfigError or UnknownName.
     """
@@ -60,12 +64,20 @@ def approve(desk: Desk, version: str, by: Principal, reason: str, *, days: float
         )
     for line in shown:
         say(line)
-    entry = _decide(desk, by, approval.approve(version, by, reason, days=days, shown=shown), say)
+    entry = _decide(desk, by, approval.approve(version, by, reason, days=days, shown=shown, also=also), say)
     return Approved(entry, account_note(entry, state.requested))
 
 
 def except_gates(
-    desk: Desk, version: str, by: Principal, gates: Sequence[str], reason: str, *, days: float, say: Say
+    desk: Desk,
+    version: str,
+    by: Principal,
+    gates: Sequence[str],
+    reason: str,
+    *,
+    days: float,
+    say: Say,
+    also: Sequence[str] = (),
 ) -> Excepted:
     """Answer for gates that did not decide on a version, for so many days; what to know of it is told first.
 
@@ -75,7 +87,7 @@ def except_gates(
     state = approval.state_of(entries, version, desk.ledger.now())
     for line in notes_on(entries, state):
         say(line)
-    entry = _decide(desk, by, approval.except_gates(version, by, gates, reason, days=days), say)
+    entry = _decide(desk, by, approval.except_gates(version, by, gates, reason, days=days, also=also), say)
     left = approval.state_of(desk.ledger.entries(desk.model), version, desk.ledger.now()).missing
     return Excepted(entry, left, account_note(entry, state.requested))
 

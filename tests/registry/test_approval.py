@@ -112,6 +112,26 @@ def test_who_asked_for_it_cannot_approve_it_under_any_spelling(ledger: Ledger) -
     approve(ledger, "1", ANN)
 
 
+def test_who_asked_for_it_cannot_decide_under_another_name_of_theirs(ledger: Ledger) -> None:
+    request(ledger, "1", by=BOB)
+    request(ledger, "2", by=BOB, undecided=("latency",))
+    robert = person("Robert Müller", "password")
+    for spelling in ("bob müller", " Bob  MU\u0308LLER "):
+        with pytest.raises(
+            DecisionRefused, match="(?i)Robert Müller is also bob +müller, who requested version 1 and cannot"
+        ):
+            approve(ledger, "1", robert, also=["robert", spelling])
+        with pytest.raises(DecisionRefused, match="(?i)is also bob +müller, who requested version 2 and cannot sign"):
+            except_(ledger, "2", "latency", by=robert, also=["robert", spelling])
+    with pytest.raises(ConfigError, match="names nobody"):
+        approve(ledger, "1", robert, also=["a\nb"])
+    assert len(ledger.entries("m")) == 2
+    # The row says who else they are, and says nothing where they are nobody else.
+    assert approve(ledger, "1", ANN, also=["annie", "a@b.org", "ANN", "Annie"]).body["known_as"] == ["Annie", "a@b.org"]
+    assert except_(ledger, "2", "latency", also=["annie"]).body["known_as"] == ["annie"]
+    assert "known_as" not in approve(ledger, "2", ANN, also=["Ann"]).body
+
+
 def test_machines_do_not_decide(ledger: Ledger) -> None:
     request(ledger, "1")
     for rule in (approval.approve, approval.reject):
@@ -192,9 +212,9 @@ def test_an_approval_for_other_digests_is_void(ledger: Ledger) -> None:
 
 def test_an_approval_row_of_a_machine_or_of_the_requester_is_void(ledger: Ledger) -> None:
     """Whoever writes into the database past the rules still promotes nothing."""
-    for version, by, requester in (("1", FLOW, BOB), ("2", BOB, BOB)):
-        requested = request(ledger, version, by=requester)
-        body = {**requested.body, "reason": "r", "expires_at": (ledger.now() + DAY).isoformat()}
+    for version, by, known_as in (("1", FLOW, []), ("2", BOB, []), ("3", ANN, ["BOB  müller"])):
+        requested = request(ledger, version, by=BOB)
+        body = {**requested.body, "reason": "r", "expires_at": (ledger.now() + DAY).isoformat(), "known_as": known_as}
         ledger.append("approved", model="m", subject="s", actor=by, body=body, key=f"forged {version}")
         with pytest.raises(DecisionRefused, match="not approved by a second person"):
             promote(ledger, version)
@@ -401,6 +421,7 @@ def test_an_exception_against_another_champion_is_stale(ledger: Ledger) -> None:
         ({"bound": {"data": "other"}}, ANN),
         ({"manifest_sha256": "other"}, ANN),
         ({"gates": ["latency"]}, ANN),
+        ({"known_as": ["BOB  müller"]}, ANN),
         ({}, BOB),
         ({}, FLOW),
     ],

@@ -194,12 +194,11 @@ def test_the_account_behind_two_declared_names_is_told(tmp_path: Path, monkeypat
     assert told(login="ann") is not None  # the other's is not known
     with_login = asked.model_copy(update={"body": {"account": {"user": "root", "uid": 0, "host": "here", "login": "tom"}}})
     assert told(of=with_login, login="tom") is not None
-    assert told(Principal(name="Ann", method="token")) is not None
     # Another account, machine or login, a name that was verified, and rows of before accounts were recorded.
     assert [
         told(uid=1000, user="ann"),
         told(host="elsewhere"),
         told(of=with_login, login="ann"),
-        told(Principal(name="Ann", method="oidc")),
+        *(told(person("Ann", method)) for method in ("token", "password", "oidc")),
         told(of=asked.model_copy(update={"body": {}})),
-    ] == [None] * 5
+    ] == [None] * 7
