@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bench._evidence import CLASSES, Simulated, evidence_of
 from components import plugins
-from components.contracts.families import Answers, Evidence, Gate
-from components.contracts.models import Engine, Preprocessing
-from components.contracts.verdicts import Evaluation
+from components.contracts.families import Evidence, Gate
 from components.intervals import wilson
 from components.tasks.classification import Task
 
@@ -41,25 +40,6 @@ _FLOORS = {"accuracy": (0.85, 0.96), "class_recall": (0.70, 0.80)}
 _ALPHA = 0.01
 """Shared by all tests: so often one of them is lost by chance where every gate holds what it says."""
 _SEED = 20240717
-_CLASSES = ("a", "b")
-_ENGINE = Engine(
-    name="simulated",
-    target="onnxruntime",
-    precision="fp32",
-    settings={},
-    checkpoint_digest="",
-    files=(),
-    entry="",
-    preprocessing=Preprocessing(
-        channels=1, height=16, width=16, resize_shortest=16, interpolation="bilinear", mean=(0.5,), std=(0.5,)
-    ),
-    classes=_CLASSES,
-    embedding_dim=1,
-    temperature=1.0,
-    runtime="",
-    built_for=(),
-    facts={},
-)
 Says = Literal["pass", "fail"]
 
 
@@ -166,52 +146,26 @@ def pairs(n: int, agreement: float, difference: float, num: int) -> Iterator[Evi
     assert min(won, lost) > -1e-12, f"a difference of {difference} takes an agreement of less than {agreement}"
     both = _ACCURACY - lost
     shares = np.clip([both, won, lost, 1 - both - won - lost], 0, 1)
-    answers = _Answers(n)
+    answers = Simulated(n)
     for counts in _rng(n, agreement, difference).multinomial(n, shares / shares.sum(), size=num):
         group = np.repeat(np.arange(4), counts)
-        yield _evidence(answers.of(group < 2), champion=answers.of((group == 0) | (group == 2)))
+        yield evidence_of(answers.of(group < 2), champion=answers.of((group == 0) | (group == 2)))
 
 
 def _accurate(n: int, accuracy: float, num: int) -> Iterator[Evidence]:
     for hits in _rng(n, accuracy).binomial(n, accuracy, size=num):
-        yield _evidence(None, metrics={"accuracy": wilson(int(hits), n)})
+        yield evidence_of(None, metrics={"accuracy": wilson(int(hits), n)})
 
 
 def _recalling(n: int, recall: float, num: int) -> Iterator[Evidence]:
-    answers, task = _Answers(n), Task()
-    targets = task.targets(answers.labels, _CLASSES)
+    answers, task = Simulated(n), Task()
+    targets = task.targets(answers.labels, CLASSES)
     first = np.flatnonzero(targets == 0)
     for hits in _rng(n, recall).binomial(len(first), recall, size=num):
         right = np.ones(n, dtype=np.bool_)
         right[first[hits:]] = False
         given = answers.of(right)
-        yield _evidence(given, per_class=task.per_class(given.logits, targets, _CLASSES))
-
-
-class _Answers:
-    """Answers to `n` images of two classes in turn, by which of them are right."""
-
-    def __init__(self, n: int) -> None:
-        self.labels = tuple(_CLASSES[image % 2] for image in range(n))
-        self._ids = tuple(f"{image:06d}" for image in range(n))
-        self._truth = np.arange(n) % 2
-
-    def of(self, right: np.ndarray[Any, np.dtype[np.bool_]]) -> Answers:
-        logits = np.eye(2, dtype=np.float32)[np.where(right, self._truth, 1 - self._truth)]
-        return Answers(self._ids, self.labels, logits, _CLASSES, Task())
-
-
-def _evidence(answers: Answers | None, *, champion: Answers | None = None, **measured: Any) -> Evidence:
-    evaluation = Evaluation(engine="simulated", engine_digest="", test_digest="", status="evaluated", **measured)
-    return Evidence(
-        engine=_ENGINE,
-        evaluation=evaluation,
-        measurement=None,
-        answers=answers,
-        reference=None,
-        champion=champion,
-        champion_known=True,
-    )
+        yield evidence_of(given, per_class=task.per_class(given.logits, targets, CLASSES))
 
 
 def _share(
