@@ -77,6 +77,6 @@ def test_a_share_of_the_labels_becomes_another_class() -> None:
         [f"{place}" for place in range(90)], [Path(f"{place}") for place in range(90)], [0] * 30 + [1] * 30 + [2] * 30
     )
     wrong = _mislabelled(part, 3, np.random.default_rng(0))
-    assert sum(one != other for one, other in zip(part.labels, wrong.labels, strict=True)) == 27
+    assert sum(one != other for one, other in zip(part.labels, wrong.labels, strict=True)) == 36
     assert set(wrong.labels) == {0, 1, 2}
     assert wrong.paths == part.paths
