@@ -22,6 +22,9 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from components.contracts.errors import ConfigError, RegistryUnavailable, VisionloopError, redacted
 
+_READS = "visionloop_reads"
+"""The option of a connection that takes no lock."""
+
 
 class Database:
     """The tables of one metadata behind one URL.
@@ -55,20 +58,37 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
         """A connection for one transaction; raises RegistryUnavailable when the database does not answer."""
-        try:
-            with self._engine.begin() as connection:
-                if self._engine.dialect.name == "postgresql":
-                    # Held to the end of the transaction: appenders, and the first ones making the tables, take turns.
-                    connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({self._lock})"))
-                if not self._ready:
-                    self._metadata.create_all(connection)
-                    for statement in self._once.get(self._engine.dialect.name, ()):
-                        connection.execute(sa.text(statement))
-                    if self._absent:
-                        # Readers find the empty tables of the file that is not there; writers are refused.
-                        connection.exec_driver_sql("PRAGMA query_only=ON")
-                    self._ready = True
+        with self._answering(), self._engine.begin() as connection:
+            if self._engine.dialect.name == "postgresql":
+                # Held to the end of the transaction: appenders, and the first ones making the tables, take turns.
+                connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({self._lock})"))
+            if not self._ready:
+                self._metadata.create_all(connection)
+                for statement in self._once.get(self._engine.dialect.name, ()):
+                    connection.execute(sa.text(statement))
+                if self._absent:
+                    # Readers find the empty tables of the file that is not there; writers are refused.
+                    connection.exec_driver_sql("PRAGMA query_only=ON")
+                self._ready = True
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection that reads what is there at one moment, and waits for nobody; raises RegistryUnavailable."""
+        if not self._ready:
+            with self.transaction():
+                pass  # the tables are there
+        with self._answering(), self._engine.connect() as connection:
+            if self._engine.dialect.name == "postgresql":
+                connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            with connection.execution_options(**{_READS: True}).begin():
                 yield connection
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Errors of the database are told as one that does not answer."""
+        try:
+            yield
         except (IntegrityError, VisionloopError):
             raise
         except SQLAlchemyError as error:
@@ -171,4 +191,4 @@ def _sqlite_begin_reading(connection: sa.Connection) -> None:
 
 
 def _sqlite_begin(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get(_READS) else "BEGIN IMMEDIATE")

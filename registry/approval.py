@@ -136,23 +136,31 @@ def compared_with(entries: Sequence[Entry], requested: Entry) -> Entry | None:
 
 def states(entries: Sequence[Entry], now: datetime.datetime) -> list[State]:
     """Every requested version in order."""
-    current = champion(entries)
-    found = []
-    for requested in (entry for entry in entries if entry.kind == "requested"):
-        version = str(requested.body["version"])
-        later = [entry for entry in entries if entry.seq > requested.seq and entry.body.get("version") == version]
-        decisions = [entry for entry in later if entry.kind in ("approved", "rejected")]
-        promotions = [entry for entry in later if entry.kind == "promoted"]
-        decision = decisions[-1] if decisions else None
-        promoted = promotions[-1] if promotions else None
-        left = _left(entries, version)
-        undecided = tuple(requested.body.get("undecided", ()))
-        exceptions = _exceptions(later, now)
-        status = _status(decision, promoted, current, version, now)
-        if status == "waiting" and not exceptions.keys() >= set(undecided):
-            status = "undecided"
-        found.append(State(version, requested, decision, promoted, status, left, undecided, exceptions))
-    return found
+    current, left = champion(entries), _left(entries)
+    rows: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if "version" in entry.body:
+            rows.setdefault(str(entry.body["version"]), []).append(entry)
+    requests = [(str(entry.body["version"]), entry) for entry in entries if entry.kind == "requested"]
+    return [_state(requested, rows[version], current, left.get(version), now) for version, requested in requests]
+
+
+def _state(
+    requested: Entry, rows: Sequence[Entry], current: Entry | None, left: Entry | None, now: datetime.datetime
+) -> State:
+    """Where a requested version stands, from the rows that name it and the champion's."""
+    version = str(requested.body["version"])
+    later = [entry for entry in rows if entry.seq > requested.seq]
+    decisions = [entry for entry in later if entry.kind in ("approved", "rejected")]
+    promotions = [entry for entry in later if entry.kind == "promoted"]
+    decision = decisions[-1] if decisions else None
+    promoted = promotions[-1] if promotions else None
+    undecided = tuple(requested.body.get("undecided", ()))
+    exceptions = _exceptions(later, now)
+    status = _status(decision, promoted, current, version, now)
+    if status == "waiting" and not exceptions.keys() >= set(undecided):
+        status = "undecided"
+    return State(version, requested, decision, promoted, status, left, undecided, exceptions)
 
 
 def _exceptions(later: Sequence[Entry], now: datetime.datetime) -> dict[str, Entry]:
@@ -165,16 +173,14 @@ def _exceptions(later: Sequence[Entry], now: datetime.datetime) -> dict[str, Ent
     }
 
 
-def _left(entries: Sequence[Entry], version: str) -> Entry | None:
-    """The rollback that took the championship from a version, unless it was champion again since."""
-    left: Entry | None = None
+def _left(entries: Sequence[Entry]) -> dict[str, Entry | None]:
+    """By version, the rollback that took the championship from it, unless it was champion again since."""
+    left: dict[str, Entry | None] = {}
     for move in entries:
         if move.kind in ("promoted", "rolled_back"):
-            previous = move.body.get("previous")
-            if str(move.body["version"]) == version:
-                left = None
-            elif previous and str(previous["version"]) == version:
-                left = move if move.kind == "rolled_back" else None
+            if previous := move.body.get("previous"):
+                left[str(previous["version"])] = move if move.kind == "rolled_back" else None
+            left[str(move.body["version"])] = None
     return left
 
 
@@ -194,10 +200,12 @@ def _status(
 
 def state_of(entries: Sequence[Entry], version: str, now: datetime.datetime) -> State:
     """The state of one version; raises UnknownName listing the requested ones."""
-    found = {state.version: state for state in states(entries, now)}
-    if version not in found:
-        raise UnknownName("version", version, list(found))
-    return found[version]
+    requests = [entry for entry in entries if entry.kind == "requested"]
+    asked = [entry for entry in requests if str(entry.body["version"]) == version]
+    if not asked:
+        raise UnknownName("version", version, sorted({str(entry.body["version"]) for entry in requests}))
+    rows = [entry for entry in entries if "version" in entry.body and str(entry.body["version"]) == version]
+    return _state(asked[-1], rows, champion(entries), _left(entries).get(version), now)
 
 
 def except_gates(

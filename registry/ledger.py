@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from components.contracts.errors import TamperedArtefact
 from components.contracts.records import Record, canonical_json
-from components.databases import Database, now
+from components.databases import Database, now, sqlite_file
 from components.machine import account
 
 Kind = Literal["requested", "excepted", "rejected", "approved", "promoted", "rolled_back"]
@@ -134,7 +134,7 @@ class Ledger:
         RegistryUnavailable.
         """
         with self._database.transaction() as connection:
-            draft = rule([entry for entry in _verified(connection) if entry.model == model], now(connection))
+            draft = rule([entry for entry in _chained(connection) if entry.model == model], now(connection))
             existing = connection.execute(sa.select(_entries).where(_entries.c.key == draft.key)).mappings().first()
             if existing is not None:
                 return _entry(dict(existing))
@@ -169,7 +169,7 @@ class Ledger:
     def entries(self, model: str | None = None) -> list[Entry]:
         """Rows in order, of one model or of all; raises TamperedArtefact when the chain does not verify."""
         with self._database.transaction() as connection:
-            found = _verified(connection)
+            found = _chained(connection)
         return [entry for entry in found if model is None or entry.model == model]
 
     def find(self, key: str) -> Entry | None:
@@ -190,18 +190,92 @@ class Ledger:
         self._database.close()
 
 
-def _verified(connection: sa.Connection) -> list[Entry]:
-    rows = connection.execute(sa.select(_entries).order_by(_entries.c.seq)).mappings().all()
-    previous, found = GENESIS, []
-    for position, row in enumerate(rows, start=1):
+class FollowedLedger(Ledger):
+    """The ledger for a process that reads it often: a row is verified once, when it is new. Threads may share it.
+
+    The first reading verifies the chain whole. A later one verifies the rows that came since, that the last row which was
+    verified before still is what it was, and that none is missing below it. So a row further down that is changed while the
+    process runs is not seen here; `decide` and `visionloop ledger verify` look at every row, as ever.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._verified = _Verified((), {})
+        self._file = sqlite_file(url)
+        self._file_identity = self._identity()
+
+    def entries(self, model: str | None = None) -> list[Entry]:
+        """See `Ledger.entries`; also raises TamperedArtefact when rows that were verified before are gone or others."""
+        verified = self._follow()
+        return list(verified.rows if model is None else verified.by_model.get(model, ()))
+
+    def now(self) -> datetime.datetime:
+        """See `Ledger.now`."""
+        with self._database.reading() as connection:
+            return now(connection)
+
+    def _follow(self) -> _Verified:
+        # No lock: what is known is replaced as a whole, and whoever replaces it with less verifies the rest once more.
+        known = self._verified
+        head = known.rows[-1] if known.rows else None
+        if (identity := self._identity()) != self._file_identity:
+            # Another file lies in its place; connections that are open would go on reading the one that was taken away.
+            self._database.close()
+            self._file_identity = identity
+        with self._database.reading() as connection:
+            if head is None:
+                found = _chained(connection)
+            else:
+                found = _chained(connection, first=head.seq, previous=head.previous)
+                num_rows = connection.execute(sa.select(sa.func.count()).select_from(_entries)).scalar_one()
+                if not found or found[0] != head or num_rows != found[-1].seq:
+                    raise _broken(head.seq, "rows that were verified before are gone or were replaced")
+                del found[0]
+        if found:
+            known = self._verified = known.extended(found)
+        return known
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file an SQLite database is."""
+        try:
+            status = self._file.stat() if self._file else None
+        except OSError:
+            return None
+        return (status.st_dev, status.st_ino) if status else None
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """Rows whose chain was verified."""
+
+    rows: tuple[Entry, ...]
+    by_model: Mapping[str, tuple[Entry, ...]]
+
+    def extended(self, rows: Sequence[Entry]) -> _Verified:
+        new: dict[str, list[Entry]] = {}
+        for row in rows:
+            new.setdefault(row.model, []).append(row)
+        by_model = {model: (*self.by_model.get(model, ()), *of) for model, of in new.items()}
+        return _Verified((*self.rows, *rows), {**self.by_model, **by_model})
+
+
+def _chained(connection: sa.Connection, *, first: int = 1, previous: str = GENESIS) -> list[Entry]:
+    """The rows from number `first` on, each verified to follow the one before, the first to follow the hash `previous`."""
+    rows = connection.execute(sa.select(_entries).where(_entries.c.seq >= first).order_by(_entries.c.seq)).mappings().all()
+    found = []
+    for position, row in enumerate(rows, start=first):
         if row["seq"] != position or row["previous"] != previous or row["hash"] != _hash(dict(row)):
-            raise TamperedArtefact(
-                f"the ledger is broken at row {row['seq']} (expected {position}): it was changed outside visionloop. "
-                f"Nothing may be promoted from it; restore a backup (`visionloop restore FILE --into DIR`)"
-            )
+            raise _broken(row["seq"], f"expected {position}")
         previous = row["hash"]
         found.append(_entry(dict(row)))
     return found
+
+
+def _broken(row: int, what: str) -> TamperedArtefact:
+    return TamperedArtefact(
+        f"the ledger is broken at row {row} ({what}): it was changed outside visionloop. "
+        f"Nothing may be promoted from it; restore a backup (`visionloop restore FILE --into DIR`)"
+    )
 
 
 def _hash(row: Mapping[str, Any]) -> str:

@@ -46,11 +46,14 @@ class Desk:
         return Promotion(registry, ReleaseStore(self.settings.releases_url), self.model)
 
 
-def desk(folder: Path, model: str | None) -> Desk:
-    """The registry of the workspace at `folder`; raises ConfigError when it knows several models and none is named."""
+def desk(folder: Path, model: str | None, ledger: Ledger | None = None) -> Desk:
+    """The registry of the workspace at `folder`, on a ledger that the caller has opened, or on one of its own.
+
+    Raises ConfigError when it knows several models and none is named.
+    """
     workspace = Workspace.find(folder)
     settings = read_settings(workspace.state)
-    ledger = Ledger(settings.ledger_url)
+    ledger = ledger or Ledger(settings.ledger_url)
     known = sorted({entry.model for entry in ledger.entries()})
     if model is None:
         if len(known) != 1:

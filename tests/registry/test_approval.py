@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import datetime
+import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -453,6 +455,70 @@ def test_of_two_who_except_the_same_gate_at_once_one_does(ledger: Ledger) -> Non
     )
     assert sorted(outcome) == ["DecisionRefused", "done"]
     assert [entry.kind for entry in ledger.entries("m")].count("excepted") == 1
+
+
+def _told_row_by_row(entries: list[Entry], version: str, now: datetime.datetime) -> tuple[Any, ...]:
+    """What of a state depends on other rows of its version, in as few words as it can be said."""
+    requested = [e for e in entries if e.kind == "requested" and e.body["version"] == version][-1]
+    later = [e for e in entries if e.seq > requested.seq and e.body.get("version") == version]
+    left = None
+    for move in (e for e in entries if e.kind in ("promoted", "rolled_back")):
+        if move.body["version"] == version:
+            left = None
+        elif (move.body["previous"] or {}).get("version") == version:
+            left = move if move.kind == "rolled_back" else None
+    return (
+        requested,
+        next((e for e in reversed(later) if e.kind in ("approved", "rejected")), None),
+        next((e for e in reversed(later) if e.kind == "promoted"), None),
+        left,
+        {g: e for e in later if e.kind == "excepted" and e.body["expires_at"] > now.isoformat() for g in e.body["gates"]},
+    )
+
+
+class _Counted(list[Entry]):
+    """Rows that count how often they are gone through."""
+
+    passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return super().__iter__()
+
+
+def _random_rows(seed: int, num_rows: int, versions: Sequence[str], now: datetime.datetime) -> _Counted:
+    """Rows in any order, also in those that no rule allows."""
+    rng, rows = random.Random(seed), _Counted()
+    for seq in range(1, num_rows + 1):
+        kind = rng.choice(["requested", "requested", "excepted", "rejected", "approved", "promoted", "rolled_back"])
+        body: dict[str, Any] = {"version": rng.choice(versions), "gates": rng.sample("ab", rng.randint(1, 2))}
+        body |= {"previous": rng.choice([None, {"version": rng.choice(versions)}]), "undecided": rng.sample("ab", 1)}
+        body |= {"expires_at": (now + rng.choice([-DAY, DAY])).isoformat()}
+        if kind == "rejected" and rng.random() < 0.3:
+            del body["version"]  # by the gates
+        facts = {"at": "", "model": "m", "subject": "s", "actor": ANN, "previous": "", "hash": "", "key": str(seq)}
+        rows.append(Entry.model_validate({"seq": seq, "kind": kind, "body": body, **facts}))
+    return rows
+
+
+def test_all_states_are_found_in_few_passes_and_as_one_by_one() -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    seen = 0
+    for seed in range(150):
+        rows = _random_rows(seed, seed % 40, "123456"[: 2 + seed % 4], now)
+        found = {state.version: state for state in approval.states(rows, now)}
+        for version, state in found.items():
+            facts = (state.requested, state.decision, state.promoted, state.left, state.exceptions)
+            assert facts == _told_row_by_row(rows, version, now)
+            assert approval.state_of(rows, version, now) == state
+            seen += state.left is not None
+    assert seen > 20
+    passes = {}
+    for num_versions in (5, 300):
+        rows = _random_rows(1, 900, [str(number) for number in range(num_versions)], now)
+        assert len(approval.states(rows, now)) > 200
+        passes[num_versions] = rows.passes
+    assert passes[5] == passes[300] < 10
 
 
 def test_who_served_at_a_moment(ledger: Ledger) -> None:
