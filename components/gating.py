@@ -114,6 +114,7 @@ def judge(
     absent: Mapping[str, tuple[str, bool]] | None = None,
     slices: Stored[SliceTable] | None = None,
     corrupted: Sequence[Stored[Robustness]] = (),
+    unserved: Mapping[str, Finding] | None = None,
 ) -> Verdict:
     """One EngineVerdict per engine, and what follows for the candidate as a whole.
 
@@ -121,7 +122,8 @@ def judge(
     even be built (`absent`: name to reason and whether it is required), is `not executed here`, which is no pass: mark
     engines that are built here for other machines as not required. Where `serving` is `auto`, the serving engine is the one
     that `components/choosing.py` takes within `limits`, and a finding of each engine that passed says why. One engine in
-    fp32 that was shown `corrupted` images stands for all that were built in fp32 of the same checkpoint.
+    fp32 that was shown `corrupted` images stands for all that were built in fp32 of the same checkpoint. `unserved` are
+    engines whose release a server could not serve, with what came of it, which stands with what the gates said of them.
     """
     gates: list[tuple[GateConfig, Gate]] = [(g, plugins.load("gates", g.gate, g.settings)) for g in config.gates]
     reference_answers = answers_of(reference, judged[0].engine.record.classes, task) if judged else None
@@ -156,6 +158,8 @@ def judge(
                 champion_corrupted=champion_corrupted,
             )
             findings = [gate.judge(evidence) for g, gate in gates if not g.engines or engine.name in g.engines]
+        if unserved and engine.name in unserved:
+            findings = [*findings, unserved[engine.name]]
         verdicts.append(
             EngineVerdict(
                 engine=engine.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from components.contracts.verdicts import exceptable
 from components.training import CHAMPION
 from flows.loop.permits import Cause, governed
 from flows.training import steps
@@ -21,6 +21,7 @@ from flows.training.folds import divided, estimated
 from flows.training.keys import asked_corrupted
 from flows.training.opening import opened
 from flows.training.results import Results
+from flows.training.serving_choice import served
 
 # Two engines are built at a time: each is a process of its own.
 _RUNNER: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=2)
@@ -71,12 +72,8 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         champion = steps.champion(run)
         compared = steps.evaluation_of_champion(run, champion, splits) if champion else None
         champion_corrupted = steps.robustness_of_champion(run, champion, splits) if champion else None
-        verdict = steps.gating(
-            run, engines, evaluations, measurements, champion, compared, sliced, corrupted, champion_corrupted
-        )
-        registrable = verdict.record.status == "pass" or exceptable(verdict.record)
-        release = steps.packaging(run, engines, splits, verdict.record) if registrable else None
-        verdict = steps.serving_check(run, release, verdict) if release else verdict
+        found = (engines, evaluations, measurements, champion, compared, sliced, corrupted, champion_corrupted)
+        verdict, release = served(run, partial(steps.gating, run, *found), engines, splits)  # gates, packages, asks a server
         shown = steps.evidence(run, engines, evaluations, verdict.record, champion, compared, sliced, splits, checkpoint)
         folds = estimated(run, dataset, turns)
         judged = (dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release)

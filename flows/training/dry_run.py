@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -204,15 +205,17 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
     verdict = _verdict(run, engines, evaluations, measurements, sliced, corrupted)
     walk.see("gating", "stored" if verdict else "computed", unless=champion if verdict else walk.unless)
     served = verdict.record.serving_engine if verdict else run.config.export.serving
-    serving = next((engine for target, engine in named if target.name == served), None)
-    if verdict and verdict.record.status != "pass" and not exceptable(verdict.record):
-        for stage in ("packaging", "serving_check"):
-            walk.see(stage, "left out", unless=champion)
-    else:
+    refused = verdict is not None and verdict.record.status != "pass" and not exceptable(verdict.record)
+    packaged = [*(_unserved(verdict) if verdict else ()), *([] if refused else [served])]
+    for name in packaged:
+        serving = next((engine for target, engine in named if target.name == name), None)
         packaging = keys.packaging_inputs(run, serving, splits) if serving and splits else None
         release = walk.look("packaging", Release, packaging)
         checking = keys.serving_check_inputs(run, release) if release else None
         walk.look("serving_check", ServingCheck, checking, worth=lambda record: not record.timed_out)
+    if not packaged:
+        for stage in ("packaging", "serving_check"):
+            walk.see(stage, "left out", unless=champion)
     walk.see("evidence", "stored" if _drawn(run, verdict) else "computed", unless=champion if verdict else walk.unless)
     recorded = verdict is not None and (run.folder / stage_folder("registration") / "outcome.json").is_file()
     walk.see("registration", "stored" if recorded else "computed", unless=champion if recorded else walk.unless)
@@ -266,8 +269,13 @@ def _verdict(
         run, [e for e, _, _ in known], [v for _, v, _ in known], measured, None, sliced, corrupted=shown
     )
     before = dict(read_manifest(folder)["inputs"])
-    of_champion = {"champion": "", "champion.corrupted": "", "renamed": ""}
-    return verdict if {**before, **of_champion} == {**inputs, **of_champion} else None
+    not_looked_up = {"champion": "", "champion.corrupted": "", "renamed": "", keys.UNSERVED: ""}
+    return verdict if {**before, **not_looked_up} == {**inputs, **not_looked_up} else None
+
+
+def _unserved(verdict: Stored[Verdict]) -> tuple[str, ...]:
+    """The engines that were chosen first and did not serve."""
+    return tuple(json.loads(read_manifest(verdict.folder)["inputs"].get(keys.UNSERVED, "{}")))
 
 
 def _drawn(run: Run, verdict: Stored[Verdict] | None) -> bool:

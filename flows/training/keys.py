@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from components.contracts.data import Dataset, Renames, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
-from components.contracts.verdicts import Evaluation, Measurement, Robustness, SliceTable
+from components.contracts.verdicts import Evaluation, Finding, Measurement, Robustness, SliceTable
 from components.embeddings import absence
 from components.export import REFERENCE, Graph, TargetConfig
 from components.issues import chosen as chosen_findings
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _CODE = Path(__file__).resolve().parents[2]
+UNSERVED = "unserved"
+"""The input of gating that names the engines which were chosen before and did not serve."""
 
 
 def validation_inputs(run: Run) -> dict[str, str]:
@@ -206,6 +208,7 @@ def gating_inputs(
     *,
     corrupted: Sequence[Stored[Robustness]] = (),
     champion_corrupted: Stored[Robustness] | None = None,
+    unserved: Mapping[str, Finding] | None = None,
 ) -> dict[str, str]:
     config = run.config.gating
     inputs = {
@@ -219,6 +222,7 @@ def gating_inputs(
         "slices": sliced.record.digest() if sliced else "none",
         **({"champion.corrupted": champion_corrupted.record.digest()} if champion_corrupted else {}),
         **{f"{stored.record.engine}.corrupted": stored.record.digest() for stored in corrupted},
+        **({UNSERVED: canonical_json({name: found.to_json() for name, found in unserved.items()})} if unserved else {}),
     }
     for engine, evaluation, measurement in zip(engines, evaluations, measurements, strict=True):
         name = engine.record.name

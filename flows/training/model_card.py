@@ -11,6 +11,7 @@ from flows.training.candidate_evidence import card_lines
 from flows.training.results import Results, evaluation_shown
 from flows.training.run import Run
 from flows.training.selective import rule_told
+from flows.training.serving_check import SERVES
 
 VERDICTS = {"pass": "candidate", "fail": "rejected", "inconclusive": "undecided"}
 """What a verdict makes of a model: what the test images do not decide was not rejected for what it is."""
@@ -82,7 +83,12 @@ def choice_told(export: ExportConfig, verdict: Verdict) -> list[str]:
         return [f"{verdict.serving_engine}: named by the recipe (export.serving); no limits chose it"]
     limits = {name: value for name, value in limits_json(export).items() if value is not None}
     within = ", ".join(f"{name} {value:g}" for name, value in limits.items()) or "(none)"
-    found = [f"{e.engine}: {f.message}" for e in verdict.engines for f in e.findings if f.gate == "serving"]
+    found = [
+        f"{e.engine}: {'' if f.gate == 'serving' else 'does not serve: '}{f.message}"
+        for e in verdict.engines
+        for f in e.findings
+        if f.gate == "serving" or (f.gate, f.status) == (SERVES, "fail")
+    ]
     return [
         f"left to the recipe's limits (export.serving: {AUTO}; export.limits: {within})",
         *(found or ["no engine passed every gate, so there was none to choose"]),

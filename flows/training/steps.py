@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from components.contracts.releases import Release
 from components.contracts.verdicts import (
     Candidate,
     Evaluation,
+    Finding,
     Measurement,
     Outcome,
     Rejection,
@@ -55,7 +56,7 @@ from flows.training import keys
 from flows.training.facts import facts_of_test
 from flows.training.results import Results, candidate_digest, shown_of
 from flows.training.run import Run
-from flows.training.serving_check import ServingCheck, check, with_finding
+from flows.training.serving_check import ServingCheck, check
 from flows.training.warm_start import keep
 from flows.training.warm_start import warm_start as begun_from
 from flows.workspace.checking import encoder_of
@@ -379,7 +380,9 @@ def gating(
     sliced: Stored[SliceTable] | None,
     corrupted: Sequence[Stored[Robustness]] = (),
     champion_corrupted: Stored[Robustness] | None = None,
+    unserved: Mapping[str, Finding] | None = None,
 ) -> Stored[Verdict]:
+    """What the gates say; `unserved` are the engines that were chosen before in this run and did not serve."""
     config, chosen = run.config.gating, run.config.export
     required = {target.name: target.required for target in chosen.all_targets}
     renamed = run.data.renames_since(current_champion.data) if current_champion else ()
@@ -404,6 +407,7 @@ def gating(
             absent={name: (reason, required[name]) for name, reason in run.absent.items()},
             slices=sliced,
             corrupted=corrupted,
+            unserved=unserved,
         )
 
     inputs = keys.gating_inputs(
@@ -416,6 +420,7 @@ def gating(
         renamed,
         corrupted=corrupted,
         champion_corrupted=champion_corrupted,
+        unserved=unserved,
     )
     return run.stage("gating", Verdict, compute, inputs=inputs)
 
@@ -443,8 +448,8 @@ def packaging(run: Run, engines: Sequence[Stored[Engine]], splits: Stored[Splits
 
 
 @task(name="serving_check", cache_policy=NO_CACHE)
-def serving_check(run: Run, release: Stored[Release], verdict: Stored[Verdict]) -> Stored[Verdict]:
-    """The verdict, with what a server with the release answered as one more finding of the engine that serves."""
+def serving_check(run: Run, release: Stored[Release]) -> Finding:
+    """What a server with the release answered, as a finding of its engine."""
     inputs = keys.serving_check_inputs(run, release)
     kept = run.stored("serving_check", ServingCheck, inputs=inputs)
 
@@ -452,8 +457,7 @@ def serving_check(run: Run, release: Stored[Release], verdict: Stored[Verdict]) 
         return check(release, out=out, plugin_folder=run.plugin_folder)
 
     anew = kept is not None and kept.record.timed_out
-    found = run.stage("serving_check", ServingCheck, compute, inputs=inputs, anew=anew)
-    return Stored(with_finding(verdict.record, found.record.finding), verdict.folder)
+    return run.stage("serving_check", ServingCheck, compute, inputs=inputs, anew=anew).record.finding
 
 
 @task(name="evidence", cache_policy=NO_CACHE)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,17 @@ def test_the_served_engine_is_chosen_among_those_that_passed(tmp_path: Path) -> 
     dropped = verdict(tmp_path, *items(answers={"logits": six}), **auto)
     assert (dropped.status, dropped.serving_engine) == ("pass", "onnxruntime-fp32")
     assert "openvino-int8 is faster (p50 1 ms) but misses the recipe's limits: drops 2 points" in str(dropped.engines[1])
+    # One whose release did not serve is one less to choose from, unless it is required; a choice that is made stands.
+    serves = {"openvino-int8": Finding(gate="serves", status="fail", message="status 503")}
+    next_one = verdict(tmp_path, *items(), **auto, unserved=serves)
+    assert (next_one.status, next_one.serving_engine, next_one.engines[0].status) == ("pass", "onnxruntime-fp32", "fail")
+    assert next_one.engines[0].findings[-1] == serves["openvino-int8"]
+    assert next_one.engines[1].findings[-1].message.startswith("chosen of 1 engine that passed every gate")
+    assert next_one.policy_digest == both.policy_digest
+    for changes in ({"serving": "openvino-int8"}, auto):
+        required = [replace(each, required=True) for each in items()]
+        refused = verdict(tmp_path, *required, **changes, unserved=serves)
+        assert (refused.status, refused.reasons) == ("fail", ("openvino-int8: serves: status 503",))
     nothing = verdict(tmp_path, **auto)
     assert (nothing.status, nothing.serving_engine) == ("inconclusive", "")
     assert nothing.reasons == ("there is no engine to serve: none passed every gate",)

@@ -334,3 +334,56 @@ def test_a_release_that_does_not_serve_is_a_rejection_that_is_told_everywhere(
     assert os.path.lexists(Path(third["run_folder"]) / "7-serving_check")
     plan = json.loads(visionloop("train", "-r", "smoke", "--dry-run", "--json", cwd=root).stdout.strip().splitlines()[-1])
     assert [s["state"] for s in plan["stages"] if s["stage"] == "serving_check"] == ["stored"]
+
+
+def test_where_the_recipe_leaves_the_choice_open_the_next_engine_serves(
+    trained: Path, tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.training import keys, steps
+
+    monkeypatch.setattr(keys, "worth_measuring_again", lambda _: False)
+    root = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
+    asked: list[str] = []
+    serving = 1
+
+    def stubbed(release: Stored[Release], **_: Any) -> ServingCheck:
+        asked.append(release.record.engine.name)
+        if len(asked) <= 2 - serving:
+            return ServingCheck(finding=Finding(gate="serves", status="fail", message=f"status 503 of {asked[-1]}"))
+        return ServingCheck(finding=Finding(gate="serves", status="pass", message="it was asked"))
+
+    monkeypatch.setattr(steps, "check", stubbed)
+    auto = ("--set", "export.serving=auto", "--set", "export.limits.drop=0.2", "--json")
+
+    def train(golden: int, *more: str) -> dict[str, Any]:
+        told = visionloop("train", "-r", "smoke", *auto, "--set", f"packaging.golden_images={golden}", *more, cwd=root)
+        found: dict[str, Any] = json.loads(told.stdout.strip().splitlines()[-1])
+        return found
+
+    done = train(8)
+    first, second = asked
+    assert {first, second} == {"onnxruntime-fp32", "openvino-int8"}
+    assert (done["outcome"], done["verdict"], done["serving_engine"]) == ("candidate", "pass", second)
+    said = {(f["engine"], f["gate"]): (f["engine_status"], f["status"], f["message"]) for f in done["findings"]}
+    assert said[first, "serves"] == ("fail", "fail", f"status 503 of {first}")
+    assert said[second, "serves"] == ("pass", "pass", "it was asked")
+    assert said[second, "serving"][2].startswith("chosen of 1 engine that passed every gate")
+    assert (first, "serving") not in said
+    shown = json.loads(visionloop("show", done["version"], "--json", cwd=root).stdout)
+    assert shown["bound"]["serving"] == second
+    files = (root / ".visionloop" / "mlflow-artifacts").rglob("model-card.md")
+    card = max(files, key=lambda path: path.stat().st_mtime).read_text()
+    assert f"{first}: does not serve: status 503 of {first}" in card
+    release = json.loads((Path(done["run_folder"]) / "7-packaging" / "manifest.json").read_text())
+    assert f'"name": "{second}"' in json.dumps(release)
+    # Nobody is asked again, neither by the next run nor as the plan tells it.
+    assert (train(8)["serving_engine"], len(asked)) == (second, 2)
+    plan = train(8, "--dry-run")
+    states = [(s["stage"], s["state"]) for s in plan["stages"] if s["stage"] in ("packaging", "serving_check")]
+    assert states == [("packaging", "stored"), ("serving_check", "stored")] * 2
+    # Where none serves, none is chosen, and what came of each is told.
+    asked.clear()
+    serving = 0
+    refused = train(9)
+    assert (refused["outcome"], refused["verdict"], len(asked)) == ("rejection", "fail", 2)
+    assert {f"{name}: serves: status 503 of {name}" for name in asked} <= set(refused["reasons"])
