@@ -24,6 +24,7 @@ from components.contracts.errors import ConfigError, RegistryUnavailable, Vision
 
 _READS = "visionloop_reads"
 """The option of a connection that takes no lock."""
+_CHANGING = ("UPDATE", "DELETE")
 
 
 class Database:
@@ -101,6 +102,31 @@ class Database:
     def close(self) -> None:
         """Give every connection back."""
         self._engine.dispose()
+
+
+def append_only(table: str, name: str, *, unique: Sequence[str]) -> dict[str, list[str]]:
+    """Statements, by dialect, after which a database refuses every change of a table but appending.
+
+    `name` is how the refusal calls it, `unique` are the columns by which a row could take the place of another one.
+    """
+    same = " OR ".join(f"{column} = NEW.{column}" for column in unique)
+    taken = f"EXISTS (SELECT 1 FROM {table} WHERE {same})"  # noqa: S608 - the names are our own
+    refused = f"BEGIN SELECT RAISE(ABORT, '{name} is append-only'); END"
+    return {
+        "sqlite": [
+            *(f"CREATE TRIGGER IF NOT EXISTS {table}_no_{verb} BEFORE {verb} ON {table} {refused}" for verb in _CHANGING),
+            # INSERT OR REPLACE deletes without firing a delete trigger.
+            f"CREATE TRIGGER IF NOT EXISTS {table}_no_replacement BEFORE INSERT ON {table} WHEN {taken} {refused}",
+        ],
+        "postgresql": [
+            f"CREATE OR REPLACE FUNCTION {table}_refuse() RETURNS trigger AS "
+            f"$$ BEGIN RAISE EXCEPTION '{name} is append-only'; END; $$ LANGUAGE plpgsql",
+            f"CREATE OR REPLACE TRIGGER {table}_immutable BEFORE UPDATE OR DELETE ON {table} "
+            f"FOR EACH ROW EXECUTE FUNCTION {table}_refuse()",
+            f"CREATE OR REPLACE TRIGGER {table}_no_truncate BEFORE TRUNCATE ON {table} "
+            f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_refuse()",
+        ],
+    }
 
 
 def sqlite_file(url: str) -> Path | None:

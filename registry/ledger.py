@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from components.contracts.errors import TamperedArtefact
 from components.contracts.records import Record, canonical_json
-from components.databases import Database, now, sqlite_file
+from components.databases import Database, append_only, now, sqlite_file
 from components.machine import account
 
 Kind = Literal["requested", "excepted", "rejected", "approved", "promoted", "rolled_back"]
@@ -45,28 +45,7 @@ _entries = sa.Table(
     sa.Column("previous", sa.String(64), nullable=False, unique=True),
     sa.Column("hash", sa.String(64), nullable=False, unique=True),
 )
-_IMMUTABLE = {
-    "sqlite": [
-        f"CREATE TRIGGER IF NOT EXISTS visionloop_ledger_no_{verb} BEFORE {verb} ON visionloop_ledger "
-        f"BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-        for verb in ("UPDATE", "DELETE")
-    ]
-    + [
-        # INSERT OR REPLACE deletes without firing a delete trigger.
-        "CREATE TRIGGER IF NOT EXISTS visionloop_ledger_no_replacement BEFORE INSERT ON visionloop_ledger "
-        "WHEN EXISTS (SELECT 1 FROM visionloop_ledger "
-        "WHERE seq = NEW.seq OR key = NEW.key OR previous = NEW.previous OR hash = NEW.hash) "
-        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-    ],
-    "postgresql": [
-        "CREATE OR REPLACE FUNCTION visionloop_ledger_refuse() RETURNS trigger AS "
-        "$$ BEGIN RAISE EXCEPTION 'the ledger is append-only'; END; $$ LANGUAGE plpgsql",
-        "CREATE OR REPLACE TRIGGER visionloop_ledger_immutable BEFORE UPDATE OR DELETE ON visionloop_ledger "
-        "FOR EACH ROW EXECUTE FUNCTION visionloop_ledger_refuse()",
-        "CREATE OR REPLACE TRIGGER visionloop_ledger_no_truncate BEFORE TRUNCATE ON visionloop_ledger "
-        "FOR EACH STATEMENT EXECUTE FUNCTION visionloop_ledger_refuse()",
-    ],
-}
+_IMMUTABLE = append_only("visionloop_ledger", "the ledger", unique=("seq", "key", "previous", "hash"))
 
 
 class Principal(Record):

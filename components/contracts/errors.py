@@ -22,12 +22,15 @@ Exceptions::
     ├── RegistryUnavailable         MLflow, the ledger or the release store does not answer
     ├── OrchestratorUnavailable     the Prefect server that is named does not answer
     ├── DecisionRefused             the ledger's rules do not allow this approval, rejection, promotion or rollback
+    ├── SignInRefused               login or password is wrong, or the user may not sign in
+    ├── TooManyTries                too many sign-ins were refused, or come at once, for another one to be looked at now
     └── MonitoringError             a window of predictions cannot be judged
         └── ReferenceUnavailable    what production is compared with is missing, changed or another encoder's
 """
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator, Sequence
 
@@ -120,6 +123,18 @@ class OrchestratorUnavailable(VisionloopError):
 
 class DecisionRefused(VisionloopError):
     """The ledger's rules do not allow this approval, rejection, promotion or rollback."""
+
+
+class SignInRefused(VisionloopError):
+    """Login or password is wrong, or the user may not sign in; which of these is not told."""
+
+
+class TooManyTries(VisionloopError):
+    """Too many sign-ins were refused, or come at once; from `again_at` on another one is looked at."""
+
+    def __init__(self, message: str, again_at: datetime.datetime) -> None:
+        super().__init__(message)
+        self.again_at = again_at
 
 
 class MonitoringError(VisionloopError):
