@@ -9,7 +9,7 @@ import csv
 import datetime
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from components.contracts.records import canonical_json, sha256_text
 from components.contracts.wording import counted, utc_of
 from components.databases import Database, now
 from components.samples import class_name_problem
-from components.store import sha256_file
 from components.tables import num_rows, read_table
 from monitoring.records import labels
 
@@ -45,7 +44,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of a file."""
+    """What came of labels that were given together, in a file or on a page."""
 
     new: int
     known: int
@@ -77,6 +76,16 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
         raise DataError(
             f"{path} has the columns {', '.join(sorted(columns))}; expected label and prediction_id or image_sha256"
         )
+    return checked(rows, by=by, place=lambda number: f"{path} row {number}")
+
+
+def checked(
+    rows: Sequence[Mapping[str, Any]], *, by: str | None, place: Callable[[int], str] = lambda number: f"label {number}"
+) -> list[dict[str, str]]:
+    """Rows with prediction_id or image_sha256, label, and perhaps labelled_by, labelled_at; `place` names one by its number.
+
+    A row without a label stays one; `by` labelled where a row names nobody. Raises DataError for what is no label.
+    """
     found = []
     for number, row in enumerate(rows, start=1):
         values = {name: "" if value is None else str(value) for name, value in row.items() if name}
@@ -88,14 +97,14 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
         problem = class_name_problem(values["label"])
         if problem:
             raise DataError(
-                f"{path} row {number}: {values['label'][:80]!r} cannot be the name of a class: {problem}; "
-                f"correct it and import again"
+                f"{place(number)}: {values['label'][:80]!r} cannot be the name of a class: {problem}; "
+                f"correct it and give all of them again"
             )
         who = values.get("labelled_by") or by or ""
         if not who:
-            raise DataError(f"{path} row {number}: nobody is named; fill labelled_by, or give --as")
+            raise DataError(f"{place(number)}: nobody is named; fill labelled_by, or give --as")
         if len(who) > 128 or not who.isprintable():
-            raise DataError(f"{path} row {number}: labelled_by is a name of at most 128 characters")
+            raise DataError(f"{place(number)}: labelled_by is a name of at most 128 characters")
         when = values.get("labelled_at", "")
         found.append(
             {
@@ -103,14 +112,14 @@ def read_file(path: Path, *, by: str | None) -> list[dict[str, str]]:
                 "image_sha256": values.get("image_sha256", "").lower(),
                 "label": values["label"],
                 "by": who,
-                "at": _when(when, f"{path} row {number}") if when else "",
+                "at": _when(when, place(number)) if when else "",
             }
         )
         sha = found[-1]["image_sha256"]
         if sha and not _SHA256.fullmatch(sha):
-            raise DataError(f"{path} row {number}: {sha[:80]!r} is not the sha256 of an image (64 hex digits)")
+            raise DataError(f"{place(number)}: {sha[:80]!r} is not the sha256 of an image (64 hex digits)")
         if not sha and not found[-1]["prediction_id"]:
-            raise DataError(f"{path} row {number} names no prediction_id and no image_sha256")
+            raise DataError(f"{place(number)} names no prediction_id and no image_sha256")
     return found
 
 
@@ -201,9 +210,12 @@ class Labels:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def append(self, model: str, given: Sequence[Label], *, source: Path, skipped: int = 0) -> Imported:
-        """All of them in one transaction; what is there word for word is not written again."""
-        digest = sha256_file(source)[:16]
+    def append(self, model: str, given: Sequence[Label], *, source: str, skipped: int = 0) -> Imported:
+        """All of them in one transaction; what is there word for word is not written again.
+
+        `source` names what they came in, such as the digest of a file: of a label without a time, the same source again is
+        the same word again, and says nothing against a correction that came in between.
+        """
         new = known = changed = 0
         with self._database.transaction() as connection:
             at = now(connection).isoformat(timespec="microseconds")
@@ -211,8 +223,8 @@ class Labels:
             there = set(connection.execute(sa.select(labels.c.key).where(labels.c.model == model)).scalars())
             rows = []
             for label in given:
-                # Without a time of its own a label is the same however often its file comes; another file may change it.
-                facts = [model, label.image_sha256, label.label, label.by, label.at or digest]
+                # Without a time of its own a label is the same however often its source comes; another source may change it.
+                facts = [model, label.image_sha256, label.label, label.by, label.at or source]
                 key = sha256_text(canonical_json(facts))
                 earlier = latest.get(label.image_sha256)
                 same = earlier is not None and (earlier.label, earlier.by) == (label.label, label.by) and not label.at
@@ -233,7 +245,7 @@ class Labels:
                         "by": label.by,
                         "at": label.at or at,
                         "imported_at": at,
-                        "source": digest,
+                        "source": source,
                     }
                 )
             if rows:

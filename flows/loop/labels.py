@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from components.contracts.releases import Release
 from components.contracts.wording import counted
 from components.formats import suffix_of
 from components.images import decode
+from components.samples import class_name_problem
 from components.store import sha256_file
+from flows.loop.captures import capture_path, captured
 from flows.loop.loop import Loop
-from flows.loop.windows import capture_path, captured, champion_at, release_of, task_of
+from flows.loop.windows import champion_at, release_record, task_of
 from flows.workspace.incoming import LeftOut
 from flows.workspace.renaming import names_of_today
 from flows.workspace.sources import Staged, clear_stale
@@ -35,13 +38,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelsTaken:
-    """What came of a file of labels."""
+    """What came of labels that were given together."""
 
     imported: Imported
     unknown: int
     """Rows that were left out, as nothing in the log is named so."""
     labelled_images: int
-    """Of the model, with those of the file."""
+    """Of the model, with these."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,21 @@ def count_labels(loop: Loop) -> LabelsCounted:
     return LabelsCounted(len(said), dict(sorted(classes.items())), dict(sorted(people.items())))
 
 
+@dataclass(frozen=True)
+class KnownPredictions:
+    """What the log knows, or as much of it as was looked through."""
+
+    by_prediction: Mapping[str, str]
+    """Digest of the image by prediction id."""
+    images: AbstractSet[str]
+    problems: tuple[str, ...] = ()
+    """Parts of the log that cannot be read."""
+
+    def knows(self, row: Mapping[str, str]) -> bool:
+        """Whether what a row names is among it."""
+        return row["image_sha256"] in self.images or row["prediction_id"] in self.by_prediction
+
+
 def import_labels(
     loop: Loop, path: Path, *, by: str | None, skip_unknown: bool = False, new_classes: bool = False
 ) -> LabelsTaken:
@@ -68,49 +86,72 @@ def import_labels(
     Raises ConfigError or DataError; then nothing was imported.
     """
     rows = read_file(path, by=by)
-    given = [row for row in rows if row["label"]]
-    if not given:
+    if not any(row["label"] for row in rows):
         raise DataError(f"{path} holds no label: fill the column `label`, rows without one are left out")
-    by_prediction, images, problems = known_predictions(loop)
-    unknown = 0
+    source, known = sha256_file(path)[:16], known_predictions(loop)
+    return take_labels(loop, rows, known, source=source, skip_unknown=skip_unknown, new_classes=new_classes)
+
+
+def take_labels(
+    loop: Loop,
+    rows: Sequence[Mapping[str, str]],
+    known: KnownPredictions,
+    *,
+    source: str,
+    skip_unknown: bool = False,
+    new_classes: bool = False,
+) -> LabelsTaken:
+    """Take labels wherever they come from, all of them or none; `source` names what they came in.
+
+    `rows` are as `monitoring.labels.checked` gives them. Raises DataError; then nothing was imported.
+    """
+    given = [row for row in rows if row["label"]]
+    num_skipped, unknown = len(rows) - len(given), 0
     if skip_unknown:
-        there = [row for row in given if row["image_sha256"] in images or row["prediction_id"] in by_prediction]
+        there = [row for row in given if known.knows(row)]
         unknown, given = len(given) - len(there), there
-        if unknown and problems:
+        if unknown and known.problems:
             raise DataError(
                 f"the log does not know {counted(unknown, 'row')} of the file, but part of it cannot be read "
-                f"({problems[0]}): they may be there. Nothing was imported; see `visionloop predictions verify`"
+                f"({known.problems[0]}): they may be there. Nothing was imported; see `visionloop predictions verify`"
             )
     champion = None if new_classes else _champion(loop)
     try:
         labels = resolve(
             given,
-            by_prediction=by_prediction,
-            images=images,
-            classes=_known(loop, champion) if champion else (),
+            by_prediction=known.by_prediction,
+            images=known.images,
+            classes=_known_classes(loop, champion) if champion else (),
             task=task_of(champion) if champion else None,
         )
     except DataError as error:
-        for problem in problems[:1]:
+        for problem in known.problems[:1]:
             error.add_note(f"part of the prediction log cannot be read: {problem}")
         raise
-    imported = loop.labels.append(loop.model, labels, source=path, skipped=len(rows) - len(given) - unknown)
+    imported = loop.labels.append(loop.model, labels, source=source, skipped=num_skipped)
     return LabelsTaken(imported, unknown, len(loop.labels.latest(loop.model)))
 
 
-def _known(loop: Loop, champion: Release) -> tuple[str, ...]:
-    """The classes of the champion, by its names and by those of today."""
-    classes = champion.engine.classes
-    return tuple(dict.fromkeys((*classes, *map(names_of_today(loop.workspace), classes))))
+def _known_classes(loop: Loop, champion: Release) -> tuple[str, ...]:
+    """The classes of the champion by its names and by those of today, and those that the data has besides."""
+    return tuple(dict.fromkeys((*champion.engine.classes, *classes_of_today(loop, champion))))
 
 
-def known_predictions(loop: Loop) -> tuple[dict[str, str], set[str], tuple[str, ...]]:
-    """Image digest by prediction id, all image digests, and what cannot be read, of all that the log holds of the model."""
+def classes_of_today(loop: Loop, champion: Release | None = None) -> tuple[str, ...]:
+    """The names of today of the classes that the champion or the data has; raises DataError where there is no champion."""
+    champion = champion or _champion(loop)
+    task, data, name_of = task_of(champion), loop.workspace.data, names_of_today(loop.workspace)
+    folders = [path.name for path in data.glob("*") if path.is_dir() and class_name_problem(path.name) is None]
+    return tuple(sorted({*map(name_of, champion.engine.classes), *task.classes(folders)}))
+
+
+def known_predictions(loop: Loop) -> KnownPredictions:
+    """All that the log holds of the model."""
     log = _whole_log(loop, "prediction_id", "image_sha256")
     pairs: dict[str, str] = {}
     for table in log.tables:
         pairs |= dict(zip(table["prediction_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True))
-    return pairs, set(pairs.values()), log.problems
+    return KnownPredictions(pairs, set(pairs.values()), log.problems)
 
 
 def _whole_log(loop: Loop, *columns: str) -> Stretch:
@@ -141,7 +182,7 @@ def _champion(loop: Loop) -> Release:
     entry = champion_at(loop, datetime.now(UTC))
     if entry is None:
         raise DataError(f"{loop.model} has no champion, so there is no list of its classes; use --new-classes")
-    return release_of(loop, entry).record
+    return release_record(loop, entry.body["release"])
 
 
 _NAME = 24

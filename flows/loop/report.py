@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import datetime
 import errno
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from components.contracts.data import Splits
-from components.contracts.errors import ConfigError, StoreError, UndecodableImage
+from components.contracts.errors import ConfigError, DataError, StoreError
 from components.contracts.records import RecordT, Stored
 from components.contracts.verdicts import Evaluation, Verdict
 from components.contracts.wording import counted, shown_utc
-from components.images import decode
 from components.store import read_manifest, write_atomically
-from components.tables import read_frame
+from flows.loop.labelling import picture, pictures_of
 from flows.loop.loop import Loop
-from flows.loop.windows import PAGE, ROWS, TO_LABEL, capture_path, realised_accuracy, windows
+from flows.loop.windows import PAGE, TO_LABEL, realised_accuracy, windows
 from flows.pages import figures
+from flows.pages.thumbnails import media_type
 from flows.terminal import figure
 from flows.training.run import stage_folder
 from flows.training.serving_check import ServingCheck, with_finding
@@ -180,35 +179,20 @@ def _window(loop: Loop, name: str, verdict: DriftVerdict, folder: Path) -> dict[
         "accuracy": _estimate(accuracy),
         "page": _link(place / PAGE, folder),
         "to_label": _link(place / TO_LABEL, folder),
-        "pictures": _pictures(loop, place / ROWS) if verdict.status == "drift" else [],
+        "pictures": _pictures(loop, name) if verdict.status == "drift" else [],
     }
 
 
-def _pictures(loop: Loop, path: Path) -> list[dict[str, str]]:
-    """Some of the pictures that were kept, as the window's predictions name them."""
-    if not path.is_file():
-        return []
-    rows = read_frame(path, ["image_sha256", "predicted", "confidence"]).drop_duplicates("image_sha256")
-    rows = rows.iloc[:: max(1, len(rows) // 60)]
-    said = loop.labels.latest(loop.model)
+def _pictures(loop: Loop, window: str) -> list[dict[str, str]]:
+    """Some of the pictures that were kept, as the window's predictions name them, or why one cannot be shown."""
     found = []
-    for sha, predicted, confidence in zip(*(rows[c].to_list() for c in rows.columns), strict=True):
+    for shown in pictures_of(loop, window, _SHOWN):
         try:
-            image = decode(capture_path(loop.workspace, sha).read_bytes()).srgb().copy()
-        except (OSError, UndecodableImage):
-            continue
-        image.thumbnail((96, 96))
-        data = io.BytesIO()
-        image.save(data, format="PNG")
-        label = said[sha].label if sha in said else ""
-        found.append(
-            {
-                "image": "data:image/png;base64," + base64.b64encode(data.getvalue()).decode(),
-                "caption": f"taken for {predicted} ({confidence:.2f})" + (f", labelled {label}" if label else ""),
-            }
-        )
-        if len(found) == _SHOWN:
-            break
+            data, problem = picture(loop, shown.image_sha256, side=96), ""
+        except DataError as error:
+            data, problem = b"", f"; {error}"
+        image = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}" if data else ""
+        found.append({"image": image, "caption": shown.caption + problem})
     return found
 
 

@@ -33,9 +33,10 @@ from components.splitting import TestLedger
 from components.store import write_atomically
 from components.suggestions import Suggestion, suggest
 from components.tables import read_frame
+from flows.loop.captures import capture_path, captured
 from flows.loop.labels import known_predictions
 from flows.loop.serving import Batch, open_batch, predict
-from flows.loop.windows import capture_path, captured, open_loop
+from flows.loop.windows import open_loop
 from flows.pages.figures import environment, thumbnail
 from flows.workspace.workspace import Workspace
 
@@ -149,7 +150,7 @@ def _captured(workspace: Workspace, model: str) -> tuple[Path, Path]:
 
     loop = open_loop(workspace.root, model)
     there, labelled = captured(workspace), loop.labels.latest(loop.model).keys()
-    asked = sorted((there & known_predictions(loop)[1]) - labelled)
+    asked = sorted((there & known_predictions(loop).images) - labelled)
     if not asked:
         raise DataError(
             f"no image that {model} was asked in production is captured and unlabelled ({len(there)} captured, "

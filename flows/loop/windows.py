@@ -12,22 +12,27 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import io
 import itertools
+import re
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components import plugins
-from components.contracts.errors import ConfigError, MonitoringError, StoreError
+from components.contracts.errors import ConfigError, MonitoringError, StoreError, UnknownName, in_short
 from components.contracts.families import Task
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.wording import utc_of
 from components.releases import ReleaseStore
-from components.store import explained, seal, unseal, write_atomically
+from components.store import MANIFEST, explained, seal, unseal, write_atomically
+from flows.loop.captures import capture_path, captured
 from flows.loop.loop import Loop
 from flows.workspace.desk import desk
 from flows.workspace.renaming import names_of_today
@@ -36,11 +41,16 @@ from monitoring.outbox import Alarm, window_id
 from monitoring.verdicts import DriftVerdict, Sample
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from monitoring.evidently_report import Measured
+    from monitoring.labels import Label
     from monitoring.window import Window
     from registry.ledger import Entry
 
 VERDICT, ROWS, PAGE, TO_LABEL = "verdict.json", "rows.parquet", "report.html", "to-label.csv"
+_WINDOW = re.compile(r"\d{4}-\d\d-\d\dT\d{4}Z-[0-9a-f]{10}")
+"""What `window_id` makes: names that come from elsewhere lead nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +130,34 @@ def champion_at(loop: Loop, moment: datetime.datetime) -> Entry | None:
 
 def release_of(loop: Loop, entry: Entry) -> Stored[Release]:
     """The verified release that a ledger row made champion."""
-    return _fetched(loop, entry.body["release"])
+    return ReleaseStore(loop.settings.releases_url).fetch(loop.model, entry.body["release"], cache=_releases(loop))
 
 
-def _fetched(loop: Loop, digest: str) -> Stored[Release]:
-    cache = loop.workspace.state / "monitoring" / loop.model / "releases"
-    return ReleaseStore(loop.settings.releases_url).fetch(loop.model, digest, cache=cache)
+def _releases(loop: Loop) -> Path:
+    """Where verified copies of releases lie."""
+    return loop.workspace.state / "monitoring" / loop.model / "releases"
+
+
+def release_record(loop: Loop, digest: str) -> Release:
+    """The record of a release, without the files that it is about: what tells its classes and its task.
+
+    Raises StoreError or RegistryUnavailable.
+    """
+    return _record(loop.settings.releases_url, loop.model, digest, _releases(loop))
+
+
+@functools.lru_cache(maxsize=64)
+def _record(url: str, model: str, digest: str, cache: Path) -> Release:
+    """From the copy that is here already, else from the store; named by its digest, it is right for good once it is read."""
+    with contextlib.suppress(OSError, StoreError, KeyError, TypeError):
+        body = unseal((cache / digest / MANIFEST).read_bytes())
+        copied = Release.read(body["record"]) if body is not None else None
+        if copied is not None and (copied.digest(), copied.model) == (digest, model):
+            return copied
+    found = ReleaseStore(url).manifest(model, digest)
+    if found is None:
+        raise StoreError(f"release {digest} of {model} was not published to {url}")
+    return found
 
 
 def task_of(release: Release) -> Task:
@@ -159,13 +191,41 @@ def read_window(loop: Loop, stretch: Span, entry: Entry, release: Stored[Release
     )
 
 
-def recorded(folder: Path) -> DriftVerdict | None:
+def evidence(loop: Loop, window: str, file: str) -> bytes | None:
+    """A file of a window's evidence; None where it has none of that name. Raises UnknownName for what names no window."""
+    if not _WINDOW.fullmatch(window):
+        raise UnknownName("window", window[:100], names(loop)[:5])
+    try:
+        return (loop.folder / window / file).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def recorded(loop: Loop, window: str) -> DriftVerdict | None:
     """The verdict that a window has; None before its first, or when its file was changed by hand."""
     try:
-        body = unseal((folder / VERDICT).read_bytes())
+        data = evidence(loop, window, VERDICT)
+        body = unseal(data) if data is not None else None
         return DriftVerdict.read(body) if body is not None else None
     except (OSError, StoreError):
         return None
+
+
+def rows_of(loop: Loop, window: str, *columns: str) -> pd.DataFrame | None:
+    """Some columns of the rows that a window was judged by; None where they are not kept. Raises StoreError."""
+    from components.tables import read_frame
+
+    data = evidence(loop, window, ROWS)
+    try:
+        return read_frame(data, columns) if data is not None else None
+    except Exception as error:
+        # pyarrow raises what it likes for bytes that are no Parquet, and pandas for columns that are not there.
+        raise StoreError(f"{ROWS} of window {window} was changed and cannot be read ({in_short(error)})") from error
+
+
+def names(loop: Loop) -> list[str]:
+    """The windows that have a verdict, the latest first: their names begin with the time."""
+    return sorted((path.parent.name for path in loop.folder.glob(f"*/{VERDICT}")), reverse=True)
 
 
 def judge_window(loop: Loop, stretch: Span, now: datetime.datetime) -> JudgedWindow | None:
@@ -177,7 +237,7 @@ def judge_window(loop: Loop, stretch: Span, now: datetime.datetime) -> JudgedWin
     window = read_window(loop, stretch, entry, release, now)
     name = window_id(loop.model, window.facts.since, window.facts.until, window.facts.release)
     folder = loop.folder / name
-    known = recorded(folder)
+    known = recorded(loop, name)
     policy = loop.config.drift.digest()
     if known is not None and (known.window, known.policy) == (window.facts, policy):
         return JudgedWindow(name, known, folder, False, None)
@@ -255,23 +315,9 @@ def _write_to_label(loop: Loop, reference: Any, window: Window, path: Path) -> N
     write_atomically(path, table.to_csv(index=False).encode())
 
 
-def captured(workspace: Workspace) -> set[str]:
-    """Digests of the images of production whose bytes were kept."""
-    return {path.name for path in (workspace.state / "serving" / "captures").glob("??/*") if len(path.name) == 64}
-
-
-def capture_path(workspace: Workspace, sha256: str) -> Path:
-    """Where the bytes of a kept image lie."""
-    from serving.log.captures import kept_at
-
-    return kept_at(workspace.state / "serving" / "captures", sha256)
-
-
 def windows(loop: Loop, last: int = 200) -> list[tuple[str, DriftVerdict]]:
     """The latest judged windows with their verdicts, oldest first."""
-    # Names begin with the time, so only what is shown is read.
-    names = sorted((path.parent.name for path in loop.folder.glob(f"*/{VERDICT}")), reverse=True)[: 2 * last]
-    found = [(name, recorded(loop.folder / name)) for name in names]
+    found = [(name, recorded(loop, name)) for name in names(loop)[: 2 * last]]
     judged = [(name, verdict) for name, verdict in found if verdict is not None]
     return sorted(judged, key=lambda pair: (pair[1].window.until, pair[1].window.since, pair[0]))[-last:]
 
@@ -280,10 +326,9 @@ def past_windows(loop: Loop, last: int) -> list[dict[str, Any]]:
     """The latest judged windows as JSON data, oldest first: id, verdict, and the accuracy that labels showed since."""
     from monitoring.drift import as_json
 
-    return [
-        {"id": name, **as_json(verdict), "realised_accuracy": realised_accuracy(loop, name)}
-        for name, verdict in windows(loop, last)
-    ]
+    judged = windows(loop, last)
+    accuracies = _realised(loop, judged)
+    return [{"id": name, **as_json(verdict), "realised_accuracy": accuracies[name]} for name, verdict in judged]
 
 
 def prune(loop: Loop, now: datetime.datetime) -> int:
@@ -304,22 +349,32 @@ def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:
     Right is an answer that the task takes for the same as the label.
     Which images were labelled is not chance (uncertain ones come first), so it leans downwards; n is told with it.
     """
-    from components.intervals import wilson
-    from components.tables import read_frame
-    from flows.training.results import estimate_json
+    verdict = recorded(loop, name)
+    return _realised(loop, [(name, verdict)])[name] if verdict is not None else None
 
-    path = loop.folder / name / ROWS
-    if not path.is_file():
-        return None
-    rows = read_frame(path, ["image_sha256", "predicted"]).drop_duplicates("image_sha256")
+
+def _realised(loop: Loop, judged: Sequence[tuple[str, DriftVerdict]]) -> dict[str, dict[str, float | int] | None]:
+    """The same of several windows, by name."""
     said = loop.labels.latest(loop.model)
-    labelled = rows[rows["image_sha256"].isin(said)]
-    verdict = recorded(path.parent)
-    if labelled.empty or verdict is None:
-        return None
-    task = task_of(_fetched(loop, verdict.window.release).record)
     # A class that got another name is answered by its old one until the next model.
     name_of = names_of_today(loop.workspace)
+    return {name: _share_right(loop, name, verdict, said, name_of) if said else None for name, verdict in judged}
+
+
+def _share_right(
+    loop: Loop, name: str, verdict: DriftVerdict, said: Mapping[str, Label], name_of: Callable[[str], str]
+) -> dict[str, float | int] | None:
+    from components.intervals import wilson
+    from flows.training.results import estimate_json
+
+    rows = rows_of(loop, name, "image_sha256", "predicted")
+    if rows is None:
+        return None
+    labelled = rows.drop_duplicates("image_sha256")
+    labelled = labelled[labelled["image_sha256"].isin(said)]
+    if labelled.empty:
+        return None
+    task = task_of(release_record(loop, verdict.window.release))
     labels = [name_of(said[sha].label) for sha in labelled["image_sha256"]]
     predicted = [name_of(answer) for answer in labelled["predicted"]]
     classes = task.classes([*labels, *predicted])

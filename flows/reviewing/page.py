@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +14,15 @@ from markupsafe import Markup
 from components.contracts.errors import UndecodableImage
 from components.contracts.progress import Progress, silent
 from components.contracts.wording import counted
-from components.images import decode, in_threads
+from components.images import in_threads
 from flows.pages.figures import TEMPLATES, environment
+from flows.pages.thumbnails import encoded, media_type
 from flows.reviewing import sheet
 from flows.reviewing.cards import Card, CardFile
 
 THUMBNAILS = "thumbnails"
 _SIDE = 256
 """Pixels that a thumbnail's longer side has at most."""
-_TINY = 96
-"""Pictures up to this side are shown as they are, without loss."""
 _SHOWN_FILES = 4
 _SHOWN_EXAMPLES = 3
 
@@ -131,16 +129,12 @@ def _thumbnail(path: Path, sha256: str, out: Path) -> str:
         if (out / name).is_file() and (out / name).stat().st_size:
             return name
     try:
-        image = decode(path.read_bytes()).srgb().copy()
+        made = encoded(path.read_bytes(), _SIDE)
     except (UndecodableImage, OSError):
         return ""
-    tiny = max(image.size) <= _TINY
-    image.thumbnail((_SIDE, _SIDE))
-    made = io.BytesIO()
-    image.save(made, format="PNG") if tiny else image.save(made, format="JPEG", quality=85)
-    name = f"{sha256}.{'png' if tiny else 'jpg'}"
+    name = f"{sha256}.{'png' if media_type(made) == 'image/png' else 'jpg'}"
     # Not made durable, unlike what cannot be made again: that would take most of the time.
     temporary = out / f".{name}.{os.getpid()}.tmp"
-    temporary.write_bytes(made.getvalue())
+    temporary.write_bytes(made)
     os.replace(temporary, out / name)
     return name

@@ -53,7 +53,7 @@ class Captures:
         self._bytes_lock = threading.Lock()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._erased: set[str] = set()
+        self._erased: dict[str, dict[str, Any]] = {}
         self._erased_at: int | None = None
 
     def path(self, sha256: str) -> Path:
@@ -182,13 +182,17 @@ class Captures:
             write_atomically(self.folder / _ERASED, text.encode())
         return record
 
-    def _erasures(self) -> set[str]:
+    def erasure(self, sha256: str) -> dict[str, Any] | None:
+        """The record of an image's erasure; None while it was not erased."""
+        return self._erasures().get(sha256)
+
+    def _erasures(self) -> dict[str, dict[str, Any]]:
         try:
             changed = (self.folder / _ERASED).stat().st_mtime_ns
         except FileNotFoundError:
-            return set()
+            return {}
         if changed != self._erased_at:
-            self._erased, self._erased_at = {line["image_sha256"] for line in self._lines()}, changed
+            self._erased, self._erased_at = {line["image_sha256"]: line for line in self._lines()}, changed
         return self._erased
 
     def _lines(self) -> list[dict[str, Any]]:

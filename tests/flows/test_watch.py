@@ -460,7 +460,7 @@ def test_a_watch_that_dies_anywhere_alarms_once(root: Path, monkeypatch: pytest.
         judged = windows.judge_window(loop, span, datetime.datetime.now(datetime.UTC))
         assert judged is not None
         assert judged.verdict.status == "drift"
-        assert windows.recorded(judged.folder) == judged.verdict
+        assert windows.recorded(loop, judged.window) == judged.verdict
         assert len(loop.outbox.alarms(MODEL)) == 1
         if not points.hit:
             break

@@ -17,6 +17,7 @@ from watched import TASK, sha
 
 from components.contracts.errors import ConfigError, DataError
 from components.databases import Database
+from components.store import sha256_file
 from flows.loop.labels import move_relabelled
 from flows.workspace.incoming import incoming
 from monitoring.labels import Label, Labels, read_file, resolve
@@ -123,7 +124,7 @@ def test_a_relabelled_image_overwrites_nothing(database: Database, tmp_path: Pat
     edited = tmp_path / "data" / "dog" / file["two"]
     edited.write_bytes(b"two, retouched by hand")
     labels = Labels(database)
-    labels.append("m", [Label(digest, "dog", "ann", "") for digest in images.values()], source=written(tmp_path, "x"))
+    labels.append("m", [Label(digest, "dog", "ann", "") for digest in images.values()], source="x")
     loop = cast(
         "Loop", SimpleNamespace(workspace=SimpleNamespace(root=tmp_path, data=tmp_path / "data"), labels=labels, model="m")
     )
@@ -171,8 +172,8 @@ def test_new_classes_come_in_when_asked(tmp_path: Path) -> None:
 def test_the_same_file_twice_is_once(database: Database, tmp_path: Path) -> None:
     path = written(tmp_path, "prediction_id,label\np1,cat\np2,dog\n")
     labels = Labels(database)
-    first = labels.append("m", resolved(path), source=path)
-    again = labels.append("m", resolved(path), source=path)
+    first = labels.append("m", resolved(path), source=sha256_file(path))
+    again = labels.append("m", resolved(path), source=sha256_file(path))
     assert (first.new, first.known, again.new, again.known) == (2, 0, 0, 2)
     assert {sha_: label.label for sha_, label in labels.latest("m").items()} == {sha("1"): "cat", sha("2"): "dog"}
     assert labels.latest("other") == {}
@@ -182,11 +183,11 @@ def test_the_newest_label_counts(database: Database, tmp_path: Path) -> None:
     labels = Labels(database)
     early = written(tmp_path, "prediction_id,label,labelled_at\np1,cat,2026-03-02\n")
     late = written(tmp_path, "prediction_id,label,labelled_at\np1,dog,2026-03-01\n", "late.csv")
-    labels.append("m", resolved(early), source=early)
-    assert labels.append("m", resolved(late), source=late).changed == 0  # older than what counts
+    labels.append("m", resolved(early), source=sha256_file(early))
+    assert labels.append("m", resolved(late), source=sha256_file(late)).changed == 0  # older than what counts
     assert labels.latest("m")[sha("1")].label == "cat"
     corrected = written(tmp_path, "prediction_id,label\np1,dog\n", "corrected.csv")
-    assert labels.append("m", resolved(corrected), source=corrected).changed == 1
+    assert labels.append("m", resolved(corrected), source=sha256_file(corrected)).changed == 1
     assert labels.latest("m")[sha("1")].label == "dog"
 
 
@@ -196,7 +197,7 @@ def test_a_label_can_be_changed_back_and_an_old_file_changes_nothing(database: D
     dog = written(tmp_path, "prediction_id,label\np1,dog\n", "2.csv")
     back = written(tmp_path, "prediction_id,label\np1,cat\n\n", "3.csv")
     for path, expected in ((cat, "cat"), (dog, "dog"), (cat, "dog"), (back, "cat"), (back, "cat")):
-        labels.append("m", resolved(path), source=path)
+        labels.append("m", resolved(path), source=sha256_file(path))
         assert labels.latest("m")[sha("1")].label == expected
 
 
