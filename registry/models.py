@@ -349,7 +349,16 @@ def _copied(stored: Stored[RecordT], files: Sequence[FileDigest], out: Path) -> 
     return Stored(stored.record, out)
 
 
-_FURTHER: Mapping[str, type[Record]] = {"slices": SliceTable, "shown": CandidateEvidence}
+CHAMPION_CORRUPTED = "champion_corrupted"
+"""What the champion answered on corrupted images, in what is bound and among the evidence.
+
+Versions from before it was bound keep it as champion.robustness.json, which is read by nobody: what they are bound to stays.
+"""
+_FURTHER: Mapping[str, type[Record]] = {
+    "slices": SliceTable,
+    "shown": CandidateEvidence,
+    CHAMPION_CORRUPTED: Robustness,
+}
 """Evidence that not every version has: older ones do not."""
 
 

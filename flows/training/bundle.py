@@ -35,7 +35,7 @@ from flows.training.selective import curve_of
 from registry.approval import person
 from registry.holdout import holdout_use
 from registry.ledger import Ledger
-from registry.models import CandidateBundle
+from registry.models import CHAMPION_CORRUPTED, CandidateBundle
 from registry.policies import exceptions_told, notes
 from registry.tracking import DataInput
 
@@ -94,7 +94,7 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
     if results.champion is not None:
         record("champion.evaluation", results.champion.record)
     if results.champion_corrupted is not None:
-        record("champion.robustness", results.champion_corrupted.record)
+        record(CHAMPION_CORRUPTED, results.champion_corrupted.record)
     if results.folds is not None:
         record("folds", results.folds)
     if results.release is not None:
@@ -344,7 +344,8 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
     """`report.html` of the run, with what registration answered; left alone when it says just that already."""
     path = run.folder / "report.html"
     told, judged_before = notes_of(run, results), holdout_told(run, results)
-    evidence = [stored.record.digest() for stored in (results.shown, *results.corrupted) if stored is not None]
+    drawn = (results.shown, *results.corrupted, results.champion_corrupted)
+    evidence = [stored.record.digest() for stored in drawn if stored is not None]
     shown = [
         outcome.digest(),
         *told,

@@ -28,7 +28,7 @@ from components.samples import rows
 from components.tables import read_frame
 from components.training import begins_from_a_model
 from flows.training.run import Run
-from registry.models import CurrentChampion
+from registry.models import CHAMPION_CORRUPTED, CurrentChampion
 
 _FOLDS = 5
 
@@ -144,6 +144,7 @@ def bound_digests(results: Results) -> dict[str, Any]:
         **({"shown": results.shown.record.digest()} if results.shown else {}),
         # Rows from before there was any are found again by what they were bound to.
         **({"corrupted": {s.record.engine: s.record.digest() for s in results.corrupted}} if results.corrupted else {}),
+        **({CHAMPION_CORRUPTED: results.champion_corrupted.record.digest()} if results.champion_corrupted else {}),
         "verdict": results.verdict.record.status,
         "release": results.release.record.digest() if results.release else "none",
         "champion": results.champion.record.engine_digest if results.champion else "none",

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from shapes import LENIENT, commit, picture, visionloop
 
+from components.contracts.verdicts import Robustness
 from flows.orchestrator.notifications import notify
 from flows.workspace.settings import Settings
 from registry import approval
@@ -182,6 +183,10 @@ def test_a_rejudged_model_is_compared_with_the_champion(decided: Path) -> None:
     )
     assert "Since the data of the champion (version 1) no file changed." in page
     assert {"slices", "shown"} <= set(shown["bound"])
+    answered = json.loads(
+        (Path(summary["run_folder"]) / "5-evaluation" / "champion-corrupted" / "manifest.json").read_text()
+    )
+    assert shown["bound"]["champion_corrupted"] == Robustness.read(answered["record"]).digest()
     # The figures of then stay those of version 1 when another one is champion.
     for arguments in (["approve", "2", "--as", "Ann", "--reason", "equal"], ["promote", "2"]):
         done = visionloop(*arguments, cwd=decided)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sqlite3
 from collections.abc import Mapping
@@ -14,11 +15,11 @@ from bundles import HISTORY, evidence
 from mlflow import MlflowClient
 
 from components.contracts.errors import RegistryUnavailable, StoreError, TamperedArtefact
-from components.contracts.verdicts import Candidate, Rejection
+from components.contracts.verdicts import Candidate, Rejection, Robustness
 from components.store import sha256_file
 from registry import models, tracking
 from registry.ledger import Ledger
-from registry.models import Registry, verify_bundle
+from registry.models import Registry, bound_in, verify_bundle
 from registry.tracking import LiveMetrics
 
 
@@ -72,6 +73,25 @@ def test_what_is_registered_is_what_was_given(registry: Registry, uri: str, tmp_
         verify_bundle(folder, version.tags["visionloop.manifest_sha256"])
     with pytest.raises(TamperedArtefact, match="not the manifest that was registered"):
         verify_bundle(folder, "0" * 64)
+
+
+def test_what_the_champion_answered_on_corrupted_images_is_bound_where_it_was_when_it_was_registered(
+    registry: Registry, tmp_path: Path
+) -> None:
+    given = evidence(tmp_path, "corrupted")
+    folder = given.files["evidence/verdict.json"].parents[1]
+    answered = Robustness(engine="e", engine_digest="0" * 64, test_digest="t" * 64, status="not comparable")
+    text = json.dumps(answered.to_json())
+    (folder / "evidence" / "champion.robustness.json").write_text(text)  # as versions from before have it
+    assert bound_in(folder) == given.bound
+    place = folder / "evidence" / "champion_corrupted.json"
+    place.write_text(text)
+    bound = {**given.bound, "champion_corrupted": answered.digest()}
+    assert bound_in(folder) == bound
+    place.write_text(json.dumps(answered.model_copy(update={"reason": "another"}).to_json()))
+    changed = dataclasses.replace(given, files={**given.files, "evidence/champion_corrupted.json": place}, bound=bound)
+    with pytest.raises(TamperedArtefact, match=r"not what was judged \(champion_corrupted\)"):
+        registry.register(changed)
 
 
 def test_files_that_are_away_are_not_called_changed(registry: Registry, tmp_path: Path) -> None:
