@@ -346,6 +346,12 @@ def least(config: GatingConfig) -> dict[str, Least]:
     return found
 
 
+def counting_test_images(config: GatingConfig) -> set[str]:
+    """The gates that count test images as they are, and that more of them would decide; not those that corrupt them."""
+    loaded = {chosen.gate: plugins.load("gates", chosen.gate, chosen.settings) for chosen in config.gates}
+    return {name for name in least(config) if not _least_corrupted(loaded[name])}
+
+
 def policy(config: GatingConfig) -> Mapping[str, Any]:
     """The gate policy with every default written out, for the evidence."""
     return {

@@ -23,7 +23,7 @@ from components.contracts.verdicts import (
     Verdict,
 )
 from components.contracts.wording import counted
-from components.gating import least
+from components.gating import counting_test_images
 from components.samples import rows
 from components.tables import read_frame
 from components.training import begins_from_a_model
@@ -186,7 +186,8 @@ def folds_proposed(run: Run, results: Results) -> str:
     """What to ask for where few test images left a gate undecided; empty where folds were there, or would tell nothing."""
     if results.folds is not None:
         return ""
-    counting = least(run.config.gating)
+    # Folds are answered without corruption, and a gate that corrupts images says itself how many more it could be shown.
+    counting = counting_test_images(run.config.gating)
     undecided = {
         finding.gate
         for engine in results.verdict.record.engines

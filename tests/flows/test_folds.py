@@ -98,18 +98,22 @@ def test_weights_of_a_checkpoint_have_seen_the_images_and_folds_are_neither_made
     assert (done.returncode, "of a checkpoint, whose training may have seen any" in done.stderr) == (2, True), done.stderr
     load_recipe("smoke", [folds, from_backbone], workspace=trained)
 
-    finding = SimpleNamespace(status="inconclusive", n=54, gate="accuracy")
+    findings = [SimpleNamespace(status="inconclusive", n=54, gate=gate) for gate in ("robustness", "accuracy")]
     results: Any = SimpleNamespace(
         folds=None,
-        verdict=SimpleNamespace(record=SimpleNamespace(engines=[SimpleNamespace(serving=True, findings=[finding])])),
+        verdict=SimpleNamespace(record=SimpleNamespace(engines=[SimpleNamespace(serving=True, findings=findings)])),
         splits=SimpleNamespace(record=SimpleNamespace(counts={"test": 54})),
         dataset=SimpleNamespace(record=SimpleNamespace(num_kept=180)),
     )
 
     def proposed(override: str) -> str:
-        config = load_recipe("smoke", [override], workspace=trained)
+        gates = "gating.gates=[{gate: accuracy, settings: {floor: 0.6}}, {gate: robustness}]"
+        config = load_recipe("smoke", [gates, override], workspace=trained)
         run: Any = SimpleNamespace(config=config, workspace=Workspace(trained))
         return folds_proposed(run, results)
 
-    assert proposed(from_backbone).startswith("54 test images did not decide accuracy")
+    # Folds would tell nothing of what is asked under corruption, of some test images only.
+    assert proposed(from_backbone).startswith("54 test images did not decide accuracy: ")
     assert proposed(from_checkpoint) == ""
+    del findings[1]
+    assert proposed(from_backbone) == ""
