@@ -155,8 +155,8 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
     for line in _table(rows):
         say(line)
     counted = [row for row in rows if row.counted]
-    ours = statistics.mean(statistics.mean(row.right) for row in counted) if counted else None
-    by_value = statistics.mean(statistics.mean(row.right_by_value) for row in counted) if counted else None
+    ours = _mean([row.right for row in counted])
+    by_value = _mean([row.right_by_value for row in counted])
     return {
         "ours": ours,
         "peers": {"by the measured value": by_value},
@@ -167,6 +167,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
         "false": sum(row.num_false([each.status for each in row.findings]) for row in counted),
         "false_by_value": sum(row.num_false(row.by_value) for row in counted),
         "judgements": sum(len(row.findings) for row in counted),
+        "tried": dict(Counter(status for row in rows for status in row.tried)),
         "rows": [row.facts() for row in rows],
         "accuracies": {
             name: [round(float(model.truth.right.mean()), 4) for model in models[name]] for name in ("good", "poor")
@@ -293,6 +294,11 @@ def _mislabelled(part: Part, num_classes: int, rng: np.random.Generator) -> Part
     wrong = rng.choice(len(labels), round(_WRONG * len(labels)), replace=False)
     labels[wrong] = (labels[wrong] + rng.integers(1, num_classes, len(wrong))) % num_classes
     return replace(part, labels=labels.tolist())
+
+
+def _mean(right: Sequence[Sequence[bool]]) -> float | None:
+    """Each pair and size weighs the same; None where there is none."""
+    return round(statistics.mean(map(statistics.mean, right)), 4) if right else None
 
 
 def _table(rows: Sequence[Judgements]) -> Iterator[str]:
