@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.futures import wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -62,9 +61,7 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         turns = divided(run, dataset)  # before a training that would be for nothing
         checkpoint = steps.training(run, splits)
         graph = steps.graph(run, checkpoint)
-        building = [steps.engine.submit(run, checkpoint, graph, splits, target) for target in run.targets]
-        wait(building)  # also when one failed: the workspace is held until nothing writes into it any more
-        engines = steps.built(run, building)
+        engines = steps.engines(run, checkpoint, graph, splits)
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         sliced = steps.slices(run, dataset, evaluations[0])
         corrupted = [steps.robustness(run, engine, splits) for engine in asked_corrupted(run, engines, evaluations)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, wait
 
 from components import attributes, dataversions
 from components.clusters import Clusters
@@ -179,6 +179,15 @@ def engine(
 
     inputs = keys.engine_inputs(run, checkpoint, interchange, splits, target)
     return run.stage("export", Engine, compute, inputs=inputs, instance=target.name, fold=fold)
+
+
+def engines(
+    run: Run, checkpoint: Stored[Checkpoint], interchange: Stored[Graph], splits: Stored[Splits]
+) -> list[Stored[Engine]]:
+    """The engines of all targets, as many at a time as the flow's task runner allows; see `built`."""
+    building = [engine.submit(run, checkpoint, interchange, splits, target) for target in run.targets]
+    wait(building)  # also when one failed: the workspace is held until nothing writes into it any more
+    return built(run, building)
 
 
 def built(run: Run, building: Sequence[PrefectFuture[Stored[Engine]]]) -> list[Stored[Engine]]:

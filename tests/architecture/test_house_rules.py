@@ -69,6 +69,10 @@ def test_nothing_dangerous_is_called() -> None:
     assert "weights_only=True)" in TEXTS["components/weights.py"]
 
 
+def test_the_map_of_the_product_is_read_at_one_look() -> None:
+    assert len(TEXTS["flows/train.py"].splitlines()) <= 80
+
+
 def test_every_module_says_what_it_is_for() -> None:
     assert [name for name, tree in TREES.items() if not ast.get_docstring(tree)] == []
 
