@@ -8,6 +8,7 @@ training ones.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,12 +64,18 @@ class PackagingConfig(Record):
         return values
 
 
-def expect_provable(config: PackagingConfig, splits: Splits, task: Task) -> None:
-    """Raise UnknownName for a critical class that there is not, ConfigError for a rate that valid cannot prove."""
-    classes = task.classes(splits.classes)
-    for name, rate in config.critical.items():
+def expect_critical(config: PackagingConfig, labels: Sequence[str], task: Task) -> None:
+    """Raise UnknownName for a critical class that there is not among what the data are labelled with."""
+    classes = task.classes(labels)
+    for name in config.critical:
         if name not in classes:
             raise UnknownName("class in packaging.critical", name, classes)
+
+
+def expect_provable(config: PackagingConfig, splits: Splits, task: Task) -> None:
+    """Raise UnknownName for a critical class that there is not, ConfigError for a rate that valid cannot prove."""
+    expect_critical(config, splits.classes, task)
+    for name, rate in config.critical.items():
         counts = splits.class_counts["valid"]
         num_others = sum(count for label, count in counts.items() if name not in task.classes([label]))
         enough = fewest(lambda n, rate=rate: wilson(0, n).high <= rate)  # type: ignore[misc]

@@ -21,6 +21,7 @@ from components.contracts.verdicts import Evaluation, Measurement, Robustness, S
 from components.contracts.wording import counted
 from components.estimates import Images, PhaseEstimate, estimate
 from components.export import Graph, TargetConfig
+from components.packaging import expect_critical, expect_provable
 from components.samples import rows
 from components.splitting import TestLedger, split
 from components.store import read_manifest
@@ -98,6 +99,10 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
             stages, splits = _stages(run, scratch, measure_again)
             trains = any(each.stage == "training" and each.state == "computed" for each in stages)
             images = _images(run, splits) if there else None
+            if splits is not None:
+                expect_provable(config.packaging, splits.record, run.task)
+            elif images is not None:
+                expect_critical(config.packaging, images.classes, run.task)
             phases: Sequence[PhaseEstimate] = ()
             if trains and images is not None and images.classes:
                 (scratch / "cache").mkdir()
