@@ -167,6 +167,17 @@ class Accounts:
         with self._database.reading() as connection:
             return [_user(row) for row in rows_of(connection, sa.select(USERS).order_by(USERS.c.key))]
 
+    def find(self, login: str) -> User:
+        """One of them; raises UnknownName."""
+        with self._database.reading() as connection:
+            return _user(_find(rows_of(connection, sa.select(USERS)), login))
+
+    def expect_free(self, login: str, *, role: str, name: str = "", also: Sequence[str] = (), subject: str = "") -> None:
+        """Raise what `add` would, before anybody is asked for a password."""
+        values = _new(login, role=role, name=name, also=also, subject=subject)
+        with self._database.reading() as connection:
+            _expect_new(values, rows_of(connection, sa.select(USERS)))
+
     def add(
         self,
         login: str,
@@ -183,22 +194,10 @@ class Accounts:
 
         Raises ConfigError for a login, a name or a subject that somebody has, and for what is none.
         """
-        login = checked_name(login, "login")
-        values = {
-            "key": plain_name(login),
-            "login": login,
-            "name": checked_name(name or login, "name"),
-            "role": _checked_role(role),
-            "subject": _checked_subject(subject),
-            "enabled": True,
-            "password": self._hash(password, [login, name]) if password is not None else "",
-        }
-        values["also"] = _also(also, values)
+        values = _new(login, role=role, name=name, also=also, subject=subject)
+        values["password"] = self._hash(password, [login, name]) if password is not None else ""
         with self._database.transaction() as connection:
-            others = rows_of(connection, sa.select(USERS))
-            if any(other["key"] == values["key"] for other in others):
-                raise ConfigError(f"there is a user {login} already; `visionloop user change {login}` changes them")
-            _expect_apart(values, others)
+            _expect_new(values, rows_of(connection, sa.select(USERS)))
             values["made_at"] = time_of(connection)
             connection.execute(USERS.insert().values(values))
             self._append(connection, "user added", by, address, _told(values))
@@ -558,6 +557,26 @@ def _told(row: Mapping[str, Any]) -> str:
     facts += [f"also {', '.join(also)}"] if also else []
     facts += [f"subject {row['subject']}"] if row["subject"] else []
     return ", ".join(facts)
+
+
+def _new(login: str, *, role: str, name: str, also: Sequence[str], subject: str) -> dict[str, Any]:
+    """A user's row, but for the password and when it was made; raises ConfigError for what is none."""
+    login = checked_name(login, "login")
+    values = {
+        "key": plain_name(login),
+        "login": login,
+        "name": checked_name(name or login, "name"),
+        "role": _checked_role(role),
+        "subject": _checked_subject(subject),
+        "enabled": True,
+    }
+    return values | {"also": _also(also, values)}
+
+
+def _expect_new(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    if any(other["key"] == row["key"] for other in others):
+        raise ConfigError(f"there is a user {row['login']} already; `visionloop user change {row['login']}` changes them")
+    _expect_apart(row, others)
 
 
 def _also(given: Sequence[str], row: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from flows.cli.registry import add_registry_commands
 from flows.cli.serving import add_serving_commands
 from flows.cli.training import add_training_commands
 from flows.cli.up import add_up_commands
+from flows.cli.users import user_app
 
 app = Commands(
     name="visionloop",
@@ -41,6 +42,7 @@ app = Commands(
       visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop approve V --as WHO      a second person decides; also reject
+      visionloop user add | list | token   who may sign in at the console, and what they may do there
       visionloop promote V               everything is checked again, then it goes live; rollback goes back
       visionloop engine list | build     what each version's engines came to, and why; one more, judged as its own
       visionloop engine bundle [V] --out F  an engine for a machine without visionloop, signed; engine verify | bench
@@ -67,6 +69,7 @@ add_data_version_commands(data_app)
 app.add_typer(data_app, name="data")
 app.add_typer(plugin_app, name="plugin")
 add_registry_commands(app)
+app.add_typer(user_app, name="user")
 app.add_typer(engine_app, name="engine")
 add_serving_commands(app)
 add_loop_commands(app)

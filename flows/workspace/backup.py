@@ -3,11 +3,13 @@
 A tar of regular files: `git.bundle`, `files/<path in the workspace>`, and last `manifest.json`, sealed, with the digest of
 every file. What a backup holds, in the order in which it is taken, so that no part refers to what an earlier one lacks:
 
-    tables      ledger, the loop's, MLflow's, and the routes; nobody can append to the ledger meanwhile
+    tables      ledger (and with it users and comments), the loop's, MLflow's, and the routes; nobody can append to the
+                ledger meanwhile
     settings    recipes, loops, plug-ins, pins, DVC's configuration, hashed tokens, git's history
     artefacts   MLflow's files, releases, store, runs, windows, captures, prediction log: by digest, or with their bytes
 
-No secret is in it, nor the pictures of data/ (they have a remote), nor Prefect's tables (`visionloop up` makes them).
+No secret is in it but as a hash, no session (who signed in at the console does so anew), nor the pictures of data/ (they
+have a remote), nor Prefect's tables (`visionloop up` makes them).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from components.store import explained, fsync_folder, seal, unseal
 from flows.workspace.desk import artifacts_of
 from flows.workspace.settings import Settings, read_settings, sqlite_url
 from flows.workspace.workspace import Workspace, version
+from registry.account_tables import end_sessions
 from registry.ledger import Ledger
 
 FORMAT = 1
@@ -160,6 +163,8 @@ def _tables(
             source = workspace.state / f"{name}.db"
             if ours[name] and source.is_file():
                 copy_sqlite(source, scratch / source.name)
+                if name == "ledger":
+                    end_sessions(sqlite_url(scratch / source.name))
                 found.append(scratch / source.name)
         if "releases" not in elsewhere:
             for path in _regular(workspace.state, ("releases/routes",)):
