@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.contracts.errors import RegistryUnavailable, SchemaTooNew, StoreError, TamperedArtefact
 from components.images import STATISTICS
@@ -53,6 +54,37 @@ def schema() -> pa.Schema:
     return pa.schema(fields, metadata={_VERSION_KEY: str(SCHEMA_VERSION)})
 
 
+class Count(NamedTuple):
+    """How many predictions of one hour are alike."""
+
+    model: str
+    version: str
+    hour: str
+    """UTC, `2026-03-01T12`."""
+    predicted: str
+    unsure: bool
+    number: int
+
+
+COUNTED_COLUMNS = ("model", "version", "ingest_at", "predicted", "unsure")
+
+
+def counts_of(table: pa.Table) -> tuple[Count, ...]:
+    """The predictions of a table, counted; those without a moment are not among them."""
+    columns = [table[name].to_pylist() for name in COUNTED_COLUMNS]
+    found = Counter(
+        (str(model), str(version), hour_of(at), str(predicted), bool(unsure))
+        for model, version, at, predicted, unsure in zip(*columns, strict=True)
+        if at is not None
+    )
+    return tuple(Count(*alike, number) for alike, number in sorted(found.items()))
+
+
+def hour_of(moment: datetime.datetime) -> str:
+    """The hour of a moment in UTC, as a Count names it: later ones sort after earlier ones."""
+    return moment.astimezone(datetime.UTC).isoformat()[:13]
+
+
 @dataclass(frozen=True)
 class Segment:
     """One sealed piece of the log."""
@@ -63,6 +95,8 @@ class Segment:
     gaps: tuple[dict[str, Any], ...]
     first: str
     last: str
+    counts: tuple[Count, ...] | None = None
+    """What it holds, counted; None where it was sealed before that was written down."""
 
     @property
     def journal(self) -> str:
@@ -113,7 +147,24 @@ def _segment(objects: Objects, name: str) -> Segment:
             f"{name} has schema version {body['schema_version']}, this visionloop reads up to {SCHEMA_VERSION}; upgrade"
         )
     parquet = name.removesuffix(".json") + ".parquet"
-    return Segment(parquet, body["sha256"], body["rows"], tuple(body["gaps"]), body["first"], body["last"])
+    counts = tuple(Count(*row) for row in body["counts"]) if "counts" in body else None
+    return Segment(parquet, body["sha256"], body["rows"], tuple(body["gaps"]), body["first"], body["last"], counts)
+
+
+def open_segment(objects: Objects, name: str) -> Segment:
+    """What the manifest of this name says of its segment; raises TamperedArtefact, SchemaTooNew, KeyError or TypeError."""
+    return _segment(objects, name)
+
+
+def stamps_of(objects: Objects, since: datetime.datetime, until: datetime.datetime) -> dict[str, str]:
+    """What lies in the log of these days and the ones beside them: names, each with what changes when its bytes do."""
+    first, last = since.date() - _DAY, until.date() + _DAY
+    if (last - first).days > _MANY_DAYS:
+        return objects.stamps()
+    found: dict[str, str] = {}
+    for number in range((last - first).days + 1):
+        found |= objects.stamps(f"date={(first + number * _DAY).isoformat()}")
+    return found
 
 
 def read_segment(objects: Objects, segment: Segment, columns: Sequence[str] | None = None) -> pa.Table:
@@ -220,6 +271,7 @@ def read_stretch(
 _CLOCKS = datetime.timedelta(minutes=5)
 """Difference of the clocks of two machines that is nobody's fault."""
 _WRONG_CLOCK = "the clock of a server is wrong"
+_DAY = datetime.timedelta(days=1)
 _MANY_DAYS = 60
 
 
@@ -257,16 +309,10 @@ def _manifests(
 
     What is dated after now is looked for too: in the days that have not come.
     """
-    day = datetime.timedelta(days=1)
-    first, last = (since - day).date(), (until + day).date()
-    if (last - first).days > _MANY_DAYS:
-        return [name for name in objects.stamps() if name.endswith(".json")]
-    names: list[str] = []
-    for number in range((last - first).days + 1):
-        names += objects.stamps(f"date={(first + number * day).isoformat()}")
+    names = stamps_of(objects, since, until)
     if late is not None:
-        names += objects.stamps(f"date={(late + day).date().isoformat()}")
-    return sorted({name for name in names if name.endswith(".json")})
+        names |= objects.stamps(f"date={(late + _DAY).date().isoformat()}")
+    return sorted(name for name in names if name.endswith(".json"))
 
 
 def _overlaps(segment: Segment, since: datetime.datetime, until: datetime.datetime) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -351,14 +351,18 @@ class Governor:
         cool = self._cool(known, at)
         return [*killed, *(key for key in known.queued if cool or not key.startswith("drift:"))]
 
-    def history(self, model: str | None = None) -> list[dict[str, Any]]:
-        """Every decision in order."""
+    def history(
+        self, model: str | None = None, *, last: int | None = None, keys: Collection[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The decisions in order, all of them, the `last` ones, or those about some requests."""
+        query = sa.select(decisions).order_by(decisions.c.seq.desc()).limit(last)
+        if model is not None:
+            query = query.where(decisions.c.model == model)
+        if keys is not None:
+            query = query.where(decisions.c.key.in_(list(keys)))
         with self._database.transaction() as connection:
-            query = sa.select(decisions).order_by(decisions.c.seq)
-            rows = (
-                connection.execute(query.where(decisions.c.model == model) if model is not None else query).mappings().all()
-            )
-        return [{**row, "body": json.loads(row["body"])} for row in rows]
+            rows = connection.execute(query).mappings().all()
+        return [{**row, "body": json.loads(row["body"])} for row in reversed(rows)]
 
     def switch(self, kind: Literal["stop", "start", "reset"], model: str, *, by: str, reason: str) -> None:
         """A person's word: `stop` and `start` the trainings of a model ("*" for all), or `reset` the loop breaker."""

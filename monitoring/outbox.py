@@ -101,10 +101,15 @@ class Outbox:
             raise UnknownName("alarm", identifier[:200], list(known)[-5:])
         return known[identifier]
 
-    def alarms(self, model: str | None = None) -> list[Alarm]:
-        """Alarms in order of time."""
+    def alarms(self, model: str | None = None, *, last: int | None = None) -> list[Alarm]:
+        """Alarms in order of time, all of them or the `last` ones."""
+        mine = [alarms.c.model == model] if model is not None else []
+        if last is not None:
+            first = sa.func.min(alarms.c.seq)
+            named = sa.select(alarms.c.model, alarms.c.window).where(*mine).group_by(alarms.c.model, alarms.c.window)
+            mine = [sa.tuple_(alarms.c.model, alarms.c.window).in_(named.order_by(first.desc()).limit(last))]
         with self._database.transaction() as connection:
-            return _alarms(connection, *([alarms.c.model == model] if model is not None else []))
+            return _alarms(connection, *mine)
 
     def waiting(self, model: str, *, grace_s: float) -> list[Alarm]:
         """Alarms that are older than `grace_s` and that the governor was never asked about: their event was lost.

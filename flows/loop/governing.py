@@ -33,7 +33,7 @@ class AnsweredAlarm:
 
 @dataclass(frozen=True)
 class GovernorHistory:
-    """Every decision about trainings that no person started, and what became of them."""
+    """Decisions about trainings that no person started, and what became of them."""
 
     decisions: tuple[Answer, ...]
     runs: tuple[Granted, ...]
@@ -51,23 +51,21 @@ class Switched:
     by: str
 
 
-def answered_alarms(loop: Loop) -> list[AnsweredAlarm]:
-    """The alarms of a model, the first first, each with the governor's answers."""
-    decisions = _decisions(loop)
-    return [
-        AnsweredAlarm(alarm, tuple(answer for answer in decisions if answer.row["key"] == alarm.id))
-        for alarm in loop.outbox.alarms(loop.model)
-    ]
+def answered_alarms(loop: Loop, *, last: int | None = None) -> list[AnsweredAlarm]:
+    """The alarms of a model, the first first, all or the last ones, each with the governor's answers."""
+    alarms = loop.outbox.alarms(loop.model, last=last)
+    answers: dict[str, list[Answer]] = {alarm.id: [] for alarm in alarms}
+    for row in loop.governor.history(loop.model, keys=None if last is None else answers.keys()):
+        if row["key"] in answers:
+            answers[row["key"]].append(Answer(row, in_words(row)))
+    return [AnsweredAlarm(alarm, tuple(answers[alarm.id])) for alarm in alarms]
 
 
-def governor_history(loop: Loop) -> GovernorHistory:
-    """What the governor decided about a model."""
+def governor_history(loop: Loop, *, last: int | None = None) -> GovernorHistory:
+    """What the governor decided about a model, all of it or the last decisions."""
     runs = tuple(loop.governor.runs(loop.model))
-    return GovernorHistory(_decisions(loop), runs, loop.governor.stopped(loop.model))
-
-
-def _decisions(loop: Loop) -> tuple[Answer, ...]:
-    return tuple(Answer(row, in_words(row)) for row in loop.governor.history(loop.model))
+    decisions = tuple(Answer(row, in_words(row)) for row in loop.governor.history(loop.model, last=last))
+    return GovernorHistory(decisions, runs, loop.governor.stopped(loop.model))
 
 
 def switch(loop: Loop, kind: Switch, *, by: str, reason: str, every: bool = False) -> Switched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import re
@@ -30,6 +31,8 @@ from monitoring.labels import checked
 from registry.approval import person
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_LISTS = 200
+"""Windows that drifted whose lists are looked at. Where every window drifts, that is two days, and nobody labels more."""
 _LATEST = 20
 """Windows that are looked through for pictures that no list asks for, before the log is."""
 _SPREAD = 60
@@ -71,47 +74,64 @@ class WindowPicture:
         return f"{told}, labelled {self.label}" if self.label else told
 
 
-def asked(loop: Loop) -> Iterator[ToLabel]:
+@dataclass(frozen=True)
+class Asked:
+    """How much is asked for."""
+
+    num_pictures: int
+    unread_lists: tuple[str, ...]
+    """Windows whose list somebody saved as something that cannot be read any more, the newest first."""
+
+
+def to_label(loop: Loop, *, limit: int = 200) -> list[ToLabel]:
     """The pictures whose labels the windows that drifted ask for, the newest window first, each once; none that has one.
 
-    In a window they are in the order of its list: the most useful first. Whether they are kept is not looked up. A list that
-    a person saved as something else asks for nothing, see `unread_lists`.
+    In a window they are in the order of its list: the most useful first. A list that cannot be read asks for nothing, which
+    `count_asked` tells.
     """
+    found = list(itertools.islice(_asked(loop, []), limit))
+    kept = kept_of(loop, [row.image_sha256 for row in found])
+    return [replace(row, kept=row.image_sha256 in kept) for row in found]
+
+
+def count_asked(loop: Loop) -> Asked:
+    """How many pictures `to_label` would give without a limit."""
+    unread: list[str] = []
+    return Asked(sum(1 for _ in _asked(loop, unread)), tuple(unread))
+
+
+def _asked(loop: Loop, unread: list[str]) -> Iterator[ToLabel]:
+    """What lists ask for, with `kept` left out; windows whose lists cannot be read are put into `unread`."""
     known = set(loop.labels.latest(loop.model))
-    for _, rows in _lists(loop):
+    for window, rows in _lists(loop):
+        if rows is None:
+            unread.append(window)
         for row in rows or ():
             if row.image_sha256 not in known:
                 known.add(row.image_sha256)
                 yield row
 
 
-def to_label(loop: Loop, *, limit: int = 200) -> list[ToLabel]:
-    """The first of the pictures whose labels are asked for, and whether each is kept."""
-    found = list(itertools.islice(asked(loop), limit))
-    kept = kept_of(loop, [row.image_sha256 for row in found])
-    return [replace(row, kept=row.image_sha256 in kept) for row in found]
-
-
-def unread_lists(loop: Loop) -> list[str]:
-    """The windows whose lists of pictures to label cannot be read any more, the newest first."""
-    return [window for window, rows in _lists(loop) if rows is None]
-
-
-def _lists(loop: Loop) -> Iterator[tuple[str, list[ToLabel] | None]]:
-    """The windows that drifted with the pictures that they ask for; None for a list that cannot be read."""
+def _lists(loop: Loop) -> Iterator[tuple[str, tuple[ToLabel, ...] | None]]:
+    """The latest windows that drifted with the pictures that they ask for; None for a list that cannot be read."""
+    num_lists = 0
     for window in names(loop):
         data = evidence(loop, window, TO_LABEL)
         verdict = recorded(loop, window) if data is not None else None
         if data is not None and verdict is not None and verdict.status == "drift":
             yield window, _list(window, data)
+            num_lists += 1
+            if num_lists == _LISTS:
+                return
 
 
-def _list(window: str, data: bytes) -> list[ToLabel] | None:
+@functools.lru_cache(maxsize=256)
+def _list(window: str, data: bytes) -> tuple[ToLabel, ...] | None:
     """A list as it was written, or as a spreadsheet that somebody filled it in with saved it."""
     try:
         text = data.decode("utf-8-sig")
         rows = list(csv.DictReader(io.StringIO(text), delimiter=separator_of(text.partition("\n")[0]), strict=True))
-        found = [
+        found = tuple(
             ToLabel(
                 window=window,
                 prediction_id=row["prediction_id"],
@@ -121,7 +141,7 @@ def _list(window: str, data: bytes) -> list[ToLabel] | None:
                 novelty=float(row["novelty"]),
             )
             for row in rows
-        ]
+        )
     except (UnicodeDecodeError, csv.Error, KeyError, ValueError, TypeError):
         return None
     return found if all(_DIGEST.fullmatch(row.image_sha256) for row in found) else None

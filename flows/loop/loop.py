@@ -6,6 +6,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -18,6 +19,9 @@ from flows.workspace.yaml_reading import read_mapping
 from monitoring.drift import DriftPolicy, check
 from monitoring.governor import GovernorPolicy
 from monitoring.records import open_records
+
+if TYPE_CHECKING:
+    from registry.ledger import Ledger
 
 LOOPS = "loops"
 
@@ -118,7 +122,8 @@ class Loop:
     What a person reads or decides needs neither a valid configuration nor a recipe.
     """
 
-    def __init__(self, workspace: Workspace, settings: Settings, model: str) -> None:
+    def __init__(self, workspace: Workspace, settings: Settings, model: str, *, ledger: Ledger | None = None) -> None:
+        """With a `ledger` that is open already, such as one that a long-running process follows, that one is asked."""
         from monitoring.governor import Governor
         from monitoring.labels import Labels
         from monitoring.outbox import Outbox
@@ -128,6 +133,14 @@ class Loop:
         self.outbox = Outbox(database)
         self.governor = Governor(database, lambda: self.config.governor)
         self.labels = Labels(database)
+        self._ledger = ledger
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Where the model's versions are decided."""
+        from registry.ledger import Ledger
+
+        return self._ledger or Ledger(self.settings.ledger_url)
 
     @cached_property
     def config(self) -> LoopConfig:

@@ -99,10 +99,9 @@ def governed(recipe: ChosenRecipe, cause: Cause, key: str) -> Iterator[Permit]:
 
 def _request(loop: Loop, config: RunConfig, cause: Literal["drift", "schedule"], raised: Alarm | None, key: str) -> Request:
     from registry import approval
-    from registry.ledger import Ledger
 
     data = dataversions.pinned(loop.workspace.root)
-    entries = Ledger(loop.settings.ledger_url).entries(loop.model)
+    entries = loop.ledger.entries(loop.model)
     judged = [
         entry
         for entry in entries

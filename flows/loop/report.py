@@ -36,7 +36,7 @@ from flows.training.serving_check import ServingCheck, with_finding
 from monitoring.governor import in_words
 from monitoring.verdicts import DriftVerdict
 from registry import approval
-from registry.ledger import Entry, Ledger
+from registry.ledger import Entry
 from registry.policies import by_gates
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def write_loop_report(loop: Loop, path: Path, *, story: Mapping[str, Any] | None
 def render(loop: Loop, folder: Path, *, story: Mapping[str, Any], pages: Mapping[str, str]) -> str:
     """HTML of the page that lies in `folder`."""
     figures.prepare_figures()
-    entries = Ledger(loop.settings.ledger_url).entries(loop.model)
+    entries = loop.ledger.entries(loop.model)
     judged = windows(loop, _WINDOWS)
     champion = approval.champion(entries)
     moments = _moments(loop, entries, judged)

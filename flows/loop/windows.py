@@ -17,6 +17,7 @@ import datetime
 import functools
 import io
 import itertools
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -123,9 +124,8 @@ def _utc(text: str) -> datetime.datetime:
 def champion_at(loop: Loop, moment: datetime.datetime) -> Entry | None:
     """The ledger's row that was in force at a moment."""
     from registry import approval
-    from registry.ledger import Ledger
 
-    return approval.served_at(Ledger(loop.settings.ledger_url).entries(loop.model), moment)
+    return approval.served_at(loop.ledger.entries(loop.model), moment)
 
 
 def release_of(loop: Loop, entry: Entry) -> Stored[Release]:
@@ -205,10 +205,15 @@ def recorded(loop: Loop, window: str) -> DriftVerdict | None:
     """The verdict that a window has; None before its first, or when its file was changed by hand."""
     try:
         data = evidence(loop, window, VERDICT)
-        body = unseal(data) if data is not None else None
-        return DriftVerdict.read(body) if body is not None else None
+        return _verdict(data) if data is not None else None
     except (OSError, StoreError):
         return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _verdict(data: bytes) -> DriftVerdict | None:
+    body = unseal(data)
+    return DriftVerdict.read(body) if body is not None else None
 
 
 def rows_of(loop: Loop, window: str, *columns: str) -> pd.DataFrame | None:
@@ -224,8 +229,9 @@ def rows_of(loop: Loop, window: str, *columns: str) -> pd.DataFrame | None:
 
 
 def names(loop: Loop) -> list[str]:
-    """The windows that have a verdict, the latest first: their names begin with the time."""
-    return sorted((path.parent.name for path in loop.folder.glob(f"*/{VERDICT}")), reverse=True)
+    """The windows, the latest first, as their names begin with the time; one whose judging was cut short has no verdict."""
+    found = os.listdir(loop.folder) if loop.folder.is_dir() else []
+    return sorted(filter(_WINDOW.fullmatch, found), reverse=True)
 
 
 def judge_window(loop: Loop, stretch: Span, now: datetime.datetime) -> JudgedWindow | None:
@@ -317,8 +323,9 @@ def _write_to_label(loop: Loop, reference: Any, window: Window, path: Path) -> N
 
 def windows(loop: Loop, last: int = 200) -> list[tuple[str, DriftVerdict]]:
     """The latest judged windows with their verdicts, oldest first."""
-    found = [(name, recorded(loop, name)) for name in names(loop)[: 2 * last]]
-    judged = [(name, verdict) for name, verdict in found if verdict is not None]
+    found = ((name, recorded(loop, name)) for name in names(loop))
+    # Windows that were asked for overlap others, so the last one to end is not the last one to begin.
+    judged = itertools.islice(((name, verdict) for name, verdict in found if verdict is not None), 2 * last)
     return sorted(judged, key=lambda pair: (pair[1].window.until, pair[1].window.since, pair[0]))[-last:]
 
 
@@ -327,7 +334,7 @@ def past_windows(loop: Loop, last: int) -> list[dict[str, Any]]:
     from monitoring.drift import as_json
 
     judged = windows(loop, last)
-    accuracies = _realised(loop, judged)
+    accuracies = realised_accuracies(loop, judged)
     return [{"id": name, **as_json(verdict), "realised_accuracy": accuracies[name]} for name, verdict in judged]
 
 
@@ -350,15 +357,21 @@ def realised_accuracy(loop: Loop, name: str) -> dict[str, float | int] | None:
     Which images were labelled is not chance (uncertain ones come first), so it leans downwards; n is told with it.
     """
     verdict = recorded(loop, name)
-    return _realised(loop, [(name, verdict)])[name] if verdict is not None else None
+    return realised_accuracies(loop, [(name, verdict)])[name] if verdict is not None else None
 
 
-def _realised(loop: Loop, judged: Sequence[tuple[str, DriftVerdict]]) -> dict[str, dict[str, float | int] | None]:
-    """The same of several windows, by name."""
+def realised_accuracies(loop: Loop, judged: Sequence[tuple[str, DriftVerdict]]) -> dict[str, dict[str, float | int] | None]:
+    """The same of several windows, by name; None also for one whose rows cannot be read."""
     said = loop.labels.latest(loop.model)
     # A class that got another name is answered by its old one until the next model.
     name_of = names_of_today(loop.workspace)
-    return {name: _share_right(loop, name, verdict, said, name_of) if said else None for name, verdict in judged}
+    found: dict[str, dict[str, float | int] | None] = {}
+    for name, verdict in judged:
+        try:
+            found[name] = _share_right(loop, name, verdict, said, name_of) if said else None
+        except StoreError:
+            found[name] = None
+    return found
 
 
 def _share_right(

@@ -3,7 +3,7 @@
 `serving/log/seal_process.py` seals, in a process of its own.
 
     log/date=2026-03-01/<journal>.parquet   rows, schema version in the file's metadata
-    log/date=2026-03-01/<journal>.json      written last: digest, rows, gaps; sealed
+    log/date=2026-03-01/<journal>.json      written last: digest, rows, gaps, counts by hour and class; sealed
 
 A segment is named after its journal, so sealing again after a crash replaces it by the same rows; the journal is removed
 only when the segment was read back. LOG is a folder or s3://bucket/prefix.
@@ -20,7 +20,7 @@ from typing import Any
 from components.contracts.errors import StoreError
 from components.journals import SUFFIX, read_rows
 from components.objects import Objects, open_objects
-from components.predictionlog import DAMAGED, SCHEMA_VERSION, TEXT_COLUMNS, UNREADABLE, tabulated
+from components.predictionlog import DAMAGED, SCHEMA_VERSION, TEXT_COLUMNS, UNREADABLE, counts_of, tabulated
 from components.store import seal, sha256_file
 
 
@@ -76,5 +76,7 @@ def _seal(path: Path, rows: list[tuple[dict[str, Any], list[bytes]]], objects: O
         "gaps": gaps,
         "first": min(times).isoformat() if times else "",
         "last": max(times).isoformat() if times else "",
+        # What pages show of the day's traffic: a hundredth of the bytes, and nobody reads the segment for it.
+        "counts": counts_of(table),
     }
     objects.swap(f"{name}.json", lambda _: seal(body))
