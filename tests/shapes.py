@@ -65,6 +65,10 @@ LENIENT = (
     "[{gate: accuracy, settings: {floor: 0.6}}, {gate: no_regression, settings: {margin: 0.3, max_negative_flips: 0.3}}]"
 )
 """Gates that a model passes beside a champion that is itself: seventy test images decide little."""
+FEW = (
+    "gating.gates=[{gate: accuracy, settings: {floor: 0.6}}, {gate: class_recall, settings: {floor: 0.3, min_images: 900}}]"
+)
+"""Gates of which the second cannot decide, for want of test images."""
 
 
 def write_pictures(folder: Path, per_class: int, *, start: int = 0, kinds: tuple[str, ...] = KINDS) -> None:

@@ -8,11 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shapes import visionloop
-
-FEW = (
-    "gating.gates=[{gate: accuracy, settings: {floor: 0.6}}, {gate: class_recall, settings: {floor: 0.3, min_images: 900}}]"
-)
+from shapes import FEW, visionloop
 
 
 def answer(root: Path, *arguments: str, status: int = 0) -> dict[str, Any]:

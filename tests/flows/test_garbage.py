@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shapes import visionloop
+from shapes import FEW, visionloop
 
 from components.store import MANIFEST, Store, describe, seal, unseal
 from flows.workspace.workspace import Workspace
@@ -108,7 +108,9 @@ def test_what_nothing_reaches_goes_and_a_run_finds_the_rest(root: Path) -> None:
     assert "packaging: unchanged, from the store" in again.stderr
 
 
-def test_what_the_ledger_names_stays_when_its_run_folder_is_gone_and_what_is_lost_is_made_anew(root: Path) -> None:
+def test_what_the_ledger_names_stays_when_its_run_folder_is_gone_and_what_is_lost_is_made_anew(
+    root: Path, tmp_path: Path
+) -> None:
     state = root / ".visionloop"
     before = set(Store(state / "store").artefacts())
     shutil.rmtree(state / "runs")
@@ -123,6 +125,35 @@ def test_what_the_ledger_names_stays_when_its_run_folder_is_gone_and_what_is_los
         path for path in before if path.parent.name != "gating"
     }
     assert json.loads(again.stdout)["version"] == "1"
+
+    # A version that waits for an exception, or rests on one, is as any other, whatever ran since: here with its own release.
+    asked = ("train", "-r", "smoke", "--set", FEW, "--set", "packaging.golden_images=8", "--as", "Ann", "--json")
+    undecided = json.loads(visionloop(*asked, cwd=root).stdout)
+    assert (undecided["version"], undecided["undecided"]) == ("2", ["class_recall"])
+    run = Path(undecided["run_folder"])
+    linked = {path.resolve() for path in run.rglob("*") if path.is_symlink()}
+    (release,) = (path for path in linked if path.parent.name == "packaging")
+    later = state / "runs" / "smoke-later"
+    later.mkdir()
+    started = "2099-01-01T00:00:00+00:00"
+    (later / "config.json").write_text(json.dumps({"run": {}, "config": {}, "set": [], "started": started}))
+
+    def unreached() -> set[Path]:
+        return {Path(each["folder"]).resolve() for each in answer(root, "--dry-run", "--keep-runs", "1")["removed"]}
+
+    def found() -> bool:
+        """Whether its run stays with all that it links, and its release even without the run."""
+        if unreached() & {run.resolve(), *linked}:
+            return False
+        (state / "runs").rename(tmp_path / "away")
+        without = unreached()
+        (tmp_path / "away").rename(state / "runs")
+        return bool(without) and release not in without
+
+    assert found()
+    signed = visionloop("except", "2", "--gate", "class_recall", "--as", "Bob", "--reason", "I saw them", cwd=root)
+    assert signed.returncode == 0, signed.stderr
+    assert found()
 
 
 def test_a_broken_ledger_and_no_last_run_are_refused(root: Path) -> None:

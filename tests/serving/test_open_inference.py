@@ -45,7 +45,19 @@ def test_health_and_metadata(triton: tuple[Any, Any]) -> None:
     assert told["platform"] == "openvino_int8"
     (given,) = told["inputs"]
     assert (given["name"], given["datatype"], [int(n) for n in given["shape"]]) == ("images", "UINT8", [-1, 16, 16, 1])
-    assert {output["name"] for output in told["outputs"]} >= {"label", "probabilities", "embedding", "unsure"}
+    outputs = {one["name"]: (one["datatype"], [int(n) for n in one["shape"]]) for one in told["outputs"]}
+    assert outputs == {
+        "label": ("BYTES", [-1]),
+        "unsure": ("BOOL", [-1]),
+        "confidence": ("FP32", [-1]),
+        "probabilities": ("FP32", [-1, 3]),
+        "embedding": ("FP32", [-1, 16]),
+        "prediction_id": ("BYTES", [-1]),
+    }
+    if "parameters" in told:  # gRPC has none
+        names = ("encoded_input", "classes", "threshold", "label_when_unsure", "release")
+        assert tuple(told["parameters"]) == names  # and no thresholds of critical classes, of which there are none
+        assert told["parameters"]["classes"] == sorted(KINDS)
 
 
 @pytest.mark.parametrize("version", ["", "1"])

@@ -17,7 +17,7 @@ from served import MODEL, Server, png, publish, server, variant
 from shapes import visionloop
 
 from components.contracts.records import Stored
-from components.contracts.releases import Release
+from components.contracts.releases import NEVER, CriticalClass, Release
 from components.releases import ReleaseStore
 from serving.protocols.auth import Tokens
 
@@ -117,7 +117,7 @@ def test_the_page_says_that_a_token_is_needed_and_takes_one(window: Browser, sta
         assert answered(window)["rows"][0][0] == "disc"
 
 
-NAMES = ("unsure", 'nan, "null"\n1', "Übung")
+NAMES = ("unsure", 'nan, "null"\nÜbung', "constructor")
 """Classes that other people's formats would take for something else, in the place of cross, disc and stripes."""
 
 
@@ -132,14 +132,25 @@ def test_a_class_is_never_taken_for_an_abstention(
     photos.mkdir()
     for kind in engine.classes:
         (photos / f"{kind}.png").write_bytes(png(kind, 1))
-    for generation, (threshold, unsure) in enumerate([(0.0, False), (1.0, True)], start=2):
-        labels = ["(unsure)"] * 3 if unsure else list(NAMES)
+    share = smoke.record.decision.coverage
+    critical = CriticalClass(name=NAMES[1], rate=0.01, threshold=NEVER, valid=share, test=share, found=share)
+    # Nothing is unsure, all is, and what names a critical class is.
+    rules: list[tuple[float, tuple[CriticalClass, ...], list[bool]]] = [
+        (0.0, (), [False] * 3),
+        (1.0, (), [True] * 3),
+        (0.0, (critical,), [False, True, False]),
+    ]
+    for generation, (threshold, classes, abstained) in enumerate(rules, start=2):
+        labels = ["(unsure)" if unsure else name for name, unsure in zip(NAMES, abstained, strict=True)]
         version = str(generation)
-        publish(store, variant(smoke, tmp_path / version, threshold=threshold, engine=renamed), generation, version)
+        rule = smoke.record.decision.model_copy(update={"threshold": threshold, "critical": classes})
+        publish(store, variant(smoke, tmp_path / version, decision=rule, engine=renamed), generation, version)
         with server(stage) as mine:
-            assert mine.ask("GET", f"/v2/models/{MODEL}").json["parameters"]["label_when_unsure"] == "(unsure)"
+            parameters = mine.ask("GET", f"/v2/models/{MODEL}").json["parameters"]
+            assert (parameters["label_when_unsure"], parameters["threshold"]) == ("(unsure)", threshold)
+            assert parameters.get("class_thresholds") == ({NAMES[1]: NEVER} if classes else None)
             opened(window, mine)
-            for kind, name, label in zip(engine.classes, NAMES, labels, strict=True):
+            for kind, name, label, unsure in zip(engine.classes, NAMES, labels, abstained, strict=True):
                 told = mine.predict(png(kind, 1)).json
                 assert (told["label"], told["unsure"], told["predicted"]) == (label, unsure, name)
                 window.drop(f"{kind}.png", png(kind, 1))
@@ -147,6 +158,8 @@ def test_a_class_is_never_taken_for_an_abstention(
                 assert (said["label"], said["unsure"]) == ("Unsure" if unsure else name, str(unsure).lower())
                 assert said["rows"][0][0] == name
                 assert ("No answer:" in said["text"], f"“{name}”" in said["text"].replace("\xa0", " ")) == (unsure, unsure)
+                # What is said to be needed is the threshold of the class, where it has one of its own.
+                assert (", below the 100.0 % that an answer needs." in said["text"]) == unsure
             for library, port in ((triton_http, mine.port), (triton_grpc, mine.grpc_port)):
                 client = library.InferenceServerClient(f"127.0.0.1:{port}")
                 given = library.InferInput("images", [3], "BYTES")
@@ -154,17 +167,17 @@ def test_a_class_is_never_taken_for_an_abstention(
                 result = client.infer(MODEL, [given], outputs=[library.InferRequestedOutput("label")])
                 assert [text.decode() for text in result.as_numpy("label")] == labels
                 result = client.infer(MODEL, [given])
-                assert result.as_numpy("unsure").tolist() == [unsure] * 3
+                assert result.as_numpy("unsure").tolist() == abstained
         out = tmp_path / f"out-{version}"
         assert visionloop("predict", str(photos), "--out", str(out), "-m", MODEL, cwd=stage).returncode == 0
         table = pd.read_parquet(next(out.glob("*.parquet")))
-        assert (table["label"].tolist(), table["unsure"].tolist()) == (labels, [unsure] * 3)
+        assert (table["label"].tolist(), table["unsure"].tolist()) == (labels, abstained)
     log = tmp_path / "log.csv"
     done = visionloop("predictions", "export", str(log), cwd=stage)
     assert done.returncode == 0, done.stderr
     with log.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * (3 + 3 + 4 * 3)
+    assert len(rows) == 3 * (3 + 3 + 4 * 3)
     assert {(row["predicted"], row["unsure"]) for row in rows} == {
         (name, said) for name in NAMES for said in ("False", "True")
     }
