@@ -134,6 +134,17 @@ def _remove_unless_held(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _runs(pid: str) -> bool:
+    """Whether there is a process of this number; what is no number is taken for one."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        return True  # another account's, or no number
+    return True
+
+
 class Store:
     """A folder of published artefacts, one sub-folder per (kind, key)."""
 
@@ -170,8 +181,11 @@ class Store:
         """A hidden folder to write into. It is emptied first, unless the stage can resume from what it left there."""
         partial = self._partial(kind, key, resumable=resumable)
         if not resumable:
-            for stale in partial.parent.glob(f"{kind.replace('/', '-')}-{key}.*"):
-                _remove_unless_held(stale)
+            # Also of other keys, where their process has ended: what was measured between two runs may differ.
+            named = kind.replace("/", "-")
+            for stale in partial.parent.glob(f"{named}-*.*"):
+                if stale.name.startswith(f"{named}-{key}.") or not _runs(stale.suffix[1:]):
+                    _remove_unless_held(stale)
         partial.mkdir(parents=True, exist_ok=True)
         for leftover in partial.rglob(".*.tmp"):
             # A kill between write and rename leaves these; they are not part of what can be resumed.

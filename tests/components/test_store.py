@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,16 @@ def test_two_that_write_the_same_at_once_leave_each_other_alone(tmp_path: Path, 
     assert second == first
     assert (second / MANIFEST).read_bytes() == before
     assert not list((tmp_path / ".partial").iterdir())
+
+
+def test_what_a_killed_process_left_of_another_key_goes(tmp_path: Path) -> None:
+    """What was measured between two runs may give the second another key."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    partial = tmp_path / ".partial"
+    gone = partial / f"thing-other.{ended.pid}"
+    kept = [partial / f"thing-other.{os.getppid()}", partial / "thing-other", partial / f"another-k.{ended.pid}"]
+    for folder in (gone, *kept):
+        folder.mkdir(parents=True)
+    publish(Store(tmp_path))
+    assert sorted(partial.iterdir()) == sorted(kept), "of a process that runs, of a stage that resumes, of another kind"
