@@ -46,7 +46,8 @@ check: setup ## lint, strict types, import contracts
 test: setup ## everything that takes minutes or less, in two halves at once; each is shown when it has ended
 	infra/browser.sh
 	@echo "two halves of the tests run at once, for ten to fifteen minutes; each is shown when it has ended"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-first-half test-second-half
+	@VISIONLOOP_BROWSER_DEMANDED=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going \
+		test-first-half test-second-half
 
 test-first-half:
 	$(BIN)/pytest -m "not slow" $(FIRST_HALF)
@@ -55,7 +56,8 @@ test-second-half:
 	$(BIN)/pytest -m "not slow" $(FIRST_HALF:%=--ignore=%)
 
 test-slow: setup ## the long proofs: kill at every stage, resumption, real servers
-	$(BIN)/pytest -m slow
+	infra/browser.sh
+	VISIONLOOP_BROWSER_DEMANDED=1 $(BIN)/pytest -m slow
 
 bench: setup ## make bench NAME=frozen_training [DATA=folder] [SHORT=1]; one JSON line last
 	@$(BIN)/python -m bench "$(NAME)" $(if $(DATA),--data "$(DATA)") $(if $(SHORT),--short)

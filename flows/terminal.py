@@ -14,6 +14,8 @@ from components.contracts.progress import Progress
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
+Heard = Callable[[str, int, int, int, int, str], None]
+"""Stage, its number, how many there are, what is done of it, of how much, and a note."""
 Say = Callable[[str], None]
 """Says a line to whoever is looking on."""
 
@@ -39,7 +41,8 @@ class Console:
         self._live = not quiet and sys.stderr.isatty()
         self._bars: Bars | None = None
         self._lock = threading.Lock()
-        self._numbers: dict[str, int] = {}
+        self.heard: Heard | None = None
+        """Hears of every stage, and of everything that a stage tells of itself."""
 
     def __enter__(self) -> Console:
         if self._live:
@@ -86,10 +89,14 @@ class Console:
         task = self._bars.add_task(label, total=None, note="") if self._bars is not None else None
         if self._bars is None:
             self.line(f"{label} ...")
+        if self.heard is not None:
+            self.heard(name, number, self.total, 0, 0, "")
         start = last = time.monotonic()
 
         def progress(done: int, total: int, note: str = "") -> None:
             nonlocal last
+            if self.heard is not None:
+                self.heard(name, number, self.total, done, total, note)
             with self._lock:
                 if self._bars is not None and task is not None:
                     self._bars.update(task, completed=done, total=total, note=note or f"{done}/{total}")

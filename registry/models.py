@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MANIFEST = "candidate.json"
+_EVIDENCE = "evidence"
 CHAMPION = "champion"
 """The MLflow alias that shows which version is champion; the ledger says it."""
 _CANDIDATE_TAG = "visionloop.candidate"
@@ -276,26 +277,45 @@ class Registry:
     @contextmanager
     def bundle(self, model: str, version: str, manifest_sha256: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """A verified copy of a version's files, and their manifest, for as long as the context lasts."""
-        import mlflow.artifacts
-
         # MLflow copies in threads, which may still write when a failure is on its way out.
         with tempfile.TemporaryDirectory(prefix="visionloop-bundle-", ignore_cleanup_errors=True) as scratch:
+            location = self._location(model, version)
             with _reachable(self.tracking_uri):
-                location = str(self._client().get_model_version_download_uri(model, version))
-                folder = tracking.folder_of(location)
-                location = str(folder or location)
-                if folder is not None and not folder.is_dir():
-                    # Asked for what is not there, MLflow would make the folder.
-                    raise StoreError(_away(folder, f"the files of version {version} of {model}"))
-                local = Path(
-                    mlflow.artifacts.download_artifacts(
-                        f"models:/{model}/{version}",
-                        dst_path=scratch,
-                        tracking_uri=self.tracking_uri,
-                        registry_uri=self.tracking_uri,
-                    )
-                )
+                local = self._download(f"models:/{model}/{version}", Path(scratch))
             yield local, verify_bundle(local, manifest_sha256, kept_in=location)
+
+    def fetch_evidence(self, model: str, version: str, manifest_sha256: str, *, out: Path) -> None:
+        """The evidence of a version in the folder `out`, without its weights and engines; every file is verified.
+
+        Raises StoreError for what is not there, and TamperedArtefact for bytes that changed.
+        """
+        with tempfile.TemporaryDirectory(prefix="visionloop-evidence-", ignore_cleanup_errors=True) as scratch:
+            location = self._location(model, version)
+            with _reachable(self.tracking_uri):
+                for name in (MANIFEST, _EVIDENCE):
+                    self._download(f"models:/{model}/{version}/{name}", Path(scratch))
+            local = Path(scratch)
+            verify_bundle(local, manifest_sha256, kept_in=location, within=f"{_EVIDENCE}/")
+            shutil.copytree(local / _EVIDENCE, out, dirs_exist_ok=True)
+
+    def _location(self, model: str, version: str) -> str:
+        """Where MLflow keeps the files of a version; raises StoreError where that is a folder that is not there."""
+        with _reachable(self.tracking_uri):
+            location = str(self._client().get_model_version_download_uri(model, version))
+        folder = tracking.folder_of(location)
+        if folder is not None and not folder.is_dir():
+            # Asked for what is not there, MLflow would make the folder.
+            raise StoreError(_away(folder, f"the files of version {version} of {model}"))
+        return str(folder or location)
+
+    def _download(self, uri: str, out: Path) -> Path:
+        import mlflow.artifacts
+
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                uri, dst_path=str(out), tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri
+            )
+        )
 
     def alias(self, model: str) -> str | None:
         """The version that MLflow's alias `champion` names, None when it names none."""
@@ -417,8 +437,10 @@ def release_in(folder: Path, *, out: Path) -> Stored[Release]:
     return Stored(record, out)
 
 
-def verify_bundle(folder: Path, manifest_sha256: str, *, kept_in: str = "") -> dict[str, Any]:
+def verify_bundle(folder: Path, manifest_sha256: str, *, kept_in: str = "", within: str = "") -> dict[str, Any]:
     """The candidate's manifest once every file of the bundle, downloaded from `kept_in`, matches it.
+
+    With `within`, only the files whose names begin so are there to be looked at.
 
     Raises StoreError for what is not there, and TamperedArtefact for bytes that changed.
     """
@@ -434,6 +456,8 @@ def verify_bundle(folder: Path, manifest_sha256: str, *, kept_in: str = "") -> d
             f"(`visionloop restore`), or train anew"
         )
     for entry in body["files"]:
+        if not entry["name"].startswith(within):
+            continue
         file = folder / entry["name"]
         if not file.is_file():
             raise StoreError(_away(kept_in, entry["name"]))

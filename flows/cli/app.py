@@ -9,6 +9,7 @@ import typer
 from components import collector
 from flows.cli.answers import Commands
 from flows.cli.backup import add_backup_commands
+from flows.cli.console import add_console_commands
 from flows.cli.data import data_app
 from flows.cli.data_versions import add_data_version_commands
 from flows.cli.demo import demo
@@ -41,6 +42,7 @@ app = Commands(
       visionloop augment preview         a contact sheet of what a recipe's augmentations make of images
       visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
+      visionloop console                 the same in a browser: look, approve, promote, go back, label
       visionloop approve V --as WHO      a second person decides; also reject
       visionloop user add | list | token   who may sign in at the console, and what they may do there
       visionloop promote V               everything is checked again, then it goes live; rollback goes back
@@ -74,6 +76,7 @@ app.add_typer(engine_app, name="engine")
 add_serving_commands(app)
 add_loop_commands(app)
 add_up_commands(app)
+add_console_commands(app)
 add_backup_commands(app)
 app.command()(demo)
 

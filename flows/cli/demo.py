@@ -35,6 +35,7 @@ def demo(
     try:
         phases = show.run()
         if not stop:
+            up.start_console(say=lambda line: to_stderr(f"  {line}"))
             up.start_pages(say=lambda line: to_stderr(f"  {line}"))
         answer = show.finish({} if stop else up.addresses())
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from components.contracts.releases import CriticalClass
 from components.contracts.wording import counted, shown_utc
 from flows.cli.answers import HERE, AsJson, By, Commands, InWorkspace, OfModel, Reason, finish, moment, opened_desk
 from flows.terminal import figure, silent, to_stderr
+from flows.workspace.as_json import exceptions_json, row_json, state_json, version_json
 
 if TYPE_CHECKING:
     from flows.workspace.versions import Row, VersionShown
@@ -53,7 +54,7 @@ def candidates(
     shown = listed(found, every=every)
     lines = [f"{found.model}:"] + [_line(state) for state in shown]
     finish(
-        {"model": found.model, "candidates": [_state_json(state) for state in shown]},
+        {"model": found.model, "candidates": [state_json(state) for state in shown]},
         json_,
         lambda: "\n".join(lines) if shown else f"{found.model}: nothing waits; `visionloop candidates --all` lists the past",
     )
@@ -82,31 +83,6 @@ def _status(state: State) -> str:
     return state.status
 
 
-def _state_json(state: State) -> dict[str, Any]:
-    decision = state.decision
-    return {
-        "version": state.version,
-        "status": state.status,
-        "requested_by": state.requested.actor.name,
-        "requested_at": state.requested.at,
-        "decided_by": decision.actor.name if decision else None,
-        "decided_at": decision.at if decision else None,
-        "reason": decision.body.get("reason") if decision else None,
-        "expires_at": decision.body.get("expires_at") if decision else None,
-        "undecided": list(state.undecided),
-        "exceptions": _exceptions_json(state.exceptions),
-        "candidate_digest": state.requested.subject,
-        "summary": state.requested.body.get("summary") or {},
-    }
-
-
-def _exceptions_json(exceptions: Mapping[str, Entry]) -> dict[str, Any]:
-    return {
-        gate: {"by": e.actor.name, "at": e.at, "seq": e.seq, "reason": e.body["reason"], "expires_at": e.body["expires_at"]}
-        for gate, e in exceptions.items()
-    }
-
-
 def _exceptions_lines(exceptions: Mapping[str, Entry]) -> list[str]:
     return [
         f"{gate} did not decide; excepted by {_who(e)} at {shown_utc(e.at)} until {shown_utc(e.body['expires_at'])} "
@@ -121,16 +97,7 @@ def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE,
 
     found = opened_desk(workspace, model)
     shown = look_at(found, version)
-    answer = _state_json(shown.state) | {
-        "model": found.model,
-        "bound": shown.state.requested.body["bound"],
-        "champion_version": shown.champion.body["version"] if shown.champion else None,
-        "compared_with": shown.compared_with.body["version"] if shown.compared_with else None,
-        "notes": list(shown.notes),
-        "same_account": shown.same_account,
-        "report": str(shown.report) if shown.report else None,
-        "holdout": {"place": shown.holdout.place, "num_models": shown.holdout.num_models} if shown.holdout else None,
-    }
+    answer = version_json(found.model, shown)
     finish(answer, json_, lambda: _page(found.model, shown))
 
 
@@ -281,7 +248,7 @@ def except_gates(
         to_stderr(f"Note: {done.same_account}.")
     left = f"still undecided: {', '.join(done.missing)}" if done.missing else f"visionloop approve {version}"
     finish(
-        _row_json(entry) | {"missing": list(done.missing), "same_account": done.same_account},
+        row_json(entry) | {"missing": list(done.missing), "same_account": done.same_account},
         json_,
         lambda: (
             f"{', '.join(entry.body['gates'])} of {entry.model} version {version} is excepted by {by.name} until "
@@ -309,7 +276,7 @@ def approve(
     if done.same_account:
         to_stderr(f"Note: {done.same_account}.")
     finish(
-        _row_json(entry) | {"same_account": done.same_account},
+        row_json(entry) | {"same_account": done.same_account},
         json_,
         lambda: (
             f"{entry.model} version {version} is approved by {by.name} until {shown_utc(entry.body['expires_at'])} "
@@ -333,7 +300,7 @@ def reject(
 
     by = declared(as_)
     entry = decide(opened_desk(workspace, model), version, by, reason, withdraw=withdraw, say=to_stderr)
-    finish(_row_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq}).")
+    finish(row_json(entry), json_, lambda: f"{entry.model} version {version} is rejected by {by.name} (row {entry.seq}).")
 
 
 def promote(version: Version, model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
@@ -365,7 +332,7 @@ def rollback(
         found = opened_desk(workspace, model)
     entry = go_back(found, to, by, reason, say=to_stderr, moving=silent if json_ else to_stderr)
     finish(
-        _row_json(entry),
+        row_json(entry),
         json_,
         lambda: f"{found.model} serves version {entry.body['version']} again (ledger row {entry.seq}), read back.",
     )
@@ -378,7 +345,7 @@ def history(model: OfModel = None, workspace: InWorkspace = HERE, json_: AsJson 
     found = opened_desk(workspace, model)
     rows = rows_of(found)
     finish(
-        {"model": found.model, "entries": [_row_json(row.entry, by_gates=row.by_gates) for row in rows]},
+        {"model": found.model, "entries": [row_json(row.entry, by_gates=row.by_gates) for row in rows]},
         json_,
         lambda: "\n".join(_told_row(row) for row in rows),
     )
@@ -414,7 +381,7 @@ def who_served(
         "approved_at": approved.at,
         "reason": approved.body["reason"],
         "bound": approved.body["bound"],
-        "exceptions": _exceptions_json(served.exceptions),
+        "exceptions": exceptions_json(served.exceptions),
     }
     under = "".join(f"\nunder an exception: {line}" for line in _exceptions_lines(served.exceptions))
     finish(
@@ -472,22 +439,6 @@ def ledger_verify(workspace: InWorkspace = HERE, json_: AsJson = False) -> None:
             f"last hash {verified.head or '(none)'}"
         ),
     )
-
-
-def _row_json(entry: Entry, *, by_gates: bool = False) -> dict[str, Any]:
-    """A row for machines: without the summary, which `show` prints."""
-    body = {name: value for name, value in entry.body.items() if name != "summary"}
-    return {
-        "decided_by": "the gates" if by_gates else (entry.actor.name if entry.actor.method != "machine" else None),
-        "seq": entry.seq,
-        "at": entry.at,
-        "kind": entry.kind,
-        "model": entry.model,
-        "actor": entry.actor.name,
-        "actor_method": entry.actor.method,
-        "body": body,
-        "hash": entry.hash,
-    }
 
 
 def _told_row(row: Row) -> str:

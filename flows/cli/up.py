@@ -24,14 +24,15 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of the Prefect server; 4200 or the next free one by default.")
     ] = None,
+    console: Annotated[bool, typer.Option(help="Also the console, where people look at candidates and decide.")] = True,
     pages: Annotated[bool, typer.Option("--pages", help="Also MLflow's and Evidently's pages, for looking.")] = False,
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
 ) -> None:
     """Start what the loop needs on this machine.
 
-    A Prefect server with a credential of its own, deployments, schedules, automations, and a worker. Running it again starts
-    what is missing, brings the deployments up to date, and takes up trainings that were stopped.
+    A Prefect server with a credential of its own, deployments, schedules, automations, a worker, and the console. Running it
+    again starts what is missing, brings the deployments up to date, and takes up trainings that were stopped.
     """
     from flows.workspace.settings import prepare_environment
     from flows.workspace.workspace import Workspace
@@ -40,7 +41,7 @@ def up(
     prepare_environment(found.state)
     from flows.up.stack import bring_up
 
-    answer = bring_up(found, model or [], port=port, pages=pages, say=silent if json_ else to_stderr)
+    answer = bring_up(found, model or [], port=port, console=console, pages=pages, say=silent if json_ else to_stderr)
     finish(answer, json_, lambda: _shown_up(answer))
 
 

@@ -163,8 +163,9 @@ class Show:
         spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in answer["phases_s"].items())
         lines += ["", f"phases  {spent}; together {sum(answer['phases_s'].values()):.0f} s", f"report  {answer['report']}"]
         if answer["pages"]:
-            shown = ", ".join(f"{name} {address}" for name, address in answer["pages"].items())
+            shown = ", ".join(f"{name} {there}" for name, there in answer["pages"].items() if name != "Console")
             lines += [
+                f"console {answer['pages']['Console']}: both versions with their evidence, who decided what, and the loop",
                 f"pages   {shown}",
                 f"        Prefect and MLflow ask for the user and password in {self.workspace.state / 'up' / 'auth'}",
                 f"stop    visionloop down -w {self.workspace.root}",

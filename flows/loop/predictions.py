@@ -90,6 +90,11 @@ def erase_image(workspace: Workspace, image_sha256: str, *, by: str, reason: str
     return Erased(record, tuple(training_copies(workspace, image_sha256)))
 
 
+def erased_images(workspace: Workspace) -> frozenset[str]:
+    """Digests of the images that were erased: no page shows one, wherever a copy of it lies."""
+    return _captures(workspace).erased()
+
+
 def _captures(workspace: Workspace) -> Captures:
     from serving.log.captures import Captures
 

@@ -310,7 +310,7 @@ def summarise(run: Run, results: Results, outcome: Outcome, report: Path) -> dic
                 },
                 "size_bytes": measurement.record.size_bytes,
                 "memory_mb": measurement.record.memory_mb,
-                **costs_json(run, measurement.record),
+                **costs_json(measurement.record, run.config.export.hourly_price),
             }
             for evaluation, measurement in zip(results.evaluations, results.measurements, strict=True)
         },
@@ -366,9 +366,9 @@ def report_source() -> str:
     """Digest of what draws the report: a changed template draws it anew."""
     from components import selective as curves
     from flows.pages import figures
-    from flows.training import candidate_evidence, diagnosis, report, selective
+    from flows.training import candidate_evidence, diagnosis, engine_table, report, selective
 
-    modules = (candidate_evidence, diagnosis, report, figures, selective, curves)
+    modules = (candidate_evidence, diagnosis, engine_table, report, figures, selective, curves)
     drawn_by = [Path(str(module.__file__)) for module in modules]
     templates = [figures.TEMPLATES / name for name in ("report.html", "style.html")]
     return sha256_text("".join(sha256_file(path) for path in (*drawn_by, *templates)))

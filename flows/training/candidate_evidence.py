@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ from PIL import Image
 
 from components.contracts.errors import VisionloopError
 from components.contracts.evidence import CandidateEvidence, Flips, ShownPicture
-from components.contracts.records import Stored
-from components.contracts.verdicts import Estimate, SliceFigure
+from components.contracts.models import Preprocessing
+from components.contracts.verdicts import Estimate, Robustness, SliceFigure
 from components.contracts.wording import counted
 from components.corruptions import BEHAVIOURS, CLEAN, CORRUPTED, changed
 from components.images import load_prepared
 from components.slices import SHOWN_AT
-from flows.training.results import Results
 
 _WORST = 3
 _SLICES_SHOWN = 20
@@ -136,15 +135,23 @@ def card_lines(evidence: CandidateEvidence) -> list[str]:
     return lines
 
 
-def page(evidence: Stored[CandidateEvidence]) -> dict[str, Any]:
-    """What the report draws."""
-    record, folder = evidence.record, evidence.folder
+Address = Callable[[str], str]
+"""From the name of a picture of the evidence to what a page's `src` says; empty for what is not there."""
+
+
+def embedded(folder: Path) -> Address:
+    """Pictures as part of the page."""
+    return lambda name: "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode() if name else ""
+
+
+def page(record: CandidateEvidence, address: Address) -> dict[str, Any]:
+    """What report and console draw."""
     return {
         "sentence": sentence(record),
         "engine": record.engine,
         "flips": record.flips,
         "groups": [
-            {"heading": heading, "pictures": [_picture(one, folder) for one in record.pictures if one.why == why]}
+            {"heading": heading, "pictures": [_picture(one, address) for one in record.pictures if one.why == why]}
             for why, heading in _HEADINGS.items()
             if any(one.why == why for one in record.pictures)
         ],
@@ -152,7 +159,7 @@ def page(evidence: Stored[CandidateEvidence]) -> dict[str, Any]:
         "num_slices": len(record.slices),
         "has_champion": any(one.champion for one in record.slices),
         "clusters": [
-            {"name": one.name, "images": [image for name in one.thumbnails if (image := _image(folder, name))]}
+            {"name": one.name, "images": [image for name in one.thumbnails if (image := address(name))]}
             for one in record.clusters
         ],
         "saliency_by": record.saliency_by,
@@ -160,15 +167,16 @@ def page(evidence: Stored[CandidateEvidence]) -> dict[str, Any]:
     }
 
 
-def corruptions(results: Results, example: Path | None) -> dict[str, Any] | None:
-    """What engines and champion answer where the camera is worse, for the report; None where none was asked.
+def corruptions(
+    corrupted: Sequence[Robustness], champion: Robustness | None, examples: Sequence[dict[str, str]] = ()
+) -> dict[str, Any] | None:
+    """What engines and champion answer where the camera is worse, for report and console; None where none was asked.
 
-    `example` is a picture that is drawn in every variant, as the network sees it.
+    `examples` are the variants of one picture (`variants`).
     """
-    asked = [stored.record for stored in results.corrupted if stored.record.right]
+    asked = [record for record in corrupted if record.right]
     if not asked:
         return None
-    champion = results.champion_corrupted.record if results.champion_corrupted else None
     columns = [(one.engine, one) for one in asked]
     if champion is not None and champion.right:
         columns.append(("the champion", champion))
@@ -186,14 +194,14 @@ def corruptions(results: Results, example: Path | None) -> dict[str, Any] | None
         "behaviours": [
             {"name": name, "cells": [_share(one.unchanged.get(name)) for _, one in columns]} for name in BEHAVIOURS
         ],
-        "examples": _variants(results, example) if example else [],
+        "examples": list(examples),
     }
 
 
-def _variants(results: Results, example: Path) -> list[dict[str, str]]:
-    """One picture in every variant, as the network sees it."""
+def variants(preprocessing: Preprocessing, example: Path) -> list[dict[str, str]]:
+    """One picture in every variant, as the network sees it; none of a picture that is not there or does not decode."""
     try:
-        pixels = load_prepared(example, results.checkpoint.record.preprocessing)
+        pixels = load_prepared(example, preprocessing)
     except (OSError, VisionloopError):
         return []
     found = []
@@ -232,7 +240,7 @@ def _rows(slices: Sequence[SliceFigure]) -> list[dict[str, Any]]:
     ]
 
 
-def _picture(one: ShownPicture, folder: Path) -> dict[str, Any]:
+def _picture(one: ShownPicture, address: Address) -> dict[str, Any]:
     return {
         "path": one.path,
         "label": one.label,
@@ -240,14 +248,10 @@ def _picture(one: ShownPicture, folder: Path) -> dict[str, Any]:
         "confidence": one.confidence,
         "champion": one.champion_predicted,
         "champion_confidence": one.champion_confidence,
-        "image": _image(folder, one.thumbnail),
-        "saliency": _image(folder, one.saliency),
+        "image": address(one.thumbnail),
+        "saliency": address(one.saliency),
         "neighbours": [
-            {"label": near.label, "path": near.path, "similarity": near.similarity, "image": _image(folder, near.thumbnail)}
+            {"label": near.label, "path": near.path, "similarity": near.similarity, "image": address(near.thumbnail)}
             for near in one.neighbours
         ],
     }
-
-
-def _image(folder: Path, name: str) -> str:
-    return "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode() if name else ""

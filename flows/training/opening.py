@@ -14,6 +14,7 @@ from components.segments import limit
 from flows import stopping
 from flows.terminal import Console
 from flows.training.chosen import ChosenRecipe
+from flows.training.progress import reported
 from flows.training.run import STAGES, Run
 from flows.workspace.data import ensure
 from flows.workspace.settings import Settings, read_settings
@@ -37,7 +38,8 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
         for name, why in run.absent.items():
             console.line(f"    {name}: {why}")
         flow_run = runtime.flow_run.id  # of this thread alone
-        with stopping.at_once(console.stopped, lambda text: _crashed(settings, flow_run, text)):
+        told = reported(console, run.folder, model=config.model, asked_by=requested_by)
+        with told, stopping.at_once(console.stopped, lambda text: _crashed(settings, flow_run, text)):
             yield run
 
 

@@ -13,14 +13,19 @@ from components.contracts.verdicts import Evaluation, Verdict
 from components.contracts.wording import shown_utc
 from components.store import MANIFEST, unseal
 from flows.terminal import figure
+from flows.training.progress import running
 from flows.training.results import estimate_json
 from flows.training.run import stage_folder
 from flows.workspace.workspace import Workspace
 
 
 def past_runs(workspace: Workspace) -> list[dict[str, Any]]:
-    """The runs, the first started first; what a folder does not tell, as older ones do not, is None."""
-    found = [_run(path) for path in workspace.runs.glob("*/config.json")]
+    """The runs, the first started first; what a folder does not tell, as older ones do not, is None.
+
+    `progress` says how far one is that goes on now.
+    """
+    alive = {each.run: each.told() for each in running(workspace)}
+    found = [_run(path) | {"progress": alive.get(path.parent.name)} for path in workspace.runs.glob("*/config.json")]
     return sorted(found, key=lambda run: (run["started"], run["run"]))
 
 
@@ -79,6 +84,8 @@ def _accuracy(run: Path, serving: str) -> dict[str, float | int] | None:
 def told(run: dict[str, Any]) -> str:
     """One run as a line."""
     outcome = f"{run['outcome']} version {run['version']}" if run["version"] else run["outcome"]
+    if run["progress"]:
+        return f"{shown_utc(run['started'])}  {run['progress']}, running now"
     accuracy = f"accuracy {figure(run['accuracy'])} ({run['engine']})" if run["accuracy"] else ""
     chosen = "  ".join(f"--set {override}" for override in run["set"] or ())
     return f"{shown_utc(run['started'])}  {run['run']:32} {outcome:22} {accuracy}  {chosen}".rstrip()

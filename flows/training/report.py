@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from components.contracts.records import Stored
-from components.contracts.verdicts import Estimate, Evaluation, Outcome, Rejection, Undecided
+from components.contracts.verdicts import Evaluation, Outcome, Rejection, Undecided
 from components.selective import RiskCoverage
 from components.selective import rows as risk_coverage_rows
 from components.tables import read_frame
@@ -26,10 +26,11 @@ from flows.pages.figures import (
     splits_figure,
     thumbnail,
 )
-from flows.training.candidate_evidence import corruptions, page
+from flows.training.candidate_evidence import corruptions, embedded, page, variants
 from flows.training.data_since import data_since
 from flows.training.data_since import told as data_told
 from flows.training.diagnosis import PhaseResult, fit_told, gain_told, imbalance, phase_results
+from flows.training.engine_table import cell, engine_row, metric_names
 from flows.training.model_card import VERDICTS
 from flows.training.results import Results, costs_json, evaluation_shown, folds_proposed
 from flows.training.run import Run
@@ -50,10 +51,10 @@ def render(run: Run, results: Results, outcome: Outcome | None, notes: Sequence[
     title = f"{VERDICTS[verdict.status]}, version {version}" if version else VERDICTS[verdict.status]
     undecided = outcome.gates if isinstance(outcome, Undecided) else ()
     new, gone = results.classes_changed
-    metrics = _metrics(run, results)
+    metrics = metric_names([e.record for e in results.evaluations], run.task.headline)
     phases, counts = run.config.training.all_phases, results.splits.record.counts
     trained = phase_results(results.history, phases, run.task.headline, counts["valid"])
-    curve = curve_of(run, results)
+    curve, hourly_price = curve_of(run, results), run.config.export.hourly_price
     return (
         environment()
         .get_template("report.html")
@@ -73,21 +74,21 @@ def render(run: Run, results: Results, outcome: Outcome | None, notes: Sequence[
             classes_gone=gone,
             metrics=[in_words(name) for name in metrics],
             engines=[
-                _engine_row(*found, metrics, costs_json(run, found[2].record))
-                for found in zip(results.engines, results.evaluations, results.measurements, strict=True)
+                engine_row(e.record, answered.record, m.record, metrics, costs_json(m.record, hourly_price))
+                for e, answered, m in zip(results.engines, results.evaluations, results.measurements, strict=True)
             ],
             n_test=shown.record.num_images,
             judged_before=judged_before,
             machine=results.measurements[0].record.machine,
-            hourly_price=run.config.export.hourly_price,
+            hourly_price=hourly_price,
             checkpoint=results.checkpoint.record,
             phases=[
                 {
                     "name": f"{result.number}. {result.part}",
                     "epochs": f"{result.first_epoch} to {result.last_epoch}",
                     "best_epoch": result.best_epoch,
-                    "valid": _cell(result.valid),
-                    "train": _cell(result.train) if result.train else ("", ""),
+                    "valid": cell(result.valid),
+                    "train": cell(result.train) if result.train else ("", ""),
                     "gain": gain_told(result),
                 }
                 for result in trained
@@ -109,7 +110,7 @@ def render(run: Run, results: Results, outcome: Outcome | None, notes: Sequence[
                     "name": m.name,
                     "num_train": results.splits.record.class_counts["train"].get(m.name, ""),
                     "support": m.support,
-                    "cells": [_cell(e) for e in (m.precision, m.recall, m.f1)],
+                    "cells": [cell(e) for e in (m.precision, m.recall, m.f1)],
                 }
                 for m in shown.record.per_class
             ],
@@ -117,8 +118,12 @@ def render(run: Run, results: Results, outcome: Outcome | None, notes: Sequence[
             risk_coverage=risk_coverage_rows(curve) if curve else [],
             aurc=aurc_told(curve) if curve else "",
             rule=rule_told(results.release.record.decision) if results.release else [],
-            evidence=page(results.shown) if results.shown else None,
-            corruptions=corruptions(results, _first_of_test(run, results)),
+            evidence=page(results.shown.record, embedded(results.shown.folder)) if results.shown else None,
+            corruptions=corruptions(
+                [stored.record for stored in results.corrupted],
+                results.champion_corrupted.record if results.champion_corrupted else None,
+                _variants(run, results),
+            ),
             data_told=data_told(data_since(run, results), None),
             examples=_examples(run, results),
             quarantined=read_frame(results.dataset.folder / results.dataset.record.quarantine.name)
@@ -127,43 +132,6 @@ def render(run: Run, results: Results, outcome: Outcome | None, notes: Sequence[
             provenance=_provenance(run, results),
         )
     )
-
-
-def _cell(estimate: Estimate | None) -> tuple[str, str]:
-    if estimate is None:
-        return "never predicted", ""
-    return f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}"
-
-
-def _metrics(run: Run, results: Results) -> list[str]:
-    """Names of what was measured of the engines."""
-    return next((list(e.record.metrics) for e in results.evaluations if e.record.metrics), [run.task.headline])
-
-
-def _engine_row(
-    engine: Any, evaluation: Any, measurement: Any, names: Sequence[str], costs: dict[str, float]
-) -> dict[str, Any]:
-    metrics, measured = evaluation.record.metrics, measurement.record
-    latency = (measured.latency_p50_ms, measured.latency_p90_ms, measured.latency_p99_ms)
-    return {
-        "name": engine.record.name,
-        "runtime": engine.record.runtime,
-        "built_for": ", ".join(engine.record.built_for),
-        "executed": bool(metrics),
-        "reason": evaluation.record.reason,
-        "cells": [_cell(metrics.get(name)) for name in names],
-        "latency": " / ".join("-" if value is None else f"{value:.2f}" for value in latency),
-        "size": _size(measured.size_bytes),
-        "memory": "" if measured.memory_mb is None else f"{measured.memory_mb:.0f} MB in memory",
-        "cost": [
-            f"{value:.2g} a million" if name == "price_of_a_million" else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-            for name, value in costs.items()
-        ],
-    }
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
 
 
 def _figures(
@@ -194,6 +162,11 @@ def _first_of_test(run: Run, results: Results) -> Path | None:
     table = read_frame(results.splits.folder / results.splits.record.table.name, ["path", "split"])
     paths = table.loc[table["split"] == "test", "path"]
     return run.workspace.data / paths.iloc[0] if len(paths) else None
+
+
+def _variants(run: Run, results: Results) -> list[dict[str, str]]:
+    example = _first_of_test(run, results)
+    return variants(results.checkpoint.record.preprocessing, example) if example and results.corrupted else []
 
 
 def _examples(run: Run, results: Results) -> list[dict[str, Any]]:

@@ -173,12 +173,12 @@ def estimate_json(estimate: Estimate) -> dict[str, float | int]:
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
-def costs_json(run: Run, measured: Measurement) -> dict[str, float]:
+def costs_json(measured: Measurement, hourly_price: float | None) -> dict[str, float]:
     """Single images a second of each core, and what a million of them cost where the recipe says what an hour does."""
-    p50, threads, hourly = measured.latency_p50_ms, measured.num_threads, run.config.export.hourly_price
+    p50, threads = measured.latency_p50_ms, measured.num_threads
     if p50 is None or not threads:
         return {}
-    priced = {"price_of_a_million": price_of_a_million(p50, hourly)} if hourly is not None else {}
+    priced = {"price_of_a_million": price_of_a_million(p50, hourly_price)} if hourly_price is not None else {}
     return {"images_a_second_a_core": images_a_second_a_core(p50, threads), **priced}
 
 

@@ -223,6 +223,10 @@ class Up:
         except OSError:
             return ""
 
+    def start_console(self, *, say: Say) -> str:
+        """The console on loopback, where people look at candidates and decide; returns its address."""
+        return self._page("console", (["flows", "console", "--workspace", str(self.workspace.root)], {}), 8400, say)
+
     def start_pages(self, *, say: Say) -> dict[str, str]:
         """MLflow's and Evidently's pages on loopback, for looking; returns their addresses.
 
@@ -277,14 +281,14 @@ class Up:
 
     def addresses(self) -> dict[str, str]:
         """Pages that are there to look at now."""
-        names = {"server": "Prefect", "mlflow": "MLflow", "evidently": "Evidently"}
+        names = {"console": "Console", "server": "Prefect", "mlflow": "MLflow", "evidently": "Evidently"}
         running = {shown: self.process(name) for name, shown in names.items()}
         return {shown: found.api.removesuffix("/api") for shown, found in running.items() if found is not None}
 
     def stop(self, *, say: Say) -> list[str]:
         """End the worker, then the server; returns what was ended. Runs that the worker started end with it."""
         ended = []
-        for name in ("evidently", "mlflow", "worker", "server"):
+        for name in ("console", "evidently", "mlflow", "worker", "server"):
             running = self.process(name)
             if running is not None:
                 _end(running, say)

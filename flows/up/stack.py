@@ -32,14 +32,18 @@ def models_of(up: Up, named: Sequence[str]) -> list[str]:
     return sorted(known | set(configured(up.workspace)))
 
 
-def bring_up(workspace: Workspace, named: Sequence[str], *, port: int | None, pages: bool, say: Say) -> dict[str, Any]:
-    """Start what the loop of these models needs, of all by default, and with `pages` what is there only to look at.
+def bring_up(
+    workspace: Workspace, named: Sequence[str], *, port: int | None, console: bool, pages: bool, say: Say
+) -> dict[str, Any]:
+    """Start what the loop of these models needs, of all by default, the console, and `pages` that are there only to look at.
 
     Returns what runs and where its pages are. Raises ConfigError before anything is started.
     """
     up = Up(workspace, read_settings(workspace.state))
     with up.locked():
         answer = keep_up(up, named, port=port, say=say)
+        if console:
+            answer["pages"] = {"Console": up.start_console(say=say)} | answer["pages"]
         if pages:
             answer["pages"] |= up.start_pages(say=say)
     return answer

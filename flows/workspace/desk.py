@@ -11,7 +11,7 @@ from flows.terminal import to_stderr
 from flows.workspace.settings import Settings, read_settings
 from flows.workspace.workspace import Workspace
 from registry import tracking
-from registry.ledger import Ledger
+from registry.ledger import FollowedLedger, Ledger
 from registry.models import Registry
 from registry.promotion import Promotion
 
@@ -44,6 +44,11 @@ class Desk:
     def promotion(self) -> Promotion:
         registry = registry_of(self.workspace, self.settings)
         return Promotion(registry, ReleaseStore(self.settings.releases_url), self.model)
+
+
+def followed_ledger(settings: Settings) -> FollowedLedger:
+    """The ledger for a process that reads it often."""
+    return FollowedLedger(settings.ledger_url)
 
 
 def desk(folder: Path, model: str | None, ledger: Ledger | None = None) -> Desk:

@@ -1,4 +1,4 @@
-"""Who may sign in at a workspace's console, for a command that looks at them or changes them."""
+"""Who may sign in at a workspace's console, for a command that looks at them or changes them; and what people say."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 from registry.accounts import Accounts, Token, User
 from registry.approval import checked_name, plain_name
+from registry.comments import Comments
 
 
 def accounts(workspace: Workspace) -> Accounts:
     """The users of a workspace, with their tokens and the record of what they did."""
     return Accounts(read_settings(workspace.state).ledger_url)
+
+
+def comments(workspace: Workspace) -> Comments:
+    """What people said about the versions of a workspace."""
+    return Comments(read_settings(workspace.state).ledger_url)
 
 
 def acting(name: str | None) -> str:

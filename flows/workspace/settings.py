@@ -14,6 +14,7 @@
 | VISIONLOOP_NOTIFY         | Apprise URLs and Prefect blocks, comma-separated | nobody                              |
 | VISIONLOOP_LOOP_URL       | SQLAlchemy URL of alarms, decisions, labels   | the ledger's, else SQLite under .visionloop/ |
 | VISIONLOOP_PREFECT_DB     | database of the Prefect server of `up`        | SQLite under .visionloop/up/           |
+| VISIONLOOP_OIDC_ISSUER, ..._CLIENT_ID, ..._CLIENT_SECRET | OpenID Connect provider of the console | none |
 | PREFECT_API_URL           | Prefect server that runs are recorded by      | that of `visionloop up`, else a temporary one |
 | PREFECT_API_AUTH_STRING, PREFECT_API_KEY | its credential: user:password, or a key | that of `visionloop up`, else none |
 """
@@ -32,10 +33,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from components.contracts.errors import ConfigError, UnknownName
 from components.formats import FORMATS, PINNED, Accepted, shown
+
+
+@dataclass(frozen=True)
+class OpenIDProvider:
+    """Who says who signs in at the console."""
+
+    issuer: str
+    client_id: str
+    client_secret: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Settings:
     cache_bytes: int = 20 * 10**9
     """Most that the caches of training data take; the least recently used give way."""
     loop_url: str = ""
+    oidc: OpenIDProvider | None = None
     prefect_database_url: str = ""
     prefect_authorization: str = field(default="", repr=False)
     """The header that Prefect's client would send, without a profile."""
@@ -247,6 +258,7 @@ def read_settings(state: Path) -> Settings:
         loop_url=os.environ.get("VISIONLOOP_LOOP_URL")
         or os.environ.get("VISIONLOOP_LEDGER_URL")
         or sqlite_url(state / "loop.db"),
+        oidc=_oidc(),
         prefect_database_url=os.environ.get("VISIONLOOP_PREFECT_DB", ""),
         prefect_authorization=authorization,
         # A header that cannot be sent would be quoted in an error, secret and all.
@@ -254,6 +266,21 @@ def read_settings(state: Path) -> Settings:
         and authorization.isprintable()
         and not any(os.environ.get(name) for name in _PREFECTS_OWN),
     )
+
+
+def _oidc() -> OpenIDProvider | None:
+    issuer, client, secret = (
+        os.environ.get(f"VISIONLOOP_OIDC_{name}", "") for name in ("ISSUER", "CLIENT_ID", "CLIENT_SECRET")
+    )
+    if not issuer:
+        return None
+    if not client or not secret:
+        raise ConfigError(
+            "VISIONLOOP_OIDC_ISSUER needs VISIONLOOP_OIDC_CLIENT_ID and VISIONLOOP_OIDC_CLIENT_SECRET beside it"
+        )
+    if not issuer.startswith("https://") and urlsplit(issuer).hostname not in LOOPBACK:
+        raise ConfigError(f"VISIONLOOP_OIDC_ISSUER is {issuer!r}; expected the address of the issuer, https://...")
+    return OpenIDProvider(issuer, client, secret)
 
 
 def _accepted() -> Accepted:

@@ -11,9 +11,9 @@ from flows.workspace.desk import Desk
 from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 from registry import approval
-from registry.approval import State
+from registry.approval import State as State  # what the functions here answer with
 from registry.holdout import HoldoutUse, holdout_use
-from registry.ledger import Entry, Ledger
+from registry.ledger import Entry, Ledger, Principal
 from registry.policies import account_note, by_gates, notes
 
 
@@ -46,8 +46,7 @@ class VersionShown:
     @property
     def is_fresh(self) -> bool:
         """Whether it was compared with today's champion; else it can no longer be approved or promoted."""
-        bound: str = self.state.requested.body["bound"].get("champion", "none")
-        return bound == (self.champion.body["engine"] if self.champion else "none")
+        return is_fresh(self.state, self.champion)
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,22 @@ def candidates(desk: Desk, *, every: bool = False) -> list[State]:
     """Versions that wait for a decision or for their promotion, and the champion; with `every`, also the past."""
     found = approval.states(desk.ledger.entries(desk.model), desk.ledger.now())
     return [state for state in found if every or state.status in _OPEN]
+
+
+def is_fresh(state: State, champion: Entry | None) -> bool:
+    """Whether a version was compared with the champion that a ledger row made."""
+    bound: str = state.requested.body["bound"].get("champion", "none")
+    return bound == (champion.body["engine"] if champion else "none")
+
+
+def champion_of(desk: Desk) -> Entry | None:
+    """The ledger's row that made today's champion; None before the first."""
+    return approval.champion(desk.ledger.entries(desk.model))
+
+
+def same_person(name: str, actor: Principal) -> bool:
+    """Whether a name is that of who wrote a row."""
+    return approval.same_person(Principal(name=name, method="declared"), actor)
 
 
 def show(desk: Desk, version: str) -> VersionShown:
@@ -122,6 +137,43 @@ def who_served(desk: Desk, moment: datetime.datetime) -> Served | None:
     promoted = rows[moved.body["promoted_seq"]] if moved.kind == "rolled_back" else moved
     approved = rows[promoted.body["approved_seq"]]
     return Served(moved, approved, approval.exceptions_of(entries, approved))
+
+
+@dataclass(frozen=True)
+class ServedSpan:
+    """A stretch of time in which one version was champion."""
+
+    version: str
+    since: str
+    until: str | None
+    """None of the one that serves now."""
+    how: str
+    """`promoted` or `rolled back`, and by whom."""
+    approved_by: str
+    reason: str
+    """Of the approval, or of the rollback."""
+
+
+def served_spans(desk: Desk) -> list[ServedSpan]:
+    """What was champion from when to when, the first first."""
+    entries = desk.ledger.entries(desk.model)
+    rows = {entry.seq: entry for entry in entries}
+    moves = [entry for entry in entries if entry.kind in ("promoted", "rolled_back")]
+    found = []
+    for move, later in zip(moves, [*moves, None][1:], strict=True):
+        promoted = rows[move.body["promoted_seq"]] if move.kind == "rolled_back" else move
+        approved = rows[promoted.body["approved_seq"]]
+        found.append(
+            ServedSpan(
+                version=str(move.body["version"]),
+                since=move.at,
+                until=later.at if later is not None else None,
+                how="promoted" if move.kind == "promoted" else f"rolled back by {move.actor.name}",
+                approved_by=approved.actor.name,
+                reason=str(move.body.get("reason") or approved.body["reason"]),
+            )
+        )
+    return found
 
 
 def verify_ledger(workspace: Workspace) -> LedgerVerified:

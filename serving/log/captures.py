@@ -212,6 +212,10 @@ class Captures:
             found.append(record)
         return found
 
+    def erased(self) -> frozenset[str]:
+        """Digests of the images that were erased."""
+        return frozenset(self._erasures())
+
     def erasures(self) -> tuple[int, str]:
         """How many images were erased, and the hash of the last record.
 

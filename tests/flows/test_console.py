@@ -1,0 +1,419 @@
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from consoled import Site, application_of, csrf_in, seen_in, site
+from fastapi.testclient import TestClient
+
+import flows.console
+from components.contracts.errors import ConfigError
+from flows.console.app import make_app
+from flows.console.config import console_config
+from flows.console.visitors import SESSION, local_path
+from registry import approval
+
+VERSION = "/models/shapes/versions/1"
+PASSWORD = "correct horse battery staple"
+
+
+@pytest.fixture
+def waiting(trained: Path, tmp_path: Path) -> Path:
+    """A workspace of one's own, in which version 1 waits for a decision."""
+    return Path(shutil.copytree(trained, tmp_path / "workspace", symlinks=True))
+
+
+@pytest.fixture
+def local(waiting: Path) -> Iterator[Site]:
+    """A console without users."""
+    with site(waiting) as found:
+        yield found
+
+
+@pytest.fixture
+def peopled(waiting: Path) -> Iterator[Site]:
+    """A console with a user of each role; Ann has a second login."""
+    accounts = application_of(waiting).accounts
+    for login, role in {"vic": "viewer", "tim": "trainer", "ann": "approver", "bob": "approver", "eve": "admin"}.items():
+        accounts.add(login, name=login.capitalize(), role=role, password=PASSWORD, by="test")
+    with site(waiting) as found:
+        yield found
+
+
+def signed_in(found: Site, login: str) -> httpx.Client:
+    client = found.client()
+    page = client.get("/sign-in").text
+    answer = client.post("/sign-in", data={"csrf": csrf_in(page), "login": login, "password": PASSWORD})
+    assert answer.status_code == 303, answer.text
+    return client
+
+
+def decide(
+    client: httpx.Client, doing: str, *, page: str | None = None, version: str = VERSION, **fields: Any
+) -> httpx.Response:
+    """Send the form of a version's page, as it was when it was looked at."""
+    html = client.get(version).text if page is None else page
+    given = {"csrf": csrf_in(html), "seen": seen_in(html), "reason": "looked at every picture", **fields}
+    return client.post(f"{version}/{doing}", data=given)
+
+
+def entries(found: Site) -> list[str]:
+    return [entry.kind for entry in found.application.deciding_desk("shapes").ledger.entries("shapes")]
+
+
+def test_a_person_approves_under_a_declared_name(local: Site) -> None:
+    client = local.client()
+    queue = client.get("/").text
+    assert "passed every gate" in queue
+    assert f'href="{VERSION}"' in queue
+    page = client.get(VERSION).text
+    assert decide(client, "approve", page=page, name="").status_code == 422, "nobody is named"
+    requester = local.application.desk("shapes").ledger.entries()[0].actor.name
+    refused = decide(client, "approve", page=page, name=requester.upper())
+    assert refused.status_code == 409
+    assert "a second person has to" in refused.text
+    assert decide(client, "approve", page=page, name="Ann", reason=" ").status_code == 422
+    assert entries(local) == ["requested"]
+    answer = decide(client, "approve", page=page, name="Ann", days="3")
+    assert (answer.status_code, answer.headers["location"]) == (303, VERSION)
+    row = local.application.deciding_desk("shapes").ledger.entries()[-1]
+    assert (row.actor.name, row.actor.method) == ("Ann", "declared")
+    assert row.body["reason"] == "looked at every picture"
+    assert "Approved by <b>Ann</b>" in client.get(VERSION).text
+    replayed = decide(client, "approve", page=page, name="Ann")
+    assert replayed.status_code == 409
+    assert "changed since you looked at it" in replayed.text
+    assert entries(local) == ["requested", "approved"]
+
+
+def test_of_decisions_at_the_same_moment_one_is_made(local: Site) -> None:
+    clients = [local.client(timeout=60) for _ in range(4)]
+    pages = [client.get(VERSION).text for client in clients]
+    together = threading.Barrier(len(clients))
+    answers: list[int] = []
+
+    def press(number: int) -> None:
+        doing = "approve" if number % 2 else "reject"
+        together.wait()
+        answers.append(decide(clients[number], doing, page=pages[number], name=f"person {number}").status_code)
+
+    threads = [threading.Thread(target=press, args=(number,)) for number in range(len(clients))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [303, 409, 409, 409]
+    assert len(entries(local)) == 2
+
+
+def test_forms_from_elsewhere_do_nothing(local: Site) -> None:
+    client = local.client()
+    page = client.get(VERSION).text
+    fields = {"csrf": csrf_in(page), "seen": seen_in(page), "reason": "looked at it", "name": "Ann", "switch": "stop"}
+    modules = [
+        importlib.import_module(f"flows.console.{each.name}") for each in pkgutil.iter_modules(flows.console.__path__)
+    ]
+    routes = [route for module in modules if hasattr(module, "router") for route in module.router.routes]
+    forms = [
+        route.path.format(model="shapes", version="1")
+        for route in routes
+        if "POST" in route.methods and not route.path.startswith("/api/")
+    ]
+    assert len(forms) >= 9
+    for form in forms:
+        for change in ({"csrf": ""}, {"csrf": "0" * 64}):
+            assert client.post(form, data={**fields, **change}).status_code == 403, form
+        for headers in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+            assert client.post(form, data=fields, headers=headers).status_code == 403, form
+        assert httpx.post(local.address + form, data=fields, trust_env=False).status_code == 403, form
+        other = local.client().post(form, data=fields)
+        assert other.status_code == 403, "the secret of another session"
+    assert entries(local) == ["requested"]
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 421
+    assert client.post(f"{VERSION}/approve", content=b"x" * (2 << 20)).status_code == 413
+    assert client.get("/", headers={"x-forwarded-for": "192.0.2.1"}).status_code == 403
+    answer = client.get(VERSION)
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["cache-control"] == "no-store"
+    assert "httponly" in local.client().get("/").headers["set-cookie"].lower()
+
+
+def test_roles_say_who_may_do_what(peopled: Site) -> None:
+    nobody = peopled.client()
+    assert nobody.get(VERSION).headers["location"] == "/sign-in?to=%2Fmodels%2Fshapes%2Fversions%2F1"
+    assert nobody.get(f"{VERSION}/pictures/x.png").status_code == 303
+    client = peopled.client()
+    wrong = [
+        client.post("/sign-in", data={"csrf": csrf_in(client.get("/sign-in").text), "login": login, "password": "wrong" * 4})
+        for login in ("ann", "nobody")
+    ]
+    assert [answer.status_code for answer in wrong] == [401, 401]
+    told = [re.findall(r'role="alert"[^>]*>([^<]*)', answer.text) for answer in wrong]
+    assert told[0] == told[1], "whether there is such a login is not told"
+    viewer, trainer, ann = (signed_in(peopled, login) for login in ("vic", "tim", "ann"))
+    page = viewer.get(VERSION).text
+    assert "Decisions are made by approvers" in page
+    assert "/approve" not in page
+    for client in (viewer, trainer):
+        html = client.get(VERSION).text
+        assert decide(client, "approve", page=html, seen=seen_in(ann.get(VERSION).text)).status_code == 403
+    assert viewer.post(f"{VERSION}/comment", data={"csrf": csrf_in(page), "text": "hm"}).status_code == 403
+    assert viewer.get("/audit").status_code == 403
+    assert entries(peopled) == ["requested"]
+    assert decide(ann, "approve", name="Somebody Else").status_code == 303
+    row = peopled.application.deciding_desk("shapes").ledger.entries()[-1]
+    assert (row.actor.name, row.actor.method) == ("Ann", "password"), "who is signed in decides, whatever a form says"
+    forged = peopled.client(cookies={SESSION: "A" * 43})
+    assert forged.get(VERSION).status_code == 303
+    cookie = ann.cookies[SESSION]
+    out = ann.post("/sign-out", data={"csrf": csrf_in(ann.get(VERSION).text)})
+    assert out.status_code == 303
+    assert peopled.client(cookies={SESSION: cookie}).get(VERSION).status_code == 303, "a session that was ended"
+    audit = signed_in(peopled, "eve").get("/audit").text
+    assert "Ann" in audit or "ann" in audit
+
+
+def test_two_logins_of_one_person_are_one(waiting: Path) -> None:
+    application = application_of(waiting)
+    requester = application.desk("shapes").ledger.entries()[0].actor.name
+    application.accounts.add("second", name="Second", role="approver", password=PASSWORD, also=(requester,), by="test")
+    with site(waiting) as found:
+        client = signed_in(found, "second")
+        page = client.get(VERSION).text
+        assert "You asked for this training" in page
+        seen = "-".join("1000010")  # the form is not even shown; one is made up
+        refused = decide(client, "approve", page=page, seen=seen)
+        assert refused.status_code == 409
+        token = found.application.accounts.make_token("second", name="ci", days=1, by="test")
+        answer = httpx.post(
+            f"{found.address}/api/v1{VERSION}/approve",
+            json={"reason": "looked at it"},
+            headers={"authorization": f"Bearer {token}"},
+            trust_env=False,
+        )
+        assert answer.status_code == 409
+        assert "a second person has to" in answer.json()["message"]
+        assert entries(found) == ["requested"]
+
+
+def test_a_script_in_a_text_is_text(local: Site) -> None:
+    script = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    client = local.client()
+    html = client.get(VERSION).text
+    given = {"csrf": csrf_in(html), "name": "Ann <b>", "text": script}
+    assert client.post(f"{VERSION}/comment", data=given).status_code == 303
+    assert decide(client, "reject", name="Bob <i>", reason=script).status_code == 303
+    for address in (VERSION, "/models/shapes/history", "/"):
+        text = client.get(address).text
+        assert "<script>alert" not in text
+        assert "<img src=x" not in text
+        assert "Bob <i>" not in text
+    assert "&lt;script&gt;alert(1)" in client.get(VERSION).text
+    for strange in ("/models/<script>alert(1)/versions/1", f"/models/shapes/versions/{script}", "/nothing/<script>"):
+        assert "<script>alert" not in client.get(strange).text
+
+
+def test_evidence_that_is_away_or_erased_is_told(local: Site) -> None:
+    from flows.loop.predictions import erase_image
+    from flows.training.registered import kept_in, registered_evidence
+    from flows.workspace.versions import show
+
+    application, client = local.application, local.client()
+    desk = application.desk("shapes")
+    state = show(desk, "1").state
+    evidence = registered_evidence(desk, state)
+    assert evidence.shown is not None
+    first = evidence.shown.pictures[0]
+    page = client.get(VERSION).text
+    address = f"{VERSION}/pictures/{first.thumbnail}"
+    assert f'src="{address}"' in page
+    picture = client.get(address)
+    assert picture.headers["content-type"] == "image/png"
+    erase_image(application.workspace, first.sha256, by="Ann", reason="asked for by the person on it")
+    assert client.get(address).status_code == 410
+    assert "erased since" in client.get(VERSION).text
+    assert f'src="{address}"' not in client.get(VERSION).text
+    other = next(one for one in evidence.shown.pictures if one.thumbnail != first.thumbnail)
+    kept = evidence.pictures / other.thumbnail
+    kept.write_bytes(kept.read_bytes() + b"\0")
+    assert client.get(f"{VERSION}/pictures/{other.thumbnail}").status_code == 500, "changed in the cache"
+    assert client.get(f"{VERSION}/pictures/../verdict.json").status_code == 404
+    record = kept_in(desk, state) / "shown.json"
+    told = json.loads(record.read_text())
+    told["num_images"] += 1
+    record.write_text(json.dumps(told))
+    page = client.get(VERSION).text
+    assert "is not what the ledger" in page
+    assert "was changed" in page
+    assert "Beside the champion" in page, "what the ledger holds is shown all the same"
+    assert "was changed" not in client.get(VERSION).text, "it was fetched anew"
+    shutil.rmtree(kept_in(desk, state))
+    shutil.rmtree(application.workspace.state / "mlflow-artifacts")
+    assert "The evidence cannot be shown" in client.get(VERSION).text
+
+
+def test_a_database_that_is_away_is_told(waiting: Path) -> None:
+    application = application_of(waiting)
+    with TestClient(make_app(application), base_url=f"http://127.0.0.1:{application.config.port}") as client:
+        assert client.get("/").status_code == 200
+        ledger = application.workspace.state / "ledger.db"
+        ledger.rename(ledger.with_suffix(".away"))
+        ledger.mkdir()
+        answer = client.get("/")
+        assert answer.status_code in (500, 503)
+        assert "Nothing was changed" in answer.text or "ledger" in answer.text
+        ledger.rmdir()
+        ledger.with_suffix(".away").rename(ledger)
+        assert client.get("/").status_code == 200
+
+
+def test_the_api_does_what_the_pages_do(peopled: Site) -> None:
+    api = httpx.Client(base_url=f"{peopled.address}/api/v1", trust_env=False)
+    assert api.get("/models").status_code == 401
+    cookie = signed_in(peopled, "ann").cookies[SESSION]
+    assert api.get("/models", headers={"cookie": f"{SESSION}={cookie}"}).status_code == 401, "a cookie is no token"
+    tokens = {
+        login: peopled.application.accounts.make_token(login, name="ci", days=1, by="test") for login in ("vic", "ann")
+    }
+
+    def call(login: str, method: str, path: str, **options: Any) -> httpx.Response:
+        return api.request(method, path, headers={"authorization": f"Bearer {tokens[login]}"}, **options)
+
+    assert call("vic", "GET", "/models").json() == {"models": ["shapes"]}
+    waiting = call("vic", "GET", "/models/shapes/candidates").json()["candidates"]
+    assert [each["status"] for each in waiting] == ["waiting"]
+    assert call("vic", "POST", VERSION + "/approve", json={"reason": "good"}).status_code == 403
+    assert call("ann", "POST", VERSION + "/approve", json={"reason": "good", "by": "Bob"}).status_code == 403
+    assert call("ann", "POST", VERSION + "/approve", json={"reason": "good", "days": 0}).status_code == 422
+    done = call("ann", "POST", VERSION + "/approve", json={"reason": "good"})
+    assert done.json()["actor"] == "Ann"
+    assert done.json()["actor_method"] == "token"
+    assert call("vic", "GET", VERSION).json()["status"] == "approved"
+    rows = call("vic", "GET", "/models/shapes/history").json()["entries"]
+    assert [row["kind"] for row in rows] == ["requested", "approved"]
+    missing = call("vic", "GET", "/models/shapes/versions/9")
+    assert (missing.status_code, "valid: 1" in missing.json()["message"] or "9" in missing.json()["message"]) == (404, True)
+    document = httpx.get(f"{peopled.address}/api/openapi.json", trust_env=False).json()
+    assert "/api/v1/models/{model}/versions/{version}/approve" in document["paths"]
+    assert httpx.get(f"{peopled.address}/api", trust_env=False).status_code == 200
+
+
+def test_thousands_of_classes_are_shown_in_parts(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from components.contracts.verdicts import ClassMetrics
+    from flows.console import candidate, pages
+    from flows.training.registered import registered_evidence
+    from flows.workspace.versions import show
+
+    desk = local.application.desk("shapes")
+    found = registered_evidence(desk, show(desk, "1").state)
+    some = found.serving.per_class[0]
+    many = tuple(ClassMetrics(**{**some.model_dump(), "name": f"class {n}"}) for n in range(5000))
+    large = [
+        type(stored)(stored.record.model_copy(update={"per_class": many}), stored.folder) for stored in found.evaluations
+    ]
+    from dataclasses import replace
+
+    replaced = replace(found, evaluations=tuple(large))
+    for module in (candidate, pages):
+        monkeypatch.setattr(module, "registered_evidence", lambda *_: replaced)
+    client = local.client()
+    page = client.get(VERSION).text
+    assert "All 5000 classes" in page
+    assert len(page) < 500_000
+    classes = client.get(f"{VERSION}/classes?start=500").text
+    assert classes.count('<th scope="row">') == 500
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "has_users"),
+    [
+        ("0.0.0.0", "", False),
+        ("0.0.0.0", "https://models.example.org", False),
+        ("127.0.0.1", "https://models.example.org", False),
+        ("0.0.0.0", "", True),
+        ("127.0.0.1", "http://models.example.org", True),
+        ("127.0.0.1", "models.example.org", True),
+        ("127.0.0.1", "https://models.example.org/path", True),
+    ],
+)
+def test_strangers_are_not_let_in(host: str, url: str, has_users: bool) -> None:
+    with pytest.raises(ConfigError):
+        console_config(host, 8400, url, has_users=has_users)
+
+
+def test_behind_a_proxy_cookies_are_kept_to_tls() -> None:
+    config = console_config("0.0.0.0", 8400, "https://Models.example.org/", has_users=True)
+    assert config.is_secure
+    assert config.hosts == {"models.example.org"}
+    assert console_config("127.0.0.1", 8443, "https://Models.example.org:443", has_users=True).hosts == config.hosts
+    assert "localhost" in console_config("127.0.0.1", 80, "", has_users=False).hosts
+    assert console_config("127.0.0.1", 8400, "", has_users=False).is_loopback
+
+
+@pytest.mark.parametrize(
+    "text", ["https://evil.example", "//evil.example", "/\\evil.example", "javascript:alert(1)", "", "\t/x"]
+)
+def test_signing_in_leads_nowhere_else(text: str) -> None:
+    assert local_path(text) == "/"
+
+
+def test_a_decision_is_about_what_was_seen(local: Site) -> None:
+    client = local.client()
+    page = client.get(VERSION).text
+    desk = local.application.deciding_desk("shapes")
+    bob = approval.person("Bob")
+    desk.ledger.decide(model="shapes", actor=bob, rule=approval.approve("1", bob, "fine"))
+    refused = decide(client, "reject", page=page, name="Ann")
+    assert refused.status_code == 409
+    assert "changed since you looked at it" in refused.text
+    assert decide(client, "reject", name="Ann").status_code == 303, "after another look"
+    assert entries(local) == ["requested", "approved", "rejected"]
+
+
+def test_people_sign_in_by_a_provider(waiting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mock still uses what Authlib is about to drop
+        import oidc_provider_mock
+    with oidc_provider_mock.run_server_in_thread() as provider:
+        issuer = f"http://localhost:{provider.server_port}"
+        for name, value in {"ISSUER": issuer, "CLIENT_ID": "console", "CLIENT_SECRET": "hush"}.items():
+            monkeypatch.setenv(f"VISIONLOOP_OIDC_{name}", value)
+        accounts = application_of(waiting).accounts
+        accounts.add("ann", name="Ann", role="approver", subject=f"{issuer} ann@example.org", by="test")
+        with site(waiting) as found:
+            client = found.client()
+            assert "Sign in by your organisation" in client.get("/sign-in").text
+            away = client.get("/sign-in/oidc", params={"to": VERSION}).headers["location"]
+            assert away.startswith(f"{issuer}/oauth2/authorize?")
+            assert "code_challenge_method=S256" in away
+            back = httpx.post(away, data={"sub": "ann@example.org"}, trust_env=False).headers["location"]
+            assert back.startswith(f"{found.address}/sign-in/oidc/callback?")
+            stranger = found.client()
+            assert stranger.get(back).status_code == 503, "an answer to what this browser never asked"
+            answer = client.get(back)
+            assert (answer.status_code, answer.headers["location"]) == (303, VERSION), answer.text
+            assert decide(client, "approve").status_code == 303
+            row = found.application.deciding_desk("shapes").ledger.entries()[-1]
+            assert (row.actor.name, row.actor.method) == ("Ann", "oidc")
+            assert found.client(cookies=dict(client.cookies)).get(back).status_code == 503, "an answer twice"
+            away = stranger.get("/sign-in/oidc").headers["location"]
+            back = httpx.post(away, data={"sub": "somebody@example.org"}, trust_env=False).headers["location"]
+            refused = stranger.get(back)
+            assert refused.status_code == 401
+            assert stranger.get(VERSION).status_code == 303, "nobody is signed in"
+    monkeypatch.setenv("VISIONLOOP_OIDC_CLIENT_SECRET", "")
+    with pytest.raises(ConfigError, match="VISIONLOOP_OIDC_CLIENT_SECRET"):
+        application_of(waiting)
+    monkeypatch.setenv("VISIONLOOP_OIDC_ISSUER", "http://login.example.org")
+    with pytest.raises(ConfigError):
+        application_of(waiting)
