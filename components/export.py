@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from components import collector, plugins
 from components.calibration import calibration_rows, valid_rows
 from components.choosing import AUTO, Limits
 from components.contracts.data import Splits
-from components.contracts.errors import ConfigError, EngineUnavailable, ExportError, VisionloopError, causes
+from components.contracts.errors import ConfigError, EngineUnavailable, ExportError, UnknownName, VisionloopError, causes
 from components.contracts.families import Built, ExportRequest, Target, Task
 from components.contracts.models import Checkpoint, Engine, Precision
 from components.contracts.records import FileDigest, Record, Stored
@@ -39,6 +39,7 @@ from components.memory import peak_bytes
 from components.store import describe, explained
 
 REFERENCE = "torch_reference-fp32"
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 GRAPH = "model.onnx"
 _TIME_LIMIT_S = 3600
 _BATCH = 32
@@ -55,6 +56,13 @@ class TargetConfig(Record):
     settings: dict[str, Any] = {}
     time_limit_s: int = Field(default=_TIME_LIMIT_S, ge=1)
     """How long its exporter may take; one that takes longer is ended."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if given not in PRECISIONS:
+            raise ValueError(str(UnknownName("precision", given, PRECISIONS)))
+        return given
 
     @property
     def name(self) -> str:

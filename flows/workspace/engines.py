@@ -19,6 +19,7 @@ from components.contracts.progress import Progress
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.verdicts import EngineVerdict, Verdict
+from components.export import REFERENCE
 from components.images import decode
 from components.releases import GOLDEN
 from components.speed import Speed, measure
@@ -194,6 +195,11 @@ def _contents(desk: Desk, state: State, engine: str | None, folder: Path, built_
     release = Release.read(json.loads((evidence / "release.json").read_text()))
     checkpoint = Checkpoint.read(json.loads((evidence / "checkpoint.json").read_text()))
     name = engine or verdict.serving_engine
+    if REFERENCE in (name, f"{name}-fp32"):
+        raise ConfigError(
+            f"{REFERENCE} is the yardstick that every engine is compared with: no gate judged it, so it does not leave. "
+            f"Bundle another engine, as `visionloop engine list` names them"
+        )
     own = {found.engine: found for found in verdict.engines}
     further = further_engine(desk, state.version, name) if built_later or name not in own else None
     if further is not None:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from components.contracts.errors import ConfigError, StoreError
+from components.contracts.errors import ConfigError, StoreError, UnknownName
 from components.contracts.models import Engine
 from components.contracts.records import Stored, first_problem
 from components.contracts.verdicts import EngineVerdict, Finding, Verdict
-from components.export import TargetConfig
+from components.export import PRECISIONS, TargetConfig
 from components.gating import combined
 from components.store import MANIFEST, read_manifest, unseal
 from flows.workspace.desk import Desk
@@ -76,6 +76,8 @@ def champion_of(desk: Desk) -> str:
 def wanted_engine(target: str, precision: str, settings: Sequence[str]) -> TargetConfig:
     """An engine that is asked for in words; raises ConfigError."""
     chosen = parse_settings(settings, "--setting")
+    if precision not in PRECISIONS:
+        raise UnknownName("precision", precision, PRECISIONS)
     try:
         return TargetConfig.model_validate({"target": target, "precision": precision, "settings": chosen})
     except ValidationError as error:

@@ -114,6 +114,10 @@ def test_two_gates_of_one_name_are_not_told_apart() -> None:
             "export.targets=[{target: torch_reference, precision: int8}, {target: openvino, precision: int8}]",
             "has no precision 'int8'",
         ),
+        (
+            "export.targets.openvino-int8.precision=int4",
+            r"export.targets.\d.precision: unknown precision 'int4'; valid: fp16, fp32, int8$",
+        ),
         ("export.targets=[{target: tflite}, {target: openvino, precision: int8}]", "unknown target 'tflite'; valid: "),
         ("gating.gates=[{gate: acuracy}]", "unknown gate 'acuracy'; valid: accuracy"),
         ("gating.gates=[]", "at least 1"),
