@@ -80,6 +80,7 @@ def candidate_page(application: Application, visitor: Visitor, model: str, versi
         "promoting": promoting if promoting is not None and not promoting.ended else None,
         "promotion_error": promoting.error if promoting is not None and promoting.ended else "",
         "running_for": ago(promoting.since, now) if promoting is not None else "",
+        "before": _before(shown),
         "beside": _beside(summary),
         "compared_with": _compared_with(shown, summary),
         "findings": _findings(summary),
@@ -142,6 +143,12 @@ def _why_not(shown: VersionShown, visitor: Visitor) -> list[str]:
     if not visitor.may("approver"):
         found.append(f"Decisions are made by approvers; you are signed in as {visitor.role}.")
     return found
+
+
+def _before(shown: VersionShown) -> str:
+    """The version that was champion before this one, where this one is: what a person goes back to."""
+    previous = shown.champion.body.get("previous") if shown.champion is not None else None
+    return str(previous["version"]) if previous and shown.state.status == "champion" else ""
 
 
 def _beside(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import pkgutil
 import re
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import httpx
 import pytest
 from consoled import Site, application_of, csrf_in, seen_in, site
 from fastapi.testclient import TestClient
+from served import unpacked
 
 import flows.console
 from components.contracts.errors import ConfigError
@@ -417,3 +420,39 @@ def test_people_sign_in_by_a_provider(waiting: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("VISIONLOOP_OIDC_ISSUER", "http://login.example.org")
     with pytest.raises(ConfigError):
         application_of(waiting)
+
+
+def test_an_approval_that_has_ended_promotes_nothing(local: Site) -> None:
+    client = local.client()
+    assert decide(client, "approve", name="Ann", days="0.00001").status_code == 303
+    page = client.get(VERSION).text
+    time.sleep(1)
+    promoted = decide(client, "promote", page=page, name="Ann")
+    assert promoted.status_code == 303, "the page was right when it was drawn; the ledger decides"
+    deadline = time.monotonic() + 120
+    while "did not go through" not in (html := client.get(VERSION).text):
+        assert time.monotonic() < deadline, html
+        time.sleep(0.2)
+    assert "approval expired" in html
+    assert entries(local) == ["requested", "approved"]
+
+
+def test_a_kept_picture_that_cannot_be_shown_is_told(tmp_path: Path) -> None:
+    root = unpacked(tmp_path)
+    captures = root / ".visionloop" / "serving" / "captures"
+    with site(root) as found:
+        client = found.client()
+        (model,) = found.application.models()
+        (kept, *_) = [path for path in sorted(captures.glob("??/*")) if len(path.name) == 64]
+        address = f"/models/{model}/captures"
+        assert client.get(f"{address}/{kept.name}").headers["content-type"].startswith("image/")
+        kept.write_bytes(b"no picture")
+        assert client.get(f"{address}/{kept.name}").status_code == 422, "not the bytes that its name says"
+        data = b"never was a picture"
+        other = hashlib.sha256(data).hexdigest()
+        (captures / other[:2]).mkdir(exist_ok=True)
+        (captures / other[:2] / other).write_bytes(data)
+        told = client.get(f"{address}/{other}")
+        assert (told.status_code, "cannot be decoded" in told.text) == (422, True)
+        assert client.get(f"{address}/{'0' * 64}").status_code == 422
+        assert client.get(f"{address}/..%2F..%2Fledger.db").status_code in (404, 422)
