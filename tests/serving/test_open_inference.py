@@ -439,8 +439,27 @@ for _ in range(3):
     many.inputs.add().contents.uint_contents.append(1)
 print([_growth(one) for one in (numbers, pictures, raw, many)])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=CODE, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[8, 1, 1, 1]"
+    assert _alone(code) == "[8, 1, 1, 1]"
+
+
+def test_every_datatype_of_a_task_s_outputs_has_its_name_in_the_configuration() -> None:
+    code = """
+from typing import get_args, get_type_hints
+import numpy, numpy.typing
+from components.contracts.families import OutputField
+from serving.protocols import open_inference_pb2 as pb
+from serving.protocols.tensors import _CONFIGURED
+known = get_args(get_type_hints(OutputField, localns={"np": numpy, "npt": numpy.typing})["datatype"])
+print({name: pb.DataType.Value(_CONFIGURED[name]) for name in sorted(known)})
+"""
+    # The numbers are Triton's.
+    assert _alone(code) == "{'BOOL': 1, 'BYTES': 13, 'FP32': 11, 'INT64': 9}"
+
+
+def _alone(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=CODE, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_what_came_through_a_proxy_is_refused_over_grpc_too(running: Server) -> None:
