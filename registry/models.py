@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MANIFEST = "candidate.json"
-_EVIDENCE = "evidence"
+EVIDENCE = "evidence"
 CHAMPION = "champion"
 """The MLflow alias that shows which version is champion; the ledger says it."""
 _CANDIDATE_TAG = "visionloop.candidate"
@@ -285,18 +285,19 @@ class Registry:
             yield local, verify_bundle(local, manifest_sha256, kept_in=location)
 
     def fetch_evidence(self, model: str, version: str, manifest_sha256: str, *, out: Path) -> None:
-        """The evidence of a version in the folder `out`, without its weights and engines; every file is verified.
+        """The manifest of a version and its evidence in the folder `out`, verified; without weights and engines.
 
         Raises StoreError for what is not there, and TamperedArtefact for bytes that changed.
         """
         with tempfile.TemporaryDirectory(prefix="visionloop-evidence-", ignore_cleanup_errors=True) as scratch:
             location = self._location(model, version)
             with _reachable(self.tracking_uri):
-                for name in (MANIFEST, _EVIDENCE):
+                for name in (MANIFEST, EVIDENCE):
                     self._download(f"models:/{model}/{version}/{name}", Path(scratch))
             local = Path(scratch)
-            verify_bundle(local, manifest_sha256, kept_in=location, within=f"{_EVIDENCE}/")
-            shutil.copytree(local / _EVIDENCE, out, dirs_exist_ok=True)
+            verify_bundle(local, manifest_sha256, kept_in=location, within=f"{EVIDENCE}/")
+            shutil.copytree(local / EVIDENCE, out / EVIDENCE)
+            shutil.copyfile(local / MANIFEST, out / MANIFEST)
 
     def _location(self, model: str, version: str) -> str:
         """Where MLflow keeps the files of a version; raises StoreError where that is a folder that is not there."""

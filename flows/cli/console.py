@@ -21,6 +21,7 @@ def console(
         str, typer.Option(help="Where to listen; beyond this machine that needs users and --url.")
     ] = "127.0.0.1",
     url: Annotated[str, typer.Option(help="What browsers call it behind a proxy that ends TLS: https://...")] = "",
+    proxy: Annotated[str, typer.Option(help="Address of that proxy, which says where requests come from.")] = "127.0.0.1",
     workspace: InWorkspace = HERE,
 ) -> None:
     """Look at candidates, decide, label and see what serves, in a browser.
@@ -35,4 +36,4 @@ def console(
     prepare_environment(found.state)
     from flows.console.server import serve
 
-    serve(found, host=host, port=port, url=url, say=to_stderr)
+    serve(found, host=host, port=port, url=url, proxy=proxy, say=to_stderr)

@@ -330,7 +330,8 @@ def rollback(
 
         by = declared(as_)
         found = opened_desk(workspace, model)
-    entry = go_back(found, to, by, reason, say=to_stderr, moving=silent if json_ else to_stderr)
+        # Most of a rollback is importing MLflow.
+        entry = go_back(found, to, by, reason, say=to_stderr, moving=silent if json_ else to_stderr)
     finish(
         row_json(entry),
         json_,

@@ -113,7 +113,7 @@ def user_change(
     by, users = _acting(as_), _accounts(workspace)
     was = users.find(login)
     if not any((role, name, also, not_also, oidc is not None, enable is not None, password, password_stdin)):
-        raise ConfigError(f"nothing to change of {login}; `visionloop user change --help` lists what can be")
+        raise ConfigError(f"nothing to change of {login} was named; give --role, --name, --password or another option")
     asked = password or password_stdin
     changed = users.change(
         login,

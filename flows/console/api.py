@@ -7,22 +7,40 @@ other site's page can speak for the person before the browser.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import HTMLResponse, Response
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.contracts.errors import DecisionRefused
-from flows.console.visitors import NotSignedIn, Refused, Visitor, application_of, expect_own_origin, expect_role
+from flows.console.auditing import audited, note
+from flows.console.visitors import (
+    NotSignedIn,
+    Refused,
+    Visitor,
+    application_of,
+    expect_own_origin,
+    expect_role,
+    expect_this_machine,
+)
 from flows.loop import decisions
 from flows.loop.governing import switch
 from flows.loop.labelling import choices, give_labels, to_label
 from flows.terminal import silent
 from flows.workspace.as_json import row_json, state_json, version_json
+from flows.workspace.desk import Desk
 from flows.workspace.versions import candidates, history, served_spans, show
 
-router = APIRouter(prefix="/api/v1", tags=["console"])
+router = APIRouter(
+    prefix="/api/v1",
+    tags=["console"],
+    # For the documentation: whether a token is one is found out by `caller`.
+    dependencies=[Depends(HTTPBearer(auto_error=False, description="A token of `visionloop user token`."))],
+)
 
 
 def caller(request: Request) -> Visitor:
@@ -31,6 +49,7 @@ def caller(request: Request) -> Visitor:
     if request.headers.get("origin") is not None:
         expect_own_origin(request)
     if not application.accounts.any_users():
+        expect_this_machine(request)
         return Visitor(None, "", "", has_users=False)
     kind, _, token = request.headers.get("authorization", "").partition(" ")
     signed_in = application.accounts.of_token(token.strip()) if kind.lower() == "bearer" else None
@@ -91,9 +110,11 @@ def _named(visitor: Visitor, by: str) -> Any:
     return visitor.principal(by)
 
 
-def _decide(request: Request, visitor: Visitor, doing: str, model: str) -> Any:
-    expect_role(visitor, "approver", doing)
-    return application_of(request).deciding_desk(model)
+@contextlib.contextmanager
+def _deciding(request: Request, visitor: Visitor, doing: str, model: str, version: str) -> Iterator[Desk]:
+    with audited(request, visitor, f"{doing} {model} version {version}"):
+        expect_role(visitor, "approver", doing)
+        yield application_of(request).deciding_desk(model)
 
 
 @router.get("/models", summary="The models of the ledger")
@@ -123,25 +144,27 @@ def version(request: Request, visitor: Caller, model: str, version: str) -> dict
     "/models/{model}/versions/{version}/approve", summary="Approve a candidate; nothing moves before it is promoted"
 )
 def approve(request: Request, visitor: Caller, model: str, version: str, body: Approval) -> dict[str, Any]:
-    desk = _decide(request, visitor, "approving", model)
-    by = _named(visitor, body.by)
-    done = decisions.approve(desk, version, by, body.reason, days=body.days, also=visitor.also, say=silent)
-    return row_json(done.entry) | {"same_account": done.same_account}
+    with _deciding(request, visitor, "approving", model, version) as desk:
+        by = _named(visitor, body.by)
+        done = decisions.approve(desk, version, by, body.reason, days=body.days, also=visitor.also, say=silent)
+        return row_json(done.entry) | {"same_account": done.same_account}
 
 
 @router.post("/models/{model}/versions/{version}/except", summary="Answer for gates that did not decide")
 def except_gates(request: Request, visitor: Caller, model: str, version: str, body: Exceptions) -> dict[str, Any]:
-    desk = _decide(request, visitor, "signing an exception", model)
-    by = _named(visitor, body.by)
-    done = decisions.except_gates(desk, version, by, body.gates, body.reason, days=body.days, also=visitor.also, say=silent)
-    return row_json(done.entry) | {"missing": list(done.missing), "same_account": done.same_account}
+    with _deciding(request, visitor, "signing an exception", model, version) as desk:
+        by = _named(visitor, body.by)
+        done = decisions.except_gates(
+            desk, version, by, body.gates, body.reason, days=body.days, also=visitor.also, say=silent
+        )
+        return row_json(done.entry) | {"missing": list(done.missing), "same_account": done.same_account}
 
 
 @router.post("/models/{model}/versions/{version}/reject", summary="Reject a candidate; it can then never be promoted")
 def reject(request: Request, visitor: Caller, model: str, version: str, body: Rejecting) -> dict[str, Any]:
-    desk = _decide(request, visitor, "rejecting", model)
-    entry = decisions.reject(desk, version, _named(visitor, body.by), body.reason, withdraw=body.withdraw, say=silent)
-    return row_json(entry)
+    with _deciding(request, visitor, "rejecting", model, version) as desk:
+        entry = decisions.reject(desk, version, _named(visitor, body.by), body.reason, withdraw=body.withdraw, say=silent)
+        return row_json(entry)
 
 
 @router.post(
@@ -150,19 +173,27 @@ def reject(request: Request, visitor: Caller, model: str, version: str, body: Re
     summary="Begin to promote an approved version; ask for the version to see how it ended",
 )
 def promote(request: Request, visitor: Caller, model: str, version: str, by: str = "") -> dict[str, Any]:
-    desk = _decide(request, visitor, "promoting", model)
-    state = show(desk, version).state
-    if state.status not in ("approved", "champion"):
-        raise DecisionRefused(f"version {version} is {state.status}, and cannot be promoted")
-    begun = application_of(request).promotions.start(model, version, _named(visitor, by).name)
-    return {"model": model, "version": version, "since": begun.since.isoformat(), "ended": begun.ended, "error": begun.error}
+    with _deciding(request, visitor, "promoting", model, version) as desk:
+        state = show(desk, version).state
+        if state.status not in ("approved", "champion"):
+            raise DecisionRefused(f"version {version} is {state.status}, and cannot be promoted")
+        name = _named(visitor, by).name
+        note(request, visitor, "promotion started", f"{model} version {version} by {name}")
+        begun = application_of(request).promotions.start(model, version, name)
+        return {
+            "model": model,
+            "version": version,
+            "since": begun.since.isoformat(),
+            "ended": begun.ended,
+            "error": begun.error,
+        }
 
 
 @router.post("/models/{model}/versions/{version}/rollback", summary="Make an earlier champion the champion again, at once")
 def rollback(request: Request, visitor: Caller, model: str, version: str, body: Decision) -> dict[str, Any]:
-    desk = _decide(request, visitor, "going back", model)
-    by = _named(visitor, body.by)
-    return row_json(decisions.rollback(desk, version, by, body.reason, say=silent, moving=silent))
+    with _deciding(request, visitor, "going back", model, version) as desk:
+        by = _named(visitor, body.by)
+        return row_json(decisions.rollback(desk, version, by, body.reason, say=silent, moving=silent))
 
 
 @router.post("/models/{model}/versions/{version}/comments", status_code=201, summary="Comment on a version")

@@ -9,8 +9,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,9 +31,19 @@ from flows.console.application import Application
 from flows.console.guard import Guard
 from flows.console.oidc import add_provider
 from flows.console.rendering import STATIC, page
-from flows.console.visitors import NotSignedIn, Refused, Visitor, sign_in_address
+from flows.console.visitors import NotSignedIn, Refused, Visitor, local_path, path_of, sign_in_address
 
 _log = logging.getLogger(__name__)
+_ROUTERS = (
+    pages.router,
+    decisions.router,
+    pictures.router,
+    pictures.open_router,
+    people.router,
+    loop.router,
+    labels.router,
+    api.router,
+)
 _STATUSES: tuple[tuple[type[VisionloopError], int, str], ...] = (
     (UnknownName, 404, "There is nothing of that name"),
     (DecisionRefused, 409, "Not decided"),
@@ -55,8 +66,9 @@ def make_app(application: Application) -> FastAPI:
         redoc_url=None,
         openapi_url="/api/openapi.json",
     )
+    application.prepare()
     app.state.application = application
-    for router in (pages.router, decisions.router, pictures.router, people.router, loop.router, labels.router, api.router):
+    for router in _ROUTERS:
         app.include_router(router)
     app.include_router(api.docs)
     app.mount("/static", _Static(directory=STATIC), name="static")
@@ -114,9 +126,10 @@ def _answer(request: Request, status: int, title: str, message: str, *, retry: b
     if _wants_json(request):
         return JSONResponse({"error": title, "message": message}, status_code=status)
     # Who asks may not be known, as the database that knows them is what does not answer.
-    nobody = Visitor(None, request.cookies.get("visionloop_visitor", ""), "", has_users=True)
+    nobody = Visitor(None, "", "", has_users=True)
     visitor = getattr(request.state, "visitor", None) or nobody
-    return page(request, visitor, "error.html", status=status, title=title, message=message, retry=retry)
+    back = "" if request.method == "GET" else local_path(path_of(request.headers.get("referer", "")))
+    return page(request, visitor, "error.html", status=status, title=title, message=message, retry=retry, back=back)
 
 
 def _not_signed_in(request: Request, _: Exception) -> Response:
@@ -133,7 +146,7 @@ def _refused(request: Request, error: Exception) -> Response:
 
 def _failed(request: Request, error: Exception) -> Response:
     status, title = next((status, title) for kind, status, title in _STATUSES if isinstance(error, kind))
-    return _answer(request, status, title, str(error), retry=status == 503)
+    return _answer(request, status, title, str(error), retry=status == 503 and request.method == "GET")
 
 
 def _http(request: Request, error: Exception) -> Response:
@@ -166,6 +179,9 @@ class _Answering:
 
         try:
             await self._app(scope, receive, noted)
+        except ClientDisconnect:
+            if not begun:  # by the guard, where a body is too long; to somebody who has left, this says nothing
+                await PlainTextResponse("the request was too long, or was cut off\n", 413)(scope, receive, send)
         except Exception as error:
             if scope["type"] != "http" or begun:
                 raise

@@ -12,7 +12,7 @@ from flows.console.config import ConsoleConfig
 from flows.console.promoting import Promotions
 from flows.loop.loop import Loop
 from flows.loop.predictions import erased_images
-from flows.workspace.desk import Desk, desk, followed_ledger
+from flows.workspace.desk import Desk, desk, followed_ledger, whole_ledger
 from flows.workspace.people import accounts, comments
 from flows.workspace.settings import Settings
 from flows.workspace.workspace import Workspace
@@ -20,7 +20,7 @@ from flows.workspace.workspace import Workspace
 if TYPE_CHECKING:
     from registry.accounts import Accounts
     from registry.comments import Comments
-    from registry.ledger import FollowedLedger
+    from registry.ledger import FollowedLedger, Ledger
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Application:
         return followed_ledger(self.settings)
 
     @cached_property
+    def verified_ledger(self) -> Ledger:
+        """For decisions, which look at every row."""
+        return whole_ledger(self.settings)
+
+    @cached_property
     def accounts(self) -> Accounts:
         return accounts(self.workspace)
 
@@ -51,6 +56,10 @@ class Application:
     def promotions(self) -> Promotions:
         return Promotions(self.workspace)
 
+    def prepare(self) -> None:
+        """Make what requests share, before they come in threads."""
+        _ = self.ledger, self.verified_ledger, self.accounts, self.comments, self.promotions
+
     def models(self) -> list[str]:
         """Those that the ledger knows."""
         return sorted({entry.model for entry in self.ledger.entries()})
@@ -61,7 +70,7 @@ class Application:
 
     def deciding_desk(self, model: str) -> Desk:
         """For deciding: the whole chain is verified. Raises UnknownName."""
-        return desk(self.workspace.root, model)
+        return desk(self.workspace.root, model, ledger=self.verified_ledger)
 
     def erased(self) -> frozenset[str]:
         """Digests of the pictures that were erased; no page shows them."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -32,6 +35,10 @@ from flows.workspace.versions import Row, State, VersionShown, history, same_per
 _CLASSES = 30
 """Classes that the page shows, the weakest first; a page of their own shows all."""
 _CONFUSED = 12
+_NAMED = 24
+"""Digits of a digest in the name of a picture."""
+_DRAWN_CLASSES = 200
+"""Of a confusion matrix; more cannot be told apart in a drawing."""
 
 
 def address_of(model: str, version: str) -> str:
@@ -238,8 +245,14 @@ def _links(application: Application, model: str, version: str, summary: Mapping[
     if run and (folder / "report.html").is_file():
         found.append(("the report of the run", f"/runs/{quote(run, safe='')}/report.html"))
     if run and (folder / "1-validation" / "data_docs" / "index.html").is_file():
-        found.append(("data docs", f"/runs/{quote(run, safe='')}/1-validation/data_docs/index.html"))
+        key = docs_key(application, run)
+        found.append(("data docs", f"/runs/{quote(run, safe='')}/data-docs/{key}/index.html"))
     return found
+
+
+def docs_key(application: Application, run: str) -> str:
+    """What the address of a run's data docs carries in place of a session, as long as this process lives."""
+    return hmac.new(application.secret, f"data docs of {run}".encode(), hashlib.sha256).hexdigest()
 
 
 def _drawn(
@@ -295,10 +308,18 @@ def hourly_price(found: RegisteredEvidence) -> float | None:
 
 def shown_evidence(shown: CandidateEvidence, address: str, erased: frozenset[str]) -> dict[str, Any]:
     """Flips, surest errors and slices; a picture that was erased since is not shown, and that is said."""
-    gone = {one.thumbnail for one in shown.pictures if one.sha256 in erased}
-    gone |= {one.saliency for one in shown.pictures if one.sha256 in erased}
-    drawn = evidence_page(shown, lambda name: f"{address}/pictures/{quote(name)}" if name and name not in gone else "")
+
+    def there(name: str) -> str:
+        return f"{address}/pictures/{quote(name)}" if name and not is_erased(name, erased) else ""
+
+    drawn = evidence_page(shown, there)
     return {**drawn, "num_erased": sum(one.sha256 in erased for one in shown.pictures)}
+
+
+def is_erased(name: str, erased: frozenset[str]) -> bool:
+    """Whether a file of the evidence, which is named by the beginning of a picture's digest, is of one that was erased."""
+    stem = PurePosixPath(name).stem
+    return len(stem) >= _NAMED and any(sha256.startswith(stem) for sha256 in erased)
 
 
 def class_rows(found: RegisteredEvidence, *, most: int | None = None) -> list[dict[str, Any]]:
@@ -337,7 +358,7 @@ def figure_names(found: RegisteredEvidence) -> list[tuple[str, str]]:
     """The drawings that there are, with what they show."""
     serving = found.serving
     names = [("engines", "The engines' accuracy, with intervals"), ("pareto", "Accuracy against latency of every engine")]
-    if serving.confusion:
+    if 0 < len(serving.confusion) <= _DRAWN_CLASSES:
         names.append(("confusion", "Confusion: true classes against predicted ones"))
     if serving.reliability:
         names.append(("reliability", "Calibration: accuracy by confidence"))

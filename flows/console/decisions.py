@@ -9,13 +9,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse
 
 from components.contracts.errors import ConfigError, DecisionRefused
+from flows.console.auditing import audited, note
 from flows.console.candidate import address_of, seen
 from flows.console.visitors import AnyVisitor, Posted, Visitor, application_of, expect_role
-from flows.console.visitors import address_of as client_address
 from flows.loop import decisions
 from flows.terminal import silent
 from flows.workspace.desk import Desk
-from flows.workspace.versions import show
+from flows.workspace.versions import VersionShown, show
 
 router = APIRouter(include_in_schema=False)
 
@@ -34,29 +34,24 @@ def _days(fields: Mapping[str, str]) -> float:
         raise ConfigError(f"{fields['days'][:20]!r} is no number of days; expected 1 to 365") from None
 
 
-def _expect_seen(desk: Desk, version: str, fields: Mapping[str, str]) -> None:
-    """Raise DecisionRefused when something was decided, or another champion went live, since the page was looked at."""
-    if fields.get("seen") != seen(show(desk, version)):
+def _expect_seen(desk: Desk, version: str, fields: Mapping[str, str]) -> VersionShown:
+    """The version as it was looked at.
+
+    Raises DecisionRefused when something was decided, or another champion went live, since the page was drawn.
+    """
+    shown = show(desk, version)
+    if fields.get("seen") != seen(shown):
         raise DecisionRefused(
             f"something about version {version} changed since you looked at it, so nothing was decided. Look again"
         )
+    return shown
 
 
 def _decided(request: Request, visitor: Visitor, model: str, version: str, doing: str, act: Callable[[Desk], Any]) -> Any:
     """Let an approver act on a version; what the ledger refuses is kept in the audit, too."""
-    application = application_of(request)
-    expect_role(visitor, "approver", doing)
-    try:
-        act(application.deciding_desk(model))
-    except DecisionRefused as error:
-        if visitor.signed_in is not None:
-            application.accounts.audit(
-                "decision refused",
-                who=visitor.signed_in.user.login,
-                address=client_address(request),
-                detail=f"{doing} {model} version {version}: {error}"[:500],
-            )
-        raise
+    with audited(request, visitor, f"{doing} {model} version {version}"):
+        expect_role(visitor, "approver", doing)
+        act(application_of(request).deciding_desk(model))
     return RedirectResponse(address_of(model, version), status_code=303)
 
 
@@ -88,10 +83,10 @@ def except_gates(request: Request, visitor: AnyVisitor, fields: Posted, model: s
 @router.post("/models/{model}/versions/{version}/reject")
 def reject(request: Request, visitor: AnyVisitor, fields: Posted, model: str, version: str) -> Any:
     def act(desk: Desk) -> None:
-        _expect_seen(desk, version, fields)
+        # Where it was approved, the page said so and asked for a withdrawal; an approval since is none that was seen.
+        withdraw = _expect_seen(desk, version, fields).state.status == "approved"
         by = visitor.principal(fields.get("name", ""))
-        # The page said that it is approved where it is, and asked for a withdrawal.
-        decisions.reject(desk, version, by, _told(fields, "reason"), withdraw=True, say=silent)
+        decisions.reject(desk, version, by, _told(fields, "reason"), withdraw=withdraw, say=silent)
 
     return _decided(request, visitor, model, version, "rejecting", act)
 
@@ -101,6 +96,7 @@ def promote(request: Request, visitor: AnyVisitor, fields: Posted, model: str, v
     def act(desk: Desk) -> None:
         _expect_seen(desk, version, fields)
         by = visitor.principal(fields.get("name", ""))
+        note(request, visitor, "promotion started", f"{model} version {version} by {by.name}")
         application_of(request).promotions.start(model, version, by.name)
 
     return _decided(request, visitor, model, version, "promoting", act)

@@ -35,7 +35,6 @@ def loop_page(request: Request, visitor: Viewer, model: str) -> Response:
         found=found,
         runs=runs,
         pictures={window.name: pictures_of(loop, window.name, _PICTURES) for window in drifted},
-        refresh_s=10 if runs else None,
     )
 
 

@@ -16,7 +16,7 @@ from starlette.middleware.sessions import SessionMiddleware
 from components.contracts.errors import SignInRefused
 from flows.console.application import Application
 from flows.console.rendering import page
-from flows.console.visitors import SESSION, AnyVisitor, Refused, address_of, application_of, local_path, set_cookie
+from flows.console.visitors import AnyVisitor, Refused, address_of, application_of, cookie, local_path, set_cookie
 from flows.workspace.settings import OpenIDProvider
 
 router = APIRouter(include_in_schema=False)
@@ -75,9 +75,9 @@ async def come_back(request: Request, visitor: AnyVisitor) -> Any:
     """Take the provider's word for who it is, once it is verified, and begin a session."""
     application = application_of(request)
     to = local_path(str(request.session.get("to", "/")))
-    problem = str(request.query_params.get("error_description") or request.query_params.get("error") or "")
-    if problem:
-        return page(request, visitor, "sign-in.html", status=401, to=to, problem=f"the provider said: {problem[:200]}")
+    if request.query_params.get("error"):
+        # Its words are whatever somebody put into the address.
+        return page(request, visitor, "sign-in.html", status=401, to=to, problem="the provider let nobody in; begin again")
     try:
         token = await request.app.state.oidc.authorize_access_token(request)
     except Exception as error:
@@ -94,13 +94,13 @@ async def come_back(request: Request, visitor: AnyVisitor) -> Any:
             application.accounts.sign_in_subject,
             provider.issuer,
             str(claims["sub"]),
-            login_hint=hint,
+            login_hint=f"oidc: {hint}",
             address=address_of(request),
         )
     except SignInRefused as error:
         return page(request, visitor, "sign-in.html", status=401, to=to, problem=str(error))
     response = RedirectResponse(to, status_code=303)
-    set_cookie(response, application, SESSION, session.token)
+    set_cookie(response, application, cookie(application, "session"), session.token)
     return response
 
 

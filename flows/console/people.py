@@ -9,7 +9,7 @@ from fastapi.responses import RedirectResponse
 
 from components.contracts.errors import SignInRefused, TooManyTries
 from flows.console.rendering import page
-from flows.console.visitors import SESSION, AnyVisitor, Posted, address_of, application_of, local_path, set_cookie
+from flows.console.visitors import AnyVisitor, Posted, address_of, application_of, cookie, local_path, set_cookie
 
 router = APIRouter(include_in_schema=False)
 
@@ -33,14 +33,14 @@ def sign_in(request: Request, visitor: AnyVisitor, fields: Posted) -> Any:
         status = 429 if isinstance(error, TooManyTries) else 401
         return page(request, visitor, "sign-in.html", status=status, to=to, problem=str(error))
     response = RedirectResponse(to, status_code=303)
-    set_cookie(response, application, SESSION, session.token)
+    set_cookie(response, application, cookie(application, "session"), session.token)
     return response
 
 
 @router.post("/sign-out")
 def sign_out(request: Request, visitor: AnyVisitor, _: Posted) -> Any:
     if visitor.signed_in is not None:
-        application_of(request).accounts.sign_out(visitor.token)
+        application_of(request).accounts.sign_out(visitor.token, address=address_of(request))
     response = RedirectResponse("/sign-in", status_code=303)
-    response.delete_cookie(SESSION, path="/")
+    response.delete_cookie(cookie(application_of(request), "session"), path="/", secure=True)
     return response

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse, Response
 
 from components.contracts.errors import DataError, TamperedArtefact
+from components.store import write_atomically
 from flows.console.application import Application
-from flows.console.candidate import figure_names
+from flows.console.candidate import docs_key, figure_names, is_erased
 from flows.console.guard import FIGURE_POLICY
-from flows.console.visitors import Refused, application_of, viewer
+from flows.console.visitors import NotSignedIn, Refused, application_of, viewer
 from flows.pages import figures
 from flows.training.registered import RegisteredEvidence, registered_evidence
 from flows.workspace.versions import show
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(viewer)])
-_KEEP = {"cache-control": "private, max-age=86400"}
-"""Of what an address names for good: evidence never changes."""
+open_router = APIRouter(include_in_schema=False)
+"""Of what a key in the address lets in."""
+_ASK_AGAIN = {"cache-control": "private, no-cache"}
+"""A picture may be erased; where it is still what it was, asking again costs no bytes."""
 _PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 _IN_A_RUN = {
     **_PICTURES,
@@ -47,16 +51,23 @@ def picture(request: Request, model: str, version: str, name: str) -> Response:
     kind = _PICTURES.get(Path(name).suffix.lower())
     if name not in files or kind is None or found.shown is None:
         raise Refused(404, "the evidence of this version has no picture of that name")
-    erased = application.erased()
-    if any(one.sha256 in erased and name in (one.thumbnail, one.saliency) for one in found.shown.pictures):
+    if is_erased(name, application.erased()):
         raise Refused(410, "this picture was erased since, and is not shown any more")
     path = found.pictures / name
     if not path.is_file():
         raise DataError(f"{name} is not kept any more")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != files[name].sha256:
+    data, digest = path.read_bytes(), files[name].sha256
+    if hashlib.sha256(data).hexdigest() != digest:
         raise TamperedArtefact(f"{name} is not the picture that the evidence names; it was changed since, and is not shown")
-    return Response(data, media_type=kind, headers=_KEEP)
+    return _answer(request, data, kind, digest)
+
+
+def _answer(request: Request, data: bytes, kind: str, digest: str, **headers: str) -> Response:
+    """The bytes, unless the browser has them already."""
+    tagged = {**_ASK_AGAIN, "etag": f'"{digest}"', **headers}
+    if request.headers.get("if-none-match") == tagged["etag"]:
+        return Response(status_code=304, headers=tagged)
+    return Response(data, media_type=kind, headers=tagged)
 
 
 @router.get("/models/{model}/versions/{version}/figures/{name}.svg")
@@ -67,19 +78,14 @@ def drawing(request: Request, model: str, version: str, name: str) -> Response:
     if name not in dict(figure_names(found)):
         raise Refused(404, "there is no drawing of that name of this version")
     path = found.folder / "figures" / f"{name}-{_drawn_by()}.svg"
-    if not path.is_file():
-        summary = show(application.desk(model), version).state.requested.body.get("summary") or {}
-        with application.drawing:
+    with application.drawing:
+        if not path.is_file():
+            summary = show(application.desk(model), version).state.requested.body.get("summary") or {}
             svg = _draw(found, name, summary.get("headline", "accuracy"))
-        path.parent.mkdir(exist_ok=True)
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(svg)
-        scratch.replace(path)
-    return Response(
-        path.read_bytes(),
-        media_type="image/svg+xml",
-        headers={**_KEEP, "content-security-policy": FIGURE_POLICY},
-    )
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, svg.encode())
+    data, policy = path.read_bytes(), {"content-security-policy": FIGURE_POLICY}
+    return _answer(request, data, "image/svg+xml", hashlib.sha256(data).hexdigest(), **policy)
 
 
 def _drawn_by() -> str:
@@ -107,16 +113,42 @@ def _draw(found: RegisteredEvidence, name: str, headline: str) -> str:
     return of_serving[name](found.serving)
 
 
-@router.get("/runs/{run}/{name:path}")
-def file_of_run(request: Request, run: str, name: str) -> Response:
-    """The report of a run, or a file of its data docs."""
+@router.get("/runs/{run}/report.html")
+def report_of_run(request: Request, run: str) -> Response:
+    """The report of a run, unless it shows a picture that was erased since."""
     application = application_of(request)
-    folder = application.workspace.runs / run
-    path = folder / name
+    folder = _run(application, run)
+    erased = application.erased()
+    if any(is_erased(path.name, erased) for path in folder.glob("*-evidence/pictures/*")):
+        raise Refused(410, "this report shows a picture that was erased since; the version's page shows the others")
+    return _file(request, folder / "report.html")
+
+
+@open_router.get("/runs/{run}/data-docs/{key}/{name:path}")
+def data_docs(request: Request, run: str, key: str, name: str) -> Response:
+    """A file of a run's data docs; the key in its address lets in whoever was shown it.
+
+    These pages are in a sandbox, from which a browser sends no cookie along, not even for a picture of theirs.
+    """
+    application = application_of(request)
+    if not hmac.compare_digest(key.encode(), docs_key(application, run).encode()):
+        raise NotSignedIn
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise Refused(404, "there is no such page of a run")
+    response = _file(request, _run(application, run) / "1-validation" / "data_docs" / name)
+    response.headers["cross-origin-resource-policy"] = "cross-origin"
+    return response
+
+
+def _run(application: Application, run: str) -> Path:
+    if run not in {path.name for path in application.workspace.runs.iterdir()}:
+        raise Refused(404, "there is no such run")
+    return application.workspace.runs / run
+
+
+def _file(request: Request, path: Path) -> Response:
     kind = _IN_A_RUN.get(path.suffix.lower())
-    allowed = name == "report.html" or "/data_docs/" in f"/{name}"
-    # A run folder links into the store, so that what a name leads to is looked at by the name, not by where it ends.
-    if ".." in Path(name).parts or "/" in run or run in ("", ".", "..") or not allowed or kind is None or not path.is_file():
+    if kind is None or not path.is_file():
         raise Refused(404, "there is no such page of a run")
     origin = f"{request.url.scheme}://{request.headers['host']}"
     policy = {"content-security-policy": _PAGE_OF_A_RUN.format(origin=origin)}

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from flows.workspace.workspace import Workspace
 
+_MOST_S = 3600.0
+
 
 @dataclass(frozen=True)
 class Promoting:
@@ -54,17 +56,21 @@ class Promotions:
 
     def _run(self, model: str, made: Promoting) -> None:
         command = [sys.executable, "-P", "-m", "flows", "promote", made.version, "--model", model, "--json"]
-        done = subprocess.run(
-            [*command, "--workspace", str(self._workspace.root)],
-            cwd=self._workspace.root,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            start_new_session=True,
-        )
-        error = "" if done.returncode == 0 else _message(done)
+        try:
+            done = subprocess.run(
+                [*command, "--workspace", str(self._workspace.root)],
+                cwd=self._workspace.root,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                start_new_session=True,
+                timeout=_MOST_S,
+            )
+            error = "" if done.returncode == 0 else _message(done)
+        except (OSError, subprocess.SubprocessError) as problem:
+            error = f"visionloop promote could not be run to its end ({problem}); running it again goes on where it stopped"
         with self._lock:
             self._latest[model, made.version] = Promoting(made.version, made.by, made.since, ended=True, error=error)
 

@@ -14,7 +14,7 @@ from fastapi import Request
 from starlette.responses import HTMLResponse
 
 from components.contracts.wording import counted, shown_utc
-from flows.console.visitors import VISITOR, Visitor, application_of, set_cookie
+from flows.console.visitors import Visitor, application_of, cookie, set_cookie
 from flows.terminal import figure
 
 _FOLDER = Path(__file__).resolve().parent
@@ -71,6 +71,7 @@ def page(
         **values,
     }
     response = HTMLResponse(_environment().get_template(template).render(shown), status_code=status)
-    if visitor.signed_in is None and request.cookies.get(VISITOR) != visitor.token:
-        set_cookie(response, application, VISITOR, visitor.token)
+    name = cookie(application, "visitor")
+    if visitor.signed_in is None and visitor.token and request.cookies.get(name) != visitor.token:
+        set_cookie(response, application, name, visitor.token)
     return response

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 
 from components.contracts.errors import ConfigError
 from flows.console.application import Application
@@ -17,9 +16,15 @@ _TRIED = 50
 
 
 def serve(
-    workspace: Workspace, *, host: str, port: int | None, url: str, say: Say, ready: Callable[[str], None] = lambda _: None
+    workspace: Workspace,
+    *,
+    host: str,
+    port: int | None,
+    url: str,
+    proxy: str = "127.0.0.1",
+    say: Say,
 ) -> None:
-    """Answer until the process is told to end; `ready` is called with the address once it listens.
+    """Answer until the process is told to end. `proxy` is believed where it says that requests come from, with a `url`.
 
     Raises ConfigError before anything listens: for a port that is taken, or an address that strangers could decide at.
     """
@@ -42,11 +47,11 @@ def serve(
             date_header=True,
             # Addresses that a proxy tells are believed where a proxy was named.
             proxy_headers=bool(url),
+            forwarded_allow_ips=proxy,
             timeout_graceful_shutdown=5,
         )
     )
     say(f"the console answers at {config.address}" + ("" if has_users else " (this machine only: there are no users)"))
-    ready(config.address)
     server.run(sockets=[listening])
 
 

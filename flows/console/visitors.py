@@ -13,7 +13,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, Request
@@ -25,9 +25,19 @@ if TYPE_CHECKING:
     from registry.accounts import Role, SignedIn
     from registry.ledger import Principal
 
-SESSION, VISITOR = "visionloop_session", "visionloop_visitor"
-"""Cookies: of a user who signed in, and of anybody else, so that a form can be told from a forged one."""
+
+def cookie(application: Application, kind: Literal["session", "visitor"]) -> str:
+    """The name of a cookie: of a user who signed in, or of anybody else, so that a form can be told from a forged one.
+
+    Browsers tell hosts apart by cookies and not ports: two consoles of one machine have each their own.
+    """
+    if application.config.is_secure:
+        return f"__Host-visionloop-{kind}"
+    return f"visionloop-{kind}-{application.config.port}"
+
+
 _PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+_FIELDS = 1_000
 _VISITOR = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
@@ -90,13 +100,13 @@ def anybody(request: Request) -> Visitor:
     """Who asks, also where they have not signed in."""
     application = application_of(request)
     has_users = application.accounts.any_users()
-    token = request.cookies.get(SESSION, "")
+    token = request.cookies.get(cookie(application, "session"), "")
     signed_in = application.accounts.session(token) if has_users and token else None
     if signed_in is not None:
         return _known(request, Visitor(signed_in, token, signed_in.csrf, has_users))
-    if not has_users and any(name in request.headers for name in _PROXIED):
-        raise Refused(403, "this came through a proxy, and there are no users: anybody could decide. visionloop user add")
-    visitor = request.cookies.get(VISITOR, "")
+    if not has_users:
+        expect_this_machine(request)
+    visitor = request.cookies.get(cookie(application, "visitor"), "")
     if not _VISITOR.fullmatch(visitor):
         visitor = secrets.token_urlsafe(32)
     csrf = hmac.new(application.secret, visitor.encode(), hashlib.sha256).hexdigest()
@@ -116,6 +126,19 @@ def viewer(found: Annotated[Visitor, Depends(anybody)]) -> Visitor:
     return found
 
 
+def expect_this_machine(request: Request) -> None:
+    """Raise Refused where there are no users and somebody of another machine may be asking: anybody could decide.
+
+    The last user may be removed while a console that others reach goes on.
+    """
+    if not application_of(request).config.is_loopback:
+        raise Refused(
+            403, "this console is reached from other machines and has no users: nobody is let in. visionloop user add"
+        )
+    if any(name in request.headers for name in _PROXIED):
+        raise Refused(403, "this came through a proxy, and there are no users: anybody could decide. visionloop user add")
+
+
 AnyVisitor = Annotated[Visitor, Depends(anybody)]
 Viewer = Annotated[Visitor, Depends(viewer)]
 
@@ -126,11 +149,12 @@ async def posted(request: Request) -> Mapping[str, str]:
     Raises Refused for one that comes from elsewhere, or without the session's secret.
     """
     expect_own_origin(request)
-    fields: dict[str, str] = {}
-    async with request.form(max_files=0, max_fields=20_000) as form:
+    given: dict[str, list[str]] = {}
+    async with request.form(max_files=0, max_fields=_FIELDS) as form:
         for name, value in form.multi_items():
             if isinstance(value, str):
-                fields[name] = f"{fields[name]}\n{value}" if name in fields else value
+                given.setdefault(name, []).append(value)
+    fields = {name: "\n".join(values) for name, values in given.items()}
     # Who asks is found out here and not by a dependency, so that nobody can use a form without this check.
     visitor = await _in_thread(request)
     if not hmac.compare_digest(fields.pop("csrf", "").encode(), visitor.csrf.encode()):
@@ -165,7 +189,10 @@ def expect_own_origin(request: Request) -> None:
 
 
 def _origin(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
     return f"{parts.scheme}://{parts.netloc}" if parts.netloc else ""
 
 
@@ -191,8 +218,19 @@ def sign_in_address(request: Request) -> str:
     return "/sign-in" if request.method != "GET" or there == "/" else f"/sign-in?to={quote(there, safe='')}"
 
 
+def path_of(url: str) -> str:
+    """The path of an address; `/` of what is none."""
+    try:
+        return urlsplit(url).path or "/"
+    except ValueError:
+        return "/"
+
+
 def local_path(text: str) -> str:
     """A path of this console, `/` for anything else: an address that somebody sends may lead away from it."""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return "/"
     is_ours = text.startswith("/") and not text.startswith(("//", "/\\")) and not parts.netloc and not parts.scheme
     return text if is_ours and text.isprintable() and "\\" not in text else "/"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from components import collector
 from components.contracts.errors import VisionloopError
 from components.contracts.wording import shown_utc
 from flows.orchestrator.notifications import notify
@@ -102,9 +101,7 @@ def rollback(desk: Desk, to: str | None, by: Principal, reason: str, *, say: Say
 
     Raises DecisionRefused, ConfigError, UnknownName, or what keeps the release from being served.
     """
-    # Most of a rollback is importing MLflow: nothing of that is garbage.
-    with collector.kept():
-        entry = desk.promotion.rollback(to, by, reason, say=moving)
+    entry = desk.promotion.rollback(to, by, reason, say=moving)
     _notify(desk, entry, say)
     return entry
 

@@ -197,7 +197,8 @@ def confusion_figure(evaluation: Evaluation) -> Markup:
     counts = evaluation.confusion
     names = [metrics.name for metrics in evaluation.per_class]
     figure, axes = pyplot.subplots(figsize=(5, 4.4))
-    shares = [[value / max(1, sum(row)) for value in row] for row in counts]
+    totals = [max(1, sum(row)) for row in counts]
+    shares = [[value / total for value in row] for row, total in zip(counts, totals, strict=True)]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(counts) <= 20:
         for i, row in enumerate(counts):

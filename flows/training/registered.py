@@ -5,6 +5,7 @@ A run folder may be gone, or lie on another machine, or have been changed; a per
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from components.contracts.data import Dataset, Splits
-from components.contracts.errors import TamperedArtefact
+from components.contracts.errors import StoreError, TamperedArtefact
 from components.contracts.evidence import CandidateEvidence
 from components.contracts.models import Engine
 from components.contracts.records import RecordT, Stored
@@ -23,11 +24,11 @@ from components.selective import RiskCoverage
 from components.store import sha256_file
 from flows.workspace.desk import Desk
 from registry.approval import State
+from registry.models import EVIDENCE, verify_bundle
 
 SHOWN = "shown"
 """Folder of the pictures that a person looks at, beside the records."""
 _CHAMPION = "champion"
-_fetching = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -69,33 +70,41 @@ def registered_evidence(desk: Desk, state: State) -> RegisteredEvidence:
     """
     manifest = state.requested.body["manifest_sha256"]
     folder = kept_in(desk, state)
-    with _fetching:
-        if not folder.is_dir():
-            scratch = folder.with_name(f".{manifest}.tmp")
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            desk.promotion.registry.fetch_evidence(desk.model, state.version, manifest, out=scratch)
-            _unpack(scratch)
-            scratch.rename(folder)
-    found = read(folder)
-    changed = _changed(found, state.requested.body["bound"])
-    if changed:
+    if not folder.is_dir():
+        with _lock_of(manifest):
+            if not folder.is_dir():
+                scratch = folder.with_name(f".{manifest}.tmp")
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+                desk.promotion.registry.fetch_evidence(desk.model, state.version, manifest, out=scratch)
+                _unpack(scratch / EVIDENCE)
+                scratch.rename(folder)
+    try:
+        return _verified(folder, manifest, _signature(folder / EVIDENCE))
+    except (StoreError, ValueError, OSError, KeyError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise TamperedArtefact(
-            f"{changed} of version {state.version} is not what the ledger's row is bound to: the copy in the cache was "
-            f"changed after it was fetched. It was removed; look again, and MLflow's copy is fetched and verified anew"
-        )
-    return found
+            f"the evidence of version {state.version} in the cache is not what the ledger's row is bound to: it was changed "
+            f"after it was fetched ({error}). It was removed; look again, and MLflow's copy is fetched and verified anew"
+        ) from error
 
 
-def _changed(found: RegisteredEvidence, bound: dict[str, Any]) -> str:
-    """The first record that does not have the digest of the ledger's row; empty where all have."""
-    if found.shown is not None and found.shown.digest() != bound.get("shown"):
-        return "what was shown"
-    for evaluation in found.evaluations:
-        if evaluation.record.digest() != bound["evidence"].get(evaluation.record.engine):
-            return f"the evaluation of {evaluation.record.engine}"
-    return ""
+@functools.lru_cache(maxsize=64)
+def _verified(folder: Path, manifest: str, _: tuple[tuple[str, int, int], ...]) -> RegisteredEvidence:
+    """The records, after every file was compared with the manifest; again where a time or a size of one changed."""
+    verify_bundle(folder, manifest, within=f"{EVIDENCE}/")
+    return read(folder / EVIDENCE)
+
+
+def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return tuple((path.name, status.st_mtime_ns, status.st_size) for path in files for status in (path.stat(),))
+
+
+@functools.cache
+def _lock_of(_: str) -> threading.Lock:
+    """One for each manifest: where one is slow to come, others are not waited for."""
+    return threading.Lock()
 
 
 def kept_in(desk: Desk, state: State) -> Path:
@@ -122,7 +131,6 @@ def _unpack(folder: Path) -> None:
                 shutil.copyfileobj(source, copy)
             if sha256_file(target) != file.sha256:
                 raise TamperedArtefact(f"{file.name} of the evidence is not the file that its record names")
-    (folder / "shown.zip").unlink()
 
 
 def read(folder: Path) -> RegisteredEvidence:

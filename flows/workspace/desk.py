@@ -46,6 +46,11 @@ class Desk:
         return Promotion(registry, ReleaseStore(self.settings.releases_url), self.model)
 
 
+def whole_ledger(settings: Settings) -> Ledger:
+    """The ledger for a process that decides: every row is verified whenever it is read."""
+    return Ledger(settings.ledger_url)
+
+
 def followed_ledger(settings: Settings) -> FollowedLedger:
     """The ledger for a process that reads it often."""
     return FollowedLedger(settings.ledger_url)
