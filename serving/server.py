@@ -21,6 +21,7 @@ from typing import Any
 import uvicorn
 
 from components import plugins
+from components.addresses import is_loopback
 from components.contracts.errors import ConfigError
 from components.releases import ReleaseStore
 from serving.engines.deployment import Deployment
@@ -31,7 +32,7 @@ from serving.log.captures import CaptureConfig, Captures
 from serving.log.journal import Journal, JournalConfig
 from serving.metrics import Metrics, log, log_to_stderr
 from serving.protocols.access import Access
-from serving.protocols.auth import Tokens, is_loopback
+from serving.protocols.auth import Tokens
 from serving.protocols.connections import BoundedHttp
 from serving.protocols.http import Http, HttpGate
 from serving.routing import Following, Routed

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,12 @@ class Site:
 
     address: str
     application: Application
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def client(self, **options: Any) -> httpx.Client:
-        """A browser without scripts: it keeps cookies, and says from where it sends what it sends."""
-        return httpx.Client(base_url=self.address, headers={"origin": self.address}, trust_env=False, **options)
+        """A browser without scripts: it keeps cookies, and says from where it sends what it sends; closed with the site."""
+        made = httpx.Client(base_url=self.address, headers={"origin": self.address}, trust_env=False, **options)
+        return self.closing.enter_context(made)
 
 
 def application_of(root: Path, **config: Any) -> Application:
@@ -72,7 +74,9 @@ def site(root: Path) -> Iterator[Site]:
         assert time.monotonic() < deadline, "the console did not begin to listen"
         time.sleep(0.02)
     try:
-        yield Site(f"http://127.0.0.1:{port}", application)
+        found = Site(f"http://127.0.0.1:{port}", application)
+        with found.closing:
+            yield found
     finally:
         server.should_exit = True
         thread.join(20)

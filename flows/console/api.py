@@ -222,7 +222,7 @@ def served(request: Request, visitor: Caller, model: str) -> dict[str, Any]:
 def labels(request: Request, visitor: Caller, model: str) -> dict[str, Any]:
     expect_role(visitor, "viewer", "looking")
     application = application_of(request)
-    loop = application.loop(application.desk(model).model)
+    loop = application.loop(model)
     return {"model": model, "classes": list(choices(loop)), "pictures": [vars(each) for each in to_label(loop)]}
 
 
@@ -230,7 +230,7 @@ def labels(request: Request, visitor: Caller, model: str) -> dict[str, Any]:
 def label(request: Request, visitor: Caller, model: str, body: Labels) -> dict[str, Any]:
     expect_role(visitor, "trainer", "labelling")
     application = application_of(request)
-    loop = application.loop(application.desk(model).model)
+    loop = application.loop(model)
     by = _named(visitor, body.by).name
     found = give_labels(loop, [(each.image_sha256, each.label) for each in body.labels], by=by, new_classes=body.new_classes)
     return {"model": model, **vars(found.imported), "labelled_images": found.labelled_images}
@@ -240,7 +240,7 @@ def label(request: Request, visitor: Caller, model: str, body: Labels) -> dict[s
 def govern(request: Request, visitor: Caller, model: str, body: Switch) -> dict[str, Any]:
     expect_role(visitor, "trainer", "switching the governor")
     application = application_of(request)
-    loop = application.loop(application.desk(model).model)
+    loop = application.loop(model)
     done = switch(loop, body.switch, by=_named(visitor, body.by).name, reason=body.reason)
     return {"model": done.model, "switch": done.kind, "by": done.by}
 

@@ -72,7 +72,7 @@ def make_app(application: Application) -> FastAPI:
         app.include_router(router)
     app.include_router(api.docs)
     app.mount("/static", _Static(directory=STATIC), name="static")
-    app.mount("/swagger", _Static(directory=_swagger()), name="swagger")
+    app.mount("/swagger", StaticFiles(directory=_swagger()), name="swagger")
     app.add_exception_handler(NotSignedIn, _not_signed_in)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(VisionloopError, _failed)
@@ -97,7 +97,7 @@ def _warm(application: Application) -> None:
     with suppress(VisionloopError, OSError):
         for model in application.models():
             desk = application.desk(model)
-            _ = desk.promotion.registry
+            desk.promotion.registry.descriptions(model)
             for state in candidates(desk)[-20:]:
                 with suppress(VisionloopError, OSError):
                     registered_evidence(desk, state)

@@ -77,5 +77,5 @@ class Application:
         return erased_images(self.workspace)
 
     def loop(self, model: str) -> Loop:
-        """What is known of the model in production."""
-        return Loop(self.workspace, self.settings, model, ledger=self.ledger)
+        """What is known of the model in production. Raises UnknownName."""
+        return Loop(self.workspace, self.settings, self.desk(model).model, ledger=self.ledger)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from components.addresses import is_loopback
 from components.contracts.errors import ConfigError
 
 PORT = 8400
@@ -24,14 +24,14 @@ class ConsoleConfig:
     @property
     def is_loopback(self) -> bool:
         """Whether only programs and people of this machine can reach it."""
-        return _is_loopback(self.host) and not self.url
+        return is_loopback(self.host) and not self.url
 
     @property
     def origins(self) -> frozenset[str]:
         """The origins of its own pages: what a browser says in the header Origin of what it sends from them."""
         if self.url:
             return frozenset({_as_browsers_say(self.url)})
-        names = ["127.0.0.1", "localhost", "[::1]"] if _is_loopback(self.host) else [self.host]
+        names = ["127.0.0.1", "localhost", "[::1]"] if is_loopback(self.host) else [self.host]
         return frozenset(_as_browsers_say(f"http://{name}:{self.port}") for name in names)
 
     @property
@@ -60,7 +60,7 @@ def console_config(host: str, port: int, url: str, *, has_users: bool) -> Consol
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
             raise ConfigError(f"--url {url!r}: expected the address that browsers use, such as https://models.example.org")
-        if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        if parts.scheme == "http" and not is_loopback(parts.hostname):
             raise ConfigError(f"--url {url!r}: passwords would cross the network as they are; expected https://")
         url = f"{parts.scheme}://{parts.netloc}"
     config = ConsoleConfig(host, port, url)
@@ -69,7 +69,7 @@ def console_config(host: str, port: int, url: str, *, has_users: bool) -> Consol
             "there are no users, so whoever reaches the console could decide under any name: it is kept to this machine "
             "(--host 127.0.0.1, no --url). Make users first: visionloop user add LOGIN --role approver"
         )
-    if not _is_loopback(host) and not config.is_secure:
+    if not is_loopback(host) and not config.is_secure:
         raise ConfigError(
             f"--host {host}: passwords would cross the network as they are. Put a proxy that ends TLS in front of it, and "
             f"name its address: --url https://..."
@@ -81,12 +81,3 @@ def _as_browsers_say(url: str) -> str:
     """An origin in the spelling of browsers: in lower case, and without the port where it is the scheme's own."""
     origin = url.lower()
     return origin.removesuffix(":443" if origin.startswith("https:") else ":80")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

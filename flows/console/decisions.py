@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse
@@ -11,20 +13,16 @@ from fastapi.responses import RedirectResponse
 from components.contracts.errors import ConfigError, DecisionRefused
 from flows.console.auditing import audited, note
 from flows.console.candidate import address_of, seen
-from flows.console.visitors import AnyVisitor, Posted, Visitor, application_of, expect_role
+from flows.console.visitors import AnyVisitor, Posted, Visitor, application_of, expect_role, told
 from flows.loop import decisions
 from flows.terminal import silent
 from flows.workspace.desk import Desk
 from flows.workspace.versions import VersionShown, show
 
+if TYPE_CHECKING:
+    from registry.ledger import Principal
+
 router = APIRouter(include_in_schema=False)
-
-
-def _told(fields: Mapping[str, str], name: str) -> str:
-    value = fields.get(name, "").strip()
-    if not value:
-        raise ConfigError(f"the form lacks {name}; go back and fill it in")
-    return value
 
 
 def _days(fields: Mapping[str, str]) -> float:
@@ -47,69 +45,71 @@ def _expect_seen(desk: Desk, version: str, fields: Mapping[str, str]) -> Version
     return shown
 
 
-def _decided(request: Request, visitor: Visitor, model: str, version: str, doing: str, act: Callable[[Desk], Any]) -> Any:
-    """Let an approver act on a version; what the ledger refuses is kept in the audit, too."""
+@dataclass(frozen=True)
+class _Looked:
+    """A version as an approver looked at it, and what it is decided by."""
+
+    desk: Desk
+    shown: VersionShown
+    by: Principal
+
+
+@contextlib.contextmanager
+def _deciding(
+    request: Request, visitor: Visitor, fields: Mapping[str, str], model: str, version: str, doing: str
+) -> Iterator[_Looked]:
+    """Let an approver decide on what they looked at; what is refused is kept in the audit, too."""
     with audited(request, visitor, f"{doing} {model} version {version}"):
         expect_role(visitor, "approver", doing)
-        act(application_of(request).deciding_desk(model))
+        desk = application_of(request).deciding_desk(model)
+        yield _Looked(desk, _expect_seen(desk, version, fields), visitor.principal(fields.get("name", "")))
+
+
+def _back(model: str, version: str) -> RedirectResponse:
     return RedirectResponse(address_of(model, version), status_code=303)
 
 
 @router.post("/models/{model}/versions/{version}/approve")
 def approve(request: Request, visitor: AnyVisitor, fields: Posted, model: str, version: str) -> Any:
-    def act(desk: Desk) -> None:
-        _expect_seen(desk, version, fields)
-        by = visitor.principal(fields.get("name", ""))
-        reason, days = _told(fields, "reason"), _days(fields)
-        decisions.approve(desk, version, by, reason, days=days, also=visitor.also, say=silent)
-
-    return _decided(request, visitor, model, version, "approving", act)
+    with _deciding(request, visitor, fields, model, version, "approving") as on:
+        reason, days = told(fields, "reason"), _days(fields)
+        decisions.approve(on.desk, version, on.by, reason, days=days, also=visitor.also, say=silent)
+    return _back(model, version)
 
 
 @router.post("/models/{model}/versions/{version}/except")
 def except_gates(request: Request, visitor: AnyVisitor, fields: Posted, model: str, version: str) -> Any:
-    def act(desk: Desk) -> None:
-        _expect_seen(desk, version, fields)
-        by = visitor.principal(fields.get("name", ""))
+    with _deciding(request, visitor, fields, model, version, "signing an exception") as on:
         gates = [gate for gate in fields.get("gates", "").splitlines() if gate]
         if not gates:
             raise ConfigError("no gate was chosen; choose at least one that you answer for")
-        reason, days = _told(fields, "reason"), _days(fields)
-        decisions.except_gates(desk, version, by, gates, reason, days=days, also=visitor.also, say=silent)
-
-    return _decided(request, visitor, model, version, "signing an exception", act)
+        reason, days = told(fields, "reason"), _days(fields)
+        decisions.except_gates(on.desk, version, on.by, gates, reason, days=days, also=visitor.also, say=silent)
+    return _back(model, version)
 
 
 @router.post("/models/{model}/versions/{version}/reject")
 def reject(request: Request, visitor: AnyVisitor, fields: Posted, model: str, version: str) -> Any:
-    def act(desk: Desk) -> None:
+    with _deciding(request, visitor, fields, model, version, "rejecting") as on:
         # Where it was approved, the page said so and asked for a withdrawal; an approval since is none that was seen.
-        withdraw = _expect_seen(desk, version, fields).state.status == "approved"
-        by = visitor.principal(fields.get("name", ""))
-        decisions.reject(desk, version, by, _told(fields, "reason"), withdraw=withdraw, say=silent)
-
-    return _decided(request, visitor, model, version, "rejecting", act)
+        withdraw = on.shown.state.status == "approved"
+        decisions.reject(on.desk, version, on.by, told(fields, "reason"), withdraw=withdraw, say=silent)
+    return _back(model, version)
 
 
 @router.post("/models/{model}/versions/{version}/promote")
 def promote(request: Request, visitor: AnyVisitor, fields: Posted, model: str, version: str) -> Any:
-    def act(desk: Desk) -> None:
-        _expect_seen(desk, version, fields)
-        by = visitor.principal(fields.get("name", ""))
-        note(request, visitor, "promotion started", f"{model} version {version} by {by.name}")
-        application_of(request).promotions.start(model, version, by.name)
-
-    return _decided(request, visitor, model, version, "promoting", act)
+    with _deciding(request, visitor, fields, model, version, "promoting") as on:
+        note(request, visitor, "promotion started", f"{model} version {version} by {on.by.name}")
+        application_of(request).promotions.start(model, version, on.by.name)
+    return _back(model, version)
 
 
 @router.post("/models/{model}/versions/{version}/rollback")
 def rollback(request: Request, visitor: AnyVisitor, fields: Posted, model: str, version: str) -> Any:
-    def act(desk: Desk) -> None:
-        _expect_seen(desk, version, fields)
-        by = visitor.principal(fields.get("name", ""))
-        decisions.rollback(desk, version, by, _told(fields, "reason"), say=silent, moving=silent)
-
-    return _decided(request, visitor, model, version, "going back", act)
+    with _deciding(request, visitor, fields, model, version, "going back") as on:
+        decisions.rollback(on.desk, version, on.by, told(fields, "reason"), say=silent, moving=silent)
+    return _back(model, version)
 
 
 @router.post("/models/{model}/versions/{version}/comment")
@@ -118,5 +118,5 @@ def comment(request: Request, visitor: AnyVisitor, fields: Posted, model: str, v
     application = application_of(request)
     state = show(application.desk(model), version).state  # raises UnknownName
     by = visitor.principal(fields.get("name", ""))
-    application.comments.add(model, state.version, by, _told(fields, "text"))
+    application.comments.add(model, state.version, by, told(fields, "text"))
     return RedirectResponse(f"{address_of(model, version)}#comments", status_code=303)

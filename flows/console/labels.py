@@ -28,7 +28,7 @@ def labels_page(
     request: Request, visitor: Viewer, model: str, taken: Annotated[int | None, Query(ge=0, le=10_000)] = None
 ) -> Response:
     """What to label next; a picture whose bytes are not kept cannot be."""
-    loop = application_of(request).loop(application_of(request).desk(model).model)
+    loop = application_of(request).loop(model)
     asked = [each for each in to_label(loop) if each.kept]
     classes = choices(loop) if asked else ()
     return page(
@@ -58,7 +58,7 @@ def _keys(classes: Sequence[str]) -> list[tuple[str, str]]:
 def label(request: Request, visitor: AnyVisitor, fields: Posted, model: str) -> Any:
     """Take the labels that were given, through the same import as a file."""
     expect_role(visitor, "trainer", "labelling")
-    loop = application_of(request).loop(application_of(request).desk(model).model)
+    loop = application_of(request).loop(model)
     given = [(name.removeprefix(_FIELD), value) for name, value in fields.items() if name.startswith(_FIELD) and value]
     address = f"/models/{model}/labels"
     if not given:
@@ -71,6 +71,6 @@ def label(request: Request, visitor: AnyVisitor, fields: Posted, model: str) -> 
 @router.get("/models/{model}/captures/{sha256}", dependencies=[Depends(viewer)])
 def capture(request: Request, model: str, sha256: str) -> Response:
     """A picture of production, drawn anew from its pixels: what somebody sent is never handed on as it came."""
-    loop = application_of(request).loop(application_of(request).desk(model).model)
+    loop = application_of(request).loop(model)
     data = picture(loop, sha256, side=_SIDE)
-    return Response(data, media_type=media_type(data), headers={"cache-control": "private, max-age=600"})
+    return Response(data, media_type=media_type(data), headers={"cache-control": "private, no-cache"})

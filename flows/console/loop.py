@@ -9,7 +9,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from components.contracts.errors import ConfigError
 from flows.console.rendering import page
-from flows.console.visitors import AnyVisitor, Posted, Viewer, application_of, expect_role
+from flows.console.visitors import AnyVisitor, Posted, Viewer, application_of, expect_role, told
 from flows.loop.governing import Switch, switch
 from flows.loop.labelling import pictures_of
 from flows.loop.overview import overview
@@ -23,7 +23,7 @@ _PICTURES = 12
 def loop_page(request: Request, visitor: Viewer, model: str) -> Response:
     """Champion, traffic, windows, alarms with what is new in them, the governor, and labels that are asked for."""
     application = application_of(request)
-    loop = application.loop(application.desk(model).model)
+    loop = application.loop(model)
     found = overview(loop)
     runs = [each for each in running(application.workspace) if each.model == model]
     drifted = [window for window in found.windows if window.status == "drift"][-3:]
@@ -43,13 +43,10 @@ def govern(request: Request, visitor: AnyVisitor, fields: Posted, model: str) ->
     """Stop what trains by itself, let it go on, or forget that it failed."""
     expect_role(visitor, "trainer", "switching the governor")
     application = application_of(request)
-    loop = application.loop(application.desk(model).model)
+    loop = application.loop(model)
     given = fields.get("switch", "")
     word = next((kind for kind in get_args(Switch) if kind == given), None)
     if word is None:
         raise ConfigError(f"unknown switch {given[:20]!r}; valid: {', '.join(get_args(Switch))}")
-    by, reason = visitor.principal(fields.get("name", "")).name, fields.get("reason", "").strip()
-    if not reason:
-        raise ConfigError("the form lacks a reason; go back and fill it in")
-    switch(loop, word, by=by, reason=reason)
+    switch(loop, word, by=visitor.principal(fields.get("name", "")).name, reason=told(fields, "reason"))
     return RedirectResponse(f"/models/{model}/loop", status_code=303)

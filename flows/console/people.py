@@ -42,5 +42,7 @@ def sign_out(request: Request, visitor: AnyVisitor, _: Posted) -> Any:
     if visitor.signed_in is not None:
         application_of(request).accounts.sign_out(visitor.token, address=address_of(request))
     response = RedirectResponse("/sign-in", status_code=303)
-    response.delete_cookie(cookie(application_of(request), "session"), path="/", secure=True)
+    response.delete_cookie(
+        cookie(application_of(request), "session"), path="/", secure=application_of(request).config.is_secure
+    )
     return response

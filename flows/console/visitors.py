@@ -13,17 +13,23 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import quote, urlsplit
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 
+from components.contracts.errors import ConfigError
 from flows.console.application import Application
 from flows.loop.decisions import declared
 
 if TYPE_CHECKING:
     from registry.accounts import Role, SignedIn
     from registry.ledger import Principal
+
+
+_PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+_FIELDS = 1_000
+_VISITOR = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 def cookie(application: Application, kind: Literal["session", "visitor"]) -> str:
@@ -34,11 +40,6 @@ def cookie(application: Application, kind: Literal["session", "visitor"]) -> str
     if application.config.is_secure:
         return f"__Host-visionloop-{kind}"
     return f"visionloop-{kind}-{application.config.port}"
-
-
-_PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
-_FIELDS = 1_000
-_VISITOR = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 class NotSignedIn(Exception):
@@ -205,11 +206,17 @@ def expect_role(visitor: Visitor, role: Role, doing: str) -> None:
     raise Refused(403, f"{doing} is for the role {role} and above; {visitor.name} is {visitor.role}")
 
 
-def set_cookie(response: Any, application: Application, name: str, value: str, *, seconds: int | None = None) -> None:
+def told(fields: Mapping[str, str], name: str) -> str:
+    """A field of a form that has to be filled in; raises ConfigError."""
+    value = fields.get(name, "").strip()
+    if not value:
+        raise ConfigError(f"the form lacks {name}; go back and fill it in")
+    return value
+
+
+def set_cookie(response: Response, application: Application, name: str, value: str) -> None:
     """A cookie that scripts cannot read, and that other sites' pages do not send along."""
-    response.set_cookie(
-        name, value, max_age=seconds, path="/", secure=application.config.is_secure, httponly=True, samesite="lax"
-    )
+    response.set_cookie(name, value, path="/", secure=application.config.is_secure, httponly=True, samesite="lax")
 
 
 def sign_in_address(request: Request) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.loop.captures import captures_of
 from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
     from serving.log.audit import LogAudit
-    from serving.log.captures import Captures
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def verify_predictions(workspace: Workspace) -> LogVerified:
     from serving.log import audit
 
     log = audit.verify(read_settings(workspace.state).predictions_url, workspace.state / "serving" / "journal")
-    kept = _captures(workspace)
+    kept = captures_of(workspace)
     captures = tuple(kept.verify())
     erased, head = kept.erasures()
     return LogVerified(log, captures, erased, head)
@@ -86,16 +86,10 @@ def erase_image(workspace: Workspace, image_sha256: str, *, by: str, reason: str
     """Remove a kept image for good, and put on record who wanted it; raises ConfigError for what is no sha256."""
     from flows.loop.labels import training_copies
 
-    record = _captures(workspace).erase(image_sha256, by=by, reason=reason)
+    record = captures_of(workspace).erase(image_sha256, by=by, reason=reason)
     return Erased(record, tuple(training_copies(workspace, image_sha256)))
 
 
 def erased_images(workspace: Workspace) -> frozenset[str]:
     """Digests of the images that were erased: no page shows one, wherever a copy of it lies."""
-    return _captures(workspace).erased()
-
-
-def _captures(workspace: Workspace) -> Captures:
-    from serving.log.captures import Captures
-
-    return Captures(workspace.state / "serving" / "captures")
+    return captures_of(workspace).erased()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from components.addresses import is_loopback
 from serving.inference import Inference, Rejected
-from serving.protocols.auth import TokenRole, Tokens, allows, bearer, digest_of, is_loopback
+from serving.protocols.auth import TokenRole, Tokens, allows, bearer, digest_of
 
 _PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 

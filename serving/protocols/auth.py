@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import ipaddress
 import json
 import re
 import secrets
@@ -21,16 +20,6 @@ TokenRole = Literal["viewer", "predictor", "admin"]
 ROLES: tuple[TokenRole, ...] = ("viewer", "predictor", "admin")
 """Each may do what the ones before it may: look; ask for predictions; act on the server."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reachable from this machine alone; a name that is no address counts as open to all."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Tokens:

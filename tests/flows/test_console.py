@@ -286,7 +286,7 @@ def test_a_database_that_is_away_is_told(waiting: Path) -> None:
 
 
 def test_the_api_does_what_the_pages_do(peopled: Site) -> None:
-    api = httpx.Client(base_url=f"{peopled.address}/api/v1", trust_env=False)
+    api = peopled.closing.enter_context(httpx.Client(base_url=f"{peopled.address}/api/v1", trust_env=False))
     assert api.get("/models").status_code == 401
     value = signed_in(peopled, "ann").cookies[session_of(peopled)]
     assert api.get("/models", headers={"cookie": f"{session_of(peopled)}={value}"}).status_code == 401, (

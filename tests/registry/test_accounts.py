@@ -3,7 +3,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,15 +21,9 @@ PASSWORD = "correct horse battery"
 HERE, THERE = "192.0.2.1", "198.51.100.7"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'ledger.db'}"
-    found: str = request.getfixturevalue("postgres")
-    with sa.create_engine(found).begin() as connection:
-        for name in ("users", "sessions", "tokens", "audit"):
-            connection.execute(sa.text(f"DROP TABLE IF EXISTS visionloop_{name}"))
-    return found
+@pytest.fixture
+def url(fresh: Callable[..., str]) -> str:
+    return fresh(*(f"visionloop_{name}" for name in ("users", "sessions", "tokens", "audit")))
 
 
 def cheap(url: str) -> Accounts:

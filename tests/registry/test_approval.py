@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import datetime
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,9 @@ FLOW = Principal(name="flows/train", method="machine")
 DAY = datetime.timedelta(days=1)
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
-    if request.param == "sqlite":
-        return Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
-    url: str = request.getfixturevalue("postgres")
-    import sqlalchemy as sa
-
-    with sa.create_engine(url).begin() as connection:
-        connection.execute(sa.text("DROP TABLE IF EXISTS visionloop_ledger"))
-    return Ledger(url)
+@pytest.fixture
+def ledger(fresh: Callable[..., str]) -> Ledger:
+    return Ledger(fresh("visionloop_ledger"))
 
 
 def request(

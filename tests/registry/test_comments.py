@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -13,14 +13,9 @@ from registry.comments import MAX_TEXT, Comments
 ANN = person("Ann Lee", "password")
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'ledger.db'}"
-    found: str = request.getfixturevalue("postgres")
-    with sa.create_engine(found).begin() as connection:
-        connection.execute(sa.text("DROP TABLE IF EXISTS visionloop_comments"))
-    return found
+@pytest.fixture
+def url(fresh: Callable[..., str]) -> str:
+    return fresh("visionloop_comments")
 
 
 def test_comments_are_read_as_they_were_written(url: str) -> None:

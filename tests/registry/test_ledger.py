@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,9 @@ def append(ledger: Ledger, key: str, kind: str = "requested", model: str = "m") 
     return ledger.append(kind, model=model, subject=f"s-{key}", actor=FLOW, body={"version": key}, key=key).seq  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'ledger.db'}"
-    found: str = request.getfixturevalue("postgres")
-    with sa.create_engine(found).begin() as connection:
-        connection.execute(sa.text("DROP TABLE IF EXISTS visionloop_ledger"))
-    return found
+@pytest.fixture
+def url(fresh: Callable[..., str]) -> str:
+    return fresh("visionloop_ledger")
 
 
 def test_rows_are_chained_and_found_again(url: str) -> None:
