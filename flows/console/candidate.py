@@ -28,10 +28,12 @@ from flows.training.data_since import told as data_told
 from flows.training.engine_table import cell, engine_row, metric_names
 from flows.training.registered import RegisteredEvidence, registered_evidence
 from flows.training.results import costs_json
+from flows.training.run import stage_folder
 from flows.training.selective import aurc_told
 from flows.up.processes import Up
 from flows.workspace.versions import Row, State, VersionShown, history, same_person, show
 
+DATA_DOCS = "data_docs"
 _CLASSES = 30
 """Classes that the page shows, the weakest first; a page of their own shows all."""
 _CONFUSED = 12
@@ -244,9 +246,16 @@ def _links(application: Application, model: str, version: str, summary: Mapping[
     folder = application.workspace.runs / run
     if run and (folder / "report.html").is_file():
         found.append(("the report of the run", f"/runs/{quote(run, safe='')}/report.html"))
-    if run and (folder / "1-validation" / "data_docs" / "index.html").is_file():
-        key = docs_key(application, run)
-        found.append(("data docs", f"/runs/{quote(run, safe='')}/data-docs/{key}/index.html"))
+    docs = folder / stage_folder("validation") / DATA_DOCS
+    # The index of data docs is drawn by scripts from a network; what each suite found stands in its own page.
+    for path in sorted(docs.glob("validations/*/*/*/*.html")) if run else ():
+        place = quote(path.relative_to(docs).as_posix())
+        found.append(
+            (
+                f"data docs: {path.parents[2].name}",
+                f"/runs/{quote(run, safe='')}/data-docs/{docs_key(application, run)}/{place}",
+            )
+        )
     return found
 
 

@@ -12,11 +12,12 @@ from fastapi.responses import FileResponse, Response
 from components.contracts.errors import DataError, TamperedArtefact
 from components.store import write_atomically
 from flows.console.application import Application
-from flows.console.candidate import docs_key, figure_names, is_erased
+from flows.console.candidate import DATA_DOCS, docs_key, figure_names, is_erased
 from flows.console.guard import FIGURE_POLICY
 from flows.console.visitors import NotSignedIn, Refused, application_of, viewer
 from flows.pages import figures
 from flows.training.registered import RegisteredEvidence, registered_evidence
+from flows.training.run import stage_folder
 from flows.workspace.versions import show
 
 router = APIRouter(include_in_schema=False, dependencies=[Depends(viewer)])
@@ -119,7 +120,7 @@ def report_of_run(request: Request, run: str) -> Response:
     application = application_of(request)
     folder = _run(application, run)
     erased = application.erased()
-    if any(is_erased(path.name, erased) for path in folder.glob("*-evidence/pictures/*")):
+    if any(is_erased(path.name, erased) for path in folder.glob(f"{stage_folder('evidence')}/pictures/*")):
         raise Refused(410, "this report shows a picture that was erased since; the version's page shows the others")
     return _file(request, folder / "report.html")
 
@@ -135,7 +136,7 @@ def data_docs(request: Request, run: str, key: str, name: str) -> Response:
         raise NotSignedIn
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise Refused(404, "there is no such page of a run")
-    response = _file(request, _run(application, run) / "1-validation" / "data_docs" / name)
+    response = _file(request, _run(application, run) / stage_folder("validation") / DATA_DOCS / name)
     response.headers["cross-origin-resource-policy"] = "cross-origin"
     return response
 

@@ -470,14 +470,15 @@ def test_files_of_runs_are_those_of_runs_alone(local: Site, tmp_path: Path) -> N
     client = local.client()
     (run,) = [path.name for path in local.application.workspace.runs.iterdir()]
     page = client.get(VERSION).text
-    (docs,) = re.findall(r'href="(/runs/[^"]*/index.html)"', page)
+    docs, *_ = re.findall(r'href="(/runs/[^"]*/data-docs/[^"]*)"', page)
     answer = client.get(docs)
+    assert "Expectation Validation Result" in answer.text
     assert (answer.status_code, "sandbox" in answer.headers["content-security-policy"]) == (200, True)
     assert client.get(f"/runs/{run}/report.html").status_code == 200
     outside = tmp_path / "other" / "data_docs" / "secret.html"
     outside.parent.mkdir(parents=True)
     outside.write_text("secret")
-    folder = docs.removesuffix("/index.html")
+    folder = docs.partition("/validations/")[0]
     for name in (f"/{outside}", "%2e%2e/%2e%2e/config.json", f"%2F{str(outside).replace('/', '%2F')}", "../../config.json"):
         assert client.get(f"{folder}/{name}").status_code == 404, name
     assert client.get(f"/runs/{run}/data-docs/{'0' * 64}/index.html").status_code == 303
