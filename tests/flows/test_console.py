@@ -22,8 +22,10 @@ from served import unpacked
 import flows.console
 from components.contracts.errors import ConfigError
 from flows.console.app import make_app
+from flows.console.candidate import seen
 from flows.console.config import console_config
 from flows.console.visitors import cookie, local_path
+from flows.workspace.versions import show
 from registry import approval
 
 VERSION = "/models/shapes/versions/1"
@@ -145,6 +147,9 @@ def test_forms_from_elsewhere_do_nothing(local: Site) -> None:
         assert httpx.post(local.address + form, data=fields, trust_env=False).status_code == 403, form
         other = local.client().post(form, data=fields)
         assert other.status_code == 403, "the secret of another session"
+    api = f"/api/v1{VERSION}/approve"
+    for headers in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        assert client.post(api, json={"reason": "x", "by": "Ann"}, headers=headers).status_code == 403
     assert entries(local) == ["requested"]
     assert client.get("/", headers={"host": "evil.example"}).status_code == 421
     assert client.post(f"{VERSION}/approve", content=b"x" * (2 << 20)).status_code == 413
@@ -200,9 +205,10 @@ def test_two_logins_of_one_person_are_one(waiting: Path) -> None:
         client = signed_in(found, "second")
         page = client.get(VERSION).text
         assert "You asked for this training" in page
-        seen = "-".join("1000010")  # the form is not even shown; one is made up
-        refused = decide(client, "approve", page=page, seen=seen)
-        assert refused.status_code == 409
+        # The form is not even shown; here it is sent all the same.
+        looked_at = seen(show(found.application.desk("shapes"), "1"))
+        refused = decide(client, "approve", page=page, csrf=csrf_in(page), seen=looked_at)
+        assert (refused.status_code, "a second person has to" in refused.text) == (409, True)
         token = found.application.accounts.make_token("second", name="ci", days=1, by="test")
         answer = httpx.post(
             f"{found.address}/api/v1{VERSION}/approve",
@@ -235,7 +241,6 @@ def test_a_script_in_a_text_is_text(local: Site) -> None:
 def test_evidence_that_is_away_or_erased_is_told(local: Site) -> None:
     from flows.loop.predictions import erase_image
     from flows.training.registered import kept_in, registered_evidence
-    from flows.workspace.versions import show
 
     application, client = local.application, local.client()
     desk = application.desk("shapes")
@@ -322,7 +327,6 @@ def test_thousands_of_classes_are_shown_in_parts(local: Site, monkeypatch: pytes
     from components.contracts.verdicts import ClassMetrics
     from flows.console import candidate, pages
     from flows.training.registered import registered_evidence
-    from flows.workspace.versions import show
 
     desk = local.application.desk("shapes")
     found = registered_evidence(desk, show(desk, "1").state)
@@ -422,6 +426,14 @@ def test_people_sign_in_by_a_provider(waiting: Path, monkeypatch: pytest.MonkeyP
             refused = stranger.get(back)
             assert refused.status_code == 401
             assert stranger.get(VERSION).status_code == 303, "nobody is signed in"
+        # A provider that calls itself otherwise than the settings do is another one.
+        monkeypatch.setenv("VISIONLOOP_OIDC_ISSUER", f"{issuer}/")
+        with site(waiting) as found:
+            client = found.client()
+            away = client.get("/sign-in/oidc").headers["location"]
+            back = httpx.post(away, data={"sub": "ann@example.org"}, trust_env=False).headers["location"]
+            told = client.get(back)
+            assert (told.status_code, "did not prove who you are" in told.text) == (401, True)
     monkeypatch.setenv("VISIONLOOP_OIDC_CLIENT_SECRET", "")
     with pytest.raises(ConfigError, match="VISIONLOOP_OIDC_CLIENT_SECRET"):
         application_of(waiting)
