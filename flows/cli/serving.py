@@ -234,7 +234,7 @@ def predictions_erase(
     from flows.loop.predictions import erase_image
     from flows.workspace.workspace import Workspace
 
-    erased = erase_image(Workspace.find(workspace), image_sha256, by=as_, reason=reason)
+    erased = erase_image(Workspace.find(workspace, to_serve=True), image_sha256, by=as_, reason=reason)
     record = erased.record
     was = "It was kept and is removed" if record["found"] else "It was not kept, and will not be"
     lines = [f"{was}; recorded at {record['at']} as {record['hash'][:16]}."]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from components.contracts.errors import DataError
 from components.contracts.wording import shown_utc
-from flows.loop.loop import Loop
 from flows.workspace.workspace import Workspace
 from serving.log.captures import Captures, kept_at
+
+if TYPE_CHECKING:
+    # A machine that only serves verifies and erases what it kept, and has none of the libraries of the loop.
+    from flows.loop.loop import Loop
 
 
 def captures_of(workspace: Workspace) -> Captures:

@@ -84,9 +84,11 @@ def verify_predictions(workspace: Workspace) -> LogVerified:
 
 def erase_image(workspace: Workspace, image_sha256: str, *, by: str, reason: str) -> Erased:
     """Remove a kept image for good, and put on record who wanted it; raises ConfigError for what is no sha256."""
+    record = captures_of(workspace).erase(image_sha256, by=by, reason=reason)
+    if not workspace.data.is_dir():
+        return Erased(record, ())  # a machine that only serves trains on nothing
     from flows.loop.labels import training_copies
 
-    record = captures_of(workspace).erase(image_sha256, by=by, reason=reason)
     return Erased(record, tuple(training_copies(workspace, image_sha256)))
 
 

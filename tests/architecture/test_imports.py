@@ -55,6 +55,29 @@ print(json.dumps(told))
     assert json.loads(done.stdout.splitlines()[-1]) == {command: [status, []] for command, status in commands.items()}
 
 
+def test_a_machine_that_only_serves_looks_after_what_it_kept(tmp_path: Path) -> None:
+    """Where infra/locks/serve.txt is installed, none of these libraries is there."""
+    absent = [*HEAVY, "pandas", "sqlalchemy", "dvc", "sklearn"]
+    program = f"""
+import sys
+for name in {absent!r}:
+    sys.modules[name] = None
+from flows.cli import main
+sys.argv = ["visionloop", *sys.argv[1:]]
+main()
+"""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("init", "--serving", ".")[0] == 0
+    assert run("predictions", "verify") == (0, "0 segments, 0 predictions, 0 twice, 0 lost\n")
+    status, told = run("predictions", "erase", "0" * 64, "--as", "Ada", "--reason", "asked for")
+    assert status == 0, told
+    assert run("predictions", "verify")[1].splitlines()[1].startswith("1 image erased")
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_an_engine_answers_without_torch(target: str, trained: Path) -> None:
     """What a server needs: verify a published engine, decode a file, answer."""
