@@ -482,27 +482,31 @@ def _versions(mlflow: MlflowClient, model: str) -> list[ModelVersion]:
     return list(mlflow.search_model_versions(f"name='{model}'"))
 
 
-def described(state: State, entries: Sequence[Entry]) -> str:
-    """What MLflow says of a version that stands so: a projection of the ledger's rows, which time alone does not change."""
-    body, decision = state.requested.body, state.decision
-    standing = _waiting(tuple(gate for gate in state.undecided if gate not in _excepted(state, entries)))
+def described(states: Sequence[State], entries: Sequence[Entry]) -> dict[str, str]:
+    """What MLflow says of each version, by its number: a projection of the ledger's rows; time alone changes none of it."""
     moves = [entry for entry in entries if entry.kind in ("promoted", "rolled_back")]
-    served = [number for number, entry in enumerate(moves) if entry.body["version"] == state.version]
-    if served and served[-1] == len(moves) - 1:
-        standing = f"Champion since {moves[-1].at[:16]} UTC"
-    elif served:
-        standing = f"Former champion, until {moves[served[-1] + 1].at[:16]} UTC"
-    elif decision is not None and decision.kind == "rejected":
-        standing = f"Rejected by {decision.actor.name}"
-    elif decision is not None:
-        standing = f"Approved by {decision.actor.name} until {decision.body['expires_at'][:16]} UTC, not promoted"
-    return _description(body["status"], body.get("bound", {}).get("serving", "unknown"), standing)
-
-
-def _excepted(state: State, entries: Sequence[Entry]) -> set[str]:
-    """The gates that were ever excepted: time alone changes no description."""
-    rows = [e for e in entries if e.kind == "excepted" and e.body["requested_seq"] == state.requested.seq]
-    return {gate for entry in rows for gate in entry.body["gates"]}
+    last_move = {entry.body["version"]: number for number, entry in enumerate(moves)}
+    # The gates that were ever excepted: an exception that has run out changes no description.
+    excepted: dict[int, set[str]] = {}
+    for entry in entries:
+        if entry.kind == "excepted":
+            excepted.setdefault(entry.body["requested_seq"], set()).update(entry.body["gates"])
+    found = {}
+    for state in states:
+        body, decision, served = state.requested.body, state.decision, last_move.get(state.version)
+        if served is not None and served == len(moves) - 1:
+            standing = f"Champion since {moves[served].at[:16]} UTC"
+        elif served is not None:
+            standing = f"Former champion, until {moves[served + 1].at[:16]} UTC"
+        elif decision is not None and decision.kind == "rejected":
+            standing = f"Rejected by {decision.actor.name}"
+        elif decision is not None:
+            standing = f"Approved by {decision.actor.name} until {decision.body['expires_at'][:16]} UTC, not promoted"
+        else:
+            known = excepted.get(state.requested.seq, set())
+            standing = _waiting(tuple(gate for gate in state.undecided if gate not in known))
+        found[state.version] = _description(body["status"], body.get("bound", {}).get("serving", "unknown"), standing)
+    return found
 
 
 def _waiting(undecided: Sequence[str]) -> str:

@@ -162,8 +162,8 @@ class Promotion:
         """What MLflow should say of each version that it has, and what it says."""
         entries = self.ledger.entries(self.model)
         found = self.registry.descriptions(self.model)
-        states = approval.states(entries, self.ledger.now())
-        return {s.version: (described(s, entries), found[s.version]) for s in states if s.version in found}
+        wanted = described(approval.states(entries, self.ledger.now()), entries)
+        return {version: (text, found[version]) for version, text in wanted.items() if version in found}
 
     def read_back(self) -> None:
         """Raise unless routes, alias and release say what the ledger says."""
