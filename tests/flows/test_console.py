@@ -9,7 +9,8 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -323,23 +324,43 @@ def test_the_api_does_what_the_pages_do(peopled: Site) -> None:
     assert httpx.get(f"{peopled.address}/api", trust_env=False).status_code == 200
 
 
-def test_thousands_of_classes_are_shown_in_parts(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_evidence(local: Site, monkeypatch: pytest.MonkeyPatch, names: Sequence[str], path: str = "") -> None:
+    """Let the pages show version 1 as if its classes and one of its files had these names."""
     from components.contracts.verdicts import ClassMetrics
     from flows.console import candidate, pages
     from flows.training.registered import registered_evidence
 
     desk = local.application.desk("shapes")
     found = registered_evidence(desk, show(desk, "1").state)
+    assert found.shown is not None
     some = found.serving.per_class[0]
-    many = tuple(ClassMetrics(**{**some.model_dump(), "name": f"class {n}"}) for n in range(5000))
-    large = [
-        type(stored)(stored.record.model_copy(update={"per_class": many}), stored.folder) for stored in found.evaluations
-    ]
-    from dataclasses import replace
-
-    replaced = replace(found, evaluations=tuple(large))
+    many = tuple(ClassMetrics(**{**some.model_dump(), "name": name}) for name in names)
+    confusion = tuple((1,) * len(names) for _ in names) if len(names) < 10 else ()
+    changed = {"per_class": many, "confusion": confusion}
+    evaluations = tuple(
+        type(stored)(stored.record.model_copy(update=changed), stored.folder) for stored in found.evaluations
+    )
+    first, *others = found.shown.pictures
+    strange = first.model_copy(update={"path": path or first.path, "label": names[0], "predicted": names[1]})
+    shown = found.shown.model_copy(update={"pictures": (strange, *others)})
+    replaced = replace(found, evaluations=evaluations, shown=shown)
     for module in (candidate, pages):
         monkeypatch.setattr(module, "registered_evidence", lambda *_: replaced)
+
+
+def test_a_script_in_the_name_of_a_class_or_a_file_is_text(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    strange = '"><script>alert(3)</script>'
+    with_evidence(local, monkeypatch, [strange, "'onclick='alert(4)"], f"data/{strange}.png")
+    client = local.client()
+    for address in (VERSION, f"{VERSION}/classes"):
+        page = client.get(address).text
+        assert "&lt;script&gt;alert(3)" in page
+        assert "<script>alert" not in page
+        assert "='alert(4)" not in page
+
+
+def test_thousands_of_classes_are_shown_in_parts(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_evidence(local, monkeypatch, [f"class {number}" for number in range(5000)])
     client = local.client()
     page = client.get(VERSION).text
     assert "All 5000 classes" in page
