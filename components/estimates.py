@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from components import plugins
+from components.compute import resolve
 from components.contracts.errors import TrainingDiverged, UndecodableImage
 from components.contracts.families import Backbone, Task
 from components.contracts.models import Preprocessing
@@ -361,6 +362,7 @@ def _step_seconds(
             checkpointing=Checkpointing(out, "", number),
             hooks=(timing,),
             setting=f"{config.place(number)}.fit",
+            compute=resolve(config.compute),
         )
     except _Enough:
         pass

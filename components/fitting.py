@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from components import memory
+from components.compute import PLACE, Compute, compiling, device_of, to_device
 from components.contracts.errors import ConfigError, TrainingDiverged
 from components.contracts.families import Task
 from components.contracts.records import Record
@@ -211,8 +212,11 @@ def fit(
     groups: Sequence[Sequence[nn.Parameter]] = (),
     hooks: Sequence[Hook] = (),
     setting: str = "training.fit",
+    compute: Compute | None = None,
 ) -> FitResult:
     """Fit `model` in place to its best epoch; `setting` is where a recipe keeps `config`, and errors name it.
+
+    It lies on the device of `compute` from then on. Examples stay where they are, batches go there as they are taken.
 
     Steps make `loss` smaller (the task's where none is given) on inputs that `augment` and then `mix` changed; the valid
     loss is always the task's, so that fits can be compared. An epoch takes every example once, or with `balanced` sampling
@@ -225,16 +229,21 @@ def fit(
     normalisation then sees the parts one by one.
     Raises TrainingDiverged, ConfigError, CheckpointMismatch, TamperedArtefact.
     """
+    compute = compute or Compute()
     best = EarlyStopping(config.patience)
     average = MovingAverage(config.ema_decay)
     # What is saved is what all the others have made of the step.
     hooks = (*([average] if config.ema_decay else []), best, *hooks, checkpointing)
-    with _deterministic(), _still(frozen), memory.reused():
+    with _deterministic(compute), _still(frozen), memory.reused():
+        _place(model, compute)
         optimizer = _optimizer(model, groups, config, setting)
         _training_mode(model, frozen)
         ends = _ends(len(train.targets), config.batch_size, at_least=2 if _normalises(model) else 1)
-        fitting = Fitting(model, optimizer, config, len(ends), hooks)
-        stepping = _Stepping(logits_of, loss or task.loss, train, augment, mix, setting)
+        parts = compute.accumulate
+        fitting = Fitting(
+            model, optimizer, config, len(ends), hooks, accumulate=parts, micro_batches=parts, scaler=compute.scaler()
+        )
+        stepping = _Stepping(_steps_of(model, compute), logits_of, loss or task.loss, train, augment, mix, setting, compute)
         for hook in hooks:
             hook.on_start(fitting)
         while fitting.epoch < config.epochs and not fitting.stopped:
@@ -287,10 +296,11 @@ def _recovery(fitting: Fitting, error: Exception, largest: int, setting: str) ->
     """What may help after an error in an epoch; raises where nothing is left to try, and the error that is another's."""
     if isinstance(error, _NotFinite):
         if fitting.halvings == _HALVINGS:
+            range_of = f"; or fp16 has too little range for it: set {PLACE}.precision to bf16" if fitting.scaler else ""
             raise TrainingDiverged(
                 f"{error} (learning rate {fitting.rate:.3g}), after going back to the start of the epoch with half the rate "
                 f"{_HALVINGS} times; nothing was registered. Lower {setting}.learning_rate, or look for broken images in "
-                f"the data docs"
+                f"the data docs{range_of}"
             ) from None
         return Recovery(f"{error}: back to the start of the epoch with half the learning rate", fitting.halvings + 1)
     if not _out_of_memory(error):
@@ -317,22 +327,30 @@ def _out_of_memory(error: Exception) -> bool:
 class _Stepping:
     """One step of the optimiser on chosen examples."""
 
+    model: nn.Module
+    """What answers in a step: the network, or the network compiled."""
     logits_of: LogitsOf
     loss: LossFunction
     train: Examples
     augment: Augment | None
     mix: Mix | None
     setting: str
+    compute: Compute
 
     def __call__(self, fitting: Fitting, chosen: torch.Tensor) -> float:
-        """The loss; raises _NotFinite in place of a step on a loss or a gradient that is not finite."""
+        """The loss; raises _NotFinite in place of a step on a loss or a gradient that is not finite.
+
+        In fp16 a gradient that overflows is none of that: the step is left out, and the next one's loss scaled less.
+        """
         import torch
 
-        config, optimizer = fitting.config, fitting.optimizer
+        config, optimizer, scaler = fitting.config, fitting.optimizer, fitting.scaler
         generator = _generator(config.seed, fitting.epoch, fitting.step)
         for group in optimizer.param_groups:
             group["lr"] = fitting.rate * group["lr_scale"]
-        inputs, targets = self.train.inputs.take(chosen, generator), self.train.targets[chosen]
+        device = device_of(fitting.model)
+        inputs = to_device(self.train.inputs.take(chosen, generator), device)
+        targets = to_device(self.train.targets[chosen], device)
         if self.augment is not None:
             inputs = self.augment(inputs, generator)
         if self.mix is not None:
@@ -340,28 +358,44 @@ class _Stepping:
         # Dropout draws from torch's global generator: seeded per step, restored by _deterministic.
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         optimizer.zero_grad(set_to_none=True)
-        found = 0.0
+        losses = []
         # Parts differ by one example at most, so that none is of a single one while others are of several.
         parts = min(fitting.micro_batches, max(1, len(chosen) // 2))
-        for some, wanted in zip(torch.tensor_split(inputs, parts), torch.tensor_split(targets, parts), strict=True):
-            value = self.loss(self._logits(fitting.model, some), wanted) * (len(some) / len(chosen))
-            found += float(value.detach())
-            if not math.isfinite(found):
-                raise _NotFinite(f"the loss became {found} at epoch {fitting.epoch + 1}, step {fitting.step + 1}")
-            value.backward()  # type: ignore[no-untyped-call]
+        with compiling(self.compute):
+            for some, wanted in zip(torch.tensor_split(inputs, parts), torch.tensor_split(targets, parts), strict=True):
+                value = self.loss(self._logits(some), wanted) * (len(some) / len(chosen))
+                (value if scaler is None else scaler.scale(value)).backward()  # type: ignore[no-untyped-call]
+                losses.append(value.detach())
+        # Read at the end: until then a GPU computes while the processor goes on.
+        found = sum(map(float, losses))
+        place = f"at epoch {fitting.epoch + 1}, step {fitting.step + 1}"
+        if not math.isfinite(found):
+            raise _NotFinite(f"the loss became {found} {place}")
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
-            raise _NotFinite(f"the gradient's norm became {norm} at epoch {fitting.epoch + 1}, step {fitting.step + 1}")
+            scale = 0.0 if scaler is None else scaler.get_scale()
+            if scaler is not None:
+                scaler.update()
+            if scale <= _LEAST_SCALE:
+                raise _NotFinite(f"the gradient's norm became {norm} {place}")
+            return found
         if config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, torch.tensor(norm))
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
         return found
 
-    def _logits(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    def _logits(self, inputs: torch.Tensor) -> torch.Tensor:
         try:
-            return self.logits_of(model, inputs)
+            with self.compute.autocast():
+                return self.logits_of(self.model, inputs).float()
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -369,6 +403,33 @@ class _Stepping:
                 f"{self.setting}.batch_size: batch normalisation cannot be trained on a batch of one image; raise it, or "
                 f"train on more images"
             ) from error
+
+
+_LEAST_SCALE = 1.0
+"""A gradient in fp16 that overflows though the loss is not scaled up is the network's own."""
+
+
+def _place(model: nn.Module, compute: Compute) -> None:
+    """Put the network where it is computed, as its weights are to lie there."""
+    import torch
+
+    model.to(compute.device)
+    if compute.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+
+def _steps_of(model: nn.Module, compute: Compute) -> nn.Module:
+    """What answers in a step; valid is always answered by the network as it will be exported.
+
+    Each size of a batch has a graph of its own: which sizes came before a kill then makes no difference.
+    """
+    import torch
+
+    if not compute.compile:
+        return model
+    torch.compiler.reset()  # so many graphs a function are kept at most, and those of earlier fits count
+    compiled: Any = torch.compile(model, dynamic=False)
+    return cast("nn.Module", compiled)
 
 
 def _training_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
@@ -412,13 +473,14 @@ def predict(
     inputs: Inputs,
     batch_size: int,
 ) -> torch.Tensor:
-    """Logits of the first view of all inputs in evaluation mode; leaves the model in it."""
+    """Logits of the first view of all inputs in evaluation mode, in fp32 and in memory; leaves the model in it."""
     import torch
 
     model.eval()
+    device = device_of(model)
     with torch.no_grad():
         rows = torch.split(torch.arange(len(inputs)), batch_size)
-        return torch.cat([logits_of(model, inputs.take(chosen, None)) for chosen in rows])
+        return torch.cat([logits_of(model, to_device(inputs.take(chosen, None), device)).float().cpu() for chosen in rows])
 
 
 def _order(targets: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
@@ -495,13 +557,22 @@ def _still(frozen: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def _deterministic(compute: Compute) -> Iterator[None]:
+    """The same operations give the same bits within, and the global generators are left as they were.
+
+    On a GPU only the generators are: operations without a deterministic kernel would be refused, and a fit there is not
+    exact to the bit anyway.
+    """
     import torch
 
+    if compute.on_gpu:
+        with torch.random.fork_rng(devices=[compute.device]):
+            yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
     deterministic: Any = torch.utils.deterministic
     fill = deterministic.fill_uninitialized_memory
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory it did not write, and filling every buffer first costs a third of a step.
         deterministic.fill_uninitialized_memory = False

@@ -66,8 +66,12 @@ class Fitting:
     """Set by a hook: no further epoch begins."""
     halvings: int = 0
     """How often the learning rate was halved, for the rest of the fit."""
+    accumulate: int = 1
+    """In how many parts a batch is computed where nothing went wrong."""
     micro_batches: int = 1
     """In how many parts a batch is computed."""
+    scaler: torch.amp.GradScaler | None = None
+    """What scales the loss in fp16."""
     start: State | None = None
     """Of the epoch that goes on."""
     averaged: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -87,11 +91,22 @@ class Fitting:
     def recovered(self) -> dict[str, float]:
         """What the history says of faults; empty where there was none."""
         found = {"rate_halvings": float(self.halvings)} if self.halvings else {}
-        return found | ({"micro_batches": float(self.micro_batches)} if self.micro_batches > 1 else {})
+        parted = {"micro_batches": float(self.micro_batches)} if self.micro_batches > self.accumulate else {}
+        return found | parted
+
+    @property
+    def loss_scale(self) -> dict[str, Any]:
+        """What the scaler needs to go on, as JSON holds it; empty without one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    @loss_scale.setter
+    def loss_scale(self, state: dict[str, Any]) -> None:
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """A copy of what is measured: the model's state with the means in it."""
-        return {name: value.detach().clone() for name, value in {**self.model.state_dict(), **self.averaged}.items()}
+        """A copy of what is measured, in memory: the model's state with the means in it."""
+        return {name: _in_memory(value) for name, value in {**self.model.state_dict(), **self.averaged}.items()}
 
     def go_back(self, recovery: Recovery) -> None:
         """To the start of the epoch, and on as the recovery says."""
@@ -345,12 +360,12 @@ class Checkpointing(Hook):
         return f"remove {self.out} to train from the start"
 
 
-_RESUMED = ("epoch", "step", "loss_sum", "seen", "history", "stopped", "halvings", "micro_batches")
+_RESUMED = ("epoch", "step", "loss_sum", "seen", "history", "stopped", "halvings", "micro_batches", "loss_scale")
 """The numbers of a fit that a state holds."""
 
 
 def capture(fitting: Fitting) -> State:
-    """The state of the fit and of its hooks, copied."""
+    """The state of the fit and of its hooks, copied into memory, whatever device it lies on."""
     import torch
 
     tensors = {f"model.{name}": value for name, value in fitting.model.state_dict().items()}
@@ -362,7 +377,11 @@ def capture(fitting: Fitting) -> State:
         tensors |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
         hooks[name] = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
     values = copy.deepcopy({"fitting": {name: getattr(fitting, name) for name in _RESUMED}, "hooks": hooks})
-    return State({name: value.detach().contiguous().clone() for name, value in tensors.items()}, values)
+    return State({name: _in_memory(value).contiguous() for name, value in tensors.items()}, values)
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def restore(fitting: Fitting, state: State) -> None:
@@ -388,9 +407,16 @@ def _under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    import torch
+
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, slot = name.split(".", 1)
+        parameter = trained[int(index)]
+        if slot != "step" and tensor.shape == parameter.shape:
+            # Where and as the parameter lies, so that a resumed step takes no longer.
+            tensor = torch.empty_like(parameter).copy_(tensor)
         slots.setdefault(int(index), {})[slot] = tensor
     whole = optimizer.state_dict()
     whole["state"] = slots

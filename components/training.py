@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from components import phases, plugins
+from components.compute import Compute, ComputeConfig, expect_parts, resolve
 from components.contracts.data import Renames, SplitName, Splits, names_after
 from components.contracts.errors import CheckpointMismatch, ConfigError, UnknownName, WeightsUnavailable
 from components.contracts.families import Backbone, Task
@@ -60,6 +61,8 @@ class TrainingConfig(Record):
     fit: FittingConfig = FittingConfig()
     phases: tuple[Phase, ...] = Field(default=(), min_length=1)
     """Each goes on from the best epoch of the one before."""
+    compute: ComputeConfig = ComputeConfig()
+    """Of all phases; as JSON it is left out where nothing is changed."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -73,7 +76,8 @@ class TrainingConfig(Record):
 
     @model_serializer(mode="wrap")
     def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        left_out = _ONE_PHASE if self.phases else ("phases",)
+        left_out: tuple[str, ...] = _ONE_PHASE if self.phases else ("phases",)
+        left_out += ("compute",) if self.compute == ComputeConfig() else ()
         return {key: value for key, value in handler(self).items() if key not in left_out}
 
     @property
@@ -137,8 +141,21 @@ def check(config: TrainingConfig, root: Path) -> None:
                 f"{place}.batch_norm: statistics of random weights are none to keep; remove it, or choose pretrained weights"
             )
         phases.check(phase, place, task)
+        # How many images there are is known later.
+        expect_parts(config.compute, phase.fit.batch_size, phase.fit.batch_size, f"{place}.fit")
         if isinstance(phase.trains, LastBlocks):
             _check_blocks(config, phase, phase.trains.last, place)
+
+
+def on_this_machine(config: TrainingConfig) -> Compute:
+    """What the section computes on here; raises ConfigError where it cannot."""
+    return resolve(config.compute)
+
+
+def expect_enough(config: TrainingConfig, num_train: int) -> None:
+    """Raise ConfigError where so many training images are too few for the parts of a batch."""
+    for number, phase in enumerate(config.all_phases, 1):
+        expect_parts(config.compute, phase.fit.batch_size, num_train, f"{config.place(number)}.fit")
 
 
 def expect_same_network(config: TrainingConfig, champion: Checkpoint, told: str) -> None:
@@ -222,6 +239,8 @@ def train(
     from components.checkpoints import save_weights
 
     check(config, root)
+    compute = on_this_machine(config)
+    expect_enough(config, splits.record.counts["train"])
     torch.set_num_threads(num_threads)
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
@@ -231,7 +250,9 @@ def train(
     history: list[dict[str, float]] = []
     for number, phase in enumerate(config.all_phases, 1):
         part, (train_set, valid_set) = data_of_phases.of(phase, model)
-        identity = sha256_text(canonical_json([config.to_json(), weights_digest, splits.record.digest(), number]))
+        told = [config.to_json(), weights_digest, splits.record.digest(), number]
+        # What a GPU began is not gone on with by a processor.
+        identity = sha256_text(canonical_json([*told, compute.key] if compute.key else told))
         numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
         label = f"phase {number}, " if len(config.all_phases) > 1 else ""
         # A phase that a killed run had finished is taken up from its checkpoint without a step.
@@ -246,6 +267,7 @@ def train(
             checkpointing=Checkpointing(out, identity, number),
             hooks=(MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
             setting=f"{config.place(number)}.fit",
+            compute=compute,
         )
         logits = predict(part, logits_of(phase), valid_set.inputs, phase.fit.batch_size)
         if len(config.all_phases) > 1:
@@ -273,6 +295,7 @@ def train(
         best_epoch=best_epoch,
         epochs=len(history),
         valid_metrics={name: estimate.value for name, estimate in measured.items()},
+        computed_on=compute.told,
     )
 
 
@@ -397,11 +420,13 @@ def fit_phase(
     checkpointing: Checkpointing,
     hooks: Sequence[Hook],
     setting: str,
+    compute: Compute | None = None,
 ) -> FitResult:
     """Fit the part that a phase trains as the phase says; see `components.fitting.fit`."""
     import torch
 
-    counts = torch.bincount(train.targets, minlength=num_classes) if phase.loss is not None else torch.zeros(0)
+    device = (compute or Compute()).device
+    counts = torch.bincount(train.targets, minlength=num_classes).to(device) if phase.loss is not None else torch.zeros(0)
     return fit(
         part,
         logits_of(phase),
@@ -418,6 +443,7 @@ def fit_phase(
         checkpointing=checkpointing,
         hooks=hooks,
         setting=setting,
+        compute=compute,
     )
 
 

@@ -9,6 +9,7 @@ import datetime
 from typing import TYPE_CHECKING, Any
 
 from components import collector
+from components.training import on_this_machine
 from flows.terminal import Say, silent
 from flows.training.chosen import ChosenRecipe, handed_on
 from flows.workspace.settings import Settings, login_name, read_settings
@@ -30,6 +31,7 @@ def start_training(
     from registry.approval import person
 
     _expect_ready(recipe.workspace, read_settings(recipe.workspace.state))
+    on_this_machine(recipe.config.training)
     requester = person(by or login_name()).name
     say(f"getting ready to train by recipe {recipe.name}, which takes up to half a minute the first time ...")
     with collector.kept():

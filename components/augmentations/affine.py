@@ -44,7 +44,7 @@ class Augmentation(OfPictures):
                 torch.stack([sine * mirror, cosine, uniform(2 * self.translate)], dim=1),
             ],
             dim=1,
-        )
+        ).to(images.device)
         planes = images.permute(0, 3, 1, 2).float()
         grid = functional.affine_grid(rows_xy, list(planes.shape), align_corners=False)
         moved = functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)

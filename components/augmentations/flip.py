@@ -22,6 +22,6 @@ class Augmentation(OfPictures):
         """uint8 (n, h, w, c) to the same shape."""
         import torch
 
-        chosen = torch.rand(len(images), generator=generator) < self.probability
+        chosen = (torch.rand(len(images), generator=generator) < self.probability).to(images.device)
         mirrored = images.flip(2 if self.direction == "horizontal" else 1)
         return torch.where(chosen[:, None, None, None], mirrored, images)

@@ -79,6 +79,15 @@ class Checkpoint(Record):
     best_epoch: int
     epochs: int
     valid_metrics: dict[str, float]
+    computed_on: str = ""
+    """The hardware and how it was used, in words; empty for a processor in fp32, and left out of JSON there."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_field(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if not self.computed_on:
+            del values["computed_on"]
+        return values
 
 
 Precision = Literal["fp32", "fp16", "int8"]

@@ -127,6 +127,7 @@ def _page(model: str, shown: VersionShown) -> str:
             f"It serves {summary['serving_engine']}, trained by recipe {summary['recipe']} on data version "
             f"{summary['data_version'][:12]} ({', '.join(f'{k} {v}' for k, v in summary['images'].items())}), "
             f"git {summary['git'][:12]}. Asked for: {summary.get('reason', 'manual')}.",
+            *([f"Trained on {summary['computed_on']}."] if summary.get("computed_on") else []),
             "",
             *_beside(state, champion, shown.compared_with),
         ]

@@ -113,7 +113,7 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
         verdict=verdict,
         files=files,
         tags=_tags(run, results),
-        params=_flat(run.config.to_json()),
+        params=_flat(run.config.to_json()) | _computed_on(results),
         metrics=_metrics(run, results),
         history=results.history,
         bound=bound_digests(results),
@@ -194,6 +194,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "size_bytes": engine.size_bytes,
         "folds": folds_json(run, results),
         "evidence": evidence_json(results.shown.record) if results.shown else None,
+        "computed_on": results.checkpoint.record.computed_on,
         "data_since": data_since(run, results),
         "spent": spent(run, results),
         "decision": results.release.record.decision.to_json() if results.release else None,
@@ -268,6 +269,12 @@ def _metrics(run: Run, results: Results) -> dict[str, float]:
     return found
 
 
+def _computed_on(results: Results) -> dict[str, str]:
+    """Beside the recipe's settings of `training.compute`, what they came out as; nothing for a processor in fp32."""
+    told = results.checkpoint.record.computed_on
+    return {"training.computed_on": told} if told else {}
+
+
 def _flat(values: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(values, dict):
         return {
@@ -331,6 +338,7 @@ def summarise(run: Run, results: Results, outcome: Outcome, report: Path) -> dic
             "not_looked_for": {found.name: found.reason for found in results.dataset.record.findings if not found.ran},
         },
         "git_commit": run.lineage.git_commit,
+        "computed_on": results.checkpoint.record.computed_on,
         "seconds": {
             name: {"seconds": round(seconds, 2), "cached": cached}
             for name, (seconds, cached) in run.console.durations.items()

@@ -25,7 +25,7 @@ from components.packaging import expect_critical, expect_provable
 from components.samples import rows
 from components.splitting import TestLedger, split
 from components.store import read_manifest
-from components.training import CHAMPION
+from components.training import CHAMPION, expect_enough, on_this_machine
 from flows.terminal import Console, Say, silent
 from flows.training import keys
 from flows.training.chosen import ChosenRecipe
@@ -85,6 +85,7 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
     """
     workspace, config = chosen.workspace, chosen.config
     settings = read_settings(workspace.state)
+    on_this_machine(config.training)
     notes = []
     there = workspace.data.exists() or config.source is None
     with dvc_repository.leaving_no_trace():
@@ -93,6 +94,7 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
         if not there:
             notes.append(f"data/ is not there: the run fills it from the source {config.source!r} first")
         run = Run(workspace, config, data, settings, Console(len(STAGES), quiet=True))
+        notes += [f"training on {run.compute.told}"] if run.compute.told else []
         notes += [f"{name}: {why}" for name, why in run.absent.items()]
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
@@ -101,6 +103,7 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
             images = _images(run, splits) if there else None
             if splits is not None:
                 expect_provable(config.packaging, splits.record, run.task)
+                expect_enough(config.training, splits.record.counts["train"])
             elif images is not None:
                 expect_critical(config.packaging, images.classes, run.task)
             phases: Sequence[PhaseEstimate] = ()

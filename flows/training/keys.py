@@ -71,6 +71,7 @@ def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
         "splits": splits.record.digest(),
         "config": config.digest(),
         "num_threads": str(run.settings.num_threads),
+        **({"device": run.compute.key} if run.compute.key else {}),
         **member_digests(backbones=config.backbone, tasks=config.task),
         **_of_phases(config),
     }

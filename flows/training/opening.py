@@ -11,6 +11,7 @@ from prefect import runtime
 
 from components.contracts.wording import counted
 from components.segments import limit
+from components.training import on_this_machine
 from flows import stopping
 from flows.terminal import Console
 from flows.training.chosen import ChosenRecipe
@@ -25,6 +26,7 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
     """A run whose data are the pinned ones and whose workspace is held."""
     workspace, config = recipe.workspace, recipe.config
     settings = read_settings(workspace.state)
+    on_this_machine(config.training)  # before data are fetched for a training that cannot be
     with workspace.locked(f"visionloop train {recipe.name}"), Console(len(STAGES), quiet=quiet) as console:
         limit(workspace.cache, settings.cache_bytes)
         data = ensure(workspace, config.source, config.source_settings)
@@ -35,6 +37,8 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
             f"run {run.id}: recipe {config.name}, {counted(data.num_files, 'file')} of data version {data.dvc_hash[:12]} "
             f"({reason})"
         )
+        if run.compute.told:
+            console.line(f"    training on {run.compute.told}")
         for name, why in run.absent.items():
             console.line(f"    {name}: {why}")
         flow_run = runtime.flow_run.id  # of this thread alone

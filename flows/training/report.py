@@ -179,7 +179,7 @@ def _examples(run: Run, results: Results) -> list[dict[str, Any]]:
 
 
 def _provenance(run: Run, results: Results) -> list[tuple[str, str]]:
-    lineage = run.lineage
+    lineage, checkpoint = run.lineage, results.checkpoint.record
     return [
         ("run", run.id),
         ("recipe", f"{lineage.recipe} (config {lineage.config_digest[:16]})"),
@@ -187,7 +187,8 @@ def _provenance(run: Run, results: Results) -> list[tuple[str, str]]:
         ("test ledger", results.dataset.record.data.ledger_sha256),
         ("test split", results.splits.record.test_digest),
         ("trained from", run.weights_told),
-        ("weights", results.checkpoint.record.weights.sha256),
+        *([("trained on", checkpoint.computed_on)] if checkpoint.computed_on else []),
+        ("weights", checkpoint.weights.sha256),
         ("git commit", lineage.git_commit + (" with uncommitted changes" if lineage.git_dirty else "")),
         ("code", lineage.code_version),
         ("locked libraries", lineage.lock_digest),

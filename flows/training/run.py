@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from components import git, plugins
+from components.compute import Compute
 from components.contracts.data import DataVersion
 from components.contracts.errors import VisionloopError
 from components.contracts.families import Task
@@ -24,6 +25,7 @@ from components.contracts.records import RecordT, Stored, canonical_json, sha256
 from components.contracts.verdicts import Lineage
 from components.export import TargetConfig, absent
 from components.store import write_atomically
+from components.training import on_this_machine
 from flows.terminal import Console
 from flows.training.warm_start import WarmStart
 from flows.workspace.recipes import RunConfig
@@ -114,6 +116,11 @@ class Run:
     def plugin_folder(self) -> Path | None:
         """The workspace's own plug-ins, for processes that load them anew."""
         return self.workspace.plugins if self.workspace.plugins.is_dir() else None
+
+    @property
+    def compute(self) -> Compute:
+        """What the training computes on here; raises ConfigError where it cannot."""
+        return on_this_machine(self.config.training)
 
     @property
     def weights_told(self) -> str:

@@ -101,6 +101,8 @@ def told(summary: dict[str, Any]) -> str:
     slowest = sorted(summary["seconds"].items(), key=lambda item: -item[1]["seconds"])
     spent = ", ".join(f"{name} {spent['seconds']:.1f} s" for name, spent in slowest[:6] if not spent["cached"])
     console.print(f"time    {spent or 'every stage came from the store'}", soft_wrap=True)
+    if summary.get("computed_on"):
+        console.print(f"trained on {summary['computed_on']}", markup=False, soft_wrap=True)
     console.print(f"report  {summary['report']}")
     return text.getvalue().rstrip()
 

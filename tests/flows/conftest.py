@@ -18,6 +18,7 @@ PHASED = """training:
       views: 2
       augmentations: [{augmentation: flip}]
       fit: {epochs: 4, batch_size: 16, learning_rate: 0.01}
+  compute: {precision: bf16, accumulate: 2, channels_last: true}
 export:
   serving: onnxruntime-fp32
   targets: [{target: onnxruntime}]

@@ -104,10 +104,13 @@ def test_what_a_run_refuses_it_refuses_in_the_same_words(workspace: Path, prefec
         return dry.stderr
 
     assert "unknown gate 'luck'" in refused("--set", "gating.gates=[{gate: luck}]")
+    assert "training.compute.device is cuda, and torch finds no GPU here" in refused("-s", "training.compute.device=cuda")
     # Before the run's validation and splitting, and with what these gave.
     assert "unknown class in packaging.critical 'crak'; valid: cross, disc, stripes" in refused(
         "--set", "packaging.critical={crak: 0.01}"
     )
+    too_few = ["-s", "training.fit.batch_size=4096", "-s", "training.compute.accumulate=64"]
+    assert "images (training.fit: the train split) cannot be computed in 64 parts" in refused(*too_few)
     assert "cannot be proven by" in refused("--set", "packaging.critical={disc: 0.01}")
     next((workspace / "data" / "disc").glob("*.png")).unlink()
     assert "1 deleted" in refused()

@@ -1,0 +1,69 @@
+"""What a training is computed on: it is part of its key, and whoever looks at the model is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from shapes import visionloop
+
+from components import dataversions
+from components.contracts.data import Splits
+from components.contracts.records import Stored
+from flows.terminal import Console
+from flows.training import keys
+from flows.training.run import STAGES, Run
+from flows.workspace.recipes import load_recipe
+from flows.workspace.settings import read_settings
+from flows.workspace.workspace import Workspace
+
+TOLD = "the processor, in bf16, every batch in 2 parts, channels last"
+
+
+def test_a_gpu_is_part_of_the_key_of_a_training_and_the_processor_is_not(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataversions.verify(workspace)
+    splits = Stored(Splits.model_construct(schema_version=1, classes=("disc",)), workspace)
+
+    def inputs(gpu: str, device: str) -> dict[str, str]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+        found = Workspace.find(workspace)
+        config = load_recipe("smoke", [f"training.compute.device={device}"], workspace=workspace)
+        settings = read_settings(found.state)
+        return keys.training_inputs(Run(found, config, data, settings, Console(len(STAGES), quiet=True)), splits)
+
+    plain = inputs("", "cpu")
+    assert "device" not in plain
+    assert plain == inputs("A GPU", "cpu")
+    without, one, other = inputs("", "auto"), inputs("A GPU", "auto"), inputs("Another GPU", "auto")
+    assert "device" not in without
+    assert (one.pop("device"), other.pop("device")) == ("cuda A GPU", "cuda Another GPU")
+    assert one == other == without
+
+
+@pytest.mark.slow
+def test_a_training_that_was_not_the_plain_one_says_so_wherever_the_model_is_looked_at(
+    phased: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((phased / "summary.json").read_text())
+    assert summary["computed_on"] == TOLD
+    assert TOLD in Path(summary["report"]).read_text()
+    root = Path(shutil.copytree(phased, tmp_path / "copy", symlinks=True))
+    shown = visionloop("show", str(summary["version"]), cwd=root)
+    assert f"Trained on {TOLD}." in shown.stdout, shown.stderr
+    assert f"    training on {TOLD}" in visionloop("train", "-r", "phased", "--dry-run", cwd=root).stdout
+    mlflow.set_tracking_uri(f"sqlite:///{root}/.visionloop/mlflow.db")
+    client = mlflow.MlflowClient()
+    version = client.get_model_version("shapes", str(summary["version"]))
+    params = client.get_run(version.run_id or "").data.params
+    assert params["training.computed_on"] == TOLD
+    assert (params["training.compute.precision"], params["training.compute.accumulate"]) == ("bf16", "2")
+    (card,) = Path(root, ".visionloop").rglob("model-card.md")
+    assert f"- Trained on: {TOLD}" in card.read_text()
