@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,18 @@ from PIL import Image
 
 from bench.frozen_training import images_of
 from components import plugins
+from components.checkpoints import restore
+from components.contracts.data import DataVersion, Splits
 from components.contracts.families import Backbone
+from components.contracts.models import Checkpoint
+from components.contracts.records import Stored
 from components.features import Frozen, maps
 from components.fitting import Examples, predict
 from components.hooks import Checkpointing
 from components.images import decode, pixel_digest
 from components.phases import Phase
+from components.pictures import prepared
+from components.store import describe
 from components.training import TrainingConfig, fit_phase, initial, logits_of, parameter_groups, part_of
 from flows.workspace.recipes import load_recipe
 
@@ -75,6 +82,42 @@ def parts_of(
     if lacking := [name for name, rows in chosen.items() if not rows]:
         raise SystemExit(f"{data or 'the noise'} has no pictures left for {', '.join(lacking)}; expected more of each class")
     return {name: Part(*map(list, zip(*rows, strict=True))) for name, rows in chosen.items()}, classes
+
+
+def as_splits(parts: Mapping[str, Part], classes: Sequence[str], folder: Path) -> tuple[Stored[Splits], Path]:
+    """Parts as the splits of a training, in the empty `folder`, and the folder that their paths are relative to."""
+    import pandas as pd
+
+    data = Path(os.path.commonpath([path.parent for part in parts.values() for path in part.paths]))
+    table = pd.DataFrame(
+        [
+            (os.path.relpath(path, data), classes[label], picture, picture, name)
+            for name, part in parts.items()
+            for picture, path, label in zip(part.pictures, part.paths, part.labels, strict=True)
+        ],
+        columns=["path", "label", "sha256", "picture", "split"],
+    )
+    folder.mkdir(parents=True)
+    table.to_parquet(folder / "splits.parquet", index=False)
+    record = Splits(
+        data=DataVersion(dvc_hash="bench", num_files=len(table), bytes=1, ledger_sha256="bench"),
+        table=describe(folder / "splits.parquet", within=folder),
+        classes=tuple(classes),
+        counts={},
+        class_counts={},
+        num_duplicate_groups=0,
+        test_digest="bench",
+    )
+    return Stored(record, folder), data
+
+
+def answers_of(checkpoint: Stored[Checkpoint], asked: Part, *, cache: Path) -> npt.NDArray[np.float32]:
+    """What a trained network says about the pictures of a part, (n, num_classes)."""
+    model = restore(checkpoint)
+    inputs = prepared(asked.pictures, asked.paths, checkpoint.record.preprocessing, cache=cache)
+    with torch.inference_mode():
+        rows = torch.split(torch.arange(len(inputs)), 64)
+        return np.concatenate([model(inputs.take(some, None))[0].numpy() for some in rows])
 
 
 def recipe_for(paths: Sequence[Path]) -> str:

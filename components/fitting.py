@@ -176,6 +176,10 @@ class Examples:
         self.inputs: Inputs = InMemory(inputs) if isinstance(inputs, torch.Tensor) else inputs
         self.targets = targets
 
+    def take(self, rows: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (m, ...) and targets (m, ...) of the chosen rows, as a step takes them."""
+        return self.inputs.take(rows, generator), self.targets[rows]
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -349,8 +353,7 @@ class _Stepping:
         for group in optimizer.param_groups:
             group["lr"] = fitting.rate * group["lr_scale"]
         device = device_of(fitting.model)
-        inputs = to_device(self.train.inputs.take(chosen, generator), device)
-        targets = to_device(self.train.targets[chosen], device)
+        inputs, targets = (to_device(each, device) for each in self.train.take(chosen, generator))
         if self.augment is not None:
             inputs = self.augment(inputs, generator)
         if self.mix is not None:

@@ -165,7 +165,7 @@ class Phase(Record):
         ]
 
     def mixer(self, num_classes: int, *, channels_last: bool) -> Mix | None:
-        """What mixes the inputs and the class numbers (n,) of a batch; None where nothing does."""
+        """What mixes the inputs and the class numbers (n,), or shares (n, ...), of a batch; None where nothing does."""
         members = [member for _, member in self._chosen(mixing=True)]
         return functools.partial(_mix, members, num_classes, channels_last) if members else None
 
@@ -204,7 +204,7 @@ def _mix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from torch.nn import functional
 
-    shares = functional.one_hot(targets, num_classes).float()
+    shares = targets if targets.is_floating_point() else functional.one_hot(targets, num_classes).float()
     for augmentation in augmentations:
         inputs, shares = augmentation.mix(inputs, shares, generator, channels_last=channels_last)
     return inputs, shares

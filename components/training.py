@@ -23,6 +23,7 @@ from components.contracts.models import Checkpoint
 from components.contracts.progress import MetricSink, NullSink, Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.wording import counted
+from components.distillation import Teacher, Teaching, differing
 from components.features import AS_IT_IS, Frozen, maps
 from components.fitting import Examples, FitResult, FittingConfig, InMemory, Inputs, LogitsOf, fit, predict, write_history
 from components.hooks import Checkpointing, Hook, MetricLogging, ProgressReporting
@@ -63,6 +64,8 @@ class TrainingConfig(Record):
     """Each goes on from the best epoch of the one before."""
     compute: ComputeConfig = ComputeConfig()
     """Of all phases; as JSON it is left out where nothing is changed."""
+    teacher: Teacher | None = None
+    """Whose answers every phase learns beside the labels, such as `{champion: photographs}`; None for labels alone."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -78,6 +81,7 @@ class TrainingConfig(Record):
     def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         left_out: tuple[str, ...] = _ONE_PHASE if self.phases else ("phases",)
         left_out += ("compute",) if self.compute == ComputeConfig() else ()
+        left_out += () if self.teacher else ("teacher",)
         return {key: value for key, value in handler(self).items() if key not in left_out}
 
     @property
@@ -102,11 +106,12 @@ def local_weights(config: TrainingConfig, root: Path) -> Path | None:
 
 
 def begins_from_a_model(config: TrainingConfig, root: Path) -> bool:
-    """Whether the section's weights are those of a model of ours, the champion or a checkpoint's file.
+    """Whether the section's weights are those of a model of ours, the champion or a checkpoint's file, or one teaches it.
 
-    Such a model may have learned from any of the images. Raises WeightsUnavailable for a file that cannot be read.
+    Such a model may have learned from any of the images, and what it learned is passed on. Raises WeightsUnavailable for a
+    file that cannot be read.
     """
-    if config.weights == CHAMPION:
+    if config.weights == CHAMPION or config.teacher is not None:
         return True
     local = local_weights(config, root)
     return local is not None and any(_is_of_checkpoint(name) for name in tensor_names(local))
@@ -129,6 +134,11 @@ def check(config: TrainingConfig, root: Path) -> None:
         )
     if local is not None and not local.is_file():
         raise ConfigError(f"training.weights: {local} does not exist")
+    if config.teacher is not None and not getattr(task, "one_class", False):
+        raise ConfigError(
+            f"training.teacher: what a teacher answers is learned for tasks with one class an image, and {config.task!r} is "
+            f"none; remove it"
+        )
     for number, phase in enumerate(config.all_phases, 1):
         place = config.place(number)
         if phase.trains != "all" and number == 1 and config.weights == "random":
@@ -227,12 +237,15 @@ def train(
     progress: Progress = silent,
     champion: Stored[Checkpoint] | None = None,
     renamed: Renames = (),
+    teacher: Stored[Checkpoint] | None = None,
+    teacher_renamed: Renames = (),
 ) -> Checkpoint:
     """Fit the phases on train, choose each one's epoch and the temperature on valid; calibration and test are not read.
 
     `champion` is what `weights: champion` goes on from, and `renamed` the classes that got other names since it was
-    trained. Writes weights.safetensors and history.json, whose rows say their phase where there are several. What a killed
-    run left in `out` is taken up, bit for bit.
+    trained; `teacher` and `teacher_renamed` are the same of the section's teacher. Writes weights.safetensors and
+    history.json, whose rows say their phase where there are several. What a killed run left in `out` is taken up, bit for
+    bit.
     """
     import torch
 
@@ -246,11 +259,13 @@ def train(
     task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
     classes = task.classes(splits.record.classes)
     model, weights_digest = initial(config, classes, cache=cache, root=root, champion=champion, renamed=renamed)
-    data_of_phases = _Data(splits, data, task, config, backbone, cache, num_threads, progress)
+    teaching = _teaching(config, teacher, teacher_renamed, classes)
+    data_of_phases = _Data(splits, data, task, config, backbone, cache, num_threads, progress, teaching)
+    begun_from = [weights_digest, *([teacher.record.digest(), teacher_renamed] if teacher and teaching else [])]
     history: list[dict[str, float]] = []
     for number, phase in enumerate(config.all_phases, 1):
         part, (train_set, valid_set) = data_of_phases.of(phase, model)
-        told = [config.to_json(), weights_digest, splits.record.digest(), number]
+        told = [config.to_json(), *begun_from, splits.record.digest(), number]
         # What a GPU began is not gone on with by a processor.
         identity = sha256_text(canonical_json([*told, compute.key] if compute.key else told))
         numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
@@ -268,6 +283,7 @@ def train(
             hooks=(MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
             setting=f"{config.place(number)}.fit",
             compute=compute,
+            teaching=teaching,
         )
         logits = predict(part, logits_of(phase), valid_set.inputs, phase.fit.batch_size)
         if len(config.all_phases) > 1:
@@ -297,6 +313,16 @@ def train(
         valid_metrics={name: estimate.value for name, estimate in measured.items()},
         computed_on=compute.told,
     )
+
+
+def _teaching(
+    config: TrainingConfig, teacher: Stored[Checkpoint] | None, renamed: Renames, classes: tuple[str, ...]
+) -> Teaching | None:
+    if config.teacher is None:
+        return None
+    if teacher is None:
+        raise ConfigError("training.teacher: no teacher was given to learn from")
+    return Teaching.of(config.teacher, teacher, renamed, classes, config.task)
 
 
 def initial(
@@ -364,11 +390,9 @@ def _go_on_from(
         raise ConfigError("training.weights: champion: no champion was given to go on from")
     known = names_after(champion.record.classes, renamed)
     if set(known) != set(classes):
-        new = [name for name in classes if name not in known]
-        gone = [name for name in known if name not in classes]
         raise ConfigError(
-            f"training.weights: champion: the champion answers about other classes than the data have (new: "
-            f"{', '.join(new) or 'none'}; gone: {', '.join(gone) or 'none'}); train from other weights, such as "
+            f"training.weights: champion: the champion answers about other classes than the data have "
+            f"({differing(known, classes)}); train from other weights, such as "
             f"{', '.join(backbone.weights_choices) or 'random'}. A class that only gets another name gets it by "
             f"`visionloop data rename-class`"
         )
@@ -421,12 +445,19 @@ def fit_phase(
     hooks: Sequence[Hook],
     setting: str,
     compute: Compute | None = None,
+    teaching: Teaching | None = None,
 ) -> FitResult:
-    """Fit the part that a phase trains as the phase says; see `components.fitting.fit`."""
+    """Fit the part that a phase trains as the phase says; see `components.fitting.fit`.
+
+    Where there is `teaching`, `train` are the examples that it made.
+    """
     import torch
 
     device = (compute or Compute()).device
     counts = torch.bincount(train.targets, minlength=num_classes).to(device) if phase.loss is not None else torch.zeros(0)
+    loss = phase.loss_on(counts)
+    if teaching is not None:
+        loss = teaching.loss(loss or task.loss, mixed=phase.mixes)
     return fit(
         part,
         logits_of(phase),
@@ -436,7 +467,7 @@ def fit_phase(
         phase.fit,
         augment=phase.changer() if phase.trains == "all" else None,
         mix=phase.mixer(num_classes, channels_last=phase.trains == "all"),
-        loss=phase.loss_on(counts),
+        loss=loss,
         sampling=phase.sampling,
         frozen=phase.kept(part),
         groups=groups,
@@ -503,6 +534,7 @@ class _Data:
     cache: Path
     num_threads: int
     progress: Progress
+    teaching: Teaching | None
 
     def of(self, phase: Phase, model: ImageModel) -> tuple[nn.Module, tuple[Examples, Examples]]:
         """The part that trains, and the train and the valid split as it takes them."""
@@ -526,4 +558,11 @@ class _Data:
         else:
             frozen = Frozen(self.config.backbone, self.backbone, state, num_blocks)
             inputs = maps(pictures, paths, frozen, views, cache=self.cache, num_threads=self.num_threads, **told)
-        return Examples(inputs, torch.from_numpy(targets))
+        examples = Examples(inputs, torch.from_numpy(targets))
+        if self.teaching is None or name != "train":
+            return examples
+        # Where everything trains there is the one view: pictures are changed anew in every epoch, and what the teacher says
+        # of them as they are stands for that.
+        return self.teaching.examples(
+            examples, pictures, paths, views, cache=self.cache, num_threads=self.num_threads, **told
+        )

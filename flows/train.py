@@ -56,6 +56,8 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
     with opened(recipe, reason, requested_by=requested_by, quiet=quiet) as run:
         if run.config.training.weights == CHAMPION:
             steps.warm_start(run)
+        if run.config.training.teacher is not None:
+            steps.teacher(run)
         dataset = steps.validation(run)
         splits = steps.splitting(run, dataset)
         turns = divided(run, dataset)  # before a training that would be for nothing

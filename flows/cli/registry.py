@@ -128,6 +128,7 @@ def _page(model: str, shown: VersionShown) -> str:
             f"{summary['data_version'][:12]} ({', '.join(f'{k} {v}' for k, v in summary['images'].items())}), "
             f"git {summary['git'][:12]}. Asked for: {summary.get('reason', 'manual')}.",
             *([f"Trained on {summary['computed_on']}."] if summary.get("computed_on") else []),
+            *([f"It learned from a teacher: {summary['teacher']}."] if summary.get("teacher") else []),
             "",
             *_beside(state, champion, shown.compared_with),
         ]

@@ -67,6 +67,9 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
     told = {**recorded_policy(run, results), "choice": choice_told(run.config.export, verdict)}
     document("evidence/policy.json", json.dumps(told, indent=1))
     document("evidence/lineage.json", json.dumps(run.lineage.to_json(), indent=1))
+    if run.teacher is not None:
+        said = {"checkpoint": run.teacher.digest, "weights": run.teacher.weights, "told": run.taught_by}
+        document("evidence/teacher.json", json.dumps(said, indent=1))
     files["evidence/splits.parquet"] = results.splits.folder / results.splits.record.table.name
     files["evidence/history.json"] = checkpoint.folder / checkpoint.record.history.name
     for stored in results.engines:
@@ -176,6 +179,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "git": run.lineage.git_commit + (" with uncommitted changes" if run.lineage.git_dirty else ""),
         "data_version": run.data.dvc_hash,
         "images": dict(results.splits.record.counts),
+        **({"teacher": run.taught_by} if run.taught_by else {}),
         "classes": list(results.checkpoint.record.classes),
         "serving_engine": verdict.serving_engine,
         **headline_json(run),
@@ -250,6 +254,7 @@ def _tags(run: Run, results: Results) -> dict[str, str]:
         "visionloop.git": run.lineage.git_commit,
         "visionloop.test_digest": results.splits.record.test_digest,
         "visionloop.weights_sha256": results.checkpoint.record.weights.sha256,
+        **({"visionloop.teacher": run.teacher.digest} if run.teacher else {}),
         "visionloop.serving_engine": results.verdict.record.serving_engine,
     }
 

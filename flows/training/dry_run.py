@@ -30,6 +30,8 @@ from flows.terminal import Console, Say, silent
 from flows.training import keys
 from flows.training.chosen import ChosenRecipe
 from flows.training.facts import facts_of_test
+from flows.training.given_models import expect_to_teach
+from flows.training.given_models import teacher as given_teacher
 from flows.training.run import STAGES, Run, stage_folder, stage_number
 from flows.training.serving_check import ServingCheck
 from flows.workspace.settings import read_settings
@@ -96,6 +98,7 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
         run = Run(workspace, config, data, settings, Console(len(STAGES), quiet=True))
         notes += [f"training on {run.compute.told}"] if run.compute.told else []
         notes += [f"{name}: {why}" for name, why in run.absent.items()]
+        notes += _of_teacher(run)
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
             stages, splits = _stages(run, scratch, measure_again)
@@ -125,6 +128,20 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
     return Plan(
         run.id, config.name, data.dvc_hash, data.num_files, tuple(stages), tuple(phases), splits is not None, tuple(notes)
     )
+
+
+def _of_teacher(run: Run) -> list[str]:
+    """Gives the run its teacher, where no registry has to be asked; returns what is to be said of it."""
+    config = run.config.training.teacher
+    if config is None:
+        return []
+    if config.checkpoint:
+        run.teacher = given_teacher(config, run.data, run=run.folder, root=run.workspace.root, cache=run.workspace.cache)
+        if run.workspace.data.exists():
+            classes = run.task.classes(list(data_folder.listing(run.workspace.data).classes))
+            expect_to_teach(run.teacher, classes, run.config.training.task)
+    told = run.taught_by or f"the champion of {config.champion}, which is looked up by the run"
+    return [f"teacher: {told}. It is asked about each train image in each view once, and that time is not in the estimate"]
 
 
 class _Walk:
@@ -173,7 +190,11 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
     warm = run.config.training.weights == CHAMPION
     if warm:
         walk.unless = walk.unless or "it went on from today's champion before"
-    checkpoint = walk.look("training", Checkpoint, keys.training_inputs(run, splits) if splits and not warm else None)
+    taught = run.config.training.teacher is not None and run.teacher is None
+    if taught:
+        walk.unless = walk.unless or "today's champion taught it before"
+    known = splits if not warm and not taught else None
+    checkpoint = walk.look("training", Checkpoint, keys.training_inputs(run, known) if known else None)
     graph_inputs = keys.graph_inputs(run, checkpoint) if checkpoint else None
     graph = walk.look("export", Graph, graph_inputs, instance="graph")
     engines = []

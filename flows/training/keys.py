@@ -74,7 +74,16 @@ def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
         **({"device": run.compute.key} if run.compute.key else {}),
         **member_digests(backbones=config.backbone, tasks=config.task),
         **_of_phases(config),
+        **_of_teacher(run),
     }
+
+
+def _of_teacher(run: Run) -> dict[str, str]:
+    """What a teacher answers depends on; nothing without one."""
+    if run.teacher is None:
+        return {}
+    renamed = {"teacher_renamed": canonical_json(run.teacher.renamed)} if run.teacher.renamed else {}
+    return {"teacher": run.teacher.digest, **renamed}
 
 
 def _of_phases(config: TrainingConfig) -> dict[str, str]:

@@ -31,6 +31,7 @@ def model_card(run: Run, results: Results, judged_before: str) -> str:
         f"- Backbone: {checkpoint.backbone}; weights: {run.weights_told}; "
         f"trained: {', then '.join(phase.part for phase in run.config.training.all_phases)}",
         *([f"- Trained on: {checkpoint.computed_on}"] if checkpoint.computed_on else []),
+        *([f"- Teacher: {run.taught_by}"] if run.taught_by else []),
         f"- Input: {checkpoint.preprocessing.width}x{checkpoint.preprocessing.height} pixels, "
         f"{counted(checkpoint.preprocessing.channels, 'channel')}, uint8; scaling is inside the engine",
         f"- Data version {run.data.dvc_hash}, git {run.lineage.git_commit}; "

@@ -187,6 +187,7 @@ def _provenance(run: Run, results: Results) -> list[tuple[str, str]]:
         ("test ledger", results.dataset.record.data.ledger_sha256),
         ("test split", results.splits.record.test_digest),
         ("trained from", run.weights_told),
+        *([("teacher", run.taught_by)] if run.taught_by else []),
         *([("trained on", checkpoint.computed_on)] if checkpoint.computed_on else []),
         ("weights", checkpoint.weights.sha256),
         ("git commit", lineage.git_commit + (" with uncommitted changes" if lineage.git_dirty else "")),

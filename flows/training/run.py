@@ -27,7 +27,7 @@ from components.export import TargetConfig, absent
 from components.store import write_atomically
 from components.training import on_this_machine
 from flows.terminal import Console
-from flows.training.warm_start import WarmStart
+from flows.training.given_models import GivenModel
 from flows.workspace.recipes import RunConfig
 from flows.workspace.settings import Settings
 from flows.workspace.workspace import Workspace, lock_digest, version
@@ -80,8 +80,10 @@ class Run:
         reason: str = "manual",
     ) -> None:
         self.requested_by, self.reason = requested_by, reason
-        self.warm_start: WarmStart | None = None
+        self.warm_start: GivenModel | None = None
         """The champion that the training goes on from, where the recipe says so."""
+        self.teacher: GivenModel | None = None
+        """Whose answers the training learns, where the recipe says so."""
         self.workspace = workspace
         self.config = config
         self.data = data
@@ -126,6 +128,13 @@ class Run:
     def weights_told(self) -> str:
         """The weights that the training begins from, in words."""
         return self.warm_start.told if self.warm_start else self.config.training.weights
+
+    @property
+    def taught_by(self) -> str:
+        """The teacher of the training, in words; empty without one."""
+        if self.teacher is None:
+            return ""
+        return f"{self.teacher.told}{f'; {self.teacher.note}' if self.teacher.note else ''}"
 
     @property
     def task(self) -> Task:

@@ -16,7 +16,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 
-from components import attributes, dataversions
+from components import attributes, data_folder, dataversions
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Renames, Splits, names_after
@@ -54,11 +54,12 @@ from flows.orchestrator.notifications import Event, notify
 from flows.orchestrator.retries import REGISTRY_POLICY
 from flows.training import keys
 from flows.training.facts import facts_of_test
+from flows.training.given_models import expect_to_teach, keep
+from flows.training.given_models import teacher as learned_from
+from flows.training.given_models import warm_start as begun_from
 from flows.training.results import Results, candidate_digest, shown_of
 from flows.training.run import Run
 from flows.training.serving_check import ServingCheck, check
-from flows.training.warm_start import keep
-from flows.training.warm_start import warm_start as begun_from
 from flows.workspace.checking import encoder_of
 from flows.workspace.desk import artifacts_of, registry_of
 from registry.models import CurrentChampion
@@ -72,6 +73,20 @@ def warm_start(run: Run) -> None:
     config = run.config.training
     run.warm_start = begun_from(run.config.model, config, run.data, registry, run=run.folder, cache=run.workspace.cache)
     run.console.line(f"    warm start: {run.warm_start.told}")
+
+
+@task(name="teacher", **REGISTRY_POLICY)
+def teacher(run: Run) -> None:
+    """Before any work: whose answers the training learns."""
+    config = run.config.training
+    if config.teacher is None:
+        return
+    registry = registry_of(run.workspace, run.settings) if config.teacher.champion else None
+    places = {"run": run.folder, "root": run.workspace.root, "cache": run.workspace.cache}
+    run.teacher = learned_from(config.teacher, run.data, registry, **places)
+    classes = run.task.classes(list(data_folder.listing(run.workspace.data).classes))
+    expect_to_teach(run.teacher, classes, config.task)
+    run.console.line(f"    teacher: {run.taught_by}")
 
 
 @task(name="validation", cache_policy=NO_CACHE)
@@ -129,12 +144,15 @@ def training(run: Run, splits: Stored[Splits], *, fold: str = "") -> Stored[Chec
                 progress=progress,
                 champion=run.warm_start.fetch() if run.warm_start else None,
                 renamed=run.warm_start.renamed if run.warm_start else (),
+                teacher=run.teacher.fetch() if run.teacher else None,
+                teacher_renamed=run.teacher.renamed if run.teacher else (),
             )
 
     inputs = keys.training_inputs(run, splits)
     trained = run.stage("training", Checkpoint, compute, inputs=inputs, leftovers=LEFTOVERS, fold=fold)
-    if run.warm_start is not None:
-        keep(run.warm_start, run.folder)
+    for given in (run.warm_start, run.teacher):
+        if given is not None:
+            keep(given, run.folder)
     return trained
 
 

@@ -66,8 +66,12 @@ class Checked:
 
 
 def encoder_of(config: TrainingConfig) -> Encoder | None:
-    """What a recipe's training embeds pictures by, where a package brings its weights; findings use the same."""
-    return Encoder(config.backbone, config.backbone_settings, config.weights) if config.weights == "packaged" else None
+    """What a recipe's training embeds pictures by, where a package brings its weights; findings use the same.
+
+    Of a network that is cut it is the whole, which tells pictures apart better.
+    """
+    settings = {name: value for name, value in config.backbone_settings.items() if name != "num_blocks"}
+    return Encoder(config.backbone, settings, config.weights) if config.weights == "packaged" else None
 
 
 class _Kept(Record):

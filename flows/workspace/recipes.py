@@ -61,6 +61,11 @@ class RunConfig(Record):
                 "evaluation.folds judge models that never saw the images, and a champion saw them; leave the folds out, or "
                 "choose other training.weights"
             )
+        if self.evaluation.folds and self.training.teacher is not None:
+            raise ValueError(
+                "evaluation.folds judge models that never saw the images, and the teacher, whose answers are learned, did; "
+                "leave the folds out, or remove training.teacher"
+            )
         return self
 
     @field_validator("name", "model")

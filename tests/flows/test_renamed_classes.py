@@ -23,7 +23,7 @@ from components.images import decode, pixel_digest
 from components.splitting import TestLedger
 from components.store import seal
 from components.training import TrainingConfig
-from flows.training.warm_start import WarmStart, keep, warm_start
+from flows.training.given_models import GivenModel, keep, warm_start
 from flows.workspace.renaming import names_of_today, rename_class
 from flows.workspace.workspace import Workspace
 
@@ -111,7 +111,7 @@ def test_a_warm_start_knows_and_keeps_which_classes_were_renamed_since(tmp_path:
     before = ("box", "disc")
     registry: Any = OneChampion(checkpoint, version(before))
 
-    def begun(*renames: tuple[str, str]) -> WarmStart:
+    def begun(*renames: tuple[str, str]) -> GivenModel:
         return warm_start("m", config, version(*renames), registry, run=tmp_path, cache=tmp_path)
 
     assert begun(before).renamed == ()
