@@ -44,8 +44,17 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
         print(f"{name} ...", file=sys.stderr)
         out = scratch / name
         out.mkdir()
-        places = {"out": out, "cache": cache, "root": scratch}
-        return Stored(train(splits, folder, config, num_threads=NUM_THREADS, teacher=teacher, **places), out)
+        made = train(
+            splits,
+            folder,
+            config,
+            out=out,
+            cache=cache,
+            root=scratch,
+            num_threads=NUM_THREADS,
+            teacher=teacher,
+        )
+        return Stored(made, out)
 
     def right(checkpoint: Stored[Any]) -> Any:
         return answers_of(checkpoint, test, cache=cache).argmax(axis=1) == truth

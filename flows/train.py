@@ -11,7 +11,6 @@ from prefect import flow
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from components.training import CHAMPION
 from flows.loop.permits import Cause, governed
 from flows.training import steps
 from flows.training.bundle import summarise, write_report
@@ -54,10 +53,7 @@ def train(
 
 def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, measure_again: bool) -> dict[str, Any]:
     with opened(recipe, reason, requested_by=requested_by, quiet=quiet) as run:
-        if run.config.training.weights == CHAMPION:
-            steps.warm_start(run)
-        if run.config.training.teacher is not None:
-            steps.teacher(run)
+        steps.given_models(run)
         dataset = steps.validation(run)
         splits = steps.splitting(run, dataset)
         turns = divided(run, dataset)  # before a training that would be for nothing

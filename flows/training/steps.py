@@ -48,7 +48,7 @@ from components.slices import make_slices
 from components.splitting import TestLedger, split
 from components.store import write_atomically
 from components.tables import read_frame
-from components.training import train
+from components.training import CHAMPION, train
 from components.validation import validate
 from flows.orchestrator.notifications import Event, notify
 from flows.orchestrator.retries import REGISTRY_POLICY
@@ -66,9 +66,17 @@ from registry.models import CurrentChampion
 from registry.tracking import LiveMetrics
 
 
+def given_models(run: Run) -> None:
+    """Before any work: the champion that the training goes on from and the teacher, where the recipe names them."""
+    if run.config.training.weights == CHAMPION:
+        warm_start(run)
+    if run.config.training.teacher is not None:
+        teacher(run)
+
+
 @task(name="warm start", **REGISTRY_POLICY)
 def warm_start(run: Run) -> None:
-    """Before any work: the champion that the training goes on from."""
+    """The champion that the training goes on from."""
     registry = registry_of(run.workspace, run.settings)
     config = run.config.training
     run.warm_start = begun_from(run.config.model, config, run.data, registry, run=run.folder, cache=run.workspace.cache)
@@ -77,10 +85,9 @@ def warm_start(run: Run) -> None:
 
 @task(name="teacher", **REGISTRY_POLICY)
 def teacher(run: Run) -> None:
-    """Before any work: whose answers the training learns."""
+    """Whose answers the training learns."""
     config = run.config.training
-    if config.teacher is None:
-        return
+    assert config.teacher is not None
     registry = registry_of(run.workspace, run.settings) if config.teacher.champion else None
     places = {"run": run.folder, "root": run.workspace.root, "cache": run.workspace.cache}
     run.teacher = learned_from(config.teacher, run.data, registry, **places)

@@ -186,8 +186,10 @@ def test_the_teacher_sees_train_pictures_alone_and_nobody_reads_test(
     cache = tmp_path / "cache"
     (tmp_path / "out").mkdir()
     student = phased(phases, teacher=TAUGHT)
-    places = {"out": tmp_path / "out", "cache": cache, "root": root}
-    train(Stored(record, tmp_path / "splits"), root / "data", student, teacher=teacher, num_threads=1, **places)
+    hidden_splits = Stored(record, tmp_path / "splits")
+    train(
+        hidden_splits, root / "data", student, out=tmp_path / "out", cache=cache, root=root, teacher=teacher, num_threads=1
+    )
     views = [*next((cache / "features").iterdir()).iterdir()]
     assert len(views) == 2
     for view in views:
