@@ -16,7 +16,7 @@ from PIL import Image
 from bench.frozen_training import images_of
 from components import plugins
 from components.checkpoints import restore
-from components.contracts.data import DataVersion, Splits
+from components.contracts.data import SPLITS, DataVersion, Splits
 from components.contracts.families import Backbone
 from components.contracts.models import Checkpoint
 from components.contracts.records import Stored
@@ -103,7 +103,7 @@ def as_splits(parts: Mapping[str, Part], classes: Sequence[str], folder: Path) -
         data=DataVersion(dvc_hash="bench", num_files=len(table), bytes=1, ledger_sha256="bench"),
         table=describe(folder / "splits.parquet", within=folder),
         classes=tuple(classes),
-        counts={},
+        counts={name: len(parts[name].labels) if name in parts else 0 for name in SPLITS},
         class_counts={},
         num_duplicate_groups=0,
         test_digest="bench",

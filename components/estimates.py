@@ -70,7 +70,7 @@ class PhaseEstimate:
     num_valid: int
     views: int
     epochs: int
-    """At most: it may stop earlier."""
+    """At most: it may stop earlier. 0 for a head that is computed in one step, whose time is not looked at."""
     num_steps: int
     """Of one epoch."""
     batch_size: int
@@ -146,7 +146,9 @@ def estimate(
             frozen = Frozen(config.backbone, backbone, model.backbone.state_dict(), num_blocks)
             rows = _frozen(phase, images, frozen, told, made, cache=cache, scratch=scratch, num_threads=num_threads)
         row_s, num_rows_timed = _row_seconds(rows)
-        step_s, valid_s, num_steps_timed = _step_seconds(config, number, backbone, model, part, images, rows, task, scratch)
+        steps: tuple[float | None, float | None, int] = (0.0, 0.0, 0)
+        if phase.head is None:
+            steps = _step_seconds(config, number, backbone, model, part, images, rows, task, scratch)
         found.append(
             PhaseEstimate(
                 number=number,
@@ -154,8 +156,8 @@ def estimate(
                 num_train=images.num_train,
                 num_valid=images.num_valid,
                 views=rows.num_views,
-                epochs=phase.fit.epochs,
-                num_steps=math.ceil(images.num_train / phase.fit.batch_size),
+                epochs=phase.fit.epochs if phase.head is None else 0,
+                num_steps=math.ceil(images.num_train / phase.fit.batch_size) if phase.head is None else 0,
                 batch_size=min(phase.fit.batch_size, images.num_train),
                 kind=rows.kind,
                 num_rows=rows.num,
@@ -163,9 +165,9 @@ def estimate(
                 unknown=rows.unknown,
                 row_s=row_s,
                 num_rows_timed=num_rows_timed,
-                step_s=step_s,
-                num_steps_timed=num_steps_timed,
-                valid_s=valid_s,
+                step_s=steps[0],
+                num_steps_timed=steps[2],
+                valid_s=steps[1],
             )
         )
         changed = 10**9 if phase.trains == "all" else max(changed, num_blocks)

@@ -112,7 +112,7 @@ def package(
     table = _sample(test, valid, config.reference_images)
     answers = _answers(record, predictor, reader, data, table, progress)
     answers.to_parquet(out / REFERENCE, index=False)
-    _write_golden(record, predictor, reader, data, valid, config.golden_images, out / GOLDEN)
+    _write_golden(record, predictor, reader, data, valid if len(valid) else test, config.golden_images, out / GOLDEN)
     for file in record.files:
         copy = out / ENGINE / file.name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -179,13 +179,13 @@ def _answers(
 
 
 def _write_golden(
-    engine: Engine, predictor: Predictor, task: Task, data: Path, valid: pd.DataFrame, count: int, path: Path
+    engine: Engine, predictor: Predictor, task: Task, data: Path, table: pd.DataFrame, count: int, path: Path
 ) -> None:
     """Encoded pictures and prepared pixels with their answers, the strata taking turns."""
     from safetensors.numpy import save
 
-    strata = valid["label"].map(task.stratum)
-    chosen = valid.assign(stratum=strata, turn=strata.groupby(strata).cumcount())
+    strata = table["label"].map(task.stratum)
+    chosen = table.assign(stratum=strata, turn=strata.groupby(strata).cumcount())
     chosen = chosen.sort_values(["turn", "stratum"], kind="stable").head(count)
     encoded = [(data / name).read_bytes() for name in chosen["path"]]
     pixels = np.stack([prepare(decode(raw), engine.preprocessing) for raw in encoded])
@@ -201,11 +201,16 @@ def _write_golden(
 
 
 def rule_of(answers: pd.DataFrame, config: PackagingConfig, task: Task) -> DecisionRule:
-    """Fitted on the answers of valid, told of those of test: label, predicted, confidence, right and split of each."""
+    """Fitted on the answers of valid, told of those of test: label, predicted, confidence, right and split of each.
+
+    Without valid images the threshold is the least that it may be.
+    """
     confidence = answers["confidence"].to_numpy(dtype=np.float64)
     correct = answers["right"].to_numpy(dtype=bool)
     valid, test = (answers["split"] == name for name in ("valid", "test"))
-    threshold = fit_threshold(confidence[valid], correct[valid], config.target_accuracy, config.min_confidence)
+    threshold = config.min_confidence
+    if valid.any():
+        threshold = fit_threshold(confidence[valid], correct[valid], config.target_accuracy, threshold)
     critical = tuple(_critical(answers, name, rate, threshold, task) for name, rate in config.critical.items())
     of_classes = {each.name: each.threshold for each in critical}
     answered = confidence[test] >= answers["predicted"][test].map(lambda label: needed(task, label, threshold, of_classes))

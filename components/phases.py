@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from components import plugins
+from components.computed_heads import HeadKind
 from components.contracts import families
 from components.contracts.errors import ConfigError
 from components.contracts.records import Record, canonical_json, sha256_text
@@ -92,6 +93,18 @@ class Phase(Record):
     The statistics of a few hundred pictures are worse than those of the million that pretrained weights saw.
     """
     fit: FittingConfig = FittingConfig()
+    head: HeadKind | None = None
+    """For few pictures of each class: the head is computed in one step (components/computed_heads.py), as class means
+    (`prototype`), ridge regression (`linear`), or what does better on pictures that are left out (`auto`).
+
+    Left out of JSON where it is fitted in steps, so that what an older recipe makes keeps its digest."""
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.head is None:
+            del values["head"]
+        return values
 
     @field_validator("trains", mode="before")
     @classmethod
@@ -107,7 +120,8 @@ class Phase(Record):
         """What trains, in words."""
         if isinstance(self.trains, LastBlocks):
             return "the last block" if self.trains.last == 1 else f"the last {self.trains.last} blocks"
-        return {"head": "the head", "all": "everything"}[self.trains]
+        head = "the head" if self.head is None else "the head, computed in one step"
+        return {"head": head, "all": "everything"}[self.trains]
 
     def kept(self, part: nn.Module) -> list[nn.Module]:
         """The modules of what trains that stay as they came."""
@@ -216,6 +230,8 @@ def check(phase: Phase, place: str, task: families.Task) -> None:
     if phase.batch_norm is not None and phase.trains == "head":
         raise ConfigError(f"{place}.batch_norm has no effect with trains: head, which has no batch normalisation; remove it")
     chosen = [(one.augmentation, one.load()) for one in phase.all_augmentations]
+    if phase.head is not None:
+        _check_computed(phase, place, task, [name for name, member in chosen if member.mixes])
     mixing = [(name, member) for name, member in chosen if member.mixes]
     if (phase.loss or mixing or phase.sampling == "balanced") and not getattr(task, "one_class", False):
         raise ConfigError(
@@ -247,4 +263,20 @@ def check(phase: Phase, place: str, task: families.Task) -> None:
     if not frozen and phase.views > 1:
         raise ConfigError(
             f"{place}.views has no effect with trains: all: every picture is changed anew in every epoch; remove it"
+        )
+
+
+def _check_computed(phase: Phase, place: str, task: families.Task, mixing: Sequence[str]) -> None:
+    """Raise ConfigError where a head is to be computed that cannot be, or by settings that are about steps."""
+    if phase.trains != "head":
+        raise ConfigError(f"{place}.head: {phase.head} computes a head on frozen features; say trains: head, or remove it")
+    if not getattr(task, "one_class", False):
+        raise ConfigError(f"{place}.head: {phase.head} needs a task with one class an image; remove it")
+    of_steps = [key for key in ("fit", "loss", "sampling") if getattr(phase, key) != Phase.model_fields[key].default]
+    of_steps += [f"augmentation {name}" for name in mixing]
+    if of_steps:
+        raise ConfigError(
+            f"{place}: {' and '.join(of_steps)} {'has' if len(of_steps) == 1 else 'have'} no effect with head: "
+            f"{phase.head}, which takes no steps and has every class count alike; remove "
+            f"{'it' if len(of_steps) == 1 else 'them'}"
         )

@@ -262,6 +262,10 @@ class Kept:
             found[here] = self._of_view([positions[i] for i in here], view)
         return torch.from_numpy(found)
 
+    def views(self) -> list[npt.NDArray[Any]]:
+        """All rows (n, ...), an array a view, the first view first: for inputs of which there are few."""
+        return [self._of_view([*range(len(self))], view) for view in range(len(self._views))]
+
     def _of_view(self, positions: list[int], view: int) -> npt.NDArray[Any]:
         segments = self._views[view]
         names = [self._pictures[position] for position in positions]

@@ -39,9 +39,10 @@ _HEADER = "# visionloop test ledger 1, test_share="
 class SplittingConfig(Record):
     """How pictures outside the frozen test set are divided; shares are of those pictures, train takes the rest."""
 
-    valid_share: float = Field(default=0.10, gt=0, lt=0.5)
-    calibration_share: float = Field(default=0.03, gt=0, lt=0.5)
-    """For choosing int8 ranges: seen neither by training nor by any score."""
+    valid_share: float = Field(default=0.10, ge=0, lt=0.5)
+    """0 for none at all: all pictures train, which only a head that is computed can be trained on (recipe fewshot)."""
+    calibration_share: float = Field(default=0.03, ge=0, lt=0.5)
+    """For choosing int8 ranges: seen neither by training nor by any score. 0 for none at all, without int8 engines."""
     seed: int = Field(default=0, ge=0)
     order: Literal["random", "captured_at"] = "random"
     """Which pictures are valid: any, or by `captured_at` the newest of each class, then calibration, and the oldest train.
@@ -54,6 +55,12 @@ class SplittingConfig(Record):
         if self.valid_share + self.calibration_share > 0.6:
             raise ValueError("valid_share + calibration_share leave less than 40 % for training")
         return self
+
+    @property
+    def none(self) -> tuple[SplitName, ...]:
+        """The splits that are to have no pictures."""
+        shares: dict[SplitName, float] = {"valid": self.valid_share, "calibration": self.calibration_share}
+        return tuple(name for name, share in shares.items() if share == 0)
 
 
 @dataclass(frozen=True)
@@ -206,12 +213,13 @@ def split(
         name: dict(sorted(Counter(table.loc[table["split"] == name, "label"]).items())) for name in SPLITS
     }
     classes = set(task.classes(dataset.record.classes))
-    for name in SPLITS:
+    for name in (each for each in SPLITS if each not in config.none):
         missing = sorted(classes - set(task.classes(list(class_counts[name]))))
         if missing:
             raise DataError(
                 f"class {missing[0]!r} has no image in the {name} split ({counted(len(missing), 'class')} without one); "
-                f"add images of it with `visionloop data add`{_why_missing(missing[0], known, left_out, assigned)}"
+                f"add images of it with `visionloop data add`{_too_few(missing[0], name, table, config)}"
+                f"{_why_missing(missing[0], known, left_out, assigned)}"
             )
     out_table = out / "splits.parquet"
     table[["path", "label", "sha256", "picture", "split"]].to_parquet(out_table, index=False)
@@ -362,7 +370,8 @@ def _assign(table: pd.DataFrame, ledger: TestLedger, config: SplittingConfig, ta
     # Every class needs an image in each split; rounding down must not empty a small one.
     totals = Counter(strata.values())
     wanted: dict[SplitName, Mapping[str, int]] = {
-        name: {stratum: max(1, round(share * num)) for stratum, num in totals.items()} for name, share in shares
+        name: {stratum: max(1, round(share * num)) if share else 0 for stratum, num in totals.items()}
+        for name, share in shares
     }
     names: tuple[SplitName, ...] = ("valid", "calibration", "train")
     divided = {unit: names[share] for unit, share in units.divided([*wanted.values()], order=order).items()}
@@ -431,6 +440,19 @@ def _told_of_clusters(told: Mapping[str, Any]) -> list[str]:
         worst = max(off, key=lambda stratum: abs(off[stratum]))
         text += f"; {name} is off by {sum(map(abs, off.values()))} (at most {off[worst]:+d}, class {worst!r})"
     return [text if told["off_balance"] else f"{text}; every split is of the size that was wanted"]
+
+
+def _too_few(label: str, missing: SplitName, table: pd.DataFrame, config: SplittingConfig) -> str:
+    """What else helps a class that has fewer pictures outside test than there are splits of them, for an error."""
+    own = table[table["label"] == label]
+    num = int((own["split"] != "test").sum())
+    wanted = 3 - len(config.none)
+    if missing == "test" or num >= wanted:
+        return ""
+    return (
+        f". It has {counted(num, 'image')} outside test, and train, valid and calibration take one each at least; where "
+        f"every class has few, the recipe fewshot trains on all of them (splitting.valid_share and calibration_share 0)"
+    )
 
 
 def _why_missing(label: str, known: pd.DataFrame, left_out: pd.DataFrame, assigned: _Assigned) -> str:

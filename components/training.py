@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from components import phases, plugins
 from components.compute import Compute, ComputeConfig, expect_parts, resolve
+from components.computed_heads import compute as compute_head
 from components.contracts.data import Renames, SplitName, Splits, names_after
 from components.contracts.errors import CheckpointMismatch, ConfigError, UnknownName, WeightsUnavailable
 from components.contracts.families import Backbone, Task
@@ -30,6 +33,7 @@ from components.hooks import Checkpointing, Hook, MetricLogging, ProgressReporti
 from components.phases import Augmentation, LastBlocks, Phase
 from components.pictures import prepared
 from components.samples import rows
+from components.segments import Kept
 from components.store import describe, sha256_file
 from components.weights import from_safetensors, tensor_names
 
@@ -151,6 +155,11 @@ def check(config: TrainingConfig, root: Path) -> None:
                 f"{place}.batch_norm: statistics of random weights are none to keep; remove it, or choose pretrained weights"
             )
         phases.check(phase, place, task)
+        if phase.head is not None and config.teacher is not None:
+            raise ConfigError(
+                f"{place}.head: {phase.head} computes the head from labels alone, and training.teacher has no effect on it; "
+                f"remove one of them"
+            )
         # How many images there are is known later.
         expect_parts(config.compute, phase.fit.batch_size, phase.fit.batch_size, f"{place}.fit")
         if isinstance(phase.trains, LastBlocks):
@@ -166,6 +175,16 @@ def expect_enough(config: TrainingConfig, num_train: int) -> None:
     """Raise ConfigError where so many training images are too few for the parts of a batch."""
     for number, phase in enumerate(config.all_phases, 1):
         expect_parts(config.compute, phase.fit.batch_size, num_train, f"{config.place(number)}.fit")
+
+
+def expect_valid(config: TrainingConfig, share_or_number: float) -> None:
+    """Raise ConfigError where there are no valid images and a phase chooses its epoch by them."""
+    for number, phase in enumerate(config.all_phases, 1):
+        if phase.head is None and not share_or_number:
+            raise ConfigError(
+                f"{config.place(number)}: the epoch of a fit is chosen on valid images, and there are none; raise "
+                f"splitting.valid_share above 0, or compute the head in one step (trains: head, head: auto)"
+            )
 
 
 def expect_same_network(config: TrainingConfig, champion: Checkpoint, told: str) -> None:
@@ -242,6 +261,8 @@ def train(
 ) -> Checkpoint:
     """Fit the phases on train, choose each one's epoch and the temperature on valid; calibration and test are not read.
 
+    A head that is computed takes no epochs, and its temperature is fitted on train images that are left out in turns, too.
+
     `champion` is what `weights: champion` goes on from, and `renamed` the classes that got other names since it was
     trained; `teacher` and `teacher_renamed` are the same of the section's teacher. Writes weights.safetensors and
     history.json, whose rows say their phase where there are several. What a killed run left in `out` is taken up, bit for
@@ -254,6 +275,7 @@ def train(
     check(config, root)
     compute = on_this_machine(config)
     expect_enough(config, splits.record.counts["train"])
+    expect_valid(config, splits.record.counts["valid"])
     torch.set_num_threads(num_threads)
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
@@ -270,6 +292,14 @@ def train(
         identity = sha256_text(canonical_json([*told, compute.key] if compute.key else told))
         numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
         label = f"phase {number}, " if len(config.all_phases) > 1 else ""
+        if phase.head is not None:
+            result, answers, labels = _computed(phase, part, task, train_set, valid_set)
+            row = numbered(result.history[0])
+            (sink or NullSink()).log(int(row["epoch"]), row)
+            progress(1, 1, f"{label}{phase.part}: {_told(row, task.headline)}")
+            best_epoch = len(history) + 1
+            history.append(row)
+            continue
         # A phase that a killed run had finished is taken up from its checkpoint without a step.
         result = fit_phase(
             phase,
@@ -285,13 +315,12 @@ def train(
             compute=compute,
             teaching=teaching,
         )
-        logits = predict(part, logits_of(phase), valid_set.inputs, phase.fit.batch_size)
+        answers = predict(part, logits_of(phase), valid_set.inputs, phase.fit.batch_size).numpy()
+        labels = valid_set.targets.numpy()
         if len(config.all_phases) > 1:
             result.history[result.best_epoch - 1] |= _on_train(part, logits_of(phase), train_set, task, phase.fit.batch_size)
         best_epoch = len(history) + result.best_epoch
         history += map(numbered, result.history)
-    labels = valid_set.targets.numpy()
-    answers = logits.numpy()
     temperature = task.fit_temperature(answers, labels)
     measured = task.metrics(answers, labels, temperature)
     write_history(history, out / "history.json")
@@ -313,6 +342,44 @@ def train(
         valid_metrics={name: estimate.value for name, estimate in measured.items()},
         computed_on=compute.told,
     )
+
+
+def _computed(
+    phase: Phase, part: nn.Module, task: Task, train: Examples, valid: Examples
+) -> tuple[FitResult, npt.NDArray[Any], npt.NDArray[Any]]:
+    """Compute the head and put it into `part`; returns its one row, and answers with labels that tell how sure it may be.
+
+    These are the answers about train pictures that were left out, and about valid. Where there are none, since every class
+    has one picture and none is valid, those about the pictures that it was computed from have to do.
+    """
+    import torch
+
+    assert phase.head is not None
+    assert isinstance(train.inputs, Kept)  # what is frozen comes from a cache
+    views, labels = train.inputs.views(), train.targets.numpy()
+    head = compute_head(views, labels, phase.head, task)
+    head.put_into(part)
+    part.eval()
+    own = head.logits(views[0])
+    on_valid = predict(part, logits_of(phase), valid.inputs, _MOST_TRAIN_IMAGES).numpy()
+    told = [(head.answers, labels[head.left_out]), (on_valid, valid.targets.numpy())]
+    row = {"epoch": 1.0, "train_loss": float(task.loss(torch.from_numpy(own), train.targets))}
+    row |= {"left_out": float(len(head.left_out)), "ridge_strength": head.strength}
+    for name, (answers, targets) in zip(("left_out", "valid"), told, strict=True):
+        if len(targets):
+            row[f"{name}_loss"] = float(task.loss(torch.from_numpy(answers), torch.from_numpy(targets)))
+            row[f"{name}_{task.headline}"] = float(task.right(answers, targets).mean())
+    if not any(len(targets) for _, targets in told):
+        told = [(own, labels)]
+    answers, targets = (np.concatenate(each) for each in zip(*told, strict=True))
+    return FitResult({}, 1, [row]), answers, targets
+
+
+def _told(row: dict[str, float], headline: str) -> str:
+    """What a head that was computed came to, in words."""
+    how = "class means" if row["ridge_strength"] == 0 else f"ridge regression of strength {row['ridge_strength']:g}"
+    known = f"left_out_{headline}"
+    return how + (f", left-out {headline} {row[known]:.4f}" if known in row else "")
 
 
 def _teaching(

@@ -167,7 +167,7 @@ def log_history(mlflow: MlflowClient, run_id: str, history: list[dict[str, float
     """Write the epochs that the run does not hold yet."""
     from mlflow.entities import Metric
 
-    known = {m.step for m in mlflow.get_metric_history(run_id, "training.valid_loss")}
+    known = {m.step for m in mlflow.get_metric_history(run_id, "training.train_loss")}
     metrics = [
         Metric(f"training.{name}", value, 0, int(row["epoch"]))
         for row in history

@@ -21,6 +21,7 @@ from flows.console.promoting import Promoting
 from flows.console.queue import status_word
 from flows.console.rendering import ago
 from flows.console.visitors import Visitor
+from flows.pages.figures import epochs_of
 from flows.terminal import figure
 from flows.training.candidate_evidence import corruptions
 from flows.training.candidate_evidence import page as evidence_page
@@ -373,7 +374,7 @@ def figure_names(found: RegisteredEvidence) -> list[tuple[str, str]]:
         names.append(("reliability", "Calibration: accuracy by confidence"))
     if found.risk_coverage is not None:
         names.append(("risk_coverage", "Risk against coverage, by threshold"))
-    if found.history:
+    if epochs_of(found.history):
         names.append(("curves", "Losses and accuracy by epoch"))
     return names
 

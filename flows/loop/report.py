@@ -139,8 +139,9 @@ def _version(loop: Loop, state: approval.State, folder: Path) -> dict[str, Any]:
     judged = with_finding(verdict.record, served.record.finding) if verdict and served else verdict and verdict.record
     history = run / stage_folder("training") / "history.json"
     drawn: dict[str, Markup] = {}
-    if history.is_file():
-        drawn["Training"] = figures.curves_figure(json.loads(history.read_text()), headline)
+    epochs = figures.epochs_of(json.loads(history.read_text())) if history.is_file() else []
+    if epochs:
+        drawn["Training"] = figures.curves_figure(epochs, headline)
     if splits is not None:
         drawn["Splits"] = figures.splits_figure(splits.record)
     if evaluation is not None and evaluation.record.confusion:

@@ -136,11 +136,16 @@ def pareto_figure(
     return as_svg(figure)
 
 
+def epochs_of(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows of a history that are epochs: a head that was computed in one step has none."""
+    return [row for row in history if "ridge_strength" not in row]
+
+
 def curves_figure(history: list[dict[str, float]], headline: str, phases: Sequence[tuple[str, int, int]] = ()) -> Markup:
     """Losses and the headline metric by epoch; a phase is what trained, its last epoch and its best one."""
     from matplotlib import pyplot
 
-    frame = pd.DataFrame(history)
+    frame = pd.DataFrame(epochs_of(history))
     # An epoch alone is a point, which no line shows.
     marker = "o" if len(frame) < 20 else None
     figure, axes = pyplot.subplots(figsize=(9, 3.4))
@@ -158,7 +163,7 @@ def curves_figure(history: list[dict[str, float]], headline: str, phases: Sequen
         axes.plot(best["epoch"], best["valid_loss"], "o", color=_BLUE, markersize=8, fillstyle="none", label="best epoch")
     lines = [*axes.get_lines(), *right.get_lines()]
     for number, (part, last, _) in enumerate(phases if len(phases) > 1 else (), 1):
-        first = 1 if number == 1 else phases[number - 2][1] + 1
+        first = int(frame["epoch"].iloc[0]) if number == 1 else phases[number - 2][1] + 1
         if number > 1:
             axes.axvline(first - 0.5, color=_GREY, linestyle=":", linewidth=1)
         axes.axvspan(first - 0.5, last + 0.5, color="#eceff3" if number % 2 else "white", zorder=0, linewidth=0)

@@ -34,12 +34,16 @@ class PhaseResult:
     best: Mapping[str, float]
     """The history's row of the best epoch, from which the next phase went on."""
     last: Mapping[str, float]
-    valid: Estimate
-    """Share of valid images answered right at the best epoch."""
+    valid: Estimate | None
+    """Share of valid images answered right at the best epoch; None where there are none."""
     train: Estimate | None
     """The same of train images as they are, where it was asked."""
     gain: Estimate | None
-    """Share of valid images more than after the phase before; None for the first."""
+    """Share of valid images more than after the phase before; None for the first, and where it is not known."""
+    left_out: Estimate | None = None
+    """Share of train images answered right by a head that was computed without them; None of a head fitted in steps."""
+    computed: bool = False
+    """Whether it is a head that was computed in one step."""
 
     @property
     def best_epoch(self) -> int:
@@ -54,8 +58,11 @@ def phase_results(
     found: list[PhaseResult] = []
     for number, phase in enumerate(phases, 1):
         rows = [row for row in history if row.get("phase", 1) == number]
-        best = min(rows, key=lambda row: row["valid_loss"])
-        valid = _share(best[f"valid_{headline}"], num_valid)
+        computed = phase.head is not None
+        best = rows[0] if computed else min(rows, key=lambda row: row["valid_loss"])
+        valid = _share(best[f"valid_{headline}"], num_valid) if num_valid else None
+        before = found[-1].valid if found else None
+        left_out = best.get(f"left_out_{headline}")
         asked = f"train_{headline}" in best
         found.append(
             PhaseResult(
@@ -67,7 +74,9 @@ def phase_results(
                 last=rows[-1],
                 valid=valid,
                 train=_share(best[f"train_{headline}"], int(best["train_images"])) if asked else None,
-                gain=difference(valid, found[-1].valid) if found else None,
+                gain=difference(valid, before) if valid and before else None,
+                left_out=None if left_out is None else _share(left_out, int(best["left_out"])),
+                computed=computed,
             )
         )
     return found
@@ -101,6 +110,8 @@ def gain_told(result: PhaseResult) -> str:
 def fit_told(results: Sequence[PhaseResult], phases: Sequence[Phase], headline: str) -> list[str]:
     """Whether the network over- or under-fits, as far as that is known, and whether it had trained to the end."""
     result, fit = results[-1], phases[-1].fit
+    if result.computed:
+        return _of_computed(result)
     told = _by_shares(result, result.train) if result.train is not None else _by_losses(result, headline)
     # A rate that falls to nothing ends where the loss is lowest in any case.
     going_on = fit.schedule in ("constant", "step", "cyclical")
@@ -109,7 +120,23 @@ def fit_told(results: Sequence[PhaseResult], phases: Sequence[Phase], headline: 
     return told
 
 
+def _of_computed(result: PhaseResult) -> list[str]:
+    strength = result.best["ridge_strength"]
+    how = "the mean of each class" if strength == 0 else f"ridge regression of strength {strength:g}"
+    told = [f"The head was computed in one step, as {how}, from frozen embeddings: there are no epochs, and no curve."]
+    if result.left_out is None:
+        return [*told, "Every class has one train image, so none could be left out: how good it is, test alone says."]
+    told.append(
+        f"Left out in turns, {percent(result.left_out)} of {counted(result.left_out.n, 'train image')} are answered right "
+        f"by heads that were computed without them; by these answers the kind of the head and the temperature were chosen."
+    )
+    if result.valid is not None:
+        told.append(f"Of {counted(result.valid.n, 'valid image')} {percent(result.valid)} are answered right.")
+    return told
+
+
 def _by_shares(result: PhaseResult, train: Estimate) -> list[str]:
+    assert result.valid is not None  # by which a fit chose its epoch
     valid, gap = result.valid, difference(train, result.valid)
     told = [
         f"Of {counted(train.n, 'train image')}, as they are, {percent(train)} are answered right, and of "
@@ -136,6 +163,7 @@ def _by_shares(result: PhaseResult, train: Estimate) -> list[str]:
 
 def _by_losses(result: PhaseResult, headline: str) -> list[str]:
     best, last, valid = result.best, result.last, result.valid
+    assert valid is not None  # by which a fit chose its epoch
     told = [
         f"At the best epoch, {result.best_epoch} of {result.last_epoch}, {percent(valid)} of "
         f"{counted(valid.n, 'valid image')} are answered right; the train loss is {_loss(best['train_loss'])} there and the "

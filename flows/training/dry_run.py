@@ -322,7 +322,9 @@ def _images(run: Run, splits: Stored[Splits] | None) -> Images:
         return Images(splits.record.classes, train, valid, len(train), len(valid), split=True)
     listed = data_folder.listing(run.workspace.data).classes
     config, ledger = run.config.splitting, TestLedger.read(run.workspace.root / TEST_LEDGER)
-    rest = run.data.num_files * (1 - ledger.test_share)
+    # A person may have chosen more test pictures, or fewer, than the share that is drawn.
+    test_share = sum(ledger.members.values()) / len(ledger.members) if ledger.members else ledger.test_share
+    rest = run.data.num_files * (1 - test_share)
     num_train = round(rest * (1 - config.valid_share - config.calibration_share))
     some = [(path, "") for paths in listed.values() for path in paths]
     return Images(tuple(listed), some, (), num_train, round(rest * config.valid_share), split=False)
@@ -368,8 +370,13 @@ def _training_told(plan: Plan) -> list[str]:
         views = f" in {phase.views} views" if phase.views > 1 else ""
         lines.append(
             f"    phase {phase.number}, {phase.part}: {about}{counted(phase.num_train, 'train image')}{views}, "
-            f"{about}{phase.num_valid} valid; at most {counted(phase.epochs, 'epoch')} of "
-            f"{counted(phase.num_steps, 'step')}, {counted(phase.batch_size, 'image')} each"
+            f"{about}{phase.num_valid} valid"
+            + (
+                f"; at most {counted(phase.epochs, 'epoch')} of {counted(phase.num_steps, 'step')}, "
+                f"{counted(phase.batch_size, 'image')} each"
+                if phase.epochs
+                else ""
+            )
         )
         if phase.num_cached is None:
             lines.append(f"        {phase.kind}: {about}{phase.num_rows}; how many are cached is not known: {phase.unknown}")
@@ -394,7 +401,9 @@ def _time_told(phase: PhaseEstimate) -> str:
             f"{_about(phase.rows_s)} for {phase.kind} ({_ms(phase.row_s)} each, timed on "
             f"{counted(phase.num_rows_timed, 'image')})"
         )
-    if phase.fit_s is None:
+    if not phase.epochs:
+        parts.append("computed in seconds")
+    elif phase.fit_s is None:
         parts.append("steps: not known, since they could not be timed")
     else:
         parts.append(

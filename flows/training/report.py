@@ -87,7 +87,7 @@ def render(run: Run, results: Results, outcome: Outcome | None, notes: Sequence[
                     "name": f"{result.number}. {result.part}",
                     "epochs": f"{result.first_epoch} to {result.last_epoch}",
                     "best_epoch": result.best_epoch,
-                    "valid": cell(result.valid),
+                    "valid": cell(result.valid) if result.valid else ("", ""),
                     "train": cell(result.train) if result.train else ("", ""),
                     "gain": gain_told(result),
                 }
@@ -143,15 +143,14 @@ def _figures(
 ) -> dict[str, Markup]:
     prepare_figures()
     task = run.task
+    drawn = [(each.part, each.last_epoch, each.best_epoch) for each in trained if not each.computed]
     own = {"confusion": confusion_figure, "reliability": reliability_figure}
     return {
         "engines": engine_figure(results.evaluations, task.headline),
         "pareto": pareto_figure(
             results.evaluations, results.measurements, task.headline, results.verdict.record.serving_engine
         ),
-        "curves": curves_figure(
-            results.history, task.headline, [(result.part, result.last_epoch, result.best_epoch) for result in trained]
-        ),
+        **({"curves": curves_figure(results.history, task.headline, drawn)} if drawn else {}),
         "splits": splits_figure(results.splits.record),
         **{name: own[name](shown.record) for name in task.figures},
         **({"risk_coverage": risk_coverage_figure(curve)} if curve else {}),

@@ -24,7 +24,7 @@ from components.gating import check as check_gating
 from components.issues import chosen as chosen_findings
 from components.packaging import PackagingConfig
 from components.splitting import SplittingConfig
-from components.training import CHAMPION, TrainingConfig, begins_from_a_model
+from components.training import CHAMPION, TrainingConfig, begins_from_a_model, expect_valid
 from components.training import check as check_training
 from components.validation import ValidationConfig
 from components.validation import check as check_validation
@@ -118,6 +118,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
         check_validation(config.validation)
         check_training(config.training, workspace or Path())
         _expect_unseen(config, workspace or Path())
+        _expect_pictures(config)
         check_export(config.export)
         check_gating(
             config.gating,
@@ -132,6 +133,17 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
         error.args = (f"{place}: {error}",)
         raise
     return config
+
+
+def _expect_pictures(config: RunConfig) -> None:
+    """Raise ConfigError where a split has no pictures that something of the recipe needs."""
+    expect_valid(config.training, config.splitting.valid_share)
+    int8 = [target.name for target in config.export.all_targets if target.precision == "int8"]
+    if int8 and config.splitting.none:
+        raise ConfigError(
+            f"splitting.{config.splitting.none[0]}_share is 0, and {int8[0]} chooses its ranges on calibration pictures and "
+            f"is measured on valid ones; raise it, or leave {', '.join(int8)} out of export.targets"
+        )
 
 
 def _expect_unseen(config: RunConfig, root: Path) -> None:

@@ -158,6 +158,14 @@ def test_answers_of_a_critical_class_need_its_own_threshold_and_the_price_is_tol
     assert found.model_copy(update={"test": None, "found": None}).told().endswith("there was none in test")
 
 
+def test_without_valid_images_the_threshold_is_the_least_that_it_may_be(task: Task) -> None:
+    answers = answers_of(task)
+    of_test = answers.assign(split="test")
+    rule = rule_of(of_test, PackagingConfig(min_confidence=0.6), task)
+    assert (rule.threshold, rule.num_valid) == (0.6, 0)
+    assert rule.coverage.n == len(of_test)
+
+
 def test_records_without_critical_classes_are_written_as_before_there_were_any() -> None:
     rule = rule_of(answers_of(Classification()), PackagingConfig(), Classification())
     assert set(rule.to_json()) == {"schema_version", "threshold", "target_accuracy", "num_valid", "coverage", "accuracy"}

@@ -295,3 +295,20 @@ def test_a_phase_that_names_a_loss_is_set_by_its_number_and_its_augmentations_by
     assert found.loss is not None
     assert found.loss.settings == {"smoothing": 0.2}
     assert [chosen.settings for chosen in found.augmentations] == [{"alpha": 0.4}, {"degrees": 5}]
+
+
+def test_without_valid_or_calibration_pictures_only_what_needs_none_is_a_recipe() -> None:
+    few = load_recipe("fewshot")
+    assert few.splitting.none == ("valid", "calibration")
+    assert [phase.head for phase in few.training.all_phases] == ["auto"]
+    with pytest.raises(
+        ConfigError, match=r"calibration_share is 0, and openvino-int8 chooses its ranges on calibration pict"
+    ):
+        load_recipe("digits", ["splitting.calibration_share=0"])
+    with pytest.raises(
+        ConfigError, match=r"training.phases.0: the epoch of a fit is chosen on valid images, and there are non"
+    ):
+        load_recipe("transfer", ["splitting.valid_share=0"])
+    both = "training.phases=[{trains: head, head: auto}, {trains: {last: 1}}]"
+    with pytest.raises(ConfigError, match=r"training.phases.1: the epoch of a fit"):
+        load_recipe("fewshot", [both])
