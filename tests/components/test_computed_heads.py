@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from components.store import describe
 from components.training import TrainingConfig, check, train
 
 TASK = plugins.load("tasks", "classification")
-HEAD = {"trains": "head", "head": "auto"}
+HEAD: dict[str, object] = {"trains": "head", "head": "auto"}
 
 
 def clouds(
@@ -126,7 +127,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Stored[Splits
     return root, write_small_splits(root)
 
 
-def phased(*phases: dict[str, object], **changes: object) -> TrainingConfig:
+def phased(*phases: Mapping[str, object], **changes: object) -> TrainingConfig:
     values = {"backbone": "small_cnn", "backbone_settings": NETWORK, "weights": "start.safetensors", "phases": phases}
     return TrainingConfig.model_validate_json(json.dumps(values | changes), strict=True)
 
@@ -139,8 +140,8 @@ def few(world: tuple[Path, Stored[Splits]], folder: Path, per_class: int, num_va
     valid = table[table["split"] == "valid"].groupby("label").head(num_valid)
     pd.concat([train_set, valid]).to_parquet(folder / "splits.parquet")
     told = {"counts": {"train": len(train_set), "valid": len(valid)}}
-    table = describe(folder / "splits.parquet", within=folder)
-    return Stored(world[1].record.model_copy(update={**told, "table": table}), folder)
+    described = describe(folder / "splits.parquet", within=folder)
+    return Stored(world[1].record.model_copy(update={**told, "table": described}), folder)
 
 
 def _trained(root: Path, splits: Stored[Splits], out: Path, config: TrainingConfig, **given: Any) -> Stored[Checkpoint]:

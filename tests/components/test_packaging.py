@@ -158,10 +158,10 @@ def test_answers_of_a_critical_class_need_its_own_threshold_and_the_price_is_tol
     assert found.model_copy(update={"test": None, "found": None}).told().endswith("there was none in test")
 
 
-def test_without_valid_images_the_threshold_is_the_least_that_it_may_be(task: Task) -> None:
-    answers = answers_of(task)
+def test_without_valid_images_the_threshold_is_the_least_that_it_may_be() -> None:
+    answers = answers_of(Classification())
     of_test = answers.assign(split="test")
-    rule = rule_of(of_test, PackagingConfig(min_confidence=0.6), task)
+    rule = rule_of(of_test, PackagingConfig(min_confidence=0.6), Classification())
     assert (rule.threshold, rule.num_valid) == (0.6, 0)
     assert rule.coverage.n == len(of_test)
 

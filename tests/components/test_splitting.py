@@ -380,14 +380,13 @@ def test_all_that_is_not_test_may_train_down_to_one_picture_of_a_class(tmp_path:
     members = pictures("a", 9) + pictures("b", 4)
     test = [picture for picture, _ in members[:4]] + [picture for picture, _ in members[9:12]]
     ledger = TestLedger(0.5, {picture: picture in test for picture, _ in members})
-    none = {"valid_share": 0, "calibration_share": 0}
-    found, where = run(tmp_path, "few", members, ledger, **none)
+    found, where = run(tmp_path, "few", members, ledger, valid_share=0, calibration_share=0)
     assert found.class_counts["train"] == {"a": 5, "b": 1}
     assert (found.counts["valid"], found.counts["calibration"], found.counts["test"]) == (0, 0, 7)
     assert {side for picture, side in where.items() if picture in test} == {"test"}
     # A class without any is no class to train on, whatever is left out.
     with pytest.raises(DataError, match=r"class 'b' has no image in the train split .*; add images of it"):
-        run(tmp_path, "gone", members[:-1], ledger, **none)
+        run(tmp_path, "gone", members[:-1], ledger, valid_share=0, calibration_share=0)
     with pytest.raises(
         DataError,
         match=r"class 'b' has no image in the .* split .* It has 1 image outside test, and train, valid and calibration take one "

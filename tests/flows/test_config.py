@@ -144,7 +144,7 @@ def test_a_recipe_of_phases_is_set_phase_by_phase() -> None:
         ("training.phases.2.fit.epochs=3", "unknown entry of 'phases' .* '2'; valid: 0, 1"),
         (
             "training.phases.1.epochs=3",
-            r"'training\.phases\.1\.epochs'; valid: augmentation, augmentations, batch_norm, fit, loss, sampling, trains, views",
+            r"'training\.phases\.1\.epochs'; valid: augmentation, augmentations, batch_norm, fit, head, loss, sampling, trains, views",
         ),
         ("training.phases.1=3", "name a key of it, such as training.phases.1.KEY"),
         ("training.fit.epochs=3", "training: fit beside phases: .*move it into a phase, such as training.phases.0.fit"),
