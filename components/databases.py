@@ -96,7 +96,7 @@ class Database:
             cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
             raise RegistryUnavailable(
                 f"{self.name} at {redacted(self.url)} does not answer: {cause}. "
-                f"Nothing was lost; {_advice(cause)} and run the same command again"
+                f"Nothing was lost; {advice(cause)} and run the same command again"
             ) from error
 
     def close(self) -> None:
@@ -179,7 +179,7 @@ def _sqlite(database: Path) -> Iterator[sqlite3.Connection]:
         raise RegistryUnavailable(f"{database} does not answer: {error}. Try again when nobody holds it") from error
 
 
-def _advice(cause: str) -> str:
+def advice(cause: str) -> str:
     """What helps against a database's complaint; SQLite's are about a file."""
     for words, advice in {
         "is full": "free space on its disk",

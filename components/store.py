@@ -176,6 +176,12 @@ class Store:
         """Whether a stage that can resume was stopped before it published this artefact, and left work."""
         return any(self._partial(kind, key, resumable=True).glob("*"))
 
+    def give_up(self, kind: str, key: str) -> None:
+        """Remove the work that a stage which can resume left: nobody goes on with it."""
+        partial = self._partial(kind, key, resumable=True)
+        if partial.exists():
+            _remove_unless_held(partial)
+
     @contextlib.contextmanager
     def writing(self, kind: str, key: str, *, resumable: bool = False) -> Iterator[Path]:
         """A hidden folder to write into. It is emptied first, unless the stage can resume from what it left there."""

@@ -50,6 +50,20 @@ def start_training(
     return summary
 
 
+def start_search(recipe: ChosenRecipe, study: str, *, workers: int, write: str, say: Say = silent) -> dict[str, Any]:
+    """Search by a recipe that is parsed and checked already; returns what came of it. Raises VisionloopError."""
+    _expect_ready(recipe.workspace, read_settings(recipe.workspace.state))
+    say(f"getting ready to search recipe {recipe.name}, which takes up to half a minute the first time ...")
+    with collector.kept():
+        from flows.tune import tune
+
+    call: Any = tune
+    root = str(recipe.workspace.root)
+    with handed_on(recipe):
+        summary: dict[str, Any] = call(recipe.name, study, root, recipe.overrides, workers=workers, write=write)
+    return summary
+
+
 def start_promotion(desk: Desk, version: str, *, quiet: bool) -> dict[str, Any]:
     """Make an approved version the champion; returns model, version, ledger row and release. Raises VisionloopError."""
     _expect_ready(desk.workspace, desk.settings)

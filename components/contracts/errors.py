@@ -14,6 +14,7 @@ Exceptions::
     │   ├── TamperedArtefact        bytes differ from the digests in their manifest
     │   └── SchemaTooNew            written by a newer visionloop
     ├── WorkspaceBusy               another run holds this workspace
+    ├── StudyBusy                   another search holds this study
     ├── TrainingDiverged            the loss is not finite
     ├── CheckpointMismatch          a checkpoint belongs to another config or other data
     ├── ExportError                 a target could not build its engine
@@ -87,6 +88,10 @@ class SchemaTooNew(StoreError):
 
 class WorkspaceBusy(VisionloopError):
     """Another run holds this workspace."""
+
+
+class StudyBusy(VisionloopError):
+    """Another search holds this study."""
 
 
 class TrainingDiverged(VisionloopError):

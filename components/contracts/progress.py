@@ -16,8 +16,12 @@ def silent(done: int, total: int, note: str = "") -> None:
     """The Progress that shows nothing."""
 
 
+class StoppedEarly(Exception):
+    """Raised by a sink that wants no further epoch: the training ends without a result. No person has to act."""
+
+
 class MetricSink(Protocol):
-    """Receives live training metrics; must never block or fail training."""
+    """Receives live training metrics; must never fail training, nor block it, but for a search, which may end it."""
 
     def log(self, epoch: int, metrics: Mapping[str, float]) -> None: ...
 

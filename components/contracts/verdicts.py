@@ -256,6 +256,15 @@ class Lineage(Record):
     code_version: str
     config_digest: str
     lock_digest: str
+    study_digest: str = ""
+    """Of the search that found the recipe's values; left out where there was none."""
+
+    @model_serializer(mode="wrap")
+    def _without_a_search(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if not self.study_digest:
+            del values["study_digest"]
+        return values
 
 
 class Candidate(Record):

@@ -19,6 +19,7 @@ from flows.cli.plugins import plugin_app
 from flows.cli.registry import add_registry_commands
 from flows.cli.serving import add_serving_commands
 from flows.cli.training import add_training_commands
+from flows.cli.tuning import add_tuning_commands
 from flows.cli.up import add_up_commands
 from flows.cli.users import user_app
 
@@ -41,6 +42,7 @@ app = Commands(
       visionloop plugin new | check      plug-ins of your own, and whether they keep their contracts
       visionloop augment preview         a contact sheet of what a recipe's augmentations make of images
       visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
+      visionloop tune --recipe NAME      many trainings, the best as a recipe of its own; study list | show
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop console                 the same in a browser: look, approve, promote, go back, label
       visionloop approve V --as WHO      a second person decides; also reject
@@ -67,6 +69,7 @@ app = Commands(
     Exit status: 0 done, 1 the answer is no (rejected, drifted, not as it should be), 2 an error that says what to do.""",
 )
 add_training_commands(app)
+add_tuning_commands(app)
 add_data_version_commands(data_app)
 app.add_typer(data_app, name="data")
 app.add_typer(plugin_app, name="plugin")

@@ -129,6 +129,11 @@ def _page(model: str, shown: VersionShown) -> str:
             f"git {summary['git'][:12]}. Asked for: {summary.get('reason', 'manual')}.",
             *([f"Trained on {summary['computed_on']}."] if summary.get("computed_on") else []),
             *([f"It learned from a teacher: {summary['teacher']}."] if summary.get("teacher") else []),
+            *(
+                [f"The recipe's values are those of study {tuned['study']}, digest {tuned['study_digest'][:16]}."]
+                if (tuned := summary.get("tuned"))
+                else []
+            ),
             "",
             *_beside(state, champion, shown.compared_with),
         ]

@@ -176,6 +176,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "run": run.id,
         "reason": run.reason,
         "recipe": run.lineage.recipe,
+        **({"tuned": run.config.tuned.to_json()} if run.config.tuned else {}),
         "git": run.lineage.git_commit + (" with uncommitted changes" if run.lineage.git_dirty else ""),
         "data_version": run.data.dvc_hash,
         "images": dict(results.splits.record.counts),

@@ -32,6 +32,7 @@ def model_card(run: Run, results: Results, judged_before: str) -> str:
         f"trained: {', then '.join(phase.part for phase in run.config.training.all_phases)}",
         *([f"- Trained on: {checkpoint.computed_on}"] if checkpoint.computed_on else []),
         *([f"- Teacher: {run.taught_by}"] if run.taught_by else []),
+        *_tuned(run),
         f"- Input: {checkpoint.preprocessing.width}x{checkpoint.preprocessing.height} pixels, "
         f"{counted(checkpoint.preprocessing.channels, 'channel')}, uint8; scaling is inside the engine",
         f"- Data version {run.data.dvc_hash}, git {run.lineage.git_commit}; "
@@ -70,6 +71,12 @@ def model_card(run: Run, results: Results, judged_before: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _tuned(run: Run) -> list[str]:
+    """Where the recipe's values come from, if from a search."""
+    tuned = run.config.tuned
+    return [f"- {tuned.told}"] if tuned is not None else []
 
 
 def _when_unsure(results: Results) -> list[str]:

@@ -30,8 +30,7 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
     with workspace.locked(f"visionloop train {recipe.name}"), Console(len(STAGES), quiet=quiet) as console:
         limit(workspace.cache, settings.cache_bytes)
         data = ensure(workspace, config.source, config.source_settings)
-        asked = {"requested_by": requested_by, "reason": reason}
-        run = Run(workspace, config, data, settings, console, **asked)
+        run = Run(workspace, config, data, settings, console, requested_by=requested_by, reason=reason)
         run.begin(recipe.overrides)
         console.line(
             f"run {run.id}: recipe {config.name}, {counted(data.num_files, 'file')} of data version {data.dvc_hash[:12]} "

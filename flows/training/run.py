@@ -61,7 +61,7 @@ def code_digest(workspace_plugins: Path) -> str:
 
 def run_id(workspace: Workspace, config: RunConfig, data: DataVersion, settings: Settings) -> str:
     """Names a run by all that can change what comes of it: recipe, data, code, libraries and threads."""
-    identity = [config.digest(), data.digest(), code_digest(workspace.plugins), lock_digest(), settings.num_threads]
+    identity = [config.to_run.digest(), data.digest(), code_digest(workspace.plugins), lock_digest(), settings.num_threads]
     return f"{config.name}-{sha256_text(canonical_json(identity))[:12]}"
 
 
@@ -78,14 +78,16 @@ class Run:
         *,
         requested_by: str = "",
         reason: str = "manual",
+        folder: Path | None = None,
     ) -> None:
+        """`folder` is where its results are linked, for what is not listed among the runs."""
         self.requested_by, self.reason = requested_by, reason
         self.warm_start: GivenModel | None = None
         """The champion that the training goes on from, where the recipe says so."""
         self.teacher: GivenModel | None = None
         """Whose answers the training learns, where the recipe says so."""
         self.workspace = workspace
-        self.config = config
+        self.config = config = config.to_run
         self.data = data
         self.settings = settings
         self.console = console
@@ -95,7 +97,7 @@ class Run:
         commit, dirty = git.state(workspace.root)
         code = code_digest(workspace.plugins)
         self.id = run_id(workspace, config, data, settings)
-        self.folder = workspace.runs / self.id
+        self.folder = folder or workspace.runs / self.id
         self.lineage = Lineage(
             run_id=self.id,
             recipe=config.name,
@@ -105,6 +107,7 @@ class Run:
             code_version=f"{version()}+{code[:12]}",
             config_digest=config.digest(),
             lock_digest=lock_digest(),
+            study_digest=config.tuned.study_digest if config.tuned else "",
         )
 
     def begin(self, overrides: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 A tar of regular files: `git.bundle`, `files/<path in the workspace>`, and last `manifest.json`, sealed, with the digest of
 every file. What a backup holds, in the order in which it is taken, so that no part refers to what an earlier one lacks:
 
-    tables      ledger (and with it users and comments), the loop's, MLflow's, and the routes; nobody can append to the
-                ledger meanwhile
+    tables      ledger (and with it users and comments), the loop's, MLflow's, those of searches, and the routes; nobody
+                can append to the ledger meanwhile
     settings    recipes, loops, plug-ins, pins, DVC's configuration, hashed tokens, git's history
     artefacts   MLflow's files, releases, store, runs, windows, captures, prediction log: by digest, or with their bytes
 
@@ -149,6 +149,7 @@ def _tables(
     found: list[Path] = []
     elsewhere: dict[str, str] = {}
     urls = {"ledger": settings.ledger_url, "loop": settings.loop_url, "mlflow": settings.tracking_uri}
+    urls |= {"studies": settings.studies_url}
     ours = {name: sqlite_file(url) == workspace.state / f"{name}.db" for name, url in urls.items()}
     advice = "its own tools back it up (pg_dump, or a copy of the file)"
     elsewhere |= {name: advice for name, is_ours in ours.items() if not is_ours}
@@ -159,7 +160,7 @@ def _tables(
     ledger.entries()  # a chain that does not verify is no backup
     # MLflow's tags and the routes carry numbers of ledger rows: nobody appends one until all of them are copied.
     with held(workspace.state / "ledger.db") if ours["ledger"] else contextlib.nullcontext():
-        for name in ("ledger", "mlflow", "loop"):
+        for name in ("ledger", "mlflow", "loop", "studies"):
             source = workspace.state / f"{name}.db"
             if ours[name] and source.is_file():
                 copy_sqlite(source, scratch / source.name)

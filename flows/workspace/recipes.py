@@ -8,9 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from components import plugins
 from components.contracts.errors import ConfigError, PluginFailed, UnknownName
@@ -23,6 +30,7 @@ from components.gating import GatingConfig
 from components.gating import check as check_gating
 from components.issues import chosen as chosen_findings
 from components.packaging import PackagingConfig
+from components.search import SearchConfig, Tuned
 from components.splitting import SplittingConfig
 from components.training import CHAMPION, TrainingConfig, begins_from_a_model, expect_valid
 from components.training import check as check_training
@@ -53,6 +61,19 @@ class RunConfig(Record):
     gating: GatingConfig
     packaging: PackagingConfig = PackagingConfig()
     evidence: EvidenceConfig = EvidenceConfig()
+    search: SearchConfig | None = None
+    """What `visionloop tune` tries; a run of the recipe itself ignores it."""
+    tuned: Tuned | None = None
+    """The search that found the recipe's values; written by `visionloop tune`."""
+
+    @model_serializer(mode="wrap")
+    def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in ("search", "tuned") or value is not None}
+
+    @property
+    def to_run(self) -> RunConfig:
+        """What a run of the recipe does, which no search is part of."""
+        return self if self.search is None else self.model_copy(update={"search": None})
 
     @model_validator(mode="after")
     def _folds_are_unseen(self) -> RunConfig:
@@ -105,19 +126,42 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, workspace: Path |
     An entry of a list goes by its plug-in's name; what it has no key for is a setting: `gating.gates.accuracy.floor=0.9`.
     Everything it names (plug-ins, their settings, weights, engines) is checked to exist.
     """
+    path = recipe_path(recipe, workspace)
+    place = " ".join([str(path), *(f"--set {override}" for override in overrides)])
+    return _checked(parse(values_of(path, overrides), place=place), place, workspace or Path())
+
+
+def recipe_path(recipe: str, workspace: Path | None) -> Path:
+    """The file of the recipe of this name or path; raises UnknownName."""
     files = recipe_files(workspace)
     path = Path(recipe) if recipe.endswith(SUFFIXES) else files.get(recipe)
     if path is None:
         raise UnknownName("recipe", recipe, list(files))
-    values = _unshared(_values(path))
+    return path
+
+
+def values_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe's file says, with overrides; raises ConfigError."""
+    values: dict[str, Any] = _unshared(_values(path))
     for override in overrides:
         _apply(values, override)
-    place = " ".join([str(path), *(f"--set {override}" for override in overrides)])
-    config = parse(values, place=place)
+    return values
+
+
+def with_values_at(config: RunConfig, chosen: Mapping[str, Any], *, workspace: Path | None, place: str) -> RunConfig:
+    """The recipe with other values for some keys, spelled as for --set, checked as overrides are; raises ConfigError."""
+    values = _unshared(config.to_json())
+    for key, value in chosen.items():
+        put(values, key, value, place)
+    return _checked(parse(values, place=place), place, workspace or Path())
+
+
+def _checked(config: RunConfig, place: str, workspace: Path) -> RunConfig:
+    """The config, once all that it names is known to exist and to fit; raises ConfigError."""
     try:
         check_validation(config.validation)
-        check_training(config.training, workspace or Path())
-        _expect_unseen(config, workspace or Path())
+        check_training(config.training, workspace)
+        _expect_unseen(config, workspace)
         _expect_pictures(config)
         check_export(config.export)
         check_gating(
@@ -243,13 +287,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as training.fit.epochs=5")
+    said = f"--set {override!r}"
+    put(values, key, parse_yaml(text, f"the value of {said}"), said)
+
+
+def put(values: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Put a value where a key such as `training.phases.0.fit.epochs` says; `said` tells errors where that was asked for."""
     path = key.split(".")
     last = path[-1]
     place: Any = values
     location: list[str] = []
     for part, following in itertools.pairwise(path):
         if isinstance(place, list):
-            place, part = _entry(place, location[-1], part, override), location[-1]
+            place, part = _entry(place, location[-1], part, said), location[-1]
             fields = _fields(tuple(location))
             if "settings" in fields and following not in fields:
                 place, part = place.setdefault("settings", {}), "settings"
@@ -257,16 +307,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
             place = place.setdefault(part, {})
             location.append(part)
         if not isinstance(place, (dict, list)):
-            raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
+            raise ConfigError(f"{said}: {part!r} is a value, not a section")
     if isinstance(place, list):
-        _entry(place, location[-1], last, override)
-        raise ConfigError(
-            f"--set {override!r}: {last!r} is an entry of {location[-1]!r}; name a key of it, such as {key}.KEY"
-        )
-    place[last] = parse_yaml(text, f"the value of --set {override!r}")
+        _entry(place, location[-1], last, said)
+        raise ConfigError(f"{said}: {last!r} is an entry of {location[-1]!r}; name a key of it, such as {key}.KEY")
+    place[last] = value
 
 
-def _entry(entries: list[Any], key: str, name: str, override: str) -> dict[str, Any]:
+def _entry(entries: list[Any], key: str, name: str, said: str) -> dict[str, Any]:
     """The entry of a list that a plug-in's name, or an engine's such as openvino-int8, means; raises ConfigError.
 
     Entries that name no plug-in, such as phases, are known by their number, counted from 0.
@@ -284,21 +332,21 @@ def _entry(entries: list[Any], key: str, name: str, override: str) -> dict[str, 
     numbered = {str(number): entry for number, entry in enumerate(entries) if isinstance(entry, dict)}
     if numbered and not named:
         if name not in numbered:
-            raise UnknownName(f"entry of {key!r} in --set {override!r}:", name, list(numbered))
+            raise UnknownName(f"entry of {key!r} in {said}:", name, list(numbered))
         return numbered[name]
     valid = [*named, *engines]
     if name.isdecimal() or not valid:
         raise ConfigError(
-            f"--set {override!r}: {key!r} is a list, whose items cannot be set one by one; give it whole, "
+            f"{said}: {key!r} is a list, whose items cannot be set one by one; give it whole, "
             f"as it stands in the recipe: {key}=[...]" + (f"; or name one of them: {', '.join(valid)}" if valid else "")
         )
     found = engines.get(name) or named.get(name)
     if not found:
-        raise UnknownName(f"entry of {key!r} in --set {override!r}:", name, valid)
+        raise UnknownName(f"entry of {key!r} in {said}:", name, valid)
     if len(found) > 1:
         meant = [engine for engine, of in engines.items() if of[0] in found]
         instead = f"name one of {', '.join(meant)}" if len(meant) > 1 else f"give the list whole: {key}=[...]"
-        raise ConfigError(f"--set {override!r}: {len(found)} entries of {key!r} are {name!r}; {instead}")
+        raise ConfigError(f"{said}: {len(found)} entries of {key!r} are {name!r}; {instead}")
     return found[0]
 
 
@@ -312,8 +360,10 @@ def _unshared(value: Any) -> Any:
 def _fields(location: tuple[int | str, ...]) -> list[str]:
     """Field names of the model at this place of RunConfig."""
     model: Any = RunConfig
+    named = False
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or named:
+            named = False
             continue
         if part not in model.model_fields:
             return []
@@ -323,4 +373,6 @@ def _fields(location: tuple[int | str, ...]) -> list[str]:
         if not models:
             return []
         model = models[0]
+        # The next part is a key of the mapping, and no field.
+        named = get_origin(annotation) is dict
     return [name for name in model.model_fields if name != "schema_version"]

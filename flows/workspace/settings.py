@@ -13,6 +13,7 @@
 | VISIONLOOP_PREDICTIONS    | where the sealed prediction log goes: folder or s3:// | .visionloop/predictions           |
 | VISIONLOOP_NOTIFY         | Apprise URLs and Prefect blocks, comma-separated | nobody                              |
 | VISIONLOOP_LOOP_URL       | SQLAlchemy URL of alarms, decisions, labels   | the ledger's, else SQLite under .visionloop/ |
+| VISIONLOOP_STUDIES        | SQLAlchemy URL of the studies of searches     | SQLite under .visionloop/              |
 | VISIONLOOP_PREFECT_DB     | database of the Prefect server of `up`        | SQLite under .visionloop/up/           |
 | VISIONLOOP_OIDC_ISSUER, ..._CLIENT_ID, ..._CLIENT_SECRET | OpenID Connect provider of the console | none |
 | PREFECT_API_URL           | Prefect server that runs are recorded by      | that of `visionloop up`, else a temporary one |
@@ -65,6 +66,7 @@ class Settings:
     cache_bytes: int = 20 * 10**9
     """Most that the caches of training data take; the least recently used give way."""
     loop_url: str = ""
+    studies_url: str = ""
     oidc: OpenIDProvider | None = None
     prefect_database_url: str = ""
     prefect_authorization: str = field(default="", repr=False)
@@ -258,6 +260,7 @@ def read_settings(state: Path) -> Settings:
         loop_url=os.environ.get("VISIONLOOP_LOOP_URL")
         or os.environ.get("VISIONLOOP_LEDGER_URL")
         or sqlite_url(state / "loop.db"),
+        studies_url=os.environ.get("VISIONLOOP_STUDIES") or sqlite_url(state / "studies.db"),
         oidc=_oidc(),
         prefect_database_url=os.environ.get("VISIONLOOP_PREFECT_DB", ""),
         prefect_authorization=authorization,

@@ -58,6 +58,10 @@ class Workspace:
         return self.state / "runs"
 
     @property
+    def studies(self) -> Path:
+        return self.state / "studies"
+
+    @property
     def cache(self) -> Path:
         return self.state / "cache"
 

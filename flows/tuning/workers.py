@@ -1,0 +1,132 @@
+"""Who trains the trials of a search: this process, or several that it starts.
+
+A process is told a trial as a line of JSON, tells every epoch as a line, and reads whether it goes on. It ends when its
+standard input does, so that none is left behind by a search that is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import IO, Any, Protocol
+
+from components.contracts.progress import Progress
+from flows.terminal import Say
+from flows.tuning.trial import OnEpoch, Place, Trainer, TrialResult, error_of
+from flows.workspace.recipes import RunConfig
+from flows.workspace.settings import environment_with
+
+
+class WorkerEnded(Exception):
+    """The process that trained a trial ended without a word; the message says how."""
+
+
+class Worker(Protocol):
+    """Trains one trial at a time."""
+
+    def train(self, number: int, config: RunConfig, on_epoch: OnEpoch, progress: Progress) -> TrialResult:
+        """Raises WorkerEnded when it is gone, and what ends the whole search."""
+        ...
+
+
+@contextlib.contextmanager
+def workers(place: Place, count: int, say: Say) -> Iterator[list[Worker]]:
+    """So many workers; one of them is this process."""
+    if count == 1:
+        yield [Trainer(place)]
+        return
+    started = [Process(place) for _ in range(count)]
+    say(f"    {count} processes train trials, each with {place.num_threads} of the threads")
+    try:
+        yield list(started)
+    finally:
+        for one in started:
+            one.close()
+
+
+class Process:
+    """A process of its own, started anew when the one before has ended."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._process: subprocess.Popen[str] | None = None
+        self._said: IO[str] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    def train(self, number: int, config: RunConfig, on_epoch: OnEpoch, progress: Progress) -> TrialResult:
+        process = self._process or self._start()
+        try:
+            self._tell(process, {"number": number, "config": config.to_json()})
+            while True:
+                heard = self._hear(process)
+                if "epoch" in heard:
+                    self._tell(process, {"go_on": on_epoch(heard["epoch"])})
+                elif "progress" in heard:
+                    progress(*heard["progress"])
+                elif "error" in heard:
+                    raise error_of(heard["error"])
+                else:
+                    return TrialResult.read(heard["result"])
+        except (BrokenPipeError, EOFError):
+            self._process = None
+            raise WorkerEnded(self._ending(process)) from None
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (it lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "flows.tuning.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            env=environment_with({"PYTHONPATH": ":".join(path for path in sys.path if path)}),
+        )
+        self._tell(self._process, asdict(self._place))
+        return self._process
+
+    @staticmethod
+    def _tell(process: subprocess.Popen[str], order: dict[str, Any]) -> None:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+
+    @staticmethod
+    def _hear(process: subprocess.Popen[str]) -> dict[str, Any]:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.endswith("\n"):
+            raise EOFError
+        heard: dict[str, Any] = json.loads(line)
+        return heard
+
+    def _ending(self, process: subprocess.Popen[str]) -> str:
+        status = process.wait()
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = ", as the system does where memory is not enough" if -status == signal.SIGKILL else ""
+            return f"its process was ended by {name}{hint}"
+        assert self._said is not None
+        self._said.seek(0)
+        lines = [line for line in self._said.read().splitlines() if line.strip()]
+        return f"its process ended with status {status}" + (f": {lines[-1][:300]}" if lines else "")

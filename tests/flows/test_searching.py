@@ -1,0 +1,427 @@
+"""What a search proposes, stops and writes down, on a formula in place of a training."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from failpoints import Died, Failpoints
+from searched import SPACE, Formula, go, recipe_of, searching, told
+
+from components.contracts.errors import ConfigError, RegistryUnavailable, StoreError
+from flows.tuning.alarms import alarms
+from flows.tuning.space import Value, space_of
+from flows.tuning.study import Study, Trial
+from flows.tuning.trial import TrialResult
+from flows.tuning.workers import WorkerEnded
+from flows.workspace.recipes import RunConfig, load_recipe
+from flows.workspace.settings import sqlite_url
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ("{}", "search.space: it is empty, so there is nothing to search"),
+        ("{training.fit.learning_rat: {low: 1, high: 2}}", "'training.fit.learning_rat'; valid: batch_size, checkpoint"),
+        (
+            "{training.phases.2.fit.epochs: {low: 1, high: 2}}",
+            "refused by the recipe 'smoke': training.phases: Input should be a valid array",
+        ),
+        ("{training.fit.learning_rate: {low: 0.1, high: 0.01}}", "low is 0.1 and high is 0.01; low has to be below high"),
+        ("{training.fit.learning_rate: {low: 0.0, high: 0.01, log: true}}", "log needs a low above 0"),
+        ("{training.fit.learning_rate: {low: 0.0, high: 0.01}}", "learning_rate: 0.0 is refused by the recipe 'smoke'"),
+        ("{training.fit.learning_rate: {low: 0.01}}", "it needs low and high, or choices"),
+        ("{training.fit.learning_rate: {low: 0.1, high: 0.2, lg: true}}", "learning_rate.lg'; valid: choices, high, log"),
+        ("{training.fit.epochs: {low: 1, high: 6, step: 2}}", "from 1 in steps of 2 6 is never reached"),
+        ("{training.fit.epochs: {low: 1, high: 2, step: 5}}", "step is 5, which is more than lies between"),
+        ("{training.backbone: {choices: [small_cnn, resnet999]}}", "unknown backbone 'resnet999'; valid: efficientnet"),
+        ("{training.backbone: {choices: [small_cnn]}}", "small_cnn alone leaves nothing to choose"),
+        ("{training.fit.batch_size: {choices: [8, 8]}}", "8 is there twice"),
+        ("{training.fit.batch_size: {choices: [8, 16], low: 1}}", "give a range or choices, not both"),
+        ("{training.backbone_settings.depth: {low: 1, high: 2}}", "unknown setting of backbone 'small_cnn' 'depth'; valid:"),
+        ("{training.fit.step_factor: {low: 0.2, high: 0.3}}", "step_factor has an effect with schedule: step"),
+        ("{gating.gates: {low: 1, high: 2}}", "gating.gates is no key of training"),
+        ("{training.fit.seed: {low: 1, high: 9}}", "only choose the luckiest draw"),
+        ("{training.task: {choices: [classification, other]}}", "changes what the valid loss means"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_any_trial(tmp_path: Path, space: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        space_of(recipe_of(tmp_path, f"search: {{space: {space}}}\n"))
+    assert message in str(caught.value)
+
+
+def test_a_recipe_without_a_search_says_what_one_looks_like(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no section search.*learning_rate: {low: 0.0001"):
+        space_of(recipe_of(tmp_path, ""))
+    smoothing = "search: {objective: valid_loss, space: {training.task_settings.label_smoothing: {low: 0.0, high: 0.2}}}\n"
+    with pytest.raises(ConfigError, match="label_smoothing changes what the valid loss means.*objective: headline"):
+        recipe_of(tmp_path, smoothing)
+    with pytest.raises(ConfigError, match="the champion may change"):
+        space_of(recipe_of(tmp_path, SPACE, "training.weights=champion"))
+
+
+def test_a_space_knows_kinds_and_the_recipes_own_values(tmp_path: Path) -> None:
+    space = space_of(
+        recipe_of(
+            tmp_path,
+            """
+search:
+  space:
+    training.fit.clip_norm: {low: 0, high: 2}
+    training.fit.epochs: {low: 2, high: 8, step: 2}
+    training.backbone_settings.width: {low: 4, high: 12}
+    training.fit.schedule: {choices: [cosine, one_cycle]}
+    training.fit.batch_size: {choices: [32, 64]}
+""",
+        )
+    )
+    assert [(one.kind, one.own, one.size) for one in space.parameters] == [
+        ("float", 0.0, float("inf")),
+        ("int", 6, 4),
+        ("int", 8, 9),
+        ("choice", "cosine", 2),
+        ("choice", None, 2),
+    ]
+    assert space.own is None  # the recipe's batch is not in the space
+    chosen = space.config(
+        {
+            "training.fit.clip_norm": 0.5,
+            "training.fit.epochs": 4,
+            "training.backbone_settings.width": 5,
+            "training.fit.schedule": "one_cycle",
+            "training.fit.batch_size": "64",
+        }
+    ).training
+    assert (chosen.fit.clip_norm, chosen.fit.epochs, chosen.fit.batch_size) == (0.5, 4, 64)
+    assert (chosen.fit.schedule, chosen.backbone_settings["width"]) == ("one_cycle", 5)
+
+
+def test_a_search_says_nothing_of_what_a_run_makes(tmp_path: Path) -> None:
+    plain = recipe_of(tmp_path, "").config
+    searched = recipe_of(tmp_path, SPACE).config
+    assert plain == searched.to_run
+    assert "search" not in plain.to_json()
+    assert "tuned" not in plain.to_json()
+    assert plain.digest() == searched.to_run.digest() != searched.digest()
+
+
+def test_the_schema_shows_the_bounds_of_what_can_be_searched() -> None:
+    schema = RunConfig.model_json_schema()
+    search = schema["$defs"]["SearchConfig"]["properties"]
+    assert search["trials"]["minimum"] == 1
+    assert "median" in search["pruner"]["description"]
+
+
+def test_the_first_trials_change_one_thing_at_a_time_and_the_rest_get_better(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    search = searching(tmp_path, recipe)
+    go(search, Formula(search.space))
+    trials = search.study.trials
+    assert len(trials) == 14
+    own = {
+        "training.fit.learning_rate": 0.01,
+        "training.backbone_settings.width": "8",
+        "training.augmentation.rotate_degrees": 0.0,
+    }
+    assert trials[0].params == own
+    for parameter, trial in zip(search.space.parameters, trials[1:4], strict=True):
+        assert [key for key in own if trial.params[key] != own[key]] == [parameter.key]
+    assert len({str(trial.params) for trial in trials}) == 14
+    pruned = [trial for trial in trials if trial.state == "pruned"]
+    assert pruned
+    for trial in pruned:
+        # Never in its first epoch, nor before three trials are complete; always behind the median at that epoch.
+        last = max(trial.curve)
+        before = [one.curve[last] for one in trials[: trial.number] if one.state == "complete"]
+        assert last >= 2
+        assert len(before) >= 3
+        assert max(trial.curve.values()) < sorted(before)[len(before) // 2]
+    best = search.study.best
+    assert best is not None
+    assert best.value == max(trial.value or 0 for trial in trials)
+    assert len(trials) - len(pruned) < 8
+    assert search.study.importances(search.space.parameters) == {}  # too few trials came to their end
+
+
+def test_another_seed_or_sampler_proposes_something_else_and_the_same_ones_the_same(tmp_path: Path) -> None:
+    found = []
+    for number, overrides in enumerate([(), (), ("search.seed=1",), ("search.sampler=random",)]):
+        search = searching(tmp_path, recipe_of(tmp_path, SPACE, *overrides), study=f"s{number}")
+        go(search, Formula(search.space))
+        found.append([row[1:] for row in told(search)])
+    assert found[0] == found[1]
+    assert found[2][4:] != found[0][4:]
+    # TPE has learned by the end, which random search never does.
+    assert found[3][:8] == found[0][:8]
+    assert found[3][8:] != found[0][8:]
+
+
+def test_a_search_that_dies_at_any_write_proposes_and_finds_what_one_that_lives_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optuna.storages import RDBStorage
+
+    recipe = recipe_of(tmp_path, SPACE.replace("trials: 14", "trials: 7"))
+    alive = searching(tmp_path / "alive", recipe, url=sqlite_url(tmp_path / "alive.db"))
+    go(alive, Formula(alive.space))
+    names = ("create_new_trial", "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_state_values")
+    deaths = 0
+    for when in ("before", "after"):
+        url = sqlite_url(tmp_path / f"{when}.db")
+        for life in range(400):
+            with monkeypatch.context() as patch:
+                # A trial takes eight writes at most: every third life or so gets further than the one before.
+                nth = 1 + life % 12
+                Failpoints([(RDBStorage, name) for name in names], nth=nth, when=when)(patch)  # type: ignore[arg-type]
+                try:
+                    search = searching(tmp_path, recipe, url=url)
+                    go(search, Formula(search.space))
+                except Died:
+                    deaths += 1
+                    continue
+            break
+        assert told(search) == told(alive)
+    assert deaths > 20
+
+
+def test_a_database_that_is_away_for_a_while_is_waited_for_and_one_that_stays_away_ends_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optuna.exceptions import StorageInternalError
+    from optuna.storages import RDBStorage
+
+    recipe, lines = recipe_of(tmp_path), []  # type: ignore[var-annotated]
+    alive = searching(tmp_path, recipe, study="alive")
+    go(alive, Formula(alive.space))
+    search = searching(tmp_path, recipe, lines=lines, patience_s=1)
+    real, calls = RDBStorage.set_trial_intermediate_value, 0
+
+    def shaky(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (5, 6, 7):
+            raise StorageInternalError from sqlite3.OperationalError("server closed the connection unexpectedly")
+        real(*arguments)
+        if calls == 9:  # it was written, and the answer was lost
+            raise StorageInternalError from sqlite3.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(RDBStorage, "set_trial_intermediate_value", shaky)
+    go(search, Formula(search.space))
+    assert told(search) == told(alive)
+    assert [line for line in lines if "answers again" in line]
+    assert "server closed the connection unexpectedly" in next(line for line in lines if "does not answer" in line)
+
+    def away(*_: Any) -> None:
+        raise StorageInternalError from sqlite3.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(RDBStorage, "set_trial_state_values", away)
+    other = searching(tmp_path, recipe, study="other")
+    with pytest.raises(RegistryUnavailable, match="does not answer: server closed.*Nothing was lost.*same command again"):
+        go(other, Formula(other.space))
+    monkeypatch.undo()
+    again = searching(tmp_path, recipe, study="other")
+    go(again, Formula(again.space))
+    assert told(again) == told(alive)
+
+
+def test_a_study_on_a_full_disk_says_so_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna.exceptions import StorageInternalError
+    from optuna.storages import RDBStorage
+
+    def full(*_: Any) -> None:
+        raise StorageInternalError from sqlite3.OperationalError("database or disk is full")
+
+    search = searching(tmp_path, recipe_of(tmp_path), patience_s=3600)
+    monkeypatch.setattr(RDBStorage, "create_new_trial", full)
+    with pytest.raises(RegistryUnavailable, match="disk is full.*free space on its disk"):
+        go(search, Formula(search.space))
+
+
+def test_a_study_of_another_search_or_data_version_is_refused_and_named(tmp_path: Path) -> None:
+    search = searching(tmp_path, recipe_of(tmp_path))
+    go(search, Formula(search.space))
+    for overrides, part in (
+        (["training.fit.epochs=9"], "section training: "),
+        (["search.sampler=random"], 'sampler: "tpe", now "random"'),
+        (["search.seed=4"], "seed: 0, now 4"),
+        (["splitting.valid_share=0.2"], "section splitting"),
+    ):
+        with pytest.raises(ConfigError, match="Name a new study: --study s-2") as caught:
+            searching(tmp_path, recipe_of(tmp_path, SPACE, *overrides))
+        assert part in str(caught.value)
+    known = {**search.study.identity}
+    study = Study(search.study.url, "s")
+    with pytest.raises(ConfigError, match="data version: dddd.*, now eeee"):
+        study.begin(known | {"data version": "e" * 32}, "maximize")
+    search.study.expect_splits("a" * 64)
+    with pytest.raises(ConfigError, match="other splits of the images"):
+        search.study.expect_splits("b" * 64)
+    # More trials of the same search are the same search.
+    more = searching(tmp_path, recipe_of(tmp_path, SPACE, "search.trials=16"))
+    before = more.study.digest()
+    worker = Formula(more.space)
+    go(more, worker)
+    assert worker.trained == [14, 15]
+    assert more.study.digest(14) == before != more.study.digest()
+
+
+def test_trials_that_fail_are_told_and_the_search_goes_on(tmp_path: Path) -> None:
+    from flows.tuning.searching import _expect_some
+
+    lines: list[str] = []
+    recipe = recipe_of(tmp_path, SPACE.replace("choices: [4, 8, 16]", "choices: [4, 8, 16, 64]"))
+    search = searching(tmp_path, recipe, lines=lines)
+
+    class Fragile(Formula):
+        def train(self, number: int, *rest: Any) -> TrialResult:
+            if number == 2:
+                return TrialResult(state="failed", reason="the loss became nan at epoch 1, step 3")
+            if number == 3:
+                self.trained.append(number)
+                raise WorkerEnded("its process was ended by SIGKILL, as the system does where memory is not enough")
+            return super().train(number, *rest)
+
+    worker = Fragile(search.space)
+    go(search, worker)
+    states = [trial.state for trial in search.study.trials]
+    assert (states[2], states[3], len(states)) == ("failed", "failed", 14)
+    assert worker.trained.count(3) == 3
+    assert search.study.trials[2].facts["reason"] == "the loss became nan at epoch 1, step 3"
+    assert "SIGKILL" in search.study.trials[3].facts["reason"]
+    assert [line for line in lines if "trial 2 of 14: failed: the loss became nan" in line]
+    assert _expect_some(search.study).state == "complete"
+
+    none = searching(tmp_path, recipe, study="none")
+
+    class Hopeless(Formula):
+        def train(self, number: int, *_: Any) -> TrialResult:
+            return TrialResult(state="failed", reason="the loss became nan")
+
+    go(none, Hopeless(none.space))
+    with pytest.raises(ConfigError, match="none of the 14 trials of study 'none' came to its end.*trials 0, 1.*nan"):
+        _expect_some(none.study)
+
+    stopped = searching(tmp_path, recipe, study="stopped")
+
+    class Full(Formula):
+        def train(self, number: int, *rest: Any) -> TrialResult:
+            if number == 4:
+                raise StoreError("no space left to write")
+            return super().train(number, *rest)
+
+    with pytest.raises(StoreError):
+        go(stopped, Full(stopped.space))
+    assert [row[2] for row in told(stopped)][4:] == ["running"]
+    again = searching(tmp_path, recipe, study="stopped")
+    go(again, Formula(again.space))
+    assert "running" not in [row[2] for row in told(again)]
+
+
+def test_values_that_do_not_go_together_fail_alone(tmp_path: Path) -> None:
+    text = """
+search:
+  trials: 4
+  space:
+    training.fit.schedule: {choices: [cosine, one_cycle]}
+    training.fit.warmup_epochs: {low: 1, high: 2, step: 1}
+"""
+    search = searching(tmp_path, recipe_of(tmp_path, text))
+    worker = Formula(search.space, lambda params, epoch: epoch / 10 + len(str(params)) / 1000)
+    go(search, worker)
+    # There are four combinations and the loop stops there, however many trials are wanted.
+    failed = [trial for trial in search.study.trials if trial.state == "failed"]
+    assert [trial.params["training.fit.schedule"] for trial in failed] == ["one_cycle"]
+    assert "warmup_epochs has an effect with schedule" in failed[0].facts["reason"]
+    assert failed[0].number not in worker.trained
+    more = searching(tmp_path, recipe_of(tmp_path, text, "search.trials=50"))
+    go(more, Formula(more.space))
+    assert len(more.study.trials) == 4
+
+
+def trial(number: int, weights: str, losses: list[float] | None = None, **params: Value) -> Trial:
+    history = [{"epoch": at, "train_loss": loss, "valid_loss": loss} for at, loss in enumerate(losses or [0.5], 1)]
+    state: Any = "complete" if weights else "pruned"
+    return Trial(number, number, dict(params), state, facts={"weights": weights, "history": history})
+
+
+def test_trials_of_other_values_and_the_same_bits_raise_an_alarm() -> None:
+    parameters: Any = [type("P", (), {"key": key})() for key in ("a", "b")]
+
+    def told_of(*trials: Trial) -> list[str]:
+        return [alarm.text for alarm in alarms(trials, parameters)]
+
+    fine = [trial(0, "x", a=1.0, b=1.0), trial(1, "y", a=2.0, b=1.0), trial(2, "z", a=1.0, b=2.0)]
+    assert told_of(*fine) == []
+    assert told_of(fine[0], trial(3, "x", a=1.0, b=1.0)) == []  # the same values come to the same
+    (alone,) = told_of(*fine, trial(3, "x", a=1.0, b=7.0))
+    assert "b has no effect: trials 0 and 3 differ in it alone (1 and 7) and were trained to the same bits" in alone
+    (several,) = told_of(*fine, trial(3, "x", a=5.0, b=7.0))
+    assert "trials 0 and 3 differ in a, b and were trained to the same bits" in several
+    (every,) = told_of(*(trial(number, "x", a=float(number), b=1.0) for number in range(4)))
+    assert "all 4 trials of different values were trained to the same bits: nothing that is searched has an effect" in every
+    # One that was stopped early is compared as far as it went.
+    (stopped,) = told_of(trial(0, "x", [0.5, 0.4, 0.3], a=1.0, b=1.0), trial(1, "", [0.5, 0.4], a=2.0, b=1.0))
+    assert "a has no effect" in stopped
+    assert told_of(trial(0, "x", [0.5, 0.4, 0.3], a=1.0, b=1.0), trial(1, "", [0.5, 0.41], a=2.0, b=1.0)) == []
+
+
+def test_a_parameter_without_effect_is_found_in_a_search(tmp_path: Path) -> None:
+    lines: list[str] = []
+    search = searching(tmp_path, recipe_of(tmp_path), lines=lines)
+
+    class Ignoring(Formula):
+        """Whatever a trial says of rotation does not reach its training."""
+
+        def train(self, number: int, config: RunConfig, *rest: Any) -> TrialResult:
+            still = config.training.augmentation.model_copy(update={"rotate_degrees": 0.0})
+            training = config.training.model_copy(update={"augmentation": still})
+            return super().train(number, config.model_copy(update={"training": training}), *rest)
+
+    go(search, Ignoring(search.space))
+    (line,) = [line for line in lines if "ALARM" in line]
+    assert "training.augmentation.rotate_degrees has no effect: trials 0 and 3 differ in it alone" in line
+
+
+def test_two_workers_share_a_study(tmp_path: Path) -> None:
+    search = searching(tmp_path, recipe_of(tmp_path))
+    found = [Formula(search.space), Formula(search.space)]
+    go(search, *found)
+    trained = sorted([*found[0].trained, *found[1].trained])
+    assert trained == list(range(14))
+    assert len({str(row[1]) for row in told(search)}) == 14
+
+    failing = searching(tmp_path, recipe_of(tmp_path), study="failing")
+
+    class Full(Formula):
+        def train(self, number: int, *rest: Any) -> TrialResult:
+            if number == 3:
+                raise StoreError("no space left to write")
+            return super().train(number, *rest)
+
+    with pytest.raises(StoreError, match="no space left"):
+        go(failing, Full(failing.space), Full(failing.space))
+
+
+def test_tpe_learns_what_a_formula_rewards(tmp_path: Path) -> None:
+    """No promise about trainings: that its proposals follow the values at all."""
+
+    def mean_of_last(sampler: str) -> float:
+        values = []
+        for seed in range(2):
+            overrides = [f"search.sampler={sampler}", f"search.seed={seed}", "search.trials=20", "search.pruner=none"]
+            search = searching(tmp_path, recipe_of(tmp_path, SPACE, *overrides), study=f"{sampler}{seed}")
+            go(search, Formula(search.space, epochs=1))
+            values += [trial.value or 0.0 for trial in search.study.trials[14:]]
+        importances = search.study.importances(search.space.parameters)
+        assert max(importances, key=lambda key: importances[key]) == "training.fit.learning_rate"
+        return sum(values) / len(values)
+
+    assert mean_of_last("tpe") > mean_of_last("random")
+
+
+def test_shipped_recipes_can_be_searched_and_their_digests_stay() -> None:
+    config = load_recipe("transfer")
+    assert config.to_run.digest() == "60ffd7c812c6e406cd0f785e2ae2390ea8771866c0576085eead6eea64760ee3"

@@ -1,0 +1,305 @@
+"""A search through the command line, on small real pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from shapes import SMOKE, make_workspace, visionloop, visionloop_process, write_pictures
+
+from components.contracts.models import Checkpoint
+from components.store import Store
+from flows.tuning.study import Study
+from flows.workspace.settings import sqlite_url
+
+SEARCH = """
+search:
+  trials: 5
+  startup_trials: 4
+  space:
+    training.fit.learning_rate: {low: 0.0003, high: 0.03, log: true}
+    training.backbone_settings.width: {choices: [4, 8]}
+"""
+QUICK = SMOKE.replace("epochs: 6", "epochs: 2")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Path:
+    """A workspace in which a search came to its end; read it, or copy it."""
+    root = make_workspace(tmp_path_factory.mktemp("searched") / "workspace")
+    (root / "recipes" / "smoke.yaml").write_text(QUICK + SEARCH)
+    done = visionloop("tune", "-r", "smoke", "--json", cwd=root)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (root / "summary.json").write_text(done.stdout.strip().splitlines()[-1])
+    (root / "said.txt").write_text(done.stderr)
+    return root
+
+
+@pytest.fixture
+def root(searched: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(searched, tmp_path / "workspace", symlinks=True))
+
+
+def answer(root: Path, *arguments: str) -> dict[str, Any]:
+    done = visionloop(*arguments, "--json", cwd=root)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+@contextlib.contextmanager
+def tuning(root: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A search in a process of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows", "tune", "-r", "smoke", *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+
+
+def rows(root: Path, name: str = "smoke") -> list[tuple[Any, ...]]:
+    study = Study(sqlite_url(root / ".visionloop" / "studies.db"), name)
+    study.open()
+    return [(one.number, one.params, one.state, one.value, one.curve, one.facts.get("weights")) for one in study.trials]
+
+
+def test_the_summary_says_what_came_of_it(searched: Path) -> None:
+    summary = json.loads((searched / "summary.json").read_text())
+    assert sum(summary["trials"].values()) == 5
+    assert summary["trials"]["running"] == summary["trials"]["failed"] == 0
+    best = summary["best"]
+    assert best["accuracy"]["n"] == 18  # the valid images
+    assert best["accuracy"]["low"] < best["accuracy"]["value"] <= best["accuracy"]["high"]
+    assert best["accuracy"]["value"] == best["value"] == max(row[3] or 0 for row in rows(searched))
+    assert summary["own"]["trial"] == 0
+    assert any("valid image" in line for line in summary["fit"])
+    assert summary["alarms"] == []
+    said = (searched / "said.txt").read_text()
+    assert len(re.findall(r"trial \d of 5: ", said)) == 5
+    assert "the best so far" in said
+    # Nothing was exported, judged or registered.
+    assert sorted(path.name for path in (searched / ".visionloop" / "store").glob("[!.]*")) == [
+        "splitting",
+        "training",
+        "validation",
+    ]
+    assert visionloop("runs", cwd=searched).stdout.startswith("No runs yet")
+
+
+def test_the_same_command_again_trains_nothing_and_more_trials_go_on(root: Path) -> None:
+    before = rows(root)
+    again = answer(root, "tune", "-r", "smoke")
+    assert again["new_trials"] == 0
+    first = json.loads((root / "summary.json").read_text())
+    assert {key: again[key] for key in ("digest", "best", "own")} == {key: first[key] for key in ("digest", "best", "own")}
+    more = answer(root, "tune", "-r", "smoke", "--trials", "6")
+    assert more["new_trials"] == 1
+    assert rows(root)[:5] == before
+    assert more["digest"] != again["digest"]
+    listed = answer(root, "study", "list")["studies"]
+    assert [(one["study"], one["recipe"], one["digest"]) for one in listed] == [("smoke", "smoke", more["digest"])]
+    shown = answer(root, "study", "show", "smoke")
+    assert [trial["trial"] for trial in shown["trials"]] == list(range(6))
+    assert shown["best"]["trial"] == more["best"]["trial"]
+    text = visionloop("study", "show", "smoke", cwd=root).stdout
+    assert re.search(r"^\* +\d+ +[01]\.\d{4}  2 epochs", text, re.MULTILINE)
+    unknown = visionloop("study", "show", "smok", cwd=root)
+    assert (unknown.returncode, "unknown study 'smok'; valid: smoke" in unknown.stderr) == (2, True)
+
+
+def test_the_winner_is_a_recipe_that_is_judged_like_any_other_and_names_its_study(root: Path) -> None:
+    summary = json.loads((root / "summary.json").read_text())
+    written = yaml.safe_load((root / "recipes" / "smoke-tuned.yaml").read_text())
+    assert "search" not in written
+    assert written["model"] == "shapes"
+    assert written["tuned"] == {
+        "study": "smoke",
+        "study_digest": summary["digest"],
+        "trials": 5,
+        "trial": summary["best"]["trial"],
+    }
+    chosen = summary["best"]["params"]
+    assert written["training"]["fit"]["learning_rate"] == chosen["training.fit.learning_rate"]
+    assert str(written["training"]["backbone_settings"]["width"]) == chosen["training.backbone_settings.width"]
+    lenient = "gating.gates=[{gate: accuracy, settings: {floor: 0.05}}]"
+    trained = answer(root, "train", "-r", "smoke-tuned", "-s", lenient)
+    assert trained["outcome"] == "candidate"
+    assert trained["seconds"]["training"]["cached"]
+    checkpoint = Store(root / ".visionloop" / "store")
+    folder = next(Path(trained["run_folder"]).glob("3-training")).resolve()
+    found = checkpoint.open("training", folder.name, Checkpoint)
+    assert found is not None
+    assert found.record.weights.sha256 == summary["best"]["weights"]
+    # The lineage names the study: in the run's folder, in MLflow, on the card and to the approver.
+    config = json.loads((Path(trained["run_folder"]) / "config.json").read_text())
+    assert config["run"]["study_digest"] == summary["digest"]
+    shown = answer(root, "show", trained["version"])
+    assert summary["digest"] in json.dumps(shown)
+    cards = [path.read_text() for path in (root / ".visionloop" / "mlflow-artifacts").rglob("model-card.md")]
+    assert [card for card in cards if summary["digest"][:12] in card]
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{root / '.visionloop' / 'mlflow.db'}"
+    client = MlflowClient(uri, registry_uri=uri)
+    version = client.get_model_version("shapes", trained["version"])
+    run = client.get_run(str(version.run_id))
+    assert run.data.tags["visionloop.study_digest"] == summary["digest"]
+    # What nothing reaches goes, and the winner's training stays though its run is not among the last.
+    answer(root, "store", "gc")
+    assert folder.is_dir()
+
+
+def test_garbage_collection_keeps_the_best_training_of_a_study(root: Path) -> None:
+    store = Store(root / ".visionloop" / "store")
+    best = (root / ".visionloop" / "studies" / "smoke" / "best").resolve()
+    assert best in {path.resolve() for path in store.artefacts()}
+    others = [path for path in store.artefacts() if path.parent.name == "training" and path.resolve() != best]
+    assert others
+    # Neither the pinned data's artefacts nor the winner: only what lost.
+    dead = [root / ".visionloop" / "store" / ".partial" / "training-0123"]
+    dead[0].mkdir(parents=True)
+    os.utime(dead[0], (1, 1))
+    found = {Path(each["folder"]).name for each in answer(root, "store", "gc")["removed"]}
+    assert {path.name for path in others} <= found
+    assert best.is_dir()
+
+
+def test_a_file_that_a_person_changed_is_never_written_over(root: Path) -> None:
+    path = root / "recipes" / "smoke-tuned.yaml"
+    written = path.read_text()
+    path.write_text(written.replace("latency_runs: 40", "latency_runs: 50"))
+    assert path.read_text() != written
+    changed = path.read_bytes()
+    before = rows(root)
+    for arguments in (["--trials", "6"], ["--study", "other"]):
+        done = visionloop("tune", "-r", "smoke", *arguments, cwd=root)
+        assert (done.returncode, "is not what study" in done.stderr, "--write NAME" in done.stderr) == (2, True, True)
+    assert (path.read_bytes(), rows(root)) == (changed, before)
+    path.write_text(written)
+    # Of another study it is another's too.
+    done = visionloop("tune", "-r", "smoke", "--study", "other", cwd=root)
+    assert (done.returncode, "is not what study 'other' wrote" in done.stderr) == (2, True)
+    assert visionloop("tune", "-r", "smoke", "--write", "Not a name", cwd=root).returncode == 2
+    assert answer(root, "tune", "-r", "smoke", "--write", "winner")["winner"] == "winner"
+
+
+def test_a_study_of_another_recipe_or_data_version_is_refused(root: Path) -> None:
+    before = rows(root)
+    done = visionloop("tune", "-r", "smoke", "-s", "training.fit.epochs=3", cwd=root)
+    assert (done.returncode, "is of another search" in done.stderr, "section training" in done.stderr) == (2, True, True)
+    write_pictures(root / "more", 9, start=70)
+    assert visionloop("data", "add", "more", cwd=root).returncode == 0
+    done = visionloop("tune", "-r", "smoke", cwd=root)
+    assert (done.returncode, "data version: " in done.stderr, "--study smoke-2" in done.stderr) == (2, True, True)
+    assert rows(root) == before
+
+
+def test_no_trial_reads_a_test_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test images hold no picture any more when the trials begin, and nothing of them was cached."""
+    from components.samples import rows as samples
+    from flows.training import steps
+
+    real, spoiled = steps.splitting, []
+
+    def splitting(run: Any, dataset: Any) -> Any:
+        found = real(run, dataset)
+        for path in samples(found, "test")["path"]:
+            (run.workspace.data / path).write_bytes(b"not a picture")
+            spoiled.append(path)
+        return found
+
+    import flows.tune
+
+    monkeypatch.setattr(flows.tune.steps, "splitting", splitting)
+    shutil.rmtree(root / ".visionloop" / "cache", ignore_errors=True)
+    shutil.rmtree(root / ".visionloop" / "store" / "training")
+    (root / ".visionloop" / "studies.db").unlink()
+    (root / "recipes" / "smoke-tuned.yaml").unlink()
+    summary = answer(root, "tune", "-r", "smoke")
+    assert len(spoiled) > 40
+    assert summary["new_trials"] == 5
+    assert summary["best"] == json.loads((root / "summary.json").read_text())["best"]
+    # They are what makes everything that reads them fail.
+    monkeypatch.undo()
+    assert visionloop("train", "-r", "smoke-tuned", cwd=root).returncode == 2
+
+
+def test_a_search_that_is_killed_goes_on_and_ends_in_the_same_bits(root: Path, searched: Path) -> None:
+    """kill -9 in the middle of trials, again and again: nobody can tell afterwards."""
+    (root / "recipes" / "smoke-tuned.yaml").unlink()
+    shutil.rmtree(root / ".visionloop" / "store" / "training")
+    (root / ".visionloop" / "studies.db").unlink()
+    kills = 0
+    while True:
+        with tuning(root) as process:
+            assert process.stderr is not None
+            wanted = kills + 1  # so many trials, then it dies in the middle of the next
+            for line in process.stderr:
+                if kills < 2 and f"trial {wanted} of 5" in line:
+                    time.sleep(0.3 * kills)
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+            process.stderr.read()
+            status = process.wait()
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert kills == 2
+    assert rows(root) == rows(searched)
+    assert list((root / ".visionloop" / "store" / ".partial").glob("*")) == []
+
+
+def test_ctrl_c_ends_it_in_a_line_and_the_same_command_goes_on(root: Path) -> None:
+    with tuning(root, "--trials", "9") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "trial 5 of 9" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        said = process.stderr.read()
+        assert process.wait() == 130
+    assert re.search(r"^stopped; the same command goes on with trial [67]$", said, re.MULTILINE)
+    assert "Traceback" not in said
+    # The study is free at once.
+    assert answer(root, "tune", "-r", "smoke", "--trials", "7")["new_trials"] <= 1
+
+
+def test_another_search_of_the_workspace_or_of_the_study_waits_outside(root: Path, tmp_path: Path) -> None:
+    from flows.tuning.holding import holding
+    from flows.workspace.workspace import Workspace
+
+    with Workspace(root).locked("visionloop train something"):
+        done = visionloop("tune", "-r", "smoke", "--trials", "6", cwd=root)
+    assert (done.returncode, "is in use by `visionloop train something`" in done.stderr) == (2, True)
+    with holding(sqlite_url(root / ".visionloop" / "studies.db"), "smoke"):
+        done = visionloop_process("tune", "-r", "smoke", "--trials", "6", cwd=root, PYTHONPATH=str(Path.cwd()))
+    assert done.returncode == 2
+    assert re.search(r"study 'smoke' is searched by the process \d+ on .*; wait for it to end", done.stderr)
+    assert len(rows(root)) == 5
+
+
+def test_a_recipe_that_cannot_be_searched_costs_no_time(root: Path) -> None:
+    (root / "recipes" / "plain.yaml").write_text(QUICK.replace("name: smoke", "name: plain"))
+    done = visionloop("tune", "-r", "plain", cwd=root)
+    assert (done.returncode, "has no section search" in done.stderr, "getting ready" in done.stderr) == (2, True, False)
+    wrong = "search={space: {training.fit.learning_rte: {low: 0.1, high: 0.2}}}"
+    done = visionloop("tune", "-r", "smoke", "-s", wrong, cwd=root)
+    assert (done.returncode, "'training.fit.learning_rte'; valid: batch_size" in done.stderr) == (2, True)
+    assert "getting ready" not in done.stderr
