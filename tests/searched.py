@@ -97,7 +97,7 @@ def searching(
     data: Any = SimpleNamespace(dvc_hash="d" * 32, digest=lambda: "d" * 64)
     held = lines if lines is not None else []
     console = Console(3, quiet=True)
-    console.line = held.append  # type: ignore[method-assign]
+    console.line = held.append  # type: ignore[method-assign, assignment]
     found = Study(url or sqlite_url(root / "studies.db"), study, say=held.append, patience_s=patience_s)
     found.begin(identity(recipe, data), "maximize")
     run: Any = SimpleNamespace(console=console, task=SimpleNamespace(headline="accuracy"))

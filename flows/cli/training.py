@@ -212,11 +212,11 @@ def recipe_new(
 
 @recipe_app.command("schema")
 def recipe_schema(json_: AsJson = False) -> None:
-    """JSON Schema of a recipe, for editors."""
-    from flows.workspace.recipes import RunConfig
+    """JSON Schema of a recipe, for editors, with the bounds of all that a search can vary."""
+    from flows.workspace.searchable import schema
 
-    schema = RunConfig.model_json_schema()
-    finish(schema, json_, lambda: json.dumps(schema, indent=1))
+    found = schema()
+    finish(found, json_, lambda: json.dumps(found, indent=1))
 
 
 @store_app.command("verify")

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
 from flows.terminal import silent, to_stderr
 
@@ -80,4 +79,4 @@ def study_show(
     from flows.workspace.workspace import Workspace
 
     found = shown_study(Workspace.find(workspace), study)
-    finish(found, json_, lambda: "\n".join([*told_trials(found), f"{counted(len(found['trials']), 'trial')}"]))
+    finish(found, json_, lambda: "\n".join(told_trials(found)))

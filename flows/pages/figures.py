@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_INK, _BLUE, _ORANGE, _GREY = "#1c2430", "#2563a8", "#c2571a", "#9aa4b1"
+INK, BLUE, ORANGE, GREY = "#1c2430", "#2563a8", "#c2571a", "#9aa4b1"
 _LINES = 4
 """In which the names of engines stand, in turn, so that those of engines that are alike do not cover each other."""
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -49,8 +49,8 @@ def prepare_figures() -> None:
             "font.family": "sans-serif",
             "font.sans-serif": ["DejaVu Sans"],
             "font.size": 9,
-            "axes.edgecolor": _GREY,
-            "axes.labelcolor": _INK,
+            "axes.edgecolor": GREY,
+            "axes.labelcolor": INK,
             "axes.spines.top": False,
             "axes.spines.right": False,
         }
@@ -81,7 +81,7 @@ def engine_figure(evaluations: Sequence[Stored[Evaluation]], headline: str) -> M
     figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(executed) + 0.8))
     for place, evaluation in enumerate(reversed(executed)):
         e = evaluation.metrics[headline]
-        axes.errorbar(e.value, place, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=_BLUE, capsize=3)
+        axes.errorbar(e.value, place, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=BLUE, capsize=3)
     axes.set_yticks(range(len(executed)), [evaluation.engine for evaluation in reversed(executed)])
     axes.set_xlabel(f"{in_words(headline)}, 95 % interval")
     axes.grid(axis="x", color="#eceff3")
@@ -107,9 +107,9 @@ def pareto_figure(
     largest = max((measured.size_bytes for _, _, measured in points), default=1) or 1
     front: list[tuple[float, float]] = []
     for number, (latency, value, measured) in enumerate(sorted(points, key=lambda point: (point[0], -point[1].value))):
-        colour = _ORANGE if measured.engine == serving else _BLUE
+        colour = ORANGE if measured.engine == serving else BLUE
         spread = [[value.value - value.low], [value.high - value.value]]
-        axes.errorbar(latency, value.value, yerr=spread, fmt="none", ecolor=_GREY, capsize=3, zorder=1)
+        axes.errorbar(latency, value.value, yerr=spread, fmt="none", ecolor=GREY, capsize=3, zorder=1)
         axes.scatter([latency], [value.value], s=20 + 200 * measured.size_bytes / largest, color=colour, alpha=0.8, zorder=2)
         name = measured.engine + (" (serving)" if measured.engine == serving else "")
         # Above the plot, neighbours in lines of their own: engines are often as accurate as each other, and as fast.
@@ -119,12 +119,12 @@ def pareto_figure(
             xytext=(latency, 1.04 + 0.08 * (number % _LINES)),
             textcoords=("data", "axes fraction"),
             ha="center",
-            color=_INK,
+            color=INK,
             arrowprops={"arrowstyle": "-", "color": "#d5dbe3", "linewidth": 0.8},
         )
         if not front or value.value > front[-1][1]:
             front.append((latency, value.value))
-    axes.plot(*zip(*front, strict=True) if front else ([], []), color=_GREY, linestyle="--", linewidth=1, zorder=0)
+    axes.plot(*zip(*front, strict=True) if front else ([], []), color=GREY, linestyle="--", linewidth=1, zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -149,28 +149,28 @@ def curves_figure(history: list[dict[str, float]], headline: str, phases: Sequen
     # An epoch alone is a point, which no line shows.
     marker = "o" if len(frame) < 20 else None
     figure, axes = pyplot.subplots(figsize=(9, 3.4))
-    axes.plot(frame["epoch"], frame["train_loss"], color=_GREY, label="train loss", marker=marker, markersize=3)
-    axes.plot(frame["epoch"], frame["valid_loss"], color=_BLUE, label="valid loss", marker=marker, markersize=3)
+    axes.plot(frame["epoch"], frame["train_loss"], color=GREY, label="train loss", marker=marker, markersize=3)
+    axes.plot(frame["epoch"], frame["valid_loss"], color=BLUE, label="valid loss", marker=marker, markersize=3)
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
     right = axes.twinx()
     label = f"valid {in_words(headline)}"
-    right.plot(frame["epoch"], frame[f"valid_{headline}"], color=_ORANGE, label=label, marker=marker, markersize=3)
+    right.plot(frame["epoch"], frame[f"valid_{headline}"], color=ORANGE, label=label, marker=marker, markersize=3)
     right.set_ylabel(in_words(headline))
     if phases:
         best = frame[frame["epoch"].isin([best for _, _, best in phases])]
-        axes.plot(best["epoch"], best["valid_loss"], "o", color=_BLUE, markersize=8, fillstyle="none", label="best epoch")
+        axes.plot(best["epoch"], best["valid_loss"], "o", color=BLUE, markersize=8, fillstyle="none", label="best epoch")
     lines = [*axes.get_lines(), *right.get_lines()]
     for number, (part, last, _) in enumerate(phases if len(phases) > 1 else (), 1):
         first = int(frame["epoch"].iloc[0]) if number == 1 else phases[number - 2][1] + 1
         if number > 1:
-            axes.axvline(first - 0.5, color=_GREY, linestyle=":", linewidth=1)
+            axes.axvline(first - 0.5, color=GREY, linestyle=":", linewidth=1)
         axes.axvspan(first - 0.5, last + 0.5, color="#eceff3" if number % 2 else "white", zorder=0, linewidth=0)
         # What is too narrow for its name has its number alone; the table beside the figure has both.
         name = f"{number}. {part}" if (last - first + 1) * 90 > len(frame) * len(part) else f"{number}."
         place = axes.get_xaxis_transform()
-        axes.text((first + last) / 2, 1.02, name, transform=place, ha="center", va="bottom", color=_INK)
+        axes.text((first + last) / 2, 1.02, name, transform=place, ha="center", va="bottom", color=INK)
     # Above the axes: inside, there is no corner that some curve does not pass.
     labels = [str(line.get_label()) for line in lines]
     above = (0.5, 1.08 if len(phases) > 1 else 1.0)
@@ -185,7 +185,7 @@ def splits_figure(splits: Splits) -> Markup:
     classes = list(splits.classes)[:40]
     figure, axes = pyplot.subplots(figsize=(5, max(2.0, 0.26 * len(classes) + 0.8)))
     left = [0] * len(classes)
-    for (name, counts), color in zip(splits.class_counts.items(), (_BLUE, _ORANGE, _GREY, _INK), strict=True):
+    for (name, counts), color in zip(splits.class_counts.items(), (BLUE, ORANGE, GREY, INK), strict=True):
         widths = [counts.get(label, 0) for label in classes]
         axes.barh(classes, widths, left=left, color=color, label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -209,7 +209,7 @@ def confusion_figure(evaluation: Evaluation) -> Markup:
         for i, row in enumerate(counts):
             for j, value in enumerate(row):
                 if value:
-                    axes.text(j, i, str(value), ha="center", va="center", color="white" if shares[i][j] > 0.5 else _INK)
+                    axes.text(j, i, str(value), ha="center", va="center", color="white" if shares[i][j] > 0.5 else INK)
         axes.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names), default=0) > 3 else 0)
         axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("predicted")
@@ -221,11 +221,11 @@ def reliability_figure(evaluation: Evaluation) -> Markup:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 4.4))
-    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1)
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
     if evaluation.reliability:
         confidence, accuracy, counts = zip(*evaluation.reliability, strict=True)
         sizes = [12 + 240 * count / max(counts) for count in counts]
-        axes.scatter(confidence, accuracy, s=sizes, color=_BLUE, alpha=0.7)
+        axes.scatter(confidence, accuracy, s=sizes, color=BLUE, alpha=0.7)
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("mean confidence of a bin (area: images in it)")
@@ -239,20 +239,20 @@ def risk_coverage_figure(curve: RiskCoverage) -> Markup:
 
     figure, axes = pyplot.subplots(figsize=(9, 3.4))
     coverages, risks = zip(*curve.curve, strict=True)
-    axes.plot(coverages, risks, color=_BLUE, linewidth=1.2, label="the engine, by threshold")
-    for point, colour in (*((p, _BLUE) for p in curve.points), (curve.released, _ORANGE)):
+    axes.plot(coverages, risks, color=BLUE, linewidth=1.2, label="the engine, by threshold")
+    for point, colour in (*((p, BLUE) for p in curve.points), (curve.released, ORANGE)):
         if point is None or point.risk is None:
             continue
         x, risk = point.coverage.value, point.risk
         spread = [[risk.value - risk.low], [risk.high - risk.value]]
-        is_released = colour == _ORANGE
+        is_released = colour == ORANGE
         axes.errorbar(
             x,
             risk.value,
             yerr=spread,
             fmt="o",
             color=colour,
-            ecolor=colour if is_released else _GREY,
+            ecolor=colour if is_released else GREY,
             capsize=3,
             markersize=7 if is_released else 3,
             zorder=3 if is_released else 2,

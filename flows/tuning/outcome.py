@@ -28,7 +28,7 @@ def link_best(search: Search, best: Trial) -> None:
         search.run.link(search.run.store.folder("training", str(artefact)), "best")
 
 
-def summarise(search: Search, best: Trial, recipe: Path, num_valid: int) -> dict[str, Any]:
+def summarise(search: Search, best: Trial, recipe: Path, page: Path, num_valid: int) -> dict[str, Any]:
     """What a search came to."""
     study, config = search.study, search.space.recipe.config
     assert config.search is not None
@@ -41,11 +41,12 @@ def summarise(search: Search, best: Trial, recipe: Path, num_valid: int) -> dict
         "trials": counts(study.trials),
         "best": best_json(best, search.headline, num_valid),
         "own": own_json(study, best, search.space.own, search.headline, num_valid),
-        "fit": fit_of(best, config.training.all_phases, search.headline, num_valid),
+        "fit": fit_of(best, search.space.config(best.params).training.all_phases, search.headline, num_valid),
         "importances": study.importances(search.space.parameters),
         "alarms": [alarm.text for alarm in search.alarms],
         "winner": recipe.stem,
         "file": str(recipe),
+        "page": str(page),
         "new_trials": search.new,
     }
 
@@ -133,5 +134,8 @@ def told(summary: Mapping[str, Any], parameters: Sequence[Parameter]) -> str:
     if summary["importances"]:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in summary["importances"].items())
         lines.append(f"  what goes with the differences (PED-ANOVA): {shares}")
-    lines.append(f"recipe  {os.path.relpath(summary['file'])}; next: visionloop train --recipe {summary['winner']}")
+    lines += [
+        f"page    {os.path.relpath(summary['page'])}",
+        f"recipe  {os.path.relpath(summary['file'])}; next: visionloop train --recipe {summary['winner']}",
+    ]
     return "\n".join(lines)

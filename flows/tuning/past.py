@@ -7,6 +7,7 @@ from typing import Any
 
 from components.contracts.wording import counted
 from flows.tuning.outcome import best_json, counts, objective_name
+from flows.tuning.page import write_page
 from flows.tuning.space import shown
 from flows.tuning.study import Study, heads
 from flows.workspace.settings import read_settings
@@ -46,7 +47,9 @@ def shown_study(workspace: Workspace, name: str) -> dict[str, Any]:
     study = Study(read_settings(workspace.state).studies_url, name, patience_s=0)
     study.open()
     told, best = study.described, study.best
+    page = write_page(study, workspace.studies / name) if told else None
     return {
+        "page": None if page is None else str(page),
         "study": name,
         "recipe": told.get("recipe", ""),
         "objective": objective_name(study, told.get("headline", "accuracy")),
@@ -77,4 +80,4 @@ def told_trials(found: Mapping[str, Any]) -> list[str]:
         marked = "*" if trial["trial"] == best else " "
         why = f"  ({trial['reason']})" if trial["reason"] else ""
         lines.append(f"{marked} {trial['trial']:4}  {value:>10}  {counted(trial['epochs'], 'epoch'):10}  {chosen}{why}")
-    return lines
+    return [*lines, *([f"page  {found['page']}"] if found["page"] else [])]

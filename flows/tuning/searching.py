@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from components import plugins
@@ -24,12 +23,14 @@ from flows.training.chosen import ChosenRecipe
 from flows.training.run import Run
 from flows.tuning.alarms import Alarm, alarms
 from flows.tuning.holding import Hold, holding
-from flows.tuning.space import Space, described, searched, space_of, told
+from flows.tuning.recording import Recorder
+from flows.tuning.space import Space, Value, described, searched, space_of, told
 from flows.tuning.study import Direction, Study, Trial
 from flows.tuning.trial import LOCKS, Place, TrialResult
 from flows.tuning.winner import expect_free, winner_name
 from flows.tuning.workers import Worker, WorkerEnded, workers
 from flows.workspace.data import ensure
+from flows.workspace.desk import artifacts_of
 from flows.workspace.settings import read_settings
 from flows.workspace.workspace import lock_digest
 
@@ -58,7 +59,7 @@ class Search:
     study: Study
     hold: Hold
     asked: Asked
-    began: float = field(default_factory=time.monotonic)
+    recorder: Recorder | None = None
     new: int = 0
     """Trials that ended in this process."""
 
@@ -93,8 +94,16 @@ def opened(recipe: ChosenRecipe, asked: Asked, *, quiet: bool) -> Iterator[Searc
                 f"study {asked.study}: recipe {recipe.config.name}, {described(space)}, "
                 f"{counted(config.trials, 'trial')} by {config.sampler}, {_before(study)}"
             )
-            with stopping.at_once(lambda: f"stopped; the same command goes on with {_next(study)}"):
-                yield Search(run, space, study, hold, asked)
+            recorder = Recorder(
+                study, recipe.config.model, settings.tracking_uri, artifacts_of(workspace, settings), console.line
+            )
+            done = False
+            try:
+                with stopping.at_once(lambda: f"stopped; the same command goes on with {_next(study)}"):
+                    yield Search(run, space, study, hold, asked, recorder)
+                done = True
+            finally:
+                recorder.close(done=done)
 
 
 def _before(study: Study) -> str:
@@ -239,10 +248,17 @@ class _Going:
             self.search.hold.expect(study.name)
             left = next((one for one in study.trials if not one.finished and one.number not in self._held), None)
             if left is None and self._room:
-                left = study.start(study.propose(self.search.space, self._config), self.search.space)
+                params = study.propose(self.search.space, self._config)
+                left = study.start(params, self.search.space, self._facts(params))
             if left is not None:
                 self._held.add(left.number)
             return left
+
+    def _facts(self, params: Mapping[str, Value]) -> dict[str, Any]:
+        """What a page shows of a trial although the recipe may have changed by then."""
+        with contextlib.suppress(ConfigError):  # told when it is its turn
+            return {"training": self.search.space.config(params).training.to_json()}
+        return {}
 
     def _train(self, worker: Worker, trial: Trial) -> None:
         try:
@@ -318,6 +334,8 @@ class _Going:
                 value = result.valid[self.search.headline] if headline else min(row["valid_loss"] for row in last)
             study.finish(trial, result.state, value)
             self.search.new += 1
+            if self.search.recorder is not None:
+                self.search.recorder.more()
             self._warm.set()
             self._say(trial, result)
 

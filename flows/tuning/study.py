@@ -40,7 +40,7 @@ _STARTUP = 8
 _REDRAWS = 32
 PATIENCE_S = 300.0
 """How long a search waits for its database."""
-_FEWEST = 8
+FEWEST = 8
 """Complete trials from which on the importance of parameters is told."""
 
 
@@ -155,8 +155,8 @@ class Study:
                 f"name a new one: --study NAME"
             )
 
-    def start(self, params: Mapping[str, Value], space: Space) -> Trial:
-        """Write a trial that begins now."""
+    def start(self, params: Mapping[str, Value], space: Space, facts: Mapping[str, Any]) -> Trial:
+        """Write a trial that begins now, with what is told of it from the beginning."""
         from optuna.trial import FrozenTrial, TrialState
 
         template = FrozenTrial(
@@ -168,7 +168,7 @@ class Study:
             datetime_complete=None,
             params=dict(params),
             distributions=_distributions(space.parameters),
-            user_attrs={},
+            user_attrs={_FACTS: dict(facts)},
             system_attrs={},
             intermediate_values={},
         )
@@ -238,7 +238,7 @@ class Study:
     def importances(self, parameters: Sequence[Parameter]) -> dict[str, float]:
         """By parameter, how much of what differs between trials goes with it (PED-ANOVA); empty with too few trials."""
         complete = [trial for trial in self.trials if trial.state == "complete"]
-        if len(complete) < _FEWEST or len({trial.value for trial in complete}) < 2:
+        if len(complete) < FEWEST or len({trial.value for trial in complete}) < 2:
             return {}
         from optuna.importance import get_param_importances
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,20 @@ from typing import Any
 import pytest
 from failpoints import Died, Failpoints
 from searched import SPACE, Formula, go, recipe_of, searching, told
+from shapes import visionloop
 
-from components.contracts.errors import ConfigError, RegistryUnavailable, StoreError
+from components.contracts.errors import ConfigError, RegistryUnavailable, StoreError, StudyBusy
+from flows.training.chosen import ChosenRecipe
+from flows.tuning import holding
+from flows.tuning import study as studies
 from flows.tuning.alarms import alarms
-from flows.tuning.space import Value, space_of
+from flows.tuning.space import Space, Value, space_of
 from flows.tuning.study import Study, Trial
 from flows.tuning.trial import TrialResult
 from flows.tuning.workers import WorkerEnded
 from flows.workspace.recipes import RunConfig, load_recipe
 from flows.workspace.settings import sqlite_url
+from flows.workspace.workspace import Workspace
 
 
 @pytest.mark.parametrize(
@@ -109,10 +116,27 @@ def test_a_search_says_nothing_of_what_a_run_makes(tmp_path: Path) -> None:
 
 
 def test_the_schema_shows_the_bounds_of_what_can_be_searched() -> None:
-    schema = RunConfig.model_json_schema()
-    search = schema["$defs"]["SearchConfig"]["properties"]
+    done = visionloop("recipe", "schema", cwd=Path.cwd())
+    search = json.loads(done.stdout)["$defs"]["SearchConfig"]["properties"]
     assert search["trials"]["minimum"] == 1
     assert "median" in search["pruner"]["description"]
+    bounds = search["space"]["bounds"]
+    assert bounds["training.phases.N.fit.learning_rate"] == "a number above 0 to 1e+30"
+    assert bounds["training.phases.N.fit.batch_size"] == "a whole number from 1 to 65536"
+    assert bounds["training.phases.N.trains"].startswith("head, all, or {last: K}")
+    assert "efficientnet_lite0" in bounds["training.backbone"]
+    assert bounds["training.phases.N.augmentations.mixup.alpha"].startswith("a number")
+    assert "with loss focal" in bounds["training.phases.N.loss.settings.smoothing"]
+    assert bounds["training.phases.N.fit.schedule"] == "one of cosine, constant, step, one_cycle, cyclical"
+    assert not [key for key in bounds if key.endswith(".seed")]
+    # What it shows as an example can be searched.
+    (example,) = search["space"]["examples"]
+    assert len(space_of_transfer(example).parameters) == len(example)
+
+
+def space_of_transfer(space: dict[str, Any]) -> Space:
+    config = load_recipe("transfer", [f"search={json.dumps({'space': space})}"])
+    return space_of(ChosenRecipe(Workspace(Path.cwd()), "transfer", (), config))
 
 
 def test_the_first_trials_change_one_thing_at_a_time_and_the_rest_get_better(tmp_path: Path) -> None:
@@ -175,7 +199,7 @@ def test_a_search_that_dies_at_any_write_proposes_and_finds_what_one_that_lives_
             with monkeypatch.context() as patch:
                 # A trial takes eight writes at most: every third life or so gets further than the one before.
                 nth = 1 + life % 12
-                Failpoints([(RDBStorage, name) for name in names], nth=nth, when=when)(patch)  # type: ignore[arg-type]
+                Failpoints([(RDBStorage, name) for name in names], nth=nth, when=when)(patch)
                 try:
                     search = searching(tmp_path, recipe, url=url)
                     go(search, Formula(search.space))
@@ -425,3 +449,75 @@ def test_tpe_learns_what_a_formula_rewards(tmp_path: Path) -> None:
 def test_shipped_recipes_can_be_searched_and_their_digests_stay() -> None:
     config = load_recipe("transfer")
     assert config.to_run.digest() == "60ffd7c812c6e406cd0f785e2ae2390ea8771866c0576085eead6eea64760ee3"
+
+
+def test_a_study_is_held_by_one_search_and_given_up_by_one_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = sqlite_url(tmp_path / "studies.db")
+
+    def pretend(**values: Any) -> None:
+        with sqlite3.connect(tmp_path / "studies.db") as connection:
+            for key, value in values.items():
+                connection.execute(f"UPDATE visionloop_searches SET {key} = ?", (value,))
+
+    with holding_of(url, "s"), holding_of(url, "other"):
+        with pytest.raises(StudyBusy, match="study 's' is searched by the process .* on .*; wait for it to end"):
+            take(url, "s")
+        # One that was killed on this machine gives way at once.
+        pretend(began="0", pid=1)
+        with holding_of(url, "s"):
+            pass
+    # One on another machine after a minute without a word.
+    with holding_of(url, "s"):
+        pretend(host="elsewhere", seen="2026-11-30 10:00:00.000000")
+        with holding_of(url, "s"):
+            pass
+    with holding_of(url, "s"):
+        pretend(host="elsewhere")
+        with pytest.raises(StudyBusy, match="on elsewhere"):
+            take(url, "s")
+    # A search that lost its study says so instead of writing into it.
+    monkeypatch.setattr(holding, "BEAT_S", 0.05)
+    with holding_of(url, "s") as hold:
+        hold.expect("s")
+        pretend(holder="another")
+        assert hold.lost.wait(20)
+        with pytest.raises(StudyBusy, match="another search took study 's' over"):
+            hold.expect("s")
+        lost = searching(tmp_path, recipe_of(tmp_path), study="s")
+        lost.hold = hold
+        with pytest.raises(StudyBusy):
+            go(lost, Formula(lost.space))
+        assert told(lost) == []
+
+
+def holding_of(url: str, study: str) -> contextlib.AbstractContextManager[holding.Hold]:
+    return holding.holding(url, study)
+
+
+def take(url: str, study: str) -> None:
+    with holding_of(url, study):
+        pass
+
+
+def test_a_study_in_postgresql_is_the_same(tmp_path: Path, postgres: str) -> None:
+    recipe = recipe_of(tmp_path, SPACE.replace("trials: 14", "trials: 10"))
+    found = []
+    for url in (postgres, ""):
+        search = searching(tmp_path, recipe, url=url)
+        go(search, Formula(search.space))
+        found.append(told(search))
+        assert [head.name for head in studies.heads(search.study.url)] == ["s"]
+    assert found[0] == found[1]
+    with holding_of(postgres, "s"), pytest.raises(StudyBusy, match="is searched by the process"):
+        take(postgres, "s")
+
+
+def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="VISIONLOOP_STUDIES: 'sqlit' is no database that can be opened here"):
+        Study("sqlit:///x", "s")
+    with pytest.raises(RegistryUnavailable) as caught:
+        Study("postgresql://me:secret@127.0.0.1:9/x", "s", patience_s=0)
+    assert "does not answer" in str(caught.value)
+    assert "secret" not in str(caught.value)

@@ -224,9 +224,7 @@ def test_no_trial_reads_a_test_picture(root: Path, monkeypatch: pytest.MonkeyPat
             spoiled.append(path)
         return found
 
-    import flows.tune
-
-    monkeypatch.setattr(flows.tune.steps, "splitting", splitting)
+    monkeypatch.setattr(steps, "splitting", splitting)
     shutil.rmtree(root / ".visionloop" / "cache", ignore_errors=True)
     shutil.rmtree(root / ".visionloop" / "store" / "training")
     (root / ".visionloop" / "studies.db").unlink()
@@ -303,3 +301,124 @@ def test_a_recipe_that_cannot_be_searched_costs_no_time(root: Path) -> None:
     done = visionloop("tune", "-r", "smoke", "-s", wrong, cwd=root)
     assert (done.returncode, "'training.fit.learning_rte'; valid: batch_size" in done.stderr) == (2, True)
     assert "getting ready" not in done.stderr
+
+
+def test_mlflow_shows_the_trials_nested_in_their_study_once(root: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{root / '.visionloop' / 'mlflow.db'}"
+    client = MlflowClient(uri, registry_uri=uri)
+
+    def runs() -> tuple[Any, dict[str, Any]]:
+        experiment = client.get_experiment_by_name("shapes")
+        assert experiment is not None
+        found = client.search_runs([experiment.experiment_id])
+        (parent,) = [run for run in found if "visionloop.study" in run.data.tags]
+        nested = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert len(nested) == len({run.data.tags["visionloop.trial"] for run in nested})
+        return parent, {run.data.tags["visionloop.trial"]: run for run in nested}
+
+    parent, nested = runs()
+    summary = json.loads((root / "summary.json").read_text())
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["visionloop.study_digest"] == summary["digest"]
+    assert sorted(nested) == list("01234")
+    for number, params, state, value, curve, weights in rows(root):
+        run = nested[str(number)]
+        assert run.info.status == {"complete": "FINISHED", "pruned": "KILLED"}[state]
+        assert float(run.data.params["training.fit.learning_rate"]) == params["training.fit.learning_rate"]
+        if state == "complete":
+            assert run.data.metrics["objective"] == run.data.metrics["valid.accuracy"] == value
+            assert run.data.tags["visionloop.weights_sha256"] == weights
+        history = client.get_metric_history(run.info.run_id, "training.valid_accuracy")
+        assert {one.step: one.value for one in history} == curve
+    # One that was cut short is written again, and a search whose MLflow was away is caught up with by the next.
+    client.delete_run(nested["1"].info.run_id)
+    client.update_run(nested["2"].info.run_id, status="RUNNING")
+    away = visionloop("tune", "-r", "smoke", "--trials", "6", cwd=root, VISIONLOOP_TRACKING_URI="http://127.0.0.1:9")
+    assert away.returncode == 0, away.stderr
+    assert re.search(r"MLflow lacks trials \(.*\); the same command writes them", away.stderr)
+    assert sorted(runs()[1]) == list("0234")
+    answer(root, "tune", "-r", "smoke", "--trials", "6")
+    again = runs()[1]
+    assert sorted(again) == list("012345")
+    assert again["2"].info.status in ("FINISHED", "KILLED")
+    history = client.get_metric_history(again["2"].info.run_id, "training.valid_accuracy")
+    assert len(history) == len({one.step for one in history}) > 0
+
+
+def test_several_processes_share_a_study_and_one_that_is_killed_is_replaced(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.tuning import workers as working
+
+    started: list[Any] = []
+    real = working.Process._start
+
+    def start(self: Any) -> Any:
+        process = real(self)
+        started.append(process)
+        return process
+
+    killed: list[int] = []
+    hear = working.Process._hear
+
+    def hear_and_kill(process: Any) -> Any:
+        heard = hear(process)
+        if "epoch" in heard and len(killed) < 2 and process.pid not in killed and heard["epoch"]["epoch"] == 1:
+            killed.append(process.pid)
+            process.kill()
+            process.wait()
+        return heard
+
+    monkeypatch.setattr(working.Process, "_start", start)
+    monkeypatch.setattr(working.Process, "_hear", staticmethod(hear_and_kill))
+    done = visionloop("tune", "-r", "smoke", "--study", "wide", "--write", "wide", "--workers", "2", cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert len(killed) == 2
+    assert done.stderr.count("its process was ended by SIGKILL") == 2
+    assert len(started) == 4
+    assert all(process.poll() is not None for process in started)
+    found = rows(root, "wide")
+    assert [row[2] for row in found].count("complete") >= 4
+    assert "running" not in [row[2] for row in found]
+    # What is trained does not depend on who trains it, but for the number of threads.
+    alone = {str(row[1]): row[5] for row in rows(root) if row[5]}
+    threads = os.cpu_count() == 1 or os.environ.get("VISIONLOOP_NUM_THREADS") == "1"
+    if threads:
+        assert {str(row[1]): row[5] for row in found if row[5]}.items() <= alone.items()
+
+
+def test_a_worker_ends_with_the_search_that_started_it(root: Path) -> None:
+    import psutil
+
+    with tuning(root, "--trials", "40", "--workers", "2") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "trial 5 of 40" in line:
+                break
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len([one for one in family if "flows.tuning.worker" in one.cmdline()]) == 2
+        process.send_signal(signal.SIGKILL)
+        process.stderr.read()
+        process.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+
+
+def test_the_page_needs_no_network_and_shows_what_was_found(root: Path) -> None:
+    summary = json.loads((root / "summary.json").read_text())
+    page = Path(summary["page"].replace(summary["page"].split("/.visionloop/")[0], str(root)))
+    text = page.read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
+    assert text.count("<svg") >= 4
+    assert f"trial {summary['best']['trial']}" in text
+    assert summary["fit"][0] in text.replace("&#39;", "'")
+    assert "takes 8, and more say more" in text  # too few trials for importances
+    assert "changed alone, from the recipe" in text.replace("&#39;", "'")
+    assert summary["digest"] in text
+    # From the study alone, whatever became of the recipe.
+    (root / "recipes" / "smoke.yaml").unlink()
+    page.unlink()
+    assert answer(root, "study", "show", "smoke")["page"] == str(page)
+    assert page.read_text() == text
