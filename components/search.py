@@ -109,6 +109,9 @@ class SearchConfig(Record):
                 f"{strangers[0]} is no key of training; a search compares trainings on the same images, so every key "
                 f"begins with training., such as training.fit.learning_rate"
             )
+        idle = [key for key in space if key.startswith("training.compute")]
+        if idle:
+            raise ValueError(f"{idle[0]} changes how fast a training is, and nothing of what it learns; remove it")
         lucky = [key for key in space if key.rpartition(".")[2] == "seed"]
         if lucky:
             raise ValueError(f"{lucky[0]} would only choose the luckiest draw; remove it")

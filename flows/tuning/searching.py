@@ -17,6 +17,7 @@ from components.contracts.progress import Progress
 from components.contracts.records import Stored, canonical_json
 from components.contracts.wording import counted
 from components.segments import limit
+from components.training import on_this_machine
 from flows import stopping
 from flows.terminal import Console
 from flows.training.chosen import ChosenRecipe
@@ -78,6 +79,7 @@ def opened(recipe: ChosenRecipe, asked: Asked, *, quiet: bool) -> Iterator[Searc
     workspace, settings = recipe.workspace, read_settings(recipe.workspace.state)
     space = space_of(recipe)
     config = searched(recipe.config)
+    on_this_machine(recipe.config.training)  # before data are fetched for trainings that cannot be
     expect_free(workspace.root, winner_name(recipe.config, asked.write), asked.study)
     with workspace.locked(f"visionloop tune {recipe.name}"), Console(STAGES, quiet=quiet) as console:
         limit(workspace.cache, settings.cache_bytes)
@@ -127,6 +129,7 @@ def identity(recipe: ChosenRecipe, data: DataVersion) -> dict[str, str]:
         **{key: canonical_json(search[key]) for key in sorted(search) if key not in ("trials", "schema_version")},
         "data version": data.dvc_hash,
         "what is pinned beside the data": data.digest()[:16],
+        "device": on_this_machine(config.training).key or "cpu",
         "code of the training": source[:16],
         "locked libraries": lock_digest()[:16],
     }

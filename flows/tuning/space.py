@@ -130,6 +130,11 @@ def space_of(recipe: ChosenRecipe) -> Space:
             "training.weights: champion: trials of a search have to begin from the same weights, and the champion may "
             "change while it goes on; choose other weights, such as the file of a checkpoint"
         )
+    if config.training.teacher is not None and config.training.teacher.champion:
+        raise ConfigError(
+            "training.teacher: champion: trials of a search have to learn from the same teacher, and the champion may "
+            "change while it goes on; name a checkpoint in its place, such as .visionloop/runs/RUN/3-training"
+        )
     known = resolved(config)
     return Space(recipe, tuple(_parameter(recipe, key, one, known) for key, one in config.search.space.items()))
 

@@ -33,6 +33,8 @@ from components.segments import limit
 from components.training import train
 from flows.terminal import Console
 from flows.training import keys
+from flows.training.given_models import expect_to_teach
+from flows.training.given_models import teacher as learned_from
 from flows.training.run import Run
 from flows.workspace.recipes import RunConfig
 from flows.workspace.settings import read_settings
@@ -98,6 +100,10 @@ class Trainer:
         """Train a trial; raises what is not the fault of its values, such as StoreError on a full disk."""
         folder = self.workspace.studies / ".trials" / f"{os.getpid()}-{number}"
         run = Run(self.workspace, config, self.data, self.settings, Console(1, quiet=True), folder=folder)
+        if config.training.teacher is not None:
+            places = {"run": folder, "root": self.workspace.root, "cache": self.workspace.cache}
+            run.teacher = learned_from(config.training.teacher, self.data, **places)
+            expect_to_teach(run.teacher, run.task.classes(self.splits.record.classes), config.training.task)
         inputs = keys.training_inputs(run, self.splits)
         key, began = keys.training_key(run, self.splits), time.monotonic()
         rows: list[dict[str, float]] = []
@@ -115,6 +121,8 @@ class Trainer:
                 num_threads=self.settings.num_threads,
                 sink=_Reporting(rows, on_epoch),
                 progress=progress,
+                teacher=run.teacher.fetch() if run.teacher else None,
+                teacher_renamed=run.teacher.renamed if run.teacher else (),
             )
 
         def spent() -> float:

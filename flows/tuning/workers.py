@@ -78,8 +78,9 @@ class Process:
                 else:
                     return TrialResult.read(heard["result"])
         except (BrokenPipeError, EOFError):
-            self._process = None
-            raise WorkerEnded(self._ending(process)) from None
+            ending = self._ending(process)
+            self.close()
+            raise WorkerEnded(ending) from None
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -87,7 +88,7 @@ class Process:
         if process is not None:
             process.kill()
             process.wait()
-            for stream in (process.stdin, process.stdout):
+            for stream in (process.stdin, process.stdout, self._said):
                 if stream is not None:
                     with contextlib.suppress(OSError):
                         stream.close()

@@ -50,6 +50,10 @@ from flows.workspace.workspace import Workspace
         ("{training.backbone_settings.depth: {low: 1, high: 2}}", "unknown setting of backbone 'small_cnn' 'depth'; valid:"),
         ("{training.fit.step_factor: {low: 0.2, high: 0.3}}", "step_factor has an effect with schedule: step"),
         ("{gating.gates: {low: 1, high: 2}}", "gating.gates is no key of training"),
+        (
+            "{training.compute.accumulate: {choices: [1, 2]}}",
+            "changes how fast a training is, and nothing of what it learns",
+        ),
         ("{training.fit.seed: {low: 1, high: 9}}", "only choose the luckiest draw"),
         ("{training.task: {choices: [classification, other]}}", "changes what the valid loss means"),
     ],
@@ -126,7 +130,7 @@ def test_the_schema_shows_the_bounds_of_what_can_be_searched() -> None:
     assert bounds["training.phases.N.trains"].startswith("head, all, or {last: K}")
     assert "efficientnet_lite0" in bounds["training.backbone"]
     assert bounds["training.phases.N.augmentations.mixup.alpha"].startswith("a number")
-    assert "with loss focal" in bounds["training.phases.N.loss.settings.smoothing"]
+    assert "with loss cross_entropy" in bounds["training.phases.N.loss.settings.smoothing"]
     assert bounds["training.phases.N.fit.schedule"] == "one of cosine, constant, step, one_cycle, cyclical"
     assert not [key for key in bounds if key.endswith(".seed")]
     # What it shows as an example can be searched.
