@@ -135,6 +135,11 @@ def space_of(recipe: ChosenRecipe) -> Space:
             "training.teacher: champion: trials of a search have to learn from the same teacher, and the champion may "
             "change while it goes on; name a checkpoint in its place, such as .visionloop/runs/RUN/3-training"
         )
+    if config.training.all_phases[-1].head is not None or not config.splitting.valid_share:
+        raise ConfigError(
+            "a search compares trainings by epochs on the valid images, and this recipe has none (splitting.valid_share: 0) "
+            "or computes its head in one step (head); `train --set evaluation.folds=5` estimates such a recipe"
+        )
     known = resolved(config)
     return Space(recipe, tuple(_parameter(recipe, key, one, known) for key, one in config.search.space.items()))
 

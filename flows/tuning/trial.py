@@ -101,8 +101,8 @@ class Trainer:
         folder = self.workspace.studies / ".trials" / f"{os.getpid()}-{number}"
         run = Run(self.workspace, config, self.data, self.settings, Console(1, quiet=True), folder=folder)
         if config.training.teacher is not None:
-            places = {"run": folder, "root": self.workspace.root, "cache": self.workspace.cache}
-            run.teacher = learned_from(config.training.teacher, self.data, **places)
+            root, cache = self.workspace.root, self.workspace.cache
+            run.teacher = learned_from(config.training.teacher, self.data, run=folder, root=root, cache=cache)
             expect_to_teach(run.teacher, run.task.classes(self.splits.record.classes), config.training.task)
         inputs = keys.training_inputs(run, self.splits)
         key, began = keys.training_key(run, self.splits), time.monotonic()

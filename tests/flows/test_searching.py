@@ -64,13 +64,20 @@ def test_what_cannot_be_searched_is_refused_before_any_trial(tmp_path: Path, spa
     assert message in str(caught.value)
 
 
+_SEARCH = "{space: {training.phases.0.fit.learning_rate: {low: 0.001, high: 0.01}}}"
+
+
 def test_a_recipe_without_a_search_says_what_one_looks_like(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no section search.*learning_rate: {low: 0.0001"):
         space_of(recipe_of(tmp_path, ""))
     smoothing = "search: {objective: valid_loss, space: {training.task_settings.label_smoothing: {low: 0.0, high: 0.2}}}\n"
     with pytest.raises(ConfigError, match="label_smoothing changes what the valid loss means.*objective: headline"):
         recipe_of(tmp_path, smoothing)
-    with pytest.raises(ConfigError, match="the champion may change"):
+    with pytest.raises(ConfigError, match="a search compares trainings by epochs on the valid images"):
+        space_of(ChosenRecipe(Workspace(tmp_path), "fewshot", (), load_recipe("fewshot", [f"search={_SEARCH}"])))
+    with pytest.raises(ConfigError, match="the same teacher, and the champion may change"):
+        space_of(ChosenRecipe(Workspace(tmp_path), "distil", (), load_recipe("distil", [f"search={_SEARCH}"])))
+    with pytest.raises(ConfigError, match="begin from the same weights, and the champion may"):
         space_of(recipe_of(tmp_path, SPACE, "training.weights=champion"))
 
 
