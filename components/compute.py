@@ -1,4 +1,4 @@
-"""What a training computes on: a device, a precision, the parts of a batch.
+"""What a training computes on: a device, a precision, the parts of a batch, several processes.
 
 The processor is the default because resumption is exact to the bit there, and recipes mean the same on every machine. None
 of these settings changes the effective batch: what is learned differs by rounding, and by batch normalisation, which takes
@@ -43,11 +43,21 @@ class ComputeConfig(Record):
     """The weights of convolutions lie with their channels side by side, as the pictures do."""
     compile: bool = False
     """torch.compile, which takes a minute at the start of a phase and needs a compiler."""
+    launcher: Literal["local", "torchrun"] = "local"
+    """`local` is the process of the run; `torchrun` starts several on this machine, each on a share of every batch."""
+    processes: int = Field(default=1, ge=1, le=1024)
+    """They share the threads of VISIONLOOP_NUM_THREADS; on GPUs each has one of its own."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError("precision: fp16 is for GPUs, and device is cpu; use bf16 or fp32, or set device to cuda")
+        if self.launcher == "local" and self.processes > 1:
+            raise ValueError(
+                f"processes: {self.processes} need a launcher that starts them; set launcher to torchrun, or processes to 1"
+            )
+        if self.launcher == "torchrun" and self.processes == 1:
+            raise ValueError("launcher: torchrun starts several processes; set processes to 2 or more, or launcher to local")
         return self
 
 
@@ -63,6 +73,9 @@ class Compute:
     compile: bool = False
     hardware: str = field(default="", compare=False)
     """The GPU's name; empty for the processor."""
+    rank: int = 0
+    """Which of the processes this is."""
+    num_processes: int = 1
 
     @property
     def on_gpu(self) -> bool:
@@ -81,6 +94,7 @@ class Compute:
         how += [f"every batch in {self.accumulate} parts"] if self.accumulate > 1 else []
         how += ["channels last"] if self.channels_last else []
         how += ["compiled"] if self.compile else []
+        how += [f"by {self.num_processes} processes"] if self.num_processes > 1 else []
         how += ["not exact to the bit"] if self.on_gpu else []
         return ", ".join(how) if self != Compute() else ""
 
@@ -98,8 +112,8 @@ class Compute:
         return torch.amp.GradScaler(self.device.split(":")[0]) if self.precision == "fp16" else None
 
 
-def resolve(config: ComputeConfig) -> Compute:
-    """The settings on this machine; raises ConfigError for what it cannot do."""
+def resolve(config: ComputeConfig, num_threads: int | None = None) -> Compute:
+    """The settings on this machine, with so many threads; raises ConfigError for what it cannot do."""
     device = _device(config)
     if config.precision == "fp16" and device == "cpu":
         raise ConfigError(
@@ -114,7 +128,35 @@ def resolve(config: ComputeConfig) -> Compute:
         hardware = torch.cuda.get_device_name(device)
         if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError(f"{PLACE}.precision: the GPU here, {hardware}, does not compute in bf16; use fp16 or fp32")
-    return Compute(device, config.precision, config.accumulate, config.channels_last, config.compile, hardware)
+    _expect_room(config.processes, device, num_threads)
+    return Compute(
+        device,
+        config.precision,
+        config.accumulate,
+        config.channels_last,
+        config.compile,
+        hardware,
+        num_processes=config.processes,
+    )
+
+
+def _expect_room(processes: int, device: str, num_threads: int | None) -> None:
+    """Raise ConfigError where processes would have to share a GPU or a thread."""
+    if processes == 1:
+        return
+    if device != "cpu":
+        import torch
+
+        if processes > torch.cuda.device_count():
+            raise ConfigError(
+                f"{PLACE}.processes: each of {processes} processes needs a GPU of its own, and there "
+                f"{'is one' if torch.cuda.device_count() == 1 else f'are {torch.cuda.device_count()}'} here; lower it"
+            )
+    elif num_threads is not None and processes > num_threads:
+        raise ConfigError(
+            f"{PLACE}.processes: {processes} processes share {counted(num_threads, 'thread')}, and each needs one; lower "
+            f"it, or raise VISIONLOOP_NUM_THREADS"
+        )
 
 
 def _device(config: ComputeConfig) -> str:
@@ -182,14 +224,17 @@ def compiling(compute: Compute) -> Iterator[None]:
 
 
 def expect_parts(config: ComputeConfig, batch_size: int, num_train: int, place: str) -> None:
-    """Raise ConfigError where a batch is too small for the parts; a part is two examples at least."""
-    largest = min(batch_size, num_train)
-    if config.accumulate > 1 and largest < 2 * config.accumulate:
-        of = "batch_size" if batch_size <= num_train else "the train split"
-        raise ConfigError(
-            f"{PLACE}.accumulate: a batch of {counted(largest, 'image')} ({place}: {of}) cannot be computed in "
-            f"{config.accumulate} parts, of two images each at least; lower accumulate, or raise batch_size"
-        )
+    """Raise ConfigError where a batch is too small for the parts and processes; a part is two examples at least."""
+    largest, parts = min(batch_size, num_train), config.accumulate * config.processes
+    if parts == 1 or largest >= 2 * parts:
+        return
+    key = "accumulate" if config.processes == 1 else "processes"
+    among = "" if config.processes == 1 else f"by {config.processes} processes "
+    of = "batch_size" if batch_size <= num_train else "the train split"
+    raise ConfigError(
+        f"{PLACE}.{key}: a batch of {counted(largest, 'image')} ({place}: {of}) cannot be computed {among}in "
+        f"{parts} parts, of two images each at least; lower {key}, or raise batch_size"
+    )
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from components import memory
+from components import collectives, memory
 from components.compute import PLACE, Compute, compiling, device_of, to_device
 from components.contracts.errors import ConfigError, TrainingDiverged
 from components.contracts.families import Task
 from components.contracts.records import Record
+from components.contracts.wording import counted
 from components.hooks import Checkpointing, EarlyStopping, Fitting, Hook, MovingAverage, Recovery, capture
 from components.store import write_atomically
 
@@ -247,9 +248,11 @@ def fit(
         fitting = Fitting(
             model, optimizer, config, len(ends), hooks, accumulate=parts, micro_batches=parts, scaler=compute.scaler()
         )
-        stepping = _Stepping(_steps_of(model, compute), logits_of, loss or task.loss, train, augment, mix, setting, compute)
+        steps = collectives.together(_steps_of(model, compute), compute)
+        stepping = _Stepping(steps, logits_of, loss or task.loss, train, augment, mix, setting, compute)
         for hook in hooks:
             hook.on_start(fitting)
+        collectives.meet(compute)  # no checkpoint is written before all have read the last one
         while fitting.epoch < config.epochs and not fitting.stopped:
             if fitting.step == 0:
                 fitting.start = capture(fitting)
@@ -267,11 +270,11 @@ def fit(
                         hook.on_step(fitting)
                 with average.shown(model):
                     size = math.ceil(config.batch_size / fitting.micro_batches)
-                    valid_loss, valid_score = evaluate(model, logits_of, task, valid, size)
+                    valid_loss, valid_score = evaluate(model, logits_of, task, valid, size, compute)
                 if not math.isfinite(valid_loss):
                     raise _NotFinite(f"the valid loss became {valid_loss} at epoch {fitting.epoch + 1}")
             except (_NotFinite, MemoryError, RuntimeError) as error:
-                recovery = _recovery(fitting, error, ends[0], setting)
+                recovery = _recovery(fitting, error, ends[0], setting, compute)
             if recovery is not None:
                 # Outside the handler, whose traceback holds on to the memory of the step that failed.
                 fitting.go_back(recovery)
@@ -283,6 +286,7 @@ def fit(
             fitting.history.append(measured)
             for hook in hooks:
                 hook.on_epoch(fitting)
+            fitting.stopped = bool(collectives.total(fitting.stopped, compute))
         for hook in hooks:
             hook.on_end(fitting)
     return FitResult(best.weights, best.epoch, fitting.history)
@@ -296,7 +300,7 @@ _HALVINGS = 2
 """Of the learning rate, before a fit that diverges is given up."""
 
 
-def _recovery(fitting: Fitting, error: Exception, largest: int, setting: str) -> Recovery:
+def _recovery(fitting: Fitting, error: Exception, largest: int, setting: str, compute: Compute) -> Recovery:
     """What may help after an error in an epoch; raises where nothing is left to try, and the error that is another's."""
     if isinstance(error, _NotFinite):
         if fitting.halvings == _HALVINGS:
@@ -309,6 +313,12 @@ def _recovery(fitting: Fitting, error: Exception, largest: int, setting: str) ->
         return Recovery(f"{error}: back to the start of the epoch with half the learning rate", fitting.halvings + 1)
     if not _out_of_memory(error):
         raise error
+    if compute.num_processes > 1:
+        raise ConfigError(
+            f"{PLACE}.accumulate: memory is not enough for a step of one of {compute.num_processes} processes, with its "
+            f"share of a batch in {counted(fitting.micro_batches, 'part')}; set it to {fitting.micro_batches * 2}, or start "
+            f"fewer processes"
+        ) from error
     parts = fitting.micro_batches * 2
     if parts > largest // 2:
         raise ConfigError(
@@ -348,12 +358,17 @@ class _Stepping:
         """
         import torch
 
-        config, optimizer, scaler = fitting.config, fitting.optimizer, fitting.scaler
-        generator = _generator(config.seed, fitting.epoch, fitting.step)
+        config, optimizer, scaler, compute = fitting.config, fitting.optimizer, fitting.scaler, self.compute
+        # A batch too small for all processes is shared by fewer of them: the others compute what counts for nothing.
+        shares = min(compute.num_processes, max(1, len(chosen) // 2))
+        own = torch.tensor_split(chosen, shares)[compute.rank % shares]
+        # What is shared is the mean of the processes' gradients, which is to be that of the batch.
+        weight = compute.num_processes if compute.rank < shares else 0
+        generator = _generator(config.seed, fitting.epoch, fitting.step, *_number_of(compute))
         for group in optimizer.param_groups:
             group["lr"] = fitting.rate * group["lr_scale"]
         device = device_of(fitting.model)
-        inputs, targets = (to_device(each, device) for each in self.train.take(chosen, generator))
+        inputs, targets = (to_device(each, device) for each in self.train.take(own, generator))
         if self.augment is not None:
             inputs = self.augment(inputs, generator)
         if self.mix is not None:
@@ -363,17 +378,21 @@ class _Stepping:
         optimizer.zero_grad(set_to_none=True)
         losses = []
         # Parts differ by one example at most, so that none is of a single one while others are of several.
-        parts = min(fitting.micro_batches, max(1, len(chosen) // 2))
-        with compiling(self.compute):
-            for some, wanted in zip(torch.tensor_split(inputs, parts), torch.tensor_split(targets, parts), strict=True):
-                value = self.loss(self._logits(some), wanted) * (len(some) / len(chosen))
-                (value if scaler is None else scaler.scale(value)).backward()  # type: ignore[no-untyped-call]
+        parts = min(fitting.micro_batches, max(1, len(own) // 2))
+        with compiling(compute):
+            for number in range(parts):
+                some, wanted = (torch.tensor_split(whole, parts)[number] for whole in (inputs, targets))
+                with collectives.unshared(self.model, when=number < parts - 1):
+                    value = self.loss(self._logits(some), wanted) * (len(some) / len(chosen) * weight)
+                    (value if scaler is None else scaler.scale(value)).backward()  # type: ignore[no-untyped-call]
                 losses.append(value.detach())
         # Read at the end: until then a GPU computes while the processor goes on.
-        found = sum(map(float, losses))
+        found = collectives.total(sum(map(float, losses)), compute) / compute.num_processes
         place = f"at epoch {fitting.epoch + 1}, step {fitting.step + 1}"
         if not math.isfinite(found):
             raise _NotFinite(f"the loss became {found} {place}")
+        if compute.num_processes > 1:
+            collectives.mean_of(collectives.statistics(fitting.model), compute)
         if scaler is not None:
             scaler.unscale_(optimizer)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -410,6 +429,11 @@ class _Stepping:
 
 _LEAST_SCALE = 1.0
 """A gradient in fp16 that overflows though the loss is not scaled up is the network's own."""
+
+
+def _number_of(compute: Compute) -> tuple[int, ...]:
+    """What a process's own draws are drawn from, beside epoch and step."""
+    return (compute.rank,) if compute.num_processes > 1 else ()
 
 
 def _place(model: nn.Module, compute: Compute) -> None:
@@ -463,9 +487,10 @@ def evaluate(
     task: Task,
     examples: Examples,
     batch_size: int,
+    compute: Compute | None = None,
 ) -> tuple[float, float]:
     """Mean loss and share of right answers in evaluation mode."""
-    logits = predict(model, logits_of, examples.inputs, batch_size)
+    logits = predict(model, logits_of, examples.inputs, batch_size, compute)
     right = task.right(logits.numpy(), examples.targets.numpy())
     return float(task.loss(logits, examples.targets)), float(right.mean())
 
@@ -475,15 +500,25 @@ def predict(
     logits_of: LogitsOf,
     inputs: Inputs,
     batch_size: int,
+    compute: Compute | None = None,
 ) -> torch.Tensor:
-    """Logits of the first view of all inputs in evaluation mode, in fp32 and in memory; leaves the model in it."""
+    """Logits of the first view of all inputs in evaluation mode, in fp32 and in memory; leaves the model in it.
+
+    Several processes answer a share each, and all of them have all the answers.
+    """
     import torch
 
     model.eval()
-    device = device_of(model)
+    device, compute = device_of(model), compute or Compute()
+    if len(inputs) < compute.num_processes:
+        compute = Compute()  # no share for each, so each answers all
+    rows = torch.tensor_split(torch.arange(len(inputs)), compute.num_processes)[compute.rank]
     with torch.no_grad():
-        rows = torch.split(torch.arange(len(inputs)), batch_size)
-        return torch.cat([logits_of(model, to_device(inputs.take(chosen, None), device)).float().cpu() for chosen in rows])
+        own = [
+            logits_of(model, to_device(inputs.take(chosen, None), device)).float().cpu()
+            for chosen in torch.split(rows, batch_size)
+        ]
+    return collectives.gathered(torch.cat(own), compute)
 
 
 def _order(targets: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:

@@ -272,6 +272,8 @@ class Checkpointing(Hook):
     out: Path
     identity: str
     number: int = 1
+    writes: bool = True
+    """Of several processes the first; all of them take up what it wrote."""
     _saved_at: float = 0.0
     _written: list[dict[str, Any]] = field(default_factory=list)
     """The states that the pointer names, the start of the epoch first."""
@@ -282,13 +284,14 @@ class Checkpointing(Hook):
             self._resume(fitting)
 
     def on_step(self, fitting: Fitting) -> None:
-        if time.monotonic() - self._saved_at > fitting.config.checkpoint_every_s:
+        if self.writes and time.monotonic() - self._saved_at > fitting.config.checkpoint_every_s:
             self._save(fitting)
 
     on_epoch = on_step
 
     def on_end(self, fitting: Fitting) -> None:
-        self._save(fitting)
+        if self.writes:
+            self._save(fitting)
 
     @property
     def _pointer(self) -> Path:

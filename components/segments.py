@@ -86,6 +86,11 @@ def limit(cache: Path, num_bytes: int) -> None:
     _used.clear()
 
 
+def limit_of(cache: Path) -> int | None:
+    """How large what this process keeps below `cache` may grow; None for any size."""
+    return _limits.get(cache)
+
+
 def used(folder: Path) -> None:
     """A cache folder is in use: the time of the folder says so to later runs."""
     _used.add(folder)

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from components import phases, plugins
+from components import launching, phases, plugins, segments
+from components.collectives import first_alone
 from components.compute import Compute, ComputeConfig, expect_parts, resolve
 from components.computed_heads import compute as compute_head
 from components.contracts.data import Renames, SplitName, Splits, names_after
@@ -166,9 +167,9 @@ def check(config: TrainingConfig, root: Path) -> None:
             _check_blocks(config, phase, phase.trains.last, place)
 
 
-def on_this_machine(config: TrainingConfig) -> Compute:
-    """What the section computes on here; raises ConfigError where it cannot."""
-    return resolve(config.compute)
+def on_this_machine(config: TrainingConfig, num_threads: int | None = None) -> Compute:
+    """What the section computes on here, with so many threads; raises ConfigError where it cannot."""
+    return resolve(config.compute, num_threads)
 
 
 def expect_enough(config: TrainingConfig, num_train: int) -> None:
@@ -258,6 +259,7 @@ def train(
     renamed: Renames = (),
     teacher: Stored[Checkpoint] | None = None,
     teacher_renamed: Renames = (),
+    plugin_folder: Path | None = None,
 ) -> Checkpoint:
     """Fit the phases on train, choose each one's epoch and the temperature on valid; calibration and test are not read.
 
@@ -266,36 +268,99 @@ def train(
     `champion` is what `weights: champion` goes on from, and `renamed` the classes that got other names since it was
     trained; `teacher` and `teacher_renamed` are the same of the section's teacher. Writes weights.safetensors and
     history.json, whose rows say their phase where there are several. What a killed run left in `out` is taken up, bit for
-    bit.
+    bit. Where the section says so, several processes do it, which load a workspace's own plug-ins from `plugin_folder`.
     """
     import torch
 
-    from components.checkpoints import save_weights
-
     check(config, root)
-    compute = on_this_machine(config)
+    compute = on_this_machine(config, num_threads)
     expect_enough(config, splits.record.counts["train"])
     expect_valid(config, splits.record.counts["valid"])
+    sink = sink or NullSink()
+    if config.compute.launcher != "local":
+        request = {
+            "config": config.to_json(),
+            "splits": _reference(splits),
+            "data": str(data),
+            "out": str(out),
+            "cache": str(cache),
+            "cache_bytes": segments.limit_of(cache),
+            "root": str(root),
+            "num_threads": num_threads,
+            "champion": _reference(champion) if champion else None,
+            "renamed": renamed,
+            "teacher": _reference(teacher) if teacher else None,
+            "teacher_renamed": teacher_renamed,
+            "plugins": str(plugin_folder) if plugin_folder else None,
+        }
+        command = functools.partial(launching.torchrun, config.compute.processes, WORKER)
+        return Checkpoint.read(launching.launch(command, request, sink=sink, progress=progress))
     torch.set_num_threads(num_threads)
+    places: dict[str, Any] = {"out": out, "cache": cache, "root": root, "num_threads": num_threads}
+    given: dict[str, Any] = {
+        "champion": champion,
+        "renamed": renamed,
+        "teacher": teacher,
+        "teacher_renamed": teacher_renamed,
+    }
+    trained = train_here(splits, data, config, compute, **places, sink=sink, progress=progress, **given)
+    assert trained is not None
+    return trained
+
+
+def _reference(stored: Stored[Any]) -> dict[str, Any]:
+    return {"record": stored.record.to_json(), "folder": str(stored.folder)}
+
+
+WORKER = "components.training_worker"
+"""The module that is each of several processes."""
+
+
+def train_here(
+    splits: Stored[Splits],
+    data: Path,
+    config: TrainingConfig,
+    compute: Compute,
+    *,
+    out: Path,
+    cache: Path,
+    root: Path,
+    num_threads: int,
+    sink: MetricSink,
+    progress: Progress,
+    champion: Stored[Checkpoint] | None,
+    renamed: Renames,
+    teacher: Stored[Checkpoint] | None,
+    teacher_renamed: Renames,
+) -> Checkpoint | None:
+    """Do what `train` says, as one of the processes that `compute` says; None in all but the first, which alone writes.
+
+    What is frozen is computed on `num_threads` by the first, while the others wait.
+    """
+    from components.checkpoints import save_weights
+
+    first = compute.rank == 0
     backbone: Backbone = plugins.load("backbones", config.backbone, dict(config.backbone_settings))
     task: Task = plugins.load("tasks", config.task, dict(config.task_settings))
     classes = task.classes(splits.record.classes)
-    model, weights_digest = initial(config, classes, cache=cache, root=root, champion=champion, renamed=renamed)
+    with first_alone(compute):
+        model, weights_digest = initial(config, classes, cache=cache, root=root, champion=champion, renamed=renamed)
     teaching = _teaching(config, teacher, teacher_renamed, classes)
     data_of_phases = _Data(splits, data, task, config, backbone, cache, num_threads, progress, teaching)
     begun_from = [weights_digest, *([teacher.record.digest(), teacher_renamed] if teacher and teaching else [])]
     history: list[dict[str, float]] = []
     for number, phase in enumerate(config.all_phases, 1):
-        part, (train_set, valid_set) = data_of_phases.of(phase, model)
+        with first_alone(compute):
+            part, (train_set, valid_set) = data_of_phases.of(phase, model)
         told = [config.to_json(), *begun_from, splits.record.digest(), number]
         # What a GPU began is not gone on with by a processor.
-        identity = sha256_text(canonical_json([*told, compute.key] if compute.key else told))
+        identity = sha256_text(canonical_json([*told, "cuda"] if compute.on_gpu else told))
         numbered = functools.partial(_numbered, before=len(history), phase=number if len(config.all_phases) > 1 else None)
         label = f"phase {number}, " if len(config.all_phases) > 1 else ""
         if phase.head is not None:
             result, answers, labels = _computed(phase, part, task, train_set, valid_set)
             row = numbered(result.history[0])
-            (sink or NullSink()).log(int(row["epoch"]), row)
+            sink.log(int(row["epoch"]), row)
             progress(1, 1, f"{label}{phase.part}: {_told(row, task.headline)}")
             best_epoch = len(history) + 1
             history.append(row)
@@ -309,18 +374,21 @@ def train(
             valid_set,
             len(classes),
             groups=parameter_groups(config, backbone, phase, part),
-            checkpointing=Checkpointing(out, identity, number),
-            hooks=(MetricLogging(sink or NullSink(), numbered), ProgressReporting(progress, task.headline, label)),
+            checkpointing=Checkpointing(out, identity, number, writes=first),
+            hooks=(MetricLogging(sink, numbered), ProgressReporting(progress, task.headline, label)),
             setting=f"{config.place(number)}.fit",
             compute=compute,
             teaching=teaching,
         )
-        answers = predict(part, logits_of(phase), valid_set.inputs, phase.fit.batch_size).numpy()
+        asked, size = logits_of(phase), phase.fit.batch_size
+        answers = predict(part, asked, valid_set.inputs, size, compute).numpy()
         labels = valid_set.targets.numpy()
         if len(config.all_phases) > 1:
-            result.history[result.best_epoch - 1] |= _on_train(part, logits_of(phase), train_set, task, phase.fit.batch_size)
+            result.history[result.best_epoch - 1] |= _on_train(part, asked, train_set, task, size, compute)
         best_epoch = len(history) + result.best_epoch
         history += map(numbered, result.history)
+    if not first:
+        return None
     temperature = task.fit_temperature(answers, labels)
     measured = task.metrics(answers, labels, temperature)
     write_history(history, out / "history.json")
@@ -555,13 +623,18 @@ _MOST_TRAIN_IMAGES = 1000
 """Of so many images of the train split it is asked how many a phase has learned."""
 
 
-def _on_train(part: nn.Module, asked: LogitsOf, train: Examples, task: Task, batch_size: int) -> dict[str, float]:
+def _on_train(
+    part: nn.Module, asked: LogitsOf, train: Examples, task: Task, batch_size: int, compute: Compute
+) -> dict[str, float]:
     """The share of training images, as they are, that a phase's best epoch answers right, and of how many."""
     import torch
 
     rows = torch.linspace(0, len(train.targets) - 1, min(len(train.targets), _MOST_TRAIN_IMAGES)).long()
     logits = torch.cat(
-        [predict(part, asked, InMemory(train.inputs.take(some, None)), batch_size) for some in torch.split(rows, batch_size)]
+        [
+            predict(part, asked, InMemory(train.inputs.take(some, None)), batch_size, compute)
+            for some in torch.split(rows, batch_size)
+        ]
     )
     right = task.right(logits.numpy(), train.targets[rows].numpy())
     return {f"train_{task.headline}": float(right.mean()), "train_images": float(len(rows))}

@@ -30,8 +30,9 @@ def start_training(
     """
     from registry.approval import person
 
-    _expect_ready(recipe.workspace, read_settings(recipe.workspace.state))
-    on_this_machine(recipe.config.training)
+    settings = read_settings(recipe.workspace.state)
+    _expect_ready(recipe.workspace, settings)
+    on_this_machine(recipe.config.training, settings.num_threads)
     requester = person(by or login_name()).name
     say(f"getting ready to train by recipe {recipe.name}, which takes up to half a minute the first time ...")
     with collector.kept():

@@ -16,6 +16,7 @@ Exceptions::
     ├── WorkspaceBusy               another run holds this workspace
     ├── StudyBusy                   another search holds this study
     ├── TrainingDiverged            the loss is not finite
+    ├── WorkerLost                  a process that trained with others ended before its end
     ├── CheckpointMismatch          a checkpoint belongs to another config or other data
     ├── ExportError                 a target could not build its engine
     ├── EngineUnavailable           an engine cannot be executed on this machine
@@ -92,6 +93,10 @@ class WorkspaceBusy(VisionloopError):
 
 class StudyBusy(VisionloopError):
     """Another search holds this study."""
+
+
+class WorkerLost(VisionloopError):
+    """A process that trained with others ended before its end."""
 
 
 class TrainingDiverged(VisionloopError):

@@ -87,7 +87,7 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
     """
     workspace, config = chosen.workspace, chosen.config
     settings = read_settings(workspace.state)
-    on_this_machine(config.training)
+    on_this_machine(config.training, settings.num_threads)
     notes = []
     there = workspace.data.exists() or config.source is None
     with dvc_repository.leaving_no_trace():

@@ -26,7 +26,7 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
     """A run whose data are the pinned ones and whose workspace is held."""
     workspace, config = recipe.workspace, recipe.config
     settings = read_settings(workspace.state)
-    on_this_machine(config.training)  # before data are fetched for a training that cannot be
+    on_this_machine(config.training, settings.num_threads)  # before data are fetched for a training that cannot be
     with workspace.locked(f"visionloop train {recipe.name}"), Console(len(STAGES), quiet=quiet) as console:
         limit(workspace.cache, settings.cache_bytes)
         data = ensure(workspace, config.source, config.source_settings)

@@ -125,7 +125,7 @@ class Run:
     @property
     def compute(self) -> Compute:
         """What the training computes on here; raises ConfigError where it cannot."""
-        return on_this_machine(self.config.training)
+        return on_this_machine(self.config.training, self.settings.num_threads)
 
     @property
     def weights_told(self) -> str:

@@ -153,6 +153,7 @@ def training(run: Run, splits: Stored[Splits], *, fold: str = "") -> Stored[Chec
                 renamed=run.warm_start.renamed if run.warm_start else (),
                 teacher=run.teacher.fetch() if run.teacher else None,
                 teacher_renamed=run.teacher.renamed if run.teacher else (),
+                plugin_folder=run.plugin_folder,
             )
 
     inputs = keys.training_inputs(run, splits)

@@ -123,6 +123,7 @@ class Trainer:
                 progress=progress,
                 teacher=run.teacher.fetch() if run.teacher else None,
                 teacher_renamed=run.teacher.renamed if run.teacher else (),
+                plugin_folder=run.plugin_folder,
             )
 
         def spent() -> float:
