@@ -5,6 +5,8 @@
 | validation | images under `data/`           | Dataset    | samples, quarantine, issues (.parquet), data_docs/   |
 | splitting  | Dataset, frozen test ledger    | Splits     | splits.parquet                                       |
 | training   | Splits                         | Checkpoint | weights.safetensors, history.json                    |
+| optimis-   | Checkpoint, Splits             | Checkpoint | weights.safetensors, history.json, fine-tuning.json  |
+| ation      |                                |            | (only where a recipe names a pass)                   |
 | export     | Checkpoint x target            | Engine     | the engine's own files                               |
 | evaluation | Engine x Splits.test           | Evaluation | predictions, beyond_test, slices, corrupted .parquet |
 | gating     | Evaluations and Measurements   | Verdict    | nothing but its record                               |

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from components import plugins
-from components.contracts.errors import CheckpointMismatch, ConfigError
+from components.contracts.errors import CheckpointMismatch, ConfigError, WeightsUnavailable
 from components.contracts.families import Backbone, Task
 from components.contracts.models import Checkpoint, Preprocessing
 from components.contracts.records import FileDigest, Stored
 from components.store import describe
+from components.weights import from_safetensors, packed
 
 WEIGHTS = "weights.safetensors"
 
@@ -27,11 +28,14 @@ class ImageModel(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
+    embedding_dim: int
 
     def __init__(self, backbone: nn.Module, head: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.embedding_dim = 0
+        """Of one that was assembled."""
         shape = (1, preprocessing.channels, 1, 1)
         self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(shape) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).reshape(shape) * 255.0, persistent=False)
@@ -59,7 +63,52 @@ class OfPlanes(nn.Module):
 
 def assemble(backbone: Backbone, task: Task, num_classes: int) -> ImageModel:
     """An untrained module of these parts."""
-    return ImageModel(backbone.build(), task.head(backbone.embedding_dim, num_classes), backbone.preprocessing)
+    model = ImageModel(backbone.build(), task.head(backbone.embedding_dim, num_classes), backbone.preprocessing)
+    model.embedding_dim = backbone.embedding_dim
+    return model
+
+
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by name."""
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def reshape(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give tensors of a module these smaller shapes, and its layers the channels that follow from them; values are lost.
+
+    Raises CheckpointMismatch for a tensor that the module does not have, or not with so many dimensions of such sizes.
+    """
+    own = module.state_dict(keep_vars=True)
+    layers: dict[str, nn.Module] = {}
+    for name, shape in shapes.items():
+        found = own.get(name)
+        if found is None:
+            raise CheckpointMismatch(f"{name} is no tensor of this network")
+        if len(shape) != found.ndim or any(not 1 <= new <= old for new, old in zip(shape, found.shape, strict=True)):
+            raise CheckpointMismatch(f"{name} cannot have the shape {tuple(shape)}: this network has {tuple(found.shape)}")
+        layer, _, attribute = name.rpartition(".")
+        layers[layer] = module.get_submodule(layer)
+        empty = torch.zeros(*shape, dtype=found.dtype)
+        setattr(layers[layer], attribute, nn.Parameter(empty) if isinstance(found, nn.Parameter) else empty)
+    for changed in layers.values():
+        _count_channels(changed)
+
+
+def _count_channels(layer: nn.Module) -> None:
+    """Let a layer say as many channels as its tensors have; other kinds of layers are their tensors alone."""
+    if isinstance(layer, nn.Conv2d):
+        outputs, inputs = layer.weight.shape[:2]
+        if layer.groups == layer.in_channels > 1:  # each input has outputs of its own, and takes them with it
+            layer.groups = outputs * layer.groups // layer.out_channels
+        layer.in_channels, layer.out_channels = inputs * layer.groups, outputs
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        layer.num_features = len(layer.weight if layer.weight is not None else layer.running_mean)
+    elif isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = tuple(layer.weight.shape)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels = len(layer.weight)
 
 
 def blocks(name: str, backbone: Backbone, module: nn.Module) -> list[nn.Module]:
@@ -113,9 +162,10 @@ def reorder_answers(head: nn.Module, order: Sequence[int]) -> None:
             parameter.copy_(parameter[list(order)].clone())
 
 
-def save_weights(state: Mapping[str, torch.Tensor], *, out: Path) -> FileDigest:
-    """Write weights.safetensors into `out`."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, out / WEIGHTS)
+def save_weights(state: Mapping[str, torch.Tensor], *, out: Path, pack: bool = False) -> FileDigest:
+    """Write weights.safetensors into `out`; with `pack`, tensors of many zeros without these."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(packed(plain) if pack else plain, out / WEIGHTS)
     return describe(out / WEIGHTS, within=out)
 
 
@@ -124,12 +174,13 @@ def restore(checkpoint: Stored[Checkpoint]) -> ImageModel:
     record = checkpoint.record
     backbone = plugins.load("backbones", record.backbone, dict(record.backbone_settings))
     model = assemble(backbone, plugins.load("tasks", record.task, dict(record.task_settings)), len(record.classes))
+    told = f"{record.weights.name} does not fit backbone {record.backbone!r}"
     try:
-        load_state(
-            model,
-            load_file(checkpoint.folder / record.weights.name),
-            f"{record.weights.name} does not fit backbone {record.backbone!r}",
-        )
-    except CheckpointMismatch as error:
+        if record.optimised is not None and record.optimised.shapes:
+            told += " with the channels that its record says were left"
+            reshape(model, record.optimised.shapes)
+            model.embedding_dim = record.embedding_dim
+        load_state(model, from_safetensors(checkpoint.folder / record.weights.name), told)
+    except (CheckpointMismatch, WeightsUnavailable) as error:
         raise CheckpointMismatch(f"{error}; train again") from None
     return model.eval()

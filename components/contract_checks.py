@@ -19,7 +19,14 @@ import numpy.typing as npt
 from components import plugins
 from components.attributes import FILE, LEFT_OUT, read_said
 from components.conformance import Breach
-from components.contracts.errors import DataError, EngineUnavailable, UndecodableImage, WeightsUnavailable, in_short
+from components.contracts.errors import (
+    DataError,
+    EngineUnavailable,
+    UndecodableImage,
+    VisionloopError,
+    WeightsUnavailable,
+    in_short,
+)
 from components.contracts.families import (
     Answers,
     Augmentation,
@@ -31,6 +38,8 @@ from components.contracts.families import (
     Gate,
     Known,
     Loss,
+    Pass,
+    PassRequest,
     Slices,
     Source,
     Target,
@@ -612,6 +621,64 @@ def _mixed(augmentation: Augmentation, torch: Any) -> Iterator[Breach]:
             return
 
 
+def pass_breaches(member: Pass, _: str) -> Iterator[Breach]:
+    """It changes a small network for the better, the same each time, and leaves one that its tensors' shapes rebuild."""
+    import torch
+
+    from components.checkpoints import reshape, shapes_of
+    from components.network_size import network_size
+
+    with tempfile.TemporaryDirectory() as folder:
+        before = _network(Path(folder), width=16)[1]
+        networks = [_network(Path(folder), width=16)[1] for _ in range(3)]
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 16, 16, 1), dtype=torch.uint8, generator=draw)
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    if not 1 <= member.steps <= 1000:
+        yield Breach("steps", f"is {member.steps}; expected 1 to 1000, one for each time that it changes the network")
+        return
+    task: Task = plugins.load("tasks", "classification")
+    size = network_size(before, images[:1])
+    randomness = torch.random.get_rng_state()
+    for network in networks[:2]:
+        for step in range(1, member.steps + 1):
+            request = PassRequest(step, size, task, images[:1], lambda: iter([(images, targets)]), False, lambda _: None)
+            member.begin(network, request)
+            with torch.no_grad():
+                if network(images)[0].shape != (6, 3):
+                    yield Breach("begin", "leaves a network that does not answer 6 images with 3 logits each")
+                    return
+            if not any(parameter.requires_grad for parameter in network.parameters()):
+                yield Breach("begin", "leaves nothing that can be fine-tuned")
+            member.end(network, request)
+    if not torch.equal(randomness, torch.random.get_rng_state()):
+        yield Breach("begin", "draws from torch's global generator, or seeds it; make a generator of its own")
+    changed, again, rebuilt = networks
+    state = changed.state_dict()
+    if set(state) != set(before.state_dict()):
+        yield Breach("end", f"leaves {min(set(state) ^ set(before.state_dict()))}; expected the network's own tensors")
+        return
+    if any(value.shape != again.state_dict()[name].shape for name, value in state.items()) or not all(
+        torch.equal(value, again.state_dict()[name]) for name, value in state.items()
+    ):
+        yield Breach("begin", "gives two networks for the same one; a run that is killed has to go on where it was")
+    if all(torch.equal(value, before.state_dict().get(name, value)) for name, value in state.items() if value.ndim) and all(
+        value.shape == before.state_dict()[name].shape for name, value in state.items()
+    ):
+        yield Breach("begin", "leaves the network as it was")
+    whole = shapes_of(before.state_dict())
+    with torch.no_grad():
+        try:
+            reshape(rebuilt, {name: shape for name, shape in shapes_of(state).items() if whole[name] != shape})
+            rebuilt.load_state_dict(state)
+            answers = rebuilt.eval()(images)[0]
+        except (RuntimeError, VisionloopError) as error:
+            yield Breach("end", f"leaves a network that the shapes of its tensors do not rebuild: {in_short(error)}")
+            return
+        if not torch.equal(answers, changed.eval()(images)[0]):
+            yield Breach("end", "leaves a network that answers otherwise when it is rebuilt from its tensors")
+
+
 def finding_breaches(finding: Finding, name: str) -> Iterator[Breach]:
     """It answers the same for the same data in any order and under any names, and changes nothing that it is given."""
     odd = sorted(set(finding.needs) - set(get_args(Need)))
@@ -835,13 +902,13 @@ def target_breaches(target: Target, name: str) -> Iterator[Breach]:
             yield Breach("load", f"answers a picture otherwise alone than beside others: logits up to {apart:.2g} apart")
 
 
-def _network(folder: Path) -> tuple[Stored[Checkpoint], Any]:
+def _network(folder: Path, width: int = 4) -> tuple[Stored[Checkpoint], Any]:
     """A small untrained network, and its checkpoint in `folder`."""
     import torch
 
     from components.checkpoints import assemble, save_weights
 
-    settings: dict[str, bool | int | float | str] = {"image_size": 16, "width": 4, "embedding_dim": 8}
+    settings: dict[str, bool | int | float | str] = {"image_size": 16, "width": width, "embedding_dim": 8}
     backbone: Backbone = plugins.load("backbones", "small_cnn", settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -871,6 +938,7 @@ PROBES: Mapping[str, Callable[[Any, str], Iterator[Breach]]] = {
     "gates": gate_breaches,
     "losses": loss_breaches,
     "augmentations": augmentation_breaches,
+    "passes": pass_breaches,
     "backbones": backbone_breaches,
     "tasks": task_breaches,
     "targets": target_breaches,

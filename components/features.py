@@ -44,6 +44,8 @@ class Frozen:
     backbone: Backbone
     state: dict[str, torch.Tensor]
     num_blocks: int = 0
+    embedding_dim: int = 0
+    """Of features where a pass took channels away; else the backbone's own."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,13 @@ def _part(frozen: Frozen) -> nn.Module:
     import torch
     from torch import nn
 
-    from components.checkpoints import blocks
+    from components.checkpoints import blocks, reshape, shapes_of
 
     with torch.random.fork_rng(devices=[]):
         # Weights that are drawn here are replaced at once, and must not move what is drawn later.
         module = frozen.backbone.build()
+    whole = shapes_of(module.state_dict())
+    reshape(module, {name: shape for name, shape in shapes_of(frozen.state).items() if whole.get(name, shape) != shape})
     module.load_state_dict(frozen.state)
     module.eval()
     if frozen.num_blocks == 0:
@@ -182,7 +186,7 @@ def row_of(frozen: Frozen, part: Callable[[], nn.Module] | None = None) -> tuple
     import torch
 
     if frozen.num_blocks == 0:
-        return (frozen.backbone.embedding_dim,), np.float32
+        return (frozen.embedding_dim or frozen.backbone.embedding_dim,), np.float32
     contract = frozen.backbone.preprocessing
     with torch.inference_mode():
         found = (part or functools.partial(_part, frozen))()(

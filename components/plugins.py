@@ -31,6 +31,7 @@ FAMILIES = {
     "backbones": "Backbone",
     "losses": "Loss",
     "augmentations": "Augmentation",
+    "passes": "Pass",
     "findings": "Finding",
     "detectors": "Detector",
 }

@@ -164,7 +164,7 @@ def check(config: TrainingConfig, root: Path) -> None:
         # How many images there are is known later.
         expect_parts(config.compute, phase.fit.batch_size, phase.fit.batch_size, f"{place}.fit")
         if isinstance(phase.trains, LastBlocks):
-            _check_blocks(config, phase, phase.trains.last, place)
+            check_blocks(config, phase, phase.trains.last, place)
 
 
 def on_this_machine(config: TrainingConfig, num_threads: int | None = None) -> Compute:
@@ -190,6 +190,12 @@ def expect_valid(config: TrainingConfig, share_or_number: float) -> None:
 
 def expect_same_network(config: TrainingConfig, champion: Checkpoint, told: str) -> None:
     """Raise ConfigError where the section's network or task is another than that of the checkpoint that it begins from."""
+    if champion.optimised is not None and champion.optimised.shapes:
+        passes = ", ".join(each.name for each in champion.optimised.passes)
+        raise ConfigError(
+            f"training.weights: a warm start goes on with the whole network of the recipe, and {told}, is one that passes "
+            f"took channels from ({passes}); train from other weights, and let the recipe's own passes make it smaller"
+        )
     known, named = champion.backbone_settings, config.backbone_settings
     # A default that only one of them writes out makes no difference; a task's settings are about training.
     same = (champion.backbone, champion.task) == (config.backbone, config.task) and (
@@ -204,7 +210,7 @@ def expect_same_network(config: TrainingConfig, champion: Checkpoint, told: str)
         )
 
 
-def _check_blocks(config: TrainingConfig, phase: Phase, last: int, place: str) -> None:
+def check_blocks(config: TrainingConfig, phase: Phase, last: int, place: str) -> None:
     """Raise ConfigError where the last blocks are not known, are all of them, or take what cannot be augmented."""
     import torch
     from torch import nn
@@ -346,7 +352,7 @@ def train_here(
     with first_alone(compute):
         model, weights_digest = initial(config, classes, cache=cache, root=root, champion=champion, renamed=renamed)
     teaching = _teaching(config, teacher, teacher_renamed, classes)
-    data_of_phases = _Data(splits, data, task, config, backbone, cache, num_threads, progress, teaching)
+    data_of_phases = PhaseData(splits, data, task, config, backbone, cache, num_threads, progress, teaching)
     begun_from = [weights_digest, *([teacher.record.digest(), teacher_renamed] if teacher and teaching else [])]
     history: list[dict[str, float]] = []
     for number, phase in enumerate(config.all_phases, 1):
@@ -663,7 +669,7 @@ def _logits(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Data:
+class PhaseData:
     """What each phase trains on: what lies below the part that trains, as the network is by then, computed and cached."""
 
     splits: Stored[Splits]
@@ -696,7 +702,7 @@ class _Data:
         if phase.trains == "all":
             inputs = prepared(pictures, paths, self.backbone.preprocessing, cache=self.cache, **told)
         else:
-            frozen = Frozen(self.config.backbone, self.backbone, state, num_blocks)
+            frozen = Frozen(self.config.backbone, self.backbone, state, num_blocks, model.embedding_dim)
             inputs = maps(pictures, paths, frozen, views, cache=self.cache, num_threads=self.num_threads, **told)
         examples = Examples(inputs, torch.from_numpy(targets))
         if self.teaching is None or name != "train":

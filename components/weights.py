@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +82,58 @@ def from_pickle(path: Path, *, sha256: str, cache: Path) -> dict[str, torch.Tens
     return {name.split(":", 1)[1]: value for name, value in sorted(from_safetensors(converted).items())}
 
 
+_SPARSE_FROM = 0.25
+"""Share of zeros from which a tensor is packed: its values take less then than its zeros did, and one bit a place more."""
+_LEAST = 1024
+"""Numbers of a tensor that is worth it."""
+_PARTS = ("shape", "places", "values")
+
+
+def packed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict in which tensors of many zeros are their shape, one bit a place, and the values that are not zero.
+
+    safetensors has no sparse tensors; `unpacked` gives the same bits again, but for the sign of a zero.
+    """
+    import numpy as np
+    import torch
+
+    found: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        value = value.detach().cpu().contiguous()
+        zeros = int((value == 0).sum())
+        if not value.is_floating_point() or value.numel() < _LEAST or zeros < _SPARSE_FROM * value.numel():
+            found[name] = value
+            continue
+        places = np.packbits((value != 0).flatten().numpy())
+        parts = (torch.tensor(value.shape), torch.from_numpy(places), value[value != 0])
+        found |= {f"{name}#{part}": tensor for part, tensor in zip(_PARTS, parts, strict=True)}
+    return found
+
+
+def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What was packed, whole; raises WeightsUnavailable where its parts do not fit each other."""
+    import numpy as np
+    import torch
+
+    found = {name: value for name, value in tensors.items() if "#" not in name}
+    for name in sorted({name.rpartition("#")[0] for name in tensors if "#" in name}):
+        shape, places, values = (tensors.get(f"{name}#{part}") for part in _PARTS)
+        if shape is None or places is None or values is None:
+            raise WeightsUnavailable(f"{name} is packed, and a part of it is missing; expected {', '.join(_PARTS)}")
+        numel = math.prod(shape.tolist())
+        if len(places) != -(-numel // 8):
+            raise WeightsUnavailable(f"{name} is packed in {len(places)} bytes for the shape {tuple(shape.tolist())}")
+        chosen = torch.from_numpy(np.unpackbits(places.numpy(), count=numel).astype(bool))
+        if int(chosen.sum()) != len(values):
+            raise WeightsUnavailable(f"{name} is packed with {len(values)} values for {int(chosen.sum())} places")
+        whole = torch.zeros(numel, dtype=values.dtype)
+        whole[chosen] = values
+        found[name] = whole.reshape(shape.tolist())
+    return found
+
+
 def from_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file; raises WeightsUnavailable when it is not one."""
+    """Tensors of a safetensors file, packed ones whole; raises WeightsUnavailable when it is not one."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -90,7 +141,7 @@ def from_safetensors(path: Path) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise WeightsUnavailable(f"{path} is not a readable safetensors file: {error}") from error
-    return tensors
+    return unpacked(tensors)
 
 
 def tensor_names(path: Path) -> list[str]:

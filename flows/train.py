@@ -57,13 +57,15 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         dataset = steps.validation(run)
         splits = steps.splitting(run, dataset)
         turns = divided(run, dataset)  # before a training that would be for nothing
-        checkpoint = steps.training(run, splits)
+        trained = steps.training(run, splits)
+        checkpoint = steps.optimisation(run, trained, splits)
         graph = steps.graph(run, checkpoint)
         engines = steps.engines(run, checkpoint, graph, splits)
         evaluations = [steps.evaluation(run, engine, splits) for engine in engines]
         sliced = steps.slices(run, dataset, evaluations[0])
         corrupted = [steps.robustness(run, engine, splits) for engine in asked_corrupted(run, engines, evaluations)]
         measurements = steps.measurements(run, engines, splits, anew=measure_again)
+        cost = steps.passes_cost(run, trained, engines, evaluations, splits)
         champion = steps.champion(run)
         compared = steps.evaluation_of_champion(run, champion, splits) if champion else None
         champion_corrupted = steps.robustness_of_champion(run, champion, splits) if champion else None
@@ -72,6 +74,6 @@ def _train(recipe: ChosenRecipe, reason: str, requested_by: str, quiet: bool, me
         shown = steps.evidence(run, engines, evaluations, verdict.record, champion, compared, sliced, splits, checkpoint)
         folds = estimated(run, dataset, turns)
         judged = (dataset, splits, checkpoint, engines, evaluations, measurements, champion, compared, verdict, release)
-        results = Results(*judged, sliced, shown, folds, corrupted, champion_corrupted)
+        results = Results(*judged, sliced, shown, folds, corrupted, champion_corrupted, cost)
         outcome = steps.registration(run, results)
         return summarise(run, results, outcome, write_report(run, results, outcome))

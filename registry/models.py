@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.contracts.data import Dataset, DataVersion, Splits
 from components.contracts.errors import RegistryUnavailable, StoreError, TamperedArtefact, VisionloopError, causes, redacted
-from components.contracts.evidence import CandidateEvidence
+from components.contracts.evidence import CandidateEvidence, PassesCost
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import FileDigest, Record, RecordT, Stored
 from components.contracts.releases import Release
@@ -407,8 +407,11 @@ def bound_in(folder: Path) -> dict[str, Any]:
         for name in records
         if (evidence / f"{name}.robustness.json").is_file()
     }
+    # Of what passes cost: its milliseconds are another minute's on another day.
+    unoptimised = read("passes_cost", PassesCost).before_digest if (evidence / "passes_cost.json").is_file() else ""
     return {
         **({"corrupted": corrupted} if corrupted else {}),
+        **({"unoptimised": unoptimised} if unoptimised else {}),
         **{name: read(name, record).digest() for name, record in there.items()},
         "data": read("dataset", Dataset).data.digest(),
         "split": read("splits", Splits).test_digest,

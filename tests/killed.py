@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from components.contracts.data import Splits
+from components.contracts.models import Checkpoint
 from components.contracts.records import Stored
+from components.optimisation import OptimisationConfig
 from components.training import TrainingConfig
 
 
@@ -51,8 +53,19 @@ class Trainings:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def attempt(self, config: TrainingConfig, data: Path, folder: Path, killed_at: Moment | None = None) -> Attempt:
-        """Train on `data` into `folder`/out with the cache `folder`/cache; goes on from what is there."""
+    def attempt(
+        self,
+        config: TrainingConfig,
+        data: Path,
+        folder: Path,
+        killed_at: Moment | None = None,
+        *,
+        optimisation: OptimisationConfig | None = None,
+    ) -> Attempt:
+        """Train on `data` into `folder`/out with the cache `folder`/cache; goes on from what is there.
+
+        With `optimisation` it is applied to the checkpoint in `data`/trained.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         order = {
@@ -60,6 +73,7 @@ class Trainings:
             "data": str(data),
             "folder": str(folder),
             "kill": asdict(killed_at) if killed_at else None,
+            "optimisation": optimisation.to_json() if optimisation else None,
         }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -157,6 +171,7 @@ def _die() -> NoReturn:
 
 def _train(order: dict[str, Any], notes: int) -> None:
     from components import segments
+    from components.optimisation import optimise
     from components.training import train
 
     data, folder = Path(order["data"]), Path(order["folder"])
@@ -167,7 +182,13 @@ def _train(order: dict[str, Any], notes: int) -> None:
     _Watched(folder, moment, notes).install()
     config = TrainingConfig.model_validate_json(json.dumps(order["config"]), strict=True)
     splits = Stored(Splits.read(json.loads((data / "splits.json").read_text())), data)
-    train(splits, data / "data", config, out=folder / "out", cache=folder / "cache", root=data, num_threads=1)
+    if order["optimisation"] is None:
+        train(splits, data / "data", config, out=folder / "out", cache=folder / "cache", root=data, num_threads=1)
+        return
+    passes = OptimisationConfig.model_validate_json(json.dumps(order["optimisation"]), strict=True)
+    trained = data / "trained"
+    checkpoint = Stored(Checkpoint.read(json.loads((trained / "checkpoint.json").read_text())), trained)
+    optimise(checkpoint, splits, data / "data", passes, config, out=folder / "out", cache=folder / "cache", num_threads=1)
 
 
 def _attempt(order: dict[str, Any]) -> dict[str, Any]:

@@ -124,3 +124,27 @@ def record_of(module: Any, name: str, settings: dict[str, Any], backbone: Backbo
         epochs=1,
         valid_metrics={},
     )
+
+
+def pruned(
+    module: ImageModel, name: str, settings: dict[str, Any], backbone: Backbone, folder: Path, *, share: float = 0.3
+) -> Checkpoint:
+    """The checkpoint of the module without a share of its parameters, taken away in place; writes its weights."""
+    from components.checkpoints import shapes_of
+    from components.contracts.families import PassRequest
+    from components.contracts.models import Optimised
+    from components.network_size import network_size
+
+    whole, size = shapes_of(module.state_dict()), backbone.preprocessing
+    example = torch.zeros(1, size.height, size.width, size.channels, dtype=torch.uint8)
+    chosen = plugins.load("passes", "prune", {"share": share, "steps": 1, "importance": "magnitude"})
+    task: Task = plugins.load("tasks", "classification")
+    chosen.begin(
+        module, PassRequest(1, network_size(module, example), task, example, lambda: iter([]), False, lambda _: None)
+    )
+    record = record_of(module, name, settings, backbone, folder)
+    shapes = {name: new for name, new in shapes_of(module.state_dict()).items() if whole[name] != new}
+    with torch.no_grad():
+        width = module(example)[1].shape[1]
+    told = Optimised(made_of="m" * 64, passes=(), shapes=shapes, history=record.history)
+    return record.model_copy(update={"embedding_dim": width, "optimised": told})

@@ -17,6 +17,7 @@ Exceptions::
     ├── StudyBusy                   another search holds this study
     ├── TrainingDiverged            the loss is not finite
     ├── WorkerLost                  a process that trained with others ended before its end
+    ├── PassFailed                  a pass could not change the network, or left it unable to answer
     ├── CheckpointMismatch          a checkpoint belongs to another config or other data
     ├── ExportError                 a target could not build its engine
     ├── EngineUnavailable           an engine cannot be executed on this machine
@@ -101,6 +102,10 @@ class WorkerLost(VisionloopError):
 
 class TrainingDiverged(VisionloopError):
     """The training loss is not finite."""
+
+
+class PassFailed(VisionloopError):
+    """A pass could not do what it was asked to a network, or left it unable to answer; nothing of it is kept."""
 
 
 class CheckpointMismatch(VisionloopError):

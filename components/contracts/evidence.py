@@ -83,3 +83,40 @@ class CandidateEvidence(Record):
     """What is missing, and why."""
     files: tuple[FileDigest, ...]
     """flips.parquet, the pictures and the saliency maps."""
+
+
+class ClassCost(Record):
+    """The answers to the test images of one class, before passes and after."""
+
+    name: str
+    before: float
+    """Share that was right."""
+    after: float
+    difference: Estimate
+    """after - before, image by image."""
+
+
+class PassesCost(Record):
+    """What passes cost on test and bought in milliseconds: the network as it was trained beside what they made of it.
+
+    Both as the same fp32 engine, asked about the same images and timed in turns on one machine.
+    """
+
+    engine: str
+    engine_digest: str
+    before_digest: str
+    """Of the engine of the network as it was trained."""
+    test_digest: str
+    answers: Flips | None
+    """Here won and lost are right after alone and before alone; None where one of them did not answer."""
+    by_class: tuple[ClassCost, ...]
+    """The one that lost most first."""
+    p50_before_ms: float | None
+    p50_after_ms: float | None
+    speedup: Estimate | None
+    """before / after: the median of the rounds, with the range of the rounds; n is how many there were."""
+    machine: str
+    engine_bytes_before: int
+    engine_bytes_after: int
+    notes: tuple[str, ...]
+    """What could not be compared, and why."""

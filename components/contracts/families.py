@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from components.contracts import verdicts
 from components.contracts.issues import Issue, Need, Pair, Severity, issue_id
-from components.contracts.models import Checkpoint, Engine, Precision, Preprocessing
+from components.contracts.models import Checkpoint, Engine, NetworkSize, Precision, Preprocessing
 from components.contracts.records import Stored
 from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Measurement
 
@@ -230,6 +230,58 @@ class Task(Protocol):
         self, logits: npt.NDArray[Any], targets: npt.NDArray[Any], temperature: float
     ) -> tuple[tuple[float, float, int], ...]:
         """(mean confidence, share that is right, count) of each non-empty confidence bin."""
+        ...
+
+
+@dataclass(frozen=True)
+class PassRequest:
+    """What a pass may know of the network that it changes, never of a test image."""
+
+    step: int
+    """Counted from one."""
+    before: NetworkSize
+    """The network before the first step of this pass."""
+    task: Task
+    example: torch.Tensor
+    """One image as the network takes it, uint8 (1, h, w, c)."""
+    images: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+    """Batches of training images uint8 (n, h, w, c) with their targets, in an order that stays the same."""
+    rehearsal: bool
+    """Whether the network has random weights and is thrown away: before a training it is tried whether the pass can work."""
+    note: Callable[[str], None]
+    """Takes what a person should know of how it went, such as what was left as it was."""
+
+
+class Pass(Protocol):
+    """A change of a trained network that makes it smaller or faster; its fields are its settings.
+
+    It works in steps: `begin` changes the network, which is then fine-tuned, and `end` finishes the step. The same network
+    and images give the same bits, so that a run that was killed goes on where it was. After `end` the network is one of
+    plain layers again, whose numbers of channels can be told from the shapes of its tensors: it is rebuilt by these alone.
+    """
+
+    @property
+    def steps(self) -> int:
+        """How many times the network is changed and fine-tuned."""
+        ...
+
+    @property
+    def undone_by_training(self) -> str:
+        """What of its work a further training would undo, such as `the zeros that it makes`; empty for nothing.
+
+        Such a pass is the last one of a recipe.
+        """
+        ...
+
+    def begin(self, network: torch.nn.Module, request: PassRequest) -> None:
+        """Change the network in place, uint8 images (n, h, w, c) to logits and embeddings, in evaluation mode.
+
+        Raises ConfigError, naming the setting or the layer, for what this network cannot be asked to do.
+        """
+        ...
+
+    def end(self, network: torch.nn.Module, request: PassRequest) -> None:
+        """Finish the step after its fine-tuning."""
         ...
 
 

@@ -61,6 +61,46 @@ class Preprocessing(Record):
         return self
 
 
+class NetworkSize(Record):
+    """What a network costs, counted."""
+
+    parameters: int
+    zeros: int
+    """Of them, those that are zero."""
+    macs: int
+    """Multiplications and additions of convolutions and linear layers for one image, zeros included."""
+    stored_bytes: int
+    """Of its weights as a checkpoint stores them."""
+
+
+class AppliedPass(Record):
+    """One pass that changed a trained network, and what that cost on the valid images, which chose its epochs."""
+
+    name: str
+    settings: dict[str, Any]
+    """All of them, defaults included."""
+    epochs: int
+    """Of all fine-tunings together."""
+    before: NetworkSize
+    after: NetworkSize
+    valid: tuple[int, int, int, int]
+    """Valid images that both networks, only the one before, only the one after and neither answered right."""
+    notes: tuple[str, ...] = ()
+    """What it left as it was, and why."""
+
+
+class Optimised(Record):
+    """What passes made of a checkpoint."""
+
+    made_of: str
+    """Digest of the checkpoint before the first of them."""
+    passes: tuple[AppliedPass, ...]
+    shapes: dict[str, tuple[int, ...]]
+    """Of the tensors that have other shapes than backbone and head are built with, by name."""
+    history: FileDigest
+    """One row an epoch of fine-tuning."""
+
+
 class Checkpoint(Record):
     """Trained weights and everything needed to rebuild the module and to read its outputs."""
 
@@ -81,12 +121,16 @@ class Checkpoint(Record):
     valid_metrics: dict[str, float]
     computed_on: str = ""
     """The hardware and how it was used, in words; empty for a processor in fp32, and left out of JSON there."""
+    optimised: Optimised | None = None
+    """What passes made of the trained network; None, and absent in JSON, where there were none."""
 
     @model_serializer(mode="wrap")
-    def _without_the_field(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_the_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
         if not self.computed_on:
             del values["computed_on"]
+        if self.optimised is None:
+            del values["optimised"]
         return values
 
 

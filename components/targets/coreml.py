@@ -40,18 +40,21 @@ class Target(BaseModel):
     def export(self, request: ExportRequest, *, out: Path) -> Built:
         import torch
 
-        from components.checkpoints import OfPlanes, restore
+        from components.checkpoints import OfPlanes, restore, save_weights
         from components.converters import coreml
         from components.graphs import to_program
+        from components.weights import from_safetensors
 
         record = request.checkpoint.record
         size = record.preprocessing
         shape = (1, size.channels, size.height, size.width)
         program = out / "program.pt2"
         to_program(OfPlanes(restore(request.checkpoint)), torch.zeros(shape), program)
+        # The checkpoint's own may be packed, and what converts knows nothing of that.
+        weights = out / save_weights(from_safetensors(request.checkpoint.folder / record.weights.name), out=out).name
         asked = {
             "program": str(program),
-            "weights": str(request.checkpoint.folder / record.weights.name),
+            "weights": str(weights),
             "prefix": "model.",
             "shape": shape,
             "precision": request.precision,
@@ -63,6 +66,7 @@ class Target(BaseModel):
         }
         answer = environments.convert(_ENVIRONMENT, coreml, asked)
         program.unlink()
+        weights.unlink()
         return Built(entry=f"{_PACKAGE}/Manifest.json", runtime=answer["runtime"], facts=answer["facts"])
 
     def load(self, engine: Stored[Engine], *, num_threads: int, num_streams: int = 1) -> NoReturn:

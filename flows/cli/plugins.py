@@ -10,9 +10,9 @@ from components.contracts.wording import counted
 from flows.cli.answers import HERE, AsJson, Commands, InWorkspace, finish
 
 plugin_app = Commands(
-    help="Sources, findings, targets, gates, tasks, losses, augmentations, backbones and detectors of a workspace's own."
+    help="A workspace's own sources, findings, targets, gates, tasks, losses, augmentations, passes, backbones, detectors."
 )
-_FAMILY = "Its family: sources, findings, targets, gates, tasks, losses, augmentations, backbones or detectors."
+_FAMILY = "Its family: sources, findings, targets, gates, tasks, losses, augmentations, passes, backbones or detectors."
 
 
 @plugin_app.command("new")

@@ -104,6 +104,7 @@ def show(version: Version, model: OfModel = None, workspace: InWorkspace = HERE,
 def _page(model: str, shown: VersionShown) -> str:
     from flows.training.candidate_evidence import told as evidence_told
     from flows.training.data_since import told as data_told
+    from flows.training.passes_told import lines as passes_told
 
     state, champion = shown.state, shown.champion
     summary, bound = state.requested.body.get("summary") or {}, state.requested.body["bound"]
@@ -139,6 +140,7 @@ def _page(model: str, shown: VersionShown) -> str:
         ]
         lines += ["", f"{shown.holdout.told(summary['images']['test'])}."] if shown.holdout else []
         told = evidence_told(summary.get("evidence") or {})
+        told += passes_told(summary.get("optimisation"), summary.get("headline", "accuracy").replace("_", " "))
         told += data_told(summary.get("data_since"), summary.get("spent"))
         lines += ["", *told] if told else []
         worst = sorted(summary["recall"].items(), key=lambda item: item[1]["value"])[:3]

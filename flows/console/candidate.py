@@ -27,6 +27,7 @@ from flows.training.candidate_evidence import corruptions
 from flows.training.candidate_evidence import page as evidence_page
 from flows.training.data_since import told as data_told
 from flows.training.engine_table import cell, engine_row, metric_names
+from flows.training.passes_told import page as passes_page
 from flows.training.registered import RegisteredEvidence, registered_evidence
 from flows.training.results import costs_json
 from flows.training.run import stage_folder
@@ -94,6 +95,7 @@ def candidate_page(application: Application, visitor: Visitor, model: str, versi
         "beside": _beside(summary),
         "compared_with": _compared_with(shown, summary),
         "findings": _findings(summary),
+        "passes": passes_page(summary.get("optimisation"), headline.replace("_", " ")),
         "data_told": data_told(summary.get("data_since"), summary.get("spent")),
         "decision_rule": _rule(summary),
         "bound": _bound(state),

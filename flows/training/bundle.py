@@ -19,6 +19,7 @@ from flows.training.candidate_evidence import evidence_json
 from flows.training.data_since import data_since, spent
 from flows.training.keys import training_key
 from flows.training.model_card import choice_told, limits_json, model_card
+from flows.training.passes_told import passes_json
 from flows.training.results import (
     Results,
     bound_digests,
@@ -94,6 +95,11 @@ def assemble(run: Run, results: Results) -> CandidateBundle:
         record(f"{asked.record.engine}.robustness", asked.record)
         if asked.record.answers is not None:
             files[f"evidence/{asked.record.engine}.{asked.record.answers.name}"] = asked.folder / asked.record.answers.name
+    if checkpoint.record.optimised is not None:
+        history = checkpoint.record.optimised.history
+        files[f"evidence/{history.name}"] = checkpoint.folder / history.name
+    if results.passes_cost is not None:
+        record("passes_cost", results.passes_cost.record)
     if results.champion is not None:
         record("champion.evaluation", results.champion.record)
     if results.champion_corrupted is not None:
@@ -200,6 +206,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "folds": folds_json(run, results),
         "evidence": evidence_json(results.shown.record) if results.shown else None,
         "computed_on": results.checkpoint.record.computed_on,
+        **({"optimisation": passes} if (passes := passes_json(results)) else {}),
         "data_since": data_since(run, results),
         "spent": spent(run, results),
         "decision": results.release.record.decision.to_json() if results.release else None,
@@ -333,6 +340,7 @@ def summarise(run: Run, results: Results, outcome: Outcome, report: Path) -> dic
         "folds": folds_json(run, results),
         "folds_proposed": folds_proposed(run, results),
         "evidence": evidence_json(results.shown.record) if results.shown else None,
+        **({"optimisation": passes} if (passes := passes_json(results)) else {}),
         "data": {
             "version": run.data.dvc_hash,
             "kept": results.dataset.record.num_kept,
@@ -358,7 +366,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
     """`report.html` of the run, with what registration answered; left alone when it says just that already."""
     path = run.folder / "report.html"
     told, judged_before = notes_of(run, results), holdout_told(run, results)
-    drawn = (results.shown, *results.corrupted, results.champion_corrupted)
+    drawn = (results.shown, *results.corrupted, results.champion_corrupted, results.passes_cost)
     evidence = [stored.record.digest() for stored in drawn if stored is not None]
     shown = [
         outcome.digest(),
@@ -380,9 +388,9 @@ def report_source() -> str:
     """Digest of what draws the report: a changed template draws it anew."""
     from components import selective as curves
     from flows.pages import figures
-    from flows.training import candidate_evidence, diagnosis, engine_table, report, selective
+    from flows.training import candidate_evidence, diagnosis, engine_table, passes_told, report, selective
 
-    modules = (candidate_evidence, diagnosis, engine_table, report, figures, selective, curves)
+    modules = (candidate_evidence, diagnosis, engine_table, passes_told, report, figures, selective, curves)
     drawn_by = [Path(str(module.__file__)) for module in modules]
     templates = [figures.TEMPLATES / name for name in ("report.html", "style.html")]
     return sha256_text("".join(sha256_file(path) for path in (*drawn_by, *templates)))

@@ -123,6 +123,8 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
                 )
             if trains and splits is not None and run.store.begun("training", keys.training_key(run, splits)):
                 notes.append("training: a run that was stopped left work, which is taken up, so it takes less time")
+    if config.optimisation.passes and config.optimisation.compare:
+        notes.append("optimisation: the network as it was trained is exported, asked and timed too, which is not looked at")
     if config.evaluation.folds:
         notes.append(f"folds: {config.evaluation.folds} more trainings, evaluated on all images in turns, are not looked at")
     return Plan(
@@ -195,6 +197,9 @@ def _stages(run: Run, scratch: Path, measure_again: bool) -> tuple[list[PlannedS
         walk.unless = walk.unless or "today's champion taught it before"
     known = splits if not warm and not taught else None
     checkpoint = walk.look("training", Checkpoint, keys.training_inputs(run, known) if known else None)
+    if run.config.optimisation.passes:
+        inputs = keys.optimisation_inputs(run, checkpoint, splits) if checkpoint and splits else None
+        checkpoint = walk.look("optimisation", Checkpoint, inputs)
     graph_inputs = keys.graph_inputs(run, checkpoint) if checkpoint else None
     graph = walk.look("export", Graph, graph_inputs, instance="graph")
     engines = []

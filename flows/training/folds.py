@@ -60,7 +60,7 @@ def _divided(run: Run, dataset: Stored[Dataset], number: int, of: int) -> Stored
 
 
 def _judged(run: Run, splits: Stored[Splits], name: str) -> tuple[Engine, Stored[Evaluation]]:
-    checkpoint = steps.training(run, splits, fold=name)
+    checkpoint = steps.optimisation(run, steps.training(run, splits, fold=name), splits, fold=name)
     graph = steps.graph(run, checkpoint, fold=name)
     target = next(target for target in run.config.export.all_targets if target.name == REFERENCE)
     engine = steps.engine(run, checkpoint, graph, splits, target, fold=name)

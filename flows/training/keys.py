@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components import plugins, robustness, slices
+from components import pass_costs, plugins, robustness, slices
 from components.contracts.data import Dataset, Renames, Splits
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
@@ -18,6 +18,8 @@ from components.embeddings import absence
 from components.export import REFERENCE, Graph, TargetConfig
 from components.issues import chosen as chosen_findings
 from components.machine import fingerprint
+from components.optimisation import fine_tuning
+from components.phases import Phase
 from components.store import sha256_file
 from components.training import TrainingConfig, local_weights
 from components.validation import ValidationConfig
@@ -73,7 +75,7 @@ def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
         "num_threads": str(run.settings.num_threads),
         **({"device": run.compute.key} if run.compute.key else {}),
         **member_digests(backbones=config.backbone, tasks=config.task),
-        **_of_phases(config),
+        **_of_phases(config.all_phases),
         **_of_teacher(run),
     }
 
@@ -86,14 +88,35 @@ def _of_teacher(run: Run) -> dict[str, str]:
     return {"teacher": run.teacher.digest, **renamed}
 
 
-def _of_phases(config: TrainingConfig) -> dict[str, str]:
+def _of_phases(phases: Sequence[Phase]) -> dict[str, str]:
     """Source digests of the losses and augmentations that the phases name."""
     found: dict[str, str] = {}
-    for phase in config.all_phases:
+    for phase in phases:
         found |= member_digests(losses=phase.loss.loss) if phase.loss is not None else {}
         for chosen in phase.all_augmentations:
             found |= member_digests(augmentations=chosen.augmentation)
     return found
+
+
+def optimisation_inputs(run: Run, trained: Stored[Checkpoint], splits: Stored[Splits]) -> dict[str, str]:
+    config, training = run.config.optimisation, run.config.training
+    phases = [phase for chosen in config.passes for phase in fine_tuning(chosen, training)]
+    passes: dict[str, str] = {}
+    for chosen in config.passes:
+        passes |= member_digests(passes=chosen.pass_)
+    return {
+        "checkpoint": trained.record.digest(),
+        "splits": splits.record.digest(),
+        # Whether the network of before is compared with changes nothing of what comes of it.
+        "config": config.model_copy(update={"compare": True}).digest(),
+        # A fine-tuning that nothing was said of is like the last phase of the training.
+        "training": training.digest(),
+        "num_threads": str(run.settings.num_threads),
+        **({"device": run.compute.key} if run.compute.key else {}),
+        **member_digests(backbones=training.backbone, tasks=training.task),
+        **passes,
+        **_of_phases(phases),
+    }
 
 
 def training_key(run: Run, splits: Stored[Splits]) -> str:
@@ -139,6 +162,30 @@ def evaluation_inputs(
         "machine": fingerprint(),
         # A champion's target may be a plug-in that the workspace has no more.
         **(member_digests(targets=engine.record.target) if engine.record.target in plugins.names("targets") else {}),
+    }
+
+
+def compared_engine(
+    engines: Sequence[Stored[Engine]], evaluations: Sequence[Stored[Evaluation]]
+) -> tuple[Stored[Engine], Stored[Evaluation]]:
+    """The engine by which passes are compared with what was there before: the first in fp32 that could serve here.
+
+    Without one it is the reference.
+    """
+    pairs = list(zip(engines, evaluations, strict=True))
+    able = [pair for pair in pairs[1:] if pair[0].record.precision == "fp32" and pair[1].record.status == "evaluated"]
+    return (able or pairs)[0]
+
+
+def passes_cost_inputs(
+    run: Run, before: tuple[Stored[Engine], Stored[Evaluation]], after: tuple[Stored[Engine], Stored[Evaluation]]
+) -> dict[str, str]:
+    return {
+        "before": before[1].record.digest(),
+        "after": after[1].record.digest(),
+        "source": plugins.source_digest(Path(pass_costs.__file__)),
+        **measurement_inputs(run, after[0]),
+        **task_inputs(run),
     }
 
 

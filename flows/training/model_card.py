@@ -7,7 +7,9 @@ from components.contracts.verdicts import Verdict
 from components.contracts.wording import counted
 from components.export import ExportConfig
 from components.gating import policy
+from flows.pages.figures import in_words
 from flows.training.candidate_evidence import card_lines
+from flows.training.passes_told import lines, passes_json
 from flows.training.results import Results, evaluation_shown
 from flows.training.run import Run
 from flows.training.selective import rule_told
@@ -56,6 +58,7 @@ def model_card(run: Run, results: Results, judged_before: str) -> str:
             if results.shown
             else []
         ),
+        *_passes(run, results),
         "## Which engine serves",
         "",
         *(f"- {line}" for line in choice_told(run.config.export, verdict)),
@@ -77,6 +80,12 @@ def _tuned(run: Run) -> list[str]:
     """Where the recipe's values come from, if from a search."""
     tuned = run.config.tuned
     return [f"- {tuned.told}"] if tuned is not None else []
+
+
+def _passes(run: Run, results: Results) -> list[str]:
+    """What passes removed, cost and bought; nothing without any."""
+    told = lines(passes_json(results), in_words(run.task.headline))
+    return ["## What was optimised", "", *(f"- {line}" for line in told), ""] if told else []
 
 
 def _when_unsure(results: Results) -> list[str]:

@@ -32,6 +32,8 @@ from flows.training.data_since import told as data_told
 from flows.training.diagnosis import PhaseResult, fit_told, gain_told, imbalance, phase_results
 from flows.training.engine_table import cell, engine_row, metric_names
 from flows.training.model_card import VERDICTS
+from flows.training.passes_told import page as passes_page
+from flows.training.passes_told import passes_json
 from flows.training.results import Results, costs_json, evaluation_shown, folds_proposed
 from flows.training.run import Run
 from flows.training.selective import aurc_told, curve_of, rule_told
@@ -124,6 +126,7 @@ def render(run: Run, results: Results, outcome: Outcome | None, notes: Sequence[
                 results.champion_corrupted.record if results.champion_corrupted else None,
                 _variants(run, results),
             ),
+            passes=passes_page(passes_json(results), in_words(run.task.headline)),
             data_told=data_told(data_since(run, results), None),
             examples=_examples(run, results),
             quarantined=read_frame(results.dataset.folder / results.dataset.record.quarantine.name)

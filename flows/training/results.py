@@ -9,7 +9,7 @@ from typing import Any
 
 from components.choosing import images_a_second_a_core, price_of_a_million
 from components.contracts.data import Dataset, Renames, Splits, names_after
-from components.contracts.evidence import CandidateEvidence
+from components.contracts.evidence import CandidateEvidence, PassesCost
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
@@ -59,6 +59,8 @@ class Results:
     corrupted: Sequence[Stored[Robustness]] = ()
     """What engines answered on corrupted test images, one for all in fp32."""
     champion_corrupted: Stored[Robustness] | None = None
+    passes_cost: Stored[PassesCost] | None = None
+    """What passes cost on test; None where there were none, or where it was not asked."""
 
     @property
     def classes_changed(self) -> tuple[list[str], list[str]]:
@@ -145,6 +147,7 @@ def bound_digests(results: Results) -> dict[str, Any]:
         # Rows from before there was any are found again by what they were bound to.
         **({"corrupted": {s.record.engine: s.record.digest() for s in results.corrupted}} if results.corrupted else {}),
         **({CHAMPION_CORRUPTED: results.champion_corrupted.record.digest()} if results.champion_corrupted else {}),
+        **({"unoptimised": results.passes_cost.record.before_digest} if results.passes_cost else {}),
         "verdict": results.verdict.record.status,
         "release": results.release.record.digest() if results.release else "none",
         "champion": results.champion.record.engine_digest if results.champion else "none",

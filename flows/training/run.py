@@ -36,8 +36,11 @@ STAGES = ("validation", "splitting", "training", "export", "evaluation", "gating
 _CODE = Path(__file__).resolve().parents[2]
 _ELSEWHERE = {"registration": "registry/models.py", "serving_check": "flows/training/serving_check.py"}
 """The code of the stages that are no component."""
-_BESIDE = {"serving_check": "packaging"}
-"""A stage that asks about what another one made, and has its number."""
+_BESIDE = {"serving_check": "packaging", "optimisation": "training"}
+"""A stage that not every run has, or that asks about what another one made, and has the number of that one.
+
+A number of its own would rename the folders of all runs, and those of before would not be found any more.
+"""
 
 
 def stage_folder(name: str) -> str:
@@ -159,6 +162,7 @@ class Run:
         inputs: Mapping[str, str],
         instance: str = "",
         fold: str = "",
+        beside: str = "",
         leftovers: Sequence[str] = (),
         anew: bool = False,
     ) -> Stored[RecordT]:
@@ -168,11 +172,12 @@ class Run:
         and the locked libraries. A stage with `leftovers` takes up what a killed run left: files of these names serve to
         resume and are removed when the result is published. What another failed stage leaves is kept in the run folder.
         With `anew` it is computed whatever the store holds, and replaces that. The stages of a `fold` lie in a folder of
-        their own.
+        their own; so do those of what stands `beside` the run's own model, which have the keys that a run of it gives them.
         """
         place = f"folds/{fold}/{stage_folder(name)}" if fold else stage_folder(name)
+        place = f"{beside}/{place}" if beside else place
         named = "-".join(part for part in (fold, instance) if part)
-        label = f"{name} {named}".strip()
+        label = " ".join(part for part in (name, named, beside) if part)
         key = self.key(name, inputs, named)
         kind = f"{name}/{named}" if named else name
         with self.console.stage(label, stage_number(name)) as (progress, cached):

@@ -21,7 +21,7 @@ from components.clusters import Clusters
 from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Renames, Splits, names_after
 from components.contracts.errors import ExportError
-from components.contracts.evidence import CandidateEvidence
+from components.contracts.evidence import CandidateEvidence, PassesCost
 from components.contracts.models import Checkpoint, Engine
 from components.contracts.progress import Progress
 from components.contracts.records import Stored
@@ -42,7 +42,9 @@ from components.evidence import Compared, collect
 from components.export import REFERENCE, Graph, TargetConfig, export, export_graph, memory_mb
 from components.gating import Champion, Judged, judge
 from components.hooks import LEFTOVERS
+from components.optimisation import optimise
 from components.packaging import expect_provable, package
+from components.pass_costs import compare
 from components.robustness import answer_corrupted
 from components.slices import make_slices
 from components.splitting import TestLedger, split
@@ -164,6 +166,30 @@ def training(run: Run, splits: Stored[Splits], *, fold: str = "") -> Stored[Chec
     return trained
 
 
+@task(name="optimisation", cache_policy=NO_CACHE)
+def optimisation(run: Run, trained: Stored[Checkpoint], splits: Stored[Splits], *, fold: str = "") -> Stored[Checkpoint]:
+    """What the recipe's passes make of the trained network; the network itself where it names none."""
+    config = run.config.optimisation
+    if not config.passes:
+        return trained
+
+    def compute(out: Path, progress: Progress) -> Checkpoint:
+        return optimise(
+            trained,
+            splits,
+            run.workspace.data,
+            config,
+            run.config.training,
+            out=out,
+            cache=run.workspace.cache,
+            num_threads=run.settings.num_threads,
+            progress=progress,
+        )
+
+    inputs = keys.optimisation_inputs(run, trained, splits)
+    return run.stage("optimisation", Checkpoint, compute, inputs=inputs, leftovers=LEFTOVERS, fold=fold)
+
+
 @contextlib.contextmanager
 def _live(run: Run, key: str) -> Iterator[LiveMetrics]:
     """Curves in MLflow while a training goes on."""
@@ -183,11 +209,12 @@ def _live(run: Run, key: str) -> Iterator[LiveMetrics]:
 
 
 @task(name="export graph", cache_policy=NO_CACHE)
-def graph(run: Run, checkpoint: Stored[Checkpoint], *, fold: str = "") -> Stored[Graph]:
+def graph(run: Run, checkpoint: Stored[Checkpoint], *, fold: str = "", beside: str = "") -> Stored[Graph]:
     def compute(out: Path, _: Progress) -> Graph:
         return export_graph(checkpoint, out=out, plugin_folder=run.plugin_folder)
 
-    return run.stage("export", Graph, compute, inputs=keys.graph_inputs(run, checkpoint), instance="graph", fold=fold)
+    inputs = keys.graph_inputs(run, checkpoint)
+    return run.stage("export", Graph, compute, inputs=inputs, instance="graph", fold=fold, beside=beside)
 
 
 @task(name="export", cache_policy=NO_CACHE)
@@ -199,12 +226,13 @@ def engine(
     target: TargetConfig,
     *,
     fold: str = "",
+    beside: str = "",
 ) -> Stored[Engine]:
     def compute(out: Path, _: Progress) -> Engine:
         return export(checkpoint, interchange, splits, run.workspace.data, target, out=out, plugin_folder=run.plugin_folder)
 
     inputs = keys.engine_inputs(run, checkpoint, interchange, splits, target)
-    return run.stage("export", Engine, compute, inputs=inputs, instance=target.name, fold=fold)
+    return run.stage("export", Engine, compute, inputs=inputs, instance=target.name, fold=fold, beside=beside)
 
 
 def engines(
@@ -244,12 +272,13 @@ def evaluation(
     *,
     role: str = "",
     fold: str = "",
+    beside: str = "",
     renamed: Renames = (),
 ) -> Stored[Evaluation]:
     config = run.config.evaluation
 
-    # A champion and the engines of folds are compared with no reference.
-    beyond_test = keys.asked_beyond_test(engine) and not role and not fold
+    # A champion, the engines of folds and what stands beside are compared with no reference.
+    beyond_test = keys.asked_beyond_test(engine) and not role and not fold and not beside
 
     def compute(out: Path, progress: Progress) -> Evaluation:
         return evaluate(
@@ -265,7 +294,37 @@ def evaluation(
         )
 
     inputs = keys.evaluation_inputs(run, engine, splits, renamed, beyond_test=beyond_test)
-    return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=role or engine.record.name, fold=fold)
+    instance = role or engine.record.name
+    return run.stage("evaluation", Evaluation, compute, inputs=inputs, instance=instance, fold=fold, beside=beside)
+
+
+UNOPTIMISED = "unoptimised"
+"""The folder of a run in which the network as it was trained stands beside what passes made of it."""
+
+
+def passes_cost(
+    run: Run,
+    trained: Stored[Checkpoint],
+    engines: Sequence[Stored[Engine]],
+    evaluations: Sequence[Stored[Evaluation]],
+    splits: Stored[Splits],
+) -> Stored[PassesCost] | None:
+    """What the passes cost and bought, by an fp32 engine of the trained network; None where that is not asked for."""
+    config = run.config.optimisation
+    if not config.passes or not config.compare:
+        return None
+    after = keys.compared_engine(engines, evaluations)
+    target = next(target for target in run.targets if target.name == after[0].record.name)
+    interchange = graph(run, trained, beside=UNOPTIMISED)
+    built = engine(run, trained, interchange, splits, target, beside=UNOPTIMISED)
+    before = built, evaluation(run, built, splits, beside=UNOPTIMISED)
+
+    def compute(_: Path, progress: Progress) -> PassesCost:
+        return compare(before, after, splits, run.workspace.data, run.task, run.config.evaluation, progress=progress)
+
+    return run.stage(
+        "evaluation", PassesCost, compute, inputs=keys.passes_cost_inputs(run, before, after), instance="passes"
+    )
 
 
 def evaluation_of_champion(run: Run, champion: CurrentChampion, splits: Stored[Splits]) -> Stored[Evaluation]:

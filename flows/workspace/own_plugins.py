@@ -125,11 +125,13 @@ def _settings(workspace: Path, family: str, name: str) -> dict[str, Any]:
     for path in recipe_files(workspace).values():
         with contextlib.suppress(ConfigError):
             config = peek(path)
-            phases = config.training.all_phases
+            passes = config.optimisation.passes
+            phases = [*config.training.all_phases, *(phase for one in passes for phase in one.phases)]
             used: list[tuple[str, str, Mapping[str, Any]]] = [
                 ("backbones", config.training.backbone, config.training.backbone_settings),
                 ("sources", config.source or "", config.source_settings),
                 ("tasks", config.training.task, config.training.task_settings),
+                *(("passes", one.pass_, one.settings) for one in passes),
                 *(("losses", one.loss, one.settings) for phase in phases if (one := phase.loss)),
                 *(("augmentations", one.augmentation, one.settings) for phase in phases for one in phase.augmentations),
                 *(("targets", target.target, target.settings) for target in config.export.targets),

@@ -29,6 +29,8 @@ from components.export import check as check_export
 from components.gating import GatingConfig
 from components.gating import check as check_gating
 from components.issues import chosen as chosen_findings
+from components.optimisation import OptimisationConfig, fine_tuning
+from components.optimisation import check as check_optimisation
 from components.packaging import PackagingConfig
 from components.search import SearchConfig, Tuned
 from components.splitting import SplittingConfig
@@ -56,6 +58,8 @@ class RunConfig(Record):
     validation: ValidationConfig = ValidationConfig()
     splitting: SplittingConfig = SplittingConfig()
     training: TrainingConfig
+    optimisation: OptimisationConfig = OptimisationConfig()
+    """As JSON it is left out where it names no pass, so that what an older recipe makes keeps its digest."""
     export: ExportConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     gating: GatingConfig
@@ -68,7 +72,9 @@ class RunConfig(Record):
 
     @model_serializer(mode="wrap")
     def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key not in ("search", "tuned") or value is not None}
+        left_out = () if self.optimisation.passes else ("optimisation",)
+        values = {key: value for key, value in handler(self).items() if key not in left_out}
+        return {key: value for key, value in values.items() if key not in ("search", "tuned") or value is not None}
 
     @property
     def to_run(self) -> RunConfig:
@@ -163,6 +169,7 @@ def _checked(config: RunConfig, place: str, workspace: Path) -> RunConfig:
         check_training(config.training, workspace)
         _expect_unseen(config, workspace)
         _expect_pictures(config)
+        check_optimisation(config.optimisation, config.training)
         check_export(config.export)
         check_gating(
             config.gating,
@@ -182,6 +189,11 @@ def _checked(config: RunConfig, place: str, workspace: Path) -> RunConfig:
 def _expect_pictures(config: RunConfig) -> None:
     """Raise ConfigError where a split has no pictures that something of the recipe needs."""
     expect_valid(config.training, config.splitting.valid_share)
+    if config.optimisation.passes and not config.splitting.valid_share:
+        raise ConfigError(
+            "optimisation.passes: the epochs of a fine-tuning are chosen on valid images, and there are none; raise "
+            "splitting.valid_share above 0, or name no pass"
+        )
     int8 = [target.name for target in config.export.all_targets if target.precision == "int8"]
     if int8 and config.splitting.none:
         raise ConfigError(
@@ -235,7 +247,15 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     training = values["training"]
     for family, key in (("backbones", "backbone"), ("tasks", "task")):
         training[f"{key}_settings"] = settings(family, training[key], training[f"{key}_settings"])
-    for phase in training.get("phases", []):
+    if config.optimisation.passes:
+        for one, said in zip(config.optimisation.passes, values["optimisation"]["passes"], strict=True):
+            said["settings"] = settings("passes", one.pass_, one.settings)
+            said["phases"] = [phase.to_json() for phase in fine_tuning(one, config.training)]
+    phases = [
+        *training.get("phases", []),
+        *(p for said in values.get("optimisation", {}).get("passes", []) for p in said["phases"]),
+    ]
+    for phase in phases:
         for chosen in [phase["loss"]] if phase["loss"] else []:
             chosen["settings"] = settings("losses", chosen["loss"], chosen["settings"])
         for chosen in phase["augmentations"]:
@@ -375,4 +395,4 @@ def _fields(location: tuple[int | str, ...]) -> list[str]:
         model = models[0]
         # The next part is a key of the mapping, and no field.
         named = get_origin(annotation) is dict
-    return [name for name in model.model_fields if name != "schema_version"]
+    return [field.alias or name for name, field in model.model_fields.items() if name != "schema_version"]

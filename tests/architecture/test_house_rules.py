@@ -38,7 +38,7 @@ def test_there_is_something_to_look_at() -> None:
     assert len(SOURCES) > 40
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "optimisation"])
 def test_a_stage_has_one_name_everywhere(stage: str) -> None:
     if stage == "registration":
         assert (ROOT / "registry" / "models.py").is_file()

@@ -294,10 +294,12 @@ def make(name: str) -> None:
     assert environments.absent(name) == ""
 
 
-def checkpoint(folder: Path, backbone: str, settings: dict[str, Any]) -> tuple[Stored[Checkpoint], Any]:
-    """A network whose normalisations do something, and its checkpoint in `folder`."""
+def checkpoint(
+    folder: Path, backbone: str, settings: dict[str, Any], *, is_pruned: bool = False
+) -> tuple[Stored[Checkpoint], Any]:
+    """A network whose normalisations do something, with all of its channels or not, and its checkpoint in `folder`."""
     import torch
-    from small_network import record_of
+    from small_network import pruned, record_of
 
     from components.checkpoints import assemble
 
@@ -307,7 +309,7 @@ def checkpoint(folder: Path, backbone: str, settings: dict[str, Any]) -> tuple[S
     for name, tensor in module.state_dict().items():
         if tensor.ndim == 1 and tensor.dtype.is_floating_point:
             tensor.uniform_(0.5, 1.5) if name.endswith(("var", "weight")) else tensor.normal_(0, 0.1)
-    record = record_of(module, backbone, settings, member, folder)
+    record = (pruned if is_pruned else record_of)(module, backbone, settings, member, folder)
     return Stored(record, folder), module
 
 
@@ -316,17 +318,27 @@ def request_of(stored: Stored[Checkpoint], precision: Any = "fp32") -> ExportReq
     return ExportRequest(stored, Path("no graph"), precision, nothing, nothing, nothing)
 
 
-NETWORKS = [("lenet5", {}), ("resnet18", {"image_size": 32}), ("timm", {"architecture": "convnext_atto", "image_size": 32})]
+NETWORKS = [
+    ("lenet5", {}, False),
+    ("resnet18", {"image_size": 32}, False),
+    ("timm", {"architecture": "convnext_atto", "image_size": 32}, False),
+    ("small_cnn", {"image_size": 16}, True),
+    ("resnet18", {"image_size": 32}, True),
+    ("efficientnet_lite0", {"image_size": 64}, True),
+    ("timm", {"architecture": "vit_tiny_patch16_224", "image_size": 32}, True),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("backbone", "settings"), NETWORKS)
-def test_a_tflite_file_passes_the_gate_of_parity(backbone: str, settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backbone", "settings", "is_pruned"), NETWORKS)
+def test_a_tflite_file_passes_the_gate_of_parity(
+    backbone: str, settings: dict[str, Any], is_pruned: bool, tmp_path: Path
+) -> None:
     import torch
 
     make("litert")
-    stored, module = checkpoint(tmp_path, backbone, settings)
+    stored, module = checkpoint(tmp_path, backbone, settings, is_pruned=is_pruned)
     target, out = plugins.load("targets", "litert"), tmp_path / "engine"
     out.mkdir()
     built = target.export(request_of(stored), out=out)
@@ -334,7 +346,8 @@ def test_a_tflite_file_passes_the_gate_of_parity(backbone: str, settings: dict[s
     evidence = whole_evidence()
     engine = evidence.engine.model_copy(update={"entry": built.entry, "precision": "fp32", "classes": KINDS})
     labels = tuple(kind for kind in KINDS for _ in range(50))
-    grey = np.stack([picture(kind, seed, side=32) for seed, kind in enumerate(labels)])[..., None]
+    side = stored.record.preprocessing.height
+    grey = np.stack([picture(kind, seed, side=side) for seed, kind in enumerate(labels)])[..., None]
     pictures = np.repeat(grey, stored.record.preprocessing.channels, axis=3)
     found, embedding = target.load(Stored(engine, out), num_threads=2).predict(pictures)
     with torch.inference_mode():
@@ -353,10 +366,12 @@ def test_a_tflite_file_passes_the_gate_of_parity(backbone: str, settings: dict[s
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("backbone", "settings"), NETWORKS)
-def test_a_core_ml_package_holds_the_checkpoint(backbone: str, settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backbone", "settings", "is_pruned"), NETWORKS)
+def test_a_core_ml_package_holds_the_checkpoint(
+    backbone: str, settings: dict[str, Any], is_pruned: bool, tmp_path: Path
+) -> None:
     make("coreml")
-    stored, module = checkpoint(tmp_path, backbone, settings)
+    stored, module = checkpoint(tmp_path, backbone, settings, is_pruned=is_pruned)
     tensors = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
     target = plugins.load("targets", "coreml")
     for precision in ("fp32", "fp16"):

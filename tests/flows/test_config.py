@@ -7,7 +7,7 @@ import yaml
 
 from components import plugins
 from components.contracts.errors import ConfigError, UnknownName
-from flows.workspace.recipes import SHIPPED, load_recipe, peek, recipe_files, resolved
+from flows.workspace.recipes import SHIPPED, RunConfig, load_recipe, peek, recipe_files, resolved
 from flows.workspace.yaml_reading import parse_yaml
 
 SHIPPED_NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -312,3 +312,38 @@ def test_without_valid_or_calibration_pictures_only_what_needs_none_is_a_recipe(
     both = "training.phases=[{trains: head, head: auto}, {trains: {last: 1}}]"
     with pytest.raises(ConfigError, match=r"training.phases.1: the epoch of a fit"):
         load_recipe("fewshot", [both])
+
+
+PASSES = "optimisation={passes: [{pass: prune, settings: {steps: 2}}]}"
+
+
+def test_a_recipe_without_passes_is_what_it_always_was() -> None:
+    config = load_recipe("digits")
+    assert "optimisation" not in config.to_json()
+    assert RunConfig.read(config.to_json()) == config
+    assert "optimisation" in RunConfig.model_json_schema()["properties"]
+
+
+def test_a_pass_is_set_by_its_name_shown_with_its_defaults_and_checked_on_the_network(tmp_path: Path) -> None:
+    config = load_recipe("digits", [PASSES, "optimisation.passes.prune.share=0.4"])
+    assert RunConfig.read(config.to_json()) == config
+    (said,) = resolved(config)["optimisation"]["passes"]
+    assert (said["pass"], said["settings"]["share"], said["settings"]["importance"]) == ("prune", 0.4, "taylor")
+    assert [phase["trains"] for phase in said["phases"]] == ["all"]
+    assert said["phases"][0]["augmentation"]["rotate_degrees"] == 10
+    path = tmp_path / "shown.yaml"
+    path.write_text(yaml.safe_dump(resolved(config)))
+    assert resolved(load_recipe(str(path))) == resolved(config)
+    for override, why in (
+        (
+            "optimisation.passes.prune.share=0.99",
+            r"optimisation.passes.0.settings: share: 0.99 of the parameters cannot be taken",
+        ),
+        ("optimisation.passes.prune.shares=0.9", "unknown setting of pass 'prune' 'shares'"),
+        ("optimisation.passes.shrink.share=0.9", "unknown entry of 'passes' in --set .*'shrink'; valid: prune"),
+        ("optimisation={passes: [{name: prune}]}", "optimisation.passes.0.(pass: Field required|name)"),
+        ("splitting.valid_share=0", "the epoch.* chosen on valid images, and there are none"),
+        ("optimisation={compare: false}", "compare has no effect without passes"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            load_recipe("digits", [PASSES, override])

@@ -1,0 +1,429 @@
+"""Optimisation: Checkpoint -> Checkpoint, smaller or faster. Passes, one after the other, with fine-tuning in between.
+
+It is there only in a run whose recipe names a pass. What a pass makes is fine-tuned by training's own phases, on the same
+train split, and looked at on valid alone: what it costs on test is judged by the gates, as of every candidate.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from components import phases as phase_checks
+from components import plugins
+from components.compute import expect_parts, resolve
+from components.contracts.data import Splits
+from components.contracts.errors import CheckpointMismatch, ConfigError, PassFailed
+from components.contracts.families import Backbone, Pass, PassRequest, Task
+from components.contracts.models import AppliedPass, Checkpoint, NetworkSize, Optimised
+from components.contracts.progress import Progress, silent
+from components.contracts.records import Record, Stored, canonical_json, sha256_text
+from components.fitting import Examples, FittingConfig, predict, write_history
+from components.hooks import Checkpointing, ProgressReporting
+from components.phases import LastBlocks, Phase
+from components.store import describe
+from components.training import (
+    PhaseData,
+    TrainingConfig,
+    check_blocks,
+    fit_phase,
+    logits_of,
+    parameter_groups,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from components.checkpoints import ImageModel
+
+HISTORY = "fine-tuning.json"
+_BATCH = 16
+"""Of the images that a pass looks at."""
+
+
+class ChosenPass(Record):
+    """A pass, its settings, and how the network is fine-tuned after each of its steps."""
+
+    pass_: str = Field(alias="pass")
+    settings: dict[str, Any] = {}
+    phases: tuple[Phase, ...] = ()
+    """Of each fine-tuning, as those of a training; none for everything, on the augmentations and the loss of the
+    training's last phase, for three epochs.
+    """
+
+    @model_serializer(mode="wrap")
+    def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {{"pass_": "pass"}.get(key, key): value for key, value in handler(self).items()}
+
+    def load(self) -> Pass:
+        found: Pass = plugins.load("passes", self.pass_, dict(self.settings))
+        return found
+
+
+class OptimisationConfig(Record):
+    """Which passes make the trained network smaller or faster."""
+
+    passes: tuple[ChosenPass, ...] = ()
+    """In this order."""
+    compare: bool = True
+    """Whether the network as it was trained is exported and asked about the test images too, so that approvers see what the
+    passes cost, class by class, and what they bought in milliseconds. That takes as long as one more fp32 engine.
+    """
+
+    @model_validator(mode="after")
+    def _of_passes(self) -> Self:
+        if not self.passes and not self.compare:
+            raise ValueError("compare has no effect without passes; name one, such as {pass: prune}, or remove it")
+        return self
+
+
+def fine_tuning(chosen: ChosenPass, training: TrainingConfig) -> tuple[Phase, ...]:
+    """The phases after each step of a pass, however they were said.
+
+    Where nothing was: everything trains, since what was frozen has lost channels too, at a rate that suits weights which
+    have learned already, on what the training's last phase made of images and labels.
+    """
+    if chosen.phases:
+        return chosen.phases
+    last = training.all_phases[-1]
+    fit = FittingConfig(
+        epochs=3,
+        patience=3,
+        batch_size=last.fit.batch_size,
+        learning_rate=min(3e-4, last.fit.learning_rate),
+        weight_decay=last.fit.weight_decay,
+        warmup_epochs=0.3,
+        seed=last.fit.seed,
+        checkpoint_every_s=last.fit.checkpoint_every_s,
+    )
+    kept = {name: getattr(last, name) for name in ("augmentation", "augmentations", "loss", "sampling")}
+    return (Phase(trains="all", fit=fit, **kept),)
+
+
+def check(config: OptimisationConfig, training: TrainingConfig) -> None:
+    """Raise ConfigError for a section that cannot work, before any work is done.
+
+    Each pass is tried on the network with random weights, so that what it cannot do is known before a training of hours.
+    """
+    if config.passes:
+        _check(canonical_json(config.to_json()), canonical_json(training.to_json()))
+
+
+@functools.lru_cache(maxsize=32)
+def _check(config_json: str, training_json: str) -> None:
+    config = OptimisationConfig.model_validate_json(config_json, strict=True)
+    training = TrainingConfig.model_validate_json(training_json, strict=True)
+    task: Task = plugins.load("tasks", training.task, dict(training.task_settings))
+    for number, chosen in enumerate(config.passes):
+        member, place = chosen.load(), _place(number)
+        if member.undone_by_training and number + 1 < len(config.passes):
+            raise ConfigError(
+                f"{place}: the pass {config.passes[number + 1].pass_!r} after {chosen.pass_!r} would undo "
+                f"{member.undone_by_training}; let {chosen.pass_!r} be the last one"
+            )
+        for index, phase in enumerate(fine_tuning(chosen, training)):
+            of_phase = f"{place}.phases.{index}"
+            phase_checks.check(phase, of_phase, task)
+            if phase.head is not None:
+                raise ConfigError(f"{of_phase}.head: a head that is computed is no fine-tuning; remove it, and name a fit")
+            expect_parts(training.compute, phase.fit.batch_size, phase.fit.batch_size, f"{of_phase}.fit")
+            if isinstance(phase.trains, LastBlocks):
+                check_blocks(training, phase, phase.trains.last, of_phase)
+    _rehearse(config, training, task)
+
+
+def _rehearse(config: OptimisationConfig, training: TrainingConfig, task: Task) -> None:
+    """Let every pass change a network of random weights, shown noise; raises what it raises, with its place."""
+    import torch
+
+    from components.checkpoints import assemble
+
+    backbone: Backbone = plugins.load("backbones", training.backbone, dict(training.backbone_settings))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = assemble(backbone, task, 2).eval()
+    contract = backbone.preprocessing
+    shape = (2, contract.height, contract.width, contract.channels)
+    noise = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = ("a", "b")
+    targets = torch.from_numpy(task.targets(labels, task.classes(labels)))
+    names = set(model.state_dict())
+    for number, chosen in enumerate(config.passes):
+        work = _Work(model, chosen, number, task, noise[:1], lambda: iter([(noise, targets)]), rehearsal=True)
+        for step in range(1, work.member.steps + 1):
+            work.begin(step)
+            frozen = [phase for phase in fine_tuning(chosen, training) if phase.trains != "all"]
+            if frozen and set(model.state_dict()) != names:
+                raise ConfigError(
+                    f"{work.place}.phases: while it is fine-tuned, the pass {chosen.pass_!r} computes with other tensors "
+                    f"than the network has, and what is frozen below {frozen[0].part} cannot; use trains: all"
+                )
+            work.end(step)
+
+
+def _place(number: int) -> str:
+    return f"optimisation.passes.{number}"
+
+
+@dataclass
+class _Work:
+    """A pass at work on a network."""
+
+    model: ImageModel
+    chosen: ChosenPass
+    number: int
+    """Of the pass, counted from zero."""
+    task: Task
+    example: torch.Tensor
+    images: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+    rehearsal: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.member = self.chosen.load()
+        self.before = self.size()
+
+    @property
+    def place(self) -> str:
+        return _place(self.number)
+
+    def size(self) -> NetworkSize:
+        from components.network_size import network_size
+
+        return network_size(self.model, self.example)
+
+    def begin(self, step: int) -> None:
+        self._do(self.member.begin, step)
+
+    def end(self, step: int) -> None:
+        self._do(self.member.end, step)
+
+    def _do(self, what: Callable[[nn.Module, PassRequest], None], step: int) -> None:
+        """One half of a step, in evaluation mode, drawing nothing from what is drawn later; raises PassFailed."""
+        import torch
+
+        # From the device and the layout in which it was fine-tuned.
+        self.model.to("cpu").to(memory_format=torch.contiguous_format).eval()
+        request = PassRequest(step, self.before, self.task, self.example, self.images, self.rehearsal, self._note)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(step)
+                what(self.model, request)
+        except ConfigError as error:
+            error.args = (f"{self.place}.settings: {error}",)
+            raise
+        try:
+            with torch.no_grad():
+                self.model.embedding_dim = int(self.model.eval()(self.example)[1].shape[1])
+        except (RuntimeError, ValueError) as error:
+            raise PassFailed(
+                f"{self.place}: the pass {self.chosen.pass_!r} left a network that answers nothing: "
+                f"{str(error).splitlines()[0]}; nothing was registered. Correct the pass, or leave it out"
+            ) from error
+        odd = [name for name, value in self.model.state_dict().items() if not value.isfinite().all()]
+        if odd:
+            raise PassFailed(
+                f"{self.place}: the pass {self.chosen.pass_!r} left NaN or infinite numbers in {odd[0]}; nothing was "
+                f"registered. Correct the pass, or leave it out"
+            )
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def optimise(
+    trained: Stored[Checkpoint],
+    splits: Stored[Splits],
+    data: Path,
+    config: OptimisationConfig,
+    training: TrainingConfig,
+    *,
+    out: Path,
+    cache: Path,
+    num_threads: int = 2,
+    progress: Progress = silent,
+) -> Checkpoint:
+    """Apply the passes to a trained network; calibration and test are not read.
+
+    Writes weights.safetensors, the history of the training, and fine-tuning.json, a row an epoch. What a killed run left in
+    `out` is taken up, bit for bit. Raises ConfigError, PassFailed, TrainingDiverged.
+    """
+    import torch
+
+    from components.checkpoints import assemble, restore, save_weights, shapes_of
+
+    check(config, training)
+    _expect_same(trained.record, training)
+    # Fine-tunings are short, and the network is another one after each: one process does them.
+    compute = resolve(training.compute.model_copy(update={"launcher": "local", "processes": 1}))
+    torch.set_num_threads(num_threads)
+    backbone: Backbone = plugins.load("backbones", training.backbone, dict(training.backbone_settings))
+    task: Task = plugins.load("tasks", training.task, dict(training.task_settings))
+    classes = trained.record.classes
+    model = restore(trained)
+    phase_data = PhaseData(splits, data, task, training, backbone, cache, num_threads, progress, None)
+    whole = Phase(trains="all")
+    _, (train_set, valid_set) = phase_data.of(whole, model)
+    if not len(valid_set.targets):
+        raise ConfigError(f"{_place(0)}: the epochs of a fine-tuning are chosen on valid images, and there are none")
+    targets = valid_set.targets.numpy()
+
+    def answers() -> Any:
+        return predict(model, logits_of(whole), valid_set.inputs, _BATCH).numpy()
+
+    history: list[dict[str, float]] = []
+    applied: list[AppliedPass] = []
+    fits = itertools.count(1)
+    logits = answers()
+    for number, chosen in enumerate(config.passes):
+        work = _Work(model, chosen, number, task, _first(train_set), functools.partial(_batches, train_set))
+        right, rows_before = task.right(logits, targets), len(history)
+        for step in range(1, work.member.steps + 1):
+            work.begin(step)
+            for index, phase in enumerate(fine_tuning(chosen, training)):
+                fit_number = next(fits)
+                told = {"pass": float(number + 1), "step": float(step)}
+                label = f"{chosen.pass_}, step {step} of {work.member.steps}, "
+                part, (train, valid) = phase_data.of(phase, model)
+                identity = [
+                    config.to_json(),
+                    training.to_json(),
+                    trained.record.digest(),
+                    splits.record.digest(),
+                    compute.key,
+                ]
+                digest = plugins.member_digest("passes", chosen.pass_)
+                result = fit_phase(
+                    phase,
+                    part,
+                    task,
+                    train,
+                    valid,
+                    len(classes),
+                    groups=parameter_groups(training, backbone, phase, part),
+                    checkpointing=Checkpointing(
+                        out, sha256_text(canonical_json([*identity, digest, fit_number])), fit_number
+                    ),
+                    hooks=(ProgressReporting(progress, task.headline, label),),
+                    setting=f"{work.place}.phases.{index}.fit",
+                    compute=compute,
+                )
+                history += [{**row, **told, "epoch": len(history) + row["epoch"]} for row in result.history]
+            work.end(step)
+        logits = answers()
+        loss = float(task.loss(torch.from_numpy(logits), valid_set.targets))
+        if not torch.isfinite(torch.tensor(loss)):
+            raise PassFailed(
+                f"{work.place}: after the pass {chosen.pass_!r} the valid loss is {loss}; nothing was registered. Take less "
+                f"away, or correct the pass"
+            )
+        applied.append(
+            AppliedPass(
+                name=chosen.pass_,
+                settings=_all_settings(chosen),
+                epochs=len(history) - rows_before,
+                before=work.before,
+                after=work.size(),
+                valid=_paired(right, task.right(logits, targets)),
+                notes=tuple(work.notes),
+            )
+        )
+    temperature = task.fit_temperature(logits, targets)
+    measured = task.metrics(logits, targets, temperature)
+    with torch.random.fork_rng(devices=[]):
+        built = shapes_of(assemble(backbone, task, len(classes)).state_dict())
+    found = shapes_of(model.state_dict())
+    write_history(history, out / HISTORY)
+    (out / trained.record.history.name).write_bytes((trained.folder / trained.record.history.name).read_bytes())
+    record = trained.record.model_copy(
+        update={
+            "weights": save_weights(model.state_dict(), out=out, pack=True),
+            "history": describe(out / trained.record.history.name, within=out),
+            "embedding_dim": model.embedding_dim,
+            "temperature": temperature,
+            "valid_metrics": {name: estimate.value for name, estimate in measured.items()},
+            "optimised": Optimised(
+                made_of=trained.record.digest(),
+                passes=tuple(applied),
+                shapes={name: shape for name, shape in found.items() if built.get(name) != shape},
+                history=describe(out / HISTORY, within=out),
+            ),
+        }
+    )
+    _expect_rebuilt(Stored(record, out), model, valid_set)
+    return record
+
+
+def _expect_same(checkpoint: Checkpoint, training: TrainingConfig) -> None:
+    """Raise CheckpointMismatch for a checkpoint of another task or network than the section's, or one that is optimised."""
+    for what, found, expected in (
+        ("task", (checkpoint.task, checkpoint.task_settings), (training.task, training.task_settings)),
+        ("backbone", (checkpoint.backbone, checkpoint.backbone_settings), (training.backbone, training.backbone_settings)),
+    ):
+        if found != expected:
+            raise CheckpointMismatch(
+                f"the passes are to change a checkpoint of the {what} {found[0]!r} {dict(found[1])}, expected "
+                f"{expected[0]!r} {dict(expected[1])}, which the recipe trains; train again"
+            )
+    if checkpoint.optimised is not None:
+        passes = ", ".join(each.name for each in checkpoint.optimised.passes)
+        raise CheckpointMismatch(f"the checkpoint went through passes already ({passes}); optimise the one it was made of")
+
+
+def _expect_rebuilt(checkpoint: Stored[Checkpoint], model: ImageModel, valid: Examples) -> None:
+    """Raise PassFailed unless the network that stands in the files answers as the one in memory does."""
+    import torch
+
+    from components.checkpoints import restore
+
+    passes = ", ".join(repr(each.name) for each in checkpoint.record.optimised.passes) if checkpoint.record.optimised else ""
+    images = valid.inputs.take(torch.arange(min(_BATCH, len(valid.inputs))), None)
+    with torch.no_grad():
+        try:
+            rebuilt = restore(checkpoint)(images)
+        except (CheckpointMismatch, RuntimeError, AttributeError) as error:
+            raise PassFailed(
+                f"what {passes} left of the backbone {checkpoint.record.backbone!r} cannot be rebuilt from the shapes of "
+                f"its tensors: {str(error).splitlines()[0]}; nothing was registered. Choose another network or another pass"
+            ) from error
+        expected = model.eval()(images)
+    if not all(torch.equal(ours, theirs) for ours, theirs in zip(rebuilt, expected, strict=True)):
+        raise PassFailed(
+            f"what {passes} left of the backbone {checkpoint.record.backbone!r} answers otherwise when it is rebuilt from "
+            f"its tensors; nothing was registered. Choose another network or another pass"
+        )
+
+
+def _all_settings(chosen: ChosenPass) -> dict[str, Any]:
+    """Defaults included."""
+    found: dict[str, Any] = plugins.load("passes", chosen.pass_, dict(chosen.settings)).model_dump(mode="json")
+    return found
+
+
+def _first(examples: Examples) -> torch.Tensor:
+    import torch
+
+    return examples.inputs.take(torch.arange(1), None)
+
+
+def _batches(examples: Examples) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The images as they are, in an order that mixes the classes and stays the same."""
+    import torch
+
+    order = torch.randperm(len(examples.inputs), generator=torch.Generator().manual_seed(0))
+    for rows in torch.split(order, _BATCH):
+        yield examples.inputs.take(rows, None), examples.targets[rows]
+
+
+def _paired(before: Any, after: Any) -> tuple[int, int, int, int]:
+    from components.intervals import paired_counts
+
+    return paired_counts(before, after)

@@ -1,0 +1,115 @@
+"""A recipe with a pass, from the pictures to a registered version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from consoled import site
+from shapes import stored, visionloop
+
+from components.contracts.models import Checkpoint
+
+PASSES = "optimisation={passes: [{pass: prune, settings: {share: 0.4, steps: 2}}]}"
+TRAIN = (
+    "train",
+    "-r",
+    "smoke",
+    "--set",
+    PASSES,
+    "--set",
+    "gating.gates=[{gate: accuracy, settings: {floor: 0.5}}, {gate: parity, settings: {min_images: 20, min_proven: 0.5, min_agreement: {int8: 0.8}}}]",
+)
+
+
+@pytest.fixture(scope="module")
+def pruned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A workspace in which the same recipe ran without a pass before, and what the run with one said."""
+    import shutil
+
+    root = Path(shutil.copytree(trained, tmp_path_factory.mktemp("pruned") / "workspace", symlinks=True))
+    plan = visionloop(*TRAIN, "--dry-run", cwd=root)
+    assert "[3/9] training: from the store\n[3/9] optimisation: computed\n" in plan.stdout, plan.stdout + plan.stderr
+    done = visionloop(*TRAIN, "--json", cwd=root)
+    assert done.stdout.strip(), done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert "outcome" in summary, (summary, done.stderr)
+    return root, summary
+
+
+def test_a_pruned_network_goes_through_the_same_stages_and_gates(pruned: tuple[Path, dict[str, Any]]) -> None:
+    root, summary = pruned
+    assert summary["outcome"] == "candidate", summary["reasons"]
+    assert summary["seconds"]["training"]["cached"]
+    assert not summary["seconds"]["optimisation"]["cached"]
+    run = Path(summary["run_folder"])
+    assert (run / "3-training").exists()
+    checkpoint = Checkpoint.read(json.loads((run / "3-optimisation" / "manifest.json").read_text())["record"])
+    assert checkpoint.optimised is not None
+    assert checkpoint.optimised.made_of == stored(root, "training", Checkpoint).record.digest()
+    assert checkpoint.optimised.passes[0].after.parameters <= 0.6 * checkpoint.optimised.passes[0].before.parameters
+    for finding in summary["findings"]:
+        assert finding["status"] == "pass", finding
+    sizes = {name: engine["size_bytes"] for name, engine in summary["engines"].items()}
+    before = json.loads((root / "summary.json").read_text())["engines"]
+    assert sizes["onnxruntime-fp32"] < 0.75 * before["onnxruntime-fp32"]["size_bytes"]
+    assert sizes["openvino-int8"] < before["openvino-int8"]["size_bytes"]
+    plan = visionloop(*TRAIN, "--dry-run", cwd=root)
+    assert "[3/9] training: from the store\n[3/9] optimisation: from the store\n" in plan.stdout
+
+
+def test_what_a_pass_cost_and_bought_stands_where_a_person_decides(pruned: tuple[Path, dict[str, Any]]) -> None:
+    root, summary = pruned
+    told = summary["optimisation"]
+    cost = told["cost"]
+    num_test = summary["data"]["splits"]["test"]
+    assert cost["engine"] == "onnxruntime-fp32"
+    assert cost["difference"]["n"] == num_test == sum(each["difference"]["n"] for each in cost["classes"])
+    accuracy = summary["engines"]["onnxruntime-fp32"]["metrics"]["accuracy"]["value"]
+    before = json.loads((root / "summary.json").read_text())["engines"]["onnxruntime-fp32"]["metrics"]["accuracy"]["value"]
+    assert cost["difference"]["value"] == pytest.approx(accuracy - before)
+    assert cost["lost"] - cost["won"] == round((before - accuracy) * num_test)
+    assert cost["speedup"]["low"] <= cost["speedup"]["value"] <= cost["speedup"]["high"]
+    assert cost["engine_bytes_after"] < cost["engine_bytes_before"]
+    run = Path(summary["run_folder"])
+    assert sorted(path.name for path in (run / "unoptimised" / "4-export").iterdir()) == ["graph", "onnxruntime-fp32"]
+    # What ran without the pass had built the same engine already.
+    assert summary["seconds"]["export onnxruntime-fp32 unoptimised"]["cached"]
+    cards = [path.read_text() for path in (root / ".visionloop" / "mlflow-artifacts").rglob("model-card.md")]
+    assert {"## What was optimised" in text for text in cards} == {True, False}  # the run before had no pass
+    sizes = told["passes"][0]
+    line = f"parameters {sizes['before']['parameters']:,} to {sizes['after']['parameters']:,} (-4"
+    shown = visionloop("show", summary["version"], cwd=root).stdout
+    for text in (*(text for text in cards if "optimised" in text), shown):
+        assert line in text
+        assert f"(n={num_test}, image by image)" in text
+        assert "p50 of a single image" in text
+    report = (run / "report.html").read_text()
+    assert "<h2>Optimisation</h2>" in report
+    assert f"{sizes['after']['macs']:,}" in report
+    assert report.count("class, on test as onnxruntime-fp32") == 1
+    bound = json.loads(visionloop("show", summary["version"], "--json", cwd=root).stdout)["bound"]
+    assert len(bound["unoptimised"]) == 64
+
+
+def test_the_console_shows_what_was_optimised(pruned: tuple[Path, dict[str, Any]]) -> None:
+    root, summary = pruned
+    with site(root) as found:
+        page = found.client().get(f"/models/shapes/versions/{summary['version']}").text
+    assert '<h2 id="passes">What was optimised</h2>' in page
+    assert f"{summary['optimisation']['passes'][0]['after']['parameters']:,}" in page
+
+
+def test_what_is_not_asked_is_said(pruned: tuple[Path, dict[str, Any]]) -> None:
+    root, summary = pruned
+    from flows.training.passes_told import lines
+
+    told = {**summary["optimisation"], "cost": None}
+    assert lines(told, "accuracy")[-1] == "what the passes cost on test was not asked (optimisation.compare is false)"
+    done = visionloop(*TRAIN, "--set", "optimisation.compare=false", "--json", cwd=root)
+    other = json.loads(done.stdout.strip().splitlines()[-1])
+    assert other["optimisation"]["cost"] is None
+    assert other["seconds"]["optimisation"]["cached"]
+    assert not (Path(other["run_folder"]) / "unoptimised").exists()
