@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -32,18 +33,41 @@ class Objects(Protocol):
 
     def put(self, name: str, path: Path) -> None: ...
 
+    def write(self, name: str, data: bytes) -> None:
+        """Put these bytes; whoever writes last wins."""
+        ...
+
+    def remove(self, name: str, *, for_good: bool = False) -> None:
+        """Remove an object, which may be absent; `for_good` with all versions of it that the store keeps."""
+        ...
+
+    def stamp(self, name: str) -> str | None:
+        """What changes when the bytes of an object do, None when it is absent."""
+        ...
+
+    def written(self, prefix: str = "") -> dict[str, float]:
+        """Names below a folder, each with when it was written, in seconds since 1970."""
+        ...
+
+    def written_at(self, name: str) -> float | None:
+        """When an object was written, in seconds since 1970; None when it is absent."""
+        ...
+
     def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> None:
         """Replace an object by what `change` makes of it, against concurrent swaps; None leaves it."""
         ...
 
-    def stamps(self, prefix: str = "") -> dict[str, str]:
-        """Names below a folder, all of them for "", each with what changes when its bytes do; in order."""
+    def stamps(self, prefix: str = "", *, after: str = "") -> dict[str, str]:
+        """Names below a folder, all of them for "", each with what changes when its bytes do; in order, those after one."""
         ...
 
 
-def open_objects(url: str) -> Objects:
-    """The objects at a folder's path, or at s3://bucket/prefix."""
-    return _s3(url) if url.startswith("s3://") else _Folder(Path(url.removeprefix("file://")))
+def open_objects(url: str, *, private: bool = False) -> Objects:
+    """The objects at a folder's path, or at s3://bucket/prefix.
+
+    What is written one by one into a `private` folder can be read by nobody else.
+    """
+    return _s3(url) if url.startswith("s3://") else _Folder(Path(url.removeprefix("file://")), private=private)
 
 
 def safe_name(name: str) -> str:
@@ -55,8 +79,8 @@ def safe_name(name: str) -> str:
 
 
 class _Folder:
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, *, private: bool = False) -> None:
+        self._root, self._private = root, private
 
     def _path(self, name: str) -> Path:
         return self._root / safe_name(name)
@@ -83,7 +107,11 @@ class _Folder:
 
     def digest(self, name: str) -> str | None:
         path = self._path(name)
-        return sha256_file(path) if path.is_file() and not path.is_symlink() else None
+        with self._reached("read"):
+            try:
+                return sha256_file(path) if path.is_file() and not path.is_symlink() else None
+            except FileNotFoundError:  # removed meanwhile
+                return None
 
     def put(self, name: str, path: Path) -> None:
         target = self._path(name)
@@ -100,10 +128,57 @@ class _Folder:
                 temporary.unlink(missing_ok=True)
             fsync_folder(target.parent)
 
+    def write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        with self._reached("written"), explained("write", path):
+            self._make(path.parent)
+            write_atomically(path, data)
+            if self._private:
+                path.chmod(0o600)
+
+    def _make(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700 if self._private else 0o777)
+
+    @contextlib.contextmanager
+    def _reached(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RegistryUnavailable(f"{self._root} cannot be {done}: {error.strerror}") from error
+
+    def remove(self, name: str, *, for_good: bool = False) -> None:
+        path = self._path(name)
+        with self._reached("written"):
+            path.unlink(missing_ok=True)
+            # And what was being written when its writer was killed.
+            for half_written in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                half_written.unlink(missing_ok=True)
+
+    def stamp(self, name: str) -> str | None:
+        with self._reached("read"):
+            try:
+                return _stamp_of(self._path(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def written_at(self, name: str) -> float | None:
+        with self._reached("read"):
+            try:
+                return self._path(name).stat().st_mtime
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def written(self, prefix: str = "") -> dict[str, float]:
+        found = {}
+        for name, path in self._files(prefix):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found[name] = path.stat().st_mtime
+        return found
+
     def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> None:
         path = self._path(name)
-        with explained("write", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._reached("written"), explained("write", path):
+            self._make(path.parent)
             # The lock goes with the process, also when it is killed.
             with (path.parent / f".{path.name}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -112,14 +187,27 @@ class _Folder:
                 if wanted is not None and wanted != current:
                     write_atomically(path, wanted)
 
-    def stamps(self, prefix: str = "") -> dict[str, str]:
-        folder = self._path(prefix.rstrip("/")) if prefix else self._root
+    def stamps(self, prefix: str = "", *, after: str = "") -> dict[str, str]:
         found = {}
+        for name, path in self._files(prefix):
+            if name > after:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    found[name] = _stamp_of(path)
+        return found
+
+    def _files(self, prefix: str) -> Iterator[tuple[str, Path]]:
+        folder = self._path(prefix.rstrip("/")) if prefix else self._root
+        # What pathlib finds in a folder that cannot be read is nothing.
+        with self._reached("read"), contextlib.suppress(FileNotFoundError):
+            os.scandir(self._root).close()
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                status = path.stat()
-                found[path.relative_to(self._root).as_posix()] = f"{status.st_size} {status.st_mtime_ns}"
-        return found
+                yield path.relative_to(self._root).as_posix(), path
+
+
+def _stamp_of(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _s3(url: str) -> _S3:
@@ -249,6 +337,53 @@ class _S3:
         with self._answering():
             self._client.upload_file(str(path), self._bucket, self._key(name))
 
+    def write(self, name: str, data: bytes) -> None:
+        with self._answering():
+            self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=data)
+
+    def remove(self, name: str, *, for_good: bool = False) -> None:
+        key = self._key(name)
+        with self._answering():
+            self._client.delete_object(Bucket=self._bucket, Key=key)
+            for version in self._versions(key) if for_good else []:
+                self._client.delete_object(Bucket=self._bucket, Key=key, VersionId=version)
+
+    def _versions(self, key: str) -> Iterator[str]:
+        """What a bucket with versioning keeps of an object that was removed, delete markers included."""
+        from botocore.exceptions import ClientError
+
+        try:
+            for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self._bucket, Prefix=key):
+                for item in (*page.get("Versions", []), *page.get("DeleteMarkers", [])):
+                    if item["Key"] == key:
+                        yield item["VersionId"]
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status not in (405, 501):  # a server that knows no versions keeps none
+                raise
+
+    def stamp(self, name: str) -> str | None:
+        found = self._head(name)
+        return f"{found['ContentLength']} {found['ETag']}" if found is not None else None
+
+    def _head(self, name: str) -> Any | None:
+        from botocore.exceptions import ClientError
+
+        with self._answering():
+            try:
+                return self._client.head_object(Bucket=self._bucket, Key=self._key(name))
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404", "NotFound"):
+                    return None
+                raise
+
+    def written_at(self, name: str) -> float | None:
+        found = self._head(name)
+        return float(found["LastModified"].timestamp()) if found is not None else None
+
+    def written(self, prefix: str = "") -> dict[str, float]:
+        return {name: item["LastModified"].timestamp() for name, item in self._listed(prefix).items()}
+
     def swap(self, name: str, change: Callable[[bytes | None], bytes | None]) -> None:
         from botocore.exceptions import ClientError
 
@@ -270,14 +405,16 @@ class _S3:
                 return
         raise RegistryUnavailable(f"{name} in {self._url} is being changed by others all the time; try again")
 
-    def stamps(self, prefix: str = "") -> dict[str, str]:
+    def stamps(self, prefix: str = "", *, after: str = "") -> dict[str, str]:
+        return {name: f"{item['Size']} {item['ETag']}" for name, item in self._listed(prefix, after=after).items()}
+
+    def _listed(self, prefix: str, *, after: str = "") -> dict[str, dict[str, Any]]:
         # With its slash: another folder whose name only begins alike is not this one.
         below = "/".join(part for part in (self._prefix, prefix.rstrip("/")) if part)
         below = f"{below}/" if below else ""
         cut = len(self._prefix) + 1 if self._prefix else 0
+        start = {"StartAfter": self._key(after)} if after else {}
         with self._answering():
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=below)
-            found = {
-                item["Key"][cut:]: f"{item['Size']} {item['ETag']}" for page in pages for item in page.get("Contents", [])
-            }
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=below, **start)
+            found = {item["Key"][cut:]: item for page in pages for item in page.get("Contents", [])}
         return {name: found[name] for name in sorted(found) if name and not name.endswith("/")}

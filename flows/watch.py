@@ -96,7 +96,10 @@ def watch(
     prune(loop, now)
     return {
         "model": loop.model,
-        "windows": [{"id": j.window, "judged_now": j.fresh, "folder": str(j.folder), **as_json(j.verdict)} for j in found],
+        "windows": [
+            {"id": j.window, "judged_now": j.fresh, "folder": j.place, "files": list(j.files), **as_json(j.verdict)}
+            for j in found
+        ],
         "alarms": [j.alarm.id for j in found if j.alarm is not None],
         "started": [{"key": s.key, "flow_run": s.flow_run_id} for s in started],
     }

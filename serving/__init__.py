@@ -10,4 +10,5 @@ protocols/  http, grpc   the routes, errors and answers; `tensors` is what the O
             connections  bounds and cheap refusals of HTTP; `access` says who may ask, `auth` keeps the tokens
 log/        journal      what was answered, before it is answered
             sealing      journals to Parquet; `audit` exports and verifies, `captures` keeps images, by opt-in
+            sending      kept images to the address of a team; `background` runs both beside the answers
 """

@@ -41,6 +41,7 @@ class Metrics:
         self.journal_late = self._counter("journal_late_rows", "Predictions answered before they were in the journal.")
         self.journal_backlog = self._gauge("journal_backlog_rows", "Predictions waiting to be written.")
         self.captured = self._counter("captured_images", "Images kept by opt-in.")
+        self.captures_waiting = self._gauge("waiting_image_bytes", "Bytes of kept images that wait to be sent.")
         self.not_captured = self._counter("missed_images", "Images of the sample that could not be kept.")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -9,9 +9,7 @@ import logging
 import re
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +25,7 @@ from components.releases import ReleaseStore
 from serving.engines.deployment import Deployment
 from serving.engines.limits import Limits
 from serving.inference import Inference
-from serving.log.audit import unsealed
+from serving.log.background import Background, sealer_of, sender_of
 from serving.log.captures import CaptureConfig, Captures
 from serving.log.journal import Journal, JournalConfig
 from serving.metrics import Metrics, log, log_to_stderr
@@ -109,54 +107,6 @@ def _bound(host: str, port: int) -> socket.socket:
     return found
 
 
-_MANY_JOURNALS = 4
-"""More of them that are not sealed, and sealing has fallen behind what is served."""
-
-
-class _Sealer:
-    """Seals journals in a process of its own, one at a time, whenever there may be something to seal."""
-
-    def __init__(self, journals: Path, log_url: str) -> None:
-        self._journals = journals
-        self._arguments = [sys.executable, "-m", "serving.log.seal_process", str(journals), log_url]
-        self._wanted = threading.Event()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
-        self._thread.start()
-
-    def wake(self) -> None:
-        self._wanted.set()
-
-    def _run(self) -> None:
-        while True:
-            # Also from time to time: what a server that was killed left behind, or a store that was away.
-            self._wanted.wait(timeout=120.0)
-            self._wanted.clear()
-            # In the session of the server and its engines: Linux shares the processors between sessions first, and only
-            # within one does it matter that sealing is less urgent. A group of its own: a Ctrl-C is for the server.
-            try:
-                urgent = self._stopping or unsealed(self._journals) > _MANY_JOURNALS
-                done = subprocess.run(
-                    [*self._arguments, "low" if urgent else "idle"],
-                    cwd=_CODE,
-                    check=False,
-                    stdin=subprocess.DEVNULL,
-                    process_group=0,
-                )
-                if done.returncode:
-                    log("sealing failed; the journals are kept", level=logging.ERROR, status=done.returncode)
-            except OSError as error:
-                # No memory or no descriptor for a process now: the next time is soon.
-                log("sealing did not start; the journals are kept", level=logging.ERROR, problem=str(error))
-            if self._stopping and not self._wanted.is_set():
-                return
-
-    def close(self, timeout_s: float) -> None:
-        self._stopping = True
-        self._wanted.set()
-        self._thread.join(timeout_s)
-
-
 class _Server:
     def __init__(self, config: ServingConfig, access: Access, announce: Callable[[str], None]) -> None:
         self._config, self._access, self._announce = config, access, announce
@@ -174,12 +124,15 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         metrics = Metrics()
-        sealer = _Sealer(config.state / "journal", config.log_url)
+        sealer = sealer_of(config.state / "journal", config.log_url)
         self._journal = Journal(config.state / "journal", config.journal, metrics, rotated=sealer.wake)
         self._journal.start()  # before anything is sealed: on a full disk it goes on in what another server left
         sealer.wake()
         captures = Captures(config.state / "captures", config.captures, metrics)
         captures.start()  # also when nothing is kept any more: what was kept grows old
+        sender = sender_of(config.state / "captures", config.captures)
+        if sender is not None:
+            sender.wake()
         store = ReleaseStore(config.releases_url)
         self._routed = {
             model: Routed(
@@ -205,7 +158,7 @@ class _Server:
         announcing = loop.create_task(self._announce_ready(ports))
         stopped = loop.create_task(self._stop.wait())
         await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
-        return await self._drain(http, serving, grpc_server, [*following, announcing, stopped], captures, sealer)
+        return await self._drain(http, serving, grpc_server, [*following, announcing, stopped], captures, sealer, sender)
 
     def _http(self, ports: list[int]) -> uvicorn.Server:
         config = self._config
@@ -286,6 +239,7 @@ class _Server:
         known = (
             config.releases_url,
             config.log_url,
+            config.captures.url,
             str(config.state),
             str(config.state.parent.parent),
             str(_CODE),
@@ -325,7 +279,8 @@ class _Server:
         grpc_server: Any,
         tasks: list[asyncio.Task[Any]],
         captures: Captures,
-        sealer: _Sealer,
+        sealer: Background,
+        sender: Background | None,
     ) -> int:
         config = self._config
         log("stopping", drain_s=config.drain_s)
@@ -340,7 +295,7 @@ class _Server:
         await asyncio.gather(*(routed.close(drain_s=1.0) for routed in self._routed.values()))
         await asyncio.to_thread(self._journal.close)
         await asyncio.to_thread(captures.close)
-        await asyncio.to_thread(sealer.close, 20.0)
+        await asyncio.gather(*(asyncio.to_thread(task.close, 20.0) for task in (sealer, sender) if task is not None))
         if self._journal.uncounted:
             log("predictions were lost and no file tells of them", level=logging.ERROR, lost_rows=self._journal.uncounted)
         for task in done:

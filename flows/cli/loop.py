@@ -76,8 +76,8 @@ def _shown_windows(found: dict[str, Any]) -> str:
         lines.append(_line(told))
         lines += [f"    {reason}" for reason in told["reasons"]]
         if told["status"] == "drift":
-            kept = {"page": Path(told["folder"], PAGE), "label": Path(told["folder"], TO_LABEL)}
-            lines += [f"    {name:7} {path}" for name, path in kept.items() if path.is_file()]
+            named = {"page": PAGE, "label": TO_LABEL}
+            lines += [f"    {name:7} {told['folder']}/{file}" for name, file in named.items() if file in told["files"]]
     lines += [f"alarm {alarm}" for alarm in found["alarms"]]
     lines += [f"training of {run['key']} started: flow run {run['flow_run']}" for run in found["started"]]
     return "\n".join(lines) or f"{found['model']}: no window has ended since it has a champion"

@@ -236,7 +236,7 @@ def predictions_erase(
 
     erased = erase_image(Workspace.find(workspace, to_serve=True), image_sha256, by=as_, reason=reason)
     record = erased.record
-    was = "It was kept and is removed" if record["found"] else "It was not kept, and will not be"
+    was = "It was kept and is removed" if record["found"] else "It was not found, and will not be kept"
     lines = [f"{was}; recorded at {record['at']} as {record['hash'][:16]}."]
     lines += [
         f"It is training data as well: {copy}. Remove the file and run `visionloop data add`, for a version without it; "

@@ -64,8 +64,10 @@ def candidate_page(application: Application, visitor: Visitor, model: str, versi
     state, now = shown.state, application.ledger.now()
     summary = state.requested.body.get("summary") or {}
     found: RegisteredEvidence | None = None
+    erased: frozenset[str] = frozenset()
     problem = ""
     try:
+        erased = application.erased()  # first: while that cannot be told no picture may be shown
         found = registered_evidence(desk, state)
     except VisionloopError as error:
         problem = str(error)
@@ -102,7 +104,7 @@ def candidate_page(application: Application, visitor: Visitor, model: str, versi
         "rows": _rows(history(desk), state),
         "comments": application.comments.of(model, version),
         "links": _links(application, model, version, summary),
-        **_drawn(found, headline, address_of(model, version), application),
+        **_drawn(found, headline, address_of(model, version), erased),
     }
 
 
@@ -271,7 +273,7 @@ def _drawn(
     found: RegisteredEvidence | None,
     headline: str,
     address: str,
-    application: Application,
+    erased: frozenset[str],
 ) -> dict[str, Any]:
     """What only the evidence tells; nothing of it where that is away."""
     nothing: dict[str, Any] = {
@@ -291,7 +293,7 @@ def _drawn(
     answered = {stored.record.engine: stored.record for stored in found.evaluations}
     serving = found.serving
     return {
-        "evidence": shown_evidence(found.shown, address, application.erased()) if found.shown else None,
+        "evidence": shown_evidence(found.shown, address, erased) if found.shown else None,
         "corruptions": corruptions(found.robustness, found.champion_robustness),
         "engines": [
             engine_row(e, answered[e.name], measured[e.name], metrics, costs_json(measured[e.name], price))

@@ -228,14 +228,15 @@ class Show:
 
     def _label(self) -> dict[str, Any]:
         from flows.loop.flow_runs import trail
+        from flows.loop.windows import TO_LABEL
 
         story = self.story.phases["shifted"]
         traffic, asked = self.world
         known = {moved(picture).sha256: picture.label for picture in traffic[:_SHIFTED]}
-        path = Path(story["verdict"]["folder"]) / "to-label.csv"
+        asked_for = self.loop.window_store.read(story["verdict"]["id"], TO_LABEL) or b""
         filled = self.workspace.state / "tmp" / "labelled.csv"
         filled.parent.mkdir(exist_ok=True)
-        images = fill(path, filled, known, LABELLER)
+        images = fill(asked_for.decode(), filled, known, LABELLER)
         other = {moved(picture).sha256 for picture in asked} | {picture.sha256 for picture in asked}
         _expect(not images & other, "an image that is measured with was labelled", sorted(images & other))
         done = command_line(self.workspace, "labels", "import", str(filled), "--as", LABELLER, "-m", MODEL)

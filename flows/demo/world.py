@@ -70,10 +70,9 @@ def black(number: int) -> Picture:
     return Picture(f"black-{number}", "", data.getvalue())
 
 
-def fill(path: Path, filled: Path, known: dict[str, str], labeller: str) -> set[str]:
-    """Fill in the labels of the images that the labeller knows; returns the images."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+def fill(asked: str, filled: Path, known: dict[str, str], labeller: str) -> set[str]:
+    """Fill in the labels of the images of a list that the labeller knows; returns the images."""
+    rows = list(csv.DictReader(io.StringIO(asked)))
     labelled = set()
     for row in rows:
         row["label"] = known.get(row["image_sha256"], "")

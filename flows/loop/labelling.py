@@ -25,14 +25,15 @@ from flows.loop.labels import (
     take_labels,
 )
 from flows.loop.loop import Loop
-from flows.loop.windows import TO_LABEL, evidence, names, recorded, rows_of
+from flows.loop.windows import TO_LABEL, recorded, rows_of
 from flows.pages.thumbnails import encoded
 from monitoring.labels import checked
 from registry.approval import person
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LISTS = 200
-"""Windows that drifted whose lists are looked at. Where every window drifts, that is two days, and nobody labels more."""
+"""Windows that alarmed whose lists are looked at. Where every window does, that is two days, and nobody labels more."""
+_BATCH = 16
 _LATEST = 20
 """Windows that are looked through for pictures that no list asks for, before the log is."""
 _SPREAD = 60
@@ -113,16 +114,15 @@ def _asked(loop: Loop, unread: list[str]) -> Iterator[ToLabel]:
 
 
 def _lists(loop: Loop) -> Iterator[tuple[str, tuple[ToLabel, ...] | None]]:
-    """The latest windows that drifted with the pictures that they ask for; None for a list that cannot be read."""
-    num_lists = 0
-    for window in names(loop):
-        data = evidence(loop, window, TO_LABEL)
-        verdict = recorded(loop, window) if data is not None else None
-        if data is not None and verdict is not None and verdict.status == "drift":
-            yield window, _list(window, data)
-            num_lists += 1
-            if num_lists == _LISTS:
-                return
+    """The latest windows that alarmed with the pictures that they ask for; None for a list that cannot be read."""
+    alarmed = sorted({alarm.window for alarm in loop.outbox.alarms(loop.model, last=_LISTS)}, reverse=True)
+    for start in range(0, len(alarmed), _BATCH):
+        windows = alarmed[start : start + _BATCH]
+        for window, data in zip(windows, loop.window_store.read_all(windows, TO_LABEL), strict=True):
+            # One that was judged again since may have passed.
+            verdict = recorded(loop, window) if data is not None else None
+            if data is not None and verdict is not None and verdict.status == "drift":
+                yield window, _list(window, data)
 
 
 @functools.lru_cache(maxsize=256)
@@ -186,7 +186,7 @@ def _known_of(loop: Loop, rows: Sequence[Mapping[str, str]]) -> KnownPredictions
         if any(row.image_sha256 in named or row.prediction_id in named for row in asked_for or ())
     )
     found: dict[str, str] = {}
-    for window in itertools.chain(listing, names(loop)[:_LATEST]):
+    for window in itertools.chain(listing, loop.window_store.names(_LATEST)[:_LATEST]):
         with contextlib.suppress(StoreError):
             judged = rows_of(loop, window, "prediction_id", "image_sha256")
             if judged is not None:
@@ -220,7 +220,7 @@ def pictures_of(loop: Loop, window: str, limit: int = 12) -> list[WindowPicture]
         return []
     rows = rows.drop_duplicates("image_sha256")
     rows = rows.iloc[:: max(1, len(rows) // _SPREAD)]
-    kept, said = kept_of(loop, rows["image_sha256"]), loop.labels.latest(loop.model)
+    kept, said = kept_of(loop, list(rows["image_sha256"])), loop.labels.latest(loop.model)
     rows = rows[rows["image_sha256"].isin(kept)].head(limit)
     return [
         WindowPicture(sha256, str(predicted), float(confidence), said[sha256].label if sha256 in said else "")

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from components import attributes
 from components.attributes import Attributes
-from components.contracts.errors import DataError, UndecodableImage
+from components.contracts.errors import DataError
 from components.contracts.releases import Release
 from components.contracts.wording import counted
 from components.formats import suffix_of
 from components.images import decode
 from components.samples import class_name_problem
 from components.store import sha256_file
-from flows.loop.captures import capture_path, captured
+from flows.loop.captures import captures_of, kept_of, read_capture
 from flows.loop.loop import Loop
 from flows.loop.windows import champion_at, release_record, task_of
 from flows.workspace.incoming import LeftOut
@@ -241,8 +241,8 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
 
     Each is checked against the sha256 it is named by. Raises DataError when there is none.
     """
-    there = captured(loop.workspace)
     said, name_of = loop.labels.latest(loop.model), names_of_today(loop.workspace)
+    there = kept_of(loop, said.keys())
     scratch = loop.workspace.state / "tmp" / f"labelled-{uuid.uuid4().hex}"
     clear_stale(loop.workspace)
     told = f"production of {loop.model}"
@@ -253,17 +253,16 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
         for sha, label in sorted(said.items()):
             if sha not in there:
                 continue
-            path = capture_path(loop.workspace, sha)
             try:
-                if sha256_file(path) != sha:
-                    raise UndecodableImage("not the image it is named after")
-                decode(path.read_bytes())
-            except (OSError, UndecodableImage):
+                data = read_capture(loop, sha)
+                decode(data)
+            except DataError:
                 damaged.append(LeftOut(sha, "captured, and its bytes are damaged"))
                 continue
-            file = scratch / name_of(label.label) / f"{sha[:_NAME]}{suffix_of(path)}"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, file)
+            written = scratch / name_of(label.label) / sha[:_NAME]
+            written.parent.mkdir(parents=True, exist_ok=True)
+            written.write_bytes(data)
+            file = written.rename(written.with_name(f"{written.name}{suffix_of(written)}"))
             # Only what nobody said of these bytes before: production sees pictures again that a source has told more of.
             there_is = known.get(sha, Attributes())
             at = first_sent.get(sha)
@@ -274,7 +273,8 @@ def gathered(loop: Loop) -> Iterator[Gathered]:
             )
         if not said_of:
             raise DataError(
-                f"no image of {loop.model} is both captured and labelled ({len(said)} labelled, {len(there)} captured). "
+                f"no image of {loop.model} is both captured and labelled ({len(said)} labelled, "
+                f"{len(captures_of(loop.workspace, loop.settings).names())} captured). "
                 f"Serve with --capture-share, and import labels (visionloop labels import FILE)"
             )
         yield Gathered(Staged(scratch, said_of, damaged, told), len(set(said) - there))

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from components.contracts.errors import ConfigError, UnknownName
 from components.contracts.records import Record, first_problem
+from flows.loop.window_store import WindowStore, open_windows
 from flows.workspace.recipes import load_recipe, peek, recipe_files
 from flows.workspace.settings import Settings
 from flows.workspace.workspace import Workspace
@@ -153,6 +154,6 @@ class Loop:
         return training_recipe(self.workspace, self.model, self.config)
 
     @property
-    def folder(self) -> Path:
-        """Where the model's windows lie."""
-        return self.workspace.state / "monitoring" / self.model / "windows"
+    def window_store(self) -> WindowStore:
+        """Where the evidence of the model's windows lies."""
+        return open_windows(self.settings.windows_url, self.model)

@@ -157,8 +157,11 @@ def _refusal(loop: Loop, request: Request, decision: Decision) -> dict[str, Any]
 def _list_of(loop: Loop, request: Request) -> str | None:
     from flows.loop.windows import TO_LABEL
 
-    path = loop.folder / request.key.rsplit(":", 1)[-1] / TO_LABEL
-    return str(path) if path.is_file() else None
+    window = request.key.rsplit(":", 1)[-1]
+    try:
+        return loop.window_store.place(window, TO_LABEL) if loop.window_store.has(window, TO_LABEL) else None
+    except RegistryUnavailable:
+        return None  # an answer of the governor does not wait for what would only go with it
 
 
 def _tell(loop: Loop, request: Request, decision: Decision) -> None:

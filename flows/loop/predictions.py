@@ -78,7 +78,7 @@ def verify_predictions(workspace: Workspace) -> LogVerified:
     log = audit.verify(read_settings(workspace.state).predictions_url, workspace.state / "serving" / "journal")
     kept = captures_of(workspace)
     captures = tuple(kept.verify())
-    erased, head = kept.erasures()
+    erased, head = kept.kept.erasures()
     return LogVerified(log, captures, erased, head)
 
 
@@ -94,4 +94,4 @@ def erase_image(workspace: Workspace, image_sha256: str, *, by: str, reason: str
 
 def erased_images(workspace: Workspace) -> frozenset[str]:
     """Digests of the images that were erased: no page shows one, wherever a copy of it lies."""
-    return captures_of(workspace).erased()
+    return frozenset(captures_of(workspace).erased())

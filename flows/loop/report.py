@@ -172,16 +172,21 @@ def _estimate(found: Mapping[str, Any] | None) -> str:
 
 
 def _window(loop: Loop, name: str, verdict: DriftVerdict, folder: Path) -> dict[str, Any]:
-    place = loop.folder / name
     accuracy = realised_accuracy(loop, name)
     return {
         "name": name,
         "verdict": verdict,
         "accuracy": _estimate(accuracy),
-        "page": _link(place / PAGE, folder),
-        "to_label": _link(place / TO_LABEL, folder),
+        "page": _link_to(loop, name, PAGE, folder),
+        "to_label": _link_to(loop, name, TO_LABEL, folder),
         "pictures": _pictures(loop, name) if verdict.status == "drift" else [],
     }
+
+
+def _link_to(loop: Loop, window: str, file: str, folder: Path) -> str | None:
+    """None also where the evidence is kept on S3: no browser opens that."""
+    path = loop.window_store.path(window, file)
+    return _link(path, folder) if path is not None else None
 
 
 def _pictures(loop: Loop, window: str) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from components.contracts.progress import Progress, silent
 from components.contracts.records import Stored
 from components.contracts.releases import Release, Route
 from flows.terminal import Say
-from flows.workspace.settings import read_settings
+from flows.workspace.settings import own_captures, read_settings
 from flows.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Batch:
 
 def serve(workspace: Workspace, options: ServerOptions, *, announce: Say) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status. Raises ConfigError before anything is started."""
+    from flows.loop.captures import is_same_folder
     from serving.engines.limits import Limits
     from serving.log.captures import CaptureConfig
     from serving.log.journal import JournalConfig
@@ -95,7 +96,11 @@ def serve(workspace: Workspace, options: ServerOptions, *, announce: Say) -> int
         ),
         following=Following(refresh_s=options.refresh_s),
         journal=JournalConfig(rotate_s=options.seal_s),
-        captures=CaptureConfig(share=options.capture_share, retain_days=options.retain_days),
+        captures=CaptureConfig(
+            share=options.capture_share,
+            retain_days=options.retain_days,
+            url="" if is_same_folder(str(own_captures(workspace.state)), settings.captures_url) else settings.captures_url,
+        ),
     )
     return run(config, announce=announce)
 

@@ -7,6 +7,7 @@ which train and never judge.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -33,7 +34,7 @@ from components.splitting import TestLedger
 from components.store import write_atomically
 from components.suggestions import Suggestion, suggest
 from components.tables import read_frame
-from flows.loop.captures import capture_path, captured
+from flows.loop.captures import captures_of, local_copies
 from flows.loop.labels import known_predictions
 from flows.loop.serving import Batch, open_batch, predict
 from flows.loop.windows import open_loop
@@ -112,7 +113,20 @@ def suggest_labels(
         raise ConfigError(f"{source} is not a folder of pictures")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already; name a new folder with --out")
-    folder, inputs = (source, source) if source is not None else _captured(workspace, model)
+    with contextlib.nullcontext((source, source)) if source is not None else _captured(workspace, model) as (folder, inputs):
+        return _suggest(workspace, model, folder, inputs, out, most, pseudo_labels, progress)
+
+
+def _suggest(
+    workspace: Workspace,
+    model: str,
+    folder: Path,
+    inputs: Path,
+    out: Path,
+    most: int,
+    pseudo_labels: float | None,
+    progress: Progress,
+) -> Suggested:
     batch = open_batch(workspace, model, str(inputs), shard_size=2000, embeddings=True)
     answers = (
         workspace.cache / "suggestions" / sha256_text(f"{batch.release.record.digest()} {batch.inputs.fingerprint}")[:32]
@@ -141,30 +155,38 @@ def suggest_labels(
     )
 
 
-def _captured(workspace: Workspace, model: str) -> tuple[Path, Path]:
-    """The folder of captures, and a table of those that the model was asked and nobody labelled.
+@contextlib.contextmanager
+def _captured(workspace: Workspace, model: str) -> Iterator[tuple[Path, Path]]:
+    """A folder of captures, and a table of those that the model was asked and nobody labelled.
 
-    Raises DataError where there are none.
+    What is kept elsewhere is copied for as long as the context lasts. Raises DataError where there are none.
     """
     import pandas as pd
 
     loop = open_loop(workspace.root, model)
-    there, labelled = captured(workspace), loop.labels.latest(loop.model).keys()
-    asked = sorted((there & known_predictions(loop).images) - labelled)
+    kept, labelled = captures_of(workspace, loop.settings), loop.labels.latest(loop.model).keys()
+    asked = sorted(kept.among(known_predictions(loop).images - labelled))
     if not asked:
         raise DataError(
-            f"no image that {model} was asked in production is captured and unlabelled ({len(there)} captured, "
+            f"no image that {model} was asked in production is captured and unlabelled ({len(kept.names())} captured, "
             f"{len(labelled)} labelled); serve with --capture-share, or name a folder of pictures"
         )
-    folder = capture_path(workspace, asked[0]).parents[1]
-    paths = [capture_path(workspace, sha256) for sha256 in asked]
-    table = pd.DataFrame({"name": [path.relative_to(folder).as_posix() for path in paths], "path": list(map(str, paths))})
-    data = io.BytesIO()
-    table.to_parquet(data, index=False)
-    listed = workspace.cache / "suggestions" / f"captured-{model}.parquet"
-    listed.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(listed, data.getvalue())
-    return folder, listed
+    copies = workspace.state / "tmp" / f"captured-{model}"
+    shutil.rmtree(copies, ignore_errors=True)  # of a command that was killed
+    try:
+        paths = list(local_copies(loop, asked, copies).values())
+        if not paths:
+            raise DataError(f"every image that {model} was asked in production and is captured is damaged by now")
+        folder = paths[0].parents[1]
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        data = io.BytesIO()
+        pd.DataFrame({"name": names, "path": list(map(str, paths))}).to_parquet(data, index=False)
+        listed = workspace.cache / "suggestions" / f"captured-{model}.parquet"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(listed, data.getvalue())
+        yield folder, listed
+    finally:
+        shutil.rmtree(copies, ignore_errors=True)
 
 
 def _answered(answers: Path) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """What `flows/watch.py` does with one window: read it, judge it, leave its evidence, and make an alarm durable.
 
-    .visionloop/monitoring/<model>/windows/<window>/
+    <VISIONLOOP_WINDOWS, by default .visionloop/monitoring>/<model>/windows/<window>/
         rows.parquet     what was judged: ids, digests, answers
         to-label.csv     the images whose labels would teach most, of a window that drifted
         report.html      Evidently's page, of a window that drifted
@@ -17,23 +17,21 @@ import datetime
 import functools
 import io
 import itertools
-import os
-import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components import plugins
-from components.contracts.errors import ConfigError, MonitoringError, StoreError, UnknownName, in_short
+from components.contracts.errors import ConfigError, MonitoringError, StoreError, in_short
 from components.contracts.families import Task
 from components.contracts.records import Stored
 from components.contracts.releases import Release
 from components.contracts.wording import utc_of
 from components.releases import ReleaseStore
-from components.store import MANIFEST, explained, seal, unseal, write_atomically
-from flows.loop.captures import capture_path, captured
+from components.store import MANIFEST, seal, unseal
+from flows.loop.captures import kept_of, place_of
 from flows.loop.loop import Loop
 from flows.workspace.desk import desk
 from flows.workspace.renaming import names_of_today
@@ -50,8 +48,6 @@ if TYPE_CHECKING:
     from registry.ledger import Entry
 
 VERDICT, ROWS, PAGE, TO_LABEL = "verdict.json", "rows.parquet", "report.html", "to-label.csv"
-_WINDOW = re.compile(r"\d{4}-\d\d-\d\dT\d{4}Z-[0-9a-f]{10}")
-"""What `window_id` makes: names that come from elsewhere lead nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +64,16 @@ class JudgedWindow:
 
     window: str
     verdict: DriftVerdict
-    folder: Path
+    place: str
+    """The folder or address of its evidence."""
     fresh: bool
     """JudgedWindow now; False when it had been judged with these rows before."""
     alarm: Alarm | None
     """The alarm, when this judgement made it."""
     problem: str = ""
     """What could not be kept beside the verdict."""
+    files: tuple[str, ...] = ()
+    """What a person may look at of it: Evidently's page, the list of images to label."""
 
 
 def open_loop(folder: Path, model: str | None) -> Loop:
@@ -191,22 +190,19 @@ def read_window(loop: Loop, stretch: Span, entry: Entry, release: Stored[Release
     )
 
 
-def evidence(loop: Loop, window: str, file: str) -> bytes | None:
-    """A file of a window's evidence; None where it has none of that name. Raises UnknownName for what names no window."""
-    if not _WINDOW.fullmatch(window):
-        raise UnknownName("window", window[:100], names(loop)[:5])
-    try:
-        return (loop.folder / window / file).read_bytes()
-    except FileNotFoundError:
-        return None
-
-
 def recorded(loop: Loop, window: str) -> DriftVerdict | None:
     """The verdict that a window has; None before its first, or when its file was changed by hand."""
     try:
-        data = evidence(loop, window, VERDICT)
+        data = loop.window_store.read(window, VERDICT)
+    except StoreError:
+        return None
+    return _read_verdict(data)
+
+
+def _read_verdict(data: bytes | None) -> DriftVerdict | None:
+    try:
         return _verdict(data) if data is not None else None
-    except (OSError, StoreError):
+    except StoreError:
         return None
 
 
@@ -218,20 +214,17 @@ def _verdict(data: bytes) -> DriftVerdict | None:
 
 def rows_of(loop: Loop, window: str, *columns: str) -> pd.DataFrame | None:
     """Some columns of the rows that a window was judged by; None where they are not kept. Raises StoreError."""
+    return _frame(window, loop.window_store.read(window, ROWS), columns)
+
+
+def _frame(window: str, data: bytes | None, columns: Sequence[str]) -> pd.DataFrame | None:
     from components.tables import read_frame
 
-    data = evidence(loop, window, ROWS)
     try:
         return read_frame(data, columns) if data is not None else None
     except Exception as error:
         # pyarrow raises what it likes for bytes that are no Parquet, and pandas for columns that are not there.
         raise StoreError(f"{ROWS} of window {window} was changed and cannot be read ({in_short(error)})") from error
-
-
-def names(loop: Loop) -> list[str]:
-    """The windows, the latest first, as their names begin with the time; one whose judging was cut short has no verdict."""
-    found = os.listdir(loop.folder) if loop.folder.is_dir() else []
-    return sorted(filter(_WINDOW.fullmatch, found), reverse=True)
 
 
 def judge_window(loop: Loop, stretch: Span, now: datetime.datetime) -> JudgedWindow | None:
@@ -242,37 +235,40 @@ def judge_window(loop: Loop, stretch: Span, now: datetime.datetime) -> JudgedWin
     release = release_of(loop, entry)
     window = read_window(loop, stretch, entry, release, now)
     name = window_id(loop.model, window.facts.since, window.facts.until, window.facts.release)
-    folder = loop.folder / name
     known = recorded(loop, name)
     policy = loop.config.drift.digest()
     if known is not None and (known.window, known.policy) == (window.facts, policy):
-        return JudgedWindow(name, known, folder, False, None)
-    return _judge(loop, window, release, name, folder)
+        files = _files_of(loop, name) if known.status == "drift" else ()
+        return JudgedWindow(name, known, loop.window_store.place(name), False, None, files=files)
+    return _judge(loop, window, release, name)
 
 
-def _judge(loop: Loop, window: Window, release: Stored[Release], name: str, folder: Path) -> JudgedWindow:
+def _judge(loop: Loop, window: Window, release: Stored[Release], name: str) -> JudgedWindow:
     from monitoring.drift import judge
     from monitoring.reference import load_reference
 
     reference = load_reference(release, task_of(release.record))
     verdict, measured = judge(reference, window, loop.config.drift, reference_sha256=release.record.reference.sha256)
-    alarm = None
-    if verdict.status == "drift":
+    alarm, drifted, store = None, verdict.status == "drift", loop.window_store
+    if drifted:
         # Before anything that can fail: an alarm is a row first.
         alarm, new = loop.outbox.raise_alarm(verdict, name)
         alarm = alarm if new else None
-    folder.mkdir(parents=True, exist_ok=True)
-    with explained("write the evidence of a window into", folder):
-        _write_rows(window, folder / ROWS)
-        if verdict.status == "drift":
-            _write_to_label(loop, reference, window, folder / TO_LABEL)
-        problem = _keep_report(loop, (reference, window), measured, verdict, name, folder)
-        write_atomically(folder / VERDICT, seal(verdict.to_json()))
-    return JudgedWindow(name, verdict, folder, True, alarm, problem)
+    store.write(name, ROWS, _rows(window))
+    if drifted:
+        store.write(name, TO_LABEL, _list_to_label(loop, reference, window))
+    problem = _keep_report(loop, (reference, window), measured, verdict, name)
+    store.write(name, VERDICT, seal(verdict.to_json()))
+    files = _files_of(loop, name) if drifted else ()
+    return JudgedWindow(name, verdict, store.place(name), True, alarm, problem, files)
+
+
+def _files_of(loop: Loop, name: str) -> tuple[str, ...]:
+    return tuple(file for file in (PAGE, TO_LABEL) if loop.window_store.has(name, file))
 
 
 def _keep_report(
-    loop: Loop, compared: tuple[Sample, Window], measured: Measured | None, verdict: DriftVerdict, name: str, folder: Path
+    loop: Loop, compared: tuple[Sample, Window], measured: Measured | None, verdict: DriftVerdict, name: str
 ) -> str:
     """Evidently's page and history: for people, never needed for the verdict; returns what went wrong."""
     from monitoring.drift import draw_report
@@ -283,7 +279,9 @@ def _keep_report(
         if measured is None:
             return ""
         if verdict.status == "drift":
-            measured.save_page(folder / PAGE)
+            with tempfile.TemporaryDirectory(prefix="visionloop-window-") as scratch:
+                measured.save_page(Path(scratch) / PAGE)
+                loop.window_store.write(name, PAGE, (Path(scratch) / PAGE).read_bytes())
         measured.keep(evidently_workspace(loop.workspace), loop.model, name, [verdict.status, verdict.diagnosis])
     except Exception as error:
         # Evidently's drawing and its storage raise what they like.
@@ -296,36 +294,43 @@ def evidently_workspace(workspace: Workspace) -> Path:
     return workspace.state / "monitoring" / "evidently"
 
 
-def _write_rows(window: Window, path: Path) -> None:
+def _rows(window: Window) -> bytes:
     data = io.BytesIO()
     window.frame.to_parquet(data, index=False)
-    write_atomically(path, data.getvalue())
+    return data.getvalue()
 
 
-def _write_to_label(loop: Loop, reference: Any, window: Window, path: Path) -> None:
+def _list_to_label(loop: Loop, reference: Any, window: Window) -> bytes:
     from monitoring.label_selection import most_useful
 
+    known = loop.labels.latest(loop.model).keys()
     chosen = most_useful(
         reference,
         window,
-        available=captured(loop.workspace),
-        known=loop.labels.latest(loop.model).keys(),
+        available=kept_of(loop, set(window.frame["image_sha256"]) - known),
+        known=known,
         count=loop.config.to_label,
     )
     table = chosen[["prediction_id", "image_sha256", "predicted", "confidence", "novelty"]].assign(
-        # From the workspace's root on: in a copy of it, its own images.
-        image=[str(capture_path(loop.workspace, sha).relative_to(loop.workspace.root)) for sha in chosen["image_sha256"]],
-        label="",
-        labelled_by="",
+        image=[place_of(loop, sha) for sha in chosen["image_sha256"]], label="", labelled_by=""
     )
-    write_atomically(path, table.to_csv(index=False).encode())
+    data: bytes = table.to_csv(index=False).encode()
+    return data
+
+
+def _batches(names: Sequence[str], size: int = 32) -> Iterator[Sequence[str]]:
+    return (names[start : start + size] for start in range(0, len(names), size))
 
 
 def windows(loop: Loop, last: int = 200) -> list[tuple[str, DriftVerdict]]:
     """The latest judged windows with their verdicts, oldest first."""
-    found = ((name, recorded(loop, name)) for name in names(loop))
     # Windows that were asked for overlap others, so the last one to end is not the last one to begin.
-    judged = itertools.islice(((name, verdict) for name, verdict in found if verdict is not None), 2 * last)
+    judged: list[tuple[str, DriftVerdict]] = []
+    for names in _batches(loop.window_store.names(2 * last)):
+        read = zip(names, loop.window_store.read_all(names, VERDICT), strict=True)
+        judged += [(name, verdict) for name, data in read if (verdict := _read_verdict(data)) is not None]
+        if len(judged) >= 2 * last:
+            break
     return sorted(judged, key=lambda pair: (pair[1].window.until, pair[1].window.since, pair[0]))[-last:]
 
 
@@ -343,10 +348,10 @@ def prune(loop: Loop, now: datetime.datetime) -> int:
     from monitoring.evidently_report import forget
 
     oldest = f"{now - datetime.timedelta(days=loop.config.keep_days):%Y-%m-%dT%H%M}Z"
-    old = [path for path in loop.folder.glob("*") if path.is_dir() and path.name < oldest]
-    for path in old:
-        forget(evidently_workspace(loop.workspace), loop.model, path.name)
-        shutil.rmtree(path, ignore_errors=True)
+    old = [name for name in loop.window_store.names() if name < oldest]
+    for name in old:
+        forget(evidently_workspace(loop.workspace), loop.model, name)
+        loop.window_store.remove(name)
     return len(old)
 
 
@@ -365,24 +370,23 @@ def realised_accuracies(loop: Loop, judged: Sequence[tuple[str, DriftVerdict]]) 
     said = loop.labels.latest(loop.model)
     # A class that got another name is answered by its old one until the next model.
     name_of = names_of_today(loop.workspace)
-    found: dict[str, dict[str, float | int] | None] = {}
-    for name, verdict in judged:
-        try:
-            found[name] = _share_right(loop, name, verdict, said, name_of) if said else None
-        except StoreError:
-            found[name] = None
+    found: dict[str, dict[str, float | int] | None] = dict.fromkeys(name for name, _ in judged)
+    if not said:
+        return found
+    read = loop.window_store.read_all([name for name, _ in judged], ROWS)
+    for (name, verdict), data in zip(judged, read, strict=True):
+        with contextlib.suppress(StoreError):
+            rows = _frame(name, data, ["image_sha256", "predicted"])
+            found[name] = _share_right(loop, rows, verdict, said, name_of) if rows is not None else None
     return found
 
 
 def _share_right(
-    loop: Loop, name: str, verdict: DriftVerdict, said: Mapping[str, Label], name_of: Callable[[str], str]
+    loop: Loop, rows: pd.DataFrame, verdict: DriftVerdict, said: Mapping[str, Label], name_of: Callable[[str], str]
 ) -> dict[str, float | int] | None:
     from components.intervals import wilson
     from flows.training.results import estimate_json
 
-    rows = rows_of(loop, name, "image_sha256", "predicted")
-    if rows is None:
-        return None
     labelled = rows.drop_duplicates("image_sha256")
     labelled = labelled[labelled["image_sha256"].isin(said)]
     if labelled.empty:

@@ -156,7 +156,11 @@ def trial_server(
 def _start(model: str, folder: Path, log: Path, *, releases: str) -> subprocess.Popen[bytes]:
     ports = ["--port", "0", "--grpc-port", "0"]
     asked = ["serve", "--model", model, *ports, "--workspace", str(folder)]
-    own = {"VISIONLOOP_RELEASES": releases, "VISIONLOOP_PREDICTIONS": str(folder / STATE / "predictions")}
+    own = {
+        "VISIONLOOP_RELEASES": releases,
+        "VISIONLOOP_PREDICTIONS": str(folder / STATE / "predictions"),
+        "VISIONLOOP_CAPTURES": "",  # its own folder
+    }
     with log.open("wb") as stream:
         return subprocess.Popen(
             # -P: what lies in the folder that it is started in is not what is imported.

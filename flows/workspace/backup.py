@@ -35,7 +35,7 @@ from components.objects import safe_name
 from components.releases import ReleaseStore
 from components.store import explained, fsync_folder, seal, unseal
 from flows.workspace.desk import artifacts_of
-from flows.workspace.settings import Settings, read_settings, sqlite_url
+from flows.workspace.settings import Settings, own_captures, read_settings, sqlite_url
 from flows.workspace.workspace import Workspace, version
 from registry.account_tables import end_sessions
 from registry.ledger import Ledger
@@ -153,8 +153,14 @@ def _tables(
     ours = {name: sqlite_file(url) == workspace.state / f"{name}.db" for name, url in urls.items()}
     advice = "its own tools back it up (pg_dump, or a copy of the file)"
     elsewhere |= {name: advice for name, is_ours in ours.items() if not is_ours}
-    for name, url in (("releases", settings.releases_url), ("predictions", settings.predictions_url)):
-        if Path(url) != workspace.state / name:
+    places = {
+        "releases": (settings.releases_url, workspace.state / "releases"),
+        "predictions": (settings.predictions_url, workspace.state / "predictions"),
+        "captures": (settings.captures_url, own_captures(workspace.state)),
+        "windows": (settings.windows_url, workspace.state / "monitoring"),
+    }
+    for name, (url, ours_at) in places.items():
+        if Path(url) != ours_at:
             elsewhere[name] = "it is kept outside the workspace; back it up there"
     ledger = Ledger(settings.ledger_url)
     ledger.entries()  # a chain that does not verify is no backup

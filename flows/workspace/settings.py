@@ -11,6 +11,8 @@
 | VISIONLOOP_MAX_IMAGE_MB   | most megabytes of one (of 1,048,576 bytes)    | 32                                     |
 | VISIONLOOP_RELEASES       | where releases are published: folder or s3:// | .visionloop/releases                   |
 | VISIONLOOP_PREDICTIONS    | where the sealed prediction log goes: folder or s3:// | .visionloop/predictions           |
+| VISIONLOOP_CAPTURES       | where kept images of production go: folder or s3:// | .visionloop/serving/captures        |
+| VISIONLOOP_WINDOWS        | where the evidence of judged windows goes: folder or s3:// | .visionloop/monitoring       |
 | VISIONLOOP_NOTIFY         | Apprise URLs and Prefect blocks, comma-separated | nobody                              |
 | VISIONLOOP_LOOP_URL       | SQLAlchemy URL of alarms, decisions, labels   | the ledger's, else SQLite under .visionloop/ |
 | VISIONLOOP_STUDIES        | SQLAlchemy URL of the studies of searches     | SQLite under .visionloop/              |
@@ -59,6 +61,10 @@ class Settings:
     num_threads: int
     releases_url: str
     predictions_url: str
+    captures_url: str
+    """Where images of production are kept."""
+    windows_url: str
+    """Where the evidence of judged windows lies."""
     notify: tuple[str, ...]
     prefect_api_url: str
     accepted: Accepted = field(default_factory=Accepted)
@@ -255,6 +261,8 @@ def read_settings(state: Path) -> Settings:
         cache_bytes=_whole("VISIONLOOP_CACHE_GB", 20, 1_000_000) * 10**9,
         releases_url=os.environ.get("VISIONLOOP_RELEASES") or str(state / "releases"),
         predictions_url=os.environ.get("VISIONLOOP_PREDICTIONS") or str(state / "predictions"),
+        captures_url=_address("VISIONLOOP_CAPTURES", own_captures(state)),
+        windows_url=_address("VISIONLOOP_WINDOWS", state / "monitoring"),
         notify=tuple(filter(None, (part.strip() for part in os.environ.get("VISIONLOOP_NOTIFY", "").split(",")))),
         prefect_api_url=os.environ.get("PREFECT_API_URL", ""),
         loop_url=os.environ.get("VISIONLOOP_LOOP_URL")
@@ -284,6 +292,21 @@ def _oidc() -> OpenIDProvider | None:
     if not issuer.startswith("https://") and urlsplit(issuer).hostname not in LOOPBACK:
         raise ConfigError(f"VISIONLOOP_OIDC_ISSUER is {issuer!r}; expected the address of the issuer, https://...")
     return OpenIDProvider(issuer, client, secret)
+
+
+def own_captures(state: Path) -> Path:
+    """The folder of the servers of a workspace for images, where they stay or wait to be sent."""
+    return state / "serving" / "captures"
+
+
+def _address(variable: str, default: Path) -> str:
+    """A folder, whatever folder a process is started in, or an address of S3."""
+    given = os.environ.get(variable, "").removeprefix("file://")
+    if given.startswith("s3://") and urlsplit(given).netloc:
+        return given.rstrip("/")
+    if "://" in given:
+        raise ConfigError(f"{variable} is {given!r}; expected a folder, or s3://bucket/prefix")
+    return str(Path(given).absolute() if given else default)
 
 
 def _accepted() -> Accepted:

@@ -11,7 +11,7 @@ import signal
 import sys
 
 
-def _step_back(priority: str) -> None:
+def step_back(priority: str) -> None:
     """Give way: `low` takes a small share of a busy machine, `idle` what nobody else of the session wants.
 
     Low alone is not enough beside an engine: a lane that wakes up waits until the process that runs has used up its slice.
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _step_back(sys.argv[3])
+    step_back(sys.argv[3])
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in the terminal's background: what it says there must not stop it
     sys.meta_path.insert(0, _NoPandas)
     main(sys.argv[1:3])

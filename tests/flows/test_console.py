@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
 import importlib
 import json
@@ -18,16 +20,24 @@ import httpx
 import pytest
 from consoled import Site, application_of, csrf_in, seen_in, site
 from fastapi.testclient import TestClient
-from served import unpacked
+from looped import loop_of, predict
+from markupsafe import escape
+from served import png, unpacked
+from stores import s3_bucket
 
 import flows.console
 from components.contracts.errors import ConfigError
+from components.objects import open_objects
 from flows.console.app import make_app
 from flows.console.candidate import seen
 from flows.console.config import console_config
 from flows.console.visitors import cookie, local_path
+from flows.loop.predictions import erase_image
+from flows.loop.windows import Span, judge_window
+from flows.workspace.settings import read_settings, sqlite_url
 from flows.workspace.versions import show
 from registry import approval
+from serving.log.sending import send_all
 
 VERSION = "/models/shapes/versions/1"
 PASSWORD = "correct horse battery staple"
@@ -240,7 +250,6 @@ def test_a_script_in_a_text_is_text(local: Site) -> None:
 
 
 def test_evidence_that_is_away_or_erased_is_told(local: Site) -> None:
-    from flows.loop.predictions import erase_image
     from flows.training.registered import kept_in, registered_evidence
 
     application, client = local.application, local.client()
@@ -497,6 +506,87 @@ def test_a_kept_picture_that_cannot_be_shown_is_told(tmp_path: Path) -> None:
         assert (told.status_code, "cannot be decoded" in told.text) == (422, True)
         assert client.get(f"{address}/{'0' * 64}").status_code == 422
         assert client.get(f"{address}/..%2F..%2Fledger.db").status_code in (404, 422)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where a team keeps images and windows, as the environment says it."""
+    with s3_bucket("team") if request.param == "s3" else contextlib.nullcontext(str(tmp_path / "team")) as found:
+        monkeypatch.setenv("VISIONLOOP_CAPTURES", f"{found}/{tmp_path.name}/captures")
+        monkeypatch.setenv("VISIONLOOP_WINDOWS", f"{found}/{tmp_path.name}/windows")
+        yield f"{found}/{tmp_path.name}"
+
+
+def another_machine(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with the tables, releases and log of another, and with nothing in its own folders of what that has seen."""
+    state = root / ".visionloop"
+    monkeypatch.setenv("VISIONLOOP_LEDGER_URL", sqlite_url(state / "ledger.db"))
+    monkeypatch.setenv("VISIONLOOP_LOOP_URL", sqlite_url(state / "loop.db"))
+    monkeypatch.setenv("VISIONLOOP_RELEASES", str(state / "releases"))
+    monkeypatch.setenv("VISIONLOOP_PREDICTIONS", str(state / "predictions"))
+    own = ("ledger.db*", "loop.db*", "releases", "predictions", "serving", "monitoring")
+    return Path(shutil.copytree(root, folder, symlinks=True, ignore=shutil.ignore_patterns(*own)))
+
+
+def test_a_console_elsewhere_shows_what_servers_kept_and_watches_judged(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = unpacked(tmp_path)
+    predict(root, 200, shift=4, capture=True)
+    other = another_machine(root, tmp_path / "console", monkeypatch)
+    now = datetime.datetime.now(datetime.UTC)
+    judged = judge_window(loop_of(root), Span(now - datetime.timedelta(hours=1), now), now)
+    assert judged is not None
+    assert judged.verdict.status == "drift"
+    page, captures = "/models/shapes/loop", root / ".visionloop" / "serving" / "captures"
+    with site(other) as found:
+        client = found.client()
+        assert "What is new in it" not in client.get(page).text, "the images wait in their server's folder"
+        send_all(captures, read_settings(root / ".visionloop").captures_url, retain_days=30)
+        html = client.get(page).text
+        for reason in judged.verdict.reasons:
+            assert str(escape(reason)) in html
+        assert "What is new in it" in html
+        shown = re.findall(r'src="(/models/shapes/captures/[0-9a-f]{64})"', html)
+        assert len(shown) >= 3
+        assert {client.get(each).headers["content-type"] for each in shown} <= {"image/png", "image/jpeg"}
+        assert not (other / ".visionloop" / "monitoring" / "shapes" / "windows").exists()
+        asked = client.get("/models/shapes/labels").text
+        assert re.findall(r'src="(/models/shapes/captures/[0-9a-f]{64})"', asked)
+        # Erased on the machine of the server.
+        erase_image(loop_of(root).workspace, shown[0][-64:], by="Ann", reason="asked for by the person on it")
+        gone = client.get(shown[0])
+        assert (gone.status_code, "was erased" in gone.text) == (422, True)
+        assert shown[0] not in client.get(page).text
+        assert client.get(shown[1]).status_code == 200
+        # Bytes that somebody put in its place.
+        open_objects(f"{address}/captures").write(f"{shown[1][-64:][:2]}/{shown[1][-64:]}", png("disc", 1))
+        changed = client.get(shown[1])
+        assert (changed.status_code, "with other bytes" in changed.text) == (422, True)
+
+
+@pytest.mark.parametrize("variable", ["VISIONLOOP_CAPTURES", "VISIONLOOP_WINDOWS"])
+def test_an_address_that_is_away_is_told(
+    waiting: Path, variable: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for name, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_DEFAULT_REGION", "eu")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(variable, "s3://away/place")
+    with site(waiting) as found:
+        client = found.client()
+        away = ["/models/shapes/loop"] if variable == "VISIONLOOP_WINDOWS" else [f"/models/shapes/captures/{'ab' * 32}"]
+        for path in away:
+            answer = client.get(path)
+            assert (answer.status_code, "s3://away/place" in answer.text) == (503, True)
+            assert "does not answer" in answer.text
+        # What the ledger holds is there to decide on; pictures of the evidence are not, as one of them may have been erased.
+        version = client.get(VERSION)
+        assert version.status_code == 200
+        assert ("The evidence cannot be shown" in version.text) == (variable == "VISIONLOOP_CAPTURES")
+        assert client.get("/").status_code == 200
+        assert "Traceback" not in answer.text + version.text
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_files_of_runs_are_those_of_runs_alone(local: Site, tmp_path: Path) -> None:

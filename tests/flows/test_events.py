@@ -21,7 +21,7 @@ from shapes import free_port
 from flows.orchestrator import events
 from flows.workspace.settings import Settings, read_settings
 
-PLAIN = Settings("", True, "", 1, "", "", (), "")
+PLAIN = Settings("", True, "", 1, "", "", "", "", (), "")
 _EMIT = """
 import dataclasses, json, sys
 from pathlib import Path

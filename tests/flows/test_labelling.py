@@ -22,7 +22,7 @@ from flows.loop.labels import import_labels
 from flows.loop.loop import Loop
 from flows.loop.predictions import erase_image
 from flows.loop.report import render
-from flows.loop.windows import ROWS, TO_LABEL, evidence, names, recorded, rows_of
+from flows.loop.windows import ROWS, TO_LABEL, recorded, rows_of
 from flows.pages.thumbnails import media_type
 from flows.workspace.renaming import rename_class
 
@@ -40,8 +40,23 @@ def loop(made: Path, tmp_path: Path) -> Loop:
 
 def drifted(loop: Loop) -> str:
     """The window that drifted, the first of them where there are several."""
-    *_, found = [name for name in names(loop) if (verdict := recorded(loop, name)) and verdict.status == "drift"]
+    *_, found = [
+        name for name in loop.window_store.names() if (verdict := recorded(loop, name)) and verdict.status == "drift"
+    ]
     return found
+
+
+def folder(loop: Loop) -> Path:
+    """Where the windows lie."""
+    return Path(loop.window_store.url)
+
+
+def another(loop: Loop) -> Path:
+    """A later window that drifted alike, with its alarm."""
+    window, verdict = "2026-11-28T0000Z-0123456789", recorded(loop, drifted(loop))
+    assert verdict is not None
+    loop.outbox.raise_alarm(verdict, window)
+    return Path(shutil.copytree(folder(loop) / drifted(loop), folder(loop) / window))
 
 
 def counted(loop: Loop) -> dict[str, str]:
@@ -69,17 +84,16 @@ def test_what_the_windows_that_drifted_ask_for_comes_newest_first_and_goes_once_
     first = to_label(loop)
     assert (len(first), {row.window for row in first}, all(row.kept for row in first)) == (50, {drifted(loop)}, True)
     # A later window asks for one picture of the earlier one, and for one more.
-    later = loop.folder / "2026-11-28T0000Z-0123456789"
-    shutil.copytree(loop.folder / drifted(loop), later)
+    later = another(loop)
     lines = (later / TO_LABEL).read_text().splitlines()
     other = pictures_of(loop, drifted(loop), 100)
-    extra, another = [shown for shown in other if shown.image_sha256 not in {row.image_sha256 for row in first}][:2]
+    extra, third = [shown for shown in other if shown.image_sha256 not in {row.image_sha256 for row in first}][:2]
     lines = [lines[0], lines[3], lines[4].replace(first[3].image_sha256, extra.image_sha256)]
     (later / TO_LABEL).write_text("\n".join(lines))
     # A window that was judged again, and passes, asks for nothing.
-    passed = next(name for name in names(loop) if name not in (later.name, drifted(loop)))
-    (loop.folder / passed / TO_LABEL).write_text(
-        "\n".join([lines[0], lines[2].replace(extra.image_sha256, another.image_sha256)])
+    passed = next(name for name in loop.window_store.names() if name not in (later.name, drifted(loop)))
+    (folder(loop) / passed / TO_LABEL).write_text(
+        "\n".join([lines[0], lines[2].replace(extra.image_sha256, third.image_sha256)])
     )
     found = to_label(loop)
     assert [row.window for row in found] == [later.name] * 2 + [drifted(loop)] * 49
@@ -94,11 +108,10 @@ def test_what_the_windows_that_drifted_ask_for_comes_newest_first_and_goes_once_
 
 def test_a_list_that_a_spreadsheet_saved_is_read_and_one_that_is_none_hides_no_other(loop: Loop) -> None:
     before = to_label(loop)
-    path = loop.folder / drifted(loop) / TO_LABEL
+    path = folder(loop) / drifted(loop) / TO_LABEL
     path.write_bytes(path.read_text().replace(",", ";").encode("utf-8-sig"))
     assert to_label(loop) == before
-    later = loop.folder / "2026-11-28T0000Z-0123456789"
-    shutil.copytree(path.parent, later)
+    later = another(loop)
     for text in (b"\xff\xfe\x00", b"a,b\n1,2\n", path.read_bytes().replace(before[0].image_sha256.encode(), b"../../x")):
         (later / TO_LABEL).write_bytes(text)
         assert to_label(loop) == before
@@ -167,7 +180,7 @@ def test_the_whole_log_is_gone_through_for_no_picture_that_a_window_knows(
     monkeypatch.setattr("flows.loop.labelling.known_predictions", gone_through)
     give_labels(loop, [(asked.prediction_id, "disc"), (other.image_sha256, "disc")], by="ann")
     assert looked == []
-    for path in loop.folder.glob(f"*/{ROWS}"):
+    for path in folder(loop).glob(f"*/{ROWS}"):
         path.unlink()
     give_labels(loop, [(unjudged, "disc")], by="ann")
     assert looked == [1]
@@ -244,4 +257,4 @@ def test_the_report_shows_the_pictures_that_a_page_shows(loop: Loop) -> None:
     assert f"image {shown[1].image_sha256[:16]} is kept with other bytes" in html
     for name in ("../windows", f"{window}/..", "2026-11-27T1534Z-zzzzzzzzzz"):
         with pytest.raises(UnknownName, match="unknown window"):
-            evidence(loop, name, ROWS)
+            loop.window_store.read(name, ROWS)

@@ -23,7 +23,7 @@ from flows.loop.labelling import give_labels, to_label
 from flows.loop.loop import Loop
 from flows.loop.overview import overview
 from flows.loop.traffic import Traffic, traffic_of
-from flows.loop.windows import Span, judge_window, names
+from flows.loop.windows import Span, judge_window
 from flows.workspace.renaming import rename_class
 from monitoring.governor import Request
 
@@ -180,8 +180,8 @@ def test_one_look_shows_what_is_open_and_what_waits(root: Path, loop: Loop) -> N
     assert first.champion is not None
     assert (first.champion.version, first.champion.release) == ("1", digest)
     assert (first.champion.since, first.champion.by) < (NOW, "Z")
-    assert [window.name for window in first.windows] == names(loop)[::-1]
-    assert [told.alarm.window for told in first.open_alarms] == [names(loop)[0]]
+    assert [window.name for window in first.windows] == loop.window_store.names()[::-1]
+    assert [told.alarm.window for told in first.open_alarms] == [loop.window_store.names()[0]]
     assert first.open_alarms[0].alarm.diagnosis == first.windows[-1].verdict.diagnosis != "none"
     assert (first.stopped, first.runs, first.problems) == (None, (), ())
     assert first.asked.num_pictures == 50

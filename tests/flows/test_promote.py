@@ -326,7 +326,7 @@ def inbox() -> Any:
 
 
 def settings(*destinations: str) -> Settings:
-    return Settings("", True, "", 1, "", "", destinations, "")
+    return Settings("", True, "", 1, "", "", "", "", destinations, "")
 
 
 def test_people_are_told_of_every_step(inbox: Any, waiting: Path) -> None:

@@ -27,6 +27,7 @@ from components.predictionlog import read_stretch
 from components.store import seal, unseal
 from flows.loop import alarms, windows
 from flows.loop.alarms import announce
+from flows.loop.window_store import WindowStore
 from flows.workspace.desk import desk
 from monitoring import outbox as outbox_module
 from monitoring.evidently_report import Measured
@@ -431,8 +432,7 @@ def test_old_windows_are_forgotten(root: Path) -> None:
 
 
 PLACES = [
-    (windows, "write_atomically"),
-    (windows, "_write_rows"),
+    (WindowStore, "write"),
     (Measured, "save_page"),
     (Measured, "keep"),
     (Outbox, "raise_alarm"),
@@ -518,7 +518,7 @@ def test_a_watch_killed_after_any_step_alarms_once(champions: Path, tmp_path: Pa
         assert alarms.pending(loop_of(root)) == [alarm]
         shutil.rmtree(root)
     assert set(died) == {name for _, name in [*PLACES, *TELLING]}
-    assert died.index("raise_alarm") < died.index("_write_rows") < died.index("emit") < died.index("notify")
+    assert died.index("raise_alarm") < died.index("write") < died.index("emit") < died.index("notify")
 
 
 @pytest.mark.parametrize(("nth", "when"), [(1, "before"), (1, "after"), (2, "after"), (3, "after")])

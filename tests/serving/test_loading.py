@@ -37,9 +37,9 @@ from serving.engines.frames import Facts, Form, Outcome, Refusal, Splitter, enco
 from serving.engines.limits import Job, Limits, Margin
 from serving.engines.worker import Loaded, Order
 from serving.engines.yielding import Yielding
+from serving.log.background import sealer_of
 from serving.metrics import Metrics
 from serving.routing import Following, Routed
-from serving.server import _Sealer
 
 CODE = Path(__file__).resolve().parents[2]
 
@@ -266,8 +266,8 @@ def test_sealing_gives_way_and_takes_a_share_only_when_it_has_fallen_behind_or_t
             raise OSError(errno.EAGAIN, "no process for now")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("serving.server.subprocess.run", run)
-    sealer = _Sealer(tmp_path, "log")
+    monkeypatch.setattr("serving.log.background.subprocess.run", run)
+    sealer = sealer_of(tmp_path, "log")
 
     def sealed() -> str:
         done.clear()
@@ -293,7 +293,7 @@ def test_sealing_gives_way_and_takes_a_share_only_when_it_has_fallen_behind_or_t
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other kernels have no idle class")
 def test_sealing_is_of_the_idle_class_when_it_gives_way() -> None:
     code = (
-        "import os, sys; from serving.log.seal_process import _step_back; _step_back(sys.argv[1]);"
+        "import os, sys; from serving.log.seal_process import step_back; step_back(sys.argv[1]);"
         "print(os.sched_getscheduler(0) == os.SCHED_IDLE, os.nice(0))"
     )
     told = [subprocess.check_output([sys.executable, "-c", code, how], cwd=CODE, text=True) for how in ("idle", "low")]
