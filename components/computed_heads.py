@@ -1,8 +1,9 @@
 """Heads that are computed in one step from a few pictures of each class, for which epochs could not be chosen.
 
 `prototype` answers with the class whose mean embedding is nearest (Snell et al. 2017, who train the network below for it).
-`linear` is ridge regression on the classes, whose strength is chosen. `auto` takes whichever of all these does best. Each is
-one linear layer on the embedding, as any head, so engines, gates and serving know no difference.
+`linear` is ridge regression on the classes, whose strength is chosen. `auto` is class means, or the ridge where that does
+better by more than a standard error. Each is one linear layer on the embedding, as any head, so engines, gates and serving
+know no difference.
 
 What is chosen, and how sure answers are, is told by leaving pictures out in turns, all views of a picture at once: what a
 head answers about a picture that it was not computed from. Up to 200 pictures are left out one by one, more in 10 parts.
@@ -11,7 +12,8 @@ Every class counts alike, whatever its number of pictures. See infra/decisions/0
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -98,9 +100,8 @@ def compute(
         for name, found in _solved(gram, others, labels[owner], num_classes, chosen).items():
             # The view that nothing changed is first: a row of a picture is its place.
             answers[name][part] = gram[part] @ found.coefficients + found.offset
-    best = chosen[0]
-    if len(left_out):
-        best = min(chosen, key=lambda name: _log_loss(answers[name][left_out], labels[left_out], task))
+    losses = {name: _log_losses(found[left_out], labels[left_out], task) for name, found in answers.items()}
+    best = _best(losses) if len(left_out) else chosen[0]
     found = _solved(gram, np.arange(len(rows)), labels[owner], num_classes, (best,))[best]
     weight = found.coefficients.T @ (rows - centre)
     bias = found.offset - weight @ centre
@@ -185,8 +186,21 @@ def _unit(logits: Floats) -> float:
     return found if np.isfinite(found) and found > 0 else 1.0
 
 
-def _log_loss(logits: Floats, labels: npt.NDArray[np.int64], task: Task) -> float:
-    """Of answers that are as sure as these pictures allow."""
+def _best(losses: Mapping[float | None, Floats]) -> float | None:
+    """The head of the least mean loss; class means, of which nothing is chosen, unless it is less by a standard error."""
+    best = min(losses, key=lambda name: float(losses[name].mean()))
+    if None not in losses or best is None:
+        return best
+    gain = losses[None] - losses[best]
+    error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+    return best if float(gain.mean()) > error else None
+
+
+def _log_losses(logits: Floats, labels: npt.NDArray[np.int64], task: Task) -> Floats:
+    """One a picture, of answers that are as sure as these pictures allow."""
+    if not len(labels):
+        return np.zeros(0)
     scaled = logits / _unit(logits)
     probabilities = task.probabilities(scaled, task.fit_temperature(scaled, labels))
-    return float(-np.log(np.clip(probabilities[np.arange(len(labels)), labels], 1e-300, None)).mean())
+    found: Floats = -np.log(np.clip(probabilities[np.arange(len(labels)), labels], 1e-300, None))
+    return found

@@ -95,7 +95,7 @@ class Phase(Record):
     fit: FittingConfig = FittingConfig()
     head: HeadKind | None = None
     """For few pictures of each class: the head is computed in one step (components/computed_heads.py), as class means
-    (`prototype`), ridge regression (`linear`), or what does better on pictures that are left out (`auto`).
+    (`prototype`), ridge regression (`linear`), or what is seen to do better on pictures that are left out (`auto`).
 
     Left out of JSON where it is fitted in steps, so that what an older recipe makes keeps its digest."""
 

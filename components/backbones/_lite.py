@@ -11,7 +11,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from components.contracts.errors import WeightsUnavailable
 from components.contracts.models import Preprocessing
@@ -26,17 +26,26 @@ class Lite(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: ClassVar[int]
+    depth: ClassVar[int]
+    """Inverted residuals, in seven blocks."""
     packaged_sha256: ClassVar[str]
 
     image_size: int
     crop_share: float = Field(ge=0.5, le=1)
     """Side of the crop, as a share of the shorter side that a picture is resized to; 1 for the whole of a square picture."""
-    num_blocks: int | None = Field(default=None, ge=2, le=6)
-    """The first so many of the seven blocks and the pooling, a small network for a teacher; all where nothing is said."""
+    num_layers: int | None = Field(default=None, ge=3)
+    """The first so many of its inverted residuals and the pooling, a small network to teach; all where nothing is said."""
+
+    @field_validator("num_layers")
+    @classmethod
+    def _fewer(cls, value: int | None) -> int | None:
+        if value is not None and value >= cls.depth:
+            raise ValueError(f"the network has {cls.depth} layers; name fewer, or leave num_layers out for all of it")
+        return value
 
     @property
     def embedding_dim(self) -> int:
-        return 1280 if self.num_blocks is None else _width(self.number, self.num_blocks)
+        return 1280 if self.num_layers is None else _width(self.number, self.num_layers)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -55,7 +64,7 @@ class Lite(BaseModel):
         return ("packaged",)
 
     def build(self) -> torch.nn.Module:
-        return _made(self.number, self.num_blocks)
+        return _made(self.number, self.num_layers)
 
     def blocks(self, module: torch.nn.Module) -> list[torch.nn.Module]:
         """Stem and first block, those between, and the last one with the pooling, in the whole network a convolution too."""
@@ -88,24 +97,28 @@ class Lite(BaseModel):
         return Path(getattr(package, f"EfficientnetLite{self.number}ModelFile").get_model_file_path())
 
 
-def _made(number: int, num_blocks: int | None) -> torch.nn.Module:
+def _made(number: int, num_layers: int | None) -> torch.nn.Module:
     import timm
     from torch import nn
 
     module: Any = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False, num_classes=0)
-    if num_blocks is not None:
+    if num_layers is not None:
         # What is left keeps its names, by which weights of the whole network fit it.
-        module.blocks = module.blocks[:num_blocks]
+        kept: list[nn.Module] = []
+        for block in module.blocks:
+            kept += [block[: min(num_layers, len(block))]] if num_layers > 0 else []
+            num_layers -= len(block)
+        module.blocks = nn.Sequential(*kept)
         module.conv_head, module.bn2 = nn.Identity(), nn.Identity()
     found: nn.Module = module
     return found
 
 
 @functools.cache
-def _width(number: int, num_blocks: int) -> int:
+def _width(number: int, num_layers: int) -> int:
     """Channels of what a network that is cut gives."""
     import torch
 
     with torch.device("meta"):
-        found = _made(number, num_blocks).eval()(torch.zeros(1, 3, 64, 64))
+        found = _made(number, num_layers).eval()(torch.zeros(1, 3, 64, 64))
     return int(found.shape[1])

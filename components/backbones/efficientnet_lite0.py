@@ -13,6 +13,7 @@ class Backbone(Lite):
     """3.4 million parameters."""
 
     number: ClassVar[int] = 0
+    depth: ClassVar[int] = 16
     packaged_sha256: ClassVar[str] = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
     image_size: int = Field(default=224, ge=64, le=512, multiple_of=32)

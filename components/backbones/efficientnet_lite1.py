@@ -13,6 +13,7 @@ class Backbone(Lite):
     """4.1 million parameters."""
 
     number: ClassVar[int] = 1
+    depth: ClassVar[int] = 21
     packaged_sha256: ClassVar[str] = "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
 
     image_size: int = Field(default=240, ge=64, le=512, multiple_of=4)

@@ -70,7 +70,7 @@ def encoder_of(config: TrainingConfig) -> Encoder | None:
 
     Of a network that is cut it is the whole, which tells pictures apart better.
     """
-    settings = {name: value for name, value in config.backbone_settings.items() if name != "num_blocks"}
+    settings = {name: value for name, value in config.backbone_settings.items() if name != "num_layers"}
     return Encoder(config.backbone, settings, config.weights) if config.weights == "packaged" else None
 
 

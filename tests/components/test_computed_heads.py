@@ -87,6 +87,11 @@ def test_what_is_chosen_does_best_on_what_is_left_out(monkeypatch: pytest.Monkey
     assert chosen.strength > 0
     right = [float((each.answers.argmax(axis=1) == labels).mean()) for each in (chosen, means)]
     assert right[0] > right[1] + 0.2, right
+    # What is better by chance is not taken.
+    losses = {None: np.array([0.5, 0.3, 0.4, 0.4]), 0.1: np.array([0.1, 0.45, 0.4, 0.5])}
+    assert computed_heads._best(losses) is None
+    assert computed_heads._best({0.1: losses[0.1], 1.0: losses[0.1] + 1}) == 0.1
+    assert computed_heads._best({None: losses[0.1] + 0.3, 0.1: losses[0.1]}) == 0.1
     monkeypatch.setattr(computed_heads, "_ONE_BY_ONE", 5)
     parts = [part.tolist() for part in computed_heads._parts(np.arange(24), labels)]
     assert sorted(place for part in parts for place in part) == list(range(24))
@@ -111,7 +116,7 @@ def test_a_class_of_one_picture_is_never_left_out() -> None:
 
 def test_a_head_that_is_no_linear_layer_and_too_many_pictures_are_refused() -> None:
     head = Computed(np.zeros((2, 3)), np.zeros(2), 0.0, np.zeros(0, dtype=np.int64), np.zeros((0, 2)))
-    for other in (torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))):
+    for other in (torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))):
         with pytest.raises(
             ConfigError, match="one linear layer of 2 answers with a bias, and the head of this task is anoth"
         ):
