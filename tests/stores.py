@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 from collections.abc import Iterator
-from unittest import mock
 
+import pytest
 import sqlalchemy as sa
 
 
@@ -22,7 +21,10 @@ def s3_bucket(name: str) -> Iterator[str]:
     host, port = server.get_host_and_port()
     own = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
     try:
-        with mock.patch.dict(os.environ, own | {"AWS_DEFAULT_REGION": "us-east-1"}):
+        # These names alone are put back: what else is set meanwhile, such as a server of the whole session, stays.
+        with pytest.MonkeyPatch.context() as patched:
+            for variable, value in (own | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+                patched.setenv(variable, value)
             boto3.client("s3").create_bucket(Bucket=name)
             yield f"s3://{name}"
     finally:
