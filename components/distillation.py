@@ -70,10 +70,10 @@ def stored_checkpoint(folder: Path) -> tuple[Stored[Checkpoint], str]:
         manifest = read_manifest(published)
     except TamperedArtefact as error:
         raise TamperedArtefact(f"{place} cannot teach: {error}") from None
-    if manifest["kind"] != "training":
+    if manifest["kind"] not in ("training", "optimisation"):
         raise ConfigError(
-            f"{place} holds a result of {manifest['kind']!r}; expected that of a training, whose frozen test pictures it "
-            f"never saw"
+            f"{place} holds a result of {manifest['kind']!r}; expected that of a training or an optimisation, which never "
+            f"saw frozen test pictures"
         )
     return Stored(Checkpoint.read(manifest["record"]), published), str(manifest["provenance"].get("data_version", ""))
 
@@ -114,6 +114,8 @@ class Teaching:
     head: nn.Module
     order: tuple[int, ...]
     """Which of its answers is about each class of the data."""
+    embedding_dim: int
+    """Of its features, which are fewer than the backbone's where a pass took some away."""
 
     @classmethod
     def of(
@@ -136,6 +138,7 @@ class Teaching:
             model.backbone.state_dict(),
             copy.deepcopy(model.head).eval(),
             tuple(known.index(name) for name in classes),
+            record.embedding_dim,
         )
 
     def examples(
@@ -151,7 +154,7 @@ class Teaching:
         say: Callable[[str], None],
     ) -> TaughtExamples:
         """The examples, whose pictures these are, with what the teacher says of each view of them."""
-        frozen = Frozen(self.name, self.backbone, self.state)
+        frozen = Frozen(self.name, self.backbone, self.state, embedding_dim=self.embedding_dim)
         seen = maps(pictures, paths, frozen, views, cache=cache, num_threads=num_threads, progress=progress, say=say)
         return TaughtExamples(taught, seen, self)
 

@@ -21,10 +21,13 @@ from components.checkpoints import restore
 from components.contracts.data import Splits
 from components.contracts.errors import CheckpointMismatch, ConfigError, TamperedArtefact
 from components.contracts.models import Checkpoint
-from components.contracts.progress import MetricSink
+from components.contracts.progress import MetricSink, silent
 from components.contracts.records import Stored
 from components.distillation import Teacher, Teaching, expect_teaches, stored_checkpoint
+from components.features import AS_IT_IS
 from components.fitting import Examples
+from components.images import batches
+from components.optimisation import OptimisationConfig, optimise
 from components.segments import names_in
 from components.store import Store, describe
 from components.training import TrainingConfig, begins_from_a_model, check, train
@@ -124,7 +127,7 @@ def test_teacher_and_student_see_the_same_view_which_no_teacher_changes() -> Non
 def _teaching(kind: type[Teaching] = Teaching, **settings: float) -> Teaching:
     backbone = plugins.load("backbones", "small_cnn", NETWORK)
     chosen = Teacher.model_validate({**TAUGHT, **settings})
-    return kind(chosen, "small_cnn", backbone, {}, torch.nn.Identity(), (0, 1, 2))
+    return kind(chosen, "small_cnn", backbone, {}, torch.nn.Identity(), (0, 1, 2), 8)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +197,42 @@ def test_the_teacher_sees_train_pictures_alone_and_nobody_reads_test(
     assert len(views) == 2
     for view in views:
         assert names_in(view) == set(table.loc[table["split"] == "train", "picture"])
+
+
+def test_what_is_learned_is_what_the_teacher_answers_also_where_a_pass_made_it_smaller(
+    world: tuple[Path, Stored[Splits]], teacher: Stored[Checkpoint], tmp_path: Path
+) -> None:
+    root, splits = world
+    step = {"trains": "all", "fit": {**FIT, "epochs": 1}}
+    prune = {"pass": "prune", "settings": {"share": 0.4, "round_to": 1}, "phases": [step]}
+    passes = OptimisationConfig.model_validate_json(json.dumps({"passes": [prune]}), strict=True)
+    settings = dict(teacher.record.backbone_settings)
+    training = config(weights="random", backbone_settings=settings)
+    (tmp_path / "pruned").mkdir()
+    out, cache = tmp_path / "pruned", root / "cache"
+    smaller = optimise(teacher, splits, root / "data", passes, training, out=out, cache=cache, num_threads=1)
+    assert smaller.embedding_dim < teacher.record.embedding_dim
+    table = pd.read_parquet(root / "splits.parquet")
+    paths = [root / "data" / path for path in table["path"]]
+    inputs = Examples(torch.zeros(len(table), 1), torch.arange(len(table)) % 3)
+    generator = torch.Generator().manual_seed(0)
+    for one in (teacher, Stored(smaller, tmp_path / "pruned")):
+        teaching = Teaching.of(Teacher(checkpoint="there", temperature=3.0), one, (), KINDS, "classification")
+        taught = teaching.examples(
+            inputs,
+            list(table["picture"]),
+            paths,
+            [AS_IT_IS],
+            cache=root / "cache",
+            num_threads=1,
+            progress=silent,
+            say=lambda _: None,
+        )
+        _, targets = taught.take(torch.arange(len(table)), generator)
+        pictures = np.concatenate(list(batches(paths, one.record.preprocessing, batch_size=64)))
+        with torch.inference_mode():
+            logits = restore(one)(torch.from_numpy(pictures))[0]
+        torch.testing.assert_close(targets[:, 3:], torch.softmax(logits / 3, dim=1), atol=1e-4, rtol=1e-3)
 
 
 def test_classes_are_the_datas_by_the_names_and_in_the_order_of_today(teacher: Stored[Checkpoint]) -> None:
@@ -267,7 +306,7 @@ def test_what_no_teacher_can_be_is_refused_before_any_work(
     found, version = stored_checkpoint(tmp_path / "run")
     assert (found.record, version) == (teacher.record, "abc.dir")
     assert restore(found)
-    with pytest.raises(ConfigError, match="holds a result of 'training/fold-1'; expected that of a training"):
+    with pytest.raises(ConfigError, match="holds a result of 'training/fold-1'; expected that of a training or an optim"):
         stored_checkpoint(store.folder("training/fold-1", "b"))
     with pytest.raises(ConfigError, match="none is no folder; expected one that a training published"):
         stored_checkpoint(tmp_path / "none")
