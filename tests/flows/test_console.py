@@ -540,7 +540,7 @@ def test_a_console_elsewhere_shows_what_servers_kept_and_watches_judged(
     assert judged.verdict.status == "drift"
     page, captures = "/models/shapes/loop", root / ".visionloop" / "serving" / "captures"
     with site(other) as found:
-        client = found.client()
+        client = found.client(timeout=60)
         assert "What is new in it" not in client.get(page).text, "the images wait in their server's folder"
         send_all(captures, read_settings(root / ".visionloop").captures_url, retain_days=30)
         html = client.get(page).text
@@ -574,7 +574,7 @@ def test_an_address_that_is_away_is_told(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(variable, "s3://away/place")
     with site(waiting) as found:
-        client = found.client()
+        client = found.client(timeout=60)
         away = ["/models/shapes/loop"] if variable == "VISIONLOOP_WINDOWS" else [f"/models/shapes/captures/{'ab' * 32}"]
         for path in away:
             answer = client.get(path)
