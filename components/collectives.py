@@ -30,13 +30,16 @@ def backend(compute: Compute) -> str:
     return "cpu:gloo,cuda:nccl" if compute.on_gpu else "gloo"
 
 
-def joined(compute: Compute) -> Compute:
-    """Meet the other processes, which torch finds by the environment that a launcher set; each has a GPU of its own."""
+def joined(compute: Compute, device: str | None = None) -> Compute:
+    """Meet the other processes, which torch finds by the environment that a launcher set.
+
+    Each has a GPU of its own: the one that is named, or that of its number on its machine.
+    """
     import torch
     import torch.distributed as dist
 
     if compute.on_gpu:
-        compute = dataclasses.replace(compute, device=f"cuda:{dist.get_node_local_rank()}")
+        compute = dataclasses.replace(compute, device=device or f"cuda:{dist.get_node_local_rank()}")
         torch.cuda.set_device(compute.device)
     if not dist.is_initialized():
         dist.init_process_group(backend(compute), timeout=STEP)

@@ -43,8 +43,10 @@ class ComputeConfig(Record):
     """The weights of convolutions lie with their channels side by side, as the pictures do."""
     compile: bool = False
     """torch.compile, which takes a minute at the start of a phase and needs a compiler."""
-    launcher: Literal["local", "torchrun"] = "local"
-    """`local` is the process of the run; `torchrun` starts several on this machine, each on a share of every batch."""
+    launcher: Literal["local", "torchrun", "ray"] = "local"
+    """`local` is the process of the run; `torchrun` starts several on this machine, each on a share of every batch; `ray`
+    does so on the machines of the Ray cluster at VISIONLOOP_RAY_ADDRESS, which share a file system.
+    """
     processes: int = Field(default=1, ge=1, le=1024)
     """They share the threads of VISIONLOOP_NUM_THREADS; on GPUs each has one of its own."""
 
@@ -58,6 +60,8 @@ class ComputeConfig(Record):
             )
         if self.launcher == "torchrun" and self.processes == 1:
             raise ValueError("launcher: torchrun starts several processes; set processes to 2 or more, or launcher to local")
+        if self.launcher == "ray" and self.device == "auto":
+            raise ValueError("device: auto is a device of this machine, and launcher is ray; set device to cpu or cuda")
         return self
 
 
@@ -128,7 +132,8 @@ def resolve(config: ComputeConfig, num_threads: int | None = None) -> Compute:
         hardware = torch.cuda.get_device_name(device)
         if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError(f"{PLACE}.precision: the GPU here, {hardware}, does not compute in bf16; use fp16 or fp32")
-    _expect_room(config.processes, device, num_threads)
+    if config.launcher == "torchrun":
+        _expect_room(config.processes, device, num_threads)
     return Compute(
         device,
         config.precision,
@@ -140,10 +145,21 @@ def resolve(config: ComputeConfig, num_threads: int | None = None) -> Compute:
     )
 
 
+def on_a_cluster(config: ComputeConfig) -> Compute:
+    """The settings on machines that are not known yet, which look after them by themselves."""
+    return Compute(
+        config.device,
+        config.precision,
+        config.accumulate,
+        config.channels_last,
+        config.compile,
+        "GPUs of a Ray cluster" if config.device == "cuda" else "",
+        num_processes=config.processes,
+    )
+
+
 def _expect_room(processes: int, device: str, num_threads: int | None) -> None:
     """Raise ConfigError where processes would have to share a GPU or a thread."""
-    if processes == 1:
-        return
     if device != "cpu":
         import torch
 

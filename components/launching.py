@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from components.contracts import errors
 from components.contracts.errors import VisionloopError, WorkerLost
@@ -180,8 +180,33 @@ def _error(told: dict[str, Any]) -> Exception:
     return error
 
 
-class Line:
-    """A worker's connection to the process whose training it is; when that is gone, the worker is, too."""
+class Telling(Protocol):
+    """What a process that trains with others says to the one whose training it is."""
+
+    def say(self, kind: str, **told: Any) -> None:
+        """Send it, or end this process where nobody hears it any more."""
+        ...
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        self.say("progress", done=done, total=total, note=note)
+
+    def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self.say("metrics", epoch=epoch, metrics=dict(metrics))
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        self.say("answer", answer=answer)
+
+    def through(self) -> None:
+        self.say("through")
+
+    def failed(self, error: Exception, traceback: str, *, lost_another: bool) -> None:
+        """`lost_another`: only because another process is gone."""
+        told = {"class": type(error).__name__, "message": str(error), "notes": list(getattr(error, "__notes__", ()))}
+        self.say("error", **told, traceback=traceback, lost_another=lost_another)
+
+
+class Line(Telling):
+    """A connection to the process whose training it is; when that is gone, this one is, too."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -190,28 +215,10 @@ class Line:
             self._socket.connect(address)
         except OSError:
             os._exit(1)
-        self._say("hello", pid=os.getpid())
+        self.say("hello", pid=os.getpid())
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def progress(self, done: int, total: int, note: str = "") -> None:
-        self._say("progress", done=done, total=total, note=note)
-
-    def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        self._say("metrics", epoch=epoch, metrics=dict(metrics))
-
-    def answer(self, answer: dict[str, Any]) -> None:
-        self._say("answer", answer=answer)
-
-    def through(self) -> None:
-        self._say("through")
-
-    def failed(self, error: Exception, traceback: str, *, lost_another: bool) -> None:
-        """`lost_another`: only because another process is gone."""
-        notes = list(getattr(error, "__notes__", ()))
-        told = {"class": type(error).__name__, "message": str(error), "notes": notes, "traceback": traceback}
-        self._say("error", **told, lost_another=lost_another)
-
-    def _say(self, kind: str, **told: Any) -> None:
+    def say(self, kind: str, **told: Any) -> None:
         try:
             with self._lock:
                 self._socket.sendall(json.dumps({"kind": kind, **told}).encode() + b"\n")

@@ -17,7 +17,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from components import phases as phase_checks
 from components import plugins
-from components.compute import expect_parts, resolve
+from components.compute import Compute, expect_parts, resolve
 from components.contracts.data import Splits
 from components.contracts.errors import CheckpointMismatch, ConfigError, PassFailed
 from components.contracts.families import Backbone, Pass, PassRequest, Task
@@ -239,6 +239,17 @@ class _Work:
             self.notes.append(note)
 
 
+def on_this_machine(training: TrainingConfig) -> Compute:
+    """What fine-tunings are computed on, whatever the training is; raises ConfigError where that is not here.
+
+    They are short, and the network is another one after each: one process of this machine does them.
+    """
+    try:
+        return resolve(training.compute.model_copy(update={"launcher": "local", "processes": 1}))
+    except ConfigError as error:
+        raise ConfigError(f"optimisation.passes are fine-tuned on this machine: {error}") from None
+
+
 def optimise(
     trained: Stored[Checkpoint],
     splits: Stored[Splits],
@@ -262,8 +273,7 @@ def optimise(
 
     check(config, training)
     _expect_same(trained.record, training)
-    # Fine-tunings are short, and the network is another one after each: one process does them.
-    compute = resolve(training.compute.model_copy(update={"launcher": "local", "processes": 1}))
+    compute = on_this_machine(training)
     torch.set_num_threads(num_threads)
     backbone: Backbone = plugins.load("backbones", training.backbone, dict(training.backbone_settings))
     task: Task = plugins.load("tasks", training.task, dict(training.task_settings))

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from components import launching, phases, plugins, segments
+from components import launching, phases, plugins, ray_cluster, segments
 from components.collectives import first_alone
-from components.compute import Compute, ComputeConfig, expect_parts, resolve
+from components.compute import Compute, ComputeConfig, expect_parts, on_a_cluster, resolve
 from components.computed_heads import compute as compute_head
 from components.contracts.data import Renames, SplitName, Splits, names_after
 from components.contracts.errors import CheckpointMismatch, ConfigError, UnknownName, WeightsUnavailable
@@ -167,8 +167,12 @@ def check(config: TrainingConfig, root: Path) -> None:
             check_blocks(config, phase, phase.trains.last, place)
 
 
-def on_this_machine(config: TrainingConfig, num_threads: int | None = None) -> Compute:
-    """What the section computes on here, with so many threads; raises ConfigError where it cannot."""
+def on_this_machine(config: TrainingConfig, num_threads: int | None = None, ray_address: str | None = None) -> Compute:
+    """What the section computes on; raises ConfigError where it cannot, as far as threads and address are known."""
+    if config.compute.launcher == "ray":
+        if ray_address is not None:
+            ray_cluster.expect_answers(ray_address)
+        return on_a_cluster(config.compute)
     return resolve(config.compute, num_threads)
 
 
@@ -266,6 +270,7 @@ def train(
     teacher: Stored[Checkpoint] | None = None,
     teacher_renamed: Renames = (),
     plugin_folder: Path | None = None,
+    ray_address: str = "",
 ) -> Checkpoint:
     """Fit the phases on train, choose each one's epoch and the temperature on valid; calibration and test are not read.
 
@@ -274,12 +279,13 @@ def train(
     `champion` is what `weights: champion` goes on from, and `renamed` the classes that got other names since it was
     trained; `teacher` and `teacher_renamed` are the same of the section's teacher. Writes weights.safetensors and
     history.json, whose rows say their phase where there are several. What a killed run left in `out` is taken up, bit for
-    bit. Where the section says so, several processes do it, which load a workspace's own plug-ins from `plugin_folder`.
+    bit. Where the section says so, several processes do it, which load a workspace's own plug-ins from `plugin_folder`; with
+    the launcher `ray` they are on the cluster at `ray_address`.
     """
     import torch
 
     check(config, root)
-    compute = on_this_machine(config, num_threads)
+    compute = on_this_machine(config, num_threads, ray_address)
     expect_enough(config, splits.record.counts["train"])
     expect_valid(config, splits.record.counts["valid"])
     sink = sink or NullSink()
@@ -299,8 +305,7 @@ def train(
             "teacher_renamed": teacher_renamed,
             "plugins": str(plugin_folder) if plugin_folder else None,
         }
-        command = functools.partial(launching.torchrun, config.compute.processes, WORKER)
-        return Checkpoint.read(launching.launch(command, request, sink=sink, progress=progress))
+        return Checkpoint.read(_launched(config.compute, request, ray_address, sink, progress))
     torch.set_num_threads(num_threads)
     places: dict[str, Any] = {"out": out, "cache": cache, "root": root, "num_threads": num_threads}
     given: dict[str, Any] = {
@@ -312,6 +317,26 @@ def train(
     trained = train_here(splits, data, config, compute, **places, sink=sink, progress=progress, **given)
     assert trained is not None
     return trained
+
+
+def _launched(
+    config: ComputeConfig, request: dict[str, Any], ray_address: str, sink: MetricSink, progress: Progress
+) -> dict[str, Any]:
+    """What the first of several processes answers to a request."""
+    if config.launcher == "torchrun":
+        command = functools.partial(launching.torchrun, config.processes, WORKER)
+        return launching.launch(command, request, sink=sink, progress=progress)
+    with ray_cluster.shared_folder(Path(request["cache"])) as shared:
+        asked = {
+            **request,
+            **shared,
+            "ray_address": ray_address,
+            "source": ray_cluster.source(),
+            "processes": config.processes,
+            "cpus": max(1, request["num_threads"] // config.processes),
+            "gpus": int(config.device == "cuda"),
+        }
+        return launching.launch(ray_cluster.command, asked, sink=sink, progress=progress)
 
 
 def _reference(stored: Stored[Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One of the processes of a training, which `torchrun` starts: `-m components.training_worker REQUEST`.
+"""One of the processes of a training, which `torchrun` starts (`-m components.training_worker REQUEST`) or a Ray cluster.
 
 All of them run the same training on shares of each batch; the first alone writes.
 """
@@ -18,14 +18,17 @@ from components.contracts.data import Renames, Splits
 from components.contracts.models import Checkpoint
 from components.contracts.progress import NullSink, silent
 from components.contracts.records import RecordT, Stored
-from components.launching import Line
+from components.launching import Line, Telling
 from components.training import TrainingConfig, train_here
 
 
-def work(request: dict[str, Any], line: Line) -> bool:
-    """Train as a request says, and tell what came of it; false where it failed."""
+def work(request: dict[str, Any], line: Telling, device: str | None = None) -> bool:
+    """Train as a request says, on a device or the GPU of this process's number, and tell what came of it.
+
+    False where it failed.
+    """
     try:
-        checkpoint = _train(request, line)
+        checkpoint = _train(request, line, device)
     except Exception as error:
         line.failed(error, traceback.format_exc(), lost_another=is_of_another(error))
         return False
@@ -35,14 +38,14 @@ def work(request: dict[str, Any], line: Line) -> bool:
     return True
 
 
-def _train(request: dict[str, Any], line: Line) -> Checkpoint | None:
+def _train(request: dict[str, Any], line: Telling, device: str | None) -> Checkpoint | None:
     import torch
 
     config = TrainingConfig.model_validate_json(json.dumps(request["config"]), strict=True)
     plugins.use_workspace(Path(request["plugins"]) if request["plugins"] else None)
     if request["cache_bytes"] is not None:
         segments.limit(Path(request["cache"]), request["cache_bytes"])
-    compute = joined(resolve(config.compute))
+    compute = joined(resolve(config.compute), device)
     torch.set_num_threads(max(1, request["num_threads"] // compute.num_processes))
     return train_here(
         _stored(request["splits"], Splits),

@@ -32,7 +32,7 @@ def start_training(
 
     settings = read_settings(recipe.workspace.state)
     _expect_ready(recipe.workspace, settings)
-    on_this_machine(recipe.config.training, settings.num_threads)
+    on_this_machine(recipe.config.training, settings.num_threads, settings.ray_address)
     requester = person(by or login_name()).name
     say(f"getting ready to train by recipe {recipe.name}, which takes up to half a minute the first time ...")
     with collector.kept():

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components import data_folder, dataversions, dvc_repository
+from components import data_folder, dataversions, dvc_repository, optimisation
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
 from components.contracts.data import Dataset, Splits
@@ -87,7 +87,9 @@ def dry_run(chosen: ChosenRecipe, *, measure_again: bool = False, say: Say = sil
     """
     workspace, config = chosen.workspace, chosen.config
     settings = read_settings(workspace.state)
-    on_this_machine(config.training, settings.num_threads)
+    on_this_machine(config.training, settings.num_threads, settings.ray_address)
+    if config.optimisation.passes:
+        optimisation.on_this_machine(config.training)
     notes = []
     there = workspace.data.exists() or config.source is None
     with dvc_repository.leaving_no_trace():

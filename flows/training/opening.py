@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import requests
 from prefect import runtime
 
+from components import optimisation
 from components.contracts.wording import counted
 from components.segments import limit
 from components.training import on_this_machine
@@ -26,7 +27,10 @@ def opened(recipe: ChosenRecipe, reason: str, *, requested_by: str, quiet: bool)
     """A run whose data are the pinned ones and whose workspace is held."""
     workspace, config = recipe.workspace, recipe.config
     settings = read_settings(workspace.state)
-    on_this_machine(config.training, settings.num_threads)  # before data are fetched for a training that cannot be
+    # Before data are fetched for a training that cannot be.
+    on_this_machine(config.training, settings.num_threads, settings.ray_address)
+    if config.optimisation.passes:
+        optimisation.on_this_machine(config.training)
     with workspace.locked(f"visionloop train {recipe.name}"), Console(len(STAGES), quiet=quiet) as console:
         limit(workspace.cache, settings.cache_bytes)
         data = ensure(workspace, config.source, config.source_settings)

@@ -156,6 +156,7 @@ def training(run: Run, splits: Stored[Splits], *, fold: str = "") -> Stored[Chec
                 teacher=run.teacher.fetch() if run.teacher else None,
                 teacher_renamed=run.teacher.renamed if run.teacher else (),
                 plugin_folder=run.plugin_folder,
+                ray_address=run.settings.ray_address,
             )
 
     inputs = keys.training_inputs(run, splits)

@@ -79,7 +79,8 @@ def opened(recipe: ChosenRecipe, asked: Asked, *, quiet: bool) -> Iterator[Searc
     workspace, settings = recipe.workspace, read_settings(recipe.workspace.state)
     space = space_of(recipe)
     config = searched(recipe.config)
-    on_this_machine(recipe.config.training)  # before data are fetched for trainings that cannot be
+    # Before data are fetched for trainings that cannot be.
+    on_this_machine(recipe.config.training, settings.num_threads, settings.ray_address)
     expect_free(workspace.root, winner_name(recipe.config, asked.write), asked.study)
     with workspace.locked(f"visionloop tune {recipe.name}"), Console(STAGES, quiet=quiet) as console:
         limit(workspace.cache, settings.cache_bytes)

@@ -124,6 +124,7 @@ class Trainer:
                 teacher=run.teacher.fetch() if run.teacher else None,
                 teacher_renamed=run.teacher.renamed if run.teacher else (),
                 plugin_folder=run.plugin_folder,
+                ray_address=self.settings.ray_address,
             )
 
         def spent() -> float:

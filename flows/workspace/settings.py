@@ -18,6 +18,7 @@
 | VISIONLOOP_STUDIES        | SQLAlchemy URL of the studies of searches     | SQLite under .visionloop/              |
 | VISIONLOOP_PREFECT_DB     | database of the Prefect server of `up`        | SQLite under .visionloop/up/           |
 | VISIONLOOP_OIDC_ISSUER, ..._CLIENT_ID, ..._CLIENT_SECRET | OpenID Connect provider of the console | none |
+| VISIONLOOP_RAY_ADDRESS    | Ray cluster of trainings with `launcher: ray`  | none                                  |
 | PREFECT_API_URL           | Prefect server that runs are recorded by      | that of `visionloop up`, else a temporary one |
 | PREFECT_API_AUTH_STRING, PREFECT_API_KEY | its credential: user:password, or a key | that of `visionloop up`, else none |
 """
@@ -72,6 +73,7 @@ class Settings:
     cache_bytes: int = 20 * 10**9
     """Most that the caches of training data take; the least recently used give way."""
     loop_url: str = ""
+    ray_address: str = ""
     studies_url: str = ""
     oidc: OpenIDProvider | None = None
     prefect_database_url: str = ""
@@ -270,6 +272,7 @@ def read_settings(state: Path) -> Settings:
         or sqlite_url(state / "loop.db"),
         studies_url=os.environ.get("VISIONLOOP_STUDIES") or sqlite_url(state / "studies.db"),
         oidc=_oidc(),
+        ray_address=os.environ.get("VISIONLOOP_RAY_ADDRESS", ""),
         prefect_database_url=os.environ.get("VISIONLOOP_PREFECT_DB", ""),
         prefect_authorization=authorization,
         # A header that cannot be sent would be quoted in an error, secret and all.

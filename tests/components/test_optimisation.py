@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_network import pruned
 from small_splits import write_small_splits
 
-from components import plugins
+from components import optimisation, plugins
 from components.checkpoints import assemble, reshape, restore, shapes_of
 from components.contract_checks import whole_evidence
 from components.contracts.data import Splits
@@ -496,3 +496,16 @@ def test_engines_of_a_pruned_network_answer_as_it_does(
     assert embedding.shape == (3, stored.record.embedding_dim)
     for found, wanted in zip((logits, embedding), expected, strict=True):
         assert np.abs(found - wanted.numpy()).max() < 1e-3 * max(1.0, float(wanted.abs().max()))
+
+
+def test_passes_are_fine_tuned_here_wherever_the_training_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster's GPUs are none of this machine, which is told before the cluster trains."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    far = {"backbone": "small_cnn", "compute": {"launcher": "ray", "processes": 2, "device": "cuda"}}
+    with pytest.raises(
+        ConfigError, match="^optimisation.passes are fine-tuned on this machine: .*device is cuda, and torch"
+    ):
+        optimisation.on_this_machine(TrainingConfig.model_validate(far))
+    near = {"backbone": "small_cnn", "compute": {"launcher": "torchrun", "processes": 2, "precision": "bf16"}}
+    found = optimisation.on_this_machine(TrainingConfig.model_validate(near))
+    assert (found.num_processes, found.precision) == (1, "bf16")

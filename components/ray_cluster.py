@@ -1,0 +1,98 @@
+"""A Ray cluster that exists already, as a launcher of trainings: whether it answers, and what is asked of it.
+
+Nothing here starts a cluster, or imports Ray: see `components/ray_job.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from components import plugins
+from components.compute import PLACE
+from components.contracts.errors import ConfigError
+
+SETTING = "VISIONLOOP_RAY_ADDRESS"
+_ADDRESS = re.compile(r"[\w.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+_ANSWERS_S = 5.0
+_SERVING = b"\x08\x01"
+"""What gRPC's health service answers: status SERVING."""
+
+
+def expect_answers(address: str) -> None:
+    """Raise ConfigError unless a cluster answers at this address within seconds, and Ray is installed here."""
+    import grpc
+
+    if not address:
+        raise ConfigError(
+            f"{PLACE}.launcher is ray, and {SETTING} names no cluster; set it to the address of its head, such as "
+            f"head.example:6379. No cluster is started for a training"
+        )
+    if not _ADDRESS.fullmatch(address):
+        raise ConfigError(
+            f"{SETTING} is {address!r}; expected the address of a cluster's head as HOST:PORT, such as head.example:6379"
+        )
+    if find_spec("ray") is None:
+        raise ConfigError(f"{PLACE}.launcher: Ray is not installed here; run: python -m pip install 'visionloop[ray]'")
+    with grpc.insecure_channel(address) as channel:
+        # The head has gRPC's own health service.
+        ask = channel.unary_unary("/grpc.health.v1.Health/Check")
+        try:
+            answer = ask(b"", timeout=_ANSWERS_S)
+        except grpc.RpcError as error:
+            raise ConfigError(
+                f"no Ray cluster answers at {address}, which {SETTING} names ({error.code().name}: {error.details()}); "
+                f"start one (`ray start --head`), or correct the address"
+            ) from None
+    if answer != _SERVING:
+        raise ConfigError(f"the Ray cluster at {address}, which {SETTING} names, says that it does not serve; look after it")
+
+
+def command(request: Path) -> list[str]:
+    """The command that has a cluster do what a request asks; Ray reports to nobody."""
+    return ["env", "RAY_USAGE_STATS_ENABLED=0", sys.executable, "-m", "components.ray_job", str(request)]
+
+
+@contextlib.contextmanager
+def shared_folder(cache: Path) -> Iterator[dict[str, str]]:
+    """A folder that every machine of a cluster has to see, and what it holds; it is gone afterwards."""
+    folder, token = cache / "ray" / secrets.token_hex(8), secrets.token_hex(16)
+    folder.mkdir(parents=True)
+    (folder / "token").write_text(token)
+    try:
+        yield {"shared": str(folder), "token": token}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+
+
+def expect_alike(request: dict[str, Any], node: str) -> None:
+    """Raise ConfigError on a machine that does not see the folder of the run, or runs other code."""
+    path = Path(request["shared"], "token")
+    try:
+        seen = path.read_text()
+    except OSError:
+        seen = ""
+    if seen != request["token"]:
+        raise ConfigError(
+            f"the Ray worker on {node} does not see {path.parent}: workspace, store and cache have to lie on a file system "
+            f"that all machines of the cluster share, at the same path"
+        )
+    if request["source"] != source():
+        raise ConfigError(
+            f"the Ray worker on {node} has another version of visionloop than this machine; install the same one on "
+            f"all machines"
+        )
+
+
+def source() -> str:
+    """Digest of the code that trains."""
+    return plugins.source_digest(Path(__file__).with_name("training.py"))

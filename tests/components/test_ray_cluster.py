@@ -1,0 +1,203 @@
+"""A training on a Ray cluster: what answers there is asked first, and what happens to a worker is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray_head import ray_head
+from shapes import free_port
+from small_splits import NETWORK, write_small_splits
+
+from components import ray_cluster
+from components.contracts.data import Splits
+from components.contracts.errors import ConfigError, TrainingDiverged, WorkerLost
+from components.contracts.records import Stored
+from components.training import TrainingConfig, on_this_machine, train
+
+FIT = {"epochs": 3, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every_s": 0}
+PHASES = ({"trains": "head", "fit": FIT}, {"trains": "all", "augmentations": [{"augmentation": "flip"}], "fit": FIT})
+STEPS = 9
+"""Of a phase."""
+
+
+def section(*phases: Any, **compute: Any) -> TrainingConfig:
+    values = {"backbone": "small_cnn", "backbone_settings": NETWORK, "weights": "start.safetensors"}
+    return TrainingConfig.model_validate({**values, "phases": phases or PHASES, "compute": {"processes": 2} | compute})
+
+
+def test_an_address_that_is_none_or_does_not_answer_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match="launcher is ray, and VISIONLOOP_RAY_ADDRESS names no cluster; .* No cluster is started"
+    ):
+        ray_cluster.expect_answers("")
+    for address in ("local", "auto", "ray://head:10001", "head", "head:port", "head:6379/x"):
+        with pytest.raises(ConfigError, match="expected the address of a cluster's head as HOST:PORT"):
+            ray_cluster.expect_answers(address)
+    monkeypatch.setattr(ray_cluster, "_ANSWERS_S", 1.0)
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at 127.0.0.1:\d+, .*UNAVAILABLE.*start one"):
+        ray_cluster.expect_answers(f"127.0.0.1:{free_port()}")
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ConfigError, match="DEADLINE_EXCEEDED|UNAVAILABLE"):
+        ray_cluster.expect_answers(f"127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"Ray is not installed here; run: python -m pip install 'visionloop\[ray\]'"):
+        ray_cluster.expect_answers("127.0.0.1:6379")
+
+
+def test_a_machine_that_sees_another_file_system_or_has_other_code_is_named(tmp_path: Path) -> None:
+    with ray_cluster.shared_folder(tmp_path) as shared:
+        request = {**shared, "source": ray_cluster.source()}
+        ray_cluster.expect_alike(request, "node a")
+        with pytest.raises(
+            ConfigError, match="the Ray worker on node b does not see .*/elsewhere: .*share, at the same path"
+        ):
+            ray_cluster.expect_alike({**request, "shared": str(tmp_path / "elsewhere")}, "node b")
+        with pytest.raises(ConfigError, match="does not see"):
+            ray_cluster.expect_alike({**request, "token": "of another run"}, "node b")
+        with pytest.raises(ConfigError, match="on node b has another version of visionloop"):
+            ray_cluster.expect_alike({**request, "source": "older"}, "node b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_of_this_machine_is_none_of_a_cluster() -> None:
+    with pytest.raises(ValueError, match="launcher is ray; set device to cpu or cuda"):
+        section(launcher="ray", device="auto")
+    # Whether a GPU is there is asked where it is to be.
+    found = on_this_machine(section(launcher="ray", device="cuda", precision="fp16"))
+    assert (found.key, found.num_processes) == ("cuda GPUs of a Ray cluster", 2)
+    assert found.told == "GPUs of a Ray cluster, in fp16, by 2 processes, not exact to the bit"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with ray_head(tmp_path_factory.mktemp("ray") / "log") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Stored[Splits]]:
+    root = tmp_path_factory.mktemp("world")
+    return root, write_small_splits(root)
+
+
+def workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any("RayTrainWorker" in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def trained(
+    world: tuple[Path, Stored[Splits]],
+    out: Path,
+    config: TrainingConfig,
+    address: str,
+    at: Mapping[str, Callable[[], object]] | None = None,
+) -> Path:
+    root, splits = world
+    out.mkdir(exist_ok=True)
+
+    def progress(done: int, total: int, note: str = "") -> None:
+        (at or {}).get(note, lambda: None)()
+
+    places: dict[str, Any] = {"out": out, "cache": root / "cache", "root": root, "num_threads": 2}
+    train(splits, root / "data", config, **places, progress=progress, ray_address=address)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # Ray takes half a minute to begin with each
+def test_workers_of_a_cluster_train_as_processes_here_do_and_go_on_after_one_was_killed(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path, cluster: str
+) -> None:
+    here = trained(world, tmp_path / "here", section(launcher="torchrun"), "")
+    there = trained(world, tmp_path / "there", section(launcher="ray"), cluster)
+    found, expected = (json.loads((out / "history.json").read_text()) for out in (there, here))
+    for row, other in zip(found, expected, strict=True):
+        assert row == pytest.approx(other, abs=1e-5)
+    out = tmp_path / "killed"
+    told = next(note for note in notes(found) if note.startswith("phase 2, epoch 1"))
+    with pytest.raises(WorkerLost, match=r"a worker on the Ray cluster ended before its end .*run again to go on"):
+        trained(world, out, section(launcher="ray"), cluster, at={told: lambda: workers()[1].kill()})
+    trained(world, out, section(launcher="ray"), cluster)
+    for name in ("weights.safetensors", "history.json"):
+        assert (out / name).read_bytes() == (there / name).read_bytes()
+    assert not (world[0] / "cache" / "ray").exists()
+
+
+def notes(history: list[dict[str, float]]) -> list[str]:
+    """What is told at the end of each epoch of these rows."""
+    return [
+        f"phase {row['phase']:.0f}, epoch {row['epoch'] - 3 * (row['phase'] - 1):.0f}: "
+        f"valid accuracy {row['valid_accuracy']:.4f}"
+        for row in history
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # Ray takes half a minute to begin with each
+def test_what_a_worker_raises_is_raised_here_and_a_cluster_that_is_too_small_is_told(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path, cluster: str
+) -> None:
+    wild = {"trains": "all", "fit": {**FIT, "learning_rate": 1e30, "warmup_epochs": 0}}
+    with pytest.raises(TrainingDiverged, match="ower training.phases.0.fit.learning_rate"):
+        trained(world, tmp_path / "wild", section(wild, launcher="ray"), cluster)
+    many = {"trains": "head", "fit": FIT | {"batch_size": 24}}
+    with pytest.raises(ConfigError, match=r"too small for 6 workers, which need 6 CPUs \(it has 4\)"):
+        trained(world, tmp_path / "many", section(many, launcher="ray", processes=6), cluster)
+    with pytest.raises(ConfigError, match=r"which need 2 GPUs \(it has 0\)"):
+        trained(world, tmp_path / "gpus", section(launcher="ray", device="cuda"), cluster)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # Ray takes half a minute to begin with each
+def test_a_run_that_is_killed_ends_its_workers_on_the_cluster(
+    world: tuple[Path, Stored[Splits]], tmp_path: Path, cluster: str
+) -> None:
+    root, splits = world
+    out = tmp_path / "out"
+    out.mkdir()
+    long = {"trains": "all", "fit": FIT | {"epochs": 10_000, "patience": 10_000}}
+    (tmp_path / "splits.json").write_text(json.dumps(splits.record.to_json()))
+    (tmp_path / "config.json").write_text(json.dumps(section(long, launcher="ray").to_json()))
+    code = f"""
+import json
+from pathlib import Path
+from components.contracts.data import Splits
+from components.contracts.records import Stored
+from components.training import TrainingConfig, train
+here, root = Path({str(tmp_path)!r}), Path({str(root)!r})
+config = TrainingConfig.model_validate_json((here / "config.json").read_text(), strict=True)
+splits = Stored(Splits.read(json.loads((here / "splits.json").read_text())), root)
+def progress(done, total, note=""):
+    print(note, flush=True)
+train(splits, root / "data", config, out=here / "out", cache=root / "cache", root=root, progress=progress, ray_address={cluster!r})
+"""
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if "epoch 3" in line:
+            break
+    going_on = workers()
+    assert len(going_on) == 2
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    assert psutil.wait_procs(going_on, timeout=60)[1] == []
+    left = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    time.sleep(1)
+    assert left == {path: path.stat().st_mtime_ns for path in out.iterdir()}
