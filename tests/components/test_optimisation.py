@@ -509,3 +509,19 @@ def test_passes_are_fine_tuned_here_wherever_the_training_was(monkeypatch: pytes
     near = {"backbone": "small_cnn", "compute": {"launcher": "torchrun", "processes": 2, "precision": "bf16"}}
     found = optimisation.on_this_machine(TrainingConfig.model_validate(near))
     assert (found.num_processes, found.precision) == (1, "bf16")
+
+
+def test_what_other_passes_left_is_not_taken_up(world: World, tmp_path: Path) -> None:
+    optimised(world, tmp_path / "out", passes(share=0.3))
+    assert list((tmp_path / "out").glob("progress-*.json"))
+    with pytest.raises(CheckpointMismatch, match="belongs to another config or other data"):
+        optimised(world, tmp_path / "out", passes(share=0.4))
+
+
+def test_a_pass_that_draws_gives_the_same_bits_whatever_was_drawn_before(own: Path, world: World, tmp_path: Path) -> None:
+    own.write_text(PLUGIN.replace("prune.l1_unstructured", "prune.random_unstructured"))
+    found = []
+    for name in ("one", "other"):
+        torch.rand(3)
+        found.append(optimised(world, tmp_path / name, passes(MINE)).record)
+    assert found[0] == found[1]
