@@ -52,6 +52,7 @@ from components.contracts.verdicts import ClassMetrics, Estimate, Evaluation, Me
 from components.corruptions import CORRUPTED, VARIANTS
 from components.foreign_files import RECEIVED
 from components.images import decode
+from components.intervals import paired_difference
 from components.store import describe, sha256_file
 
 if TYPE_CHECKING:
@@ -639,10 +640,25 @@ def pass_breaches(member: Pass, _: str) -> Iterator[Breach]:
         return
     task: Task = plugins.load("tasks", "classification")
     size = network_size(before, images[:1])
+    enough: list[bool] = []
     randomness = torch.random.get_rng_state()
     for network in networks[:2]:
         for step in range(1, member.steps + 1):
-            request = PassRequest(step, size, task, images[:1], lambda: iter([(images, targets)]), False, lambda _: None)
+            request = PassRequest(
+                step=step,
+                before=size,
+                task=task,
+                example=images[:1],
+                images=lambda: iter([(images, targets)]),
+                calibration=lambda: iter([images]),
+                valid=lambda: iter([(images, targets)]),
+                rehearsal=False,
+                note=lambda _: None,
+                # As if the network before had answered all of them rightly.
+                compare=lambda _, right: paired_difference(right, np.ones_like(right)),
+                enough=lambda: enough.append(True),
+            )
+            enough.clear()
             member.begin(network, request)
             with torch.no_grad():
                 if network(images)[0].shape != (6, 3):
@@ -650,7 +666,8 @@ def pass_breaches(member: Pass, _: str) -> Iterator[Breach]:
                     return
             if not any(parameter.requires_grad for parameter in network.parameters()):
                 yield Breach("begin", "leaves nothing that can be fine-tuned")
-            member.end(network, request)
+            if not enough:
+                member.end(network, request)
     if not torch.equal(randomness, torch.random.get_rng_state()):
         yield Breach("begin", "draws from torch's global generator, or seeds it; make a generator of its own")
     changed, again, rebuilt = networks

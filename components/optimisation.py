@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from components import phases as phase_checks
 from components import plugins
+from components.calibration import stratified
 from components.compute import Compute, expect_parts, resolve
 from components.contracts.data import Splits
 from components.contracts.errors import CheckpointMismatch, ConfigError, PassFailed
@@ -24,9 +27,12 @@ from components.contracts.families import Backbone, Pass, PassRequest, Task
 from components.contracts.models import AppliedPass, Checkpoint, NetworkSize, Optimised
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
+from components.contracts.verdicts import Estimate
 from components.fitting import Examples, FittingConfig, predict, write_history
 from components.hooks import Checkpointing, ProgressReporting
+from components.intervals import paired_counts, paired_difference
 from components.phases import LastBlocks, Phase
+from components.samples import rows
 from components.store import describe
 from components.training import (
     PhaseData,
@@ -156,7 +162,8 @@ def _rehearse(config: OptimisationConfig, training: TrainingConfig, task: Task) 
     targets = torch.from_numpy(task.targets(labels, task.classes(labels)))
     names = set(model.state_dict())
     for number, chosen in enumerate(config.passes):
-        work = _Work(model, chosen, number, task, noise[:1], lambda: iter([(noise, targets)]), rehearsal=True)
+        shown = _Shown(noise[:1], lambda: iter([(noise, targets)]), lambda: iter([noise]), lambda: iter([(noise, targets)]))
+        work = _Work(model, chosen, number, task, shown, np.zeros(len(noise), dtype=bool), rehearsal=True)
         for step in range(1, work.member.steps + 1):
             work.begin(step)
             frozen = [phase for phase in fine_tuning(chosen, training) if phase.trains != "all"]
@@ -172,6 +179,16 @@ def _place(number: int) -> str:
     return f"optimisation.passes.{number}"
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """The images that passes may look at; see `PassRequest`."""
+
+    example: torch.Tensor
+    images: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+    calibration: Callable[[], Iterator[torch.Tensor]]
+    valid: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+
+
 @dataclass
 class _Work:
     """A pass at work on a network."""
@@ -181,10 +198,14 @@ class _Work:
     number: int
     """Of the pass, counted from zero."""
     task: Task
-    example: torch.Tensor
-    images: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+    shown: _Shown
+    right: npt.NDArray[np.bool_]
+    """Which valid images the network before the pass answers rightly."""
     rehearsal: bool = False
     notes: list[str] = field(default_factory=list)
+    compared: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
+    done: bool = False
+    """Whether the pass wants no fine-tuning of this step."""
 
     def __post_init__(self) -> None:
         self.member = self.chosen.load()
@@ -197,10 +218,13 @@ class _Work:
     def size(self) -> NetworkSize:
         from components.network_size import network_size
 
-        return network_size(self.model, self.example)
+        return network_size(self.model, self.shown.example)
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> bool:
+        """Whether the network is to be fine-tuned, and the step to be ended."""
+        self.done = False
         self._do(self.member.begin, step)
+        return not self.done
 
     def end(self, step: int) -> None:
         self._do(self.member.end, step)
@@ -211,7 +235,19 @@ class _Work:
 
         # From the device and the layout in which it was fine-tuned.
         self.model.to("cpu").to(memory_format=torch.contiguous_format).eval()
-        request = PassRequest(step, self.before, self.task, self.example, self.images, self.rehearsal, self._note)
+        request = PassRequest(
+            step=step,
+            before=self.before,
+            task=self.task,
+            example=self.shown.example,
+            images=self.shown.images,
+            calibration=self.shown.calibration,
+            valid=self.shown.valid,
+            rehearsal=self.rehearsal,
+            note=self._note,
+            compare=self._compare,
+            enough=self._enough,
+        )
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(step)
@@ -221,7 +257,7 @@ class _Work:
             raise
         try:
             with torch.no_grad():
-                self.model.embedding_dim = int(self.model.eval()(self.example)[1].shape[1])
+                self.model.embedding_dim = int(self.model.eval()(self.shown.example)[1].shape[1])
         except (RuntimeError, ValueError) as error:
             raise PassFailed(
                 f"{self.place}: the pass {self.chosen.pass_!r} left a network that answers nothing: "
@@ -237,6 +273,13 @@ class _Work:
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
+
+    def _compare(self, name: str, right: npt.NDArray[np.bool_]) -> Estimate:
+        self.compared[name] = paired_counts(self.right, right)
+        return paired_difference(right, self.right)
+
+    def _enough(self) -> None:
+        self.done = True
 
 
 def on_this_machine(training: TrainingConfig) -> Compute:
@@ -289,15 +332,26 @@ def optimise(
     def answers() -> Any:
         return predict(model, logits_of(whole), valid_set.inputs, _BATCH).numpy()
 
+    stratified_rows = stratified(rows(splits, "train").assign(_row=range(len(train_set.targets))), task)["_row"]
+    shown = _Shown(
+        example=train_set.inputs.take(torch.arange(1), None),
+        # In an order that mixes the classes and stays the same.
+        images=functools.partial(
+            _batches, train_set, torch.randperm(len(train_set.inputs), generator=torch.Generator().manual_seed(0))
+        ),
+        calibration=lambda: (some for some, _ in _batches(train_set, torch.tensor(stratified_rows.to_numpy()))),
+        valid=functools.partial(_batches, valid_set, torch.arange(len(valid_set.inputs))),
+    )
     history: list[dict[str, float]] = []
     applied: list[AppliedPass] = []
     fits = itertools.count(1)
     logits = answers()
     for number, chosen in enumerate(config.passes):
-        work = _Work(model, chosen, number, task, _first(train_set), functools.partial(_batches, train_set))
-        right, rows_before = task.right(logits, targets), len(history)
+        work = _Work(model, chosen, number, task, shown, task.right(logits, targets))
+        rows_before = len(history)
         for step in range(1, work.member.steps + 1):
-            work.begin(step)
+            if not work.begin(step):
+                continue
             for index, phase in enumerate(fine_tuning(chosen, training)):
                 fit_number = next(fits)
                 told = {"pass": float(number + 1), "step": float(step)}
@@ -342,8 +396,9 @@ def optimise(
                 epochs=len(history) - rows_before,
                 before=work.before,
                 after=work.size(),
-                valid=_paired(right, task.right(logits, targets)),
+                valid=paired_counts(work.right, task.right(logits, targets)),
                 notes=tuple(work.notes),
+                compared=work.compared,
             )
         )
     temperature = task.fit_temperature(logits, targets)
@@ -418,22 +473,9 @@ def _all_settings(chosen: ChosenPass) -> dict[str, Any]:
     return found
 
 
-def _first(examples: Examples) -> torch.Tensor:
+def _batches(examples: Examples, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The images of these rows as they are, with their targets."""
     import torch
 
-    return examples.inputs.take(torch.arange(1), None)
-
-
-def _batches(examples: Examples) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The images as they are, in an order that mixes the classes and stays the same."""
-    import torch
-
-    order = torch.randperm(len(examples.inputs), generator=torch.Generator().manual_seed(0))
-    for rows in torch.split(order, _BATCH):
-        yield examples.inputs.take(rows, None), examples.targets[rows]
-
-
-def _paired(before: Any, after: Any) -> tuple[int, int, int, int]:
-    from components.intervals import paired_counts
-
-    return paired_counts(before, after)
+    for some in torch.split(order, _BATCH):
+        yield examples.inputs.take(some, None), examples.targets[some]

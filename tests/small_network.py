@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from shapes import KINDS, picture
 
 from components import plugins
 from components.checkpoints import ImageModel, assemble, save_weights
-from components.contracts.families import Backbone, ExportRequest, Task
+from components.contracts.families import Backbone, ExportRequest, PassRequest, Task
 from components.contracts.models import Checkpoint, Engine, Precision
 from components.contracts.records import FileDigest, Stored
 from components.graphs import to_onnx
+from components.intervals import paired_difference
+from components.network_size import network_size
 from components.store import describe
 
 NETWORK: dict[str, bool | int | float | str] = {"image_size": 16, "width": 8, "embedding_dim": 16}
@@ -126,22 +129,37 @@ def record_of(module: Any, name: str, settings: dict[str, Any], backbone: Backbo
     )
 
 
+def pass_request(module: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, **changes: Any) -> PassRequest:
+    """What a pass may know of a module: these images are those that it trains on, finds ranges on and is decided on."""
+    task: Task = plugins.load("tasks", "classification")
+    batch = (images, targets)
+    request = PassRequest(
+        step=1,
+        before=network_size(module, images[:1]),
+        task=task,
+        example=images[:1],
+        images=lambda: iter([batch]),
+        calibration=lambda: iter([images]),
+        valid=lambda: iter([batch]),
+        rehearsal=False,
+        note=lambda _: None,
+        compare=lambda _, right: paired_difference(right, np.ones_like(right)),
+        enough=lambda: None,
+    )
+    return dataclasses.replace(request, **changes)
+
+
 def pruned(
     module: ImageModel, name: str, settings: dict[str, Any], backbone: Backbone, folder: Path, *, share: float = 0.3
 ) -> Checkpoint:
     """The checkpoint of the module without a share of its parameters, taken away in place; writes its weights."""
     from components.checkpoints import shapes_of
-    from components.contracts.families import PassRequest
     from components.contracts.models import Optimised
-    from components.network_size import network_size
 
     whole, size = shapes_of(module.state_dict()), backbone.preprocessing
     example = torch.zeros(1, size.height, size.width, size.channels, dtype=torch.uint8)
     chosen = plugins.load("passes", "prune", {"share": share, "steps": 1, "importance": "magnitude"})
-    task: Task = plugins.load("tasks", "classification")
-    chosen.begin(
-        module, PassRequest(1, network_size(module, example), task, example, lambda: iter([]), False, lambda _: None)
-    )
+    chosen.begin(module, pass_request(module, example, torch.zeros(1, dtype=torch.int64)))
     record = record_of(module, name, settings, backbone, folder)
     shapes = {name: new for name, new in shapes_of(module.state_dict()).items() if whole[name] != new}
     with torch.no_grad():

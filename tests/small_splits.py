@@ -19,9 +19,9 @@ NETWORK = {"image_size": 16, "width": 4, "embedding_dim": 8}
 """Settings of the backbone small_cnn that the weights fit."""
 
 
-def write_small_splits(root: Path) -> Stored[Splits]:
-    """Write data/, splits.parquet and start.safetensors into `root`: 24 images to train, every third one valid."""
-    write_pictures(root / "data", 12)
+def write_small_splits(root: Path, per_class: int = 12) -> Stored[Splits]:
+    """Write data/, splits.parquet and start.safetensors into `root`: two thirds of the images train, every third is valid."""
+    write_pictures(root / "data", per_class)
     members = []
     for index, path in enumerate(sorted((root / "data").rglob("*.png"))):
         picture = pixel_digest(decode(path.read_bytes()))[:32]
@@ -32,10 +32,10 @@ def write_small_splits(root: Path) -> Stored[Splits]:
         torch.manual_seed(5)
         save_file(plugins.load("backbones", "small_cnn", NETWORK).build().state_dict(), root / "start.safetensors")
     record = Splits(
-        data=DataVersion(dvc_hash="a", num_files=36, bytes=1, ledger_sha256="b"),
+        data=DataVersion(dvc_hash="a", num_files=len(members), bytes=1, ledger_sha256="b"),
         table=describe(root / "splits.parquet", within=root),
         classes=KINDS,
-        counts={"train": 24, "valid": 12},
+        counts={"train": 2 * per_class, "valid": per_class},
         class_counts={},
         num_duplicate_groups=0,
         test_digest="c",

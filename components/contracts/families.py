@@ -246,10 +246,19 @@ class PassRequest:
     """One image as the network takes it, uint8 (1, h, w, c)."""
     images: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
     """Batches of training images uint8 (n, h, w, c) with their targets, in an order that stays the same."""
+    calibration: Callable[[], Iterator[torch.Tensor]]
+    """Batches of training images uint8 (n, h, w, c), stratified as an export's of the calibration split are."""
+    valid: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+    """Batches of all valid images with their targets, in an order that stays the same: what a pass is decided on."""
     rehearsal: bool
     """Whether the network has random weights and is thrown away: before a training it is tried whether the pass can work."""
     note: Callable[[str], None]
     """Takes what a person should know of how it went, such as what was left as it was."""
+    compare: Callable[[str, npt.NDArray[np.bool_]], Estimate]
+    """Takes, by a name that the record tells it by, which valid images (n,) were answered rightly; gives the difference
+    in their share to the network before the first step of this pass."""
+    enough: Callable[[], None]
+    """Says that the network stays as `begin` left it: the step is neither fine-tuned nor ended."""
 
 
 class Pass(Protocol):
@@ -258,6 +267,9 @@ class Pass(Protocol):
     It works in steps: `begin` changes the network, which is then fine-tuned, and `end` finishes the step. The same network
     and images give the same bits, so that a run that was killed goes on where it was. After `end` the network is one of
     plain layers again, whose numbers of channels can be told from the shapes of its tensors: it is rebuilt by these alone.
+
+    One that is of use to engines of one precision alone says so by a property `only_for`, such as `int8`: a recipe
+    without such an engine is refused.
     """
 
     @property

@@ -87,6 +87,16 @@ class AppliedPass(Record):
     """Valid images that both networks, only the one before, only the one after and neither answered right."""
     notes: tuple[str, ...] = ()
     """What it left as it was, and why."""
+    compared: dict[str, tuple[int, int, int, int]] = {}
+    """The same numbers of the network before and of others that the pass asked, such as `int8 before`; left out of JSON
+    where there were none."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_field(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if not self.compared:
+            del values["compared"]
+        return values
 
 
 class Optimised(Record):

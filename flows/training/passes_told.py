@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from components.contracts.evidence import PassesCost
@@ -35,6 +36,7 @@ def _pass_json(applied: AppliedPass) -> dict[str, Any]:
         "after": _size_json(applied.after),
         "valid": list(applied.valid),
         "notes": list(applied.notes),
+        **({"compared": {name: list(counts) for name, counts in applied.compared.items()}} if applied.compared else {}),
     }
 
 
@@ -91,9 +93,6 @@ def page(told: dict[str, Any] | None, headline: str) -> dict[str, Any] | None:
 
 def _row(one: dict[str, Any]) -> dict[str, Any]:
     before, after = one["before"], one["after"]
-    both, only_before, only_after, neither = one["valid"]
-    n = sum(one["valid"])
-    low, high = paired_interval(both, only_after, only_before, neither)
     return {
         "name": one["name"],
         "settings": ", ".join(f"{key} {_value(value)}" for key, value in one["settings"].items()),
@@ -104,11 +103,22 @@ def _row(one: dict[str, Any]) -> dict[str, Any]:
             ("zeros among the parameters", f"{before['zeros']:,}", f"{after['zeros']:,}", ""),
             ("stored", _mb(before["stored_bytes"]), _mb(after["stored_bytes"]), _fallen(before, after, "stored_bytes")),
         ],
-        "valid": (f"{(both + only_before) / n:.4f}", f"{(both + only_after) / n:.4f}"),
-        "difference": f"{(only_after - only_before) / n:+.4f}",
+        **_valid_row(one["valid"]),
+        "compared": [{"name": name, **_valid_row(counts)} for name, counts in one.get("compared", {}).items()],
+        "notes": one["notes"],
+    }
+
+
+def _valid_row(counts: Sequence[int]) -> dict[str, Any]:
+    """Paired right answers to valid of the network before a pass and of another one."""
+    both, only_before, only_other, neither = counts
+    n = sum(counts)
+    low, high = paired_interval(both, only_other, only_before, neither)
+    return {
+        "valid": (f"{(both + only_before) / n:.4f}", f"{(both + only_other) / n:.4f}"),
+        "difference": f"{(only_other - only_before) / n:+.4f}",
         "interval": f"{low:+.4f} to {high:+.4f}",
         "n": n,
-        "notes": one["notes"],
     }
 
 

@@ -171,6 +171,7 @@ def _checked(config: RunConfig, place: str, workspace: Path) -> RunConfig:
         _expect_pictures(config)
         check_optimisation(config.optimisation, config.training)
         check_export(config.export)
+        _expect_used(config)
         check_gating(
             config.gating,
             [target.name for target in config.export.all_targets],
@@ -200,6 +201,17 @@ def _expect_pictures(config: RunConfig) -> None:
             f"splitting.{config.splitting.none[0]}_share is 0, and {int8[0]} chooses its ranges on calibration pictures and "
             f"is measured on valid ones; raise it, or leave {', '.join(int8)} out of export.targets"
         )
+
+
+def _expect_used(config: RunConfig) -> None:
+    """Raise ConfigError for a pass that no engine of the recipe has a use for."""
+    for number, chosen in enumerate(config.optimisation.passes):
+        precision = getattr(chosen.load(), "only_for", "")
+        if precision and all(target.precision != precision for target in config.export.all_targets):
+            raise ConfigError(
+                f"optimisation.passes.{number}: the pass {chosen.pass_!r} has no effect without an engine in {precision}; "
+                f"name one under export.targets, such as {{target: openvino, precision: {precision}}}, or remove the pass"
+            )
 
 
 def _expect_unseen(config: RunConfig, root: Path) -> None:

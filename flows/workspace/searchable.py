@@ -31,6 +31,7 @@ def schema() -> dict[str, Any]:
     space["minProperties"] = 1
     space["examples"] = [_EXAMPLE]
     space["bounds"] = bounds()
+    found["$defs"]["ChosenPass"]["properties"]["settings"]["bounds"] = _members("settings", "passes", "with pass {name}")
     return found
 
 

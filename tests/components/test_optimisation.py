@@ -13,7 +13,7 @@ import torch
 from killed import Moment, trainings
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from small_network import pruned
+from small_network import pass_request, pruned
 from small_splits import write_small_splits
 
 from components import optimisation, plugins
@@ -28,7 +28,7 @@ from components.contracts.errors import (
     UnknownName,
     WeightsUnavailable,
 )
-from components.contracts.families import Backbone, ExportRequest, PassRequest
+from components.contracts.families import Backbone, ExportRequest
 from components.contracts.models import Checkpoint
 from components.contracts.records import Stored
 from components.graphs import to_onnx
@@ -201,8 +201,7 @@ def test_networks_lose_what_is_asked_and_are_rebuilt_by_shapes_alone(
     before = network_size(model, noise[:1])
     chosen = plugins.load("passes", "prune", {"steps": 1, "importance": importance})
     notes: list[str] = []
-    batch = (noise, torch.tensor([0, 2]))
-    chosen.begin(model, PassRequest(1, before, task, noise[:1], lambda: iter([batch]), False, notes.append))
+    chosen.begin(model, pass_request(model, noise, torch.tensor([0, 2]), note=notes.append))
     after = network_size(model, noise[:1])
     assert 0.6 < after.parameters / before.parameters <= 0.7
     assert after.macs < 0.9 * before.macs
@@ -228,11 +227,9 @@ def test_what_matters_most_stays(world: World) -> None:
         for parameter in norm.parameters():
             parameter.add_(1.0)
             parameter[dead] = 0.0
-    task, example = plugins.load("tasks", "classification"), images(8)
+    example = images(8)
     wanted = layer.weight.detach().clone()[[i for i in range(16) if i not in dead]]
-    request = PassRequest(
-        1, network_size(model, example[:1]), task, example[:1], lambda: iter([(example, torch.arange(8) % 3)]), False, print
-    )
+    request = pass_request(model, example, torch.arange(8) % 3)
     plugins.load("passes", "prune", {"share": 0.12, "steps": 1, "only": ["backbone.7"]}).begin(model, request)
     assert torch.equal(layer.weight, wanted)
 

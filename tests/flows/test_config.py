@@ -347,3 +347,15 @@ def test_a_pass_is_set_by_its_name_shown_with_its_defaults_and_checked_on_the_ne
     ):
         with pytest.raises(ConfigError, match=why):
             load_recipe("digits", [PASSES, override])
+
+
+def test_a_pass_for_int8_is_of_no_use_to_a_recipe_without_such_an_engine() -> None:
+    aware = "optimisation={passes: [{pass: quantisation_aware}]}"
+    assert (
+        load_recipe("digits", [aware, "export.serving=openvino-int8"]).optimisation.passes[0].pass_ == "quantisation_aware"
+    )
+    float_alone = ["export.targets=[{target: openvino}, {target: onnxruntime}]", "export.serving=openvino-fp32"]
+    why = r"optimisation.passes.0: the pass 'quantisation_aware' has no effect without an engine in int8; name one under"
+    with pytest.raises(ConfigError, match=why):
+        load_recipe("digits", [aware, *float_alone])
+    assert load_recipe("digits", [PASSES, *float_alone]).optimisation.passes

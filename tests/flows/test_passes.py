@@ -12,7 +12,7 @@ from shapes import stored, visionloop
 
 from components.contracts.models import Checkpoint
 
-PASSES = "optimisation={passes: [{pass: prune, settings: {share: 0.4, steps: 2}}]}"
+PASSES = "optimisation={passes: [{pass: prune, settings: {share: 0.4, steps: 2}}, {pass: quantisation_aware}]}"
 TRAIN = (
     "train",
     "-r",
@@ -86,10 +86,12 @@ def test_what_a_pass_cost_and_bought_stands_where_a_person_decides(pruned: tuple
         assert line in text
         assert f"(n={num_test}, image by image)" in text
         assert "p50 of a single image" in text
+        assert "as it was, rounded to int8, right answers to valid images change by" in text
     report = (run / "report.html").read_text()
     assert "<h2>Optimisation</h2>" in report
     assert f"{sizes['after']['macs']:,}" in report
     assert report.count("class, on test as onnxruntime-fp32") == 1
+    assert "valid accuracy, int8 before" in report
     bound = json.loads(visionloop("show", summary["version"], "--json", cwd=root).stdout)["bound"]
     assert len(bound["unoptimised"]) == 64
 
@@ -100,6 +102,7 @@ def test_the_console_shows_what_was_optimised(pruned: tuple[Path, dict[str, Any]
         page = found.client().get(f"/models/shapes/versions/{summary['version']}").text
     assert '<h2 id="passes">What was optimised</h2>' in page
     assert f"{summary['optimisation']['passes'][0]['after']['parameters']:,}" in page
+    assert "valid accuracy, int8 before" in page
 
 
 def test_what_is_not_asked_is_said(pruned: tuple[Path, dict[str, Any]]) -> None:

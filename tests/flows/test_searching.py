@@ -128,7 +128,10 @@ def test_a_search_says_nothing_of_what_a_run_makes(tmp_path: Path) -> None:
 
 def test_the_schema_shows_the_bounds_of_what_can_be_searched() -> None:
     done = visionloop("recipe", "schema", cwd=Path.cwd())
-    search = json.loads(done.stdout)["$defs"]["SearchConfig"]["properties"]
+    definitions = json.loads(done.stdout)["$defs"]
+    of_passes = definitions["ChosenPass"]["properties"]["settings"]["bounds"]
+    assert of_passes["settings.limit"] == "a number from 0 to 1 (with pass quantisation_aware)"
+    search = definitions["SearchConfig"]["properties"]
     assert search["trials"]["minimum"] == 1
     assert "median" in search["pruner"]["description"]
     bounds = search["space"]["bounds"]
