@@ -184,14 +184,19 @@ class Routed:
             except BaseException:
                 await new.close()
                 raise
+        # Before it answers: a server that is killed as soon as it is ready has to find what it served. In a thread: what syncs
+        # a disk can take as long as the disk likes, and the release before answers meanwhile.
+        try:
+            await asyncio.to_thread(self._remember, routes)
+        except BaseException:
+            await new.close()
+            raise
         self._routes = routes
         if old is not None:
             new.succeed(old)
         self._current = new  # requests that come from here on are the new release's
         self._metrics.switches.labels(self.model).inc()
         self._metrics.generation.labels(self.model).set(routes.generation)
-        # In a thread: what syncs a disk can take as long as the disk likes, and requests are answered meanwhile.
-        await asyncio.to_thread(self._remember, routes)
         log(
             "release serves",
             model=self.model,

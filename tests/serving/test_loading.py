@@ -251,6 +251,36 @@ def test_a_release_loads_beside_all_that_is_served_and_is_patient_when_it_takes_
     assert loaded_beside == [[neighbour], [neighbour]]
 
 
+def test_what_serves_is_remembered_before_it_answers(
+    stage: Path, smoke: Stored[Release], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is killed as soon as it is ready starts again with what it served."""
+    remember, answering = Routed._remember, []
+
+    async def start(_: Deployment, *, beside: Any = ()) -> None:
+        pass
+
+    def look(self: Routed, routes: Any) -> None:
+        answering.append(self.deployment.version if self.deployment else "nothing")
+        remember(self, routes)
+
+    monkeypatch.setattr(Deployment, "start", start)
+    monkeypatch.setattr(Routed, "_remember", look)
+    store = ReleaseStore(str(stage / ".visionloop" / "releases"))
+    places: dict[str, Any] = {"store": store, "state": tmp_path / "state", "plugins": None, "served": list}
+
+    async def act() -> None:
+        routed = Routed(MODEL, limits=Limits(), following=Following(), metrics=Metrics(), **places)
+        await routed.refresh()
+        publish(store, variant(smoke, tmp_path / "next", threshold=0.94), 2, "2")
+        await routed.refresh()
+        assert routed.current.version == "2"
+        await routed.close(drain_s=1)
+
+    asyncio.run(act())
+    assert answering == ["nothing", "1"]
+
+
 def test_sealing_gives_way_and_takes_a_share_only_when_it_has_fallen_behind_or_the_server_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
