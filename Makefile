@@ -8,7 +8,7 @@ DATA ?=
 SHORT ?=
 ENVIRONMENTS := $(sort $(basename $(notdir $(wildcard infra/locks/*.in))))
 # Many tests wait for processes that they start, so `make test` runs two halves at once; this is one of them.
-FIRST_HALF := tests/flows tests/registry
+FIRST_HALF := tests/flows
 
 .PHONY: help setup environment demo check test test-first-half test-second-half test-slow bench lock clean
 help: ## this list
