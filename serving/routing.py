@@ -184,8 +184,8 @@ class Routed:
             except BaseException:
                 await new.close()
                 raise
-        # Before it answers: a server that is killed as soon as it is ready has to find what it served. In a thread: what syncs
-        # a disk can take as long as the disk likes, and the release before answers meanwhile.
+        # Before it answers: a server that is killed as soon as it is ready has to find what it served. In a thread: what
+        # syncs a disk can take as long as the disk likes, and the release before answers meanwhile.
         try:
             await asyncio.to_thread(self._remember, routes)
         except BaseException:
