@@ -218,7 +218,7 @@ class Study:
             return False
         from optuna.pruners import MedianPruner
 
-        pruner = MedianPruner(n_startup_trials=config.startup_trials, n_warmup_steps=config.warm_up_epochs + 1)
+        pruner = MedianPruner(n_startup_trials=config.startup_trials)
         others = [one for one in self.trials if one.state == "complete"]
         return pruner.prune(_copy(others, self.direction), _frozen(trial))
 

@@ -246,6 +246,16 @@ def test_a_database_that_is_away_for_a_while_is_waited_for_and_one_that_stays_aw
         if calls == 9:  # it was written, and the answer was lost
             raise StorageInternalError from sqlite3.OperationalError("server closed the connection unexpectedly")
 
+    create, made = RDBStorage.create_new_trial, 0
+
+    def lost(*arguments: Any) -> int:
+        nonlocal made
+        found, made = create(*arguments), made + 1
+        if made == 3:
+            raise StorageInternalError from sqlite3.OperationalError("server closed the connection unexpectedly")
+        return found
+
+    monkeypatch.setattr(RDBStorage, "create_new_trial", lost)
     monkeypatch.setattr(RDBStorage, "set_trial_intermediate_value", shaky)
     go(search, Formula(search.space))
     assert told(search) == told(alive)
