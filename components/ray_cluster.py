@@ -1,4 +1,4 @@
-"""A Ray cluster that exists already, as a launcher of trainings: whether it answers, and what is asked of it.
+"""A Ray cluster that exists already, for a training or the trials of a search: whether it answers, and what is asked of it.
 
 Nothing here starts a cluster, or imports Ray: see `components/ray_job.py`.
 """
@@ -10,14 +10,14 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from components import plugins
 from components.compute import PLACE
-from components.contracts.errors import ConfigError
+from components.contracts.errors import ClusterUnavailable, ConfigError
 
 SETTING = "VISIONLOOP_RAY_ADDRESS"
 _ADDRESS = re.compile(r"[\w.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
@@ -26,33 +26,38 @@ _SERVING = b"\x08\x01"
 """What gRPC's health service answers: status SERVING."""
 
 
-def expect_answers(address: str) -> None:
-    """Raise ConfigError unless a cluster answers at this address within seconds, and Ray is installed here."""
+def expect_answers(address: str, needed_by: str = f"{PLACE}.launcher: ray") -> None:
+    """Raise ClusterUnavailable unless a cluster answers at this address within seconds: Ray would try for minutes.
+
+    Raises ConfigError without such an address, and where Ray is not installed.
+    """
     import grpc
 
     if not address:
         raise ConfigError(
-            f"{PLACE}.launcher is ray, and {SETTING} names no cluster; set it to the address of its head, such as "
-            f"head.example:6379. No cluster is started for a training"
+            f"{needed_by} needs a Ray cluster that exists, and {SETTING} names none; set it to the address of its head, "
+            f"such as head.example:6379. No cluster is started from here"
         )
     if not _ADDRESS.fullmatch(address):
         raise ConfigError(
             f"{SETTING} is {address!r}; expected the address of a cluster's head as HOST:PORT, such as head.example:6379"
         )
     if find_spec("ray") is None:
-        raise ConfigError(f"{PLACE}.launcher: Ray is not installed here; run: python -m pip install 'visionloop[ray]'")
+        raise ConfigError(f"{needed_by}: Ray is not installed here; run: python -m pip install 'visionloop[ray]'")
     with grpc.insecure_channel(address) as channel:
         # The head has gRPC's own health service.
         ask = channel.unary_unary("/grpc.health.v1.Health/Check")
         try:
             answer = ask(b"", timeout=_ANSWERS_S)
         except grpc.RpcError as error:
-            raise ConfigError(
+            raise ClusterUnavailable(
                 f"no Ray cluster answers at {address}, which {SETTING} names ({error.code().name}: {error.details()}); "
                 f"start one (`ray start --head`), or correct the address"
             ) from None
     if answer != _SERVING:
-        raise ConfigError(f"the Ray cluster at {address}, which {SETTING} names, says that it does not serve; look after it")
+        raise ClusterUnavailable(
+            f"the Ray cluster at {address}, which {SETTING} names, says that it does not serve; look after it"
+        )
 
 
 def command(request: Path) -> list[str]:
@@ -74,8 +79,8 @@ def shared_folder(cache: Path) -> Iterator[dict[str, str]]:
             folder.parent.rmdir()
 
 
-def expect_alike(request: dict[str, Any], node: str) -> None:
-    """Raise ConfigError on a machine that does not see the folder of the run, or runs other code."""
+def expect_alike(request: Mapping[str, Any], node: str, here: str) -> None:
+    """Raise ConfigError on a machine that does not see the shared folder, or whose code (`here`) is not the request's."""
     path = Path(request["shared"], "token")
     try:
         seen = path.read_text()
@@ -86,10 +91,10 @@ def expect_alike(request: dict[str, Any], node: str) -> None:
             f"the Ray worker on {node} does not see {path.parent}: workspace, store and cache have to lie on a file system "
             f"that all machines of the cluster share, at the same path"
         )
-    if request["source"] != source():
+    if request["source"] != here:
         raise ConfigError(
-            f"the Ray worker on {node} has another version of visionloop than this machine; install the same one on "
-            f"all machines"
+            f"the Ray worker on {node} has another version of visionloop than this machine; install the same one, with its "
+            f"locked libraries, on all machines"
         )
 
 

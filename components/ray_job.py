@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from components.compute import PLACE
-from components.contracts.errors import ConfigError, WorkerLost
+from components.contracts.errors import ClusterUnavailable, ConfigError, WorkerLost
 from components.launching import Line, Telling
 
 _PROGRESS_S = 0.2
@@ -49,12 +49,12 @@ def on_cluster(config: dict[str, Any]) -> None:
     import ray.train.torch
     from ray.runtime_context import get_runtime_context
 
-    from components.ray_cluster import expect_alike
+    from components.ray_cluster import expect_alike, source
     from components.training_worker import work
 
     request, told = config["request"], Told(config["queue"])
     try:
-        expect_alike(request, f"node {get_runtime_context().get_node_id()}")
+        expect_alike(request, f"node {get_runtime_context().get_node_id()}", source())
     except ConfigError as error:
         told.failed(error, "", lost_another=False)
         raise
@@ -62,16 +62,23 @@ def on_cluster(config: dict[str, Any]) -> None:
         raise RuntimeError("a worker failed, and has said why")
 
 
+def join(address: str) -> None:
+    """Make this process a job of the cluster at an address; raises ClusterUnavailable."""
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ClusterUnavailable(f"the Ray cluster at {address} takes no job from here: {said}") from error
+
+
 def _hold(request: dict[str, Any], line: Line) -> None:
     """Ask the cluster for the workers, pass on what they say, and tell how they ended."""
     import ray
     from ray.util.queue import Empty, Queue
 
-    try:
-        ray.init(address=request["ray_address"], log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise ConfigError(f"the Ray cluster at {request['ray_address']} takes no job from here: {said}") from error
+    join(request["ray_address"])
     _expect_room(request, ray.cluster_resources())  # type: ignore[no-untyped-call]
     queue = Queue(actor_options={"num_cpus": 0})
     ended: list[Exception | None] = []

@@ -89,7 +89,8 @@ class SearchConfig(Record):
     )
     pruner: Literal["median", "none"] = Field(
         default="median",
-        description="Whether a trial is stopped whose best epoch so far is below the median of the others at that epoch.",
+        description="Whether a trial is stopped whose best epoch so far is below the median of the complete ones' by that "
+        "epoch; of equal ones the valid loss decides.",
     )
     startup_trials: int = Field(default=5, ge=1, description="Trials that are complete before any is stopped.")
     warm_up_epochs: int = Field(default=1, ge=0, description="Epochs of the last phase in which no trial is stopped.")

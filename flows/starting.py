@@ -51,9 +51,15 @@ def start_training(
     return summary
 
 
-def start_search(recipe: ChosenRecipe, study: str, *, workers: int, write: str, say: Say = silent) -> dict[str, Any]:
+def start_search(
+    recipe: ChosenRecipe, study: str, *, workers: int, write: str, ray: bool = False, say: Say = silent
+) -> dict[str, Any]:
     """Search by a recipe that is parsed and checked already; returns what came of it. Raises VisionloopError."""
-    _expect_ready(recipe.workspace, read_settings(recipe.workspace.state))
+    from flows.tuning.workers import expect_trainers
+
+    settings = read_settings(recipe.workspace.state)
+    _expect_ready(recipe.workspace, settings)
+    expect_trainers(recipe.config.training, settings, ray=ray)
     say(f"getting ready to search recipe {recipe.name}, which takes up to half a minute the first time ...")
     with collector.kept():
         from flows.tune import tune
@@ -61,7 +67,7 @@ def start_search(recipe: ChosenRecipe, study: str, *, workers: int, write: str, 
     call: Any = tune
     root = str(recipe.workspace.root)
     with handed_on(recipe):
-        summary: dict[str, Any] = call(recipe.name, study, root, recipe.overrides, workers=workers, write=write)
+        summary: dict[str, Any] = call(recipe.name, study, root, recipe.overrides, workers=workers, write=write, ray=ray)
     return summary
 
 

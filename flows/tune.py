@@ -24,6 +24,7 @@ def tune(
     overrides: Sequence[str] = (),
     workers: int = 1,
     write: str = "",
+    ray: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Search what the recipe's section `search` says, in a study that goes on where it stopped; returns what came of it.
@@ -32,7 +33,7 @@ def tune(
     winner is a recipe, which is trained, judged and registered like any other. The test images are not read.
     """
     chosen = named(recipe, Path(workspace), overrides)
-    with opened(chosen, Asked(study, workers, write), quiet=quiet) as search:
+    with opened(chosen, Asked(study, workers, write, ray), quiet=quiet) as search:
         dataset = steps.validation(search.run)
         splits = steps.splitting(search.run, dataset)
         best = tried(search, splits)

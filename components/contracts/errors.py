@@ -23,6 +23,7 @@ Exceptions::
     ├── EngineUnavailable           an engine cannot be executed on this machine
     ├── WeightsUnavailable          pretrained weights could not be had
     ├── RegistryUnavailable         MLflow, the ledger or the release store does not answer
+    ├── ClusterUnavailable          the Ray cluster that is named does not answer, or has no room
     ├── OrchestratorUnavailable     the Prefect server that is named does not answer
     ├── DecisionRefused             the ledger's rules do not allow this approval, rejection, promotion or rollback
     ├── SignInRefused               login or password is wrong, or the user may not sign in
@@ -130,6 +131,10 @@ class WeightsUnavailable(VisionloopError):
 
 class RegistryUnavailable(VisionloopError):
     """MLflow, the ledger or the release store does not answer."""
+
+
+class ClusterUnavailable(VisionloopError):
+    """The Ray cluster that the environment names does not answer, or has no room."""
 
 
 class OrchestratorUnavailable(VisionloopError):

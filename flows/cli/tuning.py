@@ -28,6 +28,9 @@ def tune(
     trials: Annotated[int | None, typer.Option("--trials", help="How many trials in all, those of before included.")] = None,
     sampler: Annotated[Literal["tpe", "random"] | None, typer.Option("--sampler", help="How values are proposed.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Processes that train trials, side by side.")] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="The workers are on the Ray cluster at VISIONLOOP_RAY_ADDRESS.")
+    ] = False,
     write: Annotated[str, typer.Option("--write", help="Name of the winner's recipe; RECIPE-tuned by default.")] = "",
     workspace: InWorkspace = HERE,
     json_: AsJson = False,
@@ -53,7 +56,7 @@ def tune(
     space = space_of(chosen)
     prepare_environment(found.state)
     say = silent if json_ else to_stderr
-    summary = start_search(chosen, named, workers=workers, write=write, say=say)
+    summary = start_search(chosen, named, workers=workers, write=write, ray=ray, say=say)
     finish(summary, json_, lambda: told(summary, space.parameters))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,7 @@ def shown_study(workspace: Workspace, name: str) -> dict[str, Any]:
                 "value": trial.value,
                 "params": trial.params,
                 "epochs": len(trial.curve),
+                "valid_loss": trial.loss if math.isfinite(trial.loss) else None,
                 **{key: trial.facts.get(key) for key in ("seconds", "reason", "weights")},
             }
             for trial in study.trials

@@ -29,7 +29,7 @@ from flows.tuning.space import Space, Value, described, searched, space_of, told
 from flows.tuning.study import Direction, Study, Trial
 from flows.tuning.trial import LOCKS, Place, TrialResult
 from flows.tuning.winner import expect_free, winner_name
-from flows.tuning.workers import Worker, WorkerEnded, workers
+from flows.tuning.workers import Worker, WorkerEnded, expect_trainers, workers
 from flows.workspace.data import ensure
 from flows.workspace.desk import artifacts_of
 from flows.workspace.settings import read_settings
@@ -49,6 +49,8 @@ class Asked:
     workers: int = 1
     write: str = ""
     """Name of the recipe that the winner becomes."""
+    ray: bool = False
+    """Whether the workers are on a Ray cluster."""
 
 
 @dataclass
@@ -80,7 +82,7 @@ def opened(recipe: ChosenRecipe, asked: Asked, *, quiet: bool) -> Iterator[Searc
     space = space_of(recipe)
     config = searched(recipe.config)
     # Before data are fetched for trainings that cannot be.
-    on_this_machine(recipe.config.training, settings.num_threads, settings.ray_address)
+    expect_trainers(recipe.config.training, settings, ray=asked.ray)
     expect_free(workspace.root, winner_name(recipe.config, asked.write), asked.study)
     with workspace.locked(f"visionloop tune {recipe.name}"), Console(STAGES, quiet=quiet) as console:
         limit(workspace.cache, settings.cache_bytes)
@@ -159,15 +161,25 @@ def tried(search: Search, splits: Stored[Splits]) -> Trial:
     search.study.expect_splits(splits.record.digest())
     search.study.describe(_described(search, splits.record))
     run, config = search.run, searched(search.space.recipe.config)
-    threads = max(1, run.settings.num_threads // search.asked.workers)
     with run.console.stage("trials", STAGES) as (progress, cached):
         going_on = _Going(search, config.trials, progress)
         if going_on.left:
-            with workers(Place.of(run, splits, threads), search.asked.workers, run.console.line) as found:
+            with _trainers(search, splits) as found:
                 going_on.with_all(found)
         elif not search.new:
             cached.append(True)
     return _expect_some(search.study)
+
+
+def _trainers(search: Search, splits: Stored[Splits]) -> contextlib.AbstractContextManager[list[Worker]]:
+    """Who trains: on a cluster each has as many threads as this process may use, here they share these."""
+    run, count = search.run, search.asked.workers
+    if search.asked.ray:
+        from flows.tuning.cluster import cluster
+
+        place = Place.of(run, splits, run.settings.num_threads)
+        return cluster(run.settings.ray_address, place, count, run.console.line)
+    return workers(Place.of(run, splits, max(1, run.settings.num_threads // count)), count, run.console.line)
 
 
 def _expect_some(study: Study) -> Trial:
@@ -312,7 +324,7 @@ class _Going:
                 study.note(trial, first_epoch=int(row["epoch"]))
             step = int(row["epoch"]) - int(trial.facts["first_epoch"]) + 1
             self._warm.set()
-            study.report(trial, step, row[self._reported])
+            study.report(trial, step, row[self._reported], row["valid_loss"])
             return not self._stopped and not study.stops(trial, step, self._config)
 
     @property
@@ -333,7 +345,7 @@ class _Going:
             if result.state == "complete":
                 for step, row in enumerate(last, 1):  # of what was trained before nobody was told
                     if step not in trial.curve:
-                        study.report(trial, step, row[self._reported])
+                        study.report(trial, step, row[self._reported], row["valid_loss"])
                 headline = self._config.objective == "headline"
                 value = result.valid[self.search.headline] if headline else min(row["valid_loss"] for row in last)
             study.finish(trial, result.state, value)

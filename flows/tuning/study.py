@@ -62,6 +62,12 @@ class Trial:
     def finished(self) -> bool:
         return self.state != "running"
 
+    def rank(self, step: int, direction: Direction) -> tuple[float, float]:
+        """The best objective by an epoch, and the lowest loss; higher is better in both."""
+        sign = 1.0 if direction == "maximize" else -1.0
+        losses = [loss for at, loss in self.facts.get("losses", {}).items() if int(at) <= step]
+        return max(sign * value for at, value in self.curve.items() if at <= step), -min(losses, default=math.inf)
+
     @property
     def loss(self) -> float:
         """The lowest valid loss of the last phase."""
@@ -186,8 +192,9 @@ class Study:
         self.trials.append(trial)
         return trial
 
-    def report(self, trial: Trial, step: int, value: float) -> None:
-        """What a trial has come to by an epoch."""
+    def report(self, trial: Trial, step: int, value: float, loss: float) -> None:
+        """What a trial has come to by an epoch: the objective and the valid loss."""
+        self.note(trial, losses={**trial.facts.get("losses", {}), str(step): loss})
         self._asked(lambda: self._storage.set_trial_intermediate_value(trial.id, step, value))
         trial.curve[step] = value
 
@@ -213,27 +220,22 @@ class Study:
         trial.state, trial.value = state, value
 
     def stops(self, trial: Trial, step: int, config: SearchConfig) -> bool:
-        """Whether a trial is given up after this epoch."""
+        """Whether a trial is given up after this epoch: its best epoch so far is below the median of complete trials' there.
+
+        On few valid images shares of right answers are often equal, and then the loss decides; Optuna's own pruner knows one
+        value, and would stop none of these.
+        """
         if config.pruner == "none" or step <= config.warm_up_epochs:
             return False
-        from optuna.pruners import MedianPruner
-
-        pruner = MedianPruner(n_startup_trials=config.startup_trials)
-        others = [one for one in self.trials if one.state == "complete"]
-        return pruner.prune(_copy(others, self.direction), _frozen(trial))
+        others = [one for one in self.trials if one.state == "complete" and step in one.curve]
+        if len(others) < config.startup_trials:
+            return False
+        ranks = sorted(one.rank(step, self.direction) for one in others)
+        return trial.rank(step, self.direction) < ranks[(len(ranks) - 1) // 2]
 
     def propose(self, space: Space, config: SearchConfig) -> dict[str, Value]:
-        """The values of the next trial; not those of an earlier one, as long as others are found."""
-        number = len(self.trials)
-        seen = [trial.params for trial in self.trials]
-        first = _one_at_a_time(space, config, number) if config.one_at_a_time else None
-        if first is not None and first not in seen:
-            return first
-        for attempt in range(_REDRAWS):
-            found = _drawn(self.trials, self.direction, space, config, number, attempt)
-            if found not in seen:
-                break
-        return found
+        """The values of the next trial, as `proposal` finds them."""
+        return proposal(self.trials, self.direction, space, config)
 
     def importances(self, parameters: Sequence[Parameter]) -> dict[str, float]:
         """By parameter, how much of what differs between trials goes with it (PED-ANOVA); empty with too few trials."""
@@ -273,6 +275,19 @@ class Study:
 
     def _asked(self, call: Callable[[], T]) -> T:
         return _asked(self.url, call, say=self._say, patience_s=self._patience_s)
+
+
+def proposal(trials: Sequence[Trial], direction: Direction, space: Space, config: SearchConfig) -> dict[str, Value]:
+    """The values of the trial after these; not those of one of them, as long as others are found."""
+    number, seen = len(trials), [trial.params for trial in trials]
+    first = _one_at_a_time(space, config, number) if config.one_at_a_time else None
+    if first is not None and first not in seen:
+        return first
+    for attempt in range(_REDRAWS):
+        found = _drawn(trials, direction, space, config, number, attempt)
+        if found not in seen:
+            break
+    return found
 
 
 def _expect_same(name: str, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -359,7 +374,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
     )
 
 
-def _frozen(trial: Trial, distributions: Mapping[str, BaseDistribution] = {}) -> FrozenTrial:
+def _frozen(trial: Trial, distributions: Mapping[str, BaseDistribution]) -> FrozenTrial:
     """As Optuna's samplers and pruners take it."""
     from optuna.trial import FrozenTrial, TrialState
 
@@ -372,15 +387,15 @@ def _frozen(trial: Trial, distributions: Mapping[str, BaseDistribution] = {}) ->
         value=trial.value,
         datetime_start=now,
         datetime_complete=now if trial.finished else None,
-        params=dict(trial.params) if distributions else {},
-        distributions={key: distributions[key] for key in trial.params} if distributions else {},
+        params=dict(trial.params),
+        distributions={key: distributions[key] for key in trial.params},
         user_attrs={},
         system_attrs={},
         intermediate_values=dict(trial.curve),
     )
 
 
-def _copy(trials: Sequence[Trial], direction: Direction, parameters: Sequence[Parameter] = ()) -> OptunasStudy:
+def _copy(trials: Sequence[Trial], direction: Direction, parameters: Sequence[Parameter]) -> OptunasStudy:
     """A study in memory that holds these trials."""
     import optuna
 

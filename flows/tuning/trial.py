@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 from components.contracts.data import DataVersion, Splits
 from components.contracts.errors import (
     CheckpointMismatch,
+    ClusterUnavailable,
     ConfigError,
     StoreError,
     TrainingDiverged,
@@ -46,7 +47,7 @@ OnEpoch = Callable[[Mapping[str, float]], bool]
 """Hears the row of an epoch, and answers whether the trial goes on."""
 ITS_OWN = (TrainingDiverged, ConfigError, CheckpointMismatch)
 """Errors of a trial's values: the search goes on. All others would meet the next trial as well."""
-_NAMED = {kind.__name__: kind for kind in (StoreError, WeightsUnavailable)}
+_NAMED = {kind.__name__: kind for kind in (ClusterUnavailable, StoreError, WeightsUnavailable)}
 
 
 class TrialResult(Record):

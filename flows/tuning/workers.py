@@ -16,11 +16,30 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import IO, Any, Protocol
 
+from components.compute import PLACE
+from components.contracts.errors import ConfigError
 from components.contracts.progress import Progress
+from components.ray_cluster import expect_answers
+from components.training import TrainingConfig, on_this_machine
 from flows.terminal import Say
 from flows.tuning.trial import OnEpoch, Place, Trainer, TrialResult, error_of
 from flows.workspace.recipes import RunConfig
-from flows.workspace.settings import environment_with
+from flows.workspace.settings import Settings, environment_with
+
+ON_CLUSTER = "--ray"
+"""What puts the workers on a cluster."""
+
+
+def expect_trainers(config: TrainingConfig, settings: Settings, *, ray: bool) -> None:
+    """Raise ConfigError or ClusterUnavailable where trials of the recipe cannot be trained where they are to be."""
+    if ray and config.compute.launcher == "ray":
+        raise ConfigError(
+            f"{ON_CLUSTER} puts the workers of the search on the Ray cluster, and with {PLACE}.launcher: ray every training "
+            f"is there already; leave out {ON_CLUSTER}, or set launcher to local"
+        )
+    on_this_machine(config, settings.num_threads, settings.ray_address)
+    if ray:
+        expect_answers(settings.ray_address, ON_CLUSTER)
 
 
 class WorkerEnded(Exception):
@@ -37,7 +56,7 @@ class Worker(Protocol):
 
 @contextlib.contextmanager
 def workers(place: Place, count: int, say: Say) -> Iterator[list[Worker]]:
-    """So many workers; one of them is this process."""
+    """So many workers; one alone is this process."""
     if count == 1:
         yield [Trainer(place)]
         return
@@ -55,7 +74,7 @@ class Process:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Any = None
         self._said: IO[str] | None = None
 
     @property
@@ -81,6 +100,9 @@ class Process:
             ending = self._ending(process)
             self.close()
             raise WorkerEnded(ending) from None
+        except WorkerEnded:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -93,41 +115,46 @@ class Process:
                     with contextlib.suppress(OSError):
                         stream.close()
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> Any:
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (it lives as long as the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "flows.tuning.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            text=True,
-            env=environment_with({"PYTHONPATH": ":".join(path for path in sys.path if path)}),
-        )
+        self._process = start_process(self._said)
         self._tell(self._process, asdict(self._place))
         return self._process
 
-    @staticmethod
-    def _tell(process: subprocess.Popen[str], order: dict[str, Any]) -> None:
-        assert process.stdin is not None
+    def _tell(self, process: Any, order: dict[str, Any]) -> None:
         process.stdin.write(json.dumps(order) + "\n")
         process.stdin.flush()
 
-    @staticmethod
-    def _hear(process: subprocess.Popen[str]) -> dict[str, Any]:
-        assert process.stdout is not None
+    def _hear(self, process: Any) -> dict[str, Any]:
         line = process.stdout.readline()
         if not line.endswith("\n"):
             raise EOFError
         heard: dict[str, Any] = json.loads(line)
         return heard
 
-    def _ending(self, process: subprocess.Popen[str]) -> str:
-        status = process.wait()
-        if status < 0:
-            name = signal.Signals(-status).name
-            hint = ", as the system does where memory is not enough" if -status == signal.SIGKILL else ""
-            return f"its process was ended by {name}{hint}"
+    def _ending(self, process: Any) -> str:
+        told = ended_by(process.wait())
         assert self._said is not None
         self._said.seek(0)
         lines = [line for line in self._said.read().splitlines() if line.strip()]
-        return f"its process ended with status {status}" + (f": {lines[-1][:300]}" if lines else "")
+        return f"{told}: {lines[-1][:300]}" if process.returncode > 0 and lines else told
+
+
+def start_process(said: IO[str] | int) -> subprocess.Popen[str]:
+    """A process that trains trials; what it says aloud goes to `said`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.tuning.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=said,
+        text=True,
+        env=environment_with({"PYTHONPATH": ":".join(path for path in sys.path if path)}),
+    )
+
+
+def ended_by(status: int) -> str:
+    """How a process ended, in words."""
+    if status >= 0:
+        return f"its process ended with status {status}"
+    hint = ", as the system does where memory is not enough" if -status == signal.SIGKILL else ""
+    return f"its process was ended by {signal.Signals(-status).name}{hint}"

@@ -18,7 +18,7 @@
 | VISIONLOOP_STUDIES        | SQLAlchemy URL of the studies of searches     | SQLite under .visionloop/              |
 | VISIONLOOP_PREFECT_DB     | database of the Prefect server of `up`        | SQLite under .visionloop/up/           |
 | VISIONLOOP_OIDC_ISSUER, ..._CLIENT_ID, ..._CLIENT_SECRET | OpenID Connect provider of the console | none |
-| VISIONLOOP_RAY_ADDRESS    | Ray cluster of trainings with `launcher: ray`  | none                                  |
+| VISIONLOOP_RAY_ADDRESS    | Ray cluster of `launcher: ray` and `tune --ray`, HOST:PORT | none                      |
 | PREFECT_API_URL           | Prefect server that runs are recorded by      | that of `visionloop up`, else a temporary one |
 | PREFECT_API_AUTH_STRING, PREFECT_API_KEY | its credential: user:password, or a key | that of `visionloop up`, else none |
 """
@@ -73,8 +73,8 @@ class Settings:
     cache_bytes: int = 20 * 10**9
     """Most that the caches of training data take; the least recently used give way."""
     loop_url: str = ""
-    ray_address: str = ""
     studies_url: str = ""
+    ray_address: str = ""
     oidc: OpenIDProvider | None = None
     prefect_database_url: str = ""
     prefect_authorization: str = field(default="", repr=False)

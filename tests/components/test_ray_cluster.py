@@ -21,7 +21,7 @@ from small_splits import NETWORK, write_small_splits
 
 from components import ray_cluster
 from components.contracts.data import Splits
-from components.contracts.errors import ConfigError, TrainingDiverged, WorkerLost
+from components.contracts.errors import ClusterUnavailable, ConfigError, TrainingDiverged, WorkerLost
 from components.contracts.records import Stored
 from components.training import TrainingConfig, on_this_machine, train
 
@@ -37,18 +37,21 @@ def section(*phases: Any, **compute: Any) -> TrainingConfig:
 
 
 def test_an_address_that_is_none_or_does_not_answer_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        ConfigError, match="launcher is ray, and VISIONLOOP_RAY_ADDRESS names no cluster; .* No cluster is started"
-    ):
-        ray_cluster.expect_answers("")
+    for needed_by in ((), ("--ray",)):
+        named = needed_by[0] if needed_by else "training.compute.launcher: ray"
+        with pytest.raises(
+            ConfigError, match=f"^{named} needs a Ray cluster that exists, and VISIONLOOP_RAY_ADDRESS names none"
+        ):
+            ray_cluster.expect_answers("", *needed_by)
     for address in ("local", "auto", "ray://head:10001", "head", "head:port", "head:6379/x"):
         with pytest.raises(ConfigError, match="expected the address of a cluster's head as HOST:PORT"):
             ray_cluster.expect_answers(address)
     monkeypatch.setattr(ray_cluster, "_ANSWERS_S", 1.0)
-    with pytest.raises(ConfigError, match=r"no Ray cluster answers at 127.0.0.1:\d+, .*UNAVAILABLE.*start one"):
+    with pytest.raises(ClusterUnavailable, match=r"no Ray cluster answers at 127.0.0.1:\d+, .*UNAVAILABLE.*start one"):
         ray_cluster.expect_answers(f"127.0.0.1:{free_port()}")
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ConfigError, match="DEADLINE_EXCEEDED|UNAVAILABLE"):
-        ray_cluster.expect_answers(f"127.0.0.1:{silent.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(ClusterUnavailable, match="DEADLINE_EXCEEDED|UNAVAILABLE"):
+            ray_cluster.expect_answers(f"127.0.0.1:{silent.getsockname()[1]}")
     monkeypatch.setattr(ray_cluster, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"Ray is not installed here; run: python -m pip install 'visionloop\[ray\]'"):
         ray_cluster.expect_answers("127.0.0.1:6379")
@@ -56,16 +59,16 @@ def test_an_address_that_is_none_or_does_not_answer_is_refused_in_seconds(monkey
 
 def test_a_machine_that_sees_another_file_system_or_has_other_code_is_named(tmp_path: Path) -> None:
     with ray_cluster.shared_folder(tmp_path) as shared:
-        request = {**shared, "source": ray_cluster.source()}
-        ray_cluster.expect_alike(request, "node a")
+        request = {**shared, "source": "this one"}
+        ray_cluster.expect_alike(request, "node a", "this one")
         with pytest.raises(
             ConfigError, match="the Ray worker on node b does not see .*/elsewhere: .*share, at the same path"
         ):
-            ray_cluster.expect_alike({**request, "shared": str(tmp_path / "elsewhere")}, "node b")
+            ray_cluster.expect_alike({**request, "shared": str(tmp_path / "elsewhere")}, "node b", "this one")
         with pytest.raises(ConfigError, match="does not see"):
-            ray_cluster.expect_alike({**request, "token": "of another run"}, "node b")
+            ray_cluster.expect_alike({**request, "token": "of another run"}, "node b", "this one")
         with pytest.raises(ConfigError, match="on node b has another version of visionloop"):
-            ray_cluster.expect_alike({**request, "source": "older"}, "node b")
+            ray_cluster.expect_alike(request, "node b", "an older one")
     assert list(tmp_path.iterdir()) == []
 
 

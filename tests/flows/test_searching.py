@@ -177,11 +177,36 @@ def test_the_first_trials_change_one_thing_at_a_time_and_the_rest_get_better(tmp
         assert last >= 2
         assert len(before) >= 3
         assert max(trial.curve.values()) < sorted(before)[len(before) // 2]
+    # Those that went on were never below it.
+    for trial in trials[3:]:
+        for epoch in range(2, 4) if trial.state == "complete" else ():
+            before = [one.curve[epoch] for one in trials[: trial.number] if one.state == "complete"]
+            assert max(list(trial.curve.values())[:epoch]) >= sorted(before)[(len(before) - 1) // 2]
     best = search.study.best
     assert best is not None
     assert best.value == max(trial.value or 0 for trial in trials)
     assert len(trials) - len(pruned) < 8
     assert search.study.importances(search.space.parameters) == {}  # too few trials came to their end
+
+
+def test_of_trials_that_are_equal_those_of_the_higher_loss_are_stopped(tmp_path: Path) -> None:
+    search = searching(tmp_path, recipe_of(tmp_path, SPACE, "search.trials=20"))
+
+    class Saturated(Formula):
+        """Every trial answers the same number of images right."""
+
+        def train(self, number: int, config: RunConfig, on_epoch: Any, *rest: Any) -> TrialResult:
+            result = super().train(number, config, lambda row: on_epoch({**row, "valid_accuracy": 0.99}), *rest)
+            return result.model_copy(update={"valid": {"accuracy": 0.99}})
+
+    go(search, Saturated(search.space))
+    stopped = [trial for trial in search.study.trials if trial.state == "pruned"]
+    assert len(stopped) >= 4
+    complete = [trial for trial in search.study.trials if trial.state == "complete"]
+    assert min(trial.loss for trial in stopped) > min(trial.loss for trial in complete)
+    best = search.study.best
+    assert best is not None
+    assert best.loss == min(trial.loss for trial in complete)
 
 
 def test_another_seed_or_sampler_proposes_something_else_and_the_same_ones_the_same(tmp_path: Path) -> None:

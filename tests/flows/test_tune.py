@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from shapes import SMOKE, make_workspace, visionloop, visionloop_process, write_pictures
+from shapes import SMOKE, free_port, make_workspace, visionloop, visionloop_process, write_pictures
 
 from components.contracts.models import Checkpoint
 from components.store import Store
@@ -60,12 +60,12 @@ def answer(root: Path, *arguments: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def tuning(root: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def tuning(root: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A search in a process of its own."""
     with subprocess.Popen(
         [sys.executable, "-m", "flows", "tune", "-r", "smoke", *arguments],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -363,8 +363,8 @@ def test_several_processes_share_a_study_and_one_that_is_killed_is_replaced(
     killed: list[int] = []
     hear = working.Process._hear
 
-    def hear_and_kill(process: Any) -> Any:
-        heard = hear(process)
+    def hear_and_kill(self: Any, process: Any) -> Any:
+        heard = hear(self, process)
         if "epoch" in heard and len(killed) < 2 and process.pid not in killed and heard["epoch"]["epoch"] == 1:
             killed.append(process.pid)
             process.kill()
@@ -372,7 +372,7 @@ def test_several_processes_share_a_study_and_one_that_is_killed_is_replaced(
         return heard
 
     monkeypatch.setattr(working.Process, "_start", start)
-    monkeypatch.setattr(working.Process, "_hear", staticmethod(hear_and_kill))
+    monkeypatch.setattr(working.Process, "_hear", hear_and_kill)
     done = visionloop("tune", "-r", "smoke", "--study", "wide", "--write", "wide", "--workers", "2", cwd=root)
     assert done.returncode == 0, done.stderr
     assert len(killed) == 2
@@ -422,3 +422,92 @@ def test_the_page_needs_no_network_and_shows_what_was_found(root: Path) -> None:
     page.unlink()
     assert answer(root, "study", "show", "smoke")["page"] == str(page)
     assert page.read_text() == text
+
+
+def test_a_ray_address_that_does_not_answer_is_said_before_anything_is_done(root: Path) -> None:
+    before = rows(root)
+    for address, message in (
+        ("", "set VISIONLOOP_RAY_ADDRESS, such as 10.0.0.5:6379"),
+        ("nonsense", "VISIONLOOP_RAY_ADDRESS is 'nonsense'; expected host:port"),
+        (f"127.0.0.1:{free_port()}", "no Ray cluster answers at 127.0.0.1:"),
+    ):
+        done = visionloop("tune", "-r", "smoke", "--trials", "6", "--ray", cwd=root, VISIONLOOP_RAY_ADDRESS=address)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert rows(root) == before
+
+
+@pytest.fixture
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a Ray cluster of this machine alone, which its own tools start."""
+    port = free_port()
+    folder = Path("/tmp") / f"ray-{port}"  # the paths of its sockets may not be long
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    command = [*ray, "start", "--head", f"--port={port}", "--num-cpus=4", "--include-dashboard=false"]
+    command += ["--disable-usage-stats", f"--temp-dir={folder}", "--block", "--object-store-memory=80000000"]
+    with (tmp_path_factory.mktemp("ray") / "log").open("w+") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 240
+            while "runtime started" not in Path(log.name).read_text():
+                assert head.poll() is None, Path(log.name).read_text()
+                assert time.monotonic() < deadline, Path(log.name).read_text()
+                time.sleep(0.5)
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
+            try:
+                head.wait(60)
+            except subprocess.TimeoutExpired:
+                head.kill()
+                head.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_search_on_a_ray_cluster_survives_its_workers(root: Path, ray_cluster: str) -> None:
+    """In a process of its own: Ray stays in the one that it was used in."""
+    import psutil
+
+    arguments = ("--study", "far", "--write", "far", "--workers", "2", "--ray", "--json")
+    environment = {"VISIONLOOP_RAY_ADDRESS": ray_cluster, "VISIONLOOP_NUM_THREADS": "1"}
+    with tuning(root, *arguments, **environment) as process:
+        assert process.stdout is not None
+        killed: list[int] = []
+        while process.poll() is None and not killed:
+            for one in psutil.process_iter(["cmdline"]):
+                ours = "flows.tuning.worker" in (one.info["cmdline"] or [])
+                if ours and any("ray::" in " ".join(parent.cmdline()) for parent in one.parents()):
+                    one.kill()
+                    killed.append(one.pid)
+                    break
+            time.sleep(0.2)
+        said, told = process.communicate()
+    assert process.returncode == 0, told
+    assert killed
+    assert "2 workers on 1 of the cluster's machines" in told
+    assert "its process was ended by SIGKILL" in told
+    summary = json.loads(said.strip().splitlines()[-1])
+    assert summary["trials"]["complete"] >= 4
+    assert summary["trials"]["running"] == 0
+    # A trial does not depend on who trained it.
+    alone = visionloop_process("tune", "-r", "smoke", "--write", "near", "--study", "near", cwd=root, **environment)
+    assert alone.returncode == 0, alone.stderr
+    near = {str(row[1]): row[5] for row in rows(root, "near") if row[5]}
+    far = {str(row[1]): row[5] for row in rows(root, "far") if row[5]}
+    assert len(near.keys() & far.keys()) >= 3
+    assert all(near[params] == far[params] for params in near.keys() & far.keys())
+    # A workspace that is not shared is found out before a trial.
+    elsewhere = visionloop_process(
+        "tune",
+        "-r",
+        "smoke",
+        "--study",
+        "x",
+        "--write",
+        "x",
+        "--ray",
+        cwd=root,
+        **environment | {"VISIONLOOP_NUM_THREADS": "64"},
+    )
+    assert (elsewhere.returncode, "has no 64 processors for a worker" in elsewhere.stderr) == (2, True)
