@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import shutil
@@ -23,7 +24,7 @@ import numpy as np
 
 from components.clusters import Clusters
 from components.companions import TEST_LEDGER
-from components.contracts.errors import ConfigError, DataError, UndecodableImage
+from components.contracts.errors import ConfigError, DataError, UndecodableImage, WorkspaceBusy
 from components.contracts.progress import Progress, silent
 from components.contracts.records import sha256_text
 from components.contracts.wording import for_spreadsheets
@@ -113,7 +114,7 @@ def suggest_labels(
         raise ConfigError(f"{source} is not a folder of pictures")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already; name a new folder with --out")
-    with contextlib.nullcontext((source, source)) if source is not None else _captured(workspace, model) as (folder, inputs):
+    with contextlib.nullcontext((source, source)) if source is not None else _captures(workspace, model) as (folder, inputs):
         return _suggest(workspace, model, folder, inputs, out, most, pseudo_labels, progress)
 
 
@@ -153,6 +154,21 @@ def _suggest(
     return Suggested(
         out, model, batch.route.version, len(table), pool.num_known, done.errors, tuple(chosen.values()), num_pseudo
     )
+
+
+@contextlib.contextmanager
+def _captures(workspace: Workspace, model: str) -> Iterator[tuple[Path, Path]]:
+    """`_captured`, for one command at a time: its copies have the same place, by which a command that was killed goes on."""
+    with (workspace.state / f"suggest-{model}.lock").open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkspaceBusy(
+                f"another `data suggest --captured` of {model} is running in {workspace.root}; wait for it to end, or stop "
+                f"it. Nothing was changed"
+            ) from None
+        with _captured(workspace, model) as found:
+            yield found
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import shutil
@@ -111,6 +112,10 @@ def test_what_a_server_kept_and_nobody_labelled_is_a_pool_too(decided: Path, tmp
     (captures / name[:2] / name).write_bytes(other)
     (tmp_path / "labels.csv").write_text(f"prediction_id,label\n{ids[0]},{KINDS[0]}\n")
     assert visionloop("labels", "import", str(tmp_path / "labels.csv"), "--as", "ann", cwd=root).returncode == 0
+    with (root / ".visionloop" / f"suggest-{MODEL}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = visionloop(*arguments, str(tmp_path / "batch"), cwd=root)
+        assert (done.returncode, "another `data suggest --captured` of shapes is running" in done.stdout) == (2, True)
     done = visionloop(*arguments, str(tmp_path / "batch"), "--pseudo-labels", "0.5", cwd=root)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.strip().splitlines()[-1])
