@@ -20,12 +20,12 @@ import numpy.typing as npt
 import pandas as pd
 from pydantic import Field, field_validator
 
-from components.contracts.data import Renames, Splits, names_after
+from components.contracts.data import Renames, SplitName, Splits, names_after
 from components.contracts.errors import DataError, EngineUnavailable
 from components.contracts.families import Predictor, Task
 from components.contracts.models import Engine
 from components.contracts.progress import Progress, silent
-from components.contracts.records import FileDigest, Record, Stored
+from components.contracts.records import FileDigest, Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import Evaluation, FoldEstimate, Measurement, shared_classes
 from components.images import batches
 from components.intervals import rounds_percentile
@@ -72,9 +72,12 @@ def evaluate(
     out: Path,
     renamed: Renames = (),
     beyond_test: bool = False,
+    split: SplitName = "test",
     progress: Progress = silent,
 ) -> Evaluation:
     """Answer every test image and score the answers; writes predictions.parquet (one row an image).
+
+    With another `split` it is that one's images, and no test image is read: engines may be compared before they are judged.
 
     With `beyond_test` the valid and calibration images are answered as well, and their logits written to
     beyond_test.parquet: nothing is scored on them.
@@ -86,7 +89,7 @@ def evaluate(
     common: dict[str, Any] = {
         "engine": record.name,
         "engine_digest": record.digest(),
-        "test_digest": splits.record.test_digest,
+        "test_digest": _digest(splits, split),
     }
     ours = task.classes(splits.record.classes)
     known = names_after(record.classes, renamed)
@@ -96,12 +99,12 @@ def evaluate(
         shared = f"only {classes[0]!r}" if classes else "none"
         reason = f"of its classes ({', '.join(known)}) the data ({', '.join(ours)}) share {shared}"
         return Evaluation(**common, status="not comparable", reason=reason)
-    table = rows(splits, "test")
+    table = rows(splits, split)
     if len(table) == 0:
-        return Evaluation(**common, status="not executed here", reason="the test split is empty")
+        return Evaluation(**common, status="not executed here", reason=f"the {split} split is empty")
     table = table[task.concerns(list(table["label"]), classes)].reset_index(drop=True)
     if len(table) == 0:
-        reason = f"the test split holds no image of the classes that it shares with the data ({', '.join(classes)})"
+        reason = f"the {split} split holds no image of the classes that it shares with the data ({', '.join(classes)})"
         return Evaluation(**common, status="not comparable", reason=reason)
     try:
         predictor = load(engine, config.num_threads)
@@ -122,7 +125,7 @@ def evaluate(
         # Kept as evidence: the gates call it inconclusive, and a person can see which images it was.
         _write(table, logits, embedding, out)
         bad = int((~np.isfinite(logits).all(axis=1)).sum())
-        reason = f"its logits on {bad} of {len(table)} test images are not finite numbers"
+        reason = f"its logits on {bad} of {len(table)} {split} images are not finite numbers"
         return Evaluation(**common, status="evaluated", reason=reason)
     readings = task.read(task.probabilities(logits, record.temperature), classes)
     _write(
@@ -173,6 +176,14 @@ def pooled(folds: Sequence[tuple[Engine, Stored[Evaluation]]], task: Task, class
     )
 
 
+def _digest(splits: Stored[Splits], split: SplitName) -> str:
+    """Names the images of a split and their labels."""
+    if split == "test":
+        return splits.record.test_digest
+    table = rows(splits, split)
+    return sha256_text(canonical_json([list(splits.record.classes), *zip(table["sha256"], table["label"], strict=True)]))
+
+
 def _write(table: pd.DataFrame, logits: npt.NDArray[np.float32], embedding: npt.NDArray[Any], out: Path) -> None:
     """Rows with sha256, path and label, and with predicted, confidence and right where the answers are finite."""
     columns = [name for name in ("sha256", "path", "label", "predicted", "confidence", "right") if name in table]
@@ -191,9 +202,10 @@ def measure(
     data: Path,
     config: EvaluationConfig,
     *,
+    split: SplitName = "test",
     progress: Progress = silent,
 ) -> list[Measurement]:
-    """Time single decoded test images through engines: whole answers, without decoding and network; in their order.
+    """Time single decoded images of a split through engines: whole answers, without decoding and network; in their order.
 
     The engines take turns, a round each, so a noisy moment meets all of them; percentiles are the medians over the rounds.
     What is noisy all the same is measured once more, and the attempt whose rounds agree best counts.
@@ -205,7 +217,7 @@ def measure(
             predictors[place] = load(engine, config.num_threads)
         except EngineUnavailable as error:
             found[place] = _measured(engine.record, status="not executed here", reason=str(error))
-    paths = [data / path for path in rows(splits, "test")["path"].head(32)]
+    paths = [data / path for path in rows(splits, split)["path"].head(32)]
     images = {
         place: np.concatenate(list(batches(paths, engines[place].record.preprocessing, batch_size=_BATCH)))
         for place in predictors

@@ -8,6 +8,7 @@ processors as the engine has threads. Every figure has its 95 % bootstrap interv
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import time
@@ -33,7 +34,7 @@ from components.machine import fingerprint
 
 ROUNDS = 5
 PERCENTILES = (50, 90, 99)
-_BATCH = 32
+BATCH = 32
 _TimedT = TypeVar("_TimedT")
 _Run = Callable[[int], object]
 """Answers one picture, or one batch of them, by its number."""
@@ -97,7 +98,7 @@ def measure(
             return prepare(decode(pictures[index % len(pictures)]), record.preprocessing)
 
         inputs = np.stack([prepared(index) for index in range(len(pictures))])
-        batch = np.stack([inputs[index % len(inputs)] for index in range(_BATCH)])
+        batch = np.stack([inputs[index % len(inputs)] for index in range(BATCH)])
         with ThreadPoolExecutor(num_threads) as decoders, ThreadPoolExecutor(streams) as callers:
 
             def single(predictor: Predictor) -> dict[str, _Run]:
@@ -108,7 +109,7 @@ def measure(
 
             batched: dict[str, _Run] = {
                 "engine": lambda _: one.predict(batch),
-                "picture": lambda index: one.predict(np.stack(list(decoders.map(prepared, range(index, index + _BATCH))))),
+                "picture": lambda index: one.predict(np.stack(list(decoders.map(prepared, range(index, index + BATCH))))),
             }
             ended = itertools.count(1)
 
@@ -116,9 +117,9 @@ def measure(
                 progress(next(ended), 3 * ROUNDS)
 
             alone = _rounds(single(one), lambda run: _seconds(run, runs), warm_up, round_ended)
-            batches, warm_up_batches = -(-runs // _BATCH), -(-warm_up // _BATCH)
+            batches, warm_up_batches = -(-runs // BATCH), -(-warm_up // BATCH)
             offline = _rounds(
-                batched, lambda run: _BATCH * batches / _seconds(run, batches).sum(), warm_up_batches, round_ended
+                batched, lambda run: BATCH * batches / _seconds(run, batches).sum(), warm_up_batches, round_ended
             )
 
             def together(run: _Run) -> tuple[npt.NDArray[np.float64], float]:
@@ -129,9 +130,9 @@ def measure(
             shared = _rounds(single(many), together, warm_up, round_ended)
     return Speed(
         single_stream={name: _latency(rounds) for name, rounds in alone.items()},
-        offline={name: _rate(rounds) for name, rounds in offline.items()},
+        offline={name: rate_of(rounds) for name, rounds in offline.items()},
         multi_stream={name: _latency([seconds for seconds, _ in rounds]) for name, rounds in shared.items()},
-        multi_stream_rate={name: _rate([rate for _, rate in rounds]) for name, rounds in shared.items()},
+        multi_stream_rate={name: rate_of([rate for _, rate in rounds]) for name, rounds in shared.items()},
         num_threads=num_threads,
         streams=streams,
         processors=processors,
@@ -140,6 +141,39 @@ def measure(
         formats=dict(Counter(format_of(data) for data in pictures)),
         picture_bytes=float(np.mean([len(data) for data in pictures])),
     )
+
+
+def batch_rates(
+    engines: Sequence[Stored[Engine]],
+    inputs: Sequence[npt.NDArray[np.uint8]],
+    *,
+    num_threads: int,
+    runs: int,
+    progress: Progress = silent,
+) -> list[tuple[float, ...]]:
+    """Pictures a second of each engine in batches of `BATCH`, alone, by round; the engines take turns, a round each.
+
+    `inputs` are a few prepared pictures for each engine, and a round times at least `runs` of them. Raises
+    EngineUnavailable.
+    """
+    with _kept_on(num_threads):
+        asked: dict[str, _Run] = {}
+        for place, (engine, images) in enumerate(zip(engines, inputs, strict=True)):
+            target = plugins.load("targets", engine.record.target, engine.record.settings)
+            predictor: Predictor = target.load(engine, num_threads=num_threads)
+            batch = np.stack([images[index % len(images)] for index in range(BATCH)])
+            asked[str(place)] = functools.partial(_answered, predictor, batch)
+        ended, batches = itertools.count(1), -(-runs // BATCH)
+
+        def rate(run: _Run) -> float:
+            return float(BATCH * batches / _seconds(run, batches).sum())
+
+        found = _rounds(asked, rate, 1, lambda: progress(next(ended), ROUNDS))
+    return [tuple(found[str(place)]) for place in range(len(engines))]
+
+
+def _answered(predictor: Predictor, batch: npt.NDArray[np.uint8], _: int) -> object:
+    return predictor.predict(batch)
 
 
 @contextlib.contextmanager
@@ -184,7 +218,7 @@ def _latency(rounds: Sequence[npt.NDArray[np.float64]]) -> Latency:
     return Latency(tuple(rounds_percentile([seconds * 1e3 for seconds in rounds], each) for each in PERCENTILES))
 
 
-def _rate(rounds: Sequence[float]) -> Estimate:
+def rate_of(rounds: Sequence[float]) -> Estimate:
     """The median of the rounds."""
     values = np.array(rounds)
     picks = np.random.default_rng(SEED).integers(0, len(values), size=(RESAMPLES, len(values)))

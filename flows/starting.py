@@ -71,6 +71,22 @@ def start_search(
     return summary
 
 
+def start_choice(recipe: ChosenRecipe, *, write: str, measure_again: bool = False, say: Say = silent) -> dict[str, Any]:
+    """Choose among the variants of a recipe that is checked already; returns what came of it. Raises VisionloopError."""
+    _expect_ready(recipe.workspace, read_settings(recipe.workspace.state))
+    say(f"getting ready to compare variants of {recipe.name}, which takes up to half a minute the first time ...")
+    with collector.kept():
+        from flows.choose import choose
+
+    call: Any = choose
+    root = str(recipe.workspace.root)
+    with handed_on(recipe):
+        summary: dict[str, Any] = call(
+            recipe.name, root, recipe.overrides, write=write, measure_again=measure_again, quiet=False
+        )
+    return summary
+
+
 def start_promotion(desk: Desk, version: str, *, quiet: bool) -> dict[str, Any]:
     """Make an approved version the champion; returns model, version, ledger row and release. Raises VisionloopError."""
     _expect_ready(desk.workspace, desk.settings)

@@ -258,13 +258,13 @@ class Lineage(Record):
     lock_digest: str
     study_digest: str = ""
     """Of the search that found the recipe's values; left out where there was none."""
+    choice_digest: str = ""
+    """Of the choice that the recipe's values come from; left out where there was none."""
 
     @model_serializer(mode="wrap")
-    def _without_a_search(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_was_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        if not self.study_digest:
-            del values["study_digest"]
-        return values
+        return {key: value for key, value in values.items() if value or key not in ("study_digest", "choice_digest")}
 
 
 class Candidate(Record):

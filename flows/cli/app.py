@@ -9,6 +9,7 @@ import typer
 from components import collector
 from flows.cli.answers import Commands
 from flows.cli.backup import add_backup_commands
+from flows.cli.choosing import choose
 from flows.cli.console import add_console_commands
 from flows.cli.data import data_app
 from flows.cli.data_versions import add_data_version_commands
@@ -43,6 +44,7 @@ app = Commands(
       visionloop augment preview         a contact sheet of what a recipe's augmentations make of images
       visionloop train --recipe NAME     validate, split, train, export, evaluate, judge, package, register
       visionloop tune --recipe NAME      many trainings, the best as a recipe of its own; study list | show
+      visionloop choose --recipe NAME    networks, passes and engines compared on valid, one taken as a recipe of its own
       visionloop candidates | show V     what waits for a person, with the evidence beside the champion
       visionloop console                 the same in a browser: look, approve, promote, go back, label
       visionloop approve V --as WHO      a second person decides; also reject
@@ -70,6 +72,7 @@ app = Commands(
 )
 add_training_commands(app)
 add_tuning_commands(app)
+app.command()(choose)
 add_data_version_commands(data_app)
 app.add_typer(data_app, name="data")
 app.add_typer(plugin_app, name="plugin")

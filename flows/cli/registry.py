@@ -135,6 +135,11 @@ def _page(model: str, shown: VersionShown) -> str:
                 if (tuned := summary.get("tuned"))
                 else []
             ),
+            *(
+                [f"It is variant {of['variant']} of recipe {of['recipe']}, choice {of['choice_digest'][:16]}."]
+                if (of := summary.get("chosen"))
+                else []
+            ),
             "",
             *_beside(state, champion, shown.compared_with),
         ]

@@ -183,6 +183,7 @@ def _for_approver(run: Run, results: Results) -> dict[str, Any]:
         "reason": run.reason,
         "recipe": run.lineage.recipe,
         **({"tuned": run.config.tuned.to_json()} if run.config.tuned else {}),
+        **({"chosen": run.config.chosen.to_json()} if run.config.chosen else {}),
         "git": run.lineage.git_commit + (" with uncommitted changes" if run.lineage.git_dirty else ""),
         "data_version": run.data.dvc_hash,
         "images": dict(results.splits.record.counts),

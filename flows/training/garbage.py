@@ -1,8 +1,9 @@
 """What nothing reaches any more in a workspace, and removing it: run folders, artefacts, work in progress and caches.
 
 Reached are the last runs, the runs and artefacts that a row of the ledger names, engines that were built of registered
-versions, the best training of every study, what was made of the pinned data, and whatever those were made from. A cache, or
-the work that a killed run left to be taken up, is reached when it was used since the first of the last runs started.
+versions, the best training of every study, the variants of every choice, what was made of the pinned data, and whatever
+those were made from. A cache, or the work that a killed run left to be taken up, is reached when it was used since the first
+of the last runs started.
 Releases, models in MLflow, predictions and data are never touched.
 """
 
@@ -77,7 +78,8 @@ def collect(workspace: Workspace, *, keep_runs: int, dry_run: bool) -> Collected
         folders = [path for path in workspace.runs.glob("*") if path.is_dir()]
         kept = {run["run"] for run in runs[-keep_runs:]} | {path.name for path in folders if path.name in names}
         unreached = [_unreached("run", path) for path in folders if path.name not in kept]
-        linking = [*(workspace.runs / name for name in kept), workspace.state / FURTHER, workspace.studies]
+        others = [workspace.state / FURTHER, workspace.studies, workspace.choices]
+        linking = [*(workspace.runs / name for name in kept), *others]
         reached = _reached(workspace, linking, names)
         unreached += [_unreached("artefact", path) for path in store.artefacts() if path.resolve() not in reached]
         partial = store.root / ".partial"

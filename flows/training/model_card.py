@@ -77,9 +77,8 @@ def model_card(run: Run, results: Results, judged_before: str) -> str:
 
 
 def _tuned(run: Run) -> list[str]:
-    """Where the recipe's values come from, if from a search."""
-    tuned = run.config.tuned
-    return [f"- {tuned.told}"] if tuned is not None else []
+    """Where the recipe's values come from, if from a search or a choice."""
+    return [f"- {origin.told}" for origin in (run.config.tuned, run.config.chosen) if origin is not None]
 
 
 def _passes(run: Run, results: Results) -> list[str]:

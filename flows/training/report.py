@@ -185,7 +185,7 @@ def _provenance(run: Run, results: Results) -> list[tuple[str, str]]:
     return [
         ("run", run.id),
         ("recipe", f"{lineage.recipe} (config {lineage.config_digest[:16]})"),
-        *([("found by", run.config.tuned.told)] if run.config.tuned else []),
+        *(("found by", origin.told) for origin in (run.config.tuned, run.config.chosen) if origin is not None),
         ("data version", lineage.data_version),
         ("test ledger", results.dataset.record.data.ledger_sha256),
         ("test split", results.splits.record.test_digest),

@@ -111,6 +111,7 @@ class Run:
             config_digest=config.digest(),
             lock_digest=lock_digest(),
             study_digest=config.tuned.study_digest if config.tuned else "",
+            choice_digest=config.chosen.choice_digest if config.chosen else "",
         )
 
     def begin(self, overrides: Sequence[str]) -> None:

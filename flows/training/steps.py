@@ -415,7 +415,7 @@ def measurements(
             if not measured:
                 taken = measure(wanted, splits, run.workspace.data, config, progress=progress)
                 measured.update(
-                    {record.engine: _with_memory(run, engine, record) for engine, record in zip(wanted, taken, strict=True)}
+                    {record.engine: with_memory(run, engine, record) for engine, record in zip(wanted, taken, strict=True)}
                 )
             record, kept = measured[engine.record.name], before[engine.record.name]
             if kept is None or anew:
@@ -436,7 +436,7 @@ def measurements(
     return [found(engine) for engine in engines]
 
 
-def _with_memory(run: Run, engine: Stored[Engine], measured: Measurement) -> Measurement:
+def with_memory(run: Run, engine: Stored[Engine], measured: Measurement) -> Measurement:
     """With the memory that the engine takes, where the recipe limits it: a process of its own takes a while to start."""
     if run.config.export.limits.memory_mb is None or measured.status != "measured":
         return measured

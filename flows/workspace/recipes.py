@@ -38,10 +38,13 @@ from components.training import CHAMPION, TrainingConfig, begins_from_a_model, e
 from components.training import check as check_training
 from components.validation import ValidationConfig
 from components.validation import check as check_validation
+from components.variants import ChoiceConfig, Chosen
 from flows.workspace.yaml_reading import parse_yaml, read_mapping
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 SUFFIXES = (".yml", ".yaml")
+_ABSENT = ("search", "tuned", "choice", "chosen")
+"""Sections that are left out of JSON where there is none, so that what an older recipe makes keeps its digest."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -69,17 +72,23 @@ class RunConfig(Record):
     """What `visionloop tune` tries; a run of the recipe itself ignores it."""
     tuned: Tuned | None = None
     """The search that found the recipe's values; written by `visionloop tune`."""
+    choice: ChoiceConfig | None = None
+    """What `visionloop choose` compares; a run of the recipe itself ignores it."""
+    chosen: Chosen | None = None
+    """The choice that the recipe's values come from; written by `visionloop choose`."""
 
     @model_serializer(mode="wrap")
     def _as_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         left_out = () if self.optimisation.passes else ("optimisation",)
         values = {key: value for key, value in handler(self).items() if key not in left_out}
-        return {key: value for key, value in values.items() if key not in ("search", "tuned") or value is not None}
+        return {key: value for key, value in values.items() if key not in _ABSENT or value is not None}
 
     @property
     def to_run(self) -> RunConfig:
-        """What a run of the recipe does, which no search is part of."""
-        return self if self.search is None else self.model_copy(update={"search": None})
+        """What a run of the recipe does, which neither a search nor a choice is part of."""
+        if self.search is None and self.choice is None:
+            return self
+        return self.model_copy(update={"search": None, "choice": None})
 
     @model_validator(mode="after")
     def _folds_are_unseen(self) -> RunConfig:

@@ -62,6 +62,10 @@ class Workspace:
         return self.state / "studies"
 
     @property
+    def choices(self) -> Path:
+        return self.state / "choices"
+
+    @property
     def cache(self) -> Path:
         return self.state / "cache"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,3 +97,26 @@ def test_the_two_figures_take_turns_on_the_processors_that_are_told(monkeypatch:
         assert all(e.low <= e.value <= e.high for e in latency.percentiles)
     assert found.offline.keys() == found.multi_stream_rate.keys() == {"engine", "picture"}
     assert (found.formats, found.picture_bytes > 100) == ({"PNG": 2}, True)
+
+
+def test_engines_that_are_compared_take_turns_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Recorder(), Recorder()
+    second.asked = first.asked  # one list, in the order of time
+    found = iter((first, second))
+
+    def load(*_: Any) -> Recorder:
+        return next(found)
+
+    monkeypatch.setattr(plugins, "load", load)
+    engines: Any = [SimpleNamespace(record=SimpleNamespace(target="fake", settings={}))] * 2
+    inputs = [np.full((3, 4, 4, 1), number, dtype=np.uint8) for number in (1, 2)]
+    rates = speed.batch_rates(engines, inputs, num_threads=1, runs=33)
+    assert [len(rounds) for rounds in rates] == [speed.ROUNDS] * 2
+    assert min(min(rounds) for rounds in rates) > 0
+    # A batch each to warm up, then two batches a round of one engine after the other.
+    assert [(size, engine) for size, engine, _ in first.asked] == [(32, 1), (32, 2)] + [
+        (32, 1),
+        (32, 1),
+        (32, 2),
+        (32, 2),
+    ] * 5

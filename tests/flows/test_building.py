@@ -78,6 +78,6 @@ def test_an_engine_whose_memory_cannot_be_measured_meets_no_limit_and_ends_no_ru
     run.plugin_folder = None
     measured = Measurement(engine="e", engine_digest="d", status="measured", machine="m")
     engine: Any = SimpleNamespace(record=SimpleNamespace(name="openvino-fp32"))
-    assert steps._with_memory(run, engine, measured) == measured
+    assert steps.with_memory(run, engine, measured) == measured
     (said,) = run.console.said
     assert "the memory of openvino-fp32 was not measured" in said
