@@ -349,6 +349,7 @@ def test_a_second_run_at_the_same_time_is_refused(workspace: Path, prefect_serve
         assert f"is in use by `visionloop train smoke` (pid {os.getpid()}" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_backbone_of_the_workspace_goes_all_the_way(trained: Path, tmp_path: Path, prefect_server: str) -> None:
     workspace = Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
     folder = workspace / "plugins" / "backbones"
