@@ -3,15 +3,16 @@
 EfficientNet-Lite0 is trained as the recipe for pictures of this size says (`transfer`, or `cifar10` where most are smaller
 than 128 pixels), then pruned and fine-tuned by the stage optimisation as a recipe does it. All of them answer the same test
 pictures as fp32 OpenVINO engines, compared picture by picture with the network as it was trained, and are timed in turns,
-one picture at a time. DATA is a folder of class folders, a quarter of which is test, or of train/ and test/ with class
-folders in them; without it the pictures are noise of two kinds, and accuracy means nothing.
+one picture at a time: so is the first share as an int8 engine, and the network as it was trained in eager torch. DATA is a
+folder of class folders, a quarter of which is test, or of train/ and test/ with class folders in them; without it the
+pictures are noise of two kinds, and accuracy means nothing.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ import torch
 
 from bench._trainings import NUM_THREADS, Part, config_of, head_and_blocks, parts_of, recipe_for
 from bench.serving import say
+from components import plugins
 from components.checkpoints import restore
 from components.compute import ComputeConfig
 from components.contracts.data import DataVersion, Splits
+from components.contracts.families import ExportRequest
 from components.contracts.models import Checkpoint
 from components.contracts.records import Stored
 from components.graphs import to_onnx
@@ -40,13 +43,26 @@ TRAINED, TESTED = 500, 500
 """Pictures of a class at most; of those that train, one in ten chooses the epochs."""
 EPOCHS = 60
 """Of a phase of the training, at most."""
-STEPS, TUNED_EPOCHS, TUNED_RATE = 3, 3, 3e-4
+STEPS, TUNED_EPOCHS, TUNED_RATE = 2, 5, 2e-4
 """The share is taken in so many steps, each fine-tuned for so many epochs."""
+CALIBRATED = 300
+"""Train pictures that the int8 engine is calibrated with."""
 ROUNDS, RUNS = 10, 30
 """Rounds in which the engines take turns, and timed pictures of each."""
-SHORT = {"TRAINED": 20, "TESTED": 8, "EPOCHS": 1, "STEPS": 1, "TUNED_EPOCHS": 1, "ROUNDS": 2, "RUNS": 3, "SHARES": (0.3,)}
+SHORT = {
+    "TRAINED": 20,
+    "TESTED": 8,
+    "EPOCHS": 1,
+    "STEPS": 1,
+    "TUNED_EPOCHS": 1,
+    "CALIBRATED": 10,
+    "ROUNDS": 2,
+    "RUNS": 3,
+    "SHARES": (0.3,),
+}
 _FLOORS = {0.3: (0.01, 1.15), 0.5: (0.02, 1.4)}
 """The most that accuracy may fall, and the least that it has to be as fast."""
+_EAGER, _INT8, _INT8_FLOOR = "as trained, eager torch", "pruned, int8", 6.0
 
 
 def run(data: Path | None, scratch: Path) -> dict[str, Any]:
@@ -64,9 +80,12 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
         networks[_name(share)] = _pruned(networks["as trained"], share, training, splits, scratch)
     test = parts["test"]
     engines = {name: _engine(network, scratch / f"{name}.onnx") for name, network in networks.items()}
+    pruned = networks[_name(SHARES[0])]
+    networks[_INT8], engines[_INT8] = pruned, _int8(pruned, parts, scratch)
     images = np.concatenate(list(batches(test.paths[:RUNS], networks["as trained"].record.preprocessing, batch_size=32)))
     right = {name: _right(engine, networks[name], test) for name, engine in engines.items()}
-    rounds = _rounds(engines, images)
+    calls = {name: _asking(engine) for name, engine in engines.items()}
+    rounds = _rounds(calls | {_EAGER: _eager(networks["as trained"])}, images)
     told = {_name(share): _told(share, networks, right, rounds) for share in SHARES}
     for name, figures in told.items():
         say(f"{name}: {figures}")
@@ -80,6 +99,7 @@ def run(data: Path | None, scratch: Path) -> dict[str, Any]:
         "unit": "times as fast as the network as it was trained, fp32 OpenVINO, one picture at a time",
         "accuracy_as_trained": [round(value, 4) for value in (whole.value, whole.low, whole.high)],
         "shares": told,
+        "int8": _of_int8(right, rounds),
         "pictures": sizes,
         "recipe": recipe,
         "data": str(data) if data else "synthetic",
@@ -130,8 +150,13 @@ def _pruned(
     out, start = scratch / _name(share), time.perf_counter()
     out.mkdir()
     fit = {"epochs": TUNED_EPOCHS, "patience": TUNED_EPOCHS, "batch_size": 32, "learning_rate": TUNED_RATE}
-    flip = {"augmentation": "flip", "settings": {"probability": 0.5}}
-    phase = {"trains": "all", "augmentations": [flip], "fit": fit | {"weight_decay": 0.05, "warmup_epochs": 0.3}}
+    changes = [{"augmentation": "flip"}, {"augmentation": "mixup", "settings": {"alpha": 0.2}}]
+    phase = {
+        "trains": "all",
+        "augmentations": changes,
+        "loss": {"loss": "cross_entropy", "settings": {"smoothing": 0.05}},
+        "fit": fit | {"weight_decay": 0.05, "schedule": "one_cycle"},
+    }
     chosen = {"pass": "prune", "settings": {"share": share, "steps": STEPS}, "phases": [phase]}
     config = OptimisationConfig.model_validate({"passes": [chosen]})
     record = optimise(
@@ -146,6 +171,44 @@ def _engine(network: Stored[Checkpoint], path: Path) -> Any:
     return compiled(path, hint="LATENCY", num_threads=NUM_THREADS)
 
 
+def _int8(network: Stored[Checkpoint], parts: Mapping[str, Part], scratch: Path) -> Any:
+    """The engine of `{target: openvino, precision: int8}`: layers that cost answers to valid stay float."""
+    train, valid, preprocessing = parts["train"], parts["valid"], network.record.preprocessing
+    spread = np.linspace(0, len(train.paths) - 1, min(CALIBRATED, len(train.paths))).astype(int)
+    request = ExportRequest(
+        network,
+        scratch / f"{_name(SHARES[0])}.onnx",
+        "int8",
+        lambda: batches([train.paths[row] for row in spread], preprocessing, batch_size=16),
+        lambda: zip(
+            batches(valid.paths, preprocessing, batch_size=16),
+            np.split(np.array(valid.labels), range(16, len(valid.labels), 16)),
+            strict=True,
+        ),
+        plugins.load("tasks", "classification"),
+    )
+    out = scratch / "int8"
+    out.mkdir()
+    built = plugins.load("targets", "openvino", {}).export(request, out=out)
+    say(f"  int8: {built.facts}")
+    return compiled(out / built.entry, hint="LATENCY", num_threads=NUM_THREADS)
+
+
+def _asking(engine: Any) -> Callable[[npt.NDArray[np.uint8]], object]:
+    request = engine.create_infer_request()
+    return lambda image: request.infer([image])
+
+
+def _eager(network: Stored[Checkpoint]) -> Callable[[npt.NDArray[np.uint8]], object]:
+    model = restore(network).eval()
+
+    def ask(image: npt.NDArray[np.uint8]) -> object:
+        with torch.inference_mode():
+            return model(torch.from_numpy(image))
+
+    return ask
+
+
 def _right(engine: Any, network: Stored[Checkpoint], test: Part) -> npt.NDArray[np.bool_]:
     images = batches(test.paths, network.record.preprocessing, batch_size=16)
     logits = np.concatenate(list(stream(engine, iter(images), "logits")))
@@ -153,21 +216,36 @@ def _right(engine: Any, network: Stored[Checkpoint], test: Part) -> npt.NDArray[
     return found
 
 
-def _rounds(engines: Mapping[str, Any], images: npt.NDArray[np.uint8]) -> dict[str, list[float]]:
-    """The median milliseconds of one picture, a number a round; in a round the engines follow each other."""
-    found: dict[str, list[float]] = {name: [] for name in engines}
-    requests = {name: engine.create_infer_request() for name, engine in engines.items()}
+def _rounds(
+    calls: Mapping[str, Callable[[npt.NDArray[np.uint8]], object]], images: npt.NDArray[np.uint8]
+) -> dict[str, list[float]]:
+    """The median milliseconds of one picture, a number a round; in a round all of them follow each other."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS + 1):
-        for name, request in requests.items():
+        for name, call in calls.items():
             elapsed = []
             for run_ in range(RUNS):
                 image = images[run_ % len(images)][None]
                 start = time.perf_counter()
-                request.infer([image])
+                call(image)
                 elapsed.append(time.perf_counter() - start)
             if turn:  # the first is a warm-up
                 found[name].append(statistics.median(elapsed) * 1e3)
     return found
+
+
+def _of_int8(right: Mapping[str, npt.NDArray[np.bool_]], rounds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The first share in int8 against eager torch with the network as it was trained."""
+    drop = paired_difference(right["as trained"], right[_INT8])
+    faster = [was / now for was, now in zip(rounds[_EAGER], rounds[_INT8], strict=True)]
+    return {
+        "accuracy": round(float(right[_INT8].mean()), 4),
+        "drop": [round(value, 4) for value in (drop.value, drop.low, drop.high)],
+        "ms": [round(statistics.median(rounds[name]), 2) for name in (_EAGER, _INT8)],
+        "speedup": round(statistics.median(faster), 2),
+        "speedup_of_rounds": [round(min(faster), 2), round(max(faster), 2)],
+        "within_floor": statistics.median(faster) >= _INT8_FLOOR,
+    }
 
 
 def _told(
