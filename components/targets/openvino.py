@@ -46,6 +46,7 @@ class Target(Quantised):
         facts: dict[str, int | float | str] = {}
         if request.precision == "int8":
             images = calibration_images(request, self)
+            _fold(model)
             controlled = control(_Quantiser(model, images), request, self, runtime="OpenVINO")
             model = controlled.model
             facts |= {"calibration_images": len(images), "int8_constants": _int8_constants(model), **controlled.facts}
@@ -123,6 +124,19 @@ def _in_its_words(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith(("Exception from", "Check '", "[", "FrontEnd"))]
     return " ".join(told or lines)[:500]
+
+
+def _fold(model: Any) -> None:
+    """Make one constant of the weights of each depthwise layer.
+
+    The graph that is read has them as a constant and what gives it its shape. NNCF then quantises along the wrong axis, and
+    OpenVINO executes such a layer in float: 16 of the 50 of EfficientNet-Lite0.
+    """
+    from openvino.passes import ConstantFolding, Manager
+
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(model)
 
 
 def _int8_constants(model: Any) -> int:

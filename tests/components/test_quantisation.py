@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from small_network import SmallNetwork, small_network
+from small_network import SmallNetwork, record_of, small_network
 
 from components import plugins
+from components.checkpoints import assemble
 from components.contracts.errors import EngineUnavailable, ExportError
 from components.contracts.families import ExportRequest
 from components.contracts.models import Engine, Precision
 from components.contracts.records import Stored
+from components.graphs import to_onnx
 from components.targets import openvino
 from components.targets._qdq import QdqQuantiser
 from components.targets._quantisation import Executed, Quantised, control
@@ -171,6 +173,21 @@ def test_an_engine_whose_layer_int8_harms_answers_rightly(
     with torch.inference_mode():
         expected = harmed.module(torch.from_numpy(harmed.images))[1].numpy()
     assert np.corrcoef(embeddings.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+def test_depthwise_layers_are_executed_in_int8_by_openvino(tmp_path: Path) -> None:
+    backbone: Any = plugins.load("backbones", "efficientnet_lite0", {"image_size": 64, "num_layers": 3})
+    task = plugins.load("tasks", "classification")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = assemble(backbone, task, 3).eval()
+    record = record_of(module, "efficientnet_lite0", {"image_size": 64, "num_layers": 3}, backbone, tmp_path)
+    to_onnx(module, record.preprocessing, tmp_path / "model.onnx")
+    images, out = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype=np.uint8), tmp_path / "engine"
+    network = SmallNetwork(Stored(record, tmp_path), module, tmp_path / "model.onnx", images, np.zeros(20, np.int64), task)
+    out.mkdir()
+    member = plugins.load("targets", "openvino", {"max_tries": 0})
+    assert member.export(network.request("int8"), out=out).facts["int8_share"] == 1
 
 
 def test_without_valid_images_nobody_can_say_what_int8_costs() -> None:
