@@ -37,6 +37,12 @@ def expect_trainers(config: TrainingConfig, settings: Settings, *, ray: bool) ->
             f"{ON_CLUSTER} puts the workers of the search on the Ray cluster, and with {PLACE}.launcher: ray every training "
             f"is there already; leave out {ON_CLUSTER}, or set launcher to local"
         )
+    if ray and config.compute.device != "cpu":
+        # No GPU is asked for: a worker may come to a machine that has none, where `auto` is the processor without a word.
+        raise ConfigError(
+            f"{ON_CLUSTER} asks the Ray cluster for processors alone, and {PLACE}.device is {config.compute.device}; set it "
+            f"to cpu, or search without {ON_CLUSTER} by {PLACE}.launcher: ray, which asks for GPUs"
+        )
     on_this_machine(config, settings.num_threads, settings.ray_address)
     if ray:
         expect_answers(settings.ray_address, ON_CLUSTER)

@@ -436,6 +436,11 @@ def test_a_ray_cluster_that_is_of_no_use_is_told_before_anything_is_done(root: P
         ("", "search.trials=6", "--ray needs a Ray cluster that exists, and VISIONLOOP_RAY_ADDRESS names none"),
         (away, "search.trials=6", f"no Ray cluster answers at {away}, which VISIONLOOP_RAY_ADDRESS names"),
         ("", "training.compute={launcher: ray}", "every training is there already; leave out --ray"),
+        (
+            away,
+            "training.compute={device: auto}",
+            "for processors alone, and training.compute.device is auto; set it to cpu",
+        ),
     ):
         done = visionloop("tune", "-r", "smoke", "-s", override, "--ray", cwd=root, VISIONLOOP_RAY_ADDRESS=address)
         assert (done.returncode, message in done.stderr, "getting ready" in done.stderr) == (2, True, False), done.stderr
