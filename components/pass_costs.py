@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from components.contracts.progress import Progress, silent
 from components.contracts.records import Stored
 from components.contracts.verdicts import Estimate, Evaluation, Measurement
 from components.evaluation import EvaluationConfig, measure
-from components.intervals import paired_counts, paired_difference
+from components.intervals import Right, paired_counts, paired_difference
+from components.slices import holm, p_worse
 
 
 def compare(
@@ -72,15 +74,26 @@ def _answers(
         return None, ()
     both, won, lost, neither = paired_counts(ours.right, theirs.right)
     difference = paired_difference(ours.right, theirs.right)
-    labels = np.array(ours.labels, dtype=object)
-    costs = []
-    for name in sorted(set(ours.labels)):
-        chosen = labels == name
-        right, was = ours.right[chosen], theirs.right[chosen]
-        changed = paired_difference(right, was)
-        costs.append(ClassCost(name=name, before=float(was.mean()), after=float(right.mean()), difference=changed))
-    worst = sorted(costs, key=lambda cost: cost.difference.value)
-    return Flips(both=both, won=won, lost=lost, neither=neither, difference=difference), tuple(worst)
+    flips = Flips(both=both, won=won, lost=lost, neither=neither, difference=difference)
+    return flips, cost_by_class(ours.right, theirs.right, ours.labels)
+
+
+def cost_by_class(right: Right, was: Right, labels: Sequence[str]) -> tuple[ClassCost, ...]:
+    """What right answers after the passes and before cost each class; the one that lost most first."""
+    of_label = np.array(labels, dtype=object)
+    inside = {name: of_label == name for name in sorted(set(labels))}
+    corrected = holm([p_worse(right[chosen], was[chosen], margin=0.0) for chosen in inside.values()])
+    costs = [
+        ClassCost(
+            name=name,
+            before=float(was[chosen].mean()),
+            after=float(right[chosen].mean()),
+            difference=paired_difference(right[chosen], was[chosen]),
+            p_worse=p,
+        )
+        for (name, chosen), p in zip(inside.items(), corrected, strict=True)
+    ]
+    return tuple(sorted(costs, key=lambda cost: cost.difference.value))
 
 
 def _speedup(before: Measurement, after: Measurement) -> Estimate | None:

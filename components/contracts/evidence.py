@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from components.contracts.records import FileDigest, Record
 from components.contracts.verdicts import Estimate, SliceFigure
@@ -94,6 +96,16 @@ class ClassCost(Record):
     after: float
     difference: Estimate
     """after - before, image by image."""
+    p_worse: float | None = None
+    """Of being worse than before, one-sided, after Holm's correction for all classes; None, and absent in JSON, where it was
+    not computed yet."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_field(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.p_worse is None:
+            del values["p_worse"]
+        return values
 
 
 class PassesCost(Record):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from components.contracts.evidence import PassesCost
+from components.contracts.evidence import ClassCost, PassesCost
 from components.contracts.models import AppliedPass, NetworkSize
 from components.contracts.wording import counted
 from components.intervals import paired_interval
+from components.slices import SHOWN_AT
 from flows.training.results import Results, estimate_json
 
 _CLASSES = 30
-"""Classes that the ledger holds and pages show: those that lost most."""
+"""Classes that the ledger holds and pages show, at most: those that are shown to be worse, then those that lost most."""
 
 
 def passes_json(results: Results) -> dict[str, Any] | None:
@@ -46,16 +47,26 @@ def _size_json(size: NetworkSize) -> dict[str, int]:
 
 def _cost_json(cost: PassesCost) -> dict[str, Any]:
     flips = cost.answers
+    worse = [each for each in cost.by_class if _worse(each)]
+    others = [each for each in cost.by_class if not _worse(each)]
+    known = bool(cost.by_class) and all(each.p_worse is not None for each in cost.by_class)
     return {
         "engine": cost.engine,
         "lost": flips.lost if flips else None,
         "won": flips.won if flips else None,
         "difference": estimate_json(flips.difference) if flips else None,
         "classes": [
-            {"name": each.name, "before": each.before, "after": each.after, "difference": estimate_json(each.difference)}
-            for each in cost.by_class[:_CLASSES]
+            {
+                "name": each.name,
+                "before": each.before,
+                "after": each.after,
+                "difference": estimate_json(each.difference),
+                "worse": _worse(each),
+            }
+            for each in (*worse, *others)[:_CLASSES]
         ],
         "num_classes": len(cost.by_class),
+        "num_worse": len(worse) if known else None,
         "p50_before_ms": cost.p50_before_ms,
         "p50_after_ms": cost.p50_after_ms,
         "speedup": estimate_json(cost.speedup) if cost.speedup else None,
@@ -64,6 +75,11 @@ def _cost_json(cost: PassesCost) -> dict[str, Any]:
         "engine_bytes_after": cost.engine_bytes_after,
         "notes": list(cost.notes),
     }
+
+
+def _worse(cost: ClassCost) -> bool:
+    """Whether a class is shown to be worse, as a slice is; records of before the correction show it of none."""
+    return cost.p_worse is not None and cost.p_worse <= SHOWN_AT
 
 
 def page(told: dict[str, Any] | None, headline: str) -> dict[str, Any] | None:
@@ -82,7 +98,7 @@ def page(told: dict[str, Any] | None, headline: str) -> dict[str, Any] | None:
                 "after": f"{each['after']:.4f}",
                 "difference": f"{each['difference']['value']:+.4f}",
                 "interval": f"{each['difference']['low']:+.4f} to {each['difference']['high']:+.4f}",
-                "worse": each["difference"]["high"] < 0,
+                "worse": each.get("worse", False),
             }
             for each in cost.get("classes", ())
         ],
@@ -132,7 +148,7 @@ def lines(told: dict[str, Any] | None, headline: str) -> list[str]:
         sizes = "; ".join(f"{name} {was} to {now}{f' ({share})' if share else ''}" for name, was, now, share in row["sizes"])
         found.append(
             f"{row['name']} ({row['settings']}): {sizes}; valid {headline} {row['valid'][0]} to {row['valid'][1]}, "
-            f"{row['difference']} [{row['interval']}] (n={row['n']}, which chose its epochs)"
+            f"{row['difference']} [{row['interval']}] (n={row['n']}{', which chose its epochs' if row['epochs'] else ''})"
         )
         found += list(row["notes"])
     return found + _cost_lines(told["cost"], headline)
@@ -148,12 +164,9 @@ def _cost_lines(cost: dict[str, Any] | None, headline: str) -> list[str]:
             f"{difference['high']:+.4f}] (n={difference['n']}, image by image): {cost['lost']} right answers are wrong now, "
             f"{cost['won']} wrong ones right"
         )
-        shown = [each for each in cost["classes"] if each["difference"]["high"] < 0]
-        among = counted(cost["num_classes"], "class")
-        worse = ", ".join(
-            f"{each['name']} by {-each['difference']['value']:.4f} (n={each['difference']['n']})" for each in shown
-        )
-        found.append(f"shown to be worse: {worse}" if shown else f"none of {among} is shown to be worse by its own interval")
+        # Records of before the correction do not say how many are worse.
+        if (num_worse := cost.get("num_worse")) is not None:
+            found.append(_worse_line(cost, num_worse))
     if (speedup := cost["speedup"]) is not None:
         found.append(
             f"p50 of a single image {cost['p50_before_ms']:.2f} to {cost['p50_after_ms']:.2f} ms, "
@@ -162,6 +175,16 @@ def _cost_lines(cost: dict[str, Any] | None, headline: str) -> list[str]:
         )
     found.append(f"engine {_mb(cost['engine_bytes_before'])} to {_mb(cost['engine_bytes_after'])}")
     return found + list(cost["notes"])
+
+
+def _worse_line(cost: dict[str, Any], num_worse: int) -> str:
+    classes = counted(cost["num_classes"], "class")
+    if not num_worse:
+        return f"none of {classes} is shown to be worse, after Holm's correction for all of them"
+    shown = [each for each in cost["classes"] if each["worse"]]
+    named = [f"{each['name']} by {-each['difference']['value']:.4f} (n={each['difference']['n']})" for each in shown]
+    more = [f"and {num_worse - len(shown)} more"] if num_worse > len(shown) else []
+    return f"shown to be worse, after Holm's correction for {classes}: {', '.join(named + more)}"
 
 
 def _fallen(before: dict[str, int], after: dict[str, int], name: str) -> str:

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from consoled import site
 from shapes import stored, visionloop
 
+from components.contracts.evidence import ClassCost, Flips, PassesCost
 from components.contracts.models import Checkpoint
+from components.contracts.records import canonical_json
+from components.intervals import paired_difference
+from components.pass_costs import cost_by_class
 
 PASSES = "optimisation={passes: [{pass: prune, settings: {share: 0.4, steps: 2}}, {pass: quantisation_aware}]}"
 TRAIN = (
@@ -116,3 +121,74 @@ def test_what_is_not_asked_is_said(pruned: tuple[Path, dict[str, Any]]) -> None:
     assert other["optimisation"]["cost"] is None
     assert other["seconds"]["optimisation"]["cached"]
     assert not (Path(other["run_folder"]) / "unoptimised").exists()
+
+
+def told_of(lost: dict[str, tuple[int, int]], **changes: Any) -> dict[str, Any]:
+    """What the ledger holds of a pass that lost so many of so many right answers to each class."""
+    from flows.training.passes_told import _cost_json
+
+    labels = [name for name, (_, n) in lost.items() for _ in range(n)]
+    right = np.concatenate([np.arange(n) >= gone for gone, n in lost.values()])
+    was = np.ones(len(right), dtype=bool)
+    gone, difference = int((~right).sum()), paired_difference(right, was)
+    values: dict[str, Any] = {
+        "engine": "onnxruntime-fp32",
+        "engine_digest": "e",
+        "before_digest": "b",
+        "test_digest": "t",
+        "answers": Flips(both=len(right) - gone, won=0, lost=gone, neither=0, difference=difference),
+        "by_class": cost_by_class(right, was, labels),
+        "p50_before_ms": None,
+        "p50_after_ms": None,
+        "speedup": None,
+        "machine": "",
+        "engine_bytes_before": 2,
+        "engine_bytes_after": 1,
+        "notes": (),
+    }
+    return {"passes": [], "cost": _cost_json(PassesCost(**(values | changes)))}
+
+
+RARE = {f"rare {i:02d}": (1, 4) for i in range(60)}
+
+
+def test_a_class_that_is_shown_to_be_worse_is_told_before_those_that_lost_more() -> None:
+    from flows.training.passes_told import lines, page
+
+    told = told_of(RARE | {"common": (60, 300)})
+    assert "shown to be worse, after Holm's correction for 61 classes: common by 0.2000 (n=300)" in lines(told, "accuracy")
+    shown = page(told, "accuracy")
+    assert shown is not None
+    assert [(each["name"], each["worse"]) for each in shown["classes"][:2]] == [("common", True), ("rare 00", False)]
+    assert (len(shown["classes"]), shown["num_classes"]) == (30, 61)
+    many = told_of({f"common {i:02d}": (60, 300) for i in range(32)})
+    assert [line.rpartition(", ")[2] for line in lines(many, "accuracy") if "shown" in line] == ["and 2 more"]
+
+
+def test_a_class_is_shown_to_be_worse_by_what_is_left_of_it_among_all() -> None:
+    """By its own interval it would be; records of before the correction show none, and keep their digests."""
+    from flows.training.passes_told import lines, page
+
+    alone, among = told_of({"one": (6, 60)}), told_of({"one": (6, 60)} | {f"other {i}": (0, 60) for i in range(9)})
+    (one,) = (each for each in among["cost"]["classes"] if each["name"] == "one")
+    assert one["difference"]["high"] < 0
+    assert any(line.startswith("shown to be worse, after Holm's correction for 1 class: one") for line in lines(alone, ""))
+    assert "none of 10 classes is shown to be worse, after Holm's correction for all of them" in lines(among, "")
+    before = ClassCost(
+        name="one", before=1.0, after=0.9, difference=paired_difference(np.arange(60) > 5, np.arange(60) >= 0)
+    )
+    assert "p_worse" not in canonical_json(before.to_json())
+    old = told_of({"one": (6, 60)}, by_class=(before,))
+    shown = page(old, "")
+    assert shown is not None
+    assert not shown["classes"][0]["worse"]
+    assert not [line for line in lines(old, "") if "worse" in line]
+
+
+def test_valid_chose_the_epochs_of_what_was_fine_tuned() -> None:
+    from flows.training.passes_told import lines
+
+    size = {"parameters": 9, "macs": 9, "zeros": 0, "stored_bytes": 9}
+    one = {"name": "p", "settings": {}, "before": size, "after": size, "valid": [8, 1, 1, 0], "notes": []}
+    told = lines({"passes": [one | {"epochs": 0}, one | {"epochs": 2}], "cost": None}, "accuracy")
+    assert [line[line.rindex("(") :] for line in told[:2]] == ["(n=10)", "(n=10, which chose its epochs)"]
