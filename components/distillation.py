@@ -92,6 +92,10 @@ def expect_teaches(record: Checkpoint, renamed: Renames, classes: Sequence[str],
             f"choose another teacher, or train without one. A class that only gets another name gets it by "
             f"`visionloop data rename-class`"
         )
+    try:
+        plugins.member_file("backbones", record.backbone)
+    except UnknownName as error:
+        raise ConfigError(f"training.teacher: {told}, cannot be built: {error}") from None
 
 
 def differing(known: Sequence[str], classes: Sequence[str]) -> str:

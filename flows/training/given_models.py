@@ -39,6 +39,8 @@ class GivenModel:
     """The verified checkpoint; asked only when there is something to train."""
     digest: str = ""
     """Of the checkpoint's record; empty in what a run keeps of a warm start."""
+    backbone: str = ""
+    """Its plug-in; empty like the digest, and in files of before a teacher's was kept."""
     renamed: Renames = ()
     """The classes that got other names since it was trained."""
     note: str = ""
@@ -83,7 +85,8 @@ def teacher(
     record, pinned = checkpoint.record, _version_of(root, version)
     renamed = data.renames_since(pinned) if pinned else ()
     note = "" if pinned else _UNKNOWN_DATA
-    return GivenModel("teacher", named, "", record.weights.sha256, lambda: checkpoint, record.digest(), renamed, note)
+    given = record.weights.sha256, lambda: checkpoint, record.digest(), record.backbone
+    return GivenModel("teacher", named, "", *given, renamed, note)
 
 
 _UNKNOWN_DATA = "it was trained on data that no version here pins, so it may have learned from what are test images here"
@@ -125,7 +128,8 @@ def _champion(
     renamed = data.renames_since(its_data)
     note = _UNKNOWN_DATA if root is not None and _version_of(root, its_data.dvc_hash) is None else ""
     told = f"{named}, version {version}"
-    return GivenModel(role, told, version, record.weights.sha256, lambda: checkpoint, record.digest(), renamed, note)
+    given = record.weights.sha256, lambda: checkpoint, record.digest(), record.backbone
+    return GivenModel(role, told, version, *given, renamed, note)
 
 
 def _version_of(root: Path, dvc_hash: str) -> DataVersion | None:
@@ -148,8 +152,8 @@ def keep(given: GivenModel, run: Path) -> None:
     kept = _file(given.role, run)
     if not kept.exists():
         said = {"version": given.version, "weights": given.weights, "renamed": [list(one) for one in given.renamed]}
-        of_teacher = {"checkpoint": given.digest, "note": given.note} if given.role == "teacher" else {}
-        write_atomically(kept, seal(said | of_teacher))
+        of_teacher = {"checkpoint": given.digest, "backbone": given.backbone, "note": given.note}
+        write_atomically(kept, seal(said | (of_teacher if given.role == "teacher" else {})))
 
 
 def _kept(role: Role, run: Path) -> dict[str, Any] | None:
@@ -167,8 +171,9 @@ def _kept(role: Role, run: Path) -> dict[str, Any] | None:
 def _as_kept(role: Role, named: str, body: dict[str, Any], fetch: Callable[[], Stored[Checkpoint]]) -> GivenModel:
     # Files of before classes could get other names say nothing of them.
     renamed = tuple((old, new) for old, new in body.get("renamed", ()))
-    digest, note = body.get("checkpoint", ""), body.get("note", "")
-    return GivenModel(role, named, body["version"], body["weights"], fetch, digest, renamed, note, kept=True)
+    of_teacher = (body.get("checkpoint", ""), body.get("backbone", ""))
+    note = body.get("note", "")
+    return GivenModel(role, named, body["version"], body["weights"], fetch, *of_teacher, renamed, note, kept=True)
 
 
 def _file(role: Role, run: Path) -> Path:

@@ -85,7 +85,8 @@ def _of_teacher(run: Run) -> dict[str, str]:
     if run.teacher is None:
         return {}
     renamed = {"teacher_renamed": canonical_json(run.teacher.renamed)} if run.teacher.renamed else {}
-    return {"teacher": run.teacher.digest, **renamed}
+    code = member_digests(backbones=run.teacher.backbone) if run.teacher.backbone else {}
+    return {"teacher": run.teacher.digest, **renamed, **{f"teacher/{name}": digest for name, digest in code.items()}}
 
 
 def _of_phases(phases: Sequence[Phase]) -> dict[str, str]:

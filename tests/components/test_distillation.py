@@ -253,7 +253,7 @@ def test_classes_are_the_datas_by_the_names_and_in_the_order_of_today(teacher: S
     with pytest.raises(ConfigError, match="new: ring; gone: none"):
         Teaching.of(chosen, teacher, (), (*KINDS, "ring"), "classification")
     gone = Stored(record.model_copy(update={"backbone": "theirs"}), teacher.folder)
-    with pytest.raises(ConfigError, match=r"^training.teacher: the teacher's network cannot be built: unknown backbone"):
+    with pytest.raises(ConfigError, match=r"^training.teacher: the teacher, cannot be built: unknown backbone 'theirs'"):
         Teaching.of(chosen, gone, (), KINDS, "classification")
 
 

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 from shapes import visionloop
 
+from components import plugins
+from components.compute import Compute
 from components.contracts.data import DataVersion
 from components.contracts.errors import ConfigError, TamperedArtefact
 from components.contracts.models import Checkpoint
 from components.contracts.records import Stored
 from components.distillation import Teacher, stored_checkpoint
 from components.store import read_manifest
-from flows.training.given_models import keep, teacher
+from flows.training import keys
+from flows.training.given_models import GivenModel, keep, teacher
 from flows.workspace.recipes import load_recipe
 
 ONE_ENGINE = ("--set", "export.targets=[{target: onnxruntime}]", "--set", "export.serving=onnxruntime-fp32")
@@ -46,7 +49,9 @@ def test_a_student_of_a_checkpoint_says_so_everywhere(trained: Path, tmp_path: P
     student = Path(summary["run_folder"])
     told = f"checkpoint {folder} (weights {teachers.weights.sha256[:16]})"
     assert f"    teacher: {told}\n" in done.stderr
-    assert read_manifest((student / "3-training").resolve())["inputs"]["teacher"] == teachers.digest()
+    inputs = read_manifest((student / "3-training").resolve())["inputs"]
+    assert inputs["teacher"] == teachers.digest()
+    assert inputs["teacher/backbones/small_cnn"] == plugins.member_digest("backbones", "small_cnn")
     assert told in (student / "report.html").read_text()
     card = student / ".bundle" / "model-card.md"
     assert f"- Teacher: {told}\n" in card.read_text()
@@ -98,7 +103,9 @@ class Champions:
         return self.found
 
 
-def test_a_champion_teaches_and_stays_the_teacher_of_its_run(trained: Path, tmp_path: Path) -> None:
+def test_a_champion_teaches_and_stays_the_teacher_of_its_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (run,) = (trained / ".visionloop" / "runs").glob("smoke-*")
     checkpoint, dvc_hash = stored_checkpoint(run / "3-training")
 
@@ -120,6 +127,27 @@ def test_a_champion_teaches_and_stays_the_teacher_of_its_run(trained: Path, tmp_
     again = given()
     assert (again.told, again.digest, again.renamed) == (first.told, first.digest, first.renamed)
     assert "champion of shapes, version 3" in again.told
+    # A student of another backbone depends on the code of its teacher's, also when that is only remembered.
+    student = load_recipe("transfer").training
+    splits: Any = SimpleNamespace(record=SimpleNamespace(digest=lambda: "s"))
+    run_of = SimpleNamespace(
+        config=SimpleNamespace(training=student),
+        workspace=SimpleNamespace(root=trained),
+        warm_start=None,
+        settings=SimpleNamespace(num_threads=1),
+        compute=Compute(),
+    )
+
+    def inputs(taught_by: GivenModel | None) -> dict[str, str]:
+        run_of.teacher = taught_by
+        return keys.training_inputs(run_of, splits)  # type: ignore[arg-type]
+
+    before, alone = inputs(first), inputs(None)
+    assert before == inputs(again)
+    assert alone == {key: value for key, value in before.items() if not key.startswith("teacher")}
+    monkeypatch.setattr(plugins, "source_digest", lambda path: f"now {path.stem}")
+    changed = {key for key, value in inputs(again).items() if value != before[key]}
+    assert changed - {key for key, value in inputs(None).items() if value != alone[key]} == {"teacher/backbones/small_cnn"}
     (tmp_path / "teacher.json").write_text((tmp_path / "teacher.json").read_text().replace('"3"', '"2"'))
     with pytest.raises(
         TamperedArtefact, match="teacher.json was changed after it was written; remove it to learn from today's"
