@@ -49,7 +49,7 @@ class Database:
                 else sa.create_engine(url, pool_pre_ping=True, connect_args=waiting)
             )
         except (SQLAlchemyError, ModuleNotFoundError) as error:
-            raise ConfigError(f"{name}: {url.split('://')[0]!r} is no database that can be opened here ({error})") from None
+            raise ConfigError(f"{name}: {scheme(url)} is no database that can be opened here ({error})") from None
         if self._engine.dialect.name == "sqlite":
             # pysqlite's own transaction handling starts too late to serialise two appenders.
             sa.event.listen(self._engine, "connect", _sqlite_manual_transactions)
@@ -127,6 +127,12 @@ def append_only(table: str, name: str, *, unique: Sequence[str]) -> dict[str, li
             f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_refuse()",
         ],
     }
+
+
+def scheme(url: str) -> str:
+    """What an error may show of an address that cannot be read: a password may stand anywhere else in it."""
+    found = re.match(r"([\w+.-]+)://", url)
+    return repr(found[1]) if found else "an address without a scheme such as sqlite:/// or postgresql://"
 
 
 def sqlite_file(url: str) -> Path | None:

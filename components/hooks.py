@@ -222,17 +222,21 @@ class EarlyStopping(Hook):
         self.weights = _under("weights.", state)
 
 
-@dataclass(frozen=True)
+@dataclass
 class MetricLogging(Hook):
-    """Sends the row of every epoch to a sink."""
+    """Sends the row of every epoch to a sink: those of before a kill too, which this sink may never have heard."""
 
     sink: MetricSink
     numbered: Callable[[dict[str, float]], dict[str, float]] = dict
     """What becomes of a row before it is sent."""
+    _sent: int = 0
 
     def on_epoch(self, fitting: Fitting) -> None:
-        row = self.numbered(fitting.history[-1])
-        self.sink.log(int(row["epoch"]), row)
+        for row in map(self.numbered, fitting.history[self._sent :]):
+            self.sink.log(int(row["epoch"]), row)
+        self._sent = len(fitting.history)
+
+    on_end = on_epoch
 
 
 @dataclass(frozen=True)

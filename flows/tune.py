@@ -10,7 +10,7 @@ from prefect import flow
 
 from flows.training import steps
 from flows.training.chosen import named
-from flows.tuning.outcome import link_best, summarise
+from flows.tuning.outcome import summarise
 from flows.tuning.page import write_page
 from flows.tuning.searching import Asked, opened, tried
 from flows.tuning.winner import winner_name, write_winner
@@ -37,7 +37,6 @@ def tune(
         dataset = steps.validation(search.run)
         splits = steps.splitting(search.run, dataset)
         best = tried(search, splits)
-        link_best(search, best)
         page = write_page(search.study, search.run.folder)
         winner = write_winner(search.space, search.study, best, winner_name(chosen.config, write))
         return summarise(search, best, winner, page, splits.record.counts["valid"])

@@ -12,7 +12,6 @@ from shapes import SMOKE
 from components.contracts.progress import Progress
 from flows.terminal import Console
 from flows.training.chosen import ChosenRecipe
-from flows.tuning.holding import Hold
 from flows.tuning.searching import Asked, Search, _Going, identity
 from flows.tuning.space import Space, Value, space_of
 from flows.tuning.study import Study
@@ -99,9 +98,10 @@ def searching(
     console = Console(3, quiet=True)
     console.line = held.append  # type: ignore[method-assign, assignment]
     found = Study(url or sqlite_url(root / "studies.db"), study, say=held.append, patience_s=patience_s)
-    found.begin(identity(recipe, data), "maximize")
-    run: Any = SimpleNamespace(console=console, task=SimpleNamespace(headline="accuracy"))
-    return Search(run, space_of(recipe), found, Hold(), Asked(study))
+    space = space_of(recipe)
+    found.begin(identity(space, data), "maximize")
+    run: Any = SimpleNamespace(console=console, task=SimpleNamespace(headline="accuracy"), folder=root / "studies" / study)
+    return Search(run, space, found, Asked(study))
 
 
 def go(search: Search, *found: Any) -> None:

@@ -74,10 +74,14 @@ def training_inputs(run: Run, splits: Stored[Splits]) -> dict[str, str]:
         "config": config.digest(),
         "num_threads": str(run.settings.num_threads),
         **({"device": run.compute.key} if run.compute.key else {}),
-        **member_digests(backbones=config.backbone, tasks=config.task),
-        **_of_phases(config.all_phases),
+        **training_members(config),
         **_of_teacher(run),
     }
+
+
+def training_members(config: TrainingConfig) -> dict[str, str]:
+    """Source digests of the plug-ins that a training names."""
+    return {**member_digests(backbones=config.backbone, tasks=config.task), **_of_phases(config.all_phases)}
 
 
 def _of_teacher(run: Run) -> dict[str, str]:

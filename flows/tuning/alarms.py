@@ -1,6 +1,7 @@
 """Alarms of a search: trials that are the same to the bit although their values differ, so that these had no effect.
 
-A search whose values reach no training looks like any other but for that: its trials differ in name alone.
+A search whose values reach no training looks like any other but for that: its trials differ in name alone. Trials that were
+stopped raise none: a value such as the factor of a later step had no time to take effect.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ class Alarm:
 
 def alarms(trials: Sequence[Trial], parameters: Sequence[Parameter]) -> list[Alarm]:
     """What the trials that ended show."""
-    ended = [trial for trial in trials if trial.state in ("complete", "pruned") and _trained(trial)]
-    same = [(one, other) for one, other in combinations(ended, 2) if one.params != other.params and _same(one, other)]
+    complete = [trial for trial in trials if trial.state == "complete"]
+    same = [(one, other) for one, other in combinations(complete, 2) if one.params != other.params and _same(one, other)]
     if not same:
         return []
-    distinct = len({_spelled(trial) for trial in ended})
-    if len(same) == distinct * (distinct - 1) // 2 and distinct > 2:
+    distinct = len({_spelled(trial) for trial in complete})
+    stopped = any(trial.state == "pruned" for trial in trials)
+    if len(same) == distinct * (distinct - 1) // 2 and distinct > 2 and not stopped:
         return [
             Alarm(
                 "all",
@@ -70,17 +72,6 @@ def _spelled(trial: Trial) -> str:
     return repr(sorted(trial.params.items()))
 
 
-def _trained(trial: Trial) -> bool:
-    return bool(trial.facts.get("weights") or trial.facts.get("history"))
-
-
 def _same(one: Trial, other: Trial) -> bool:
-    """Whether two trials were trained to the same bits, as far as both went."""
-    weights = one.facts.get("weights"), other.facts.get("weights")
-    if all(weights):
-        return weights[0] == weights[1]
-    losses = [
-        {row["epoch"]: (row["train_loss"], row["valid_loss"]) for row in trial.facts["history"]} for trial in (one, other)
-    ]
-    both = losses[0].keys() & losses[1].keys()
-    return bool(both) and all(losses[0][epoch] == losses[1][epoch] for epoch in both)
+    """Whether two trials were trained to the same bits."""
+    return bool(one.facts.get("weights")) and one.facts["weights"] == other.facts.get("weights")

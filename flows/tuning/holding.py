@@ -1,7 +1,7 @@
 """Who searches a study now: one process at a time, on whatever machine, told by a row beside the study's tables.
 
-The row is refreshed while the search goes on. That of a process which ended on this machine is taken over at once, that of
-one on another machine when it was not refreshed for a minute.
+The row is refreshed while the search goes on, and looked at before anything is written. That of a process which ended on
+this machine is taken over at once, that of one on another machine when it was not refreshed for a minute.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -44,10 +44,13 @@ class Hold:
 
     lost: threading.Event = field(default_factory=threading.Event)
     """Set when another search took the study over, as this one was not heard of for a minute."""
+    asked: Callable[[], bool] = lambda: True
+    """Whether the row still names this search; raises RegistryUnavailable."""
 
     def expect(self, study: str) -> None:
-        """Raise StudyBusy where another search took it over."""
-        if self.lost.is_set():
+        """Raise StudyBusy where another search took it over, RegistryUnavailable where that is not known."""
+        if self.lost.is_set() or not self.asked():
+            self.lost.set()
             raise StudyBusy(
                 f"another search took study {study!r} over, as the database did not hear of this one for "
                 f"{_GONE_S:g} s; wait for that one, or stop it"
@@ -58,7 +61,14 @@ class Hold:
 def holding(url: str, study: str) -> Iterator[Hold]:
     """Hold a study; raises StudyBusy where another search does, RegistryUnavailable."""
     database = Database(url, _metadata, name="the database of studies", lock=_LOCK)
-    hold, holder, stop = Hold(), uuid.uuid4().hex, threading.Event()
+    holder, stop = uuid.uuid4().hex, threading.Event()
+
+    def asked() -> bool:
+        with database.reading() as connection:
+            mine = _searches.c.study == study, _searches.c.holder == holder
+            return connection.execute(_searches.select().where(*mine)).one_or_none() is not None
+
+    hold = Hold(asked=asked)
     _take(database, study, holder)
     beat = threading.Thread(target=_beat, args=(database, study, holder, hold, stop), daemon=True, name="study")
     beat.start()
@@ -98,8 +108,12 @@ def _take(database: Database, study: str, holder: str) -> None:
 
 
 def _gone(row: sa.Row[tuple[object, ...]], moment: datetime.datetime) -> bool:
-    """Whether the process that a row tells of has ended."""
-    if row.host == socket.gethostname() and row.began:
+    """Whether the process that a row tells of has ended: its number tells that in the boot that it began in.
+
+    Other machines, such as those made of one image, may have this one's name.
+    """
+    boot = (began(os.getpid()) or "").rpartition(":")[0]
+    if row.host == socket.gethostname() and boot and row.began.rpartition(":")[0] == boot:
         return bool(began(row.pid) != row.began)
     return bool((moment - row.seen).total_seconds() > _GONE_S)
 

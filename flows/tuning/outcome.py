@@ -21,13 +21,6 @@ from flows.tuning.space import Parameter, shown
 from flows.tuning.study import Study, Trial
 
 
-def link_best(search: Search, best: Trial) -> None:
-    """Let the study's folder reach what the best trial trained, so that nothing collects it."""
-    artefact = best.facts.get("artefact")
-    if artefact:
-        search.run.link(search.run.store.folder("training", str(artefact)), "best")
-
-
 def summarise(search: Search, best: Trial, recipe: Path, page: Path, num_valid: int) -> dict[str, Any]:
     """What a search came to."""
     study, config = search.study, search.space.recipe.config

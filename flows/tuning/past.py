@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from components.contracts.errors import UnknownName
 from components.contracts.wording import counted
 from flows.tuning.outcome import best_json, counts, objective_name
 from flows.tuning.page import write_page
 from flows.tuning.space import shown
 from flows.tuning.study import Study, heads
+from flows.workspace.recipes import expect_plain_name
 from flows.workspace.settings import read_settings
 from flows.workspace.workspace import Workspace
 
@@ -45,7 +47,12 @@ def told_study(study: Mapping[str, Any]) -> str:
 
 def shown_study(workspace: Workspace, name: str) -> dict[str, Any]:
     """A study with its trials; raises UnknownName, RegistryUnavailable."""
-    study = Study(read_settings(workspace.state).studies_url, name, patience_s=0)
+    url = read_settings(workspace.state).studies_url
+    expect_plain_name(name)  # its page has a folder of that name
+    known = [head.name for head in heads(url)]
+    if name not in known:
+        raise UnknownName("study", name, known)
+    study = Study(url, name, patience_s=0)
     study.open()
     told, best = study.described, study.best
     page = write_page(study, workspace.studies / name) if told else None

@@ -12,18 +12,22 @@ from typing import Any
 
 from components import plugins
 from components.contracts.data import DataVersion, Splits
-from components.contracts.errors import ConfigError
+from components.contracts.errors import ConfigError, WorkerLost
 from components.contracts.progress import Progress
 from components.contracts.records import Stored, canonical_json
 from components.contracts.wording import counted
+from components.distillation import stored_checkpoint
 from components.segments import limit
-from components.training import on_this_machine
+from components.store import sha256_file
+from components.training import local_weights, on_this_machine
 from flows import stopping
 from flows.terminal import Console
+from flows.training import keys
 from flows.training.chosen import ChosenRecipe
 from flows.training.run import Run
 from flows.tuning.alarms import Alarm, alarms
-from flows.tuning.holding import Hold, holding
+from flows.tuning.attempts import ATTEMPTS, Attempts
+from flows.tuning.holding import holding
 from flows.tuning.recording import Recorder
 from flows.tuning.space import Space, Value, described, searched, space_of, told
 from flows.tuning.study import Direction, Study, Trial
@@ -37,8 +41,10 @@ from flows.workspace.workspace import lock_digest
 
 STAGES = 3
 """Validation, splitting and the trials."""
+BEST = "best"
+"""The link in a study's folder to what its best trial trained."""
 _ATTEMPTS = 3
-"""Processes that a trial may cost before it is given up."""
+"""Processes that a trial may cost without coming to a further epoch, before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,6 @@ class Search:
     run: Run
     space: Space
     study: Study
-    hold: Hold
     asked: Asked
     recorder: Recorder | None = None
     new: int = 0
@@ -73,6 +78,22 @@ class Search:
     @property
     def alarms(self) -> list[Alarm]:
         return alarms(self.study.trials, self.space.parameters)
+
+    def link_best(self) -> None:
+        """Let the study's folder reach what the best trial trained, so that nothing collects it."""
+        best = self.study.best
+        artefact = str(best.facts.get("artefact") or "") if best is not None else ""
+        if best is None or not artefact:
+            return
+        trained = self.run.store.folder("training", artefact)
+        if trained.is_dir():
+            self.run.link(trained, BEST)
+            return
+        (self.run.folder / BEST).unlink(missing_ok=True)
+        self.run.console.line(
+            f"    what the best trial so far, {best.number}, trained is not in the store of this workspace any more; "
+            f"`visionloop train` by the winner's recipe makes it anew"
+        )
 
 
 @contextlib.contextmanager
@@ -93,7 +114,8 @@ def opened(recipe: ChosenRecipe, asked: Asked, *, quiet: bool) -> Iterator[Searc
         study = Study(settings.studies_url, asked.study, say=console.line)
         direction: Direction = "maximize" if config.objective == "headline" else "minimize"
         with holding(settings.studies_url, asked.study) as hold:
-            study.begin(identity(recipe, data), direction)
+            study.hold = hold
+            study.begin(identity(space, data), direction)
             run = Run(workspace, recipe.config, data, settings, console, folder=folder)
             console.line(
                 f"study {asked.study}: recipe {recipe.config.name}, {described(space)}, "
@@ -104,8 +126,12 @@ def opened(recipe: ChosenRecipe, asked: Asked, *, quiet: bool) -> Iterator[Searc
             )
             done = False
             try:
-                with stopping.at_once(lambda: f"stopped; the same command goes on with {_next(study)}"):
-                    yield Search(run, space, study, hold, asked, recorder)
+                with stopping.at_once(
+                    lambda: f"stopped; the same command goes on with {_next(study)}",
+                    # That a person stopped it says nothing of a trial.
+                    lambda _: (folder / ATTEMPTS).unlink(missing_ok=True),
+                ):
+                    yield Search(run, space, study, asked, recorder)
                 done = True
             finally:
                 recorder.close(done=done)
@@ -121,10 +147,10 @@ def _next(study: Study) -> str:
     return f"trial {min(going_on, default=len(study.trials))}"
 
 
-def identity(recipe: ChosenRecipe, data: DataVersion) -> dict[str, str]:
+def identity(space: Space, data: DataVersion) -> dict[str, str]:
     """All that the trials of a study have in common, by name: what differs in it cannot be compared."""
-    config = recipe.config.to_run
-    search = searched(recipe.config).to_json()
+    config = space.recipe.config.to_run
+    search = searched(space.recipe.config).to_json()
     source = plugins.source_digest(plugins.home("tasks") / "training.py")
     return {
         "model": config.model,
@@ -134,7 +160,35 @@ def identity(recipe: ChosenRecipe, data: DataVersion) -> dict[str, str]:
         "what is pinned beside the data": data.digest()[:16],
         "device": on_this_machine(config.training).key or "cpu",
         "code of the training": source[:16],
+        **_named(space),
         "locked libraries": lock_digest()[:16],
+    }
+
+
+def _named(space: Space) -> dict[str, str]:
+    """Digests of what the trainings only name: files of weights, teachers, and the code of plug-ins."""
+    root = space.recipe.workspace.root
+    weights: dict[str, str] = {}
+    teachers: dict[str, str] = {}
+    code: dict[str, str] = {}
+    for config in space.trainings:
+        code |= keys.training_members(config)
+        local = local_weights(config, root)
+        if local is not None:
+            weights[config.weights] = sha256_file(local)
+        if config.teacher is not None:
+            teacher = stored_checkpoint(root / config.teacher.checkpoint)[0].record
+            teachers[config.teacher.checkpoint] = teacher.digest()
+            code |= keys.member_digests(backbones=teacher.backbone)
+    # MLflow takes these names, and takes no path in one.
+    files = {"files of weights": weights, "teachers": teachers}
+    return {
+        **{f"code of {member}": digest[:16] for member, digest in sorted(code.items())},
+        **{
+            what: ", ".join(f"{path} {digest[:16]}" for path, digest in sorted(found.items()))
+            for what, found in files.items()
+            if found
+        },
     }
 
 
@@ -161,6 +215,7 @@ def tried(search: Search, splits: Stored[Splits]) -> Trial:
     search.study.expect_splits(splits.record.digest())
     search.study.describe(_described(search, splits.record))
     run, config = search.run, searched(search.space.recipe.config)
+    search.link_best()  # a search that was killed may have had no time to
     with run.console.stage("trials", STAGES) as (progress, cached):
         going_on = _Going(search, config.trials, progress)
         if going_on.left:
@@ -213,6 +268,7 @@ class _Going:
         self._warm = threading.Event()
         """Set when caches that trials share are filled: two that start at once would both fill them."""
         self._alarmed: set[str] = set()
+        self._attempts = Attempts(search.run.folder)
         if any(trial.curve for trial in search.study.trials):
             self._warm.set()
 
@@ -261,7 +317,6 @@ class _Going:
             if self._stopped:
                 return None
             study = self.search.study
-            self.search.hold.expect(study.name)
             left = next((one for one in study.trials if not one.finished and one.number not in self._held), None)
             if left is None and self._room:
                 params = study.propose(self.search.space, self._config)
@@ -282,18 +337,27 @@ class _Going:
         except ConfigError as error:
             self._done(trial, TrialResult(state="failed", reason=str(error)))
             return
-        for attempt in range(1, _ATTEMPTS + 1):
+        why, number = "the process of the search ended while it was trained", trial.number
+        while self._attempts.of(number) < _ATTEMPTS:
+            self._attempts.begin(number)
             try:
-                result = worker.train(trial.number, config, lambda row: self._epoch(trial, row), self._told(trial))
-                break
-            except WorkerEnded as ended:
+                result = worker.train(number, config, lambda row: self._epoch(trial, row), self._told(trial))
+            except (WorkerEnded, WorkerLost) as ended:
                 if self._stopped:
                     return
-                again = attempt < _ATTEMPTS
+                why = str(ended)
+                again = self._attempts.of(number) < _ATTEMPTS
                 then = "another one goes on with it" if again else f"it is given up, after {_ATTEMPTS} of them"
-                self.search.run.console.line(f"    trial {trial.number}: {ended}; {then}")
-                result = TrialResult(state="failed", reason=f"{ended}, {_ATTEMPTS} times")
-        self._done(trial, result)
+                self.search.run.console.line(f"    trial {number}: {ended}; {then}")
+            except BaseException:
+                self._attempts.forget(number)
+                raise
+            else:
+                self._attempts.forget(number)
+                self._done(trial, result)
+                return
+        self._done(trial, TrialResult(state="failed", reason=f"{why}, {_ATTEMPTS} times without coming to a further epoch"))
+        self._attempts.forget(number)
 
     def _told(self, trial: Trial) -> Progress:
         def told_of(done: int, total: int, note: str = "") -> None:
@@ -315,12 +379,13 @@ class _Going:
     def _epoch(self, trial: Trial, row: Mapping[str, float]) -> bool:
         """Whether a trial goes on after an epoch."""
         phases = len(self.search.space.recipe.config.training.all_phases)
+        self._attempts.heard(trial.number, int(row["epoch"]))
         if row.get("phase", 1) < phases:
             return not self._stopped
         with self._lock:
             study = self.search.study
             if "first_epoch" not in trial.facts:
-                # Phases before may have been of other lengths in other trials.
+                # Phases before may have been of other lengths in other trials. A training that is taken up tells all epochs.
                 study.note(trial, first_epoch=int(row["epoch"]))
             step = int(row["epoch"]) - int(trial.facts["first_epoch"]) + 1
             self._warm.set()
@@ -336,7 +401,6 @@ class _Going:
             if self._stopped:
                 return
             study, number = self.search.study, len(self.search.space.recipe.config.training.all_phases)
-            self.search.hold.expect(study.name)
             last = [row for row in result.history if row.get("phase", 1) == number]
             facts = result.to_json()
             del facts["state"], facts["schema_version"]
@@ -349,6 +413,8 @@ class _Going:
                 headline = self._config.objective == "headline"
                 value = result.valid[self.search.headline] if headline else min(row["valid_loss"] for row in last)
             study.finish(trial, result.state, value)
+            if study.best is trial:
+                self.search.link_best()
             self.search.new += 1
             if self.search.recorder is not None:
                 self.search.recorder.more()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, JsonValue
 from components.contracts.errors import ConfigError, PluginFailed, UnknownName
 from components.contracts.wording import counted
 from components.search import Dimension, SearchConfig, spelled
-from components.training import CHAMPION
+from components.training import CHAMPION, TrainingConfig
 from flows.training.chosen import ChosenRecipe
 from flows.workspace.recipes import RunConfig, resolved, with_values_at
 
@@ -86,7 +86,10 @@ class Parameter:
             return False
         if self.kind == "int" and value != int(value):
             return False
-        return self.step is None or math.isclose((value - self.low) / self.step % 1 % 1, 0, abs_tol=1e-9)
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        return math.isclose(steps, round(steps), abs_tol=1e-9)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,12 @@ class Space:
         found = {parameter.key: parameter.own for parameter in self.parameters if parameter.own is not None}
         return found if len(found) == len(self.parameters) else None
 
+    @property
+    def trainings(self) -> list[TrainingConfig]:
+        """That of the recipe, and those with each choice in its place: what trials may name, they name."""
+        choices = [{one.key: choice} for one in self.parameters for choice in one.dimension.choices]
+        return [self.recipe.config.training, *(_with(self.recipe, choice, "").training for choice in choices)]
+
     def chosen(self, params: Mapping[str, Value]) -> dict[str, JsonValue]:
         """What a trial's values mean in the recipe."""
         return {parameter.key: parameter.meant(params[parameter.key]) for parameter in self.parameters}
@@ -125,16 +134,7 @@ def space_of(recipe: ChosenRecipe) -> Space:
             f"search: {{space: {{training.fit.learning_rate: {{low: 0.0001, high: 0.01, log: true}}}}}}; "
             f"`visionloop recipe schema` has every key with its bounds"
         )
-    if config.training.weights == CHAMPION:
-        raise ConfigError(
-            "training.weights: champion: trials of a search have to begin from the same weights, and the champion may "
-            "change while it goes on; choose other weights, such as the file of a checkpoint"
-        )
-    if config.training.teacher is not None and config.training.teacher.champion:
-        raise ConfigError(
-            "training.teacher: champion: trials of a search have to learn from the same teacher, and the champion may "
-            "change while it goes on; name a checkpoint in its place, such as .visionloop/runs/RUN/3-training"
-        )
+    _expect_no_champion(config.training)
     if config.training.all_phases[-1].head is not None or not config.splitting.valid_share:
         raise ConfigError(
             "a search compares trainings by epochs on the valid images, and this recipe has none (splitting.valid_share: 0) "
@@ -142,6 +142,19 @@ def space_of(recipe: ChosenRecipe) -> Space:
         )
     known = resolved(config)
     return Space(recipe, tuple(_parameter(recipe, key, one, known) for key, one in config.search.space.items()))
+
+
+def _expect_no_champion(training: TrainingConfig) -> None:
+    if training.weights == CHAMPION:
+        raise ConfigError(
+            "training.weights: champion: trials of a search have to begin from the same weights, and the champion may "
+            "change while it goes on; choose other weights, such as the file of a checkpoint"
+        )
+    if training.teacher is not None and training.teacher.champion:
+        raise ConfigError(
+            "training.teacher: champion: trials of a search have to learn from the same teacher, and the champion may "
+            "change while it goes on; name a checkpoint in its place, such as .visionloop/runs/RUN/3-training"
+        )
 
 
 def _parameter(recipe: ChosenRecipe, key: str, dimension: Dimension, known: Mapping[str, Any]) -> Parameter:
@@ -179,7 +192,7 @@ def _takes_fractions(recipe: ChosenRecipe, key: str, low: float) -> bool:
 def _try(recipe: ChosenRecipe, key: str, values: Sequence[JsonValue]) -> None:
     for value in values:
         try:
-            _with(recipe, {key: value}, f"search.space {key!r}")
+            _expect_no_champion(_with(recipe, {key: value}, f"search.space {key!r}").training)
         except PluginFailed:
             raise
         except UnknownName as error:

@@ -17,11 +17,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from components.contracts.errors import ConfigError, RegistryUnavailable, UnknownName, in_short, redacted
+from components.contracts.errors import (
+    ConfigError,
+    RegistryUnavailable,
+    StudyBusy,
+    UnknownName,
+    in_short,
+    redacted,
+)
 from components.contracts.records import canonical_json, sha256_text
-from components.databases import advice, sqlite_file
+from components.databases import advice, scheme, sqlite_file
 from components.search import SearchConfig
 from flows.terminal import Say, silent
+from flows.tuning.holding import Hold
 from flows.tuning.space import Parameter, Space, Value
 
 if TYPE_CHECKING:
@@ -40,6 +48,8 @@ _STARTUP = 8
 _REDRAWS = 32
 PATIENCE_S = 300.0
 """How long a search waits for its database."""
+_OPENS_S = 2.0
+"""How long it waits for one that has not answered yet."""
 FEWEST = 8
 """Complete trials from which on the importance of parameters is told."""
 
@@ -90,8 +100,7 @@ def heads(url: str) -> list[StudyHead]:
     file = sqlite_file(url)
     if file is not None and not file.exists():
         return []
-    storage = _storage(url)
-    found = _asked(url, storage.get_all_studies, patience_s=0)
+    found = _asked(url, lambda: _storage(url).get_all_studies(), patience_s=0)
     return [
         StudyHead(one.study_name, one.user_attrs[_IDENTITY], one.user_attrs.get(_TOLD, {}))
         for one in found
@@ -105,7 +114,10 @@ class Study:
     def __init__(self, url: str, name: str, *, say: Say = silent, patience_s: float = PATIENCE_S) -> None:
         self.url, self.name = url, name
         self._say, self._patience_s = say, patience_s
-        self._storage = self._asked(lambda: _storage(url))
+        self.hold = Hold()
+        """What is asked before anything is written."""
+        # Long enough for another search that is just making the tables; a wrong address or password is told at once.
+        self._storage = _asked(url, lambda: _storage(url), say=say, patience_s=min(patience_s, _OPENS_S))
         self._id = -1
         self.direction: Direction = "maximize"
         self.identity: dict[str, Any] = {}
@@ -130,6 +142,7 @@ class Study:
             try:
                 return self._storage.get_study_id_from_name(self.name)
             except KeyError:
+                self.hold.expect(self.name)
                 with contextlib.suppress(DuplicatedStudyError):  # made by an attempt whose answer was lost
                     return self._storage.create_new_study(directions, self.name)
                 return self._storage.get_study_id_from_name(self.name)
@@ -137,13 +150,13 @@ class Study:
         self._id = self._asked(found)
         self._read()
         if not self.identity and not self.trials:
-            self._asked(lambda: self._storage.set_study_user_attr(self._id, _IDENTITY, dict(identity)))
+            self._written(lambda: self._storage.set_study_user_attr(self._id, _IDENTITY, dict(identity)))
             self.identity, self.direction = dict(identity), direction
         _expect_same(self.name, self.identity, identity)
 
     def describe(self, told: Mapping[str, Any]) -> None:
         """Keep what a page says of the search, for whoever shows it without its recipe."""
-        self._asked(lambda: self._storage.set_study_user_attr(self._id, _TOLD, dict(told)))
+        self._written(lambda: self._storage.set_study_user_attr(self._id, _TOLD, dict(told)))
 
     @property
     def described(self) -> dict[str, Any]:
@@ -154,7 +167,7 @@ class Study:
         """The trials of a study share their images; raises ConfigError where they were divided in another way."""
         known = self._attribute(_SPLITS)
         if known is None:
-            self._asked(lambda: self._storage.set_study_user_attr(self._id, _SPLITS, digest))
+            self._written(lambda: self._storage.set_study_user_attr(self._id, _SPLITS, digest))
         elif known != digest:
             raise ConfigError(
                 f"study {self.name!r} compared trainings on other splits of the images ({known[:12]}, now {digest[:12]}); "
@@ -181,27 +194,29 @@ class Study:
         known = len(self.trials)
 
         def write() -> Trial:
-            # An answer that was lost on its way back is found again: nobody else writes.
-            there = self._storage.get_all_trials(self._id, deepcopy=False)
-            if len(there) > known:
-                return _trial(there[known])
+            # An answer that was lost on its way back is found again.
+            there = [_trial(one) for one in self._storage.get_all_trials(self._id, deepcopy=False)[known:]]
+            if there:
+                if len(there) > 1 or there[0].finished or there[0].params != dict(params):
+                    raise StudyBusy(self._of_another)
+                return there[0]
             made = self._storage.create_new_trial(self._id, template)
             return _trial(self._storage.get_trial(made))
 
-        trial = self._asked(write)
+        trial = self._written(write)
         self.trials.append(trial)
         return trial
 
     def report(self, trial: Trial, step: int, value: float, loss: float) -> None:
         """What a trial has come to by an epoch: the objective and the valid loss."""
         self.note(trial, losses={**trial.facts.get("losses", {}), str(step): loss})
-        self._asked(lambda: self._storage.set_trial_intermediate_value(trial.id, step, value))
+        self._written(lambda: self._storage.set_trial_intermediate_value(trial.id, step, value))
         trial.curve[step] = value
 
     def note(self, trial: Trial, **facts: Any) -> None:
         """What else is told of a trial."""
         whole = trial.facts | facts
-        self._asked(lambda: self._storage.set_trial_user_attr(trial.id, _FACTS, whole))
+        self._written(lambda: self._storage.set_trial_user_attr(trial.id, _FACTS, whole))
         trial.facts = whole
 
     def finish(self, trial: Trial, state: State, value: float | None = None) -> None:
@@ -216,7 +231,7 @@ class Study:
             with contextlib.suppress(UpdateFinishedTrialError):
                 self._storage.set_trial_state_values(trial.id, named, None if value is None else [value])
 
-        self._asked(write)
+        self._written(write)
         trial.state, trial.value = state, value
 
     def stops(self, trial: Trial, step: int, config: SearchConfig) -> bool:
@@ -273,6 +288,23 @@ class Study:
         directions = self._asked(lambda: self._storage.get_study_directions(self._id))
         self.direction = "maximize" if directions[0].name == "MAXIMIZE" else "minimize"
 
+    @property
+    def _of_another(self) -> str:
+        return f"another search wrote into study {self.name!r} meanwhile; wait for that one to end, or stop it"
+
+    def _written(self, call: Callable[[], T]) -> T:
+        """What a call answers that writes; asked each time whether the study is held, also after the database was away."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        def held() -> T:
+            self.hold.expect(self.name)
+            return call()
+
+        try:
+            return self._asked(held)
+        except UpdateFinishedTrialError:
+            raise StudyBusy(self._of_another) from None
+
     def _asked(self, call: Callable[[], T]) -> T:
         return _asked(self.url, call, say=self._say, patience_s=self._patience_s)
 
@@ -324,9 +356,7 @@ def _storage(url: str) -> RDBStorage:
     try:
         return RDBStorage(url, engine_kwargs=options)
     except (ArgumentError, NoSuchModuleError, ImportError, TypeError) as error:
-        raise ConfigError(
-            f"VISIONLOOP_STUDIES: {redacted(url).split('://')[0]!r} is no database that can be opened here ({error})"
-        ) from None
+        raise ConfigError(f"VISIONLOOP_STUDIES: {scheme(url)} is no database that can be opened here ({error})") from None
 
 
 def _asked(url: str, call: Callable[[], T], *, say: Say = silent, patience_s: float = PATIENCE_S) -> T:
@@ -343,7 +373,7 @@ def _asked(url: str, call: Callable[[], T], *, say: Say = silent, patience_s: fl
             return found
         except (ArgumentError, NoSuchModuleError, DuplicatedStudyError):
             raise
-        except (StorageInternalError, SQLAlchemyError) as error:
+        except (StorageInternalError, SQLAlchemyError, RegistryUnavailable) as error:
             cause = _cause(error)
             if time.monotonic() >= until or "is full" in cause or "readonly" in cause:
                 raise RegistryUnavailable(

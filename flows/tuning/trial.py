@@ -25,6 +25,7 @@ from components.contracts.errors import (
     TrainingDiverged,
     VisionloopError,
     WeightsUnavailable,
+    WorkerLost,
 )
 from components.contracts.models import Checkpoint
 from components.contracts.progress import Progress, StoppedEarly
@@ -47,7 +48,7 @@ OnEpoch = Callable[[Mapping[str, float]], bool]
 """Hears the row of an epoch, and answers whether the trial goes on."""
 ITS_OWN = (TrainingDiverged, ConfigError, CheckpointMismatch)
 """Errors of a trial's values: the search goes on. All others would meet the next trial as well."""
-_NAMED = {kind.__name__: kind for kind in (ClusterUnavailable, StoreError, WeightsUnavailable)}
+_NAMED = {kind.__name__: kind for kind in (ClusterUnavailable, StoreError, WeightsUnavailable, WorkerLost)}
 
 
 class TrialResult(Record):

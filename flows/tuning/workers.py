@@ -99,6 +99,7 @@ class Process:
                 elif "progress" in heard:
                     progress(*heard["progress"])
                 elif "error" in heard:
+                    self.close()  # it ends after that
                     raise error_of(heard["error"])
                 else:
                     return TrialResult.read(heard["result"])

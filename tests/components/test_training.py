@@ -210,7 +210,8 @@ def test_phases_go_on_from_each_other_and_a_killed_one_is_taken_up_where_it_was(
                 trained(world, out, section, Sink(kill_at))
         rest = Sink()
         trained(world, out, section, rest)
-        assert [row["epoch"] for row in rest.rows] == list(range(epochs[-1], 5))
+        # Whoever takes a training up hears of the epochs before, too: it need not be who heard them then.
+        assert rest.rows == sink.rows
         for file in ("weights.safetensors", "history.json"):
             assert (out / file).read_bytes() == (whole / file).read_bytes(), epochs
     assert {path.name for path in whole.iterdir() if not any(path.match(pattern) for pattern in LEFTOVERS)} == {

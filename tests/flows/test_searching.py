@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from failpoints import Died, Failpoints
+from safetensors.torch import save_file
 from searched import SPACE, Formula, go, recipe_of, searching, told
 from shapes import visionloop
 
-from components.contracts.errors import ConfigError, RegistryUnavailable, StoreError, StudyBusy
+from components import plugins
+from components.backbones import small_cnn
+from components.contracts.errors import (
+    ConfigError,
+    RegistryUnavailable,
+    StoreError,
+    StudyBusy,
+    UnknownName,
+    WorkerLost,
+)
 from flows.training.chosen import ChosenRecipe
 from flows.tuning import holding
+from flows.tuning import searching as searching_module
 from flows.tuning import study as studies
 from flows.tuning.alarms import alarms
+from flows.tuning.past import shown_study
+from flows.tuning.searching import identity
 from flows.tuning.space import Space, Value, space_of
 from flows.tuning.study import Study, Trial
 from flows.tuning.trial import TrialResult
 from flows.tuning.workers import WorkerEnded
 from flows.workspace.recipes import RunConfig, load_recipe
-from flows.workspace.settings import sqlite_url
+from flows.workspace.settings import began, read_settings, sqlite_url
 from flows.workspace.workspace import Workspace
 
 
@@ -56,6 +74,14 @@ from flows.workspace.workspace import Workspace
         ),
         ("{training.fit.seed: {low: 1, high: 9}}", "only choose the luckiest draw"),
         ("{training.task: {choices: [classification, other]}}", "changes what the valid loss means"),
+        (
+            "{training.weights: {choices: [random, champion]}}",
+            "weights: champion is refused by the recipe 'smoke': training.weights: champion: trials of a search have to begin",
+        ),
+        (
+            "{training.teacher: {choices: [{checkpoint: a}, {champion: b}]}}",
+            "is refused by the recipe 'smoke': training.teacher: champion: trials of a search have to learn from the same",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_any_trial(tmp_path: Path, space: str, message: str) -> None:
@@ -89,6 +115,7 @@ def test_a_space_knows_kinds_and_the_recipes_own_values(tmp_path: Path) -> None:
 search:
   space:
     training.fit.clip_norm: {low: 0, high: 2}
+    training.fit.ema_decay: {low: 0, high: 0.6, step: 0.1}
     training.fit.epochs: {low: 2, high: 8, step: 2}
     training.backbone_settings.width: {low: 4, high: 12}
     training.fit.schedule: {choices: [cosine, one_cycle]}
@@ -98,6 +125,7 @@ search:
     )
     assert [(one.kind, one.own, one.size) for one in space.parameters] == [
         ("float", 0.0, float("inf")),
+        ("float", 0.0, 7),
         ("int", 6, 4),
         ("int", 8, 9),
         ("choice", "cosine", 2),
@@ -107,6 +135,7 @@ search:
     chosen = space.config(
         {
             "training.fit.clip_norm": 0.5,
+            "training.fit.ema_decay": 0.3,
             "training.fit.epochs": 4,
             "training.backbone_settings.width": 5,
             "training.fit.schedule": "one_cycle",
@@ -313,7 +342,9 @@ def test_a_study_on_a_full_disk_says_so_at_once(tmp_path: Path, monkeypatch: pyt
         go(search, Formula(search.space))
 
 
-def test_a_study_of_another_search_or_data_version_is_refused_and_named(tmp_path: Path) -> None:
+def test_a_study_of_another_search_or_data_version_is_refused_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     search = searching(tmp_path, recipe_of(tmp_path))
     go(search, Formula(search.space))
     for overrides, part in (
@@ -332,6 +363,33 @@ def test_a_study_of_another_search_or_data_version_is_refused_and_named(tmp_path
     search.study.expect_splits("a" * 64)
     with pytest.raises(ConfigError, match="other splits of the images"):
         search.study.expect_splits("b" * 64)
+    # What a recipe only names is of the search by its content.
+    save_file({"x": torch.zeros(3)}, tmp_path / "w.safetensors")
+    (tmp_path / "plugins" / "backbones").mkdir(parents=True)
+    mine = tmp_path / "plugins" / "backbones" / "mine.py"
+    mine.write_text(Path(small_cnn.__file__).read_text())
+    teacher = SimpleNamespace(backbone="small_cnn", digest=lambda: "c" * 64)
+    monkeypatch.setattr(searching_module, "stored_checkpoint", lambda _: (SimpleNamespace(record=teacher), ""))
+    plugins.use_workspace(tmp_path / "plugins")
+    named = recipe_of(
+        tmp_path,
+        SPACE + "    training.weights: {choices: [random, w.safetensors]}\n",
+        "training.backbone=mine",
+        "training.teacher={checkpoint: t}",
+    )
+    searching(tmp_path, named, study="named")
+    for change, part in (
+        (lambda: save_file({"x": torch.ones(3)}, tmp_path / "w.safetensors"), "files of weights: w.safetensors "),
+        (lambda: mine.write_text(mine.read_text() + "# changed\n"), "code of backbones/mine: "),
+        (lambda: setattr(teacher, "digest", lambda: "e" * 64), "teachers: t cccccccccccccccc, now t eeee"),
+    ):
+        change()
+        plugins.source_digest.cache_clear()
+        with pytest.raises(ConfigError, match="Name a new study") as caught:
+            searching(tmp_path, named, study="named")
+        assert part in str(caught.value)
+    assert "code of backbones/small_cnn" in identity(space_of(named), SimpleNamespace(dvc_hash="", digest=str))  # type: ignore[arg-type]
+    plugins.use_workspace(None)
     # More trials of the same search are the same search.
     more = searching(tmp_path, recipe_of(tmp_path, SPACE, "search.trials=16"))
     before = more.study.digest()
@@ -355,15 +413,18 @@ def test_trials_that_fail_are_told_and_the_search_goes_on(tmp_path: Path) -> Non
             if number == 3:
                 self.trained.append(number)
                 raise WorkerEnded("its process was ended by SIGKILL, as the system does where memory is not enough")
+            if number == 4:
+                raise WorkerLost("a process of the training was killed before its end")
             return super().train(number, *rest)
 
     worker = Fragile(search.space)
     go(search, worker)
     states = [trial.state for trial in search.study.trials]
-    assert (states[2], states[3], len(states)) == ("failed", "failed", 14)
+    assert (states[2:5], len(states)) == (["failed"] * 3, 14)
     assert worker.trained.count(3) == 3
     assert search.study.trials[2].facts["reason"] == "the loss became nan at epoch 1, step 3"
     assert "SIGKILL" in search.study.trials[3].facts["reason"]
+    assert "was killed before its end, 3 times without" in search.study.trials[4].facts["reason"]
     assert [line for line in lines if "trial 2 of 14: failed: the loss became nan" in line]
     assert _expect_some(search.study).state == "complete"
 
@@ -391,6 +452,44 @@ def test_trials_that_fail_are_told_and_the_search_goes_on(tmp_path: Path) -> Non
     again = searching(tmp_path, recipe, study="stopped")
     go(again, Formula(again.space))
     assert "running" not in [row[2] for row in told(again)]
+
+
+def test_a_trial_that_ends_the_search_itself_is_given_up_by_the_third_that_takes_it_up(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+from searched import Formula, go, recipe_of, searching
+
+class Deadly(Formula):
+    def train(self, number, config, on_epoch, progress):
+        def heard(row):
+            if number == 1 and row["epoch"] == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return on_epoch(row)
+        return super().train(number, config, heard, progress)
+
+root = Path(sys.argv[1])
+for deaths in range(6):
+    child = os.fork()
+    if not child:
+        search = searching(root, recipe_of(root))
+        go(search, Deadly(search.space))
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+print(deaths)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["3"], done.stderr
+    trials = searching(tmp_path, recipe_of(tmp_path)).study.trials
+    assert [trial.number for trial in trials if trial.state == "failed"] == [1]
+    assert len(trials) == 14
+    assert "the process of the search ended while it was trained, 3 times" in trials[1].facts["reason"]
 
 
 def test_values_that_do_not_go_together_fail_alone(tmp_path: Path) -> None:
@@ -435,10 +534,12 @@ def test_trials_of_other_values_and_the_same_bits_raise_an_alarm() -> None:
     assert "trials 0 and 3 differ in a, b and were trained to the same bits" in several
     (every,) = told_of(*(trial(number, "x", a=float(number), b=1.0) for number in range(4)))
     assert "all 4 trials of different values were trained to the same bits: nothing that is searched has an effect" in every
-    # One that was stopped early is compared as far as it went.
-    (stopped,) = told_of(trial(0, "x", [0.5, 0.4, 0.3], a=1.0, b=1.0), trial(1, "", [0.5, 0.4], a=2.0, b=1.0))
-    assert "a has no effect" in stopped
-    assert told_of(trial(0, "x", [0.5, 0.4, 0.3], a=1.0, b=1.0), trial(1, "", [0.5, 0.41], a=2.0, b=1.0)) == []
+    # What one that was stopped early would have come to, nobody knows: b may be the factor of a later step.
+    stopped = trial(4, "", [0.5, 0.4], a=0.0, b=9.0)
+    assert told_of(trial(0, "x", [0.5, 0.4, 0.3], a=0.0, b=1.0), stopped) == []
+    same = [trial(number, "x", [0.5, 0.4, 0.3], a=float(number), b=1.0) for number in range(4)]
+    (alone,) = told_of(*same, stopped)
+    assert alone.startswith("a has no effect")
 
 
 def test_a_parameter_without_effect_is_found_in_a_search(tmp_path: Path) -> None:
@@ -513,8 +614,12 @@ def test_a_study_is_held_by_one_search_and_given_up_by_one_that_ended(
     with holding_of(url, "s"), holding_of(url, "other"):
         with pytest.raises(StudyBusy, match="study 's' is searched by the process .* on .*; wait for it to end"):
             take(url, "s")
+        # A machine that has this one's name, and began anew or is another one, has other processes of these numbers.
+        pretend(began="another-boot:0", pid=1)
+        with pytest.raises(StudyBusy):
+            take(url, "s")
         # One that was killed on this machine gives way at once.
-        pretend(began="0", pid=1)
+        pretend(began=f"{(began(os.getpid()) or '').rpartition(':')[0]}:0")
         with holding_of(url, "s"):
             pass
     # One on another machine after a minute without a word.
@@ -526,7 +631,25 @@ def test_a_study_is_held_by_one_search_and_given_up_by_one_that_ended(
         pretend(host="elsewhere")
         with pytest.raises(StudyBusy, match="on elsewhere"):
             take(url, "s")
-    # A search that lost its study says so instead of writing into it.
+    # A search that lost its study says so instead of writing into it: before it heard of that,
+    recipe = recipe_of(tmp_path)
+    with holding_of(url, "lost") as hold:
+        lost = searching(tmp_path, recipe, study="lost")
+        lost.study.hold = hold
+
+        class TakenOver(Formula):
+            def train(self, number: int, config: RunConfig, on_epoch: Any, *rest: Any) -> TrialResult:
+                def heard(row: Any) -> bool:
+                    if (number, row["epoch"]) == (2, 3):
+                        pretend(holder="another")
+                    return bool(on_epoch(row))
+
+                return super().train(number, config, heard, *rest)
+
+        with pytest.raises(StudyBusy, match="another search took study 'lost' over"):
+            go(lost, TakenOver(lost.space))
+        assert [(row[2], list(row[4])) for row in told(lost)] == [*[("complete", [1, 2, 3, 4])] * 2, ("running", [1, 2])]
+    # and after.
     monkeypatch.setattr(holding, "BEAT_S", 0.05)
     with holding_of(url, "s") as hold:
         hold.expect("s")
@@ -534,11 +657,25 @@ def test_a_study_is_held_by_one_search_and_given_up_by_one_that_ended(
         assert hold.lost.wait(20)
         with pytest.raises(StudyBusy, match="another search took study 's' over"):
             hold.expect("s")
-        lost = searching(tmp_path, recipe_of(tmp_path), study="s")
-        lost.hold = hold
+        lost = searching(tmp_path, recipe, study="s")
+        lost.study.hold = hold
         with pytest.raises(StudyBusy):
             go(lost, Formula(lost.space))
         assert told(lost) == []
+
+
+def test_what_another_search_wrote_is_never_taken_for_its_own(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    one, other = searching(tmp_path, recipe), searching(tmp_path, recipe)
+    assert recipe.config.search is not None
+    params = one.study.propose(one.space, recipe.config.search)
+    theirs = other.study.start({**params, "training.fit.learning_rate": 0.005}, other.space, {})
+    with pytest.raises(StudyBusy, match="another search wrote into study 's'"):
+        one.study.start(params, one.space, {})
+    taken_up = searching(tmp_path, recipe)
+    other.study.finish(theirs, "complete", 0.5)
+    with pytest.raises(StudyBusy, match="another search wrote into study 's'"):
+        taken_up.study.report(taken_up.study.trials[0], 1, 0.1, 0.2)
 
 
 def holding_of(url: str, study: str) -> contextlib.AbstractContextManager[holding.Hold]:
@@ -563,10 +700,35 @@ def test_a_study_in_postgresql_is_the_same(tmp_path: Path, postgres: str) -> Non
         take(postgres, "s")
 
 
-def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_opened_is_named_without_its_password_and_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="VISIONLOOP_STUDIES: 'sqlit' is no database that can be opened here"):
         Study("sqlit:///x", "s")
-    with pytest.raises(RegistryUnavailable) as caught:
-        Study("postgresql://me:secret@127.0.0.1:9/x", "s", patience_s=0)
-    assert "does not answer" in str(caught.value)
-    assert "secret" not in str(caught.value)
+    for url in ("me:secret@host", "me:secret@host://x"):
+        with pytest.raises(ConfigError, match="VISIONLOOP_STUDIES: an address without a scheme such as sqlite") as refused:
+            Study(url, "s")
+        assert "secret" not in str(refused.value)
+    away = "postgresql://me:secret@127.0.0.1:9/x"
+    for ask in (lambda: Study(away, "s", patience_s=0), lambda: studies.heads(away)):
+        with pytest.raises(RegistryUnavailable) as caught:
+            ask()
+        assert "does not answer" in str(caught.value)
+        assert "secret" not in str(caught.value)
+    # One that never answered has nothing to come back from.
+    (tmp_path / "text").write_text("This is a text, and no database.\n" * 99)
+    lines: list[str] = []
+    with pytest.raises(RegistryUnavailable, match="file is not a database"):
+        Study(sqlite_url(tmp_path / "text"), "s", say=lines.append, patience_s=4)
+    assert "waiting for it, up to 2 s" in lines[0]
+
+
+def test_a_study_that_is_not_there_leaves_no_trace(tmp_path: Path) -> None:
+    recipe_of(tmp_path)
+    workspace = Workspace(tmp_path)
+    with pytest.raises(UnknownName, match="unknown study 'foo'"):
+        shown_study(workspace, "foo")
+    assert not workspace.state.exists()
+    workspace.state.mkdir()
+    # Whoever shares the database may have named one like this, and its page is written into a folder of that name.
+    searching(tmp_path, recipe_of(tmp_path), study="../evil", url=read_settings(workspace.state).studies_url)
+    with pytest.raises(ConfigError, match="'../evil' is not a plain name"):
+        shown_study(workspace, "../evil")

@@ -183,6 +183,12 @@ def test_garbage_collection_keeps_the_best_training_of_a_study(root: Path) -> No
     found = {Path(each["folder"]).name for each in answer(root, "store", "gc")["removed"]}
     assert {path.name for path in others} <= found
     assert best.is_dir()
+    # What is gone all the same is told, and nothing points at it.
+    shutil.rmtree(best)
+    done = visionloop("tune", "-r", "smoke", cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "trained is not in the store of this workspace any more; `visionloop train` by the winner's" in done.stderr
+    assert not (root / ".visionloop" / "studies" / "smoke" / "best").is_symlink()
 
 
 def test_a_file_that_a_person_changed_is_never_written_over(root: Path) -> None:
@@ -248,6 +254,7 @@ def test_a_search_that_is_killed_or_interrupted_goes_on_and_ends_in_the_same_bit
     (root / "recipes" / "smoke-tuned.yaml").unlink()
     shutil.rmtree(root / ".visionloop" / "store" / "training")
     (root / ".visionloop" / "studies.db").unlink()
+    (root / ".visionloop" / "studies" / "smoke" / "best").unlink()
     said = ""
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         with tuning(root) as process:
@@ -259,6 +266,8 @@ def test_a_search_that_is_killed_or_interrupted_goes_on_and_ends_in_the_same_bit
                     break
             said = process.stderr.read()
             assert process.wait() == status
+        # Nothing collects the best training meanwhile.
+        assert (root / ".visionloop" / "studies" / "smoke" / "best").resolve().is_dir()
     assert re.search(r"^stopped; the same command goes on with trial [23]$", said, re.MULTILINE)
     assert "Traceback" not in said
     assert answer(root, "tune", "-r", "smoke")["new_trials"] in (2, 3)
