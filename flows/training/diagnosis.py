@@ -169,7 +169,9 @@ def _by_losses(result: PhaseResult, headline: str) -> list[str]:
         f"{counted(valid.n, 'valid image')} are answered right; the train loss is {_loss(best['train_loss'])} there and the "
         f"valid loss {_loss(best['valid_loss'])}."
     ]
-    if last["valid_loss"] > _ROSE * best["valid_loss"] and last["train_loss"] < best["train_loss"]:
+    # Among losses of next to nothing a ratio says nothing.
+    rose = last["valid_loss"] > max(_ROSE * best["valid_loss"], _LEAST_LOSS)
+    if rose and last["train_loss"] < best["train_loss"]:
         lost = difference(valid, _share(last[f"valid_{headline}"], valid.n))
         told.append(
             f"After that the curves point to over-fitting: by epoch {result.last_epoch} the train loss had fallen to "
@@ -190,8 +192,12 @@ def _by_losses(result: PhaseResult, headline: str) -> list[str]:
     return told
 
 
+_LEAST_LOSS = 0.001
+"""The lowest that is told as a number."""
+
+
 def _loss(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "less than 0.001"
+    return f"{value:.3f}" if value >= _LEAST_LOSS else f"less than {_LEAST_LOSS}"
 
 
 @dataclass(frozen=True)

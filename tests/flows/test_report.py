@@ -167,6 +167,8 @@ def test_of_one_phase_the_curves_are_read_and_no_more() -> None:
     assert "lowest in the very last epoch" in falling
     # A rate that falls to nothing ends there in any case.
     assert "lowest in the very last epoch" not in told([(1.0, 1.0), (0.5, 0.6), (0.4, 0.5)], ALL)
+    # Nor does a loss that is as good as nothing rise.
+    assert "over-fitting:" not in told([(1.0, 1.0), (0.0005, 0.0002), (0.0001, 0.0008)])
     assert "lowest in the very last epoch" not in rising + told([(1.0, 1.0), (0.5, 0.6)])  # stopped by a killed schedule
 
 
