@@ -84,4 +84,6 @@ def _row(one: Variant, choice: Choice, number: int, front: set[str], cells: list
         badge, kind = "misses a limit", "fail"
     else:
         badge, kind = ("not beaten", "") if one.name in front else ("beaten", "")
-    return {"number": number, "cells": cells, "told": one.told, "badge": badge, "kind": kind, "beaten": badge == "beaten"}
+    split = [cell.partition(" [") for cell in cells[1:]]  # an interval stands below its value
+    parts = [(cells[0], ""), *((value, f"[{interval}" if interval else "") for value, _, interval in split)]
+    return {"number": number, "cells": parts, "told": one.told, "badge": badge, "kind": kind, "beaten": badge == "beaten"}
