@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -22,7 +22,7 @@ from components import plugins
 from components.calibration import stratified
 from components.compute import Compute, expect_parts, resolve
 from components.contracts.data import Splits
-from components.contracts.errors import CheckpointMismatch, ConfigError, PassFailed
+from components.contracts.errors import CheckpointMismatch, ConfigError, PassFailed, VisionloopError, in_short
 from components.contracts.families import Backbone, Pass, PassRequest, Task
 from components.contracts.models import AppliedPass, Checkpoint, NetworkSize, Optimised
 from components.contracts.progress import Progress, silent
@@ -146,15 +146,15 @@ def _check(config_json: str, training_json: str) -> None:
 
 
 def _rehearse(config: OptimisationConfig, training: TrainingConfig, task: Task) -> None:
-    """Let every pass change a network of random weights, shown noise; raises what it raises, with its place."""
+    """Let every pass change a network of random weights, shown noise, and rebuild what is left; raises ConfigError."""
     import torch
 
-    from components.checkpoints import assemble
+    from components.checkpoints import assemble, load_state, reshape, shapes_of
 
     backbone: Backbone = plugins.load("backbones", training.backbone, dict(training.backbone_settings))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = assemble(backbone, task, 2).eval()
+        model, again = (assemble(backbone, task, 2).eval() for _ in range(2))
     contract = backbone.preprocessing
     shape = (2, contract.height, contract.width, contract.channels)
     noise = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -163,7 +163,8 @@ def _rehearse(config: OptimisationConfig, training: TrainingConfig, task: Task) 
     names = set(model.state_dict())
     for number, chosen in enumerate(config.passes):
         shown = _Shown(noise[:1], lambda: iter([(noise, targets)]), lambda: iter([noise]), lambda: iter([(noise, targets)]))
-        work = _Work(model, chosen, number, task, shown, np.zeros(len(noise), dtype=bool), rehearsal=True)
+        right = np.zeros(len(noise), dtype=bool)
+        work = _Work(model, chosen, number, task, _network(training), shown, right, rehearsal=True)
         for step in range(1, work.member.steps + 1):
             work.begin(step)
             frozen = [phase for phase in fine_tuning(chosen, training) if phase.trains != "all"]
@@ -173,6 +174,20 @@ def _rehearse(config: OptimisationConfig, training: TrainingConfig, task: Task) 
                     f"than the network has, and what is frozen below {frozen[0].part} cannot; use trains: all"
                 )
             work.end(step)
+    whole, left = shapes_of(again.state_dict()), model.state_dict()
+
+    def rebuilt() -> ImageModel:
+        reshape(again, {name: shape for name, shape in shapes_of(left).items() if whole.get(name) != shape})
+        load_state(again, left, "what is left does not fit")
+        return again
+
+    names_of = [chosen.pass_ for chosen in config.passes]
+    if problem := _not_rebuilt(names_of, _network(training), rebuilt, model, noise):
+        raise ConfigError(f"optimisation.passes: {problem}. Choose another network or another pass")
+
+
+def _network(training: TrainingConfig) -> str:
+    return f"the backbone {training.backbone!r} {dict(training.backbone_settings)}"
 
 
 def _place(number: int) -> str:
@@ -198,6 +213,8 @@ class _Work:
     number: int
     """Of the pass, counted from zero."""
     task: Task
+    network: str
+    """What is changed, in words."""
     shown: _Shown
     right: npt.NDArray[np.bool_]
     """Which valid images the network before the pass answers rightly."""
@@ -230,7 +247,10 @@ class _Work:
         self._do(self.member.end, step)
 
     def _do(self, what: Callable[[nn.Module, PassRequest], None], step: int) -> None:
-        """One half of a step, in evaluation mode, drawing nothing from what is drawn later; raises PassFailed."""
+        """One half of a step, in evaluation mode, drawing nothing from what is drawn later.
+
+        Raises PassFailed, and in a rehearsal ConfigError, for what leaves no network that answers.
+        """
         import torch
 
         # From the device and the layout in which it was fine-tuned.
@@ -255,20 +275,29 @@ class _Work:
         except ConfigError as error:
             error.args = (f"{self.place}.settings: {error}",)
             raise
+        except (VisionloopError, OSError, MemoryError):
+            raise  # of a pass of one's own, of the images, of the machine: no network is at fault
+        except Exception as error:
+            raise self._failed(f"it cannot change it{self._where()}: {in_short(error)}") from error
         try:
             with torch.no_grad():
                 self.model.embedding_dim = int(self.model.eval()(self.shown.example)[1].shape[1])
-        except (RuntimeError, ValueError) as error:
-            raise PassFailed(
-                f"{self.place}: the pass {self.chosen.pass_!r} left a network that answers nothing: "
-                f"{str(error).splitlines()[0]}; nothing was registered. Correct the pass, or leave it out"
-            ) from error
+        except Exception as error:
+            raise self._failed(f"it left a network that answers nothing{self._where()}: {in_short(error)}") from error
         odd = [name for name, value in self.model.state_dict().items() if not value.isfinite().all()]
         if odd:
-            raise PassFailed(
-                f"{self.place}: the pass {self.chosen.pass_!r} left NaN or infinite numbers in {odd[0]}; nothing was "
-                f"registered. Correct the pass, or leave it out"
-            )
+            raise self._failed(f"it left NaN or infinite numbers in {odd[0]}")
+
+    def _failed(self, problem: str) -> VisionloopError:
+        told = f"{self.place}: the pass {self.chosen.pass_!r} fails on {self.network}: {problem}"
+        advice = "Correct the pass, or leave it out, or choose another network"
+        return (
+            ConfigError(f"{told}. {advice}") if self.rehearsal else PassFailed(f"{told}; nothing was registered. {advice}")
+        )
+
+    def _where(self) -> str:
+        failing = _failing(self.model, self.shown.example)
+        return f", in which {failing} cannot compute any more" if failing else ""
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -280,6 +309,33 @@ class _Work:
 
     def _enough(self) -> None:
         self.done = True
+
+
+def _failing(network: nn.Module, example: torch.Tensor) -> str:
+    """The innermost layer that cannot compute, and its kind; empty where all can."""
+    import torch
+
+    entered: list[str] = []
+
+    def leave(*_: Any) -> None:
+        entered.pop()
+
+    hooks = []
+    for name, layer in network.named_modules():
+        told = f"{name or 'the network'} ({type(layer).__name__})"
+        hooks += [
+            layer.register_forward_pre_hook(lambda *_, told=told: entered.append(told)),
+            layer.register_forward_hook(leave),
+        ]
+    try:
+        with torch.no_grad():
+            network.eval()(example)
+    except Exception:
+        return entered[-1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ""
 
 
 def on_this_machine(training: TrainingConfig) -> Compute:
@@ -347,7 +403,7 @@ def optimise(
     fits = itertools.count(1)
     logits = answers()
     for number, chosen in enumerate(config.passes):
-        work = _Work(model, chosen, number, task, shown, task.right(logits, targets))
+        work = _Work(model, chosen, number, task, _network(training), shown, task.right(logits, targets))
         rows_before = len(history)
         for step in range(1, work.member.steps + 1):
             if not work.begin(step):
@@ -423,7 +479,10 @@ def optimise(
             ),
         }
     )
-    _expect_rebuilt(Stored(record, out), model, valid_set)
+    images = valid_set.inputs.take(torch.arange(min(_BATCH, len(valid_set.inputs))), None)
+    names = [each.name for each in applied]
+    if problem := _not_rebuilt(names, _network(training), lambda: restore(Stored(record, out)), model, images):
+        raise PassFailed(f"{problem}; nothing was registered. Choose another network or another pass")
     return record
 
 
@@ -443,28 +502,25 @@ def _expect_same(checkpoint: Checkpoint, training: TrainingConfig) -> None:
         raise CheckpointMismatch(f"the checkpoint went through passes already ({passes}); optimise the one it was made of")
 
 
-def _expect_rebuilt(checkpoint: Stored[Checkpoint], model: ImageModel, valid: Examples) -> None:
-    """Raise PassFailed unless the network that stands in the files answers as the one in memory does."""
+def _not_rebuilt(
+    passes: Sequence[str], network: str, rebuild: Callable[[], ImageModel], model: ImageModel, images: torch.Tensor
+) -> str:
+    """Why the network that is rebuilt from its tensors does not answer as the one in memory; empty where it does."""
     import torch
 
-    from components.checkpoints import restore
-
-    passes = ", ".join(repr(each.name) for each in checkpoint.record.optimised.passes) if checkpoint.record.optimised else ""
-    images = valid.inputs.take(torch.arange(min(_BATCH, len(valid.inputs))), None)
+    told = f"what {', '.join(map(repr, passes))} left of {network}"
     with torch.no_grad():
-        try:
-            rebuilt = restore(checkpoint)(images)
-        except (CheckpointMismatch, RuntimeError, AttributeError) as error:
-            raise PassFailed(
-                f"what {passes} left of the backbone {checkpoint.record.backbone!r} cannot be rebuilt from the shapes of "
-                f"its tensors: {str(error).splitlines()[0]}; nothing was registered. Choose another network or another pass"
-            ) from error
         expected = model.eval()(images)
-    if not all(torch.equal(ours, theirs) for ours, theirs in zip(rebuilt, expected, strict=True)):
-        raise PassFailed(
-            f"what {passes} left of the backbone {checkpoint.record.backbone!r} answers otherwise when it is rebuilt from "
-            f"its tensors; nothing was registered. Choose another network or another pass"
-        )
+        try:
+            rebuilt = rebuild()(images)
+        except Exception as error:
+            return f"{told} cannot be rebuilt from the shapes of its tensors: {in_short(error)}"
+    # Of random weights a number may be none.
+    same = all(
+        ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        for ours, theirs in zip(rebuilt, expected, strict=True)
+    )
+    return "" if same else f"{told} answers otherwise when it is rebuilt from its tensors"
 
 
 def _all_settings(chosen: ChosenPass) -> dict[str, Any]:

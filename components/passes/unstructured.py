@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from components.contracts.errors import ConfigError, UnknownName
 from components.contracts.families import PassRequest
+from components.contracts.wording import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,13 +44,20 @@ class Pass(BaseModel):
 
         layers = self._layers(network)
         chosen = [(layer, "weight") for layer in layers.values()]
+        total = sum(layer.weight.numel() for layer in layers.values())
+        most = total - len(layers)
+        if round(self.share * total) > most:
+            raise ConfigError(
+                f"share: {self.share:g} of {total:,} weights leaves nothing of a layer: {most:,} of them are the most that "
+                f"may go, so that {counted(len(layers), 'layer')} can keep one each; lower it"
+            )
         amount = self.share * request.step / self.steps
         prune.global_unstructured(chosen, pruning_method=prune.L1Unstructured, amount=amount)
         empty = [name for name, layer in layers.items() if not layer.get_buffer("weight_mask").any()]
         # Random weights are as large as their layer's width says, and tell nothing of trained ones.
         if empty and not request.rehearsal:
             raise ConfigError(
-                f"share: without the smallest {amount:.2f} of all weights nothing is left of {', '.join(empty)}; lower it, "
+                f"share: without the smallest {amount:g} of all weights nothing is left of {', '.join(empty)}; lower it, "
                 f"or name {'it' if len(empty) == 1 else 'them'} in keep"
             )
 

@@ -281,6 +281,7 @@ def own(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "mine.py").write_text(PLUGIN)
     plugins.use_workspace(tmp_path / "plugins")
+    optimisation._check.cache_clear()  # by the recipe alone, and other tests have another pass of this name
     return folder / "mine.py"
 
 
@@ -316,11 +317,11 @@ def test_a_pass_that_computes_with_other_tensors_is_fine_tuned_as_a_whole(own: P
 @pytest.mark.parametrize(
     ("where", "line", "error", "why"),
     [
-        ("begin", "next(network.parameters()).data.fill_(float('nan'))", PassFailed, "'mine' left NaN .* in backbone.0.weight"),
-        ("end", "next(network.parameters()).data.fill_(float('inf'))", PassFailed, "'mine' left NaN .* in backbone.0.weight"),
+        ("begin", "next(network.parameters()).data.fill_(float('nan'))", PassFailed, "'mine' fails on .* left NaN .* in backbone.0.weight"),
+        ("end", "next(network.parameters()).data.fill_(float('inf'))", PassFailed, "'mine' fails on .* left NaN .* in backbone.0.weight"),
         ("end", "network.head[1].weight.data.fill_(3e38)", PassFailed, "after the pass 'mine' the valid loss is (nan|inf)"),
         ("begin", "network.head[1].weight.data.fill_(1e38)", TrainingDiverged, "Lower optimisation.passes.0.phases.0.fit"),
-        ("end", "network.backbone[0].padding = (0, 0)", PassFailed, "'mine' left a network that answers nothing: mat1 and mat2"),
+        ("end", "network.backbone[0].padding = (0, 0)", PassFailed, r"that answers nothing, in which backbone.16 \(Linear\) cannot compute any more: RuntimeError: mat1 and mat2"),
         ("end", "network.backbone[0].padding_mode = 'circular'", PassFailed, "answers otherwise when it is rebuilt from its"),
     ],
 )  # fmt: skip
@@ -334,6 +335,35 @@ def test_a_network_that_cannot_answer_after_a_pass_is_refused(
     own.write_text(text)
     with pytest.raises(error, match=why):
         optimised(world, tmp_path / "out", passes(MINE))
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("network.backbone[0].padding = (0, 0)", r"that answers nothing, in which backbone.16 \(Linear\) cannot compute any more"),
+        ("network.backbone[0].padding_mode = 'circular'", "'mine' left of the backbone 'small_cnn' .* answers otherwise when it"),
+        ("network.backbone[8] = nn.Identity()", "rebuilt from the shapes of its tensors: CheckpointMismatch"),
+    ],
+)  # fmt: skip
+def test_what_leaves_no_network_that_answers_and_is_rebuilt_is_refused_before_any_work(
+    own: Path, line: str, why: str
+) -> None:
+    mark = '        """Make the zeros permanent."""\n        from torch import nn\n'
+    own.write_text(PLUGIN.replace(mark, f"{mark}        {line}\n", 1))
+    with pytest.raises(ConfigError, match=why) as told:
+        check(passes(MINE), TRAINING)
+    assert "nothing was registered" not in str(told.value)
+
+
+def test_a_network_that_cannot_be_pruned_is_told_by_its_name() -> None:
+    """Its channels are shuffled, which torch-pruning cannot follow."""
+    settings = {"architecture": "shufflenet_v2_x0_5", "image_size": 32}
+    why = (
+        r"^optimisation.passes.0: the pass 'prune' fails on the backbone 'torchvision' {'architecture': 'shufflenet_v2_x0_5', "
+        r".*: it cannot change it: ZeroDivisionError: .*choose another network"
+    )
+    with pytest.raises(ConfigError, match=why):
+        check(passes(), section(backbone="torchvision", backbone_settings=settings))
 
 
 MOMENTS = [
@@ -436,6 +466,11 @@ def test_a_share_that_leaves_nothing_of_a_layer_names_it(world: World, tmp_path:
     why = "the pass 'prune' after 'unstructured' would undo the zeros that it makes"
     with pytest.raises(ConfigError, match=why):
         check(passes({"pass": "unstructured"}, {"pass": "prune"}), TRAINING)
+    why = (
+        r"settings: share: 0.999999 of [\d,]+ weights leaves nothing of a layer: [\d,]+ of them are the most .* 6 layers can"
+    )
+    with pytest.raises(ConfigError, match=why):
+        check(passes({"pass": "unstructured", "settings": {"share": 0.999999}}), TRAINING)
 
 
 def test_packed_weights_are_whole_again_or_refused(tmp_path: Path) -> None:
