@@ -30,6 +30,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 _GRACE_S = 10
 """What processes that are told to end may take."""
 _POLL_S = 0.2
+_LONGEST = 103
+"""Bytes that the path of a socket may have on every system; TMPDIR may be longer."""
 
 
 @dataclass
@@ -80,7 +82,13 @@ def launch(
 
     Raises what the processes raise, and WorkerLost where one ends without a word. Nothing of them is left when this returns.
     """
-    with tempfile.TemporaryDirectory(prefix="visionloop-") as scratch, socket.socket(socket.AF_UNIX) as listening:
+    place = tempfile.gettempdir()
+    if len(os.fsencode(f"{place}/visionloop-12345678/s")) > _LONGEST:
+        place = "/tmp"  # noqa: S108 (in a folder of a random name that is this account's alone)
+    with (
+        tempfile.TemporaryDirectory(prefix="visionloop-", dir=place) as scratch,
+        socket.socket(socket.AF_UNIX) as listening,
+    ):
         folder = Path(scratch)
         address = folder / "s"
         listening.bind(str(address))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,13 @@ def gone(pids: Path, within_s: float = 10) -> bool:
     return not alive
 
 
-def test_the_first_process_answers_and_is_heard_while_it_works(pids: Path) -> None:
+@pytest.mark.parametrize("folder", ["short", "long" * 30])
+def test_the_first_process_answers_and_is_heard_while_it_works(
+    pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    temporary = tmp_path / folder
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     rows: list[tuple[int, dict[str, float]]] = []
     steps: list[tuple[int, int, str]] = []
 
@@ -78,6 +85,7 @@ def test_the_first_process_answers_and_is_heard_while_it_works(pids: Path) -> No
     assert found == {"asked": ["x", None]}
     assert rows == [(1, {"loss": 0.5})]
     assert steps == [*((n, 500, "") for n in range(500)), (500, 500, "ü")]
+    assert list(temporary.iterdir()) == []
 
 
 def test_an_error_of_ours_is_the_same_error_here_and_nobody_goes_on(pids: Path) -> None:

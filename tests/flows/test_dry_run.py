@@ -105,7 +105,7 @@ def test_what_a_run_refuses_it_refuses_in_the_same_words(workspace: Path, prefec
 
     assert "unknown gate 'luck'" in refused("--set", "gating.gates=[{gate: luck}]")
     assert "training.compute.device is cuda, and torch finds no GPU here" in refused("-s", "training.compute.device=cuda")
-    assert "VISIONLOOP_RAY_ADDRESS names no cluster" in refused("-s", "training.compute={launcher: ray, processes: 2}")
+    assert "VISIONLOOP_RAY_ADDRESS names none" in refused("-s", "training.compute={launcher: ray, processes: 2}")
     # Before the run's validation and splitting, and with what these gave.
     assert "unknown class in packaging.critical 'crak'; valid: cross, disc, stripes" in refused(
         "--set", "packaging.critical={crak: 0.01}"
