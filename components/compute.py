@@ -158,15 +158,20 @@ def on_a_cluster(config: ComputeConfig) -> Compute:
     )
 
 
+def num_gpus() -> int:
+    """How many GPUs this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _expect_room(processes: int, device: str, num_threads: int | None) -> None:
     """Raise ConfigError where processes would have to share a GPU or a thread."""
     if device != "cpu":
-        import torch
-
-        if processes > torch.cuda.device_count():
+        if processes > num_gpus():
             raise ConfigError(
                 f"{PLACE}.processes: each of {processes} processes needs a GPU of its own, and there "
-                f"{'is one' if torch.cuda.device_count() == 1 else f'are {torch.cuda.device_count()}'} here; lower it"
+                f"{'is one' if num_gpus() == 1 else f'are {num_gpus()}'} here; lower it"
             )
     elif num_threads is not None and processes > num_threads:
         raise ConfigError(

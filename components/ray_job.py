@@ -17,9 +17,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from components.compute import PLACE
+from components.compute import PLACE, ComputeConfig, resolve
 from components.contracts.errors import ClusterUnavailable, ConfigError, WorkerLost
 from components.launching import Line, Telling
+from components.ray_cluster import expect_alike, versions
 
 _PROGRESS_S = 0.2
 """Each word goes through the cluster, and a training has many steps."""
@@ -49,17 +50,25 @@ def on_cluster(config: dict[str, Any]) -> None:
     import ray.train.torch
     from ray.runtime_context import get_runtime_context
 
-    from components.ray_cluster import expect_alike, source
     from components.training_worker import work
 
     request, told = config["request"], Told(config["queue"])
     try:
-        expect_alike(request, f"node {get_runtime_context().get_node_id()}", source())
-    except ConfigError as error:
+        expect_able(request, f"node {get_runtime_context().get_node_id()}")
+    except ClusterUnavailable as error:
         told.failed(error, "", lost_another=False)
         raise
     if not work(request, told, device=str(ray.train.torch.get_device())):
         raise RuntimeError("a worker failed, and has said why")
+
+
+def expect_able(request: dict[str, Any], node: str) -> None:
+    """Raise ClusterUnavailable on a machine that cannot train what is asked, which is no fault of the recipe's values."""
+    expect_alike(request, node, versions())
+    try:
+        resolve(ComputeConfig.model_validate_json(json.dumps(request["config"].get("compute", {})), strict=True))
+    except ConfigError as error:
+        raise ClusterUnavailable(f"the Ray worker on {node} cannot train this: {error}") from None
 
 
 def join(address: str) -> None:
@@ -115,13 +124,13 @@ def _hold(request: dict[str, Any], line: Line) -> None:
 
 
 def _expect_room(request: dict[str, Any], there: dict[str, float]) -> None:
-    """Raise ConfigError for what the cluster never has; what others use now is waited for."""
+    """Raise ClusterUnavailable for what the cluster never has; what others use now is waited for."""
     wanted = {"CPU": request["processes"] * request["cpus"], "GPU": request["processes"] * request["gpus"]}
     lacking = [
         f"{number} {kind}s (it has {there.get(kind, 0):g})" for kind, number in wanted.items() if number > there.get(kind, 0)
     ]
     if lacking:
-        raise ConfigError(
+        raise ClusterUnavailable(
             f"{PLACE}.processes: the Ray cluster at {request['ray_address']} is too small for {request['processes']} "
             f"workers, which need {' and '.join(lacking)}; lower processes or VISIONLOOP_NUM_THREADS, or add machines"
         )

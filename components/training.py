@@ -33,6 +33,7 @@ from components.fitting import Examples, FitResult, FittingConfig, InMemory, Inp
 from components.hooks import Checkpointing, Hook, MetricLogging, ProgressReporting
 from components.phases import Augmentation, LastBlocks, Phase
 from components.pictures import prepared
+from components.ray_address import NO_CLUSTER, RayAddress
 from components.samples import rows
 from components.segments import Kept
 from components.store import describe, sha256_file
@@ -167,7 +168,9 @@ def check(config: TrainingConfig, root: Path) -> None:
             check_blocks(config, phase, phase.trains.last, place)
 
 
-def on_this_machine(config: TrainingConfig, num_threads: int | None = None, ray_address: str | None = None) -> Compute:
+def on_this_machine(
+    config: TrainingConfig, num_threads: int | None = None, ray_address: RayAddress | None = None
+) -> Compute:
     """What the section computes on; raises ConfigError where it cannot, as far as threads and address are known."""
     if config.compute.launcher == "ray":
         if ray_address is not None:
@@ -270,7 +273,7 @@ def train(
     teacher: Stored[Checkpoint] | None = None,
     teacher_renamed: Renames = (),
     plugin_folder: Path | None = None,
-    ray_address: str = "",
+    ray_address: RayAddress = NO_CLUSTER,
 ) -> Checkpoint:
     """Fit the phases on train, choose each one's epoch and the temperature on valid; calibration and test are not read.
 
@@ -320,7 +323,7 @@ def train(
 
 
 def _launched(
-    config: ComputeConfig, request: dict[str, Any], ray_address: str, sink: MetricSink, progress: Progress
+    config: ComputeConfig, request: dict[str, Any], ray_address: RayAddress, sink: MetricSink, progress: Progress
 ) -> dict[str, Any]:
     """What the first of several processes answers to a request."""
     if config.launcher == "torchrun":
@@ -330,8 +333,8 @@ def _launched(
         asked = {
             **request,
             **shared,
-            "ray_address": ray_address,
-            "source": ray_cluster.source(),
+            "ray_address": ray_address.head,
+            "versions": ray_cluster.versions(),
             "processes": config.processes,
             "cpus": max(1, request["num_threads"] // config.processes),
             "gpus": int(config.device == "cuda"),

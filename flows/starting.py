@@ -59,7 +59,7 @@ def start_search(
 
     settings = read_settings(recipe.workspace.state)
     _expect_ready(recipe.workspace, settings)
-    expect_trainers(recipe.config.training, settings, ray=ray)
+    expect_trainers(recipe.config.training, settings, workers, ray=ray)
     say(f"getting ready to search recipe {recipe.name}, which takes up to half a minute the first time ...")
     with collector.kept():
         from flows.tune import tune

@@ -30,7 +30,7 @@ def tune(
     """Search what the recipe's section `search` says, in a study that goes on where it stopped; returns what came of it.
 
     The trials share one validation, one division of the images and every cache. Nothing of them is exported or judged: the
-    winner is a recipe, which is trained, judged and registered like any other. The test images are not read.
+    winner is a recipe, which is trained, judged and registered like any other. No trial reads a test image.
     """
     chosen = named(recipe, Path(workspace), overrides)
     with opened(chosen, Asked(study, workers, write, ray), quiet=quiet) as search:

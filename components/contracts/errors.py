@@ -23,7 +23,7 @@ Exceptions::
     ├── EngineUnavailable           an engine cannot be executed on this machine
     ├── WeightsUnavailable          pretrained weights could not be had
     ├── RegistryUnavailable         MLflow, the ledger or the release store does not answer
-    ├── ClusterUnavailable          the Ray cluster that is named does not answer, or has no room
+    ├── ClusterUnavailable          the Ray cluster that is named does not answer, has no room, or cannot train
     ├── OrchestratorUnavailable     the Prefect server that is named does not answer
     ├── DecisionRefused             the ledger's rules do not allow this approval, rejection, promotion or rollback
     ├── SignInRefused               login or password is wrong, or the user may not sign in
@@ -134,7 +134,7 @@ class RegistryUnavailable(VisionloopError):
 
 
 class ClusterUnavailable(VisionloopError):
-    """The Ray cluster that the environment names does not answer, or has no room."""
+    """The Ray cluster that the environment names does not answer, has no room, or has a machine that cannot train."""
 
 
 class OrchestratorUnavailable(VisionloopError):

@@ -103,7 +103,7 @@ def opened(recipe: ChosenRecipe, asked: Asked, *, quiet: bool) -> Iterator[Searc
     space = space_of(recipe)
     config = searched(recipe.config)
     # Before data are fetched for trainings that cannot be.
-    expect_trainers(recipe.config.training, settings, ray=asked.ray)
+    expect_trainers(recipe.config.training, settings, asked.workers, ray=asked.ray)
     expect_free(workspace.root, winner_name(recipe.config, asked.write), asked.study)
     with workspace.locked(f"visionloop tune {recipe.name}"), Console(STAGES, quiet=quiet) as console:
         limit(workspace.cache, settings.cache_bytes)

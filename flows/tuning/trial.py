@@ -79,16 +79,23 @@ class Place:
     splits: str
     """Key of the splits in the store."""
     num_threads: int
+    device: str = ""
+    """The GPU that this search is for, as a training's key names it; empty for the processor."""
+    gpus: int = 0
+    """How many of them each worker needs."""
 
     @classmethod
     def of(cls, run: Run, splits: Stored[Splits], num_threads: int) -> Self:
-        return cls(str(run.workspace.root), run.data.to_json(), splits.folder.name, num_threads)
+        config, device = run.config.training.compute, run.compute.key
+        gpus = config.processes if device and config.launcher != "ray" else 0
+        return cls(str(run.workspace.root), run.data.to_json(), splits.folder.name, num_threads, device, gpus)
 
 
 class Trainer:
     """Trains trials in this process, one after the other."""
 
     def __init__(self, place: Place) -> None:
+        self.place = place
         self.workspace = Workspace.find(Path(place.root))
         self.settings = replace(read_settings(self.workspace.state), num_threads=place.num_threads)
         self.data = DataVersion.read(place.data)
@@ -102,6 +109,12 @@ class Trainer:
         """Train a trial; raises what is not the fault of its values, such as StoreError on a full disk."""
         folder = self.workspace.studies / ".trials" / f"{os.getpid()}-{number}"
         run = Run(self.workspace, config, self.data, self.settings, Console(1, quiet=True), folder=folder)
+        if run.compute.key != self.place.device:
+            raise ConfigError(
+                f"a worker trains on {run.compute.hardware or 'the processor'}, and the search "
+                f"began on {self.place.device.removeprefix('cuda ') or 'the processor'}: trials of different devices do not "
+                f"compare; set CUDA_VISIBLE_DEVICES to GPUs of one kind"
+            )
         if config.training.teacher is not None:
             root, cache = self.workspace.root, self.workspace.cache
             run.teacher = learned_from(config.training.teacher, self.data, run=folder, root=root, cache=cache)

@@ -12,25 +12,27 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import IO, Any, Protocol
 
-from components.compute import PLACE
+from components.compute import PLACE, Compute, num_gpus
 from components.contracts.errors import ConfigError
 from components.contracts.progress import Progress
+from components.contracts.wording import counted
 from components.ray_cluster import expect_answers
 from components.training import TrainingConfig, on_this_machine
 from flows.terminal import Say
 from flows.tuning.trial import OnEpoch, Place, Trainer, TrialResult, error_of
 from flows.workspace.recipes import RunConfig
-from flows.workspace.settings import Settings, environment_with
+from flows.workspace.settings import Settings, environment_with, sees_gpus
 
 ON_CLUSTER = "--ray"
 """What puts the workers on a cluster."""
 
 
-def expect_trainers(config: TrainingConfig, settings: Settings, *, ray: bool) -> None:
+def expect_trainers(config: TrainingConfig, settings: Settings, workers: int, *, ray: bool) -> None:
     """Raise ConfigError or ClusterUnavailable where trials of the recipe cannot be trained where they are to be."""
     if ray and config.compute.launcher == "ray":
         raise ConfigError(
@@ -43,9 +45,28 @@ def expect_trainers(config: TrainingConfig, settings: Settings, *, ray: bool) ->
             f"{ON_CLUSTER} asks the Ray cluster for processors alone, and {PLACE}.device is {config.compute.device}; set it "
             f"to cpu, or search without {ON_CLUSTER} by {PLACE}.launcher: ray, which asks for GPUs"
         )
-    on_this_machine(config, settings.num_threads, settings.ray_address)
+    compute = on_this_machine(config, settings.num_threads, settings.ray_address)
     if ray:
         expect_answers(settings.ray_address, ON_CLUSTER)
+    elif config.compute.launcher != "ray":
+        _expect_shares(compute, settings.num_threads, workers)
+
+
+def _expect_shares(compute: Compute, num_threads: int, workers: int) -> None:
+    """Raise ConfigError where workers on this machine would have to share a GPU, or their processes a thread."""
+    each = compute.num_processes
+    if compute.on_gpu:
+        there, kind, given = num_gpus(), "GPU", "this machine has"
+    elif each > 1:
+        there, kind, given = num_threads, "thread", "VISIONLOOP_NUM_THREADS gives"
+    else:
+        return
+    if workers * each > there:
+        processes = f" of {each} processes each" if each > 1 else ""
+        raise ConfigError(
+            f"--workers: {counted(workers, 'worker')}{processes} need {counted(workers * each, kind)}, and {given} {there}; "
+            f"use fewer workers{', or lower ' + PLACE + '.processes' if each > 1 else ''}"
+        )
 
 
 class WorkerEnded(Exception):
@@ -66,8 +87,9 @@ def workers(place: Place, count: int, say: Say) -> Iterator[list[Worker]]:
     if count == 1:
         yield [Trainer(place)]
         return
-    started = [Process(place) for _ in range(count)]
-    say(f"    {count} processes train trials, each with {place.num_threads} of the threads")
+    started = [Process(place, sees_gpus(number, place.gpus) if place.gpus else {}) for number in range(count)]
+    beside = f" and {counted(place.gpus, 'GPU')} of its own" if place.gpus else ""
+    say(f"    {count} processes train trials, each with {place.num_threads} of the threads{beside}")
     try:
         yield list(started)
     finally:
@@ -78,8 +100,9 @@ def workers(place: Place, count: int, say: Say) -> Iterator[list[Worker]]:
 class Process:
     """A process of its own, started anew when the one before has ended."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, place: Place, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        """`environment` is what is set for it beside this one's."""
+        self._place, self._environment = place, environment
         self._process: Any = None
         self._said: IO[str] | None = None
 
@@ -105,14 +128,17 @@ class Process:
                     return TrialResult.read(heard["result"])
         except (BrokenPipeError, EOFError):
             ending = self._ending(process)
-            self.close()
+            self._end()
             raise WorkerEnded(ending) from None
         except WorkerEnded:
-            self.close()
+            self._end()
             raise
 
     def close(self) -> None:
         """End the process, whatever it does."""
+        self._end()
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -124,7 +150,7 @@ class Process:
 
     def _start(self) -> Any:
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (it lives as long as the process)
-        self._process = start_process(self._said)
+        self._process = start_process(self._said, self._environment)
         self._tell(self._process, asdict(self._place))
         return self._process
 
@@ -147,15 +173,15 @@ class Process:
         return f"{told}: {lines[-1][:300]}" if process.returncode > 0 and lines else told
 
 
-def start_process(said: IO[str] | int) -> subprocess.Popen[str]:
-    """A process that trains trials; what it says aloud goes to `said`."""
+def start_process(said: IO[str] | int, environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[str]:
+    """A process that trains trials, with this environment beside ours; what it says aloud goes to `said`."""
     return subprocess.Popen(
         [sys.executable, "-m", "flows.tuning.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=said,
         text=True,
-        env=environment_with({"PYTHONPATH": ":".join(path for path in sys.path if path)}),
+        env=environment_with({"PYTHONPATH": ":".join(path for path in sys.path if path), **environment}),
     )
 
 

@@ -41,6 +41,7 @@ from urllib.parse import quote, urlsplit
 
 from components.contracts.errors import ConfigError, UnknownName
 from components.formats import FORMATS, PINNED, Accepted, shown
+from components.ray_address import RayAddress
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Settings:
     """Most that the caches of training data take; the least recently used give way."""
     loop_url: str = ""
     studies_url: str = ""
-    ray_address: str = ""
+    ray_address: RayAddress = field(default_factory=RayAddress)
     oidc: OpenIDProvider | None = None
     prefect_database_url: str = ""
     prefect_authorization: str = field(default="", repr=False)
@@ -242,6 +243,13 @@ def environment_with(values: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **values}
 
 
+def sees_gpus(number: int, each: int) -> dict[str, str]:
+    """What is set for the process of this number, so that it has so many GPUs of its own, of those that this one sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(name) for name in range((number + 1) * each)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[number * each : (number + 1) * each])}
+
+
 def num_threads() -> int:
     """Threads that this process may use; raises ConfigError."""
     threads = os.environ.get("VISIONLOOP_NUM_THREADS") or str(min(8, _cores()))
@@ -272,7 +280,7 @@ def read_settings(state: Path) -> Settings:
         or sqlite_url(state / "loop.db"),
         studies_url=os.environ.get("VISIONLOOP_STUDIES") or sqlite_url(state / "studies.db"),
         oidc=_oidc(),
-        ray_address=os.environ.get("VISIONLOOP_RAY_ADDRESS", ""),
+        ray_address=_ray_address(),
         prefect_database_url=os.environ.get("VISIONLOOP_PREFECT_DB", ""),
         prefect_authorization=authorization,
         # A header that cannot be sent would be quoted in an error, secret and all.
@@ -295,6 +303,17 @@ def _oidc() -> OpenIDProvider | None:
     if not issuer.startswith("https://") and urlsplit(issuer).hostname not in LOOPBACK:
         raise ConfigError(f"VISIONLOOP_OIDC_ISSUER is {issuer!r}; expected the address of the issuer, https://...")
     return OpenIDProvider(issuer, client, secret)
+
+
+def _ray_address() -> RayAddress:
+    """By Ray's own settings where it is told to use TLS."""
+    head = os.environ.get("VISIONLOOP_RAY_ADDRESS", "")
+    if os.environ.get("RAY_USE_TLS", "").lower() not in ("1", "true"):
+        return RayAddress(head)
+    certificate, key, authority = (
+        os.environ.get(f"RAY_TLS_{name}", "") for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")
+    )
+    return RayAddress(head, (certificate, key, authority))
 
 
 def own_captures(state: Path) -> Path:
