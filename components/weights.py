@@ -120,6 +120,14 @@ def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         shape, places, values = (tensors.get(f"{name}#{part}") for part in _PARTS)
         if shape is None or places is None or values is None:
             raise WeightsUnavailable(f"{name} is packed, and a part of it is missing; expected {', '.join(_PARTS)}")
+        kinds = (shape.dtype, places.dtype) == (torch.int64, torch.uint8)
+        flat = (shape.ndim, places.ndim, values.ndim) == (1, 1, 1)
+        if not kinds or not flat or bool((shape < 0).any()):
+            raise WeightsUnavailable(
+                f"{name} is packed by a shape of {shape.dtype} {shape.tolist()}, places of {places.dtype} in "
+                f"{tuple(places.shape)} and values in {tuple(values.shape)}; expected int64 sizes of 0 and more, uint8, and "
+                f"one dimension of each"
+            )
         numel = math.prod(shape.tolist())
         if len(places) != -(-numel // 8):
             raise WeightsUnavailable(f"{name} is packed in {len(places)} bytes for the shape {tuple(shape.tolist())}")

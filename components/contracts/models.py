@@ -68,7 +68,8 @@ class NetworkSize(Record):
     zeros: int
     """Of them, those that are zero."""
     macs: int
-    """Multiplications and additions of convolutions and linear layers for one image, zeros included."""
+    """Multiplications and additions of convolutions, linear layers and attention's projections for one image, zeros
+    included."""
     stored_bytes: int
     """Of its weights as a checkpoint stores them."""
 

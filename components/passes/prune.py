@@ -12,7 +12,7 @@ import bisect
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,9 +42,9 @@ class Pass(BaseModel):
     """Of training images that `taylor` looks at, at most."""
     round_to: int = Field(default=8, ge=1, le=64)
     """Groups of at least twice as many channels keep a multiple of it: runtimes compute in blocks, and fill up the last."""
-    keep: tuple[str, ...] = ()
+    keep: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Layers that lose nothing, such as `backbone.layer1`, with all that goes together with them."""
-    only: tuple[str, ...] = ()
+    only: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Layers that lose channels; empty for all that can."""
 
     @property
@@ -257,10 +257,10 @@ class _Costs:
     def __init__(self, network: nn.Module, example: torch.Tensor, groups: Sequence[_Group], *, of: str) -> None:
         from torch import nn
 
-        from components.network_size import positions
+        from components.network_size import multiplications
 
         self._groups = groups
-        counts: Mapping[Any, int] = positions(network, example) if of == "macs" else {}
+        macs = multiplications(network, example) if of == "macs" else {}
         # (how much it costs, by which groups its outputs and its inputs become fewer, how many of each there are)
         self._parts: list[tuple[int, list[tuple[_Group, float]], list[tuple[_Group, float]]]] = []
         fewer: dict[tuple[int, bool], list[tuple[_Group, float]]] = {}
@@ -271,9 +271,9 @@ class _Costs:
         for layer in network.modules():
             for name, parameter in layer.named_parameters(recurse=False):
                 weight = name == "weight" and isinstance(layer, nn.Conv2d | nn.Linear)
-                if of == "macs" and not weight:
+                cost = macs.get((layer, name), 0) if of == "macs" else parameter.numel()
+                if not cost:
                     continue
-                cost = parameter.numel() * counts.get(layer, 1)
                 outputs = fewer.get((id(layer), True), []) + fewer.get((id(parameter), True), [])
                 inputs = fewer.get((id(layer), False), []) if weight else []
                 self._parts.append((cost, outputs, inputs))

@@ -7,7 +7,7 @@ fall where whole channels go, which is the pass `prune`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,7 +28,7 @@ class Pass(BaseModel):
     """Of the weights of all its layers together; biases and normalisation stay."""
     steps: int = Field(default=3, ge=1, le=100)
     """The share is taken in so many equal parts, with a fine-tuning after each."""
-    keep: tuple[str, ...] = ()
+    keep: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Layers that lose nothing, such as `head`."""
 
     @property

@@ -410,6 +410,39 @@ def test_sizes_are_counted(tmp_path: Path) -> None:
     assert size.stored_bytes == (tmp_path / "weights.safetensors").stat().st_size
 
 
+def test_what_attention_projects_is_counted_where_it_asks_no_layer() -> None:
+    """Three tokens ask two: by one weight for all, and by one each where the widths differ."""
+    from torch import nn
+
+    from components.passes.prune import _Costs
+
+    class Attending(nn.Module):
+        def __init__(self, **widths: int) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **widths)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            key, value = tokens[:, :2, : self.attention.kdim], tokens[:, :2, : self.attention.vdim]
+            found: torch.Tensor = self.attention(tokens, key, value=value)[0]
+            return found
+
+    example = torch.zeros(1, 3, 4)
+    for network, macs in (
+        (Attending(), (3 + 2 + 2 + 3) * 4 * 4),
+        (Attending(kdim=2, vdim=3), 3 * 4 * 4 + 2 * 2 * 4 + 2 * 3 * 4 + 3 * 4 * 4),
+    ):
+        size = network_size(network, example)
+        assert size.macs == macs
+        assert _Costs(network, example, (), of="macs").total() == macs
+        assert _Costs(network, example, (), of="parameters").total() == size.parameters
+
+
+@pytest.mark.parametrize(("name", "setting"), [("prune", "keep"), ("prune", "only"), ("unstructured", "keep")])
+def test_a_layer_without_a_name_is_none(name: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"passes.{name}: {setting}.*: String should have at least 1 character"):
+        plugins.load("passes", name, {setting: [""]})
+
+
 def test_a_section_is_read_and_refused_by_its_keys() -> None:
     with pytest.raises(ValidationError, match="compare has no effect without passes"):
         OptimisationConfig.model_validate_json('{"compare": false}', strict=True)
@@ -486,6 +519,15 @@ def test_packed_weights_are_whole_again_or_refused(tmp_path: Path) -> None:
         ({"a.weight#values": None}, "a part of it is missing"),
         ({"a.weight#shape": torch.tensor([30, 700])}, "in 263 bytes for the shape"),
         ({"a.weight#values": found["a.weight#values"][1:]}, "values for"),
+        (
+            {"a.weight#shape": torch.tensor([-30, -70])},
+            r"shape of torch.int64 \[-30, -70\], .* expected int64 sizes of 0 and more",
+        ),
+        ({"a.weight#shape": torch.tensor([30.0, 70.0])}, "shape of torch.float32"),
+        ({"a.weight#shape": torch.tensor(2100)}, "shape of torch.int64 2100"),
+        ({"a.weight#places": found["a.weight#places"].int()}, "places of torch.int32"),
+        ({"a.weight#places": found["a.weight#places"][None]}, r"places of torch.uint8 in \(1, 263\)"),
+        ({"a.weight#values": found["a.weight#values"][:, None]}, r"values in \(\d+, 1\)"),
     ):
         parts = {name: value for name, value in (found | broken).items() if value is not None}
         save_file(parts, tmp_path / "weights.safetensors")
