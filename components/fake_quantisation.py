@@ -61,9 +61,10 @@ class RoundedActivation(nn.Module):
             return values
         scale = ((self.high - self.low) / 255).clamp_min(_LEAST_STEP)
         zero = (-self.low / scale).round().to(torch.int32)
-        rounded = torch.fake_quantize_per_tensor_affine(values.float(), scale, zero, 0, 255).to(values.dtype)
-        # The operator makes a number of NaN, and a training that diverges would not be seen.
-        return rounded.where(values.isfinite(), values)
+        # The operator makes numbers of NaN and of what is infinite, and a training that diverges would not be seen.
+        least, greatest = values.detach().float().aminmax()
+        scale = scale + (least * 0 + greatest * 0)
+        return torch.fake_quantize_per_tensor_affine(values.float(), scale, zero, 0, 255).to(values.dtype)
 
 
 def layers(network: nn.Module) -> dict[str, nn.Module]:
