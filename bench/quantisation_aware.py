@@ -38,7 +38,7 @@ TRAINED, TESTED, CALIBRATED = 1000, 500, 30
 """Pictures of a class at most; of those that train, one in ten is valid."""
 EPOCHS, RATE = 12, 4e-3
 SPREAD = 300.0
-TUNED_EPOCHS, TUNED_RATE = 3, 1e-3
+TUNED_EPOCHS, TUNED_RATE = 2, 1e-3
 SHORT = {"TRAINED": 20, "TESTED": 8, "CALIBRATED": 5, "EPOCHS": 1, "TUNED_EPOCHS": 1}
 _FLOOR = 0.5
 """Of the drop, what the pass has to win back."""
@@ -176,7 +176,7 @@ def _images(part: Part, network: Stored[Checkpoint]) -> npt.NDArray[np.uint8]:
 def _recovered(
     exact: npt.NDArray[np.bool_], before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]
 ) -> tuple[float, float]:
-    """Interval (95 %) of the share won back, of test pictures drawn anew; a draw without a drop tells nothing, and no drop is none won back."""
+    """Interval (95 %) of the share won back, of test pictures drawn anew; a draw without a drop tells nothing."""
     draws = np.random.default_rng(0).integers(len(exact), size=(_RESAMPLES, len(exact)))
     float_, int8, aware = (right[draws].mean(axis=1) for right in (exact, before, after))
     lost = float_ > int8

@@ -1,9 +1,9 @@
 """A network that computes as an int8 engine would, in float: its weights and what its layers are given are rounded.
 
 Weights lie on symmetric grids of 255 steps, one for each output channel, whose scale follows from the weights; activations
-on one grid of 256 steps, from the mean of the images' least values to that of their greatest, as NNCF calibrates them. Both
-are torch's own operators, which let gradients through within the range. Batch normalisation stays beside its layer: what
-exporters fold into a layer scales its output channels, and with each channel its grid.
+on one grid of 256 steps, from the mean of the images' least values to that of their greatest, as NNCF calibrates them, which
+goes with them while they are trained. Both are torch's own operators, which let gradients through within the range. Batch
+normalisation stays beside its layer: what exporters fold into a layer scales its output channels, and with each its grid.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _INPUT, _OUTPUT = "rounded_input", "rounded_output"
 """What the rounding of a layer's input or output is called among its modules."""
 _SUMS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _LEAST_STEP = 1e-12
+_FOLLOWED = 0.1
+"""Of the range of a batch, in every step: the ranges go with the activations."""
 
 
 class RoundedWeight(nn.Module):
@@ -55,16 +57,20 @@ class RoundedActivation(nn.Module):
         self.handle: RemovableHandle | None = None
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        flat = values.detach().float().flatten(1)
+        least, greatest = flat.amin(1), flat.amax(1)
         if self.seen is not None:
-            flat = values.detach().flatten(1)
-            self.seen.append(torch.stack([flat.amin(1), flat.amax(1)]))
+            self.seen.append(torch.stack([least, greatest]))
             return values
-        scale = ((self.high - self.low) / 255).clamp_min(_LEAST_STEP)
-        zero = (-self.low / scale).round().to(torch.int32)
+        if self.training:
+            # On a range that stands still a network learns to be cut off, which it is not where ranges are found anew.
+            self.low.lerp_(least.mean().clamp_max(0), _FOLLOWED)
+            self.high.lerp_(greatest.mean().clamp_min(0), _FOLLOWED)
         # The operator makes numbers of NaN and of what is infinite, and a training that diverges would not be seen.
-        least, greatest = values.detach().float().aminmax()
-        scale = scale + (least * 0 + greatest * 0)
-        return torch.fake_quantize_per_tensor_affine(values.float(), scale, zero, 0, 255).to(values.dtype)
+        odd = least.sum() * 0 + greatest.sum() * 0
+        scale = ((self.high - self.low) / 255).clamp_min(_LEAST_STEP)
+        zero = (-self.low / scale).round().nan_to_num().to(torch.int32)
+        return torch.fake_quantize_per_tensor_affine(values.float(), scale + odd, zero, 0, 255).to(values.dtype)
 
 
 def layers(network: nn.Module) -> dict[str, nn.Module]:
@@ -77,11 +83,11 @@ def insert(network: nn.Module, example: torch.Tensor, chosen: Mapping[str, nn.Mo
     summed = _summed(network, example)
     for layer in chosen.values():
         parametrize.register_parametrization(layer, "weight", RoundedWeight(layer))
-        rounding = RoundedActivation()
+        rounding = RoundedActivation().train(layer.training)
         rounding.handle = layer.register_forward_pre_hook(_round_input)
         layer.add_module(_INPUT, rounding)
     for module in summed:
-        rounding = RoundedActivation()
+        rounding = RoundedActivation().train(module.training)
         rounding.handle = module.register_forward_hook(_round_output)
         module.add_module(_OUTPUT, rounding)
 

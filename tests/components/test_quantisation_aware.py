@@ -173,9 +173,13 @@ def test_sums_are_rounded_too_and_taken_back_to_the_bit(backbone: str, settings:
     before, state = model(shown), {name: value.clone() for name, value in model.state_dict().items()}
     insert(model, shown[:1], layers(model))
     assert calibrate(model, [shown]) == []
-    roundings = [name for name, module in model.named_modules() if isinstance(module, RoundedActivation)]
+    roundings = {name: module for name, module in model.named_modules() if isinstance(module, RoundedActivation)}
     assert sum(name.endswith("rounded_output") for name in roundings) == summed
+    # Ranges stay those of the calibration while valid images are answered.
+    ranges = [(float(rounding.low), float(rounding.high)) for rounding in roundings.values()]
     assert not torch.equal(model(shown)[0], before[0])
+    model(255 - shown)
+    assert [(float(rounding.low), float(rounding.high)) for rounding in roundings.values()] == ranges
     remove(model, keep_grids=False)
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(one, other) for one, other in zip(model(shown), before, strict=True))
@@ -183,12 +187,22 @@ def test_sums_are_rounded_too_and_taken_back_to_the_bit(backbone: str, settings:
 
 def test_what_is_no_number_stays_none_when_it_is_rounded() -> None:
     """Else a training that diverges would go on, and nobody would see it."""
-    rounding = RoundedActivation()
+    rounding = RoundedActivation().eval()
     rounding.low.fill_(-1.0)
     rounding.high.fill_(1.55)
-    assert rounding(torch.tensor([0.004, 0.006, -9.0])).tolist() == pytest.approx([0.0, 0.01, -1.0])
+    assert rounding(torch.tensor([[0.004, 0.006, -9.0]]))[0].tolist() == pytest.approx([0.0, 0.01, -1.0])
     for odd in ("nan", "inf", "-inf"):
-        assert not rounding(torch.tensor([float(odd), 0.004])).isfinite().any()
+        assert not rounding(torch.tensor([[float(odd), 0.004]])).isfinite().any()
+
+
+def test_ranges_go_with_what_a_training_makes_of_the_activations() -> None:
+    rounding = RoundedActivation()
+    rounding.high.fill_(1.0)
+    for _ in range(100):
+        rounding(torch.tensor([[-1.0, 0.5], [-3.0, 9.0]]))
+    assert (float(rounding.low), float(rounding.high)) == pytest.approx((-2.0, 4.75), rel=1e-2)
+    rounding.eval()(torch.tensor([[100.0]]))
+    assert float(rounding.high) == pytest.approx(4.75, rel=1e-2)
 
 
 class _Attending(nn.Module):
