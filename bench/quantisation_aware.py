@@ -38,7 +38,7 @@ TRAINED, TESTED, CALIBRATED = 1000, 500, 30
 """Pictures of a class at most; of those that train, one in ten is valid."""
 EPOCHS, RATE = 12, 4e-3
 SPREAD = 300.0
-TUNED_EPOCHS, TUNED_RATE = 2, 1e-3
+TUNED_EPOCHS, TUNED_RATE = 2, 3e-4
 SHORT = {"TRAINED": 20, "TESTED": 8, "CALIBRATED": 5, "EPOCHS": 1, "TUNED_EPOCHS": 1}
 _FLOOR = 0.5
 """Of the drop, what the pass has to win back."""
@@ -142,7 +142,12 @@ def _tuned(
     out, start = scratch / f"{name}, tuned", time.perf_counter()
     out.mkdir()
     fit = {"epochs": TUNED_EPOCHS, "patience": TUNED_EPOCHS, "batch_size": 64, "learning_rate": TUNED_RATE}
-    phase = {"trains": "all", "augmentations": [_FLIP], "fit": fit | {"weight_decay": 0.02, "warmup_epochs": 0.3}}
+    phase = {
+        "trains": "all",
+        "batch_norm": "frozen",
+        "augmentations": [_FLIP],
+        "fit": fit | {"weight_decay": 0.02, "warmup_epochs": 0.3},
+    }
     config = OptimisationConfig.model_validate({"passes": [{"pass": "quantisation_aware", "phases": [phase]}]})
     cache = scratch / "cache"
     record = optimise(network, splits, data, config, training, out=out, cache=cache, num_threads=NUM_THREADS)

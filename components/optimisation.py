@@ -110,7 +110,8 @@ def fine_tuning(chosen: ChosenPass, training: TrainingConfig) -> tuple[Phase, ..
         checkpoint_every_s=last.fit.checkpoint_every_s,
     )
     kept = {name: getattr(last, name) for name in ("augmentation", "augmentations", "loss", "sampling")}
-    return (Phase(trains="all", fit=fit, **kept),)
+    statistics: Any = "frozen" if getattr(chosen.load(), "keeps_batch_norm", False) else None
+    return (Phase(trains="all", fit=fit, batch_norm=statistics, **kept),)
 
 
 def check(config: OptimisationConfig, training: TrainingConfig) -> None:

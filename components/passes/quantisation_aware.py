@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FEWEST = 10
+_BEFORE = "_before_int8"
+"""Where the network's own weights are, and the difference that int8 made to them, while it is fine-tuned."""
 
 
 class Pass(BaseModel):
@@ -48,8 +50,14 @@ class Pass(BaseModel):
     def only_for(self) -> Precision:
         return "int8"
 
+    @property
+    def keeps_batch_norm(self) -> bool:
+        """Statistics of rounded activations are none of the float network, on which targets find their ranges."""
+        return True
+
     def begin(self, network: nn.Module, request: PassRequest) -> None:
         """Round the network; where that costs little, take it back and be done."""
+        state = {name: value.clone() for name, value in network.state_dict().items()}
         self._round(network, request)
         drop = self._asked(network, request, "int8 before")
         enough = drop.value >= -self.limit - 1e-9
@@ -60,15 +68,24 @@ class Pass(BaseModel):
         if enough and not request.rehearsal:
             _plain(network, keep_grids=False)
             request.enough()
+        else:
+            setattr(network, _BEFORE, (state, drop.value))
 
     def end(self, network: nn.Module, request: PassRequest) -> None:
         """Leave plain weights on their grids, and ask them as a target would: on ranges that are found anew."""
         _plain(network, keep_grids=True)
         self._round(network, request)
-        request.note(
-            f"fine-tuned, {_told(self._asked(network, request, 'int8 after'))}, against the network before in float"
-        )
+        drop = self._asked(network, request, "int8 after")
         _plain(network, keep_grids=False)
+        state, before = getattr(network, _BEFORE)
+        delattr(network, _BEFORE)
+        better = drop.value > before
+        request.note(
+            f"fine-tuned, {_told(drop)}, against the network before in float"
+            + "; that is no better, and the network is left as it was" * (not better)
+        )
+        if not better:
+            network.load_state_dict(state)
 
     def _round(self, network: nn.Module, request: PassRequest) -> None:
         from components.fake_quantisation import calibrate, insert, layers

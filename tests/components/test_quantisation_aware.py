@@ -28,7 +28,7 @@ from components.contracts.models import Checkpoint
 from components.contracts.records import Stored
 from components.fake_quantisation import RoundedActivation, calibrate, insert, layers, remove
 from components.graphs import to_onnx
-from components.optimisation import OptimisationConfig, check, optimise
+from components.optimisation import OptimisationConfig, check, fine_tuning, optimise
 from components.store import describe
 from components.targets.openvino import _Quantiser
 from components.training import TrainingConfig, train
@@ -129,6 +129,18 @@ def test_a_network_that_int8_does_not_harm_stays_as_it_is(world: World, tmp_path
     # A network that loses more than none goes the other way, and what is allowed is what was said.
     (other,) = optimised(world, tmp_path / "other", passes(limit=1.0)).record.optimised.passes  # type: ignore[union-attr]
     assert (other.epochs, other.notes[0].endswith("of 1: nothing had to be trained")) == (0, True)
+
+
+def test_a_fine_tuning_that_wins_nothing_back_leaves_the_network_as_it_was(world: World, tmp_path: Path) -> None:
+    config = passes(fit=FIT | {"epochs": 1, "learning_rate": 1e-12})
+    (chosen,) = config.passes
+    phases = tuple(phase.model_copy(update={"batch_norm": "frozen"}) for phase in chosen.phases)
+    config = config.model_copy(update={"passes": (chosen.model_copy(update={"phases": phases}),)})
+    found = optimised(world, tmp_path / "out", config)
+    assert found.record.optimised is not None
+    assert found.record.optimised.passes[0].notes[1].endswith("no better, and the network is left as it was")
+    before, after = (load_file(folder / "weights.safetensors") for folder in (world[2].folder, found.folder))
+    assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 MOMENTS = [
@@ -246,6 +258,8 @@ def test_what_cannot_be_is_refused_when_the_recipe_is_read() -> None:
     ):
         check(other_way, TRAINING)
     check(passes(prune), TRAINING)
+    said_nothing = OptimisationConfig.model_validate({"passes": [prune, {"pass": "quantisation_aware"}]})
+    assert [fine_tuning(each, TRAINING)[0].batch_norm for each in said_nothing.passes] == [None, "frozen"]
     zeros = {"pass": "unstructured", "settings": {"steps": 1}}
     with pytest.raises(ConfigError, match="'quantisation_aware' after 'unstructured' would undo the zeros that it makes"):
         check(passes(zeros), TRAINING)
