@@ -266,6 +266,8 @@ def test_a_search_that_is_killed_or_interrupted_goes_on_and_ends_in_the_same_bit
                     break
             said = process.stderr.read()
             assert process.wait() == status
+        # Whom a person stops is no trial that ends its process.
+        assert (root / ".visionloop" / "studies" / "smoke" / "attempts.json").exists() == (number == signal.SIGKILL)
         # Nothing collects the best training meanwhile.
         assert (root / ".visionloop" / "studies" / "smoke" / "best").resolve().is_dir()
     assert re.search(r"^stopped; the same command goes on with trial [23]$", said, re.MULTILINE)
