@@ -32,7 +32,7 @@ def choose(
     """Compare the variants that the recipe's section `choice` names; returns what came of it.
 
     Each goes through the stages of a training as far as its engines, by the same keys: what was computed before is found,
-    and a training of the chosen one finds all of it. The test images are not read: they judge what was chosen.
+    and a training of the chosen one finds all of it. No engine is asked about the test images: they judge what was chosen.
     """
     chosen = named(recipe, Path(workspace), overrides)
     with opened(chosen, write, quiet=quiet) as comparison:

@@ -17,7 +17,7 @@ from flows.training.results import estimate_json
 
 CAUTION = (
     "The best of many is flattered by what was lucky on the same valid images; what it is worth, the gates say on the test "
-    "images, which the choice never read."
+    "images, about which no variant was asked."
 )
 RECORD = "choice.json"
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]

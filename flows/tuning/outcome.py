@@ -106,7 +106,7 @@ def fit_of(best: Trial, phases: Sequence[Phase], headline: str, num_valid: int) 
 
 CAUTION = (
     "The best of many is flattered by what was lucky on the same valid images; what it is worth, the gates say on the test "
-    "images, which the search never read."
+    "images, about which no trial was asked."
 )
 
 
