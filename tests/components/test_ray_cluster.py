@@ -264,7 +264,7 @@ config = TrainingConfig.model_validate_json((here / "config.json").read_text(), 
 splits = Stored(Splits.read(json.loads((here / "splits.json").read_text())), root)
 def progress(done, total, note=""):
     print(note, flush=True)
-train(splits, root / "data", config, out=here / "out", cache=root / "cache", root=root, progress=progress, ray_address=RayAddress({cluster!r}))
+train(splits, root / "data", config, out=here / "out", cache=here / "cache", root=root, progress=progress, ray_address=RayAddress({cluster!r}))
 """
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
