@@ -8,7 +8,7 @@ normalisation stays beside its layer: what exporters fold into a layer scales it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,9 +78,11 @@ def layers(network: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, _Layer)}
 
 
-def insert(network: nn.Module, example: torch.Tensor, chosen: Mapping[str, nn.Module]) -> None:
-    """Round the weights and inputs of the chosen layers, and what modules give to a sum, such as that of a residual."""
-    summed = _summed(network, example)
+def insert(
+    network: nn.Module, example: torch.Tensor, chosen: Mapping[str, nn.Module], *, kept: Collection[nn.Module] = ()
+) -> None:
+    """Round the weights and inputs of the chosen layers, and what modules that are not kept give to sums."""
+    summed = [module for module in _summed(network, example) if module not in kept]
     for layer in chosen.values():
         parametrize.register_parametrization(layer, "weight", RoundedWeight(layer))
         rounding = RoundedActivation().train(layer.training)

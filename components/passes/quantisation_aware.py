@@ -8,7 +8,7 @@ which lie on the grids that every target finds again by its own means. Ranges of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,8 +35,9 @@ class Pass(BaseModel):
     """By how much the share of right answers to valid may be below the float network's; the same as a target's max_drop."""
     num_images: int = Field(default=300, ge=_FEWEST, le=100_000)
     """Of train images that the ranges of activations are found on, at most."""
-    keep: tuple[str, ...] = ()
-    """Layers that are not rounded while the network learns, such as `head`; targets decide about them for themselves."""
+    keep: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Layers that are not rounded while the network learns, such as `head`, with the sums that they give to; targets decide
+    about them for themselves."""
 
     @property
     def steps(self) -> int:
@@ -97,13 +98,14 @@ class Pass(BaseModel):
                 raise UnknownName("layer in keep", kept, list(found))
         below = tuple(f"{kept}." for kept in self.keep)
         chosen = {name: layer for name, layer in found.items() if not f"{name}.".startswith(below)}
+        kept_whole = [module for name, module in network.named_modules() if f"{name}.".startswith(below)]
         if not chosen:
             raise ConfigError(f"keep: nothing is left to round without {', '.join(self.keep)}; leave one of them out")
-        insert(network, request.example, chosen)
+        insert(network, request.example, chosen, kept=kept_whole)
         if idle := calibrate(network, self._calibration(request)):
             raise ConfigError(
-                f"keep: {idle[0]} cannot be rounded while the network learns, since its weights are used without asking the "
-                f"layer; name it, or what holds it, in keep"
+                f"keep: layers whose weights are used without asking them cannot be rounded while the network learns; name "
+                f"them, or what holds them, in keep: {', '.join(idle)}"
             )
 
     def _calibration(self, request: PassRequest) -> Iterator[torch.Tensor]:

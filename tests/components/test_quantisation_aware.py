@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import signal
@@ -222,30 +223,53 @@ class _Attending(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.stem = nn.Linear(4, 4)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.other = nn.MultiheadAttention(4, 2, batch_first=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = images.float().flatten(1).reshape(len(images), -1, 4) / 255
-        embedding = self.attention(tokens, tokens, tokens)[0].mean(1)
+        tokens = tokens + self.stem(tokens)
+        tokens = self.attention(tokens, tokens, tokens)[0]
+        embedding = self.other(tokens, tokens, tokens)[0].mean(1)
         return self.head(embedding), embedding
 
 
 @pytest.mark.parametrize(
     ("keep", "error", "why"),
     [
-        ((), ConfigError, "keep: attention.out_proj cannot be rounded while the network learns"),
-        (("attention",), None, ""),
-        (("attention", "head"), ConfigError, "keep: nothing is left to round without attention, head"),
-        (("attentoin",), UnknownName, "unknown layer in keep 'attentoin'; valid: attention.out_proj, head"),
+        ((), ConfigError, "keep: layers whose weights .* in keep: attention.out_proj, other.out_proj$"),
+        (("other",), ConfigError, "in keep: attention.out_proj$"),
+        (("attention", "other"), None, ""),
+        (
+            ("attention", "other", "head", "stem"),
+            ConfigError,
+            "keep: nothing is left to round without attention, other, head",
+        ),
+        (
+            ("attentoin",),
+            UnknownName,
+            "unknown layer in keep 'attentoin'; valid: attention.out_proj, head, other.out_proj, stem",
+        ),
+        (("",), ConfigError, "keep.0: String should have at least 1 character"),
     ],
 )
-def test_a_layer_that_cannot_be_rounded_is_named(keep: tuple[str, ...], error: type[Exception] | None, why: str) -> None:
+def test_layers_that_cannot_be_rounded_are_named(keep: tuple[str, ...], error: type[Exception] | None, why: str) -> None:
     network, images = _Attending().eval(), torch.randint(256, (6, 4, 4, 1), dtype=torch.uint8)
-    chosen = plugins.load("passes", "quantisation_aware", {"keep": list(keep)})
-    request = pass_request(network, images, torch.arange(6) % 3)
     with pytest.raises(error, match=why) if error else contextlib.nullcontext():
-        chosen.begin(network, request)
+        chosen = plugins.load("passes", "quantisation_aware", {"keep": list(keep)})
+        chosen.begin(network, pass_request(network, images, torch.arange(6) % 3))
+
+
+@pytest.mark.parametrize("keep", [(), ("stem",)])
+def test_what_is_kept_gives_its_sums_as_it_computes_them(keep: tuple[str, ...]) -> None:
+    network, images = _Attending().eval(), torch.randint(256, (6, 4, 4, 1), dtype=torch.uint8)
+    chosen = plugins.load("passes", "quantisation_aware", {"keep": ["attention", "other", *keep], "limit": 0})
+    request = pass_request(network, images, torch.arange(6) % 3)
+    chosen.begin(network, dataclasses.replace(request, rehearsal=True))
+    found = {name.rpartition(".")[0] for name, module in network.named_modules() if isinstance(module, RoundedActivation)}
+    assert found == {"head", "stem"} - set(keep)
 
 
 def test_what_cannot_be_is_refused_when_the_recipe_is_read() -> None:
