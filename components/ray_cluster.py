@@ -6,6 +6,7 @@ Nothing here starts a cluster, or imports Ray: see `components/ray_job.py`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import re
 import secrets
 import shutil
@@ -92,16 +93,32 @@ def command(request: Path) -> list[str]:
 
 @contextlib.contextmanager
 def shared_folder(cache: Path) -> Iterator[dict[str, str]]:
-    """A folder that every machine of a cluster has to see, and what it holds; it is gone afterwards."""
+    """A folder that every machine of a cluster has to see, and what it holds; it is gone afterwards.
+
+    Those of processes of this machine that were killed go with the next one: a folder's token is locked while it is used.
+    """
     folder, token = cache / "ray" / secrets.token_hex(8), secrets.token_hex(16)
+    _remove_left(folder.parent)
     folder.mkdir(parents=True)
-    (folder / "token").write_text(token)
-    try:
-        yield {"shared": str(folder), "token": token}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
+    with (folder / "token").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(token)
+        held.flush()
+        try:
+            yield {"shared": str(folder), "token": token}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+
+
+def _remove_left(folders: Path) -> None:
+    for path in folders.glob("*/token"):
+        # Another one may be about to lock its own, or may be gone by now.
+        with contextlib.suppress(OSError), path.open() as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if left.read():
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def expect_alike(request: Mapping[str, Any], node: str, here: Mapping[str, str]) -> None:

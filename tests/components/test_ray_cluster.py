@@ -116,6 +116,15 @@ def certificate(folder: Path) -> tuple[str, str, str]:
     return str(folder / "cert.pem"), str(folder / "key.pem"), str(folder / "cert.pem")
 
 
+def test_the_folder_of_a_run_that_was_killed_goes_with_the_next_one(tmp_path: Path) -> None:
+    code = "import os, pathlib, sys, components.ray_cluster as c; s = c.shared_folder(pathlib.Path(sys.argv[1])); s.__enter__(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
+    (left,) = (tmp_path / "ray").iterdir()
+    with ray_cluster.shared_folder(tmp_path) as one, ray_cluster.shared_folder(tmp_path) as other:
+        assert {str(path) for path in (tmp_path / "ray").iterdir()} == {one["shared"], other["shared"]}
+    assert not left.exists()
+
+
 def test_a_machine_that_cannot_train_what_is_asked_is_named_and_no_trial_is_to_blame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
