@@ -29,7 +29,11 @@ def seal_all(journals: Path, log_url: str) -> int:
     objects = open_objects(log_url)
     sealed = 0
     for path in sorted(journals.glob(f"*{SUFFIX}")) if journals.is_dir() else []:
-        with path.open("rb") as file:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            continue  # sealed by another a moment ago
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
