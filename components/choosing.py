@@ -154,6 +154,6 @@ def images_a_second_a_core(p50_ms: float, num_threads: int) -> float:
     return 1000.0 / p50_ms / num_threads
 
 
-def price_of_a_million(p50_ms: float, hourly_price: float) -> float:
-    """What a million answers, one after another, cost on a machine of that price an hour; in its currency."""
-    return 1e6 * p50_ms / 1000.0 / 3600.0 * hourly_price
+def price_of_a_million(ms_an_image: float, hourly_price: float) -> float:
+    """What a million answers that take so long each cost on a machine of that price an hour; in its currency."""
+    return 1e6 * ms_an_image / 1000.0 / 3600.0 * hourly_price

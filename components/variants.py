@@ -15,7 +15,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from components import plugins
 from components.answer_tables import answers_of
-from components.choosing import Limits, Offer
+from components.choosing import Limits, Offer, price_of_a_million
 from components.contracts.data import Splits
 from components.contracts.families import Evidence, Gate, Task
 from components.contracts.models import Engine
@@ -238,7 +238,7 @@ def timed(variant: Variant, measured: Measurement, rounds: Sequence[float], hour
             "images_a_second": rate,
             "rounds_images_a_second": tuple(rounds),
             "core_hours": core_hours_of_a_million(rate.value, measured.num_threads),
-            "cost": None if hourly_price is None else 1e6 / rate.value / 3600 * hourly_price,
+            "cost": None if hourly_price is None else price_of_a_million(1000 / rate.value, hourly_price),
             "memory_mb": measured.memory_mb,
         }
     )

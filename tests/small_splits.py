@@ -41,3 +41,12 @@ def write_small_splits(root: Path, per_class: int = 12) -> Stored[Splits]:
         test_digest="c",
     )
     return Stored(record, root)
+
+
+def write_splits_without_test_pictures(root: Path, per_class: int = 12) -> Stored[Splits]:
+    """The same, with pictures of test and calibration in the table whose files are not there: nobody may look at them."""
+    splits = write_small_splits(root, per_class)
+    table = pd.read_parquet(root / "splits.parquet")
+    unseen = table.iloc[:6].assign(split=["test", "calibration"] * 3, path=[f"gone/{i}.png" for i in range(6)])
+    pd.concat([table, unseen.assign(picture=[f"{i:032d}" for i in range(6)])]).to_parquet(root / "splits.parquet")
+    return Stored(splits.record.model_copy(update={"table": describe(root / "splits.parquet", within=root)}), root)

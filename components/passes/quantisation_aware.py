@@ -1,8 +1,9 @@
 """Quantisation-aware fine-tuning (Jacob et al. 2018): where int8 would lose too many answers, the network learns it.
 
-First the network is rounded as the targets will do it, its ranges found on train images, and asked about valid. Where it
-loses no more than `limit`, it stays as it is. Else it is fine-tuned while it is rounded, and plain float weights are left,
-which lie on the grids that every target finds again by its own means. Ranges of activations are each target's own, too.
+First the network is rounded as OpenVINO and ONNX Runtime will do it, its ranges found on train images, and asked about
+valid. Where it loses no more than `limit`, it stays as it is. Else it is fine-tuned while it is rounded, and plain float
+weights are left, which lie on the grids that targets find again by their own means. Ranges of activations are each target's
+own, too, and TensorRT's are symmetric: it loses more by them than is told here.
 """
 
 from __future__ import annotations

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from killed import Moment, trainings
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from small_network import pass_request, pruned
-from small_splits import write_small_splits
+from small_splits import write_splits_without_test_pictures
 
 from components import optimisation, plugins
 from components.checkpoints import assemble, reshape, restore, shapes_of
@@ -34,7 +33,6 @@ from components.contracts.records import Stored
 from components.graphs import to_onnx
 from components.network_size import network_size
 from components.optimisation import OptimisationConfig, check, fine_tuning, optimise
-from components.store import describe
 from components.training import TrainingConfig, expect_same_network, train
 from components.weights import from_safetensors, packed, unpacked
 
@@ -62,11 +60,7 @@ TRAINING = section()
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Stored[Splits], Stored[Checkpoint]]:
     """A split data set with pictures of test that are not there, and a network that was trained on it."""
     root = tmp_path_factory.mktemp("world")
-    splits = write_small_splits(root)
-    table = pd.read_parquet(root / "splits.parquet")
-    unseen = table.iloc[:6].assign(split=["test", "calibration"] * 3, path=[f"gone/{i}.png" for i in range(6)])
-    pd.concat([table, unseen.assign(picture=[f"{i:032d}" for i in range(6)])]).to_parquet(root / "splits.parquet")
-    splits = Stored(splits.record.model_copy(update={"table": describe(root / "splits.parquet", within=root)}), root)
+    splits = write_splits_without_test_pictures(root)
     out = root / "trained"
     out.mkdir()
     record = train(splits, root / "data", TRAINING, out=out, cache=root / "cache", root=root, num_threads=1)

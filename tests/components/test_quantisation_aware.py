@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import openvino
-import pandas as pd
 import pytest
 import torch
 from killed import Moment, trainings
 from safetensors.torch import load_file, save_file
 from shapes import KINDS, picture
 from small_network import pass_request
-from small_splits import write_small_splits
+from small_splits import write_splits_without_test_pictures
 from torch import nn
 
 from components import plugins
@@ -30,7 +29,6 @@ from components.contracts.records import Stored
 from components.fake_quantisation import RoundedActivation, calibrate, insert, layers, remove
 from components.graphs import to_onnx
 from components.optimisation import OptimisationConfig, check, fine_tuning, optimise
-from components.store import describe
 from components.targets.openvino import _Quantiser
 from components.training import TrainingConfig, train
 
@@ -51,11 +49,7 @@ def passes(*before: dict[str, Any], fit: dict[str, Any] = FIT, **settings: Any) 
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A network that answers rightly in float, and in int8 sees one channel of a layer alone; no picture of test is there."""
     root = tmp_path_factory.mktemp("world")
-    splits = write_small_splits(root, per_class=40)
-    table = pd.read_parquet(root / "splits.parquet")
-    unseen = table.iloc[:6].assign(split=["test", "calibration"] * 3, path=[f"gone/{i}.png" for i in range(6)])
-    pd.concat([table, unseen.assign(picture=[f"{i:032d}" for i in range(6)])]).to_parquet(root / "splits.parquet")
-    splits = Stored(splits.record.model_copy(update={"table": describe(root / "splits.parquet", within=root)}), root)
+    splits = write_splits_without_test_pictures(root, per_class=40)
     out = root / "trained"
     out.mkdir()
     record = train(splits, root / "data", TRAINING, out=out, cache=root / "cache", root=root, num_threads=1)
