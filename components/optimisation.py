@@ -24,7 +24,7 @@ from components.compute import Compute, expect_parts, resolve
 from components.contracts.data import Splits
 from components.contracts.errors import CheckpointMismatch, ConfigError, PassFailed, VisionloopError, in_short
 from components.contracts.families import Backbone, Pass, PassRequest, Task
-from components.contracts.models import AppliedPass, Checkpoint, NetworkSize, Optimised
+from components.contracts.models import AppliedPass, Checkpoint, NetworkSize, Optimised, Precision
 from components.contracts.progress import Progress, silent
 from components.contracts.records import Record, Stored, canonical_json, sha256_text
 from components.contracts.verdicts import Estimate
@@ -72,6 +72,11 @@ class ChosenPass(Record):
         found: Pass = plugins.load("passes", self.pass_, dict(self.settings))
         return found
 
+    @property
+    def only_for(self) -> Precision | None:
+        """The one precision whose engines have a use for it; None where all have."""
+        return getattr(self.load(), "only_for", None)
+
 
 class OptimisationConfig(Record):
     """Which passes make the trained network smaller or faster."""
@@ -80,7 +85,8 @@ class OptimisationConfig(Record):
     """In this order."""
     compare: bool = True
     """Whether the network as it was trained is exported and asked about the test images too, so that approvers see what the
-    passes cost, class by class, and what they bought in milliseconds. That takes as long as one more fp32 engine.
+    passes cost, class by class, and what they bought in milliseconds. That takes as long as one more engine: in int8 where
+    a pass is for int8 alone, else in fp32.
     """
 
     @model_validator(mode="after")
@@ -88,6 +94,11 @@ class OptimisationConfig(Record):
         if not self.passes and not self.compare:
             raise ValueError("compare has no effect without passes; name one, such as {pass: prune}, or remove it")
         return self
+
+    @property
+    def compared_in(self) -> Precision:
+        """What a pass for int8 did is not seen in fp32, and what the others did is seen in int8 as well."""
+        return next((chosen.only_for for chosen in self.passes if chosen.only_for), "fp32")
 
 
 def fine_tuning(chosen: ChosenPass, training: TrainingConfig) -> tuple[Phase, ...]:

@@ -111,7 +111,7 @@ class ClassCost(Record):
 class PassesCost(Record):
     """What passes cost on test and bought in milliseconds: the network as it was trained beside what they made of it.
 
-    Both as the same fp32 engine, asked about the same images and timed in turns on one machine.
+    Both as engines of one target and precision, asked about the same images and timed in turns on one machine.
     """
 
     engine: str

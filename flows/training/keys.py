@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from components import pass_costs, plugins, robustness, slices
 from components.contracts.data import Dataset, Renames, Splits
-from components.contracts.models import Checkpoint, Engine
+from components.contracts.models import Checkpoint, Engine, Precision
 from components.contracts.records import Stored, canonical_json, sha256_text
 from components.contracts.releases import Release
 from components.contracts.verdicts import Evaluation, Finding, Measurement, Robustness, SliceTable
@@ -171,15 +171,16 @@ def evaluation_inputs(
 
 
 def compared_engine(
-    engines: Sequence[Stored[Engine]], evaluations: Sequence[Stored[Evaluation]]
+    engines: Sequence[Stored[Engine]], evaluations: Sequence[Stored[Evaluation]], precision: Precision
 ) -> tuple[Stored[Engine], Stored[Evaluation]]:
-    """The engine by which passes are compared with what was there before: the first in fp32 that could serve here.
+    """The engine by which passes are compared with what was there before: the first in `precision` that could serve here.
 
-    Without one it is the reference.
+    Without one it is the first in fp32, and without that the reference.
     """
     pairs = list(zip(engines, evaluations, strict=True))
-    able = [pair for pair in pairs[1:] if pair[0].record.precision == "fp32" and pair[1].record.status == "evaluated"]
-    return (able or pairs)[0]
+    able = [pair for pair in pairs[1:] if pair[1].record.status == "evaluated"]
+    wanted = [pair for name in (precision, "fp32") for pair in able if pair[0].record.precision == name]
+    return (wanted or pairs)[0]
 
 
 def passes_cost_inputs(

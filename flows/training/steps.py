@@ -310,11 +310,11 @@ def passes_cost(
     evaluations: Sequence[Stored[Evaluation]],
     splits: Stored[Splits],
 ) -> Stored[PassesCost] | None:
-    """What the passes cost and bought, by an fp32 engine of the trained network; None where that is not asked for."""
+    """What the passes cost and bought, by an engine of the trained network; None where that is not asked for."""
     config = run.config.optimisation
     if not config.passes or not config.compare:
         return None
-    after = keys.compared_engine(engines, evaluations)
+    after = keys.compared_engine(engines, evaluations, config.compared_in)
     target = next(target for target in run.targets if target.name == after[0].record.name)
     interchange = graph(run, trained, beside=UNOPTIMISED)
     built = engine(run, trained, interchange, splits, target, beside=UNOPTIMISED)

@@ -215,7 +215,7 @@ def _expect_pictures(config: RunConfig) -> None:
 def _expect_used(config: RunConfig) -> None:
     """Raise ConfigError for a pass that no engine of the recipe has a use for."""
     for number, chosen in enumerate(config.optimisation.passes):
-        precision = getattr(chosen.load(), "only_for", "")
+        precision = chosen.only_for
         if precision and all(target.precision != precision for target in config.export.all_targets):
             raise ConfigError(
                 f"optimisation.passes.{number}: the pass {chosen.pass_!r} has no effect without an engine in {precision}; "

@@ -12,10 +12,13 @@ from consoled import site
 from shapes import stored, visionloop
 
 from components.contracts.evidence import ClassCost, Flips, PassesCost
-from components.contracts.models import Checkpoint
-from components.contracts.records import canonical_json
+from components.contracts.models import Checkpoint, Engine
+from components.contracts.records import Stored, canonical_json
+from components.contracts.verdicts import Evaluation
 from components.intervals import paired_difference
+from components.optimisation import OptimisationConfig
 from components.pass_costs import cost_by_class
+from flows.training.keys import compared_engine
 
 PASSES = "optimisation={passes: [{pass: prune, settings: {share: 0.4, steps: 2}}, {pass: quantisation_aware}]}"
 TRAIN = (
@@ -70,18 +73,18 @@ def test_what_a_pass_cost_and_bought_stands_where_a_person_decides(pruned: tuple
     told = summary["optimisation"]
     cost = told["cost"]
     num_test = summary["data"]["splits"]["test"]
-    assert cost["engine"] == "onnxruntime-fp32"
+    assert cost["engine"] == "openvino-int8"  # what the pass for int8 won would not be seen in fp32
     assert cost["difference"]["n"] == num_test == sum(each["difference"]["n"] for each in cost["classes"])
-    accuracy = summary["engines"]["onnxruntime-fp32"]["metrics"]["accuracy"]["value"]
-    before = json.loads((root / "summary.json").read_text())["engines"]["onnxruntime-fp32"]["metrics"]["accuracy"]["value"]
+    accuracy = summary["engines"]["openvino-int8"]["metrics"]["accuracy"]["value"]
+    before = json.loads((root / "summary.json").read_text())["engines"]["openvino-int8"]["metrics"]["accuracy"]["value"]
     assert cost["difference"]["value"] == pytest.approx(accuracy - before)
     assert cost["lost"] - cost["won"] == round((before - accuracy) * num_test)
     assert cost["speedup"]["low"] <= cost["speedup"]["value"] <= cost["speedup"]["high"]
     assert cost["engine_bytes_after"] < cost["engine_bytes_before"]
     run = Path(summary["run_folder"])
-    assert sorted(path.name for path in (run / "unoptimised" / "4-export").iterdir()) == ["graph", "onnxruntime-fp32"]
+    assert sorted(path.name for path in (run / "unoptimised" / "4-export").iterdir()) == ["graph", "openvino-int8"]
     # What ran without the pass had built the same engine already.
-    assert summary["seconds"]["export onnxruntime-fp32 unoptimised"]["cached"]
+    assert summary["seconds"]["export openvino-int8 unoptimised"]["cached"]
     cards = [path.read_text() for path in (root / ".visionloop" / "mlflow-artifacts").rglob("model-card.md")]
     assert {"## What was optimised" in text for text in cards} == {True, False}  # the run before had no pass
     sizes = told["passes"][0]
@@ -95,7 +98,7 @@ def test_what_a_pass_cost_and_bought_stands_where_a_person_decides(pruned: tuple
     report = (run / "report.html").read_text()
     assert "<h2>Optimisation</h2>" in report
     assert f"{sizes['after']['macs']:,}" in report
-    assert report.count("class, on test as onnxruntime-fp32") == 1
+    assert report.count("class, on test as openvino-int8") == 1
     assert "valid accuracy, int8 before" in report
     bound = json.loads(visionloop("show", summary["version"], "--json", cwd=root).stdout)["bound"]
     assert len(bound["unoptimised"]) == 64
@@ -121,6 +124,28 @@ def test_what_is_not_asked_is_said(pruned: tuple[Path, dict[str, Any]]) -> None:
     assert other["optimisation"]["cost"] is None
     assert other["seconds"]["optimisation"]["cached"]
     assert not (Path(other["run_folder"]) / "unoptimised").exists()
+
+
+@pytest.mark.parametrize(
+    ("passes", "away", "compared"),
+    [
+        (["prune"], [], "onnxruntime-fp32"),
+        (["prune", "quantisation_aware"], [], "openvino-int8"),
+        (["quantisation_aware"], ["openvino-int8"], "onnxruntime-fp32"),
+        (["prune"], ["onnxruntime-fp32"], "torch_reference"),
+    ],
+)
+def test_networks_are_compared_as_the_engines_that_the_passes_are_for(
+    passes: list[str], away: list[str], compared: str, tmp_path: Path
+) -> None:
+    engines, evaluations = [], []
+    for name, precision in (("torch_reference", "fp32"), ("onnxruntime-fp32", "fp32"), ("openvino-int8", "int8")):
+        status = "not executed here" if name in away else "evaluated"
+        engines.append(Stored(Engine.model_construct(name=name, precision=precision), tmp_path))
+        evaluations.append(Stored(Evaluation.model_construct(engine=name, status=status), tmp_path))
+    config = OptimisationConfig.model_validate({"passes": [{"pass": name} for name in passes]})
+    engine, evaluation = compared_engine(engines, evaluations, config.compared_in)
+    assert engine.record.name == evaluation.record.engine == compared
 
 
 def told_of(lost: dict[str, tuple[int, int]], **changes: Any) -> dict[str, Any]:
