@@ -18,9 +18,6 @@ from pydantic import (
 
 from components.contracts.records import Record, canonical_json
 
-KEPT_OF = 3
-"""Of so many trials successive halving lets one go on, for so many times the epochs."""
-
 
 class Dimension(Record):
     """What a search may choose for one key of a recipe: numbers from `low` to `high`, or one of some `choices`."""
@@ -90,22 +87,14 @@ class SearchConfig(Record):
         description="The first trials are the recipe's own values, and these with one of them changed at a time: "
         "what has no effect is found.",
     )
-    pruner: Literal["median", "halving", "none"] = Field(
+    pruner: Literal["median", "none"] = Field(
         default="median",
-        description="Which trials are stopped: those whose best epoch so far is below the median of the complete ones' by "
-        "that epoch; or, by halving, those that are not among the best third of all that came as far, asked after the first "
-        "epoch that is no warm-up, and each time after three times as many. Of equal ones the valid loss decides.",
+        description="Whether a trial is stopped whose best epoch so far is below the median of the complete ones' by that "
+        "epoch; of equal ones the valid loss decides.",
     )
     startup_trials: int = Field(default=5, ge=1, description="Trials that are complete before any is stopped.")
     warm_up_epochs: int = Field(default=1, ge=0, description="Epochs of the last phase in which no trial is stopped.")
     seed: int = Field(default=0, ge=0, description="What is proposed depends on it, and on nothing else that is random.")
-
-    def is_rung(self, step: int) -> bool:
-        """Whether successive halving asks after this epoch of the last phase, counted from one."""
-        rung = self.warm_up_epochs + 1
-        while rung < step:
-            rung *= KEPT_OF
-        return rung == step
 
     @field_validator("space")
     @classmethod

@@ -269,8 +269,8 @@ class Pass(Protocol):
     plain layers again, whose numbers of channels can be told from the shapes of its tensors: it is rebuilt by these alone.
 
     One that is of use to engines of one precision alone says so by a property `only_for`, such as `int8`: a recipe
-    without such an engine is refused. One with a true `keeps_batch_norm` is fine-tuned with it frozen where the recipe says
-    no phases.
+    without such an engine is refused, and what the passes cost is told by such engines. One with a true
+    `keeps_batch_norm` is fine-tuned with it frozen where the recipe says no phases.
     """
 
     @property

@@ -27,7 +27,7 @@ from components.contracts.errors import (
 )
 from components.contracts.records import canonical_json, sha256_text
 from components.databases import advice, scheme, sqlite_file
-from components.search import KEPT_OF, SearchConfig
+from components.search import SearchConfig
 from flows.terminal import Say, silent
 from flows.tuning.holding import Hold
 from flows.tuning.space import Parameter, Space, Value
@@ -235,24 +235,18 @@ class Study:
         trial.state, trial.value = state, value
 
     def stops(self, trial: Trial, step: int, config: SearchConfig) -> bool:
-        """Whether a trial is given up after this epoch, by its best epoch so far.
+        """Whether a trial is given up after this epoch: its best epoch so far is below the median of complete trials' there.
 
-        Below the median of complete trials' there; or, by asynchronous successive halving (Li et al. 2020), below the best
-        third of all that came there. On few valid images shares of right answers are often equal, and then the loss decides;
-        Optuna's own pruners know one value, and would stop none of these.
+        On few valid images shares of right answers are often equal, and then the loss decides; Optuna's own pruner knows one
+        value, and would stop none of these.
         """
         if config.pruner == "none" or step <= config.warm_up_epochs:
             return False
-        others = [one for one in self.trials if step in one.curve and one.number != trial.number]
-        complete = [one for one in others if one.state == "complete"]
-        if len(complete) < config.startup_trials:
+        others = [one for one in self.trials if one.state == "complete" and step in one.curve]
+        if len(others) < config.startup_trials:
             return False
-        own = trial.rank(step, self.direction)
-        if config.pruner == "halving":
-            better = sum(one.rank(step, self.direction) > own for one in others)
-            return config.is_rung(step) and better >= max(1, (len(others) + 1) // KEPT_OF)
-        ranks = sorted(one.rank(step, self.direction) for one in complete)
-        return own < ranks[(len(ranks) - 1) // 2]
+        ranks = sorted(one.rank(step, self.direction) for one in others)
+        return trial.rank(step, self.direction) < ranks[(len(ranks) - 1) // 2]
 
     def propose(self, space: Space, config: SearchConfig) -> dict[str, Value]:
         """The values of the next trial, as `proposal` finds them."""

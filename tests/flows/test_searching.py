@@ -218,26 +218,6 @@ def test_the_first_trials_change_one_thing_at_a_time_and_the_rest_get_better(tmp
     assert search.study.importances(search.space.parameters) == {}  # too few trials came to their end
 
 
-def test_halving_leaves_the_best_third_of_those_that_came_as_far(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, SPACE, "search.trials=40", "search.pruner=halving", "search.startup_trials=5")
-    search = searching(tmp_path, recipe)
-    go(search, Formula(search.space))
-    trials = search.study.trials
-    stopped = [trial for trial in trials if trial.state == "pruned"]
-    assert len(stopped) >= 20
-    for trial in trials:
-        if sum(one.state == "complete" for one in trials[: trial.number]) < 5:
-            assert trial.state == "complete"
-            continue
-        # Asked after the second of four epochs, and not again.
-        came = [one.rank(2, "maximize") for one in trials[: trial.number + 1]]
-        among = sorted(came, reverse=True).index(came[-1]) < max(1, len(came) // 3)
-        assert (trial.state, max(trial.curve)) == (("complete", 4) if among else ("pruned", 2)), trial.number
-    config = search.space.recipe.config.search
-    assert config is not None
-    assert [step for step in range(40) if config.is_rung(step)] == [2, 6, 18]
-
-
 def test_of_trials_that_are_equal_those_of_the_higher_loss_are_stopped(tmp_path: Path) -> None:
     search = searching(tmp_path, recipe_of(tmp_path, SPACE, "search.trials=20"))
 
