@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from components.contracts.errors import DataError, SchemaTooNew
 from components.contracts.records import canonical_json, sha256_text
 from components.store import sha256_file, write_atomically
+from components.tables import arrow_reader
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +78,7 @@ class Companion:
             return self.frame()
         try:
             table = arrow.read_csv(
-                io.BytesIO(rest),
+                arrow_reader(rest),
                 arrow.ReadOptions(use_threads=False, column_names=list(self.columns)),
                 arrow.ParseOptions(ignore_empty_lines=False),
                 arrow.ConvertOptions(column_types=dict.fromkeys(self.columns, pa.string()), strings_can_be_null=False),
