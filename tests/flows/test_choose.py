@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +24,7 @@ from shapes import stored, visionloop
 from components import environments
 from components.contracts.errors import ConfigError
 from components.contracts.models import Checkpoint
+from components.store import Store, read_manifest
 from flows.choosing.expansion import expanded
 
 CHOICE = """
@@ -202,6 +210,66 @@ def test_the_same_command_again_computes_nothing_and_times_are_taken_anew_when_a
     assert one["cost"] == pytest.approx(one["core_hours"] / anew["num_threads"] * 0.5)
     assert anew["digest"] != summary["digest"]
     assert anew["digest"] in (root / "recipes" / "smoke-chosen.yaml").read_text()
+
+
+def start_and_kill_at_something_new(root: Path, api: str, seen: set[tuple[str, str]], pause: float) -> bool:
+    """Start the choice and kill -9 its process group a moment after it announces a stage that is not in `seen`, which grows
+    by it; False where it came to its end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows", "choose", "-r", "smoke", "-s", _GATES],
+        cwd=root,
+        env={**os.environ, "PREFECT_API_URL": api},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    network, told = "", []
+    with process.stderr:
+        for line in process.stderr:
+            told.append(line)
+            if line.startswith("network "):
+                network = line
+            announced = re.match(r"\[\d/9\] (.*) \.\.\.$", line)
+            if announced and (network, announced[1]) not in seen:
+                seen.add((network, announced[1]))
+                time.sleep(pause)
+                os.killpg(process.pid, signal.SIGKILL)
+                assert process.wait() == -signal.SIGKILL, told
+                return True
+    assert process.wait() == 0, told
+    return False
+
+
+@pytest.mark.slow
+def test_a_choice_killed_at_every_stage_ends_like_one_that_was_not(
+    workspace: Path, tmp_path: Path, prefect_server: str
+) -> None:
+    recipe = workspace / "recipes" / "smoke.yaml"
+    recipe.write_text(recipe.read_text() + CHOICE.replace(", {target: coreml}", ""))
+    whole = Path(shutil.copytree(workspace, tmp_path / "whole", symlinks=True))
+    rng, seen = random.Random(20261130), set[tuple[str, str]]()
+    while start_and_kill_at_something_new(workspace, prefect_server, seen, pause=rng.uniform(0, 0.5)):
+        for folder in Store(workspace / ".visionloop" / "store").artefacts():
+            read_manifest(folder)
+    # Both networks through their stages as far as the valid images, and the times of all engines.
+    assert {"training", "optimisation", "evaluation openvino-int8-valid", "evaluation times"} <= {name for _, name in seen}
+    assert len({network for network, _ in seen}) == 2
+    (_, killed, _), (_, once, _) = run(workspace), run(whole)
+    untimed = ("name", "status", "reason", "engine_digest", "headline", "worst_class", "difference", "size_bytes")
+    assert [[one.get(key) for key in untimed] for one in killed["variants"]] == [
+        [one.get(key) for key in untimed] for one in once["variants"]
+    ]
+    assert killed["chosen"] == once["chosen"]
+    assert kinds(workspace) == kinds(whole)
+    assert list((workspace / ".visionloop" / "store" / ".partial").iterdir()) == []
+
+
+def kinds(root: Path) -> Counter[str]:
+    """How many artefacts of each kind a workspace's store holds."""
+    store = root / ".visionloop" / "store"
+    return Counter(path.parent.parent.relative_to(store).as_posix() for path in artefacts(root))
 
 
 _TWO = "targets: [{target: onnxruntime}, {target: openvino}]"
