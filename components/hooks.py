@@ -249,6 +249,9 @@ class ProgressReporting(Hook):
     label: str = ""
     """What stands before each note, such as the phase."""
 
+    def on_start(self, fitting: Fitting) -> None:
+        self._tell(fitting, f"{self.label}epoch {min(fitting.epoch + 1, fitting.config.epochs)}")
+
     def on_step(self, fitting: Fitting) -> None:
         self._tell(fitting, "")
 

@@ -92,14 +92,18 @@ class Console:
         if self.heard is not None:
             self.heard(name, number, self.total, 0, 0, "")
         start = last = time.monotonic()
+        noted, before = "", 0
 
         def progress(done: int, total: int, note: str = "") -> None:
-            nonlocal last
-            if self.heard is not None:
-                self.heard(name, number, self.total, done, total, note)
+            nonlocal last, noted, before
             with self._lock:
+                # Few of the lines are shown: a note holds until the next one, or until something else is counted.
+                note = noted = note or (noted if done >= before else "")
+                before = done
+                if self.heard is not None:
+                    self.heard(name, number, self.total, done, total, note)
                 if self._bars is not None and task is not None:
-                    self._bars.update(task, completed=done, total=total, note=note or f"{done}/{total}")
+                    self._bars.update(task, completed=done, total=total, note=f"{done}/{total} {note}".rstrip())
                 elif time.monotonic() - last > 10:
                     last = time.monotonic()
                     self.line(f"{label}: {done}/{total} {note}".rstrip())

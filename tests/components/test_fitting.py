@@ -279,7 +279,8 @@ def test_a_fit_that_diverges_once_is_from_there_the_fit_of_half_the_rate(tmp_pat
     assert whole.history == [{**row, "rate_halvings": 1.0} for row in expected.history]
     notes = [note for note in told if note and "valid" not in note]
     assert notes == [
-        "phase 2, the loss became nan at epoch 1, step 6: back to the start of the epoch with half the learning rate"
+        "phase 2, epoch 1",
+        "phase 2, the loss became nan at epoch 1, step 6: back to the start of the epoch with half the learning rate",
     ]
 
 

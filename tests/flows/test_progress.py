@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +42,21 @@ def test_others_see_how_far_a_run_is_as_long_as_it_goes_on(tmp_path: Path) -> No
         assert running(workspace) == [], change
     (folder / PROGRESS).write_text(kept)
     assert len(running(workspace)) == 1, "the file itself was right"
+
+
+def test_a_note_holds_until_the_next_or_until_something_else_is_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line is shown every ten seconds, and an epoch's end was on next to none of them."""
+    now = itertools.count(step=4)
+    monkeypatch.setattr("flows.terminal.time", SimpleNamespace(monotonic=lambda: next(now)))
+    with Console(9).stage("training", 3) as (progress, _):
+        for done, note in enumerate(["phase 1, epoch 1", "", "", "epoch 1: valid 0.9", "", ""]):
+            progress(done, 5, note)
+        for done in range(3):
+            progress(done, 2)
+    shown = capsys.readouterr().err.splitlines()[1:-1]
+    assert shown == ["[3/9] training: 2/5 phase 1, epoch 1", "[3/9] training: 5/5 epoch 1: valid 0.9", "[3/9] training: 2/2"]
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
