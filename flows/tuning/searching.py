@@ -45,6 +45,8 @@ BEST = "best"
 """The link in a study's folder to what its best trial trained."""
 _ATTEMPTS = 3
 """Processes that a trial may cost without coming to a further epoch, before it is given up."""
+_GIVEN_UP = 3
+"""Trials in a row that may be given up so, before the search ends: that is the machine then, and not what they try."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,8 @@ class _Going:
         """Set when caches that trials share are filled: two that start at once would both fill them."""
         self._alarmed: set[str] = set()
         self._attempts = Attempts(search.run.folder)
+        self._given_up: list[int] = []
+        """Trials whose processes were lost, since one last told an epoch."""
         if any(trial.curve for trial in search.study.trials):
             self._warm.set()
 
@@ -356,8 +360,17 @@ class _Going:
                 self._attempts.forget(number)
                 self._done(trial, result)
                 return
-        self._done(trial, TrialResult(state="failed", reason=f"{why}, {_ATTEMPTS} times without coming to a further epoch"))
         self._attempts.forget(number)
+        reason = f"{why}, {_ATTEMPTS} times without coming to a further epoch"
+        with self._lock:
+            self._given_up.append(number)
+            if len(self._given_up) >= _GIVEN_UP:
+                raise WorkerLost(
+                    f"the last {_numbers(self._given_up)} lost every process (the last one: {reason}), so that it is the "
+                    f"machine rather than the values; see what ends them, and run the same command again: it goes on with "
+                    f"trial {number}"
+                )
+        self._done(trial, TrialResult(state="failed", reason=reason))
 
     def _told(self, trial: Trial) -> Progress:
         def told_of(done: int, total: int, note: str = "") -> None:
@@ -379,6 +392,7 @@ class _Going:
     def _epoch(self, trial: Trial, row: Mapping[str, float]) -> bool:
         """Whether a trial goes on after an epoch."""
         phases = len(self.search.space.recipe.config.training.all_phases)
+        self._given_up.clear()
         self._attempts.heard(trial.number, int(row["epoch"]))
         if row.get("phase", 1) < phases:
             return not self._stopped

@@ -454,6 +454,26 @@ def test_trials_that_fail_are_told_and_the_search_goes_on(tmp_path: Path) -> Non
     assert "running" not in [row[2] for row in told(again)]
 
 
+def test_a_machine_that_loses_every_process_ends_the_search_and_mended_it_goes_on(tmp_path: Path) -> None:
+    class Broken(Formula):
+        def train(self, number: int, *rest: Any) -> TrialResult:
+            if number < 2:
+                return super().train(number, *rest)
+            self.trained.append(number)
+            raise WorkerLost("a process of the training ended before its end")
+
+    search = searching(tmp_path, recipe_of(tmp_path))
+    broken = Broken(search.space)
+    with pytest.raises(WorkerLost, match=r"the last trials 2, 3, 4 lost every process .*it goes on with trial 4"):
+        go(search, broken)
+    assert broken.trained == [0, 1, *[2] * 3, *[3] * 3, *[4] * 3]
+    assert [row[2] for row in told(search)][2:] == ["failed", "failed", "running"]
+    again = searching(tmp_path, recipe_of(tmp_path))
+    mended = Formula(again.space)
+    go(again, mended)
+    assert mended.trained == list(range(4, 14))
+
+
 def test_a_trial_that_ends_the_search_itself_is_given_up_by_the_third_that_takes_it_up(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
