@@ -68,7 +68,16 @@ def pick(variants: Sequence[Variant], config: ChoiceConfig) -> Picked:
     told[winner.name] = f"chosen: the {what}{beside}"
     if len(tied) > 1 and config.objective != "smallest":
         told[winner.name] = f"chosen: the smallest of {len(tied)} whose rounds overlap, which are the {what}{beside}"
+    told[winner.name] += _unproven(winner, best, config)
     return Picked(winner.name, "", told)
+
+
+def _unproven(winner: Variant, best: Variant, config: ChoiceConfig) -> str:
+    """The rule goes by values: where the paired interval goes beyond what is asked, it says so."""
+    found = winner.difference
+    if config.objective == "most_accurate" or winner is best or found is None or -found.low <= config.within:
+        return ""
+    return f"; {found.n} valid images cannot prove that: it may be {-found.low * 100:.2f} points below"
 
 
 def _tied_in_speed(near: Sequence[Variant]) -> list[Variant]:

@@ -89,6 +89,20 @@ def test_what_is_not_taken_is_told_why() -> None:
     assert told["large"] == "meets every limit; twin is faster (p50 10.8 ms against 20)"
 
 
+@pytest.mark.parametrize(
+    ("config", "unproven"),
+    [
+        ({"within": 0.03}, "; 100 valid images cannot prove that: it may be 5.00 points below"),
+        ({"within": 0.05}, ""),
+        ({"within": 0.0}, ""),  # the most accurate one itself
+        ({"objective": "most_accurate"}, ""),
+    ],
+)
+def test_a_chosen_variant_whose_interval_goes_beyond_what_is_asked_says_so(config: dict[str, Any], unproven: str) -> None:
+    found = pick(ALL, ChoiceConfig(**config))
+    assert found.told[found.chosen].partition("large")[2] == unproven
+
+
 def test_where_nothing_meets_the_limits_the_nearest_is_told_and_none_is_taken() -> None:
     two, one = (variant(name, right, 1, missed=what) for name, right, what in (("x", 99, ("a", "b")), ("y", 60, ("a",))))
     found = pick([two, one, ALL[-1]], ChoiceConfig())
