@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from PIL import Image
 
@@ -40,6 +39,7 @@ from components.memory import peak_bytes
 from components.sources.manifest import Source
 from components.splitting import SplittingConfig, TestLedger, split
 from components.store import describe
+from components.tables import read_frame
 from flows.workspace.differences import compare
 from flows.workspace.incoming import incoming
 from flows.workspace.workspace import Workspace
@@ -115,7 +115,7 @@ def _write_manifest(folder: Path, rows: int) -> None:
     Image.effect_noise((64, 64), 80).save(picture)
     facts([File(picture, "one", "")], cache=folder / "cache")
     (kept,) = (folder / "cache" / "facts").rglob("*.parquet")
-    one = pd.read_parquet(kept)
+    one = read_frame(kept)
     kept.unlink()
     names = [f"{row:07d}.png" for row in range(rows)]
     many = one.loc[one.index.repeat(rows)].assign(
@@ -152,7 +152,7 @@ def _table(folder: Path) -> None:
 
 def _splitting(folder: Path) -> None:
     """Of rows to clusters, a frozen test and splits; every tenth row is a near-duplicate of the next."""
-    table = pd.read_parquet(folder / "samples.parquet")
+    table = read_frame(folder / "samples.parquet")
     pictures = list(table.sort_values("path")["picture"])
     clusters = Clusters.read(folder).grown(zip(pictures[::10], pictures[1::10], strict=True))
     ledger = TestLedger(0.2, {}).extended(
@@ -189,7 +189,7 @@ def _pin_two_versions(folder: Path) -> None:
     root = folder / "workspace"
     visionloop("init", str(root), cwd=folder)
     shutil.copyfile(folder / TEST_LEDGER, root / TEST_LEDGER)
-    table = pd.read_parquet(folder / "samples.parquet", columns=["path", "sha256"])
+    table = read_frame(folder / "samples.parquet", columns=["path", "sha256"])
     whole = {path: sha256[:32] for path, sha256 in zip(table["path"], table["sha256"], strict=True)}
     labels = sorted({path.split("/")[0] for path in whole})
     before, after = {}, {}

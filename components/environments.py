@@ -7,6 +7,7 @@ libraries: what it is asked and what it answers are JSON, what it converts and w
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +52,7 @@ def convert(name: str, converter: ModuleType, request: dict[str, Any]) -> dict[s
         done = subprocess.run(
             # Neither the variables nor the user's own packages of Python may bring our libraries in.
             [_folder(name) / "bin" / "python", "-E", "-s", "-m", converter.__name__],
-            input=json.dumps(request),
+            input=json.dumps({**request, "parent": os.getpid()}),
             capture_output=True,
             text=True,
             check=False,

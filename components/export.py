@@ -227,7 +227,7 @@ def _in_subprocess(request: dict[str, Any], *, time_limit_s: int) -> dict[str, A
         process_group=0,
     )
     try:
-        answered, told = exporter.communicate(json.dumps(request), timeout=time_limit_s)
+        answered, told = exporter.communicate(json.dumps({**request, "parent": os.getpid()}), timeout=time_limit_s)
     except BaseException as error:
         # With all that it started: a process of its own would hold its pipes open and go on writing.
         with contextlib.suppress(ProcessLookupError):
@@ -365,24 +365,29 @@ def _full(error: Exception, out: Path) -> int:
 
 
 def _die_with_parent(parent: int) -> None:
-    """An exporter whose run was killed must not go on writing into a folder that the next run uses."""
+    """An exporter whose run was killed must not go on writing into a folder that the next run uses.
+
+    The run says who it is: one that was killed while its exporter was being imported is no parent any more.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)
 
+    if os.getppid() != parent:
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
     collector.skip_at_exit()
     collector.collect_seldom()
-    _die_with_parent(os.getppid())
     # Builders and plug-ins print what they like; only the answer goes to who asked.
     with os.fdopen(os.dup(1), "w") as asker:
         os.dup2(2, 1)
         request = json.loads(sys.stdin.read())
+        _die_with_parent(request["parent"])
         try:
             answer = _build(request)
         except Exception as error:

@@ -239,7 +239,7 @@ class MetricLogging(Hook):
     on_end = on_epoch
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProgressReporting(Hook):
     """Tells how many steps are done."""
 
@@ -249,10 +249,12 @@ class ProgressReporting(Hook):
     label: str = ""
     """What stands before each note, such as the phase."""
 
-    def on_start(self, fitting: Fitting) -> None:
-        self._tell(fitting, f"{self.label}epoch {min(fitting.epoch + 1, fitting.config.epochs)}")
+    _began: bool = False
 
     def on_step(self, fitting: Fitting) -> None:
+        if not self._began:
+            self._began = True
+            self._tell(fitting, f"{self.label}epoch {fitting.epoch + 1}")
         self._tell(fitting, "")
 
     def on_epoch(self, fitting: Fitting) -> None:

@@ -92,14 +92,14 @@ class Console:
         if self.heard is not None:
             self.heard(name, number, self.total, 0, 0, "")
         start = last = time.monotonic()
-        noted, before = "", 0
+        noted, before = "", (0, 0)
 
         def progress(done: int, total: int, note: str = "") -> None:
             nonlocal last, noted, before
             with self._lock:
                 # Few of the lines are shown: a note holds until the next one, or until something else is counted.
-                note = noted = note or (noted if done >= before else "")
-                before = done
+                note = noted = note or (noted if done >= before[0] and total == before[1] else "")
+                before = (done, total)
                 if self.heard is not None:
                     self.heard(name, number, self.total, done, total, note)
                 if self._bars is not None and task is not None:

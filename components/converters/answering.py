@@ -18,12 +18,13 @@ from typing import Any
 
 def answer(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Convert what is asked for and say what came of it; an exception is the answer `error`."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     # Converters print what they like; only the answer goes to who asked.
     with os.fdopen(os.dup(1), "w") as asker:
         os.dup2(2, 1)
+        request = json.loads(sys.stdin.read())
+        _end_with(request.pop("parent"))
         try:
-            found = convert(json.loads(sys.stdin.read()))
+            found = convert(request)
         except Exception as error:
             # Converters share no exception type; whoever asked gets the sentence, its log the rest.
             traceback.print_exc()
@@ -33,9 +34,15 @@ def answer(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 def _end_with(parent: int) -> None:
     """An exporter that is gone leaves nobody who would wait for this converter, and its folder is the next one's."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    if os.getppid() != parent:  # gone while this process was starting
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def told(error: Exception) -> str:

@@ -272,7 +272,7 @@ class _Going:
         self._alarmed: set[str] = set()
         self._attempts = Attempts(search.run.folder)
         self._given_up: list[int] = []
-        """Trials whose processes were lost, since one last told an epoch."""
+        """Trials whose processes were lost, since another one was heard of."""
         if any(trial.curve for trial in search.study.trials):
             self._warm.set()
 
@@ -341,15 +341,15 @@ class _Going:
         except ConfigError as error:
             self._done(trial, TrialResult(state="failed", reason=str(error)))
             return
-        why, number = "the process of the search ended while it was trained", trial.number
+        why, number, lost = "the process of the search ended while it was trained", trial.number, False
         while self._attempts.of(number) < _ATTEMPTS:
             self._attempts.begin(number)
             try:
                 result = worker.train(number, config, lambda row: self._epoch(trial, row), self._told(trial))
             except (WorkerEnded, WorkerLost) as ended:
                 if self._stopped:
-                    return
-                why = str(ended)
+                    break
+                why, lost = str(ended), True
                 again = self._attempts.of(number) < _ATTEMPTS
                 then = "another one goes on with it" if again else f"it is given up, after {_ATTEMPTS} of them"
                 self.search.run.console.line(f"    trial {number}: {ended}; {then}")
@@ -358,19 +358,26 @@ class _Going:
                 raise
             else:
                 self._attempts.forget(number)
+                self._machine_works()
                 self._done(trial, result)
                 return
         self._attempts.forget(number)
+        if self._stopped:  # what ended it is the end of the search
+            return
         reason = f"{why}, {_ATTEMPTS} times without coming to a further epoch"
         with self._lock:
-            self._given_up.append(number)
-            if len(self._given_up) >= _GIVEN_UP:
+            self._given_up += [number] * lost
+            if lost and len(self._given_up) >= _GIVEN_UP:
                 raise WorkerLost(
                     f"the last {_numbers(self._given_up)} lost every process (the last one: {reason}), so that it is the "
                     f"machine rather than the values; see what ends them, and run the same command again: it goes on with "
                     f"trial {number}"
                 )
         self._done(trial, TrialResult(state="failed", reason=reason))
+
+    def _machine_works(self) -> None:
+        with self._lock:
+            self._given_up.clear()
 
     def _told(self, trial: Trial) -> Progress:
         def told_of(done: int, total: int, note: str = "") -> None:
@@ -392,7 +399,7 @@ class _Going:
     def _epoch(self, trial: Trial, row: Mapping[str, float]) -> bool:
         """Whether a trial goes on after an epoch."""
         phases = len(self.search.space.recipe.config.training.all_phases)
-        self._given_up.clear()
+        self._machine_works()
         self._attempts.heard(trial.number, int(row["epoch"]))
         if row.get("phase", 1) < phases:
             return not self._stopped

@@ -105,6 +105,7 @@ class Process:
         self._place, self._environment = place, environment
         self._process: Any = None
         self._said: IO[str] | None = None
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -122,7 +123,7 @@ class Process:
                 elif "progress" in heard:
                     progress(*heard["progress"])
                 elif "error" in heard:
-                    self.close()  # it ends after that
+                    self._end()  # it ends after that
                     raise error_of(heard["error"])
                 else:
                     return TrialResult.read(heard["result"])
@@ -135,7 +136,8 @@ class Process:
             raise
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does; none is started any more."""
+        self._closed = True
         self._end()
 
     def _end(self) -> None:
@@ -151,6 +153,9 @@ class Process:
     def _start(self) -> Any:
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (it lives as long as the process)
         self._process = start_process(self._said, self._environment)
+        if self._closed:  # while it was started
+            self._end()
+            raise WorkerEnded("the search has ended")
         self._tell(self._process, asdict(self._place))
         return self._process
 

@@ -100,7 +100,8 @@ def test_a_converter_ends_with_the_exporter_that_asked_it(tmp_path: Path) -> Non
         f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(600)"
     )
     converter = f"from components.converters.answering import answer\ndef convert(request):\n    {waiting}\nanswer(convert)"
-    asking = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {converter!r}], input='{{}}', text=True)"
+    asked = "input=json.dumps({'parent': os.getpid()}), text=True"
+    asking = f"import json, os, subprocess, sys\nsubprocess.run([sys.executable, '-c', {converter!r}], {asked})"
     exporter = subprocess.Popen([sys.executable, "-c", asking], cwd=ROOT)
     try:
         pid = int(eventually(lambda: (tmp_path / "pid").read_text() if (tmp_path / "pid").is_file() else ""))
@@ -113,6 +114,16 @@ def test_a_converter_ends_with_the_exporter_that_asked_it(tmp_path: Path) -> Non
     except AssertionError:
         os.kill(pid, signal.SIGKILL)
         raise
+
+
+@pytest.mark.parametrize("module", ["components.export", "components.converters.coreml"])
+def test_what_was_asked_by_a_run_that_is_gone_by_now_is_not_begun(module: str) -> None:
+    """It was killed while the process that it asked was being imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", module], input='{"parent": 1, "kind": "none"}', capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def eventually(look: Any) -> str:

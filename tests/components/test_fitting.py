@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 
 from components import memory
 from components.contracts.errors import CheckpointMismatch, ConfigError, TamperedArtefact, TrainingDiverged
+from components.contracts.progress import silent
 from components.fitting import Examples, FitResult, FittingConfig, fit
 from components.hooks import LEFTOVERS, Checkpointing, Fitting, Hook, MetricLogging, ProgressReporting
 from components.tasks.classification import Task
@@ -282,6 +283,14 @@ def test_a_fit_that_diverges_once_is_from_there_the_fit_of_half_the_rate(tmp_pat
         "phase 2, epoch 1",
         "phase 2, the loss became nan at epoch 1, step 6: back to the start of the epoch with half the learning rate",
     ]
+
+
+def test_a_fit_that_is_taken_up_says_in_which_epoch(tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(Killed):
+        run(tmp_path / "fit", kill_at=10, hooks=[ProgressReporting(silent, "accuracy")])  # of seven steps an epoch
+    run(tmp_path / "fit", hooks=[ProgressReporting(lambda done, total, note="": told.append(note), "accuracy")])
+    assert told[0] == "epoch 2"
 
 
 def test_a_batch_that_memory_does_not_hold_is_computed_in_parts_with_the_same_step(tmp_path: Path) -> None:

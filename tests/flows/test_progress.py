@@ -53,10 +53,10 @@ def test_a_note_holds_until_the_next_or_until_something_else_is_counted(
     with Console(9).stage("training", 3) as (progress, _):
         for done, note in enumerate(["phase 1, epoch 1", "", "", "epoch 1: valid 0.9", "", ""]):
             progress(done, 5, note)
-        for done in range(3):
-            progress(done, 2)
+        for done in range(5, 8):
+            progress(done, 9)
     shown = capsys.readouterr().err.splitlines()[1:-1]
-    assert shown == ["[3/9] training: 2/5 phase 1, epoch 1", "[3/9] training: 5/5 epoch 1: valid 0.9", "[3/9] training: 2/2"]
+    assert shown == ["[3/9] training: 2/5 phase 1, epoch 1", "[3/9] training: 5/5 epoch 1: valid 0.9", "[3/9] training: 7/9"]
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +41,7 @@ from flows.tuning.searching import identity
 from flows.tuning.space import Space, Value, space_of
 from flows.tuning.study import Study, Trial
 from flows.tuning.trial import TrialResult
-from flows.tuning.workers import WorkerEnded
+from flows.tuning.workers import Process, WorkerEnded
 from flows.workspace.recipes import RunConfig, load_recipe
 from flows.workspace.settings import began, read_settings, sqlite_url
 from flows.workspace.workspace import Workspace
@@ -472,6 +474,54 @@ def test_a_machine_that_loses_every_process_ends_the_search_and_mended_it_goes_o
     mended = Formula(again.space)
     go(again, mended)
     assert mended.trained == list(range(4, 14))
+
+
+def test_trials_beside_the_one_that_ends_a_search_keep_their_attempts(tmp_path: Path) -> None:
+    """Their third process may be what the end of the search takes: the next search trains them all the same."""
+    ended, begun = threading.Event(), Counter[int]()
+
+    class Broken(Formula):
+        def train(self, number: int, *rest: Any) -> TrialResult:
+            begun[number] += 1
+            if number in (3, 4) and begun[number] == 3:
+                assert ended.wait(60)
+            raise WorkerLost("a process of the training ended before its end")
+
+        def close(self) -> None:
+            ended.set()
+
+    search = searching(tmp_path, recipe_of(tmp_path))
+    with pytest.raises(WorkerLost, match="lost every process"):
+        go(search, *(Broken(search.space) for _ in range(4)))
+    left = [trial.number for trial in search.study.trials if not trial.finished]
+    assert {3, 4} <= set(left)
+    again = searching(tmp_path, recipe_of(tmp_path))
+    mended = Formula(again.space)
+    go(again, mended)
+    assert set(left) <= set(mended.trained)
+    assert [trial.state for trial in again.study.trials].count("failed") == len(search.study.trials) - len(left)
+
+
+def test_a_worker_that_was_closed_starts_no_process_any_more() -> None:
+    closed = Process(SimpleNamespace())  # type: ignore[arg-type]
+    closed.close()
+    with pytest.raises(WorkerEnded, match="the search has ended"):
+        closed.train(0, SimpleNamespace(), lambda _: True, lambda *_: None)  # type: ignore[arg-type]
+    assert closed.pid is None
+
+
+def test_what_the_values_do_to_a_trial_is_not_the_machine(tmp_path: Path) -> None:
+    """Between two lost ones a trial that failed by its values, or was found, had a process that worked."""
+
+    class Fragile(Formula):
+        def train(self, number: int, *rest: Any) -> TrialResult:
+            if number % 2:
+                return TrialResult(state="failed", reason="the loss became nan at epoch 1, step 3")
+            raise WorkerLost("a process of the training ended before its end")
+
+    search = searching(tmp_path, recipe_of(tmp_path))
+    go(search, Fragile(search.space))
+    assert [trial.state for trial in search.study.trials] == ["failed"] * 14
 
 
 def test_a_trial_that_ends_the_search_itself_is_given_up_by_the_third_that_takes_it_up(tmp_path: Path) -> None:
