@@ -15,8 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -35,6 +33,7 @@ from components.contracts.models import Checkpoint, Engine, Precision
 from components.contracts.records import FileDigest, Record, Stored
 from components.contracts.wording import counted
 from components.images import batches
+from components.lifetime import end_with
 from components.memory import peak_bytes
 from components.store import describe, explained
 
@@ -364,22 +363,6 @@ def _full(error: Exception, out: Path) -> int:
     return errno.ENOSPC if shutil.disk_usage(out).free < 1 << 16 else 0
 
 
-def _die_with_parent(parent: int) -> None:
-    """An exporter whose run was killed must not go on writing into a folder that the next run uses.
-
-    The run says who it is: one that was killed while its exporter was being imported is no parent any more.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    if os.getppid() != parent:
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
     collector.skip_at_exit()
     collector.collect_seldom()
@@ -387,7 +370,7 @@ if __name__ == "__main__":
     with os.fdopen(os.dup(1), "w") as asker:
         os.dup2(2, 1)
         request = json.loads(sys.stdin.read())
-        _die_with_parent(request["parent"])
+        end_with(request["parent"])
         try:
             answer = _build(request)
         except Exception as error:

@@ -248,7 +248,6 @@ class ProgressReporting(Hook):
     """The task's: told at the end of every epoch."""
     label: str = ""
     """What stands before each note, such as the phase."""
-
     _began: bool = False
 
     def on_step(self, fitting: Fitting) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from shapes import free_port, make_workspace, visionloop
 from components import collector, plugins
 from flows.workspace.settings import prepare_environment
 
+# A shell starts what it puts in the background deaf to Ctrl-C, and what a test starts and stops would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # With torch, Prefect and MLflow in one process a look through all objects takes a second: 43 of 1,161 s, measured.
 collector.collect_seldom()
 collector.skip_at_exit()

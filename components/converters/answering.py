@@ -9,11 +9,11 @@ import json
 import os
 import re
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from components.lifetime import end_with
 
 
 def answer(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -22,7 +22,7 @@ def answer(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     with os.fdopen(os.dup(1), "w") as asker:
         os.dup2(2, 1)
         request = json.loads(sys.stdin.read())
-        _end_with(request.pop("parent"))
+        end_with(request.pop("parent"))
         try:
             found = convert(request)
         except Exception as error:
@@ -30,19 +30,6 @@ def answer(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
             traceback.print_exc()
             found = {"error": told(error)}
         print(json.dumps(found), file=asker)
-
-
-def _end_with(parent: int) -> None:
-    """An exporter that is gone leaves nobody who would wait for this converter, and its folder is the next one's."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    if os.getppid() != parent:  # gone while this process was starting
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def told(error: Exception) -> str:

@@ -30,14 +30,9 @@ from flows.workspace.settings import environment_with
 VERSION = "trial"
 """What the release goes by: it has no version before it is registered."""
 _PROGRAM = """
-import os, runpy, sys, threading, time
-
-def end_with(parent):
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-threading.Thread(target=end_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
+import runpy, sys
+from components.lifetime import end_with
+end_with(int(sys.argv.pop(1)))
 runpy.run_module("flows", run_name="__main__", alter_sys=True)
 """
 """The command line of visionloop, which ends with its parent: a run that is killed must leave no server behind."""

@@ -366,7 +366,8 @@ class _Going:
             return
         reason = f"{why}, {_ATTEMPTS} times without coming to a further epoch"
         with self._lock:
-            self._given_up += [number] * lost
+            if lost:
+                self._given_up.append(number)
             if lost and len(self._given_up) >= _GIVEN_UP:
                 raise WorkerLost(
                     f"the last {_numbers(self._given_up)} lost every process (the last one: {reason}), so that it is the "

@@ -84,6 +84,7 @@ def test_every_folder_is_a_package() -> None:
 
 def test_parquet_is_read_in_one_place() -> None:
     assert holding("read_parquet(", "ParquetFile(") == ["components/tables.py"]
+    assert not [path for path in (ROOT / "bench").rglob("*.py") if "read_parquet(" in path.read_text()]
 
 
 def test_only_the_named_places_use_random_numbers_of_their_own() -> None:
